@@ -1,0 +1,17 @@
+"""resnet_fast: fused residual networks for PyTorch."""
+
+__version__ = "0.1.0"
+
+from .functional import add_relu, bn_act, conv_bn_act
+from .modules import BasicBlock, Bottleneck, ConvBNAct2d, PreActBasicBlock, PreActBottleneck
+
+__all__ = [
+    "BasicBlock",
+    "Bottleneck",
+    "ConvBNAct2d",
+    "PreActBasicBlock",
+    "PreActBottleneck",
+    "add_relu",
+    "bn_act",
+    "conv_bn_act",
+]

@@ -1,0 +1,303 @@
+"""One autograd Function that runs any `Chain`: conv+BN+ReLU, BN+ReLU, add+ReLU, residual blocks.
+
+Forward, for each convolution j: z[j] = h[j+1] is stored raw, with the mean and m2 of its channels;
+the normalization and ReLU between two convolutions are the prologue of the next one. The join
+normalizes the last z and adds the shortcut in one pass and keeps one bit an element of its ReLU.
+
+Backward, from the join to the input: one reduction gives Σdy and Σdy·xhat of the last norm; then
+each `conv_bprop` forms dz = a·dy + b·(z − mean) + c on load, computes dx and dw, masks dx by the
+ReLU recomputed from the stored h and sums it for the norm below (`reference.conv_bprop`).
+
+Saved: x, the filters, one raw output h a convolution, four vectors a norm, the join's bit mask.
+Not saved: anything after a ReLU (unless `Chain.keep_activations`).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..chain import Chain, ConvParams, Norm, NormParams
+from ..layout import memory_format
+from ..reference import stats_dtype
+
+DOUBLE_BACKWARD = (
+    "resnet_fast: the backward of a fused chain is not differentiable (create_graph=True); "
+    "use resnet_fast.unfuse(model) or resnet_fast.reference for second derivatives"
+)
+
+
+class Affine(NamedTuple):
+    """A norm made ready: y = scale·z + shift, xhat = (z − mean)·rstd; all None where there is none."""
+
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+    mean: Tensor | None = None
+    rstd: Tensor | None = None
+
+
+class Tensors(NamedTuple):
+    """The tensors of a chain in the order in which `ChainFunction.apply` takes them."""
+
+    convs: tuple[ConvParams, ...]
+    norms: tuple[NormParams, ...]
+
+    def flat(self) -> list[Tensor | None]:
+        return [t for params in (*self.convs, *self.norms) for t in params]
+
+
+def unflatten(chain: Chain, flat: tuple[Tensor | None, ...]) -> Tensors:
+    """Inverse of `Tensors.flat`; the projection's convolution and norm come last."""
+    n = len(chain.convs) + (chain.projection is not None)
+    convs = tuple(ConvParams(*flat[2 * i : 2 * i + 2]) for i in range(n))
+    rest = flat[2 * n :]
+    return Tensors(convs, tuple(NormParams(*rest[i : i + 4]) for i in range(0, len(rest), 4)))
+
+
+def values_per_channel(h: Tensor) -> int:
+    """M of the normalization of h: N·H·W."""
+    return h.size(0) * h.size(2) * h.size(3)
+
+
+def _ready(
+    norm: Norm, p: NormParams, conv_bias: Tensor | None, h: Tensor, stats: Any, impl: str
+) -> Affine:
+    """The affine map of `norm` on h, from the statistics of this batch or from the running ones.
+
+    A convolution's bias cancels in batch statistics; with running ones it moves their mean.
+    """
+    if norm.batch_stats:
+        mean, m2 = stats
+        scale, shift, rstd = ops.bn_finalize(
+            mean, m2, values_per_channel(h), p.weight, p.bias, norm.eps, impl
+        )
+        return Affine(scale, shift, mean, rstd)
+    mean = p.running_mean.to(stats_dtype(h))
+    if conv_bias is not None:
+        mean = mean - conv_bias.to(mean.dtype)
+    var = p.running_var.to(mean.dtype)
+    scale, shift, rstd = ops.bn_finalize(mean, var, 1, p.weight, p.bias, norm.eps, impl)
+    return Affine(scale, shift, mean, rstd)
+
+
+class ChainFunction(torch.autograd.Function):
+    """y, *statistics = ChainFunction.apply(chain, x, residual, *Tensors.flat()).
+
+    x [N,C,H,W] dense in NCHW or channels_last; residual like y or None (only for the shortcut
+    "residual"). y has x's format. `statistics` holds mean and m2 of every norm with batch
+    statistics, in chain order, the projection's last; they carry no gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, chain, x, residual, *flat):
+        convs, norms = unflatten(chain, flat)
+        n, impl = len(chain.convs), chain.impl
+        statistics: list[Tensor] = []
+
+        def ready(i: int, h: Tensor, stats: tuple[Tensor, Tensor] | None) -> Affine:
+            norm = chain.all_norms[i]
+            if norm is None:
+                return Affine()
+            if norm.batch_stats:
+                stats = ops.bn_stats(h, impl) if stats is None else stats
+                statistics.extend(stats)
+            conv_bias = None if i == 0 else convs[i - 1].bias
+            return _ready(norm, norms[i], conv_bias, h, stats, impl)
+
+        def convolve(i: int, h: Tensor, affine: Affine) -> tuple[Tensor, Affine]:
+            """Convolution i of (convs, projection) on φ(h), and the norm after it made ready."""
+            norm = chain.all_norms[i + 1]
+            z, mean, m2 = ops.conv_fprop(
+                h, convs[i].weight, affine.scale, affine.shift,
+                norm is not None and norm.batch_stats, *chain.all_convs[i].args(), impl,
+            )  # fmt: skip
+            return z, ready(i + 1, z, (mean, m2))
+
+        hs, acts, affines = [x], [], [ready(0, x, None)]
+        for j in range(n):
+            h, affine, act = hs[j], affines[j], None
+            if chain.keep_activations and affine.scale is not None:
+                act = _activate(h, affine, impl)
+                h, affine = act, Affine()
+            z, after = convolve(j, h, affine)
+            acts.append(act)
+            hs.append(z)
+            affines.append(after)
+
+        shortcut, through = x if chain.shortcut == "identity" else residual, Affine()
+        if chain.projection is not None:
+            kept = acts[0] is not None
+            shortcut, through = convolve(
+                n, acts[0] if kept else x, Affine() if kept else affines[0]
+            )
+
+        last, mask = affines[n], None
+        if last.scale is not None:
+            y, mask = ops.bn_act(
+                hs[n], last.scale, last.shift, shortcut, through.scale, through.shift,
+                chain.relu, chain.relu, impl,
+            )  # fmt: skip
+        elif chain.relu:
+            y, mask = ops.add_relu(hs[n], shortcut, True, impl)
+        else:
+            y = hs[n] if shortcut is None else hs[n] + shortcut
+        ctx.chain, ctx.format = chain, memory_format(y)
+        ctx.dtypes = [None if t is None else t.dtype for t in flat]
+        ctx.save_for_backward(
+            mask if chain.relu else None,
+            shortcut if chain.projection is not None else None,
+            *(c.weight for c in convs), *hs[:n], hs[n] if n == 0 or last.scale is not None else None,
+            *acts,
+            *(t for affine in (*affines, through) for t in affine),
+        )  # fmt: skip
+        ctx.mark_non_differentiable(*statistics)
+        ctx.set_materialize_grads(False)
+        return (y, *statistics)
+
+    @staticmethod
+    def backward(ctx, dy, *_):
+        if dy is None:
+            return (None,) * len(ctx.needs_input_grad)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(DOUBLE_BACKWARD)
+        return _Backward(ctx).run(dy)
+
+
+def _activate(h: Tensor, affine: Affine, impl: str) -> Tensor:
+    """φ(h) = relu(scale·h + shift)."""
+    return ops.bn_act(h, affine.scale, affine.shift, None, None, None, True, False, impl)[0]
+
+
+class _Backward:
+    """The backward pass of one chain, from the join down; norms and convs are numbered as in
+    `Chain.all_norms` and `Chain.all_convs`, the projection last.
+    """
+
+    def __init__(self, ctx) -> None:
+        self.chain = chain = ctx.chain
+        self.impl, self.format = chain.impl, ctx.format
+        self.n = n = len(chain.convs)
+        self.dy_masked: Tensor | None = None
+        convs, norms = len(chain.all_convs), n + 2
+        saved = ctx.saved_tensors
+        self.mask, self.z_p = saved[:2]
+        self.weights, self.hs = saved[2 : 2 + convs], saved[2 + convs : 3 + convs + n]
+        self.acts = saved[3 + convs + n : 3 + convs + 2 * n]
+        flat = saved[3 + convs + 2 * n :]
+        self.affines = [Affine(*flat[4 * i : 4 * i + 4]) for i in range(norms)]
+        needs, dtypes = ctx.needs_input_grad, ctx.dtypes
+        self.need_x, self.need_residual = needs[1], needs[2]
+        self.need_conv = [needs[3 + 2 * i : 5 + 2 * i] for i in range(convs)]
+        self.need_norm = [needs[3 + 2 * convs + 4 * i :][:2] for i in range(norms)]
+        self.bias_dtypes = [dtypes[2 * i + 1] for i in range(convs)]
+        self.norm_dtypes = [dtypes[2 * convs + 4 * i :][:2] for i in range(norms)]
+        self.conv_grads: list[list[Tensor | None]] = [[None, None] for _ in range(convs)]
+        self.norm_grads: list[list[Tensor | None]] = [[None] * 4 for _ in range(norms)]
+
+    def needs_sums(self, i: int) -> bool:
+        """Whether Σdy and Σdy·xhat of norm i are wanted: by its statistics or its parameters."""
+        norm = self.chain.all_norms[i]
+        bias = i > 0 and i - 1 < len(self.need_conv) and self.need_conv[i - 1][1]
+        return norm is not None and (norm.batch_stats or any(self.need_norm[i]) or bias)
+
+    def flows_below(self, j: int) -> bool:
+        """Whether anything under convolution j (its input norm included) wants a gradient."""
+        below = [self.need_norm[i] for i in range(j + 1)] + self.need_conv[:j]
+        return self.need_x or any(any(needs) for needs in below)
+
+    def through_norm(self, i: int, h: Tensor, sums: Any) -> tuple[Tensor | None, ...]:
+        """(a, z, mean, b, c) of `ops.bn_act_bwd_apply` for norm i on h; stores its gradients."""
+        norm, affine = self.chain.all_norms[i], self.affines[i]
+        if norm is None:
+            return (None,) * 5
+        if sums is not None:
+            self._store(i, norm, affine, sums)
+        if not norm.batch_stats:
+            return affine.scale, None, None, None, None
+        b, c = ops.bn_bwd_finalize(
+            *sums, affine.scale, affine.rstd, values_per_channel(h), self.impl
+        )
+        return affine.scale, h, affine.mean, b, c
+
+    def _store(self, i: int, norm: Norm, affine: Affine, sums: tuple[Tensor, Tensor]) -> None:
+        sum_dy, sum_dy_xhat = sums
+        for place, value in enumerate((sum_dy_xhat, sum_dy)):
+            if self.need_norm[i][place]:
+                self.norm_grads[i][place] = value.to(self.norm_dtypes[i][place])
+        if i > 0 and self.need_conv[i - 1][1]:  # a bias cancels in batch statistics
+            value = torch.zeros_like(sum_dy) if norm.batch_stats else affine.scale * sum_dy
+            self.conv_grads[i - 1][1] = value.to(self.bias_dtypes[i - 1])
+
+    def through_conv(self, i, g, g_mask, prologue, h, below, act, more, more_mask, sums):
+        """dx and its sums of convolution i with input φ(h) of norm values `below`; stores dw."""
+        conv, need_dx = self.chain.all_convs[i], self.flows_below(i if i < self.n else 0)
+        mean, rstd = (below.mean, below.rstd) if sums else (None, None)
+        dx, dw, sum_dx, sum_dx_xhat = ops.conv_bprop(
+            g, self.weights[i], h, g_mask, *prologue, below.scale, below.shift, mean, rstd, act,
+            more, more_mask, *conv.args(), need_dx, self.need_conv[i][0], self.impl,
+        )  # fmt: skip
+        if self.need_conv[i][0]:
+            self.conv_grads[i][0] = dw
+        return (dx if need_dx else None), ((sum_dx, sum_dx_xhat) if sums else None)
+
+    def masked(self, dy: Tensor) -> Tensor:
+        """dy under the join's ReLU, made once."""
+        if self.mask is None:
+            return dy
+        if self.dy_masked is None:
+            self.dy_masked = ops.add_relu_bwd(dy, self.mask, self.impl)
+        return self.dy_masked
+
+    def run(self, dy: Tensor) -> tuple[Any, ...]:
+        chain, n = self.chain, self.n
+        x, z = self.hs[0], self.hs[n]
+        dy = dy.contiguous(memory_format=self.format)
+        sums = sums_p = None
+        if self.needs_sums(n) or self.needs_sums(n + 1):
+            sums, sums_p = self.join_sums(dy, z)
+        prologue = self.through_norm(n, z, sums)
+        identity = chain.shortcut == "identity"
+        dresidual = None
+        if chain.shortcut == "residual" and self.need_residual:
+            dresidual = self.masked(dy)
+
+        g, g_mask = dy, self.mask
+        more, more_mask = None, None  # what else flows into the input of the first convolution
+        if chain.projection is not None:
+            prologue_p = self.through_norm(n + 1, self.z_p, sums_p)
+            more, _ = self.through_conv(
+                n, dy, self.mask, prologue_p, x, self.affines[0], self.acts[0], None, None, False
+            )
+        elif identity and n and chain.norms[0] is None:
+            more, more_mask = dy, self.mask
+        for j in reversed(range(n)):
+            extra = (more, more_mask) if j == 0 else (None, None)
+            g, sums = self.through_conv(
+                j, g, g_mask, prologue, self.hs[j], self.affines[j], self.acts[j], *extra,
+                self.needs_sums(j) and self.flows_below(j),
+            )  # fmt: skip
+            if g is None:
+                break
+            g_mask = None
+            prologue = self.through_norm(j, self.hs[j], sums)
+        dx = g if self.need_x else None
+        if n == 0 and chain.norms[0] is None:
+            dx = self.masked(dy) if self.need_x else None
+        elif self.need_x and chain.norms[0] is not None:
+            skip = self.masked(dy) if identity else None
+            dx = ops.bn_act_bwd_apply(g, g_mask, *prologue, skip, self.impl)
+        grads = (*self.conv_grads, *self.norm_grads)
+        return (None, dx, dresidual, *(t for group in grads for t in group))
+
+    def join_sums(self, dy: Tensor, z: Tensor) -> tuple[Any, Any]:
+        """Σdy, Σdy·xhat of the last norm and of the projection's, in one pass."""
+        last, through = self.affines[self.n], self.affines[self.n + 1]
+        dual = through.scale is not None
+        total, xhat, xhat_p = ops.bn_act_bwd_reduce(
+            dy, self.mask, z, last.mean, last.rstd,
+            self.z_p if dual else None, through.mean, through.rstd, self.impl,
+        )  # fmt: skip
+        return (total, xhat), ((total, xhat_p) if dual else None)

@@ -1,0 +1,125 @@
+"""Which implementations are live on this machine, why the others are not, and which one runs.
+
+An implementation is a table of functions named after the ops of `resnet_fast.ops`. `"auto"` takes
+the first live one that supports the op on the tensor's device and dtype; a name asks for exactly
+that one and raises `RuntimeError` with the reason when it cannot be had.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+IMPLS = ("auto", "reference", "native", "triton")
+PREFERENCE = ("triton", "native", "reference")
+NATIVE_DTYPES = {"cpu": (torch.float32, torch.float64, torch.bfloat16)}
+
+
+@dataclass(frozen=True)
+class Status:
+    """One implementation on one kind of device: live or not, and why."""
+
+    impl: str
+    device: str
+    live: bool
+    why: str
+
+
+@functools.cache
+def native_module() -> tuple[Any | None, str]:
+    """The compiled extension `resnet_fast._C` and how loading it went."""
+    if importlib.util.find_spec("resnet_fast._C") is None:
+        return None, "resnet_fast._C is not built (RESNET_FAST_BUILD=none, or no compiler was found)"
+    try:
+        module = importlib.import_module("resnet_fast._C")
+    except ImportError as error:  # built against another torch, or a library is missing
+        return None, f"resnet_fast._C does not load: {error}"
+    return module, "built"
+
+
+@functools.cache
+def triton_module() -> tuple[Any | None, str]:
+    """The package of Triton kernels and how loading it went."""
+    if importlib.util.find_spec("triton") is None:
+        return None, "Triton is not installed"
+    if importlib.util.find_spec("resnet_fast.kernels") is None:
+        return None, "this version of resnet_fast has no Triton kernels"
+    try:
+        return importlib.import_module("resnet_fast.kernels"), "installed"
+    except ImportError as error:
+        return None, f"resnet_fast.kernels does not load: {error}"
+
+
+def build_info() -> dict[str, Any] | None:
+    """What the extension was built with (compiler, flags, instruction sets), or None without it."""
+    module, _ = native_module()
+    return None if module is None else module.build_info()
+
+
+def refusal(impl: str, op: str, device: str, dtype: torch.dtype) -> str | None:
+    """Why `impl` cannot run `op` on tensors of `device` and `dtype`; None when it can."""
+    if impl == "reference":
+        return None
+    if impl == "native":
+        module, why = native_module()
+        if module is None:
+            return why
+        if device not in NATIVE_DTYPES:
+            return f"the native kernels run on {', '.join(NATIVE_DTYPES)} tensors, not on {device}"
+        if dtype not in NATIVE_DTYPES[device]:
+            names = ", ".join(str(d).removeprefix("torch.") for d in NATIVE_DTYPES[device])
+            return f"the native {device} kernels take {names}, not {str(dtype).removeprefix('torch.')}"
+        if not hasattr(torch.ops.resnet_fast_native, op):
+            return f"there is no native kernel for {op}"
+        return None
+    module, why = triton_module()
+    return why if module is None else module.refusal(op, device, dtype)
+
+
+def _function(impl: str, op: str) -> Callable[..., Any]:
+    if impl == "reference":
+        return getattr(reference, op)
+    if impl == "native":
+        return getattr(torch.ops.resnet_fast_native, op).default
+    return getattr(triton_module()[0], op)
+
+
+@functools.cache
+def _resolve(op: str, impl: str, device: str, dtype: torch.dtype) -> tuple[str, Callable[..., Any]]:
+    if impl not in IMPLS:
+        raise ValueError(f"impl: expected one of {IMPLS}, got {impl!r}")
+    for name in PREFERENCE if impl == "auto" else (impl,):
+        why = refusal(name, op, device, dtype)
+        if why is None:
+            return name, _function(name, op)
+    raise RuntimeError(f"impl={impl!r} cannot run {op}: {why}")
+
+
+def resolve(op: str, impl: str, x: Tensor) -> Callable[..., Any]:
+    """The function that runs `op` on tensors like `x` under `impl`."""
+    return _resolve(op, impl, x.device.type, x.dtype)[1]
+
+
+def chosen(op: str, impl: str, device: str, dtype: torch.dtype) -> str:
+    """The name of the implementation that `resolve` takes."""
+    return _resolve(op, impl, device, dtype)[0]
+
+
+def status() -> list[Status]:
+    """Every implementation on every kind of device it knows, live or not, and why."""
+    rows = [Status("reference", "any", True, "plain PyTorch, always there")]
+    for device in ("cpu", "cuda"):
+        why = refusal("native", "bn_act", device, torch.float32)
+        rows.append(Status("native", device, why is None, why or "built"))
+    why = refusal("triton", "bn_act", "cuda", torch.float32)
+    rows.append(Status("triton", "cuda", why is None, why or "installed"))
+    return rows

@@ -1,0 +1,280 @@
+"""Blocks in plain PyTorch: their children, their shape rules and the forward pass of the papers.
+
+These are the specification of `resnet_fast.modules`, which inherits everything but `forward`, and
+what `resnet_fast.unfuse` gives back. Children carry torchvision's names, so state dicts load both
+ways. He et al. 2015 (arXiv:1512.03385); 2016 (arXiv:1603.05027, full pre-activation, fig. 4e).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+SHORTCUTS = ("identity", "projection", "zero_pad", "none")
+
+
+class Parts(NamedTuple):
+    """The children of a block as a chain (`resnet_fast.chain`): n convolutions, n + 1 norms."""
+
+    convs: tuple[nn.Conv2d, ...]
+    norms: tuple[nn.BatchNorm2d | None, ...]
+    relu: bool
+    shortcut: str
+    projection: nn.Conv2d | None = None
+    projection_norm: nn.BatchNorm2d | None = None
+
+
+class ChainBlock(nn.Module):
+    """A module whose children form a chain; `parts` names them, `forward` runs them one by one."""
+
+    def parts(self) -> Parts:
+        """The chain's children, in order."""
+        raise NotImplementedError
+
+    def shortcut_of(self, x: Tensor) -> Tensor | None:
+        """The shortcut's tensor where it is neither x, nor a projection, nor absent."""
+        return None
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """y of `resnet_fast.chain`, by ordinary calls of the children."""
+        return run_plain(self.parts(), x, self.shortcut_of(x) if residual is None else residual)
+
+
+def run_plain(parts: Parts, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    """A chain by calls of its modules: what PyTorch computes without this package."""
+    h = first = x
+    for j, conv in enumerate(parts.convs):
+        norm = parts.norms[j]
+        h = h if norm is None else F.relu(norm(h))
+        first = h if j == 0 else first
+        h = conv(h)
+    if parts.norms[-1] is not None:
+        h = parts.norms[-1](h)
+    if parts.projection is not None:
+        residual = parts.projection(first)
+        if parts.projection_norm is not None:
+            residual = parts.projection_norm(residual)
+    elif parts.shortcut == "identity":
+        residual = x
+    h = h if residual is None else h + residual
+    return F.relu(h) if parts.relu else h
+
+
+def zero_pad(x: Tensor, channels: int, stride: int) -> Tensor:
+    """Option A of He et al. 2015 (section 3.3): every stride-th pixel, zeros in the new channels."""
+    x = x[:, :, ::stride, ::stride]
+    return F.pad(x, (0, 0, 0, 0, 0, channels - x.size(1)))
+
+
+class ConvBNAct2d(ChainBlock):
+    """y = relu(BN(conv(x)) + residual): children `conv` (no bias) and `bn`.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, dilation, groups: as `nn.Conv2d`.
+        padding: as `nn.Conv2d`; None keeps the size at stride 1 (dilation·(kernel_size − 1) / 2).
+        eps, momentum: as `nn.BatchNorm2d`.
+        relu: whether the ReLU is there.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        stride: int = 1,
+        padding: int | None = None,
+        dilation: int = 1,
+        groups: int = 1,
+        *,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        relu: bool = True,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        padding = dilation * (kernel_size - 1) // 2 if padding is None else padding
+        where = {"device": device, "dtype": dtype}
+        self.conv = nn.Conv2d(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups,
+            bias=False, **where,
+        )  # fmt: skip
+        self.bn = nn.BatchNorm2d(out_channels, eps, momentum, **where)
+        self.relu = relu
+
+    def parts(self) -> Parts:
+        return Parts((self.conv,), (None, self.bn), self.relu, "none")
+
+
+class ResidualBlock(ChainBlock):
+    """What the four residual blocks share: the shortcut and how the children form a chain.
+
+    Args:
+        inplanes: input channels.
+        planes: channels of the block before `expansion`.
+        stride: of the 3×3 convolution that may have one (and of the shortcut).
+        downsample: the projection shortcut, as torchvision passes it: `Sequential(Conv2d,
+            BatchNorm2d)`; for the pre-activation blocks a bare `Conv2d`. None builds what
+            `shortcut` says.
+        groups, base_width: cardinality and width (ResNeXt, arXiv:1611.05431; Wide ResNet).
+        dilation: of the 3×3 convolutions.
+        norm_layer: callable giving an `nn.BatchNorm2d` for a channel count; None is that class.
+        shortcut: "identity", "projection", "zero_pad" (option A: no parameters), "none" (a plain
+            net's block), or None: a projection where stride or channels change, else the identity.
+
+    Raises:
+        ValueError: naming the argument, for a shortcut that does not fit the shapes or a
+            `norm_layer` or `downsample` of another kind.
+    """
+
+    expansion = 1
+    preactivation = False
+
+    def __init__(
+        self,
+        inplanes: int,
+        planes: int,
+        stride: int = 1,
+        downsample: nn.Module | None = None,
+        groups: int = 1,
+        base_width: int = 64,
+        dilation: int = 1,
+        norm_layer: Callable[[int], nn.Module] | None = None,
+        *,
+        shortcut: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.stride = stride
+        self.out_channels = planes * self.expansion
+        self.width = self._width(planes, base_width, groups)
+        norm_layer = norm_layer or nn.BatchNorm2d
+        self.depth = self._build(inplanes, stride, groups, dilation, norm_layer)
+        for i in range(1, self.depth + 1):
+            if not isinstance(getattr(self, f"bn{i}"), nn.BatchNorm2d):
+                raise ValueError("norm_layer: expected a callable that gives an nn.BatchNorm2d")
+        changes = stride != 1 or inplanes != self.out_channels
+        if shortcut is None:
+            shortcut = "projection" if changes or downsample is not None else "identity"
+        if shortcut not in SHORTCUTS:
+            raise ValueError(f"shortcut: expected one of {SHORTCUTS} or None, got {shortcut!r}")
+        if shortcut == "identity" and changes:
+            raise ValueError(
+                f"shortcut: 'identity' needs stride 1 and equal channels, got stride {stride}, "
+                f"{inplanes} to {self.out_channels} channels"
+            )
+        if shortcut == "zero_pad" and inplanes > self.out_channels:
+            raise ValueError("shortcut: 'zero_pad' cannot drop channels; use 'projection'")
+        if downsample is not None and shortcut != "projection":
+            raise ValueError(f"downsample: goes with shortcut='projection', not {shortcut!r}")
+        self.shortcut = shortcut
+        self.downsample = downsample
+        if shortcut == "projection" and downsample is None:
+            conv = nn.Conv2d(inplanes, self.out_channels, 1, stride, bias=False)
+            norm = None if self.preactivation else norm_layer(self.out_channels)
+            self.downsample = conv if norm is None else nn.Sequential(conv, norm)
+        if shortcut == "projection":
+            self._projection()
+
+    def _width(self, planes: int, base_width: int, groups: int) -> int:
+        if base_width != 64:
+            raise ValueError(f"base_width: a basic block is 64 wide, got {base_width}")
+        return planes
+
+    def _build(self, inplanes, stride, groups, dilation, norm_layer) -> int:
+        raise NotImplementedError
+
+    def _projection(self) -> tuple[nn.Conv2d, nn.BatchNorm2d | None]:
+        layers = self.downsample if isinstance(self.downsample, nn.Sequential) else [self.downsample]
+        kinds = (nn.Conv2d,) if self.preactivation else (nn.Conv2d, nn.BatchNorm2d)
+        if len(layers) != len(kinds) or not all(map(isinstance, layers, kinds)):
+            names = ", ".join(kind.__name__ for kind in kinds)
+            raise ValueError(f"downsample: expected ({names}), got {self.downsample}")
+        return layers[0], None if self.preactivation else layers[1]
+
+    def parts(self) -> Parts:
+        numbers = range(1, self.depth + 1)
+        convs = tuple(getattr(self, f"conv{i}") for i in numbers)
+        norms = tuple(getattr(self, f"bn{i}") for i in numbers)
+        norms = (*norms, None) if self.preactivation else (None, *norms)
+        shortcut, projection = self.shortcut, (None, None)
+        if shortcut == "projection":
+            projection = self._projection()
+        elif shortcut == "zero_pad":
+            shortcut = "residual"
+        return Parts(convs, norms, not self.preactivation, shortcut, *projection)
+
+    def shortcut_of(self, x: Tensor) -> Tensor | None:
+        return zero_pad(x, self.out_channels, self.stride) if self.shortcut == "zero_pad" else None
+
+    def extra_repr(self) -> str:
+        return f"shortcut={self.shortcut!r}"
+
+
+def _conv3x3(inplanes: int, planes: int, stride: int, groups: int, dilation: int) -> nn.Conv2d:
+    return nn.Conv2d(inplanes, planes, 3, stride, dilation, dilation, groups, bias=False)
+
+
+class BasicBlock(ResidualBlock):
+    """y = relu(bn2(conv2(relu(bn1(conv1(x))))) + shortcut(x)), two 3×3 convolutions."""
+
+    def _build(self, inplanes, stride, groups, dilation, norm_layer) -> int:
+        self.conv1 = _conv3x3(inplanes, self.width, stride, groups, dilation)
+        self.bn1 = norm_layer(self.width)
+        self.conv2 = _conv3x3(self.width, self.out_channels, 1, groups, dilation)
+        self.bn2 = norm_layer(self.out_channels)
+        return 2
+
+
+class Bottleneck(ResidualBlock):
+    """y = relu(bn3(conv3(relu(bn2(conv2(relu(bn1(conv1(x)))))))) + shortcut(x)).
+
+    conv1 and conv3 are 1×1, conv2 is 3×3 and carries the stride ("ResNet v1.5");
+    width = ⌊planes·base_width / 64⌋·groups, out_channels = 4·planes.
+    """
+
+    expansion = 4
+
+    def _width(self, planes: int, base_width: int, groups: int) -> int:
+        return int(planes * (base_width / 64.0)) * groups
+
+    def _build(self, inplanes, stride, groups, dilation, norm_layer) -> int:
+        self.conv1 = nn.Conv2d(inplanes, self.width, 1, bias=False)
+        self.bn1 = norm_layer(self.width)
+        self.conv2 = _conv3x3(self.width, self.width, stride, groups, dilation)
+        self.bn2 = norm_layer(self.width)
+        self.conv3 = nn.Conv2d(self.width, self.out_channels, 1, bias=False)
+        self.bn3 = norm_layer(self.out_channels)
+        return 3
+
+
+class PreActBasicBlock(ResidualBlock):
+    """y = conv2(relu(bn2(conv1(a)))) + shortcut, a = relu(bn1(x)); a projection reads a."""
+
+    preactivation = True
+
+    def _build(self, inplanes, stride, groups, dilation, norm_layer) -> int:
+        self.bn1 = norm_layer(inplanes)
+        self.conv1 = _conv3x3(inplanes, self.width, stride, groups, dilation)
+        self.bn2 = norm_layer(self.width)
+        self.conv2 = _conv3x3(self.width, self.out_channels, 1, groups, dilation)
+        return 2
+
+
+class PreActBottleneck(ResidualBlock):
+    """y = conv3(relu(bn3(conv2(relu(bn2(conv1(a))))))) + shortcut, a = relu(bn1(x))."""
+
+    expansion = 4
+    preactivation = True
+    _width = Bottleneck._width
+
+    def _build(self, inplanes, stride, groups, dilation, norm_layer) -> int:
+        self.bn1 = norm_layer(inplanes)
+        self.conv1 = nn.Conv2d(inplanes, self.width, 1, bias=False)
+        self.bn2 = norm_layer(self.width)
+        self.conv2 = _conv3x3(self.width, self.width, stride, groups, dilation)
+        self.bn3 = norm_layer(self.width)
+        self.conv3 = nn.Conv2d(self.width, self.out_channels, 1, bias=False)
+        return 3

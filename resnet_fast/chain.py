@@ -1,0 +1,111 @@
+"""A residual block as data: a chain of convolutions and normalizations beside a shortcut.
+
+Every layer of this package is one `Chain`: n convolutions, n + 1 places for a normalization
+(before the first convolution, between two, after the last) and a join with the shortcut.
+
+    conv + BN + ReLU        convs (c,)          norms (-, n)         shortcut none | residual
+    BN + ReLU               convs ()            norms (n,)           shortcut none | residual
+    add + ReLU              convs ()            norms (-,)           shortcut residual
+    BasicBlock, Bottleneck  convs (c, c[, c])   norms (-, n, n[, n]) any shortcut
+    pre-activation blocks   convs (c, c[, c])   norms (n, n[, n], -) any shortcut, relu=False
+
+With h[0] = x: h[j+1] = conv[j](φ[j](h[j])), φ[j] = relu∘norm[j], or the identity where there is no
+norm[j]; the join is y = relu(norm[n](h[n]) + s), its ReLU optional, with s nothing, x ("identity"),
+another tensor ("residual") or projection_norm(projection(φ[0](x))) ("projection").
+He et al. 2015 (arXiv:1512.03385, eq. 1 and 2), He et al. 2016 (arXiv:1603.05027, fig. 4e).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+SHORTCUTS = ("none", "identity", "residual", "projection")
+
+
+@dataclass(frozen=True)
+class Conv:
+    """Geometry of a convolution, as `torch.nn.functional.conv2d` takes it."""
+
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+
+    def output_size(self, size: int, kernel: int, axis: int) -> int:
+        """P (axis 0) or Q (axis 1) from H or W: ⌊(size + 2p − d(kernel − 1) − 1) / s⌋ + 1."""
+        reach = self.dilation[axis] * (kernel - 1) + 1
+        return (size + 2 * self.padding[axis] - reach) // self.stride[axis] + 1
+
+    def args(self) -> tuple[list[int], list[int], list[int], int]:
+        """stride, padding, dilation, groups in the order of the ops."""
+        return list(self.stride), list(self.padding), list(self.dilation), self.groups
+
+
+@dataclass(frozen=True)
+class Norm:
+    """One normalization: its eps, and whether its statistics are the batch's or the running ones."""
+
+    eps: float = 1e-5
+    batch_stats: bool = True
+
+
+class ConvParams(NamedTuple):
+    """Tensors of a convolution: filters [K,C/groups,R,S], bias [K] or None."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+
+class NormParams(NamedTuple):
+    """Tensors of a normalization, each [C] or None."""
+
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    running_mean: Tensor | None = None
+    running_var: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Chain:
+    """The static half of a block; the tensors travel beside it (see the module's docstring).
+
+    keep_activations stores φ[j](h[j]) for the backward pass instead of recomputing it from h[j]:
+    more memory, less arithmetic.
+    """
+
+    convs: tuple[Conv, ...]
+    norms: tuple[Norm | None, ...]
+    relu: bool = True
+    shortcut: str = "none"
+    projection: Conv | None = None
+    projection_norm: Norm | None = None
+    keep_activations: bool = False
+    impl: str = "auto"
+
+    def __post_init__(self) -> None:
+        if len(self.norms) != len(self.convs) + 1:
+            raise ValueError(
+                f"norms: expected {len(self.convs) + 1} entries for {len(self.convs)} convolutions, "
+                f"got {len(self.norms)}"
+            )
+        if self.shortcut not in SHORTCUTS:
+            raise ValueError(f"shortcut: expected one of {SHORTCUTS}, got {self.shortcut!r}")
+        if (self.shortcut == "projection") != (self.projection is not None):
+            raise ValueError("projection: expected a Conv exactly when shortcut='projection'")
+        if self.projection_norm is not None and (self.projection is None or self.norms[-1] is None):
+            raise ValueError("projection_norm: expected a projection, and a norm after the last conv")
+        if self.norms[-1] is None and self.relu and self.shortcut == "none":
+            raise ValueError("relu: a chain that ends in a bare convolution has nothing to fuse it to")
+
+    @property
+    def all_convs(self) -> tuple[Conv, ...]:
+        """The chain's convolutions, then the projection's where there is one."""
+        return self.convs if self.projection is None else (*self.convs, self.projection)
+
+    @property
+    def all_norms(self) -> tuple[Norm | None, ...]:
+        """The chain's norms, then the projection's."""
+        return (*self.norms, self.projection_norm)

@@ -1,0 +1,156 @@
+"""Argument checks of the public functions: every message names the argument and what it expected."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .backend import IMPLS
+from .chain import Chain, Conv, ConvParams, NormParams
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def pair(value: int | Sequence[int], name: str) -> tuple[int, int]:
+    """value or (value, value)."""
+    values = (value, value) if isinstance(value, int) else tuple(value)
+    if len(values) != 2 or not all(isinstance(v, int) for v in values):
+        raise ValueError(f"{name}: expected an integer or two of them, got {value!r}")
+    return values
+
+
+def check_impl(impl: str) -> str:
+    """`impl` itself when it is one of `backend.IMPLS`."""
+    if impl not in IMPLS:
+        raise ValueError(f"impl: expected one of {', '.join(map(repr, IMPLS))}, got {impl!r}")
+    return impl
+
+
+def check_chain(
+    chain: Chain,
+    x: Tensor,
+    convs: Sequence[ConvParams],
+    norms: Sequence[NormParams],
+    residual: Tensor | None,
+) -> list[int]:
+    """Check the tensors of a chain against each other; M, the values a channel, of every norm.
+
+    Raises ValueError for a wrong shape, dtype, device, geometry, missing statistics, or a batch
+    normalization over one value a channel.
+    """
+    check_impl(chain.impl)
+    if x.dim() != 4:
+        raise ValueError(f"x: expected 4 dimensions [N, C, H, W], got shape {tuple(x.shape)}")
+    if x.dtype not in DTYPES:
+        names = ", ".join(_name(d) for d in DTYPES)
+        raise ValueError(f"x: expected one of {names}, got {_name(x.dtype)}")
+    n = len(chain.convs)
+    shapes = [tuple(x.shape)]
+    for conv, params in zip(chain.convs, convs, strict=False):
+        shapes.append(_conv_shape(shapes[-1], conv, params, x))
+    out = shapes[-1]
+    if chain.projection is not None:
+        shapes.append(_conv_shape(shapes[0], chain.projection, convs[n], x, "projection "))
+        _match("projection", shapes[-1], out)
+    else:
+        shapes.append(out)
+    if chain.shortcut == "identity":
+        _match("x (the identity shortcut)", shapes[0], out)
+    if (residual is not None) != (chain.shortcut == "residual"):
+        raise ValueError(f"residual: does not go with the shortcut {chain.shortcut!r}")
+    if residual is not None:
+        _match("residual", tuple(residual.shape), out)
+        if residual.dtype != x.dtype:
+            raise ValueError(
+                f"residual: expected x's dtype {_name(x.dtype)}, got {_name(residual.dtype)}"
+            )
+        _same_device("residual", residual, x)
+    counts = []
+    for i, norm in enumerate(chain.all_norms):
+        shape = shapes[i]
+        counts.append(shape[0] * shape[2] * shape[3])
+        if norm is None:
+            if i > 0 and i - 1 < len(convs) and convs[i - 1].bias is not None:
+                raise ValueError("bias: a convolution's bias is only taken before a normalization")
+            continue
+        _check_norm(norms[i], shape[1], x, needs_running=not norm.batch_stats)
+        if norm.batch_stats and counts[-1] == 1:
+            raise ValueError(
+                f"x: expected more than 1 value per channel when training, got input size {shape}"
+            )
+    return counts
+
+
+def _conv_shape(
+    shape: tuple[int, ...], conv: Conv, params: ConvParams, x: Tensor, where: str = ""
+) -> tuple[int, ...]:
+    w, name = params.weight, f"{where}weight"
+    if w.dim() != 4:
+        raise ValueError(f"{name}: expected 4 dimensions [K, C/groups, R, S], got {tuple(w.shape)}")
+    if conv.groups < 1 or w.size(0) % conv.groups:
+        raise ValueError(f"groups: expected a divisor of {w.size(0)} filters, got {conv.groups}")
+    if w.size(1) * conv.groups != shape[1]:
+        raise ValueError(
+            f"{name}: expected {shape[1]} input channels / {conv.groups} groups, "
+            f"got shape {tuple(w.shape)}"
+        )
+    if w.dtype != x.dtype and not (w.dtype == torch.float32 and x.dtype.itemsize == 2):
+        raise ValueError(
+            f"{name}: expected x's dtype {_name(x.dtype)} (or float32 beside 16-bit activations), "
+            f"got {_name(w.dtype)}"
+        )
+    _same_device(name, w, x)
+    if params.bias is not None:
+        _vector(f"{where}bias", params.bias, w.size(0), x)
+    if min(conv.stride) < 1 or min(conv.dilation) < 1 or min(conv.padding) < 0:
+        raise ValueError(
+            f"stride, dilation and padding: expected positive, positive and not negative, got "
+            f"{conv.stride}, {conv.dilation}, {conv.padding}"
+        )
+    size = [conv.output_size(shape[2 + i], w.size(2 + i), i) for i in (0, 1)]
+    if min(size) < 1:
+        raise ValueError(
+            f"x: {shape[2]}x{shape[3]} pixels are too few for a {w.size(2)}x{w.size(3)} "
+            f"convolution with padding {conv.padding} and dilation {conv.dilation}"
+        )
+    return (shape[0], w.size(0), *size)
+
+
+def _check_norm(params: NormParams, channels: int, x: Tensor, needs_running: bool) -> None:
+    names = ("bn_weight", "bn_bias", "running_mean", "running_var")
+    for name, value in zip(names, params, strict=True):
+        if value is not None:
+            _vector(name, value, channels, x)
+        elif needs_running and name.startswith("running"):
+            raise ValueError(f"{name}: expected a tensor of {channels} values when not training")
+    if (params.running_mean is None) != (params.running_var is None):
+        raise ValueError("running_mean, running_var: expected both or neither")
+
+
+def _vector(name: str, value: Tensor, size: int, x: Tensor) -> None:
+    if tuple(value.shape) != (size,):
+        raise ValueError(f"{name}: expected shape ({size},), got {tuple(value.shape)}")
+    if value.dtype not in (x.dtype, torch.float32) or (x.dtype == torch.float64) != (
+        value.dtype == torch.float64
+    ):
+        raise ValueError(
+            f"{name}: expected {_name(x.dtype)} or float32 beside x in {_name(x.dtype)}, "
+            f"got {_name(value.dtype)}"
+        )
+    _same_device(name, value, x)
+
+
+def _same_device(name: str, value: Tensor, x: Tensor) -> None:
+    if value.device != x.device:
+        raise ValueError(f"{name}: expected x's device {x.device}, got {value.device}")
+
+
+def _match(name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    if shape != expected:
+        raise ValueError(f"{name}: expected the output's shape {expected}, got {shape}")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

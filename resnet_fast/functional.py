@@ -1,0 +1,243 @@
+"""The public functions: conv_bn_act, bn_act, add_relu and the residual chain.
+
+Each checks its arguments, follows autocast, picks the inference or the autograd path, and updates
+running statistics. Layout: x in NCHW or channels_last; the result keeps x's format.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .autograd import ChainFunction
+from .autograd.chain import Tensors
+from .chain import Chain, Conv, ConvParams, Norm, NormParams
+from .checks import check_chain, pair
+from .layout import memory_format
+from .reference import stats_dtype
+
+
+class Running(NamedTuple):
+    """How one norm's running statistics follow the batch, as `torch.nn.BatchNorm2d`'s do.
+
+    momentum None is the cumulative average, 1 / num_batches_tracked.
+    """
+
+    momentum: float | None = 0.1
+    num_batches_tracked: Tensor | None = None
+
+
+def update_running(
+    running: Running,
+    params: NormParams,
+    mean: Tensor,
+    m2: Tensor,
+    count: int,
+    conv_bias: Tensor | None,
+) -> None:
+    """running = (1 − momentum)·running + momentum·batch in place, the variance unbiased.
+
+    mean, m2: of the convolution's raw output, `count` values a channel; its bias moves the mean.
+    """
+    if running.num_batches_tracked is not None:
+        running.num_batches_tracked.add_(1)
+    running_mean, running_var = params.running_mean, params.running_var
+    if running_mean is None or running_var is None or count == 0:
+        return
+    if conv_bias is not None:
+        mean = mean + conv_bias.detach().to(mean.dtype)
+    factor = running.momentum
+    if factor is None:
+        factor = 1.0 / running.num_batches_tracked.to(running_mean.dtype)
+    running_mean.lerp_(mean.to(running_mean.dtype), factor)
+    running_var.lerp_((m2 / (count - 1)).to(running_var.dtype), factor)
+
+
+def conv_bn_act(
+    x: Tensor,
+    weight: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    *,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    relu: bool = True,
+    impl: str = "auto",
+) -> Tensor:
+    """Convolution, batch normalization, optional residual addition and ReLU in one.
+
+    y = relu(BN(conv2d(x, weight) + bias) + residual), BN as `torch.nn.functional.batch_norm` with
+    the batch's statistics when `training`, else the running ones.
+
+    Args:
+        x: [N,C,H,W] fp32, fp64, bf16 or fp16, NCHW or channels_last. Under autocast it is cast.
+        weight: [K,C/groups,R,S], x's dtype or fp32.
+        bn_weight, bn_bias: [K] or None (1 and 0).
+        running_mean, running_var: [K]; updated in place when `training`; may be None only then.
+        bias: [K], the convolution's own, or None.
+        residual: like y, or None.
+        impl: "auto", "reference", "native" or "triton" (`resnet_fast.backend`).
+
+    Returns:
+        y [N,K,P,Q] of x's dtype and memory format.
+
+    Saved for backward: x, weight, the raw convolution output, four [K] vectors, a bit mask.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or statistics that do not fit; the message names the
+            argument. Also in training with a single value a channel, as PyTorch does.
+        RuntimeError: an explicit `impl` that cannot run here; double backward.
+
+    Source: Ioffe & Szegedy 2015, arXiv:1502.03167; He et al. 2015, arXiv:1512.03385, eq. 1.
+    """
+    conv = Conv(pair(stride, "stride"), pair(padding, "padding"), pair(dilation, "dilation"), groups)
+    norm = Norm(eps, training or running_mean is None)
+    shortcut = "none" if residual is None else "residual"
+    chain = Chain((conv,), (None, norm), relu, shortcut, impl=impl)
+    params = NormParams(bn_weight, bn_bias, running_mean, running_var)
+    tensors = Tensors((ConvParams(weight, bias),), (NormParams(), params, NormParams()))
+    return run_chain(chain, x, tensors, residual, (None, Running(momentum), None))
+
+
+def bn_act(
+    x: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    *,
+    residual: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    relu: bool = True,
+    impl: str = "auto",
+) -> Tensor:
+    """Batch normalization, optional residual addition and ReLU: y = relu(BN(x) + residual).
+
+    Arguments, result and errors as `conv_bn_act`'s; x, residual and y are [N,C,H,W].
+    Saved for backward: x, four [C] vectors, a bit mask.
+    Source: Ioffe & Szegedy 2015, arXiv:1502.03167.
+    """
+    norm = Norm(eps, training or running_mean is None)
+    shortcut = "none" if residual is None else "residual"
+    chain = Chain((), (norm,), relu, shortcut, impl=impl)
+    params = NormParams(bn_weight, bn_bias, running_mean, running_var)
+    tensors = Tensors((), (params, NormParams()))
+    return run_chain(chain, x, tensors, residual, (Running(momentum), None))
+
+
+def add_relu(x: Tensor, residual: Tensor, *, impl: str = "auto") -> Tensor:
+    """y = relu(x + residual) for equal shapes [N,C,H,W]; the backward reads a bit mask, not y.
+
+    Source: He et al. 2015, arXiv:1512.03385, section 3.2.
+    """
+    chain = Chain((), (None,), True, "residual", impl=impl)
+    return run_chain(chain, x, Tensors((), (NormParams(), NormParams())), residual, (None, None))
+
+
+def run_chain(
+    chain: Chain,
+    x: Tensor,
+    tensors: Tensors,
+    residual: Tensor | None,
+    running: Sequence[Running | None],
+) -> Tensor:
+    """Run `chain` on x: y of `resnet_fast.chain`'s equations.
+
+    Args:
+        chain: the static half of the block.
+        x: [N,C,H,W] in NCHW or channels_last (other strides are copied into one of them).
+        tensors: parameters of `chain.all_convs`, and of `chain.norms` and `projection_norm`.
+        residual: the shortcut's tensor, exactly when `chain.shortcut` is "residual".
+        running: one entry a norm: how its running statistics follow the batch, or None.
+
+    Raises: as `conv_bn_act`.
+    """
+    x, residual = _autocast(x), None if residual is None else _autocast(residual)
+    counts = check_chain(chain, x, *tensors, residual)
+    weight = tensors.convs[0].weight if tensors.convs else None
+    fmt = memory_format(x, weight)
+    x = x.contiguous(memory_format=fmt)
+    if residual is not None:
+        residual = residual.contiguous(memory_format=fmt)
+    batch_stats = any(norm is not None and norm.batch_stats for norm in chain.all_norms)
+    flat = tensors.flat()
+    if not batch_stats and not _wants_gradient(x, residual, *flat):
+        return _infer(chain, x, tensors, residual)
+    y, *statistics = ChainFunction.apply(chain, x, residual, *flat)
+    for i, norm in enumerate(chain.all_norms):
+        if norm is not None and norm.batch_stats:
+            mean, m2, *statistics = statistics
+            follow, params = running[i], tensors.norms[i]
+            if follow is not None:
+                conv_bias = tensors.convs[i - 1].bias if i > 0 else None
+                update_running(follow, params, mean, m2, counts[i], conv_bias)
+    return y
+
+
+def _infer(chain: Chain, x: Tensor, tensors: Tensors, residual: Tensor | None) -> Tensor:
+    """The chain with running statistics and no gradient: one launch a convolution.
+
+    The norm and ReLU after a convolution are its epilogue; only a norm before the first
+    convolution (pre-activation) is a launch of its own.
+    """
+    n, impl = len(chain.convs), chain.impl
+    h, start = x, chain.norms[0]
+
+    def normalize(relu: bool) -> Tensor:
+        params = tensors.norms[0]
+        mean = params.running_mean.to(stats_dtype(x))
+        var = params.running_var.to(mean.dtype)
+        affine = ops.bn_finalize(mean, var, 1, params.weight, params.bias, start.eps, impl)
+        skip = x if chain.shortcut == "identity" else residual
+        if n:
+            skip = None
+        return ops.bn_act(x, *affine[:2], skip, None, None, relu, False, impl)[0]
+
+    def convolve(i: int, h: Tensor, skip: Tensor | None, relu: bool) -> Tensor:
+        norm, params, conv = chain.all_norms[i + 1], tensors.norms[i + 1], tensors.convs[i]
+        params = NormParams() if norm is None else params
+        return ops.conv_bn_act(
+            h, conv.weight, conv.bias, *params, skip, relu, norm.eps if norm else 0.0,
+            *chain.all_convs[i].args(), impl,
+        )  # fmt: skip
+
+    if n == 0:
+        if start is None:
+            return ops.add_relu(x, residual, False, impl)[0]
+        return normalize(chain.relu)
+    if start is not None:
+        h = normalize(True)
+    skip = x if chain.shortcut == "identity" else residual
+    if chain.projection is not None:
+        skip = convolve(n, h, None, False)
+    for j in range(n):
+        last = j == n - 1
+        h = convolve(j, h, skip if last else None, chain.relu if last else True)
+    return h
+
+
+def _wants_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _autocast(x: Tensor) -> Tensor:
+    """x in autocast's dtype where autocast is on for its device (double stays double)."""
+    device = x.device.type
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return x
+    return x.to(torch.get_autocast_dtype(device))

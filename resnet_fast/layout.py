@@ -1,0 +1,44 @@
+"""Memory formats: which one a tensor has, and the rows a kernel walks in it.
+
+Two dense formats exist here: `torch.contiguous_format` (NCHW) and `torch.channels_last` (NHWC).
+A tensor with one channel or one pixel is dense in both; kernels then walk it as NHWC, and a
+convolution follows its filter's format, as PyTorch does.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether kernels walk the dense 4-D tensor `x` as NHWC (true also where both formats fit)."""
+    return x.is_contiguous(memory_format=torch.channels_last)
+
+
+def memory_format(x: Tensor, weight: Tensor | None = None) -> torch.memory_format:
+    """The format that results computed from activations `x` take.
+
+    Unambiguous tensors keep their own; ambiguous ones (C = 1 or H = W = 1) follow `weight`;
+    a tensor dense in neither (sliced, expanded) is NHWC when its channel stride is the least.
+    """
+    channels_last, contiguous = is_channels_last(x), x.is_contiguous()
+    if channels_last != contiguous:
+        return torch.channels_last if channels_last else torch.contiguous_format
+    if contiguous:
+        follows = weight is not None and is_channels_last(weight) and not weight.is_contiguous()
+        return torch.channels_last if follows else torch.contiguous_format
+    least = x.size(1) > 1 and x.stride(1) == 1 and x.stride(3) > 1
+    return torch.channels_last if least else torch.contiguous_format
+
+
+def rows_of(x: Tensor) -> tuple[int, int]:
+    """(rows, elements a row) of dense `x`: pixels by channels in NHWC, planes by pixels in NCHW."""
+    n, c, h, w = x.shape
+    return (n * h * w, c) if is_channels_last(x) else (n * c, h * w)
+
+
+def mask_shape(x: Tensor) -> tuple[int, int]:
+    """Shape of the ReLU bit mask of dense `x`: one bit an element, each row padded to a byte."""
+    rows, inner = rows_of(x)
+    return rows, (inner + 7) // 8

@@ -1,0 +1,130 @@
+"""The fused modules: the blocks of `resnet_fast.blocks` with a forward pass in fused launches.
+
+Each is an ordinary `nn.Module` with ordinary `nn.Conv2d` and `nn.BatchNorm2d` children that hold
+the parameters and running statistics; only `forward` differs, so children's own hooks do not run.
+Statistics follow each BatchNorm child's own `training` flag: `bn.eval()` freezes that one.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from . import blocks
+from .autograd.chain import Tensors
+from .blocks import Parts
+from .chain import Chain, Conv, ConvParams, Norm, NormParams
+from .checks import check_impl
+from .functional import Running, run_chain
+
+
+def run_fused(
+    parts: Parts,
+    x: Tensor,
+    residual: Tensor | None = None,
+    *,
+    impl: str = "auto",
+    keep_activations: bool = False,
+) -> Tensor:
+    """The chain of `parts` on x [N,C,H,W] by `resnet_fast.functional.run_chain`.
+
+    `residual` is added where the shortcut is "residual" (or "none", which it then replaces).
+    """
+    shortcut = "residual" if residual is not None else parts.shortcut
+    convs, norms = parts.convs, (*parts.norms, parts.projection_norm)
+    if parts.projection is not None:
+        convs = (*convs, parts.projection)
+    geometry = tuple(_geometry(conv) for conv in convs)
+    n = len(parts.convs)
+    rules = tuple(_rule(norm) for norm in norms)
+    chain = Chain(
+        geometry[:n], rules[:-1], parts.relu, shortcut,
+        geometry[n] if parts.projection is not None else None, rules[-1],
+        keep_activations, impl,
+    )  # fmt: skip
+    tensors = Tensors(
+        tuple(ConvParams(conv.weight, conv.bias) for conv in convs),
+        tuple(_params(norm) for norm in norms),
+    )
+    running = [None if norm is None else _running(norm) for norm in norms]
+    return run_chain(chain, x, tensors, residual, running)
+
+
+def _geometry(conv: nn.Conv2d) -> Conv:
+    return Conv(conv.stride, conv.padding, conv.dilation, conv.groups)
+
+
+def _rule(norm: nn.BatchNorm2d | None) -> Norm | None:
+    if norm is None:
+        return None
+    return Norm(norm.eps, norm.training or norm.running_mean is None)
+
+
+def _params(norm: nn.BatchNorm2d | None) -> NormParams:
+    if norm is None:
+        return NormParams()
+    return NormParams(norm.weight, norm.bias, norm.running_mean, norm.running_var)
+
+
+def _running(norm: nn.BatchNorm2d) -> Running | None:
+    if not (norm.training and norm.track_running_stats):
+        return None
+    return Running(norm.momentum, norm.num_batches_tracked)
+
+
+class Fused:
+    """Mixin for a `blocks.ChainBlock`: the fused forward pass.
+
+    Attributes:
+        impl: "auto", "reference", "native" or "triton" (`resnet_fast.backend`).
+        keep_activations: store what lies between convolutions instead of recomputing it in the
+            backward pass (more memory).
+    """
+
+    impl = "auto"
+    keep_activations = False
+
+    def __init__(self, *args, impl: str = "auto", keep_activations: bool = False, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.impl = check_impl(impl)
+        self.keep_activations = keep_activations
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """y of the block, x and y [N,C,H,W]; `residual` is added before the last ReLU."""
+        if residual is None:
+            residual = self.shortcut_of(x)
+        return run_fused(
+            self.parts(), x, residual, impl=self.impl, keep_activations=self.keep_activations
+        )
+
+    def extra_repr(self) -> str:
+        inherited = super().extra_repr()
+        return f"{inherited}, impl={self.impl!r}" if inherited else f"impl={self.impl!r}"
+
+
+class ConvBNAct2d(Fused, blocks.ConvBNAct2d):
+    __doc__ = blocks.ConvBNAct2d.__doc__
+
+
+class BasicBlock(Fused, blocks.BasicBlock):
+    __doc__ = blocks.BasicBlock.__doc__
+
+
+class Bottleneck(Fused, blocks.Bottleneck):
+    __doc__ = blocks.Bottleneck.__doc__
+
+
+class PreActBasicBlock(Fused, blocks.PreActBasicBlock):
+    __doc__ = blocks.PreActBasicBlock.__doc__
+
+
+class PreActBottleneck(Fused, blocks.PreActBottleneck):
+    __doc__ = blocks.PreActBottleneck.__doc__
+
+
+PLAIN = {
+    ConvBNAct2d: blocks.ConvBNAct2d,
+    BasicBlock: blocks.BasicBlock,
+    Bottleneck: blocks.Bottleneck,
+    PreActBasicBlock: blocks.PreActBasicBlock,
+    PreActBottleneck: blocks.PreActBottleneck,
+}

@@ -1,0 +1,163 @@
+"""The contract: schema, fake kernel and dispatch of every op, in one place.
+
+`torch.ops.resnet_fast.NAME(..., impl)` is what `torch.compile`, `torch.export` and `opcheck` see.
+`resnet_fast.reference.NAME` says what each must compute; `resnet_fast.backend` picks who computes
+it. Activations are dense 4-D tensors in NCHW or channels_last (`resnet_fast.layout`), filters may
+be wider than the activations (fp32 parameters beside bf16 activations), channel vectors are fp32
+(fp64 for double). Ops are functional: they return new tensors and update nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import backend
+from .chain import Conv
+from .layout import mask_shape, memory_format
+from .reference import stats_dtype
+
+LIBRARY = torch.library.Library("resnet_fast", "DEF")
+NAMES: list[str] = []
+_GEOMETRY = "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups"
+
+
+def _op(signature: str, returns: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Define the op `signature` of the decorated fake kernel and give back its caller."""
+    name = signature.partition("(")[0]
+
+    def define(fake: Callable[..., Any]) -> Callable[..., Any]:
+        schema = f"{signature[:-1]}, str impl) -> {returns}"
+        LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+        def run(x: Tensor, *args: Any) -> Any:
+            return backend.resolve(name, args[-1], x)(x, *args[:-1])
+
+        LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"resnet_fast::{name}", fake, lib=LIBRARY)
+        NAMES.append(name)
+        op = getattr(torch.ops.resnet_fast, name).default
+        op.__doc__ = f"resnet_fast::{schema}"
+        return op
+
+    return define
+
+
+def _vector(x: Tensor, size: Any) -> Tensor:
+    return x.new_empty(size, dtype=stats_dtype(x))
+
+
+def _like(x: Tensor, save_mask: bool) -> tuple[Tensor, Tensor]:
+    y = torch.empty_like(x, memory_format=memory_format(x))
+    return y, x.new_empty(mask_shape(x) if save_mask else 0, dtype=torch.uint8)
+
+
+def _conv_output(x: Tensor, w: Tensor, stride: Any, padding: Any, dilation: Any) -> Tensor:
+    conv = Conv(stride, padding, dilation)
+    size = [conv.output_size(x.size(2 + i), w.size(2 + i), i) for i in (0, 1)]
+    out = x.new_empty((x.size(0), w.size(0), *size))
+    return out.to(memory_format=memory_format(x, w))
+
+
+@_op("bn_stats(Tensor x)", "(Tensor mean, Tensor m2)")
+def bn_stats(x, impl):
+    return _vector(x, x.size(1)), _vector(x, x.size(1))
+
+
+@_op(
+    "bn_finalize(Tensor mean, Tensor m2, SymInt count, Tensor? weight, Tensor? bias, float eps)",
+    "(Tensor scale, Tensor shift, Tensor rstd)",
+)
+def bn_finalize(mean, m2, count, weight, bias, eps, impl):
+    return torch.empty_like(mean), torch.empty_like(mean), torch.empty_like(mean)
+
+
+@_op(
+    "bn_bwd_finalize(Tensor sum_dy, Tensor sum_dy_xhat, Tensor scale, Tensor rstd, SymInt count)",
+    "(Tensor b, Tensor c)",
+)
+def bn_bwd_finalize(sum_dy, sum_dy_xhat, scale, rstd, count, impl):
+    return torch.empty_like(sum_dy), torch.empty_like(sum_dy)
+
+
+@_op(
+    "bn_act(Tensor z, Tensor scale, Tensor shift, Tensor? residual, Tensor? res_scale, "
+    "Tensor? res_shift, bool relu, bool save_mask)",
+    "(Tensor y, Tensor mask)",
+)
+def bn_act(z, scale, shift, residual, res_scale, res_shift, relu, save_mask, impl):
+    return _like(z, relu and save_mask)
+
+
+@_op("add_relu(Tensor x, Tensor residual, bool save_mask)", "(Tensor y, Tensor mask)")
+def add_relu(x, residual, save_mask, impl):
+    return _like(x, save_mask)
+
+
+@_op("add_relu_bwd(Tensor dy, Tensor mask)", "Tensor")
+def add_relu_bwd(dy, mask, impl):
+    return _like(dy, False)[0]
+
+
+@_op(
+    "bn_act_bwd_reduce(Tensor dy, Tensor? mask, Tensor z, Tensor mean, Tensor rstd, "
+    "Tensor? residual, Tensor? res_mean, Tensor? res_rstd)",
+    "(Tensor sum_dy, Tensor sum_dy_xhat, Tensor sum_dy_res_xhat)",
+)
+def bn_act_bwd_reduce(dy, mask, z, mean, rstd, residual, res_mean, res_rstd, impl):
+    sums = torch.empty_like(mean), torch.empty_like(mean)
+    return *sums, _vector(dy, 0 if residual is None else mean.size(0))
+
+
+@_op(
+    "bn_act_bwd_apply(Tensor dy, Tensor? mask, Tensor? a, Tensor? z, Tensor? mean, Tensor? b, "
+    "Tensor? c, Tensor? residual)",
+    "Tensor",
+)
+def bn_act_bwd_apply(dy, mask, a, z, mean, b, c, residual, impl):
+    return _like(dy, False)[0]
+
+
+@_op(
+    f"conv_fprop(Tensor x, Tensor w, Tensor? in_scale, Tensor? in_shift, bool stats, {_GEOMETRY})",
+    "(Tensor z, Tensor mean, Tensor m2)",
+)
+def conv_fprop(x, w, in_scale, in_shift, stats, stride, padding, dilation, groups, impl):
+    z = _conv_output(x, w, stride, padding, dilation)
+    size = w.size(0) if stats else 0
+    return z, _vector(x, size), _vector(x, size)
+
+
+@_op(
+    "conv_bprop(Tensor dy, Tensor w, Tensor x, Tensor? dy_mask, Tensor? a, Tensor? z, "
+    "Tensor? mean, Tensor? b, Tensor? c, Tensor? in_scale, Tensor? in_shift, Tensor? in_mean, "
+    "Tensor? in_rstd, Tensor? in_act, Tensor? residual, Tensor? residual_mask, "
+    f"{_GEOMETRY}, bool need_dx, bool need_dw)",
+    "(Tensor dx, Tensor dw, Tensor sum_dx, Tensor sum_dx_xhat)",
+)
+def conv_bprop(
+    dy, w, x, dy_mask, a, z, mean, b, c, in_scale, in_shift, in_mean, in_rstd, in_act,
+    residual, residual_mask, stride, padding, dilation, groups, need_dx, need_dw, impl,
+):  # fmt: skip
+    dx = x.new_empty(0)
+    if need_dx:
+        dx = torch.empty_like(x, memory_format=memory_format(x, w))
+    dw = torch.empty_like(w) if need_dw else w.new_empty(0)
+    size = x.size(1) if need_dx and in_mean is not None else 0
+    return dx, dw, _vector(x, size), _vector(x, size)
+
+
+@_op(
+    "conv_bn_act(Tensor x, Tensor w, Tensor? bias, Tensor? bn_weight, Tensor? bn_bias, "
+    "Tensor? running_mean, Tensor? running_var, Tensor? residual, bool relu, float eps, "
+    f"{_GEOMETRY})",
+    "Tensor",
+)
+def conv_bn_act(
+    x, w, bias, bn_weight, bn_bias, running_mean, running_var, residual, relu, eps,
+    stride, padding, dilation, groups, impl,
+):  # fmt: skip
+    return _conv_output(x, w, stride, padding, dilation)
