@@ -3,6 +3,7 @@
 __version__ = "0.1.0"
 
 from .functional import add_relu, bn_act, conv_bn_act
+from .models import ResNet, create_model, list_models
 from .modules import BasicBlock, Bottleneck, ConvBNAct2d, PreActBasicBlock, PreActBottleneck
 
 __all__ = [
@@ -11,7 +12,10 @@ __all__ = [
     "ConvBNAct2d",
     "PreActBasicBlock",
     "PreActBottleneck",
+    "ResNet",
     "add_relu",
     "bn_act",
     "conv_bn_act",
+    "create_model",
+    "list_models",
 ]

@@ -1,0 +1,85 @@
+# Every target sets up what it needs: a virtual environment, torch first, the rest, the build.
+#
+#   make test                          # .venv, torch, dependencies, native build, tests
+#   make test VENV=/path/to/venv       # in an environment of yours; a torch in it is kept
+#   make test TORCH="torch==2.6.0" PYTHON=python3.12 PYTEST_ARGS="-k build -x"
+#   RESNET_FAST_BUILD=none make test   # auto | cpu | cuda | none: see setup.py
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+PYTEST_ARGS ?=
+VERIFY_ARGS ?=
+EXTRAS := triton,test,demo,dev
+
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+DEPS := $(VENV)/.resnet_fast-deps
+# One stamp for the native build, named after what it was built for: another VENV or another
+# RESNET_FAST_BUILD has another name, so it builds again.
+BUILT := build/stamps/$(subst /,_,$(abspath $(VENV)))-$(or $(RESNET_FAST_BUILD),auto)
+NATIVE := setup.py $(shell find csrc -type f)
+
+.PHONY: help setup env verify test lint demo bench clean distclean
+
+help:
+	@echo "make test    run the tests (PYTEST_ARGS=...)"
+	@echo "make lint    ruff"
+	@echo "make demo    verify, train and measure; writes build/demo/report.html"
+	@echo "make bench   benchmarks of ops and of ResNet-50; writes build/bench"
+	@echo "make verify  compare every op, block and model with the fp64 reference (VERIFY_ARGS=...)"
+	@echo "make env     what is live on this machine, what is not and why"
+	@echo "make setup   only the environment and the native build"
+	@echo "make clean   remove what was built; make distclean: the virtual environment too"
+	@echo "variables: PYTHON VENV TORCH PYTEST_ARGS RESNET_FAST_BUILD MAX_JOBS TORCH_CUDA_ARCH_LIST"
+
+setup: $(BUILT)
+
+$(PY):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and \
+	  "Python 3.10 or newer is needed, $(PYTHON) is %d.%d: make PYTHON=..." % sys.version_info[:2])'
+	$(PYTHON) -m venv $(VENV)
+
+# torch before anything that depends on it, so that nothing else chooses its version.
+$(DEPS): pyproject.toml | $(PY)
+	@$(PY) -c "import torch" 2>/dev/null || { echo $(PIP) install $(TORCH); $(PIP) install $(TORCH); }
+	$(PIP) install "setuptools>=77" ninja
+	RESNET_FAST_BUILD=none $(PIP) install --no-build-isolation -e ".[$(EXTRAS)]"
+	@touch $@
+
+# In place and through ninja: after an edit only what changed is compiled again.
+$(BUILT): $(DEPS) $(NATIVE)
+	@rm -rf build/stamps resnet_fast/_C.*.so
+	$(PY) setup.py build_ext --inplace
+	@mkdir -p $(@D) && touch $@
+
+env: $(BUILT)
+	$(PY) -m resnet_fast env
+
+verify: $(BUILT)
+	$(PY) -m resnet_fast verify $(VERIFY_ARGS)
+
+test: $(BUILT)
+	$(PY) -m pytest $(PYTEST_ARGS)
+
+lint: $(DEPS)
+	$(PY) -m ruff check .
+
+demo: $(BUILT)
+	$(PY) -m bench demo --out build/demo
+
+bench: $(BUILT)
+	@mkdir -p build/bench
+	$(PY) -m pytest bench/ops.py --benchmark-only --benchmark-json=build/bench/ops.json
+	$(PY) -m bench models --model resnet50 --mode infer,train --batch 1,16 --dtype fp32,bf16 \
+	  --device cpu --providers eager_nchw,eager,compile,resnet_fast \
+	  --out build/bench/models.jsonl
+
+# Targets for CUDA machines go here (gpu tests, a compile check of csrc/cuda, GPU benchmarks).
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .benchmarks resnet_fast/_C.*.so
+	find resnet_fast bench tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf .venv .venv-ci

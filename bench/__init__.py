@@ -1,0 +1,7 @@
+"""Benchmarks of resnet_fast: `python -m bench models|table|…`, and `pytest bench/ops.py`."""
+
+import os
+
+# bench.memory profiles every provider, and Kineto would announce each profile on stderr; it reads
+# its level once, when torch is loaded
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")

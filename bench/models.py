@@ -1,0 +1,281 @@
+"""`python -m bench models`: whole models, ours beside plain PyTorch, eager and compiled.
+
+For every model, mode and dtype the correctness gate runs first (`bench.gate`); a red gate means no
+row at all for them and exit status 1. Then, for every batch size, the providers are built, their
+peak memory is measured (`bench.memory`), and they are timed in turns (`bench.timing`). The peers
+run the plain PyTorch modules that `resnet_fast.unfuse` gives, on the same weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import gc
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bench import gate, memory, rows, step, table, timing
+from bench.step import Case
+
+MODES = ("infer", "train")
+OPTIMIZERS = ("none", "sgd")
+IMPLS = ("auto", "reference", "native", "triton")
+DEVICES = ("cpu", "cuda")
+FAILURES = (RuntimeError, ValueError, TypeError, ImportError, OSError)
+
+
+@dataclass(frozen=True)
+class Provider:
+    """A way to run a model. `build(plain, case, x)` makes its own copy, ready for inputs like x."""
+
+    build: Callable[[nn.Module, Case, Tensor], nn.Module]
+    layout: str
+    gated: bool = False
+
+
+def _eager(layout: str) -> Callable[[nn.Module, Case, Tensor], nn.Module]:
+    return lambda plain, case, x: step.prepare(copy.deepcopy(plain), case, layout)
+
+
+def _compiled(plain: nn.Module, case: Case, x: Tensor) -> nn.Module:
+    import torch._inductor.config as inductor
+
+    torch._dynamo.reset()  # a second batch size would otherwise compile for dynamic shapes
+    mode = "max-autotune" if case.device.type == "cuda" else None
+    module = torch.compile(step.prepare(copy.deepcopy(plain), case, "channels_last"), mode=mode)
+    freezing = inductor.patch(freezing=True) if case.mode == "infer" else nullcontext()
+    with freezing:  # in force while the first call compiles
+        if case.mode == "infer":
+            step.infer(module, x)
+    return module
+
+
+def _resnet_fast(plain: nn.Module, case: Case, x: Tensor) -> nn.Module:
+    import resnet_fast
+
+    module = resnet_fast.create_model(case.model, impl=case.impl)
+    module.load_state_dict(plain.state_dict())
+    return step.prepare(module, case, "channels_last")
+
+
+PROVIDERS: dict[str, Provider] = {
+    "eager_nchw": Provider(_eager("nchw"), "nchw"),
+    "eager": Provider(_eager("channels_last"), "channels_last"),
+    "compile": Provider(_compiled, "channels_last"),
+    "resnet_fast": Provider(_resnet_fast, "channels_last", gated=True),
+}
+
+
+def model_names() -> list[str]:
+    """Names `--model` takes."""
+    import resnet_fast
+
+    return resnet_fast.list_models()
+
+
+def plain_model(name: str, image_size: int) -> nn.Module:
+    """Plain PyTorch modules of model `name`, seeded and conditioned (`bench.gate.condition`)."""
+    import resnet_fast
+
+    torch.manual_seed(0)
+    return gate.condition(resnet_fast.unfuse(resnet_fast.create_model(name)), image_size)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `python -m bench models`; comma lists are checked item by item."""
+    add = parser.add_argument
+    add("--model", type=_names(model_names), default=["resnet50"], metavar="NAME,…")
+    add("--mode", type=_names(lambda: MODES), default=["infer", "train"], metavar="infer,train")
+    add("--batch", type=_integers, default=[1, 16], metavar="N,…")
+    add("--dtype", type=_names(lambda: step.DTYPES), default=["fp32"], metavar="fp32,bf16,fp16")
+    add("--device", type=_device, default=torch.device("cpu"), metavar="cpu|cuda")
+    add("--providers", type=_names(lambda: PROVIDERS), default=list(PROVIDERS), metavar="NAME,…",
+        help=f"of {', '.join(PROVIDERS)}; eager is channels_last (default: all)")  # fmt: skip
+    add("--out", type=Path, metavar="FILE.jsonl", help="append the rows to this file")
+    add("--threads", type=_positive(int), metavar="N", help="CPU threads (default: PyTorch's)")
+    add("--rounds", type=_positive(int), metavar="N", help="exactly N rounds a case")
+    add("--seconds", type=_positive(float), default=20.0, metavar="S",
+        help=f"time a case for S seconds, at least {timing.MIN_ROUNDS} rounds (20)")  # fmt: skip
+    add("--image-size", type=_positive(int), default=224, metavar="N")
+    add("--impl", choices=IMPLS, default="auto", help="implementation that resnet_fast runs")
+    add("--optimizer", choices=OPTIMIZERS, default="none", help="update the weights in train")
+    add("--json", action="store_true", help="rows as JSON lines on stdout instead of a table")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure all that was asked for; 1 when a gate was red or a provider failed, else 0."""
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    torch.backends.cudnn.benchmark = True
+    facts = rows.facts(args.device)
+    measured, failed = [], False
+    for model in args.model:
+        plain = plain_model(model, args.image_size)
+        for mode, dtype in ((m, d) for m in args.mode for d in args.dtype):
+            cases = [
+                Case(model, mode, batch, dtype, args.device, args.image_size, args.impl,
+                     args.optimizer if mode == "train" else "none")
+                for batch in args.batch
+            ]  # fmt: skip
+            gated = [name for name in args.providers if PROVIDERS[name].gated]
+            if not all(_gate(name, plain, cases[0]) for name in gated):
+                failed = True
+                continue
+            for case in cases:
+                new, whole = _measure(plain, case, args, facts)
+                failed = failed or not whole
+                measured += new
+                if args.out is not None:
+                    rows.append(args.out, new)
+    if args.json:
+        print("".join(json.dumps(one) + "\n" for one in measured), end="")
+    else:
+        print(table.text(measured))
+    return int(failed)
+
+
+def _gate(name: str, plain: nn.Module, case: Case) -> bool:
+    title = f"{case.model} {case.mode} {case.dtype}"
+    try:
+        checks = gate.gate(PROVIDERS[name].build, plain, case)
+    except FAILURES as error:
+        _say(f"{title}: gate RED, {name} raised {type(error).__name__}: {error}")
+        return False
+    return all([_green(title, name, check) for check in checks])
+
+
+def _green(title: object, name: str, check: gate.Check) -> bool:
+    _say(f"{title}: gate {'green' if check.ok else 'RED'}, {name} {check}")
+    return check.ok
+
+
+def _measure(
+    plain: nn.Module, case: Case, args: argparse.Namespace, facts: Mapping[str, Any]
+) -> tuple[list[rows.Row], bool]:
+    """Rows of one case, and whether every provider gave one."""
+    steps: dict[str, timing.Step] = {}
+    peaks: dict[str, float] = {}
+    layouts = {PROVIDERS[name].layout for name in args.providers}
+    inputs = {layout: step.inputs(case, layout, step.classes(plain)) for layout in layouts}
+    for name in args.providers:
+        provider, first = PROVIDERS[name], []
+
+        def build(provider: Provider = provider, first: list[Tensor] = first) -> timing.Step:
+            run = _step(provider, plain, case, inputs[provider.layout])
+            first.append(run(0).clone())
+            return run
+
+        start = time.perf_counter()
+        try:
+            steps[name], peaks[name] = memory.peak_of(build, case.device)
+        except FAILURES as error:  # the others go on; the exit status tells
+            _say(f"{case}: {name} raised {type(error).__name__}: {error}")
+            continue
+        _say(f"{case}: {name} built and warm after {time.perf_counter() - start:.1f} s")
+        if provider.gated:
+            x = inputs[provider.layout][0][0]
+            if not _green(case, name, gate.at_full_size(first[0], plain, case, x)):
+                return [], False
+    sync = timing.synchronizer(case.device)
+    fastest = min((timing.warm_up(s, sync) for s in steps.values()), default=0.0)
+    _say(f"{case}: timing {', '.join(steps)}")
+    times = timing.interleave(
+        steps,
+        rounds=args.rounds,
+        seconds=args.seconds,
+        repeats=timing.repeats_for(fastest),
+        sync=sync,
+    )
+    new = []
+    for name, values in times.items():
+        p20, p50, p80 = timing.spread(values)
+        ratio = timing.speedup(times["eager"], values) if "eager" in times else None
+        new.append(rows.row(
+            facts, benchmark="models", model=case.model, mode=case.mode, batch=case.batch,
+            dtype=case.dtype, layout=PROVIDERS[name].layout, provider=name,
+            images_per_s=case.batch / p50 * 1e3, ms_p20=p20, ms_p50=p50, ms_p80=p80,
+            peak_mb=peaks[name], speedup_vs_eager=ratio, image_size=case.image_size,
+            rounds=len(values), impl=case.impl, optimizer=case.optimizer,
+        ))  # fmt: skip
+    steps.clear()
+    gc.collect()
+    if case.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return new, len(new) == len(args.providers)
+
+
+def _step(
+    provider: Provider, plain: nn.Module, case: Case, batches: Sequence[tuple[Tensor, Tensor]]
+) -> timing.Step:
+    """One step on input i of the rotation; returns the logits."""
+    module = provider.build(plain, case, batches[0][0])
+    graphs = case.device.type == "cuda"
+    if case.mode == "infer":
+
+        def infer(i: int) -> Tensor:
+            if graphs:
+                torch.compiler.cudagraph_mark_step_begin()
+            return step.infer(module, batches[i % len(batches)][0])
+
+        return infer
+    sgd = case.optimizer == "sgd"
+    optimizer = torch.optim.SGD(module.parameters(), lr=1e-3, momentum=0.9) if sgd else None
+
+    def train(i: int) -> Tensor:
+        if graphs:
+            torch.compiler.cudagraph_mark_step_begin()
+        return step.train(module, *batches[i % len(batches)], step.DTYPES[case.dtype], optimizer)[0]
+
+    return train
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _names(choices: Callable[[], Iterable[str]]) -> Callable[[str], list[str]]:
+    def parse(text: str) -> list[str]:
+        known = list(choices())
+        for word in text.split(","):
+            if word not in known:
+                raise argparse.ArgumentTypeError(
+                    f"expected a comma list of {', '.join(known)}; got {word!r}"
+                )
+        return list(dict.fromkeys(text.split(",")))
+
+    return parse
+
+
+def _positive(kind: type) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = 0
+        if not 0 < value < math.inf:
+            raise argparse.ArgumentTypeError(f"expected a positive {kind.__name__}, got {text!r}")
+        return value
+
+    return parse
+
+
+def _integers(text: str) -> list[int]:
+    return list(dict.fromkeys(_positive(int)(word) for word in text.split(",")))
+
+
+def _device(text: str) -> torch.device:
+    if text not in DEVICES:
+        raise argparse.ArgumentTypeError(f"expected one of {', '.join(DEVICES)}; got {text!r}")
+    if text == "cuda" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError("expected cpu: torch.cuda.is_available() is False here")
+    return torch.device(text)

@@ -1,0 +1,134 @@
+"""The row format: one JSON object a measurement, with all it takes to read it a year later."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import json
+import platform
+import subprocess
+from collections.abc import Iterable, Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+FIELDS = (
+    "benchmark", "model", "mode", "batch", "dtype", "layout", "device", "provider",
+    "images_per_s", "ms_p20", "ms_p50", "ms_p80", "peak_mb", "speedup_vs_eager",
+    "torch", "triton", "cuda", "cpu_or_gpu", "threads", "git_sha", "date",
+)  # fmt: skip
+EXTRA_FIELDS = ("image_size", "rounds", "isa", "impl", "optimizer", "resnet_fast")
+
+Row = dict[str, Any]
+
+
+def row(facts: Mapping[str, Any], **values: Any) -> Row:
+    """A row in the order of FIELDS, then EXTRA_FIELDS; floats to 4 significant digits or more.
+
+    Raises ValueError for a field that is missing or unknown.
+    """
+    given = {**facts, **values}
+    missing = [name for name in (*FIELDS, *EXTRA_FIELDS) if name not in given]
+    unknown = [name for name in given if name not in (*FIELDS, *EXTRA_FIELDS)]
+    if missing or unknown:
+        raise ValueError(f"row: missing fields {missing}, unknown fields {unknown}")
+    ordered = {name: given[name] for name in (*FIELDS, *EXTRA_FIELDS)}
+    return {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in ordered.items()}
+
+
+def facts(device: torch.device) -> Row:
+    """What is the same for every row of one run: versions, machine, commit, time (UTC)."""
+    return {
+        "device": device.type,
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "cuda": torch.version.cuda,
+        "cpu_or_gpu": device_name(device),
+        "threads": torch.get_num_threads(),
+        "git_sha": git_sha(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "isa": instruction_set(device),
+        "resnet_fast": _resnet_fast_version(),
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the CPU's model as the system gives it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def instruction_set(device: torch.device) -> str:
+    """`sm_90` and the like on CUDA; the CPU's widest vector set that PyTorch uses."""
+    if device.type == "cuda":
+        return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+    return torch.backends.cpu.get_cpu_capability()
+
+
+@functools.cache
+def git_sha() -> str | None:
+    """The commit of the working tree, `-dirty` when a tracked file differs; None without git."""
+    sha = _git("rev-parse", "--short=12", "HEAD")
+    if not sha:
+        return None
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results")
+    return f"{sha}-dirty" if changed else sha
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+    except OSError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _resnet_fast_version() -> str | None:
+    import resnet_fast
+
+    return getattr(resnet_fast, "__version__", None)
+
+
+def append(path: Path, rows: Iterable[Row]) -> None:
+    """Append `rows` to the JSON-lines file `path`, made with its folder when missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        for one in rows:
+            file.write(json.dumps(one) + "\n")
+
+
+def read(paths: Iterable[Path]) -> list[Row]:
+    """Rows of JSON-lines files, in order. Raises ValueError naming file and line of a bad row."""
+    rows = []
+    for path in paths:
+        for number, line in enumerate(Path(path).read_text().splitlines(), 1):
+            if not line.strip():
+                continue
+            try:
+                one = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}:{number}: not a JSON object: {error}") from None
+            missing = [name for name in FIELDS if name not in one]
+            if missing:
+                raise ValueError(f"{path}:{number}: the row lacks {', '.join(missing)}")
+            rows.append(one)
+    return rows

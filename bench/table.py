@@ -1,0 +1,253 @@
+"""`python -m bench table`: README's table, and bar charts, from the rows under `bench/results`.
+
+A line of the table holds one case, and only rows of one run: what was not timed in turns is not
+compared. The newest run of a case is the one shown, faster or slower than the one before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench import rows
+
+BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+LABELS = {
+    "eager_nchw": "eager NCHW",
+    "eager": "eager",
+    "compile": "torch.compile",
+    "resnet_fast": "resnet_fast",
+}
+MACHINE = ("device", "cpu_or_gpu", "threads", "isa", "torch", "triton", "cuda")
+CASE = ("model", "image_size", "mode", "dtype", "batch", "impl", "optimizer")
+
+Run = dict[str, rows.Row]
+"""The rows of one case in one run, by provider."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `python -m bench table`."""
+    parser.add_argument("files", nargs="*", type=Path, metavar="FILE.jsonl",
+                        help="rows to read (default: bench/results/*.jsonl)")  # fmt: skip
+    parser.add_argument("--update", type=Path, metavar="README.md",
+                        help=f"put the table between {BEGIN} and {END} of this file")  # fmt: skip
+    parser.add_argument("--check", action="store_true",
+                        help="write nothing; 1 when the file's table (README.md, or the one "
+                             "--update names) is not the one the rows give")  # fmt: skip
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw a bar chart too")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print, write or check the table; 1 when it differs or rows or markers are at fault."""
+    files = args.files or sorted(rows.RESULTS.glob("*.jsonl"))
+    try:
+        found = rows.read(files)
+        table = markdown(found)
+        if args.plot is not None:
+            plot_throughput(found, args.plot)
+        if not args.check and args.update is None:
+            print(table)
+            return 0
+        readme = args.update or rows.ROOT / "README.md"
+        before = readme.read_text()
+        after = splice(before, table, str(readme))
+    except (OSError, ValueError, RuntimeError) as error:
+        print(f"table: {error}", file=sys.stderr)
+        return 1
+    if args.check:
+        if before != after:
+            print(f"table: {readme} differs from the rows; run `python -m bench table "
+                  f"--update {readme.name}`", file=sys.stderr)  # fmt: skip
+        return int(before != after)
+    readme.write_text(after)
+    return 0
+
+
+def splice(text: str, table: str, name: str) -> str:
+    """`text` with what stands between its markers replaced. ValueError unless there is one pair."""
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ValueError(f"{name}: expected one {BEGIN} followed by one {END}")
+    head, _, rest = text.partition(BEGIN)
+    return f"{head}{BEGIN}\n{table}\n{END}{rest.partition(END)[2]}"
+
+
+def newest(found: Iterable[rows.Row]) -> list[Run]:
+    """The newest run of every case on every machine, in the order in which cases first appear."""
+    runs: dict[tuple[Any, ...], Run] = {}
+    for one in found:
+        if one["benchmark"] != "models":
+            continue
+        key = tuple(one.get(name) for name in (*MACHINE, *CASE))
+        run = runs.setdefault(key, {})
+        dates = [other["date"] for other in run.values()]
+        if dates and one["date"] > max(dates):
+            run.clear()
+        if not run or one["date"] == next(iter(run.values()))["date"]:
+            run[one["provider"]] = one
+    return list(runs.values())
+
+
+def markdown(found: Iterable[rows.Row]) -> str:
+    """One table a machine and set of versions: images/s of each provider, speedups, peak memory."""
+    machines: dict[tuple[Any, ...], list[Run]] = {}
+    for run in newest(found):
+        one = next(iter(run.values()))
+        machines.setdefault(tuple(one[name] for name in MACHINE), []).append(run)
+    if not machines:
+        return "No measurements yet: `python -m bench models --out bench/results/NAME.jsonl`."
+    return "\n\n".join(_machine(runs) for runs in machines.values())
+
+
+def _machine(runs: Sequence[Run]) -> str:
+    every = [one for run in runs for one in run.values()]
+    providers = _providers(runs)
+    peers = [name for name in ("eager", "compile") if name in providers]
+    ours = "resnet_fast" in providers
+    header = ["model", "mode", "dtype", "batch", *(LABELS.get(p, p) for p in providers)]
+    header += [f"vs {LABELS[p]}" for p in peers if ours] + ["peak MiB"] * bool(ours and peers)
+    lines = [header, ["---"] * 3 + ["---:"] * (len(header) - 3)]
+    for run in runs:
+        one = next(iter(run.values()))
+        line = [_model(one), _mode(one), one["dtype"], str(one["batch"])]
+        line += [_figure(run[p]["images_per_s"]) if p in run else "–" for p in providers]
+        if ours:
+            line += [_versus(run, peer) for peer in peers]
+        if ours and peers:
+            line.append(_peak(run))
+        lines.append(line)
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"{_heading(every[0])}\n\n{table}\n\n{_footnote(every, bool(ours and peers))}"
+
+
+def _providers(runs: Iterable[Run]) -> list[str]:
+    seen = dict.fromkeys(name for run in runs for name in run)
+    return [name for name in LABELS if name in seen] + [n for n in seen if n not in LABELS]
+
+
+def _heading(one: rows.Row) -> str:
+    where = f"{one['threads']} threads, " if one["device"] == "cpu" else ""
+    versions = [f"PyTorch {one['torch']}"]
+    versions += [f"Triton {one['triton']}"] if one["triton"] else []
+    versions += [f"CUDA {one['cuda']}"] if one["cuda"] else []
+    return f"**{one['cpu_or_gpu']}** ({where}{one['isa']}), {', '.join(versions)}"
+
+
+def _footnote(every: Sequence[rows.Row], peak: bool) -> str:
+    counts = sorted(one["rounds"] for one in every)
+    rounds = f"{counts[0]} to {counts[-1]}" if counts[0] != counts[-1] else f"{counts[0]}"
+    widest = max((one["ms_p80"] - one["ms_p20"]) / one["ms_p50"] for one in every)
+    days = sorted({one["date"][:10] for one in every})
+    dates = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
+    commits = ", ".join(f"`{sha}`" for sha in dict.fromkeys(one["git_sha"] for one in every) if sha)
+    note = (
+        f"Images/s, medians of {rounds} interleaved rounds; the 20th to 80th percentiles span at "
+        f"most {100 * widest:.0f}% of the median. eager and torch.compile run channels_last. "
+    )
+    if peak:
+        note += "Peak: live tensor memory in a step, eager → resnet_fast. "
+    return f"{note}Measured {dates}" + (f" at {commits}." if commits else ".")
+
+
+def _model(one: rows.Row) -> str:
+    impl = one.get("impl", "auto")
+    name = one["model"] if impl == "auto" else f"{one['model']} ({impl})"
+    return f"{name}, {one['image_size']} px"
+
+
+def _mode(one: rows.Row) -> str:
+    sgd = one.get("optimizer", "none") == "sgd"
+    return "train + SGD" if sgd else one["mode"]
+
+
+def _figure(value: float) -> str:
+    return f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
+
+
+def _versus(run: Run, peer: str) -> str:
+    if peer not in run or "resnet_fast" not in run:
+        return "–"
+    if peer == "eager":
+        return f"{run['resnet_fast']['speedup_vs_eager']:.2f}x"
+    return f"{run[peer]['ms_p50'] / run['resnet_fast']['ms_p50']:.2f}x"
+
+
+def _peak(run: Run) -> str:
+    cells = [f"{run[p]['peak_mb']:.0f}" if p in run else "–" for p in ("eager", "resnet_fast")]
+    return " → ".join(cells)
+
+
+def text(found: Iterable[rows.Row]) -> str:
+    """One line a row, for the terminal."""
+    header = ("model", "mode", "dtype", "batch", "provider", "images/s", "ms p20", "ms p50",
+              "ms p80", "peak MiB", "vs eager")  # fmt: skip
+    lines = [header]
+    for one in found:
+        ratio = one["speedup_vs_eager"]
+        times = (f"{one[name]:.2f}" for name in ("ms_p20", "ms_p50", "ms_p80"))
+        lines.append((
+            one["model"], one["mode"], one["dtype"], str(one["batch"]), one["provider"],
+            f"{one['images_per_s']:.1f}", *times,
+            f"{one['peak_mb']:.0f}", "–" if ratio is None else f"{ratio:.2f}x",
+        ))  # fmt: skip
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    left = 5  # names flush left, figures flush right
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i < left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
+
+
+def plot_throughput(found: Iterable[rows.Row], path: Path | str) -> None:
+    """Bars of images/s, one group a case, one colour a provider, scaled to eager; PNG at `path`.
+
+    A bar's height is relative to eager's (to the case's slowest without eager), its label is
+    images/s, its whisker the 20th to 80th percentile. RuntimeError without matplotlib, ValueError
+    without rows.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise RuntimeError(f"plots need matplotlib (pip install matplotlib): {error}") from None
+    runs = newest(found)
+    if not runs:
+        raise ValueError("rows: expected at least one row of benchmark 'models' to plot")
+    providers = _providers(runs)
+    width = 0.8 / len(providers)
+    figure = Figure(figsize=(max(6.0, 1.4 + 1.5 * len(runs)), 4.0), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for i, provider in enumerate(providers):
+        group = [(x, run) for x, run in enumerate(runs) if provider in run]
+        heights, errors, labels = [], [], []
+        for _, run in group:
+            one = run[provider]
+            base = run["eager"]["ms_p50"] if "eager" in run else max(
+                other["ms_p50"] for other in run.values()
+            )  # fmt: skip
+            fast, middle, slow = (base / one[k] for k in ("ms_p20", "ms_p50", "ms_p80"))
+            heights.append(middle)
+            errors.append((middle - slow, fast - middle))
+            labels.append(_figure(one["images_per_s"]))
+        places = [x + (i - (len(providers) - 1) / 2) * width for x, _ in group]
+        bars = axes.bar(places, heights, width, label=LABELS.get(provider, provider),
+                        yerr=list(zip(*errors, strict=True)), ecolor="0.3")  # fmt: skip
+        axes.bar_label(bars, labels, fontsize=7, padding=2)
+    names = [next(iter(run.values())) for run in runs]
+    axes.set_xticks(
+        range(len(runs)),
+        [f"{_model(n)}\n{_mode(n)} {n['dtype']}\nbatch {n['batch']}" for n in names],
+        fontsize=8,
+    )
+    axes.set_ylabel("throughput, eager = 1 (labels: images/s)")
+    axes.set_title(_heading(names[0]).replace("**", ""), fontsize=9)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=8, frameon=False, ncols=len(providers), loc="upper left")
+    axes.margins(y=0.2)
+    figure.savefig(path, dpi=150)

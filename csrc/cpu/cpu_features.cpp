@@ -1,0 +1,90 @@
+#include "cpu_features.h"
+
+#include <c10/util/Exception.h>
+
+#include <cstdlib>
+#include <string>
+
+#if RESNET_FAST_X86_64
+#include <cpuid.h>
+#endif
+
+namespace resnet_fast {
+namespace {
+
+constexpr Isa kIsas[] = {Isa::Baseline, Isa::AVX2, Isa::AVX512, Isa::AVX512_BF16};
+
+#if RESNET_FAST_X86_64
+// Two flags that older compilers cannot name in __builtin_cpu_supports. They say nothing of the
+// operating system, so they count only beside avx2 and avx512f, whose check includes it.
+bool has_f16c() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx >> 29 & 1);
+}
+
+bool has_avx512bf16() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax >> 5 & 1);
+}
+#endif
+
+Isa detect() {
+#if RESNET_FAST_X86_64
+  __builtin_cpu_init();
+  if (!(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c())) {
+    return Isa::Baseline;
+  }
+  if (!(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))) {
+    return Isa::AVX2;
+  }
+  return has_avx512bf16() ? Isa::AVX512_BF16 : Isa::AVX512;
+#else
+  return Isa::Baseline;
+#endif
+}
+
+Isa choose() {
+  const char* asked = std::getenv("RESNET_FAST_CPU_ISA");
+  if (asked == nullptr || *asked == '\0') {
+    return detected_isa();
+  }
+  std::string known;
+  for (const Isa isa : kIsas) {
+    if (std::string(asked) == isa_name(isa)) {
+      TORCH_CHECK(isa <= detected_isa(), "RESNET_FAST_CPU_ISA=", asked,
+                  " is not supported by this CPU; the most it has is ", isa_name(detected_isa()));
+      return isa;
+    }
+    known += (known.empty() ? "" : " | ") + std::string(isa_name(isa));
+  }
+  TORCH_CHECK(false, "RESNET_FAST_CPU_ISA=", asked, " is unknown; use ", known);
+}
+
+}  // namespace
+
+const char* isa_name(Isa isa) {
+  switch (isa) {
+    case Isa::Baseline:
+      return "baseline";
+    case Isa::AVX2:
+      return "avx2";
+    case Isa::AVX512:
+      return "avx512";
+    case Isa::AVX512_BF16:
+      return "avx512_bf16";
+  }
+  return "unknown";
+}
+
+Isa detected_isa() {
+  static const Isa isa = detect();
+  return isa;
+}
+
+Isa active_isa() {
+  static const Isa isa = choose();  // a throw leaves it unset: the next call throws again
+  return isa;
+}
+
+}  // namespace resnet_fast

@@ -1,0 +1,30 @@
+// Which instruction set the CPU kernels use. One binary holds kernels for several; this picks.
+#pragma once
+
+#if defined(__x86_64__)
+#define RESNET_FAST_X86_64 1
+#else
+#define RESNET_FAST_X86_64 0
+#endif
+
+namespace resnet_fast {
+
+// Ordered: each one includes those before it, so `active_isa() >= Isa::AVX512` is a fair question.
+enum class Isa {
+  Baseline,     // what the compiler assumes: SSE2 on x86-64, NEON on aarch64
+  AVX2,         // avx2, fma, f16c
+  AVX512,       // + avx512 f, bw, vl, dq
+  AVX512_BF16,  // + avx512bf16
+};
+
+// "baseline", "avx2", "avx512", "avx512_bf16": the words RESNET_FAST_CPU_ISA takes.
+const char* isa_name(Isa isa);
+
+// The most this CPU and its operating system support; Baseline off x86-64.
+Isa detected_isa();
+
+// detected_isa(), or less where the environment variable RESNET_FAST_CPU_ISA asks for less.
+// Read once, at the first call; throws c10::Error for an unknown word or an unsupported set.
+Isa active_isa();
+
+}  // namespace resnet_fast

@@ -1,0 +1,15 @@
+// The memory-bound kernels for AVX-512 F, BW, VL and DQ.
+#include "target.h"
+
+#if RESNET_FAST_X86
+#define RESNET_FAST_AVX512
+RESNET_FAST_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
+#include "../math.h"
+#include "kernels.h"
+
+namespace resnet_fast::avx512 {
+#include "lanes.inl"
+#include "norm.inl"
+}  // namespace resnet_fast::avx512
+RESNET_FAST_TARGET_END
+#endif

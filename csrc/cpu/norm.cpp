@@ -1,0 +1,353 @@
+// The memory-bound ops on CPU tensors: checks, allocation, dtype dispatch, threads. The arithmetic is in
+// norm.inl. Work is cut by shape alone, never by thread count, so results do not depend on threads.
+#include "norm.h"
+
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "../checks.h"
+#include "cpu_features.h"
+
+namespace resnet_fast {
+
+template <class T>
+const Kernels<T>& kernels() {
+#if RESNET_FAST_X86_64
+  static const Kernels<T>& best = active_isa() >= Isa::AVX512 ? avx512::kernels<T>()
+                                  : active_isa() >= Isa::AVX2 ? avx2::kernels<T>()
+                                                              : baseline::kernels<T>();
+#else
+  static const Kernels<T>& best = baseline::kernels<T>();
+#endif
+  return best;
+}
+
+namespace cpu {
+namespace {
+
+constexpr int64_t kGrain = 1 << 15;  // elements a task is worth starting for
+
+void check_activation(const char* op, const char* name, const Tensor& x) {
+  check_dense_4d({op, name, x});
+  check_dtype({op, name, x}, {at::kFloat, at::kDouble, at::kBFloat16});
+}
+
+void check_vectors(
+    const char* op, const Tensor& x, std::initializer_list<std::pair<const char*, const OptTensor*>> vectors) {
+  for (const auto& [name, vector] : vectors) {
+    if (!vector->has_value()) continue;
+    check_channels({op, name, **vector}, x.size(1));
+    check_accumulate_dtype({op, name, **vector}, x.scalar_type());
+  }
+}
+
+// An activation beside x: same shape, dtype and memory order.
+void check_beside(const char* op, const char* name, const OptTensor& t, const Tensor& x, const char* x_name) {
+  if (!t.has_value()) return;
+  check_like({op, name, *t}, {op, x_name, x});
+  TORCH_CHECK(shape_of(*t).nhwc == shape_of(x).nhwc && t->is_non_overlapping_and_dense(), op, ": `", name,
+              "` has strides ", t->strides(), ", expected the memory order of `", x_name, "`, ", x.strides());
+}
+
+void check_mask(const char* op, const char* name, const OptTensor& mask, const Tensor& x) {
+  if (!mask.has_value()) return;
+  const Shape s = shape_of(x);
+  check_dtype({op, name, *mask}, {at::kByte});
+  check_shape({op, name, *mask}, {s.rows, (s.inner + 7) / 8});
+}
+
+template <class F>
+void for_rows(const Shape& s, F run) {
+  if (s.rows * s.inner == 0) return;
+  at::parallel_for(0, s.rows, std::max<int64_t>(1, kGrain / s.inner), run);
+}
+
+// NHWC reductions: blocks of rows, each with its own partial result, merged in order.
+int64_t rows_a_block(const Shape& s) { return std::clamp<int64_t>((s.rows + 7) / 8, 64, 512); }
+
+// Sums of all rows: run(begin, end, step, partial) adds k of them a channel; returns k vectors.
+template <class A, class F>
+std::vector<Tensor> reduce_rows(const Shape& s, int k, at::TensorOptions options, F run) {
+  std::vector<Tensor> out;
+  std::vector<A*> to;
+  for (int j = 0; j < k; ++j) {
+    out.push_back(at::zeros({s.channels}, options));
+    to.push_back(static_cast<A*>(out.back().data_ptr()));
+  }
+  if (s.rows * s.inner == 0) return out;
+  if (!s.nhwc) {
+    at::parallel_for(0, s.channels, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t c = begin; c < end; ++c) {
+        A sums[3] = {0, 0, 0};
+        run(c, s.rows, s.channels, sums);
+        for (int j = 0; j < k; ++j) to[j][c] = sums[j];
+      }
+    });
+    return out;
+  }
+  const int64_t size = rows_a_block(s), blocks = (s.rows + size - 1) / size, width = k * s.inner;
+  const Tensor partial = at::zeros({blocks, width}, options);
+  A* p = static_cast<A*>(partial.data_ptr());
+  at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) run(i * size, std::min(s.rows, (i + 1) * size), 1, p + i * width);
+  });
+  std::vector<double> sums(width, 0.0);
+  for (int64_t i = 0; i < blocks; ++i) {
+    for (int64_t c = 0; c < width; ++c) sums[c] += p[i * width + c];
+  }
+  for (int64_t c = 0; c < width; ++c) to[c / s.inner][c % s.inner] = A(sums[c]);
+  return out;
+}
+
+Tensor empty_mask(const Tensor& x, bool wanted) {
+  const Shape s = shape_of(x);
+  const auto options = x.options().dtype(at::kByte);
+  return wanted ? at::empty({s.rows, (s.inner + 7) / 8}, options) : at::empty({0}, options);
+}
+
+std::tuple<Tensor, Tensor> bn_act_unchecked(
+    const Tensor& z, const OptTensor& scale, const OptTensor& shift, const OptTensor& residual,
+    const OptTensor& res_scale, const OptTensor& res_shift, bool relu, bool save_mask) {
+  const Tensor y = at::empty_like(z, z.options(), format_of(z));
+  const Tensor mask = empty_mask(z, relu && save_mask);
+  dispatch(z, "bn_act", [&](auto t) {
+    using T = decltype(t);
+    using A = accumulate_t<T>;
+    const BnAct<T> k = {
+        shape_of(z), static_cast<T*>(y.data_ptr()), mask.numel() ? mask.data_ptr<uint8_t>() : nullptr,
+        data<T>(z), data<T>(residual), data<A>(scale), data<A>(shift), data<A>(res_scale), data<A>(res_shift),
+        relu};
+    for_rows(k.shape, [&](int64_t begin, int64_t end) { kernels<T>().bn_act(k, begin, end); });
+  });
+  return {y, mask};
+}
+
+}  // namespace
+
+Shape shape_of(const Tensor& x) {
+  const bool nhwc = x.is_contiguous(at::MemoryFormat::ChannelsLast);
+  const int64_t n = x.size(0), c = x.size(1), pixels = x.size(2) * x.size(3);
+  return nhwc ? Shape{n * pixels, c, c, true} : Shape{n * c, pixels, c, false};
+}
+
+at::MemoryFormat format_of(const Tensor& x, const Tensor* weight) {
+  const bool nhwc = x.is_contiguous(at::MemoryFormat::ChannelsLast), nchw = x.is_contiguous();
+  const auto pick = [](bool last) { return last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous; };
+  if (nhwc != nchw) return pick(nhwc);
+  return pick(weight != nullptr && !weight->is_contiguous() && weight->is_contiguous(at::MemoryFormat::ChannelsLast));
+}
+
+at::ScalarType accumulate_type(const Tensor& x) { return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
+
+std::tuple<Tensor, Tensor> bn_stats(const Tensor& x) {
+  check_activation("bn_stats", "x", x);
+  const auto options = x.options().dtype(accumulate_type(x));
+  const Shape s = shape_of(x);
+  Tensor mean = at::zeros({s.channels}, options), m2 = at::zeros({s.channels}, options);
+  if (x.numel() == 0) return {mean, m2};
+  dispatch(x, "bn_stats", [&](auto t) {
+    using T = decltype(t);
+    using A = accumulate_t<T>;
+    const Statistics<T> k = {s, data<T>(x)};
+    A *to_mean = static_cast<A*>(mean.data_ptr()), *to_m2 = static_cast<A*>(m2.data_ptr());
+    if (!s.nhwc) {
+      at::parallel_for(0, s.channels, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t c = begin; c < end; ++c) {
+          A moments[2];
+          kernels<T>().statistics(k, c, s.rows, s.channels, moments);
+          to_mean[c] = moments[0];
+          to_m2[c] = moments[1];
+        }
+      });
+      return;
+    }
+    const int64_t size = rows_a_block(s), blocks = (s.rows + size - 1) / size, width = 2 * s.inner;
+    const Tensor partial = at::empty({blocks, width}, options);
+    A* p = static_cast<A*>(partial.data_ptr());
+    at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        kernels<T>().statistics(k, i * size, std::min(s.rows, (i + 1) * size), 1, p + i * width);
+      }
+    });
+    for (int64_t c = 0; c < s.inner; ++c) {
+      Moments<double> all = {0, 0, 0};
+      for (int64_t i = 0; i < blocks; ++i) {
+        const double count = double(std::min(size, s.rows - i * size));
+        all = merge(all, {count, double(p[i * width + c]), double(p[i * width + s.inner + c])});
+      }
+      to_mean[c] = A(all.mean);
+      to_m2[c] = A(all.m2);
+    }
+  });
+  return {mean, m2};
+}
+
+std::tuple<Tensor, Tensor, Tensor> bn_finalize(
+    const Tensor& mean, const Tensor& m2, int64_t count, const OptTensor& weight, const OptTensor& bias, double eps) {
+  const int64_t channels = mean.numel();
+  const auto wide = [&](const OptTensor& t, double fill) {
+    return t.has_value() ? t->to(mean.scalar_type()).contiguous() : at::full({channels}, fill, mean.options());
+  };
+  check_channels({"bn_finalize", "mean", mean}, channels);
+  check_channels({"bn_finalize", "m2", m2}, channels);
+  check_same_dtype({"bn_finalize", "m2", m2}, {"bn_finalize", "mean", mean});
+  const Tensor w = wide(weight, 1.0), b = wide(bias, 0.0);
+  check_channels({"bn_finalize", "weight", w}, channels);
+  check_channels({"bn_finalize", "bias", b}, channels);
+  Tensor scale = at::empty_like(mean), shift = at::empty_like(mean), rstd = at::empty_like(mean);
+  AT_DISPATCH_FLOATING_TYPES(mean.scalar_type(), "bn_finalize", [&] {
+    using A = scalar_t;
+    const A n = A(std::max<int64_t>(count, 1));
+    for (int64_t c = 0; c < channels; ++c) {
+      const auto r = finalize<A>(
+          mean.const_data_ptr<A>()[c], m2.const_data_ptr<A>()[c] / n, w.const_data_ptr<A>()[c],
+          b.const_data_ptr<A>()[c], A(eps), [](A v) { return A(1) / std::sqrt(v); });
+      scale.data_ptr<A>()[c] = r.scale;
+      shift.data_ptr<A>()[c] = r.shift;
+      rstd.data_ptr<A>()[c] = r.rstd;
+    }
+  });
+  return {scale, shift, rstd};
+}
+
+std::tuple<Tensor, Tensor> bn_bwd_finalize(
+    const Tensor& sum_dy, const Tensor& sum_dy_xhat, const Tensor& scale, const Tensor& rstd, int64_t count) {
+  const int64_t channels = sum_dy.numel();
+  for (const auto& [name, t] :
+       {std::pair<const char*, const Tensor&>{"sum_dy_xhat", sum_dy_xhat}, {"scale", scale}, {"rstd", rstd}}) {
+    check_channels({"bn_bwd_finalize", name, t}, channels);
+    check_same_dtype({"bn_bwd_finalize", name, t}, {"bn_bwd_finalize", "sum_dy", sum_dy});
+  }
+  Tensor b = at::empty_like(sum_dy), c = at::empty_like(sum_dy);
+  AT_DISPATCH_FLOATING_TYPES(sum_dy.scalar_type(), "bn_bwd_finalize", [&] {
+    using A = scalar_t;
+    const A n = A(std::max<int64_t>(count, 1));
+    for (int64_t i = 0; i < channels; ++i) {
+      const auto r = finalize_gradient<A>(
+          sum_dy.const_data_ptr<A>()[i], sum_dy_xhat.const_data_ptr<A>()[i], scale.const_data_ptr<A>()[i],
+          rstd.const_data_ptr<A>()[i], n);
+      b.data_ptr<A>()[i] = r.b;
+      c.data_ptr<A>()[i] = r.c;
+    }
+  });
+  return {b, c};
+}
+
+std::tuple<Tensor, Tensor> bn_act(
+    const Tensor& z, const Tensor& scale, const Tensor& shift, const OptTensor& residual, const OptTensor& res_scale,
+    const OptTensor& res_shift, bool relu, bool save_mask) {
+  check_activation("bn_act", "z", z);
+  const OptTensor s = scale, t = shift;
+  check_vectors("bn_act", z, {{"scale", &s}, {"shift", &t}, {"res_scale", &res_scale}, {"res_shift", &res_shift}});
+  check_beside("bn_act", "residual", residual, z, "z");
+  return bn_act_unchecked(z, s, t, residual, res_scale, res_shift, relu, save_mask);
+}
+
+std::tuple<Tensor, Tensor> add_relu(const Tensor& x, const Tensor& residual, bool save_mask) {
+  check_activation("add_relu", "x", x);
+  check_beside("add_relu", "residual", residual, x, "x");
+  return bn_act_unchecked(x, {}, {}, residual, {}, {}, true, save_mask);
+}
+
+std::tuple<Tensor, Tensor, Tensor> bn_act_bwd_reduce(
+    const Tensor& dy, const OptTensor& mask, const Tensor& z, const Tensor& mean, const Tensor& rstd,
+    const OptTensor& residual, const OptTensor& res_mean, const OptTensor& res_rstd) {
+  const char* op = "bn_act_bwd_reduce";
+  check_activation(op, "dy", dy);
+  check_mask(op, "mask", mask, dy);
+  check_beside(op, "z", z, dy, "dy");
+  check_beside(op, "residual", residual, dy, "dy");
+  const OptTensor m = mean, r = rstd;
+  check_vectors(op, dy, {{"mean", &m}, {"rstd", &r}, {"res_mean", &res_mean}, {"res_rstd", &res_rstd}});
+  return dispatch(dy, op, [&](auto t) -> std::tuple<Tensor, Tensor, Tensor> {
+    using T = decltype(t);
+    using A = accumulate_t<T>;
+    GradientSums<T> k = {};
+    k.shape = shape_of(dy);
+    k.dy = data<T>(dy);
+    k.mask = data<uint8_t>(mask);
+    k.z[0] = data<T>(z), k.mean[0] = data<A>(m), k.rstd[0] = data<A>(r);
+    k.z[1] = data<T>(residual), k.mean[1] = data<A>(res_mean), k.rstd[1] = data<A>(res_rstd);
+    const auto options = dy.options().dtype(accumulate_type(dy));
+    auto sums = reduce_rows<A>(k.shape, residual ? 3 : 2, options, [&](int64_t i, int64_t n, int64_t step, A* to) {
+      kernels<T>().gradient_sums(k, i, n, step, to);
+    });
+    return {sums[0], sums[1], residual ? sums[2] : at::empty({0}, options)};
+  });
+}
+
+Tensor bn_act_bwd_apply(
+    const Tensor& dy, const OptTensor& mask, const OptTensor& a, const OptTensor& z, const OptTensor& mean,
+    const OptTensor& b, const OptTensor& c, const OptTensor& residual, const OptTensor& residual_mask) {
+  const char* op = "bn_act_bwd_apply";
+  check_activation(op, "dy", dy);
+  check_mask(op, "mask", mask, dy);
+  check_mask(op, "residual_mask", residual_mask, dy);
+  check_beside(op, "z", z, dy, "dy");
+  check_beside(op, "residual", residual, dy, "dy");
+  check_vectors(op, dy, {{"a", &a}, {"mean", &mean}, {"b", &b}, {"c", &c}});
+  TORCH_CHECK(!b || (a && z && mean && c), op, ": `b` needs `a`, `z`, `mean` and `c` beside it");
+  const Tensor dz = at::empty_like(dy, dy.options(), format_of(dy));
+  dispatch(dy, op, [&](auto t) {
+    using T = decltype(t);
+    using A = accumulate_t<T>;
+    const BnActBwdApply<T> k = {
+        shape_of(dy), static_cast<T*>(dz.data_ptr()), data<T>(dy), data<T>(z), data<T>(residual),
+        data<uint8_t>(mask), data<uint8_t>(residual_mask), data<A>(a), data<A>(mean), data<A>(b), data<A>(c)};
+    for_rows(k.shape, [&](int64_t begin, int64_t end) { kernels<T>().bn_act_bwd_apply(k, begin, end); });
+  });
+  return dz;
+}
+
+Tensor add_relu_bwd(const Tensor& dy, const Tensor& mask) {
+  return bn_act_bwd_apply(dy, mask, {}, {}, {}, {}, {}, {}, {});
+}
+
+std::tuple<Tensor, Tensor> finish_dgrad(
+    Tensor& dx, const Tensor& x, const OptTensor& scale, const OptTensor& shift, const OptTensor& mean,
+    const OptTensor& rstd, const OptTensor& residual, const OptTensor& residual_mask) {
+  const char* op = "conv_bprop";
+  check_beside(op, "residual", residual, dx, "x");
+  check_mask(op, "residual_mask", residual_mask, dx);
+  check_vectors(op, dx, {{"in_scale", &scale}, {"in_shift", &shift}, {"in_mean", &mean}, {"in_rstd", &rstd}});
+  const auto options = dx.options().dtype(accumulate_type(dx));
+  if (!scale && !mean && !residual) return {at::empty({0}, options), at::empty({0}, options)};
+  return dispatch(dx, op, [&](auto t) -> std::tuple<Tensor, Tensor> {
+    using T = decltype(t);
+    using A = accumulate_t<T>;
+    GradientSums<T> k = {};
+    k.shape = shape_of(dx);
+    k.out = static_cast<T*>(dx.data_ptr());
+    k.dy = k.out;
+    k.residual = data<T>(residual), k.residual_mask = data<uint8_t>(residual_mask);
+    k.x = data<T>(x), k.scale = data<A>(scale), k.shift = data<A>(shift);
+    if (mean) k.z[0] = k.x, k.mean[0] = data<A>(mean), k.rstd[0] = data<A>(rstd);
+    auto sums = reduce_rows<A>(k.shape, mean ? 2 : 1, options, [&](int64_t i, int64_t n, int64_t step, A* to) {
+      kernels<T>().gradient_sums(k, i, n, step, to);
+    });
+    if (!mean) return {at::empty({0}, options), at::empty({0}, options)};
+    return {sums[0], sums[1]};
+  });
+}
+
+TORCH_LIBRARY_IMPL(resnet_fast_native, CPU, m) {
+  m.impl("bn_stats", &bn_stats);
+  m.impl("bn_finalize", &bn_finalize);
+  m.impl("bn_bwd_finalize", &bn_bwd_finalize);
+  m.impl("bn_act", &bn_act);
+  m.impl("add_relu", &add_relu);
+  m.impl("add_relu_bwd", &add_relu_bwd);
+  m.impl("bn_act_bwd_reduce", &bn_act_bwd_reduce);
+  m.impl("bn_act_bwd_apply", [](const Tensor& dy, const OptTensor& mask, const OptTensor& a, const OptTensor& z,
+                                const OptTensor& mean, const OptTensor& b, const OptTensor& c,
+                                const OptTensor& residual) {
+    return bn_act_bwd_apply(dy, mask, a, z, mean, b, c, residual, {});
+  });
+}
+
+}  // namespace cpu
+}  // namespace resnet_fast

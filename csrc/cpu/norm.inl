@@ -1,0 +1,244 @@
+// The memory-bound kernels of kernels.h, written once over Lanes. Included once an instruction set.
+
+// Coefficients of element i of a row: a vector along the row (NHWC) or one value for all of it (NCHW).
+template <class A>
+struct Coefficient {
+  const A* p;
+  bool along;
+  Lanes<A> at(int64_t i, int n) const { return along ? Lanes<A>::load(p + i, n) : Lanes<A>::broadcast(*p); }
+  explicit operator bool() const { return p != nullptr; }
+};
+
+template <class A>
+Coefficient<A> coefficient(const Shape& s, const A* p, int64_t row) {
+  return {p == nullptr || s.nhwc ? p : p + row % s.channels, s.nhwc};
+}
+
+inline int64_t mask_width(const Shape& s) { return (s.inner + 7) / 8; }
+
+inline uint32_t load_bits(const uint8_t* mask, int64_t i, int n) {
+  uint32_t bits = mask[i / 8];
+  return n > 8 ? bits | uint32_t(mask[i / 8 + 1]) << 8 : bits;
+}
+
+inline void store_bits(uint8_t* mask, int64_t i, int n, uint32_t bits) {
+  if (n < 16) bits &= (1u << n) - 1;
+  mask[i / 8] = uint8_t(bits);
+  if (n > 8) mask[i / 8 + 1] = uint8_t(bits >> 8);
+}
+
+template <class F>
+inline __attribute__((always_inline)) void for_lanes(int64_t inner, F body) {
+  int64_t i = 0;
+  for (; i + 16 <= inner; i += 16) body(i, 16);
+  if (i < inner) body(i, int(inner - i));
+}
+
+template <class T, bool kResidual, bool kMask>
+void bn_act_rows(const BnAct<T>& k, int64_t begin, int64_t end) {
+  using A = accumulate_t<T>;
+  using V = Lanes<A>;
+  const Shape& s = k.shape;
+  for (int64_t row = begin; row < end; ++row) {
+    const auto scale = coefficient(s, k.scale, row), shift = coefficient(s, k.shift, row);
+    const auto res_scale = coefficient(s, k.res_scale, row), res_shift = coefficient(s, k.res_shift, row);
+    const T *z = k.z + row * s.inner, *residual = kResidual ? k.residual + row * s.inner : nullptr;
+    T* y = k.y + row * s.inner;
+    uint8_t* mask = kMask ? k.mask + row * mask_width(s) : nullptr;
+    for_lanes(s.inner, [&](int64_t i, int n) {
+      V v = V::load(z + i, n);
+      if (scale) v = affine(v, scale.at(i, n), shift.at(i, n));
+      if constexpr (kResidual) {
+        V r = V::load(residual + i, n);
+        v = v + (res_scale ? affine(r, res_scale.at(i, n), res_shift.at(i, n)) : r);
+      }
+      const uint32_t bits = k.relu ? v.positive() : 0xffff;
+      if constexpr (kMask) store_bits(mask, i, n, bits);
+      v.where(bits).store(y + i, n);
+    });
+  }
+}
+
+template <class T>
+void bn_act(const BnAct<T>& k, int64_t begin, int64_t end) {
+  if (k.residual != nullptr) {
+    k.mask != nullptr ? bn_act_rows<T, true, true>(k, begin, end) : bn_act_rows<T, true, false>(k, begin, end);
+  } else {
+    k.mask != nullptr ? bn_act_rows<T, false, true>(k, begin, end) : bn_act_rows<T, false, false>(k, begin, end);
+  }
+}
+
+// Lanes of p at i under the bits of `mask` (all of them where there is no mask).
+template <class V, class T>
+inline __attribute__((always_inline)) V load_masked(const T* p, const uint8_t* mask, int64_t i, int n) {
+  const V v = V::load(p + i, n);
+  return mask == nullptr ? v : v.where(load_bits(mask, i, n));
+}
+
+inline const uint8_t* mask_row(const uint8_t* mask, const Shape& s, int64_t row) {
+  return mask == nullptr ? nullptr : mask + row * mask_width(s);
+}
+
+template <class T>
+void bn_act_bwd_apply(const BnActBwdApply<T>& k, int64_t begin, int64_t end) {
+  using A = accumulate_t<T>;
+  using V = Lanes<A>;
+  const Shape& s = k.shape;
+  for (int64_t row = begin; row < end; ++row) {
+    const auto a = coefficient(s, k.a, row), b = coefficient(s, k.b, row), c = coefficient(s, k.c, row);
+    const auto mean = coefficient(s, k.mean, row);
+    const T *dy = k.dy + row * s.inner, *z = k.z + row * s.inner, *residual = k.residual + row * s.inner;
+    const uint8_t *mask = mask_row(k.mask, s, row), *residual_mask = mask_row(k.residual_mask, s, row);
+    T* dz = k.dz + row * s.inner;
+    for_lanes(s.inner, [&](int64_t i, int n) {
+      V g = load_masked<V>(dy, mask, i, n);
+      if (b) {
+        g = batch_norm_gradient(g, V::load(z + i, n), mean.at(i, n), a.at(i, n), b.at(i, n), c.at(i, n));
+      } else if (a) {
+        g = g * a.at(i, n);
+      }
+      if (k.residual != nullptr) g = g + load_masked<V>(residual, residual_mask, i, n);
+      g.store(dz + i, n);
+    });
+  }
+}
+
+// g of GradientSums at lanes i of one row, written to `out` where given.
+template <class T, class V = Lanes<accumulate_t<T>>>
+inline __attribute__((always_inline)) V gradient_lanes(const GradientSums<T>& k, int64_t row, int64_t i, int n) {
+  const Shape& s = k.shape;
+  const int64_t at = row * s.inner;
+  V g = load_masked<V>(k.dy + at, mask_row(k.mask, s, row), i, n);
+  if (k.residual != nullptr) g = g + load_masked<V>(k.residual + at, mask_row(k.residual_mask, s, row), i, n);
+  if (k.scale != nullptr) {
+    const V scale = coefficient(s, k.scale, row).at(i, n), shift = coefficient(s, k.shift, row).at(i, n);
+    g = g.where(affine(V::load(k.x + at + i, n), scale, shift).positive());
+  }
+  if (k.out != nullptr) g.store(k.out + at + i, n);
+  return g;
+}
+
+template <int kRows, int kSources, class T>
+void gradient_sums_nhwc(const GradientSums<T>& k, int64_t row, accumulate_t<T>* sums) {
+  using V = Lanes<accumulate_t<T>>;
+  const int64_t inner = k.shape.inner;
+  for_lanes(inner, [&](int64_t i, int n) {
+    V total = V::load(sums + i, n), dot[2];
+    for (int j = 0; j < kSources; ++j) dot[j] = V::load(sums + (j + 1) * inner + i, n);
+    for (int r = 0; r < kRows; ++r) {
+      const V g = gradient_lanes(k, row + r, i, n);
+      total = total + g;
+      for (int j = 0; j < kSources; ++j) {
+        const V z = V::load(k.z[j] + (row + r) * inner + i, n);
+        dot[j] = fma(g, normalized(z, V::load(k.mean[j] + i, n), V::load(k.rstd[j] + i, n)), dot[j]);
+      }
+    }
+    total.store(sums + i, n);
+    for (int j = 0; j < kSources; ++j) dot[j].store(sums + (j + 1) * inner + i, n);
+  });
+}
+
+template <int kSources, class T>
+void gradient_sums_nchw(const GradientSums<T>& k, int64_t row, double* sums) {
+  using V = Lanes<accumulate_t<T>>;
+  const int64_t inner = k.shape.inner, channel = row % k.shape.channels;
+  V total = V::broadcast(0), dot[2] = {V::broadcast(0), V::broadcast(0)};
+  for_lanes(inner, [&](int64_t i, int n) {
+    const V g = gradient_lanes(k, row, i, n);
+    total = total + g;
+    for (int j = 0; j < kSources; ++j) {
+      const V z = V::load(k.z[j] + row * inner + i, n);
+      const V mean = V::broadcast(k.mean[j][channel]), rstd = V::broadcast(k.rstd[j][channel]);
+      dot[j] = fma(g, normalized(z, mean, rstd), dot[j]);
+    }
+  });
+  sums[0] += total.sum();
+  for (int j = 0; j < kSources; ++j) sums[j + 1] += dot[j].sum();
+}
+
+template <int kSources, class T>
+void gradient_sums_of(const GradientSums<T>& k, int64_t begin, int64_t end, int64_t step, accumulate_t<T>* sums) {
+  if (k.shape.nhwc) {
+    int64_t row = begin;
+    for (; row + 4 <= end; row += 4) gradient_sums_nhwc<4, kSources>(k, row, sums);
+    for (; row < end; ++row) gradient_sums_nhwc<1, kSources>(k, row, sums);
+  } else {
+    double total[3] = {0, 0, 0};
+    for (int64_t row = begin; row < end; row += step) gradient_sums_nchw<kSources>(k, row, total);
+    for (int j = 0; j <= kSources; ++j) sums[j] += accumulate_t<T>(total[j]);
+  }
+}
+
+template <class T>
+void gradient_sums(const GradientSums<T>& k, int64_t begin, int64_t end, int64_t step, accumulate_t<T>* sums) {
+  if (k.z[1] != nullptr) {
+    gradient_sums_of<2>(k, begin, end, step, sums);
+  } else if (k.z[0] != nullptr) {
+    gradient_sums_of<1>(k, begin, end, step, sums);
+  } else {
+    gradient_sums_of<0>(k, begin, end, step, sums);
+  }
+}
+
+// Sums about a pivot, the first row (or element): s1 = Σ(x − p), s2 = Σ(x − p)². A value of the data as
+// the pivot keeps s2 − s1²/n free of the cancellation that raw sums have at mean 1000, std 1.
+template <class T>
+void statistics(const Statistics<T>& k, int64_t begin, int64_t end, int64_t step, accumulate_t<T>* moments) {
+  using A = accumulate_t<T>;
+  using V = Lanes<A>;
+  const int64_t inner = k.shape.inner;
+  if (k.shape.nhwc) {
+    const T* first = k.x + begin * inner;
+    for (int64_t i = 0; i < 2 * inner; ++i) moments[i] = A(0);
+    const auto add = [&](int64_t row, int rows) {
+      const T* x = k.x + row * inner;
+      for_lanes(inner, [&](int64_t i, int n) {
+        const V pivot = V::load(first + i, n);
+        V s1 = V::load(moments + i, n), s2 = V::load(moments + inner + i, n);
+        for (int r = 0; r < rows; ++r) {
+          const V d = V::load(x + r * inner + i, n) - pivot;
+          s1 = s1 + d;
+          s2 = fma(d, d, s2);
+        }
+        s1.store(moments + i, n);
+        s2.store(moments + inner + i, n);
+      });
+    };
+    int64_t row = begin;
+    for (; row + 4 <= end; row += 4) add(row, 4);
+    for (; row < end; ++row) add(row, 1);
+    const A count = A(end - begin);
+    for (int64_t i = 0; i < inner; ++i) {
+      const A s1 = moments[i], m2 = moments[inner + i] - s1 * s1 / count;
+      moments[i] = widen<A>(first[i]) + s1 / count;
+      moments[inner + i] = m2 > A(0) || m2 != m2 ? m2 : A(0);
+    }
+    return;
+  }
+  Moments<double> all = {0, 0, 0};
+  for (int64_t row = begin; row < end; row += step) {
+    const T* x = k.x + row * inner;
+    const V pivot = V::broadcast(widen<A>(x[0]));
+    V s1 = V::broadcast(0), s2 = V::broadcast(0);
+    for_lanes(inner, [&](int64_t i, int n) {
+      V d = V::load(x + i, n) - pivot;
+      if (n < 16) d = d.where((1u << n) - 1);
+      s1 = s1 + d;
+      s2 = fma(d, d, s2);
+    });
+    const double count = double(inner), sum = s1.sum(), m2 = double(s2.sum()) - sum * sum / count;
+    all = merge(all, {count, double(widen<A>(x[0])) + sum / count, m2 < 0 ? 0 : m2});
+  }
+  moments[0] = A(all.mean);
+  moments[1] = A(all.m2);
+}
+
+template <class T>
+const Kernels<T>& kernels() {
+  static constexpr Kernels<T> all = {bn_act<T>, bn_act_bwd_apply<T>, gradient_sums<T>, statistics<T>};
+  return all;
+}
+
+template const Kernels<float>& kernels<float>();
+template const Kernels<double>& kernels<double>();
+template const Kernels<bf16>& kernels<bf16>();

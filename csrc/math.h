@@ -1,0 +1,69 @@
+// Every formula once, for host and device: V is float, double or a vector of lanes that overloads
+// + - * and fma. Notation as in resnet_fast/reference.py (Ioffe & Szegedy 2015, arXiv:1502.03167).
+#pragma once
+
+#ifdef __CUDACC__
+#define RESNET_FAST_INLINE __host__ __device__ __forceinline__
+#else
+#define RESNET_FAST_INLINE inline __attribute__((always_inline))
+#endif
+
+namespace resnet_fast {
+
+// weight·xhat + bias = scale·z + shift
+template <class V>
+RESNET_FAST_INLINE V affine(V z, V scale, V shift) {
+  return fma(z, scale, shift);
+}
+
+template <class V>
+RESNET_FAST_INLINE V normalized(V z, V mean, V rstd) {
+  return (z - mean) * rstd;
+}
+
+// dz = a·dy + b·(z − mean) + c: the gradient through batch statistics
+template <class V>
+RESNET_FAST_INLINE V batch_norm_gradient(V dy, V z, V mean, V a, V b, V c) {
+  return fma(a, dy, fma(b, z - mean, c));
+}
+
+template <class A>
+struct AffineCoefficients {
+  A scale, shift, rstd;
+};
+
+// scale = weight·rstd, shift = bias − mean·scale; `rsqrt` is 1/sqrt of the platform
+template <class A, class Rsqrt>
+RESNET_FAST_INLINE AffineCoefficients<A> finalize(A mean, A var, A weight, A bias, A eps, Rsqrt rsqrt) {
+  const A rstd = rsqrt(var + eps);
+  const A scale = weight * rstd;
+  return {scale, bias - mean * scale, rstd};
+}
+
+template <class A>
+struct GradientCoefficients {
+  A b, c;
+};
+
+// b = −scale·rstd·Σdy·xhat/M, c = −scale·Σdy/M
+template <class A>
+RESNET_FAST_INLINE GradientCoefficients<A> finalize_gradient(A sum_dy, A sum_dy_xhat, A scale, A rstd, A count) {
+  const A a = scale / count;
+  return {-a * rstd * sum_dy_xhat, -a * sum_dy};
+}
+
+// mean and m2 of the union of two sets of values (Chan, Golub & LeVeque 1983)
+template <class A>
+struct Moments {
+  A count, mean, m2;
+};
+
+template <class A>
+RESNET_FAST_INLINE Moments<A> merge(Moments<A> x, Moments<A> y) {
+  const A count = x.count + y.count;
+  if (count == A(0)) return x;
+  const A delta = y.mean - x.mean, share = y.count / count;
+  return {count, x.mean + delta * share, x.m2 + y.m2 + delta * delta * x.count * share};
+}
+
+}  // namespace resnet_fast

@@ -1,0 +1,133 @@
+// The extension resnet_fast._C: schemas of the native ops, and what this binary is made of.
+#include <ATen/Parallel.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/library.h>
+
+#include <mutex>
+#include <set>
+#include <sstream>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "cpu/cpu_features.h"
+#include "cpu/packed.h"
+
+// Schemas of every native op, for all devices: those of resnet_fast/ops.py without `impl`. Their kernels are registered where they are
+// written: TORCH_LIBRARY_IMPL(resnet_fast_native, CPU, m) in csrc/cpu, CUDA in csrc/cuda.
+TORCH_LIBRARY(resnet_fast_native, m) {
+  m.def(
+      "bn_stats(Tensor x) -> (Tensor mean, Tensor m2)");
+  m.def(
+      "bn_finalize(Tensor mean, Tensor m2, int count, Tensor? weight, Tensor? bias, float eps) "
+      "-> (Tensor scale, Tensor shift, Tensor rstd)");
+  m.def(
+      "bn_bwd_finalize(Tensor sum_dy, Tensor sum_dy_xhat, Tensor scale, Tensor rstd, int count) "
+      "-> (Tensor b, Tensor c)");
+  m.def(
+      "bn_act(Tensor z, Tensor scale, Tensor shift, Tensor? residual, Tensor? res_scale, "
+      "Tensor? res_shift, bool relu, bool save_mask) -> (Tensor y, Tensor mask)");
+  m.def(
+      "add_relu(Tensor x, Tensor residual, bool save_mask) -> (Tensor y, Tensor mask)");
+  m.def(
+      "add_relu_bwd(Tensor dy, Tensor mask) -> Tensor");
+  m.def(
+      "bn_act_bwd_reduce(Tensor dy, Tensor? mask, Tensor z, Tensor mean, Tensor rstd, Tensor? "
+      "residual, Tensor? res_mean, Tensor? res_rstd) -> (Tensor sum_dy, Tensor sum_dy_xhat, "
+      "Tensor sum_dy_res_xhat)");
+  m.def(
+      "bn_act_bwd_apply(Tensor dy, Tensor? mask, Tensor? a, Tensor? z, Tensor? mean, Tensor? b, "
+      "Tensor? c, Tensor? residual) -> Tensor");
+  m.def(
+      "conv_fprop(Tensor x, Tensor w, Tensor? in_scale, Tensor? in_shift, bool stats, int[2] "
+      "stride, int[2] padding, int[2] dilation, int groups) -> (Tensor z, Tensor mean, Tensor "
+      "m2)");
+  m.def(
+      "conv_bprop(Tensor dy, Tensor w, Tensor x, Tensor? dy_mask, Tensor? a, Tensor? z, Tensor? "
+      "mean, Tensor? b, Tensor? c, Tensor? in_scale, Tensor? in_shift, Tensor? in_mean, Tensor? "
+      "in_rstd, Tensor? in_act, Tensor? residual, Tensor? residual_mask, int[2] stride, int[2] "
+      "padding, int[2] dilation, int groups, bool need_dx, bool need_dw) -> (Tensor dx, Tensor "
+      "dw, Tensor sum_dx, Tensor sum_dx_xhat)");
+  m.def(
+      "conv_bn_act(Tensor x, Tensor w, Tensor? bias, Tensor? bn_weight, Tensor? bn_bias, "
+      "Tensor? running_mean, Tensor? running_var, Tensor? residual, bool relu, float eps, "
+      "int[2] stride, int[2] padding, int[2] dilation, int groups) -> Tensor");
+}
+
+namespace {
+
+namespace py = pybind11;
+
+std::vector<std::string> split(const std::string& text, char separator) {
+  std::vector<std::string> words;
+  std::istringstream stream(text);
+  for (std::string word; std::getline(stream, word, separator);) {
+    words.push_back(word);
+  }
+  return words;
+}
+
+std::string compiler() {
+#if defined(__clang__)
+  return __VERSION__;  // begins with "Clang" or "Apple LLVM"
+#else
+  return std::string("GCC ") + __VERSION__;
+#endif
+}
+
+// Facts fixed at compile time (setup.py hands in the RESNET_FAST_ macros) and the CPU found now.
+py::dict build_info() {
+  py::dict info;
+  info["version"] = RESNET_FAST_VERSION;
+  info["build_mode"] = RESNET_FAST_BUILD_MODE;
+  info["build_why"] = RESNET_FAST_BUILD_WHY;
+  info["compiler"] = compiler();
+  info["cxx_flags"] = RESNET_FAST_CXX_FLAGS;
+  info["cxx_standard"] = "c++" + std::to_string(__cplusplus / 100 % 100);
+  info["torch_version"] = RESNET_FAST_TORCH_VERSION;
+  info["pybind11_version"] = std::to_string(PYBIND11_VERSION_MAJOR) + "." +
+                             std::to_string(PYBIND11_VERSION_MINOR) + "." +
+                             std::to_string(PYBIND11_VERSION_PATCH);
+  info["isas"] = split(RESNET_FAST_ISAS, ' ');
+  info["isa_detected"] = resnet_fast::isa_name(resnet_fast::detected_isa());
+  info["isa_active"] = resnet_fast::isa_name(resnet_fast::active_isa());
+#if defined(_OPENMP)
+  info["openmp"] = true;
+#else
+  info["openmp"] = false;
+#endif
+#if defined(RESNET_FAST_WITH_CUDA)
+  info["cuda"] = true;
+  info["cuda_version"] = RESNET_FAST_CUDA_VERSION;
+#else
+  info["cuda"] = false;
+  info["cuda_version"] = py::none();
+#endif
+  info["cuda_architectures"] = split(RESNET_FAST_CUDA_ARCHS, ';');
+  return info;
+}
+
+// Threads that at::parallel_for really uses when every one has work: torch.get_num_threads(), or
+// 1 without OpenMP. A different number means a second OpenMP runtime in the process.
+int64_t parallel_threads() {
+  std::mutex mutex;
+  std::set<std::thread::id> threads;
+  at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    threads.insert(std::this_thread::get_id());
+  });
+  return static_cast<int64_t>(threads.size());
+}
+
+}  // namespace
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.doc() = "Native ops of resnet_fast (torch.ops.resnet_fast_native) and their build information";
+  m.def("build_info", &build_info,
+        "Compiler, flags, instruction sets, CUDA architectures and versions of this binary");
+  m.def("parallel_threads", &parallel_threads,
+        "How many threads the native kernels run on (torch.get_num_threads() when all is well)");
+  m.def("clear_packed", &resnet_fast::cpu::clear_packed,
+        "Drop the packed inference filters; returns how many there were");
+}

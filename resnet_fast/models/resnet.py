@@ -1,0 +1,176 @@
+"""`ResNet`: every residual network of this package as one class.
+
+    stem      conv1, bn1, ReLU (fused), max-pool
+    stages    layer1 … : blocks of one kind; each stage halves the image and doubles the planes
+    head      for pre-activation bn_last, ReLU (fused); global average pool, fc
+
+Children carry torchvision's names in torchvision's order, so state dicts load both ways.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..blocks import Parts, ResidualBlock, run_plain
+from ..checks import check_impl
+from ..modules import PLAIN, Fused, run_fused
+
+STEMS = ("imagenet", "cifar")
+
+
+class ResNet(nn.Module):
+    """logits [N, num_classes] of images x [N, in_channels, H, W], in NCHW or channels_last.
+
+    Convolutions start from N(0, 2 / fan_out) (He initialization, arXiv:1502.01852), normalizations
+    from weight 1 and bias 0, fc as every `nn.Linear`: the parameters torchvision gives for a seed.
+
+    A net of pre-activation blocks follows He et al. 2016 (arXiv:1603.05027, appendix): the stem's
+    activation is also the first block's and comes before its two paths part, so `layer1[0].bn1` is
+    None; one more activation (`bn_last`, ReLU) follows the last addition.
+
+    Args:
+        block: `resnet_fast.BasicBlock`, `Bottleneck`, `PreActBasicBlock` or `PreActBottleneck`.
+        layers: blocks in each stage.
+        num_classes: outputs of fc.
+        zero_init_residual: every residual branch starts as zero, so that a block starts as its
+            shortcut (arXiv:1706.02677, section 5.1): the last normalization's weight is 0, or in a
+            pre-activation block the last convolution's (a zero normalization before a ReLU would
+            stop the gradient for good).
+        groups, width_per_group: cardinality and width of bottlenecks (ResNeXt, Wide ResNet).
+        replace_stride_with_dilation: one flag a stage after the first: dilate it instead.
+        norm_layer: callable giving an `nn.BatchNorm2d` for a channel count; None is that class.
+        shortcut: None (projections where shapes change: option B of He et al. 2015, section 3.3),
+            "zero_pad" (option A), "projection" (everywhere: option C), "none" (a plain net).
+        stem: "imagenet" (7×7 convolution of stride 2, 3×3 max-pool of stride 2) or "cifar" (3×3
+            convolution, no pooling).
+        planes: channels of the stem, and planes of the first stage.
+        in_channels: channels of x.
+        impl, keep_activations: as of the fused modules (`resnet_fast.modules.Fused`).
+        fused: False builds the plain PyTorch twin, with the same parameters and state dict.
+
+    Attributes:
+        fused: whether stem and head run fused; every block's own class says how it runs.
+        impl, keep_activations: of stem and head.
+
+    Raises:
+        ValueError: naming the argument, for a value out of range or of another kind.
+    """
+
+    def __init__(
+        self,
+        block: type[ResidualBlock],
+        layers: Sequence[int],
+        num_classes: int = 1000,
+        zero_init_residual: bool = False,
+        groups: int = 1,
+        width_per_group: int = 64,
+        replace_stride_with_dilation: Sequence[bool] | None = None,
+        norm_layer: Callable[[int], nn.Module] | None = None,
+        *,
+        shortcut: str | None = None,
+        stem: str = "imagenet",
+        planes: int = 64,
+        in_channels: int = 3,
+        impl: str = "auto",
+        keep_activations: bool = False,
+        fused: bool = True,
+    ) -> None:
+        super().__init__()
+        dilate = [False, *(replace_stride_with_dilation or [False] * (len(layers) - 1))]
+        block = block if fused else PLAIN.get(block, block)
+        _check(block, fused, layers, dilate, stem, shortcut, zero_init_residual)
+        for name, value in {
+            "num_classes": num_classes, "groups": groups, "width_per_group": width_per_group,
+            "planes": planes, "in_channels": in_channels,
+        }.items():  # fmt: skip
+            _check_positive(name, value)
+        if not fused and impl != "auto":
+            raise ValueError(f"impl: a plain model (fused=False) runs none, got {impl!r}")
+        self.fused, self.impl, self.keep_activations = fused, check_impl(impl), keep_activations
+        self.stages = len(layers)
+        norm_layer = norm_layer or nn.BatchNorm2d
+        options = {"impl": impl, "keep_activations": keep_activations} if fused else {}
+
+        kernel, stride = (7, 2) if stem == "imagenet" else (3, 1)
+        self.conv1 = nn.Conv2d(in_channels, planes, kernel, stride, kernel // 2, bias=False)
+        self.bn1 = norm_layer(planes)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(3, 2, 1) if stem == "imagenet" else nn.Identity()
+        channels, dilation = planes, 1
+        for i, count in enumerate(layers):
+            stride, before = 1 if i == 0 else 2, dilation
+            if dilate[i]:
+                stride, dilation = 1, dilation * stride
+            stage = []
+            for j in range(count):
+                steps, spread = (stride, before) if j == 0 else (1, dilation)
+                changes = steps != 1 or channels != planes * block.expansion
+                stage.append(
+                    block(
+                        channels, planes, steps, None, groups, width_per_group, spread, norm_layer,
+                        shortcut=None if shortcut == "zero_pad" and not changes else shortcut,
+                        **options,
+                    )
+                )  # fmt: skip
+                channels = stage[-1].out_channels
+            self.add_module(f"layer{i + 1}", nn.Sequential(*stage))
+            planes *= 2
+        if block.preactivation:
+            self.layer1[0].bn1 = None
+            self.bn_last = norm_layer(channels)
+        self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
+        self.fc = nn.Linear(channels, num_classes)
+        self._initialize(zero_init_residual)
+
+    def _initialize(self, zero_init_residual: bool) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        for module in self.modules():  # once more: a block comes before its convolutions
+            if zero_init_residual and isinstance(module, ResidualBlock):
+                last = "conv" if module.preactivation else "bn"
+                nn.init.zeros_(getattr(module, f"{last}{module.depth}").weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits [N, num_classes] of x [N, in_channels, H, W]."""
+        x = self.maxpool(self._run(Parts((self.conv1,), (None, self.bn1), True, "none"), x))
+        for i in range(1, self.stages + 1):
+            x = getattr(self, f"layer{i}")(x)
+        if hasattr(self, "bn_last"):
+            x = self._run(Parts((), (self.bn_last,), True, "none"), x)
+        return self.fc(torch.flatten(self.avgpool(x), 1))
+
+    def _run(self, parts: Parts, x: Tensor) -> Tensor:
+        if not self.fused:
+            return run_plain(parts, x)
+        return run_fused(parts, x, impl=self.impl, keep_activations=self.keep_activations)
+
+    def extra_repr(self) -> str:
+        return f"impl={self.impl!r}" if self.fused else "fused=False"
+
+
+def _check(block, fused, layers, dilate, stem, shortcut, zero_init_residual) -> None:
+    kind = isinstance(block, type) and issubclass(block, ResidualBlock)
+    if not kind or issubclass(block, Fused) != fused:
+        raise ValueError(f"block: expected a residual block class of resnet_fast, got {block!r}")
+    if len(layers) == 0:
+        raise ValueError("layers: expected the blocks of at least one stage, got none")
+    for count in layers:
+        _check_positive("layers", count)
+    if len(dilate) != len(layers):
+        raise ValueError(
+            f"replace_stride_with_dilation: expected {len(layers) - 1} flags, one a stage after "
+            f"the first, got {len(dilate) - 1}"
+        )
+    if stem not in STEMS:
+        raise ValueError(f"stem: expected one of {STEMS}, got {stem!r}")
+    if zero_init_residual and shortcut == "none":
+        raise ValueError("zero_init_residual: a plain net (shortcut='none') would be all zero")
+
+
+def _check_positive(name: str, value: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name}: expected a positive integer, got {value!r}")

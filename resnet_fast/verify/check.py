@@ -1,0 +1,161 @@
+"""What a check is: three runs of one thing, judged tensor by tensor under `resnet_fast.tolerance`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import tolerance
+
+DTYPES = {
+    "fp32": torch.float32,
+    "fp64": torch.float64,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
+GRADIENT = "grad "
+ACTIVATIONS = ("y", "z", "dx")
+
+Values = dict[str, Tensor]
+"""Results by name; a name that starts with `GRADIENT` is judged as a gradient."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Who computes, where, in which dtype and layout."""
+
+    impl: str
+    device: str
+    dtype: str
+    layout: str
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
+
+    @property
+    def narrow(self) -> bool:
+        """Whether the activations have 16 bits."""
+        return self.torch_dtype.itemsize == 2
+
+    @property
+    def same_dtype(self) -> torch.dtype:
+        """dtype of the plain run that says what is allowed: fp32 beside fp64 (`tolerance`)."""
+        return torch.float32 if self.torch_dtype == torch.float64 else self.torch_dtype
+
+    @property
+    def exact_dtype(self) -> torch.dtype:
+        """The narrowest dtype in play: inputs are rounded to it, so that every run gets the same."""
+        return self.torch_dtype if self.narrow else torch.float32
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        return LAYOUTS[self.layout]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One tensor of one case, judged."""
+
+    part: str
+    what: str
+    case: str
+    setting: Setting
+    tensor: str
+    verdict: tolerance.Verdict
+
+    @property
+    def ok(self) -> bool:
+        return self.verdict.ok
+
+    @property
+    def severity(self) -> float:
+        """error / allowed, infinite where it failed for another reason: the worst comes first."""
+        error, allowed = self.verdict.error, self.verdict.allowed
+        if not self.ok and error <= allowed:
+            return math.inf
+        return error / allowed if allowed > 0 else (0.0 if error == 0 else math.inf)
+
+    def row(self) -> dict[str, object]:
+        """The check for JSON; an error that is no number is null."""
+        verdict, setting = self.verdict, self.setting
+        return {
+            "part": self.part, "what": self.what, "case": self.case, "impl": setting.impl,
+            "device": setting.device, "dtype": setting.dtype, "layout": setting.layout,
+            "tensor": self.tensor, "error": _number(verdict.error),
+            "allowed": _number(verdict.allowed), "ok": self.ok, "why": verdict.why,
+        }  # fmt: skip
+
+
+class Runs(NamedTuple):
+    """The three runs of a case, and the bands at the kink of those results that jump there.
+
+    `actual` is what is judged, `same` plain PyTorch in `Setting.same_dtype`, `wide` in fp64.
+    """
+
+    actual: Callable[[], Values]
+    same: Callable[[], Values]
+    wide: Callable[[], Values]
+    kinks: Mapping[str, Tensor] = {}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One case, not yet run; `prepare` makes its inputs, `group` tells results apart in the table."""
+
+    part: str
+    what: str
+    case: str
+    setting: Setting
+    prepare: Callable[[], Runs]
+    group: Callable[[str], str] = lambda name: ""
+
+    def __str__(self) -> str:
+        setting = self.setting
+        return f"{self.what} [{self.case}] {setting.impl} {setting.dtype} {setting.layout}"
+
+    def run(self) -> list[Check]:
+        """A check for every tensor; a single failed one when a run raises or misses a tensor."""
+        who = "plain PyTorch"
+        try:
+            runs = self.prepare()
+            same, wide = runs.same(), runs.wide()
+            who = self.setting.impl
+            actual = runs.actual()
+        except Exception as error:
+            return [self._failed("result", f"{who} raised {type(error).__name__}: {error}")]
+        if not same.keys() == wide.keys() == actual.keys():
+            differ = ", ".join(sorted(actual.keys() ^ wide.keys()))
+            return [self._failed("result", f"missing or additional: {differ}")]
+        return [
+            self._judge(name, actual[name], same[name], expected, runs.kinks.get(name))
+            for name, expected in wide.items()
+        ]
+
+    def _judge(
+        self, name: str, actual: Tensor, same: Tensor, wide: Tensor, kink: Tensor | None
+    ) -> Check:
+        gradient = name.startswith(GRADIENT)
+        verdict = tolerance.compare(actual, same, wide, gradient=gradient, kink=kink)
+        if verdict.ok and name.removeprefix(GRADIENT) in ACTIVATIONS:
+            fmt = self.setting.memory_format
+            if actual.dim() == 4 and not actual.is_contiguous(memory_format=fmt):
+                return self._failed(name, f"its memory format is not {self.setting.layout}")
+        return self._check(name, verdict)
+
+    def _check(self, name: str, verdict: tolerance.Verdict) -> Check:
+        what = " ".join(filter(None, (self.what, self.group(name))))
+        return Check(self.part, what, self.case, self.setting, name, verdict)
+
+    def _failed(self, name: str, why: str) -> Check:
+        return self._check(name, tolerance.Verdict(math.inf, 0.0, False, why))
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -1,0 +1,130 @@
+"""Three runs of a module: fused in the given dtype, plain in the same dtype, plain in fp64."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from .check import GRADIENT, Runs, Setting, Values
+from .settle import settle
+
+MODES = {
+    "train": "batch statistics, gradients and running statistics; 16 bits by autocast",
+    "frozen": "running statistics and gradients; 16 bits by autocast",
+    "infer": "running statistics, no gradients; 16 bits throughout",
+}
+DRAWS = 20
+
+
+def randomize(module: nn.Module, generator: torch.Generator) -> None:
+    """Give every vector of a normalization values of its own.
+
+    A swapped, ignored or transposed vector then shows. One weight in eight is negative.
+    """
+    with torch.no_grad():
+        for norm in module.modules():
+            if isinstance(norm, nn.BatchNorm2d):
+                norm.weight.uniform_(0.5, 1.5, generator=generator)
+                sign = torch.rand(norm.weight.shape, generator=generator) < 0.125
+                norm.weight.copy_(torch.where(sign, -norm.weight, norm.weight))
+                norm.bias.normal_(0, 0.5, generator=generator)
+                norm.running_mean.normal_(0, 0.3, generator=generator)
+                norm.running_var.uniform_(0.5, 2, generator=generator)
+
+
+def round_to(module: nn.Module, exact: torch.dtype) -> None:
+    """Round all parameters and buffers, in place, to values that `exact` represents."""
+    with torch.no_grad():
+        for value in (*module.parameters(), *module.buffers()):
+            if value.is_floating_point():
+                value.copy_(value.to(exact))
+
+
+def evaluate(
+    module: nn.Module,
+    inputs: Sequence[Tensor],
+    dy: Tensor,
+    setting: Setting,
+    dtype: torch.dtype,
+    mode: str,
+) -> Values:
+    """Results of a copy of `module` in `dtype` and one of MODES, forward and backward from `dy`.
+
+    y, and with gradients those of the inputs (x, residual) and of every parameter; after training
+    also the running statistics. "train, infer" goes on to an inference, "infer y".
+    """
+    train, infer = mode.startswith("train"), mode == "infer"
+    autocast = dtype.itemsize == 2 and not infer
+    module = copy.deepcopy(module).train(train)
+    where = {"device": setting.device, "memory_format": setting.memory_format}
+    module.to(dtype=torch.float32 if autocast else dtype, **where)
+    inputs = [x.to(dtype=dtype, **where).clone().requires_grad_(not infer) for x in inputs]
+    narrow = torch.autocast(setting.device, dtype) if autocast else nullcontext()
+    with narrow, torch.set_grad_enabled(not infer):
+        y = module(*inputs)
+    values = {"y": y.detach()}
+    if infer:
+        return values
+    y.backward(dy.to(y))
+    for name, x in zip(("x", "residual"), inputs, strict=False):
+        values[GRADIENT + name] = x.grad
+    for name, parameter in module.named_parameters():
+        values[GRADIENT + name] = parameter.grad
+    if train:
+        values |= {name: buffer.clone() for name, buffer in module.named_buffers()}
+    if mode.endswith(", infer"):
+        module.to(dtype=dtype).eval()
+        with torch.inference_mode():
+            values["infer y"] = module(inputs[0]).clone()
+    return values
+
+
+def compared(
+    setting: Setting,
+    plain: nn.Module,
+    fused: Callable[[], nn.Module],
+    draw: Callable[[int], list[Tensor]],
+    mode: str,
+) -> Runs:
+    """The runs of `fused()`, given the weights of `plain`, against those of `plain` (fp32, CPU).
+
+    `draw(seed)` makes inputs, exact in `Setting.exact_dtype`. Where gradients are compared and the
+    dtype is fine enough, `plain` is settled in place (`resnet_fast.verify.settle`).
+    """
+    round_to(plain, setting.exact_dtype)
+    inputs = draw(0)
+    if mode != "infer" and not setting.narrow:
+        inputs = _settled(plain.train(mode.startswith("train")), draw)
+    with torch.no_grad():
+        shape = copy.deepcopy(plain)(*inputs).shape
+    generator = torch.Generator().manual_seed(2)
+    dy = torch.randn(shape, generator=generator).to(setting.exact_dtype)
+
+    def candidate() -> nn.Module:
+        module = fused()
+        module.load_state_dict(plain.state_dict())
+        return module
+
+    def run(build: Callable[[], nn.Module], dtype: torch.dtype) -> Callable[[], Values]:
+        return lambda: evaluate(build(), inputs, dy, setting, dtype, mode)
+
+    return Runs(
+        run(candidate, setting.torch_dtype),
+        run(lambda: plain, setting.same_dtype),
+        run(lambda: plain, torch.float64),
+    )
+
+
+def _settled(plain: nn.Module, draw: Callable[[int], list[Tensor]]) -> list[Tensor]:
+    """Inputs on which `plain` could be settled; its biases move."""
+    for seed in range(DRAWS):
+        inputs = draw(seed)
+        wide = copy.deepcopy(plain).double()
+        if settle(wide, *(x.double() for x in inputs)):
+            plain.load_state_dict(wide.state_dict())
+            return inputs
+    raise RuntimeError(f"no inputs out of {DRAWS} keep every ReLU and max-pool clear of a tie")

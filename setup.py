@@ -1,0 +1,312 @@
+"""Build of resnet_fast: find out what can be built here, say so, and build it.
+
+Metadata lives in pyproject.toml; this file adds the native extension `resnet_fast._C`.
+
+Environment variables
+    RESNET_FAST_BUILD     auto (default) | cpu | cuda | none
+        auto    cuda where torch was built for CUDA, its toolkit is found and csrc/cuda has sources;
+                else cpu; none where there is no C++ compiler. A visible GPU is never asked for, so
+                a build machine without one makes the same binary.
+        cpu, cuda   that build, or an error that says what is missing
+        none    pure Python: the package works by its reference implementation
+    MAX_JOBS              compiler processes at a time (default: ninja's)
+    TORCH_CUDA_ARCH_LIST  CUDA architectures, for example "8.0;9.0+PTX"
+    CXX, CXXFLAGS         the C++ compiler; flags added after ours, so that they win
+
+The build sees the torch it will run with, so it needs `pip install --no-build-isolation`.
+What was resolved is printed to stderr (`pip install -v` shows it, and so does
+`python setup.py --version`) and kept in `resnet_fast._C.build_info()`.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+
+import setuptools
+
+ROOT = Path(__file__).resolve().parent
+CHOICES = ("auto", "cpu", "cuda", "none")
+MIN_TORCH = (2, 6)
+MIN_SETUPTOOLS = 77  # first to read the SPDX license expression of pyproject.toml
+
+# No -march, no -ffast-math: the kernels choose their instruction set at run time, and NaN, infinity
+# and the order of sums keep their meaning. errno and trap flags are all that is given up. The -std
+# is torch's own choice (its cpp_extension adds the one its headers need: C++17, later C++20).
+CXX_FLAGS = (
+    "-O3 -fno-math-errno -fno-trapping-math -fvisibility=hidden -fvisibility-inlines-hidden -g0 "
+    "-Wall -Wextra"
+).split()
+NVCC_FLAGS = ["-O3", "-lineinfo", "-Xcompiler=-fvisibility=hidden"]
+# Real code for Ampere, Ada and Hopper; PTX for whatever follows.
+DEFAULT_CUDA_ARCHS = "8.0;8.6;8.9;9.0+PTX"
+
+
+class BuildError(SystemExit):
+    """Ends the build with a message instead of a traceback."""
+
+    def __init__(self, message: str):
+        super().__init__(f"\nresnet_fast: {message}\n")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the resolution depends on; `probe` fills it, tests make their own."""
+
+    torch: str | None = None  # torch.__version__
+    torch_cuda: str | None = None  # torch.version.cuda
+    cuda_home: str | None = None
+    toolkit: str | None = None  # the version nvcc reports
+    cuda_sources: bool = False
+    compiler: str | None = None  # first line of `$CXX --version`
+    cxx: str = "c++"
+    python_header: bool = True
+    system: str = "Linux"
+    arch: str = "x86_64"
+
+
+@dataclass(frozen=True)
+class Resolution:
+    mode: str  # cpu | cuda | none
+    why: str
+
+
+def version() -> str:
+    """The one place of the version is `resnet_fast.__version__`; read without importing torch."""
+    text = (ROOT / "resnet_fast" / "__init__.py").read_text(encoding="utf-8")
+    return re.search(r'^__version__ = "([^"]+)"', text, re.MULTILINE).group(1)
+
+
+def requested_build() -> str:
+    requested = os.environ.get("RESNET_FAST_BUILD") or "auto"
+    if requested not in CHOICES:
+        raise BuildError(f"RESNET_FAST_BUILD={requested!r} is unknown; use {' | '.join(CHOICES)}")
+    return requested
+
+
+def first_line_of(command: list[str], pattern: str = "(.+)") -> str | None:
+    """First match of `pattern` in what the command prints, None where it cannot run."""
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    found = re.search(pattern, run.stdout)
+    return found.group(1).strip() if found else None
+
+
+def probe(requested: str) -> Machine:
+    """Look around. `none` looks at nothing, so that it works without torch and a compiler."""
+    if requested == "none":
+        return Machine(system=platform.system(), arch=platform.machine())
+    try:
+        import torch
+        from torch.utils.cpp_extension import CUDA_HOME
+    except ImportError as error:
+        print(f"resnet_fast: import torch failed: {error}", file=sys.stderr)
+        return Machine()
+    if torch.__version__ < MIN_TORCH:
+        needed = ".".join(map(str, MIN_TORCH))
+        raise BuildError(f"torch {torch.__version__} is too old: torch >= {needed} is needed")
+    cxx = os.environ.get("CXX") or "c++"  # the same rule as torch's cpp_extension
+    nvcc = Path(CUDA_HOME, "bin", "nvcc") if CUDA_HOME else None
+    return Machine(
+        torch=str(torch.__version__),
+        torch_cuda=torch.version.cuda,
+        cuda_home=CUDA_HOME,
+        toolkit=first_line_of([str(nvcc), "--version"], r"release (\S+),") if nvcc else None,
+        cuda_sources=any((ROOT / "csrc" / "cuda").glob("*.cu")),
+        compiler=first_line_of([*shlex.split(cxx), "--version"]),
+        cxx=cxx,
+        python_header=Path(sysconfig.get_path("include"), "Python.h").exists(),
+        system=platform.system(),
+        arch=platform.machine(),
+    )
+
+
+def missing_for_cpu(machine: Machine) -> str | None:
+    if machine.system == "Windows":
+        return "the native kernels are written for GCC and Clang, not for Windows"
+    if machine.compiler is None:
+        return f"no C++ compiler: `{machine.cxx}` does not run (install g++ or set CXX)"
+    if not machine.python_header:
+        return "Python.h is missing (install the python3-dev package of your system)"
+    return None
+
+
+def missing_for_cuda(machine: Machine) -> str | None:
+    if machine.torch_cuda is None:
+        return "torch was built without CUDA (torch.version.cuda is None)"
+    if not machine.cuda_home:
+        return "no CUDA toolkit found (put nvcc on PATH or set CUDA_HOME)"
+    if machine.toolkit is None:
+        return f"no CUDA toolkit at CUDA_HOME={machine.cuda_home}: bin/nvcc does not run"
+    if machine.toolkit.split(".")[0] != machine.torch_cuda.split(".")[0]:
+        return f"the toolkit is CUDA {machine.toolkit}, torch was built for {machine.torch_cuda}"
+    if not machine.cuda_sources:
+        return "csrc/cuda has no .cu sources"
+    return None
+
+
+def resolve(requested: str, machine: Machine) -> Resolution:
+    """`requested` (auto | cpu | cuda | none) on `machine` -> what is built, and why."""
+    if requested == "none":
+        return Resolution("none", "RESNET_FAST_BUILD=none")
+    if machine.torch is None:
+        raise BuildError(
+            "torch is not installed in the environment that builds.\n"
+            "  1. install torch first:            pip install torch\n"
+            "  2. build against that very torch:  pip install --no-build-isolation .\n"
+            "  Or set RESNET_FAST_BUILD=none for the pure Python package."
+        )
+    no_cpu = missing_for_cpu(machine)
+    no_cuda = no_cpu or missing_for_cuda(machine)
+    asked = f"RESNET_FAST_BUILD={requested}"
+    if requested == "auto":
+        if no_cpu:
+            return Resolution("none", f"{asked}: {no_cpu}; the reference implementation remains")
+        if no_cuda:
+            return Resolution("cpu", f"{asked}: {no_cuda}")
+        return Resolution("cuda", f"{asked}: CUDA {machine.toolkit} at {machine.cuda_home}")
+    missing = no_cpu if requested == "cpu" else no_cuda
+    if missing:
+        raise BuildError(f"{asked} cannot be met: {missing}")
+    return Resolution(requested, asked)
+
+
+def sources(mode: str, root: Path = ROOT) -> list[str]:
+    """Sources relative to `root`; two that would share an object file are an error."""
+    patterns = ["csrc/*.cpp", "csrc/cpu/*.cpp"]
+    if mode == "cuda":
+        patterns += ["csrc/cuda/*.cpp", "csrc/cuda/*.cu"]
+    found = sorted(p.relative_to(root) for pattern in patterns for p in root.glob(pattern))
+    objects: dict[Path, Path] = {}
+    for path in found:
+        other = objects.setdefault(path.with_suffix(".o"), path)
+        if other != path:
+            raise BuildError(f"{other} and {path} would share one object file: rename one")
+    return [str(path) for path in found]
+
+
+def isas(arch: str, root: Path = ROOT) -> list[str]:
+    """Instruction sets with kernels of their own: csrc/cpu/kernels_<isa>.cpp, where they apply."""
+    names = {p.stem.removeprefix("kernels_") for p in root.glob("csrc/cpu/kernels_*.cpp")}
+    x86 = arch.lower() in ("x86_64", "amd64")
+    return ["baseline", *sorted(n for n in names if n.startswith("avx") and x86)]
+
+
+def cuda_archs() -> str:
+    listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(" ", ";")
+    return listed or DEFAULT_CUDA_ARCHS
+
+
+def cxx_flags(machine: Machine) -> list[str]:
+    # at::parallel_for is a template over `#pragma omp`: without -fopenmp it runs on one thread.
+    # Apple's clang has no OpenMP of its own, so macOS builds are single-threaded.
+    openmp = ["-fopenmp"] if machine.system == "Linux" else []
+    return [*CXX_FLAGS, *openmp, *shlex.split(os.environ.get("CXXFLAGS", ""))]
+
+
+def c_string(text: str) -> str:
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'
+
+
+def extension(resolution: Resolution, machine: Machine) -> setuptools.Extension:
+    """The Extension `resnet_fast._C` of a resolved cpu or cuda build."""
+    from torch.utils import cpp_extension
+
+    cuda = resolution.mode == "cuda"
+    flags = cxx_flags(machine)
+    facts = {
+        "VERSION": version(),
+        "BUILD_MODE": resolution.mode,
+        "BUILD_WHY": resolution.why,
+        "CXX_FLAGS": " ".join(flags),
+        "ISAS": " ".join(isas(machine.arch)),
+        "TORCH_VERSION": machine.torch,  # part of the command, so another torch recompiles
+        "CUDA_VERSION": machine.toolkit if cuda else "",
+        "CUDA_ARCHS": cuda_archs() if cuda else "",
+    }
+    if cuda:  # torch would ask the visible GPUs, and there may be none
+        os.environ["TORCH_CUDA_ARCH_LIST"] = cuda_archs()
+    make = cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension
+    include_dirs = cpp_extension.include_paths(*(["cuda"] if cuda else []))
+    return make(
+        "resnet_fast._C",
+        sources(resolution.mode),
+        depends=[str(p.relative_to(ROOT)) for p in sorted(ROOT.glob("csrc/**/*.[hi]*"))],  # .h .inl
+        extra_compile_args={
+            "cxx": [
+                # -isystem over the -I that torch adds: its headers stay out of our warnings.
+                *(flag for path in include_dirs for flag in ("-isystem", path)),
+                *flags,
+                *(f"-DRESNET_FAST_{key}={c_string(value)}" for key, value in facts.items()),
+                *(["-DRESNET_FAST_WITH_CUDA"] if cuda else []),
+            ],
+            "nvcc": list(NVCC_FLAGS),
+        },
+        extra_link_args=["-fopenmp"] if "-fopenmp" in flags else [],
+    )
+
+
+def report(resolution: Resolution, machine: Machine) -> str:
+    """What was resolved, a fact a line."""
+    rows = [("why", resolution.why)]
+    if resolution.mode != "none":
+        rows += [
+            ("compiler", f"{machine.compiler} ({machine.cxx})"),
+            ("flags", " ".join(cxx_flags(machine))),
+            ("isas", f"{' '.join(isas(machine.arch))} (chosen at run time)"),
+            ("torch", f"{machine.torch} (CUDA: {machine.torch_cuda})"),
+            ("ninja", shutil.which("ninja") or "not found: compiles one file at a time"),
+            ("jobs", os.environ.get("MAX_JOBS") or "ninja's default (MAX_JOBS sets it)"),
+        ]
+    if resolution.mode == "cuda":
+        rows.append(("cuda", f"{machine.toolkit}, architectures {cuda_archs()}"))
+    elif resolution.mode == "none":
+        earlier = ROOT / "resnet_fast" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+        if earlier.exists():
+            rows.append(("note", f"{earlier.name} of an earlier build is still there and is used"))
+    python = platform.python_version()
+    title = f"resnet_fast {version()}: native build = {resolution.mode} (Python {python})"
+    return "\n".join([title, *(f"  {key:<9} {value}" for key, value in rows)])
+
+
+def main() -> None:
+    if int(setuptools.__version__.split(".")[0]) < MIN_SETUPTOOLS:
+        raise BuildError(
+            f"setuptools {setuptools.__version__} is too old: "
+            f"pip install 'setuptools>={MIN_SETUPTOOLS}'"
+        )
+    requested = requested_build()
+    jobs = os.environ.get("MAX_JOBS")
+    if jobs and not (jobs.isdigit() and int(jobs) > 0):
+        raise BuildError(f"MAX_JOBS={jobs!r} is not a positive number")
+    if {"sdist", "egg_info"} & set(sys.argv[1:]):  # metadata and sources alone: no torch needed
+        setuptools.setup()
+        return
+    # ninja of a virtual environment is found although nobody activated it.
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    machine = probe(requested)
+    resolution = resolve(requested, machine)
+    print(report(resolution, machine), file=sys.stderr, flush=True)
+    if resolution.mode == "none":
+        setuptools.setup()
+        return
+    from torch.utils.cpp_extension import BuildExtension
+
+    setuptools.setup(
+        ext_modules=[extension(resolution, machine)], cmdclass={"build_ext": BuildExtension}
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""Fixtures of the suite: implementations, dtypes and layouts by name, poisoned memory, seeds."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from resnet_fast import backend
+
+DTYPES = {
+    "fp32": torch.float32,
+    "fp64": torch.float64,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+@dataclass(frozen=True)
+class Impl:
+    """One implementation on one device: `impl=name` for tensors of `device`."""
+
+    name: str
+    device: str
+
+    def refusal(self, dtype=torch.float32, op="bn_act"):
+        """Why `op` cannot run here in `dtype`, or None."""
+        if self.device == "cuda" and not torch.cuda.is_available():
+            return "this machine has no CUDA device"
+        return backend.refusal(self.name, op, self.device, dtype)
+
+    def need(self, dtype, *ops):
+        """Skip the test, with the reason, unless every one of `ops` runs in `dtype`."""
+        for op in ops or ("bn_act",):
+            reason = self.refusal(dtype, op)
+            if reason is not None:
+                pytest.skip(f"{self.name} on {self.device}: {reason}")
+
+
+IMPLS = {
+    "reference": Impl("reference", "cpu"),
+    "native-cpu": Impl("native", "cpu"),
+    "native-cuda": Impl("native", "cuda"),
+    "triton-interpreter": Impl("triton", "cpu"),
+    "triton-cuda": Impl("triton", "cuda"),
+}
+
+
+@pytest.fixture(params=IMPLS.values(), ids=IMPLS.keys())
+def impl(request):
+    """Every implementation in turn; one that is not there skips with its reason."""
+    request.param.need(torch.float32)
+    return request.param
+
+
+def pytest_collection_modifyitems(config, items):
+    """Keep one case a test of every missing implementation: it skips and stands for the rest."""
+    kept, rest, seen = [], [], set()
+    for item in items:
+        param = item.callspec.params.get("impl") if hasattr(item, "callspec") else None
+        missing = isinstance(param, Impl) and param.refusal() is not None
+        key = (item.path, item.originalname, param) if missing else item
+        (rest if key in seen else kept).append(item)
+        seen.add(key)
+    config.hook.pytest_deselected(items=rest)
+    items[:] = kept
+
+
+@pytest.fixture(params=DTYPES.values(), ids=DTYPES.keys())
+def dtype(request):
+    return request.param
+
+
+@pytest.fixture(params=LAYOUTS.values(), ids=LAYOUTS.keys())
+def layout(request):
+    return request.param
+
+
+@pytest.fixture
+def poisoned_memory():
+    """`torch.empty` and its kin, C++'s too, come filled with NaN (or the largest integer)."""
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = filled
+
+
+@pytest.fixture(scope="session", autouse=True)
+def two_threads():
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(autouse=True)
+def same_seed():
+    torch.manual_seed(0)

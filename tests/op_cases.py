@@ -1,0 +1,268 @@
+"""Arguments for every op of `resnet_fast.ops`: by name, for any shape, dtype and layout."""
+
+from dataclasses import dataclass
+
+import torch
+
+from resnet_fast.reference import pack_mask, stats_dtype
+
+EPS = 1e-5
+
+SHAPES = {  # [N,C,H,W] of the ops without a convolution
+    "7x7": (2, 24, 7, 7),
+    "rgb": (3, 3, 9, 11),
+    "one-channel": (2, 1, 5, 7),
+    "one-image": (1, 8, 6, 6),
+    "one-pixel": (5, 24, 1, 1),
+    "one-value": (1, 1, 1, 1),
+    "c17": (3, 17, 5, 3),
+    "c1003": (2, 1003, 3, 2),
+    "many-pixels": (2, 5, 67, 65),
+    "vectors": (2, 64, 8, 8),
+    "empty": (0, 8, 5, 5),
+}
+
+
+@dataclass(frozen=True)
+class Conv:
+    """One convolution: input shape, filters, kernel and geometry in the order of the ops."""
+
+    shape: tuple[int, int, int, int]
+    filters: int
+    kernel: tuple[int, int]
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+
+    @property
+    def geometry(self):
+        return [list(self.stride), list(self.padding), list(self.dilation), self.groups]
+
+    @property
+    def weight_shape(self):
+        return (self.filters, self.shape[1] // self.groups, *self.kernel)
+
+    @property
+    def out_shape(self):
+        weight = torch.empty(self.weight_shape, device="meta")
+        x = torch.empty(self.shape, device="meta")
+        return tuple(torch.conv2d(x, weight, None, *self.geometry).shape)
+
+
+CONVS = {
+    "1x1": Conv((2, 8, 7, 7), 24, (1, 1)),
+    "1x1-stride2": Conv((2, 16, 7, 9), 24, (1, 1), (2, 2)),
+    "3x3": Conv((2, 8, 7, 7), 24, (3, 3), padding=(1, 1)),
+    "3x3-stride2": Conv((3, 5, 9, 6), 7, (3, 3), (2, 2), (1, 1)),
+    "stem": Conv((2, 3, 17, 19), 24, (7, 7), (2, 2), (3, 3)),
+    "grouped": Conv((2, 8, 7, 7), 12, (3, 3), padding=(1, 1), groups=4),
+    "depthwise": Conv((2, 6, 7, 5), 6, (3, 3), padding=(1, 1), groups=6),
+    "dilated": Conv((2, 4, 9, 9), 8, (3, 3), padding=(2, 2), dilation=(2, 2)),
+    "rectangle": Conv((2, 4, 6, 9), 8, (1, 3), (1, 2), (0, 1)),
+    "one-channel": Conv((2, 1, 7, 7), 24, (3, 3), padding=(1, 1)),
+    "one-filter": Conv((2, 8, 5, 5), 1, (1, 1)),
+    "one-pixel": Conv((4, 24, 1, 1), 17, (1, 1)),
+    "one-image": Conv((1, 8, 5, 5), 16, (3, 3), padding=(1, 1)),
+    "c1003": Conv((2, 1003, 2, 2), 5, (1, 1)),
+    "empty": Conv((0, 8, 5, 5), 16, (3, 3), padding=(1, 1)),
+}
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Random arguments of one dtype, layout and device."""
+
+    dtype: torch.dtype
+    layout: torch.memory_format = torch.contiguous_format
+    device: str = "cpu"
+
+    def activations(self, shape):
+        """Values of `self.dtype`, dense in `self.layout`."""
+        x = torch.randn(shape, dtype=torch.float64).to(self.dtype)
+        return x.contiguous(memory_format=self.layout).to(self.device)
+
+    def filters(self, conv, dtype=None):
+        fan_in = conv.weight_shape[1] * conv.kernel[0] * conv.kernel[1]
+        w = torch.randn(conv.weight_shape, dtype=torch.float64) / fan_in**0.5
+        w = w.to(self.dtype if dtype is None else dtype)
+        return w.contiguous(memory_format=self.layout).to(self.device)
+
+    def vector(self, size):
+        """Channel values in the dtype of statistics."""
+        v = torch.randn(size, dtype=torch.float64)
+        return v.to(stats_dtype(torch.empty(0, dtype=self.dtype))).to(self.device)
+
+    def positive(self, size):
+        return self.vector(size).abs() + 0.5
+
+    def mask(self, like):
+        """A random ReLU bit mask for activations `like`."""
+        return pack_mask(torch.randn_like(like, dtype=torch.float32) > -0.3)
+
+
+def _bn_act(affine, residual, relu, save_mask):
+    def make(draw, shape):
+        c = shape[1]
+        z, res = draw.activations(shape), draw.activations(shape) if residual else None
+        through = [draw.vector(c), draw.vector(c)] if residual == "dual" else [None, None]
+        return [z, draw.vector(c), draw.vector(c), res, *through, relu, save_mask]
+
+    def add(draw, shape):
+        return [draw.activations(shape), draw.activations(shape), save_mask]
+
+    return make if affine else add
+
+
+def _finalize(affine):
+    def make(draw, shape):
+        n, c, h, w = shape
+        vectors = [draw.vector(c), draw.vector(c)] if affine else [None, None]
+        count = n * h * w
+        return [draw.vector(c), draw.positive(c) * count, count, *vectors, EPS]
+
+    return make
+
+
+def _bwd_finalize(draw, shape):
+    n, c, h, w = shape
+    return [draw.vector(c), draw.vector(c), draw.vector(c), draw.positive(c), n * h * w]
+
+
+def _add_relu_bwd(draw, shape):
+    dy = draw.activations(shape)
+    return [dy, draw.mask(dy)]
+
+
+def _bwd_reduce(masked, dual):
+    def make(draw, shape):
+        c = shape[1]
+        dy, z = draw.activations(shape), draw.activations(shape)
+        args = [dy, draw.mask(dy) if masked else None, z, draw.vector(c), draw.positive(c)]
+        other = [draw.activations(shape), draw.vector(c), draw.positive(c)]
+        return args + (other if dual else [None] * 3)
+
+    return make
+
+
+def _bwd_apply(masked, a, batch, residual):
+    def make(draw, shape):
+        c = shape[1]
+        dy = draw.activations(shape)
+        z = [draw.activations(shape), draw.vector(c)] if batch else [None, None]
+        bc = [draw.vector(c), draw.vector(c)] if batch else [None, None]
+        res = draw.activations(shape) if residual else None
+        mask = draw.mask(dy) if masked else None
+        return [dy, mask, draw.vector(c) if a else None, *z, *bc, res]
+
+    return make
+
+
+POINTWISE = {  # variant → arguments for (Draw, [N,C,H,W]); the op is the part before ":"
+    "bn_stats": lambda draw, shape: [draw.activations(shape)],
+    "bn_finalize": _finalize(affine=True),
+    "bn_finalize:no-affine": _finalize(affine=False),
+    "bn_bwd_finalize": _bwd_finalize,
+    "bn_act": _bn_act(True, None, True, True),
+    "bn_act:linear": _bn_act(True, None, False, False),
+    "bn_act:linear-residual": _bn_act(True, "plain", False, True),
+    "bn_act:no-mask": _bn_act(True, None, True, False),
+    "bn_act:residual": _bn_act(True, "plain", True, True),
+    "bn_act:dual": _bn_act(True, "dual", True, True),
+    "add_relu": _bn_act(False, "plain", True, True),
+    "add_relu:no-mask": _bn_act(False, "plain", True, False),
+    "add_relu_bwd": _add_relu_bwd,
+    "bn_act_bwd_reduce": _bwd_reduce(masked=True, dual=False),
+    "bn_act_bwd_reduce:linear": _bwd_reduce(masked=False, dual=False),
+    "bn_act_bwd_reduce:dual": _bwd_reduce(masked=True, dual=True),
+    "bn_act_bwd_reduce:linear-dual": _bwd_reduce(masked=False, dual=True),
+    "bn_act_bwd_apply": _bwd_apply(masked=True, a=True, batch=True, residual=False),
+    "bn_act_bwd_apply:linear": _bwd_apply(masked=False, a=True, batch=True, residual=False),
+    "bn_act_bwd_apply:residual": _bwd_apply(masked=True, a=True, batch=True, residual=True),
+    "bn_act_bwd_apply:frozen": _bwd_apply(masked=True, a=True, batch=False, residual=False),
+    "bn_act_bwd_apply:frozen-residual": _bwd_apply(True, True, False, True),
+    "bn_act_bwd_apply:add": _bwd_apply(masked=True, a=False, batch=False, residual=True),
+}
+
+
+def _fprop(prologue, stats, filters=None):
+    def make(draw, conv):
+        c = conv.shape[1]
+        affine = [draw.vector(c), draw.vector(c)] if prologue else [None, None]
+        x = draw.activations(conv.shape)
+        return [x, draw.filters(conv, filters), *affine, stats, *conv.geometry]
+
+    return make
+
+
+def _bprop(masked=True, batch=True, prologue=True, sums=True, kept=False, more=None, need=(1, 1)):
+    """conv_bprop: what precedes it (mask, BN backward), what follows it (prologue's BN, more)."""
+
+    def make(draw, conv):
+        c, k = conv.shape[1], conv.filters
+        dy, x = draw.activations(conv.out_shape), draw.activations(conv.shape)
+        dz = [None] * 5
+        if batch:
+            z, vectors = draw.activations(conv.out_shape), [draw.vector(k) for _ in range(4)]
+            dz = [vectors[0], z, *vectors[1:]]
+        affine = [draw.vector(c), draw.vector(c)] if prologue else [None, None]
+        inner = [draw.vector(c), draw.positive(c)] if sums else [None, None]
+        act = draw.activations(conv.shape).relu() if kept else None
+        residual = draw.activations(conv.shape) if more else None
+        residual_mask = draw.mask(residual) if more == "masked" else None
+        mask = draw.mask(dy) if masked else None
+        return [
+            dy, draw.filters(conv), x, mask, *dz, *affine, *inner, act, residual, residual_mask,
+            *conv.geometry, bool(need[0]), bool(need[1]),
+        ]  # fmt: skip
+
+    return make
+
+
+def _infer(bias=False, norm=True, affine=True, residual=False, relu=True, filters=None):
+    def make(draw, conv):
+        k = conv.filters
+        vectors = [draw.vector(k), draw.vector(k)] if norm and affine else [None, None]
+        running = [draw.vector(k), draw.positive(k)] if norm else [None, None]
+        return [
+            draw.activations(conv.shape), draw.filters(conv, filters),
+            draw.vector(k) if bias else None, *vectors, *running,
+            draw.activations(conv.out_shape) if residual else None, relu, EPS, *conv.geometry,
+        ]  # fmt: skip
+
+    return make
+
+
+CONVOLUTIONS = {  # variant → arguments for (Draw, Conv)
+    "conv_fprop": _fprop(prologue=False, stats=False),
+    "conv_fprop:stats": _fprop(prologue=False, stats=True),
+    "conv_fprop:prologue": _fprop(prologue=True, stats=True),
+    "conv_fprop:fp32-filters": _fprop(True, True, torch.float32),
+    "conv_bprop": _bprop(),
+    "conv_bprop:bare": _bprop(masked=False, batch=False, prologue=False, sums=False),
+    "conv_bprop:no-prologue": _bprop(prologue=False, sums=False),
+    "conv_bprop:frozen-input": _bprop(masked=False, sums=False),
+    "conv_bprop:kept": _bprop(masked=False, kept=True),
+    "conv_bprop:residual": _bprop(prologue=False, sums=False, more="plain"),
+    "conv_bprop:residual-masked": _bprop(more="masked"),
+    "conv_bprop:only-dx": _bprop(need=(1, 0)),
+    "conv_bprop:only-dw": _bprop(sums=False, need=(0, 1)),
+    "conv_bn_act": _infer(),
+    "conv_bn_act:bias-residual": _infer(bias=True, residual=True),
+    "conv_bn_act:linear": _infer(relu=False, affine=False),
+    "conv_bn_act:no-norm": _infer(norm=False, bias=True),
+    "conv_bn_act:bare": _infer(norm=False, relu=False),
+    "conv_bn_act:fp32-filters": _infer(residual=True, filters=torch.float32),
+}
+
+
+def op_of(variant):
+    """The op's name in a variant's."""
+    return variant.partition(":")[0]
+
+
+def widen(args):
+    """The same arguments in fp64, every value and format kept."""
+    return [
+        a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args
+    ]

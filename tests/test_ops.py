@@ -1,0 +1,138 @@
+"""Every op of the contract: each implementation against the fp64 reference, masks, opcheck."""
+
+import pytest
+import torch
+from op_cases import CONVOLUTIONS, CONVS, POINTWISE, SHAPES, Draw, op_of, widen
+
+from resnet_fast import ops, reference
+from resnet_fast.layout import is_channels_last, mask_shape, memory_format
+from resnet_fast.tolerance import MAX_KINK_SHARE, assert_close, near_kink
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+FULL_OPCHECK = ("test_schema", "test_autograd_registration", "test_faketensor",
+                "test_aot_dispatch_dynamic")  # fmt: skip
+GRADIENTS = ("bn_bwd_finalize", "bn_act_bwd_reduce", "bn_act_bwd_apply", "conv_bprop")
+
+
+def outputs(result):
+    return result if isinstance(result, tuple | list) else (result,)
+
+
+def judge(impl, dtype, variant, args):
+    """Run the op under `impl` and hold every floating result against the reference's."""
+    op = op_of(variant)
+    actual = outputs(getattr(torch.ops.resnet_fast, op)(*args, impl.name))
+    specification = getattr(reference, op)
+    exact = outputs(specification(*widen(args)))
+    if dtype == torch.float64:  # nothing is wider: the rule scales the fp32 result's error
+        args = [a.float() if isinstance(a, torch.Tensor) and a.is_floating_point() else a
+                for a in args]  # fmt: skip
+    same = outputs(specification(*args))
+    assert len(actual) == len(same)
+    for i, results in enumerate(zip(actual, same, exact, strict=True)):
+        if results[0].dtype == torch.uint8:
+            assert results[0].shape == results[1].shape
+            continue
+        assert_close(*results, f"{variant} result {i}", gradient=op in GRADIENTS)
+        if results[0].dim() == 4:
+            assert results[0].stride() == results[1].stride(), "memory format"
+    return actual, exact
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+@pytest.mark.parametrize("variant", POINTWISE)
+def test_pointwise(impl, dtype, layout, variant, shape):
+    impl.need(dtype, op_of(variant))
+    args = POINTWISE[variant](Draw(dtype, layout, impl.device), shape)
+    judge(impl, dtype, variant, args)
+
+
+@pytest.mark.parametrize("conv", CONVS.values(), ids=CONVS.keys())
+@pytest.mark.parametrize("variant", CONVOLUTIONS)
+def test_convolution(impl, dtype, layout, variant, conv):
+    if "fp32-filters" in variant and dtype == torch.float64:
+        pytest.skip("double activations take double filters")
+    impl.need(dtype, op_of(variant))
+    args = CONVOLUTIONS[variant](Draw(dtype, layout, impl.device), conv)
+    judge(impl, dtype, variant, args)
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+@pytest.mark.parametrize("variant", ["bn_act", "bn_act:residual", "bn_act:dual", "add_relu"])
+def test_mask(impl, dtype, layout, variant, shape):
+    """Bit i of a row's byte is element 8·byte + i, as in the reference, padding bits zero."""
+    op = op_of(variant)
+    impl.need(dtype, op)
+    args = POINTWISE[variant](Draw(dtype, layout, impl.device), shape)
+    y, mask = getattr(torch.ops.resnet_fast, op)(*args, impl.name)
+    wide = widen(args)
+    if op == "add_relu":
+        u = wide[0] + wide[1]
+    else:
+        wide[-2:] = [False, False]
+        u = reference.bn_act(*wide)[0]
+    u = u.contiguous(memory_format=memory_format(args[0]))
+    band = near_kink(u, reference.stats_dtype(args[0]))
+    assert band.double().mean().item() <= MAX_KINK_SHARE or u.numel() == 0
+    differs = mask ^ reference.pack_mask(u > 0)
+    assert not torch.any(differs & ~reference.pack_mask(band))
+    assert mask.dtype == torch.uint8 and mask.shape == mask_shape(args[0])
+    assert torch.equal(reference.unpack_mask(mask, y) & (y != 0), y > 0)
+
+
+@pytest.mark.parametrize("variant", ["bn_act", "bn_act:residual", "add_relu"])
+def test_nan_passes_relu(impl, layout, variant):
+    """As in PyTorch, relu(NaN) is NaN, and its gradient flows."""
+    op = op_of(variant)
+    impl.need(torch.float32, op)
+    args = POINTWISE[variant](Draw(torch.float32, layout, impl.device), (2, 24, 5, 7))
+    args[0][1, 3, 2, 1] = float("nan")
+    args[0][0, 5, 1, 1] = float("inf")
+    y, mask = getattr(torch.ops.resnet_fast, op)(*args, impl.name)
+    expected, _ = getattr(reference, op)(*args)
+    assert torch.equal(y.isnan(), expected.isnan()) and y.isnan().sum() >= 1
+    assert reference.unpack_mask(mask, y)[1, 3, 2, 1]
+
+
+def test_mask_round_trip(layout):
+    for shape in SHAPES.values():
+        positive = torch.rand(shape) > 0.5
+        positive = positive.contiguous(memory_format=layout)
+        mask = reference.pack_mask(positive)
+        assert mask.shape == mask_shape(positive)
+        assert torch.equal(reference.unpack_mask(mask, positive), positive)
+
+
+def test_mask_bit_order():
+    """The first element is the least bit of the first byte; a row starts a new byte."""
+    positive = torch.zeros(1, 2, 1, 9, dtype=torch.bool)
+    positive[0, 0, 0, 0] = positive[0, 0, 0, 8] = positive[0, 1, 0, 2] = True
+    assert reference.pack_mask(positive).tolist() == [[1, 1], [4, 0]]
+    nhwc = positive.contiguous(memory_format=torch.channels_last)
+    assert is_channels_last(nhwc) and reference.pack_mask(nhwc).flatten().tolist() == [
+        1, 0, 2, 0, 0, 0, 0, 0, 1,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("variant", [*POINTWISE, *CONVOLUTIONS])
+def test_opcheck(impl, variant):
+    """Schema, fake kernel (shapes, dtypes, strides), autograd registration, dynamic shapes."""
+    op = op_of(variant)
+    impl.need(torch.float32, op)
+    overload = getattr(torch.ops.resnet_fast, op).default
+    if variant in POINTWISE:
+        make, sizes = POINTWISE[variant], [(2, 5, 4, 3), SHAPES["one-pixel"], SHAPES["empty"]]
+    else:
+        make = CONVOLUTIONS[variant]
+        sizes = [CONVS["3x3-stride2"], CONVS["one-pixel"], CONVS["empty"]]
+    for layout in (torch.channels_last, torch.contiguous_format):
+        for size in sizes:
+            full = size is sizes[0] and layout is torch.channels_last
+            args = make(Draw(torch.float32, layout, impl.device), size)
+            tests = FULL_OPCHECK if full else ("test_schema", "test_faketensor")
+            torch.library.opcheck(overload, (*args, impl.name), test_utils=tests)
+
+
+def test_every_op_has_cases():
+    assert {op_of(variant) for variant in [*POINTWISE, *CONVOLUTIONS]} == set(ops.NAMES)

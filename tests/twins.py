@@ -1,0 +1,101 @@
+"""Plain PyTorch twins of what is fused: the judge, its runs, and inputs away from the ReLU kink."""
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from resnet_fast.modules import PLAIN
+
+
+def plain(module):
+    """A copy of `module` whose fused modules, at any depth, are their plain classes."""
+    module = copy.deepcopy(module)
+    for child in module.modules():
+        child.__class__ = PLAIN.get(type(child), type(child))
+    return module
+
+
+def conv_bn_act(
+    x, weight, bn_weight, bn_bias, mean, var, *,
+    bias=None, residual=None, stride=1, padding=0, dilation=1, groups=1,
+    training=False, momentum=0.1, eps=1e-5, relu=True, impl=None,
+):  # fmt: skip
+    """`resnet_fast.conv_bn_act` by PyTorch's own calls."""
+    z = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    return bn_act(
+        z, bn_weight, bn_bias, mean, var, residual=residual,
+        training=training, momentum=momentum, eps=eps, relu=relu,
+    )  # fmt: skip
+
+
+def bn_act(
+    x, bn_weight, bn_bias, mean, var, *,
+    residual=None, training=False, momentum=0.1, eps=1e-5, relu=True, impl=None,
+):  # fmt: skip
+    """`resnet_fast.bn_act` by PyTorch's own calls."""
+    y = F.batch_norm(x, mean, var, bn_weight, bn_bias, training, momentum, eps)
+    y = y if residual is None else y + residual
+    return F.relu(y) if relu else y
+
+
+def add_relu(x, residual, *, impl=None):
+    """`resnet_fast.add_relu` by PyTorch's own calls."""
+    return F.relu(x + residual)
+
+
+def run_chain(chain, x, tensors, residual, running):
+    """`resnet_fast.functional.run_chain` by the equations of `resnet_fast.chain`."""
+
+    def conv(i, h):
+        geometry = chain.all_convs[i]
+        return F.conv2d(
+            h, *tensors.convs[i],
+            geometry.stride, geometry.padding, geometry.dilation, geometry.groups,
+        )  # fmt: skip
+
+    def norm(i, h):
+        if chain.all_norms[i] is None:
+            return h
+        weight, bias, mean, var = tensors.norms[i]
+        rule = chain.all_norms[i]
+        mean, var = (None, None) if rule.batch_stats else (mean, var)
+        return F.batch_norm(h, mean, var, weight, bias, rule.batch_stats, 0.0, rule.eps)
+
+    n, h, first = len(chain.convs), x, x
+    for j in range(n):
+        h = h if chain.norms[j] is None else F.relu(norm(j, h))
+        first = h if j == 0 else first
+        h = conv(j, h)
+    h = norm(n, h)
+    if chain.shortcut == "projection":
+        h = h + norm(n + 1, conv(n, first))
+    elif chain.shortcut != "none":
+        h = h + (x if chain.shortcut == "identity" else residual)
+    return F.relu(h) if chain.relu else h
+
+
+class KinkDistance(TorchDispatchMode):
+    """Records the least |input| of every ReLU that runs inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.least = float("inf")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten.relu.default, torch.ops.aten.relu_.default):
+            self.least = min(self.least, args[0].detach().abs().amin().item())
+        return func(*args, **(kwargs or {}))
+
+
+def away_from_kink(draw, run, margin=1e-4):
+    """draw() from the first seed whose plain `run(*draw())` keeps every ReLU's input off zero."""
+    for seed in range(200):
+        torch.manual_seed(seed)
+        drawn = draw()
+        with KinkDistance() as kink, torch.no_grad():
+            run(*drawn)
+        if kink.least > margin:
+            return drawn
+    raise AssertionError(f"no seed keeps every ReLU's input {margin} away from zero")
