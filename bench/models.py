@@ -135,7 +135,7 @@ def run(args: argparse.Namespace) -> int:
                 new, whole = _measure(plain, case, args, facts)
                 failed = failed or not whole
                 measured += new
-                if args.out is not None:
+                if new and args.out is not None:
                     rows.append(args.out, new)
     if args.json:
         print("".join(json.dumps(one) + "\n" for one in measured), end="")

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "cpu/cpu_features.h"
+#include "cpu/memory.h"
 #include "cpu/packed.h"
 
 // Schemas of every native op, for all devices: those of resnet_fast/ops.py without `impl`. Their kernels are registered where they are
@@ -130,4 +131,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         "How many threads the native kernels run on (torch.get_num_threads() when all is well)");
   m.def("clear_packed", &resnet_fast::cpu::clear_packed,
         "Drop the packed inference filters; returns how many there were");
+  m.def("empty_cache", &resnet_fast::cpu::empty_cache,
+        "Give the cached blocks of large CPU results back to the system; returns their bytes");
 }

@@ -1,11 +1,16 @@
 """Fixtures of the suite: implementations, dtypes and layouts by name, poisoned memory, seeds."""
 
+import os
 from dataclasses import dataclass
 
-import pytest
-import torch
+# Before torch loads OpenMP: over a few elements its threads mostly wait for each other, and where
+# the cores are shared those that wait by spinning keep the others from working.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-from resnet_fast import backend
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from resnet_fast import backend  # noqa: E402
 
 DTYPES = {
     "fp32": torch.float32,

@@ -19,8 +19,8 @@ SHAPES = {  # [N,C,H,W] of the ops without a convolution
     "c1003": (2, 1003, 3, 2),
     "many-pixels": (2, 5, 67, 65),
     "vectors": (2, 64, 8, 8),
-    "empty": (0, 8, 5, 5),
 }
+EMPTY = (0, 8, 5, 5)
 
 
 @dataclass(frozen=True)
@@ -61,40 +61,43 @@ CONVS = {
     "dilated": Conv((2, 4, 9, 9), 8, (3, 3), padding=(2, 2), dilation=(2, 2)),
     "rectangle": Conv((2, 4, 6, 9), 8, (1, 3), (1, 2), (0, 1)),
     "one-channel": Conv((2, 1, 7, 7), 24, (3, 3), padding=(1, 1)),
-    "one-filter": Conv((2, 8, 5, 5), 1, (1, 1)),
+    "three-filters": Conv((2, 8, 5, 5), 3, (1, 1)),
     "one-pixel": Conv((4, 24, 1, 1), 17, (1, 1)),
     "one-image": Conv((1, 8, 5, 5), 16, (3, 3), padding=(1, 1)),
-    "c1003": Conv((2, 1003, 2, 2), 5, (1, 1)),
-    "empty": Conv((0, 8, 5, 5), 16, (3, 3), padding=(1, 1)),
+    "c259": Conv((2, 259, 3, 3), 5, (1, 1)),
 }
+EMPTY_CONV = Conv((0, 8, 5, 5), 16, (3, 3), padding=(1, 1))
 
 
 @dataclass(frozen=True)
 class Draw:
-    """Random arguments of one dtype, layout and device."""
+    """Random arguments of one dtype, layout and device; those in double are exact in fp32."""
 
     dtype: torch.dtype
     layout: torch.memory_format = torch.contiguous_format
     device: str = "cpu"
 
+    @property
+    def vector_dtype(self):
+        return stats_dtype(torch.empty(0, dtype=self.dtype))
+
     def activations(self, shape):
-        """Values of `self.dtype`, dense in `self.layout`."""
-        x = torch.randn(shape, dtype=torch.float64).to(self.dtype)
+        """Values of `self.dtype`, dense in `self.layout`; mean 0.5, so that no sum cancels out."""
+        x = (torch.randn(shape) + 0.5).to(self.dtype)
         return x.contiguous(memory_format=self.layout).to(self.device)
 
     def filters(self, conv, dtype=None):
         fan_in = conv.weight_shape[1] * conv.kernel[0] * conv.kernel[1]
-        w = torch.randn(conv.weight_shape, dtype=torch.float64) / fan_in**0.5
-        w = w.to(self.dtype if dtype is None else dtype)
+        w = (torch.randn(conv.weight_shape) / fan_in**0.5).to(dtype or self.dtype)
         return w.contiguous(memory_format=self.layout).to(self.device)
 
     def vector(self, size):
         """Channel values in the dtype of statistics."""
-        v = torch.randn(size, dtype=torch.float64)
-        return v.to(stats_dtype(torch.empty(0, dtype=self.dtype))).to(self.device)
+        return torch.randn(size).to(self.vector_dtype).to(self.device)
 
-    def positive(self, size):
-        return self.vector(size).abs() + 0.5
+    def positive(self, size, times=1):
+        values = (torch.randn(size).abs() + 0.5) * times
+        return values.to(self.vector_dtype).to(self.device)
 
     def mask(self, like):
         """A random ReLU bit mask for activations `like`."""
@@ -119,7 +122,7 @@ def _finalize(affine):
         n, c, h, w = shape
         vectors = [draw.vector(c), draw.vector(c)] if affine else [None, None]
         count = n * h * w
-        return [draw.vector(c), draw.positive(c) * count, count, *vectors, EPS]
+        return [draw.vector(c), draw.positive(c, count), count, *vectors, EPS]
 
     return make
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from resnet_fast.modules import PLAIN
+from resnet_fast.tolerance import assert_close
 
 
 def plain(module):
@@ -18,24 +19,24 @@ def plain(module):
 
 
 def conv_bn_act(
-    x, weight, bn_weight, bn_bias, mean, var, *,
+    x, weight, bn_weight, bn_bias, running_mean, running_var, *,
     bias=None, residual=None, stride=1, padding=0, dilation=1, groups=1,
     training=False, momentum=0.1, eps=1e-5, relu=True, impl=None,
 ):  # fmt: skip
     """`resnet_fast.conv_bn_act` by PyTorch's own calls."""
     z = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
     return bn_act(
-        z, bn_weight, bn_bias, mean, var, residual=residual,
+        z, bn_weight, bn_bias, running_mean, running_var, residual=residual,
         training=training, momentum=momentum, eps=eps, relu=relu,
     )  # fmt: skip
 
 
 def bn_act(
-    x, bn_weight, bn_bias, mean, var, *,
+    x, bn_weight, bn_bias, running_mean, running_var, *,
     residual=None, training=False, momentum=0.1, eps=1e-5, relu=True, impl=None,
 ):  # fmt: skip
     """`resnet_fast.bn_act` by PyTorch's own calls."""
-    y = F.batch_norm(x, mean, var, bn_weight, bn_bias, training, momentum, eps)
+    y = F.batch_norm(x, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps)
     y = y if residual is None else y + residual
     return F.relu(y) if relu else y
 
@@ -99,3 +100,43 @@ def away_from_kink(draw, run, margin=1e-4):
         if kink.least > margin:
             return drawn
     raise AssertionError(f"no seed keeps every ReLU's input {margin} away from zero")
+
+
+def step(run, leaves, dy=None, buffers=None):
+    """One forward and backward pass: y, the gradient of every leaf, and the buffers after it.
+
+    run() gives y; leaves and buffers are {name: tensor}; without `dy`, y's sum is differentiated.
+    """
+    y = run()
+    if dy is None:
+        y.sum().backward()
+    else:
+        y.backward(dy)
+    found = {"y": y.detach()}
+    found.update({f"d{name}": leaf.grad for name, leaf in leaves.items()})
+    found.update({name: buffer.clone() for name, buffer in (buffers or {}).items()})
+    return found
+
+
+def module_step(module, x, dy=None, **inputs):
+    """`step` of a module on x and named further inputs: its parameters' gradients, its buffers."""
+    leaves = {"x": x, **inputs}
+    leaves = {name: t.detach().clone().requires_grad_() for name, t in leaves.items()}
+    return step(
+        lambda: module(*leaves.values()),
+        {**leaves, **dict(module.named_parameters())},
+        dy, dict(module.named_buffers()),
+    )  # fmt: skip
+
+
+def judge(actual, same, exact, dtype=None):
+    """Every result of a `step` by the one rule; `dtype` as `resnet_fast.tolerance.compare`'s."""
+    assert actual.keys() == same.keys() == exact.keys()
+    for name, value in actual.items():
+        if exact[name] is None:
+            assert value is None, f"{name}: expected no gradient"
+            continue
+        assert value is not None, f"{name}: no gradient"
+        narrower = dtype if value.is_floating_point() else None
+        gradient = name.startswith("d")
+        assert_close(value, same[name], exact[name], name, gradient=gradient, dtype=narrower)

@@ -1,11 +1,16 @@
-// The convolution ops on CPU tensors. The convolutions themselves are oneDNN's, through ATen; what
-// surrounds them in a chain (prologue, statistics, gradients of BN and ReLU) is norm.cpp's, in as few
-// passes as separate convolutions allow.
+// The convolution ops on CPU tensors: by our own tiles where they take the shape (engine.h), with what
+// surrounds the convolution done band by band while it is in cache; else oneDNN's convolutions through
+// ATen, with norm.cpp's passes around them.
 #include <ATen/ATen.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <torch/library.h>
 
+#include <tuple>
+#include <vector>
+
 #include "../checks.h"
+#include "engine.h"
+#include "memory.h"
 #include "norm.h"
 #include "packed.h"
 
@@ -27,20 +32,189 @@ void check_conv(const char* op, const Tensor& x, const Tensor& w) {
                    dtype_name(w.scalar_type()), ", expected ", dtype_name(x.scalar_type()), " or float32");
 }
 
+Tensor empty_like_accumulate(const Tensor& x, int64_t size) {
+  return at::empty({size}, x.options().dtype(accumulate_type(x)));
+}
+
+// relu(scale·x + shift) of some pixels of NHWC x, for the bands of engine.h; nothing where there is no norm.
+template <class T>
+FillRow<T> prologue(const ConvShape& s, const Tensor& x, const OptTensor& scale, const OptTensor& shift) {
+  if (!scale) return {};
+  const T* from = data<T>(x);
+  const auto *a = data<float>(scale), *b = data<float>(shift);
+  return [=](int64_t image, int64_t row, int64_t begin, int64_t end, T* to) {
+    const int64_t first = (image * s.height + row) * s.width + begin;
+    BnAct<T> k = {};
+    k.shape = {end - begin, s.channels, s.channels, true};
+    k.y = to, k.z = from + first * s.channels, k.scale = a, k.shift = b, k.relu = true;
+    kernels<T>().bn_act(k, 0, end - begin);
+  };
+}
+
+// Batch statistics band by band: each task merges its own, then the tasks' are merged in order.
+template <class T>
+class BandStatistics {
+ public:
+  BandStatistics(const Statistics<T>& k)
+      : k_(k), channels_(k.shape.inner), counts_(kTasks, 0.0), moments_(kTasks * 2 * channels_, 0.0) {}
+
+  void add(int64_t task, int64_t begin, int64_t end) {
+    thread_local std::vector<float> band;
+    band.resize(2 * channels_);
+    kernels<T>().statistics(k_, begin, end, 1, band.data());
+    merge_into(task, double(end - begin), band.data());
+  }
+
+  std::tuple<Tensor, Tensor> result(const Tensor& x) {
+    for (int64_t task = 1; task < kTasks; ++task) merge_into(0, counts_[task], &moments_[task * 2 * channels_]);
+    Tensor mean = empty_like_accumulate(x, channels_), m2 = empty_like_accumulate(x, channels_);
+    for (int64_t c = 0; c < channels_; ++c) {
+      mean.data_ptr<float>()[c] = float(moments_[c]);
+      m2.data_ptr<float>()[c] = float(moments_[channels_ + c]);
+    }
+    return {mean, m2};
+  }
+
+ private:
+  template <class V>
+  void merge_into(int64_t task, double count, const V* part) {
+    if (count == 0) return;
+    double *mean = &moments_[task * 2 * channels_], *m2 = mean + channels_;
+    const double total = counts_[task] + count, share = count / total, weight = counts_[task] * share;
+    for (int64_t c = 0; c < channels_; ++c) {  // as merge() of math.h, with the counts' terms shared
+      const double delta = double(part[c]) - mean[c];
+      mean[c] += delta * share;
+      m2[c] += double(part[channels_ + c]) + delta * delta * weight;
+    }
+    counts_[task] = total;
+  }
+
+  Statistics<T> k_;
+  int64_t channels_;
+  std::vector<double> counts_, moments_;
+};
+
+template <class T>
+std::tuple<Tensor, Tensor, Tensor> tiled_fprop(
+    const Tensor& x, const Tensor& w, const OptTensor& in_scale, const OptTensor& in_shift, bool stats,
+    const Geometry& g) {
+  const ConvShape s = conv_shape(x, w, g);
+  const Tensor z = empty({s.images, s.filters, s.rows, s.columns}, x.options(), at::MemoryFormat::ChannelsLast);
+  T* to = static_cast<T*>(z.data_ptr());
+  BandStatistics<T> statistics({shape_of(z), to});
+  const Finish finish = [&](int64_t task, int64_t begin, int64_t end) { statistics.add(task, begin, end); };
+  engine_fprop<T>(
+      s, in_scale ? nullptr : data<T>(x), prologue<T>(s, x, in_scale, in_shift), pack_filters<T>(w, false), nullptr,
+      nullptr, false, to, stats ? finish : Finish());
+  if (!stats) return {z, empty_like_accumulate(x, 0), empty_like_accumulate(x, 0)};
+  auto [mean, m2] = statistics.result(x);
+  return {z, mean, m2};
+}
+
 std::tuple<Tensor, Tensor, Tensor> conv_fprop(
     const Tensor& x, const Tensor& w, const OptTensor& in_scale, const OptTensor& in_shift, bool stats,
     IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, int64_t groups) {
   const at::AutoDispatchBelowADInplaceOrView guard;
   check_conv("conv_fprop", x, w);
+  const Geometry g = {stride, padding, dilation, groups};
+  if (tiled(x, w, g)) {
+    return x.scalar_type() == at::kFloat ? tiled_fprop<float>(x, w, in_scale, in_shift, stats, g)
+                                         : tiled_fprop<bf16>(x, w, in_scale, in_shift, stats, g);
+  }
   const Tensor h = in_scale ? activate(x, *in_scale, *in_shift) : x;
   const Tensor z = at::conv2d(h, w.to(x.scalar_type()), {}, stride, padding, dilation, groups)
                        .contiguous(format_of(x, &w));
-  if (stats) {
-    auto [mean, m2] = bn_stats(z);
-    return {z, mean, m2};
+  if (!stats) return {z, empty_like_accumulate(x, 0), empty_like_accumulate(x, 0)};
+  auto [mean, m2] = bn_stats(z);
+  return {z, mean, m2};
+}
+
+// The gradient through the norm after a convolution, dz of bn_act_bwd_apply, and where it is.
+template <class T>
+struct OutputGradient {
+  Tensor dz;
+  FillRow<T> fill;  // completes pixels of dz in place; empty where dz is complete
+};
+
+// A pointwise convolution reads each pixel of dz once, so dgrad forms it band by band; other convolutions
+// read it around every pixel, so it is formed before.
+template <class T>
+OutputGradient<T> output_gradient(
+    const ConvShape& s, bool need_dx, const Tensor& dy, const OptTensor& mask, const OptTensor& a, const OptTensor& z,
+    const OptTensor& mean, const OptTensor& b, const OptTensor& c) {
+  if (!mask && !a) return {dy, {}};
+  if (!s.pointwise() || !need_dx) return {bn_act_bwd_apply(dy, mask, a, z, mean, b, c, {}, {}), {}};
+  const Tensor dz = empty(dy.sizes(), dy.options(), at::MemoryFormat::ChannelsLast);
+  const BnActBwdApply<T> k = {
+      shape_of(dz), static_cast<T*>(dz.data_ptr()), data<T>(dy), data<T>(z), nullptr,
+      data<uint8_t>(mask), nullptr, data<float>(a), data<float>(mean), data<float>(b), data<float>(c)};
+  return {dz, [k](int64_t, int64_t, int64_t begin, int64_t end, T*) { kernels<T>().bn_act_bwd_apply(k, begin, end); }};
+}
+
+// dx with what follows it (see finish_dgrad) done band by band; sums are empty unless in_mean is given.
+template <class T>
+std::tuple<Tensor, Tensor, Tensor> tiled_dgrad(
+    const OutputGradient<T>& gradient, const Tensor& w, const Tensor& x, const OptTensor& in_scale, const OptTensor& in_shift,
+    const OptTensor& in_mean, const OptTensor& in_rstd, const OptTensor& residual, const OptTensor& residual_mask,
+    const Geometry& g) {
+  const ConvShape s = conv_shape(x, w, g);
+  Tensor dx = empty(x.sizes(), x.options(), at::MemoryFormat::ChannelsLast);
+  GradientSums<T> k = {};
+  k.shape = shape_of(dx);
+  k.out = static_cast<T*>(dx.data_ptr());
+  k.dy = k.out;
+  k.residual = data<T>(residual), k.residual_mask = data<uint8_t>(residual_mask);
+  k.x = data<T>(x), k.scale = data<float>(in_scale), k.shift = data<float>(in_shift);
+  if (in_mean) k.z[0] = k.x, k.mean[0] = data<float>(in_mean), k.rstd[0] = data<float>(in_rstd);
+  const int64_t width = (in_mean ? 2 : 1) * s.channels;
+  std::vector<double> sums(kTasks * width, 0.0);
+  const Finish finish = [&](int64_t task, int64_t begin, int64_t end) {
+    thread_local std::vector<float> band;
+    band.assign(width, 0.0f);
+    kernels<T>().gradient_sums(k, begin, end, 1, band.data());
+    for (int64_t c = 0; c < width; ++c) sums[task * width + c] += band[c];
+  };
+  const bool more = in_scale || residual;
+  engine_dgrad<T>(
+      s, data<T>(gradient.dz), gradient.fill, pack_filters<T>(w, true), k.out, more ? finish : Finish());
+  if (!in_mean) return {dx, empty_like_accumulate(x, 0), empty_like_accumulate(x, 0)};
+  Tensor total[2] = {empty_like_accumulate(x, s.channels), empty_like_accumulate(x, s.channels)};
+  for (int64_t task = 1; task < kTasks; ++task) {
+    for (int64_t c = 0; c < width; ++c) sums[c] += sums[task * width + c];
   }
-  const auto options = x.options().dtype(accumulate_type(x));
-  return {z, at::empty({0}, options), at::empty({0}, options)};
+  for (int64_t c = 0; c < width; ++c) total[c / s.channels].data_ptr<float>()[c % s.channels] = float(sums[c]);
+  return {dx, total[0], total[1]};
+}
+
+template <class T>
+Tensor tiled_wgrad(
+    const Tensor& dz, const Tensor& w, const Tensor& x, const OptTensor& in_scale, const OptTensor& in_shift,
+    const Geometry& g) {
+  const ConvShape s = conv_shape(x, w, g);
+  const Tensor dw =
+      engine_wgrad<T>(s, in_scale ? nullptr : data<T>(x), prologue<T>(s, x, in_scale, in_shift), data<T>(dz));
+  const auto format = w.is_contiguous() ? at::MemoryFormat::Contiguous : at::MemoryFormat::ChannelsLast;
+  return dw.permute({0, 3, 1, 2}).to(w.scalar_type()).contiguous(format);
+}
+
+template <class T>
+std::tuple<Tensor, Tensor, Tensor, Tensor> tiled_bprop(
+    const Tensor& dy, const Tensor& w, const Tensor& x, const OptTensor& dy_mask, const OptTensor& a,
+    const OptTensor& z, const OptTensor& mean, const OptTensor& b, const OptTensor& c, const OptTensor& in_scale,
+    const OptTensor& in_shift, const OptTensor& in_mean, const OptTensor& in_rstd, const OptTensor& in_act,
+    const OptTensor& residual, const OptTensor& residual_mask, const Geometry& g, bool need_dx, bool need_dw) {
+  Tensor dx = at::empty({0}, x.options()), dw = at::empty({0}, w.options());
+  Tensor sum_dx = empty_like_accumulate(x, 0), sum_dx_xhat = empty_like_accumulate(x, 0);
+  const auto gradient = output_gradient<T>(conv_shape(x, w, g), need_dx, dy, dy_mask, a, z, mean, b, c);
+  if (need_dx) {
+    std::tie(dx, sum_dx, sum_dx_xhat) =
+        tiled_dgrad<T>(gradient, w, x, in_scale, in_shift, in_mean, in_rstd, residual, residual_mask, g);
+  }
+  if (need_dw) {
+    dw = in_act ? tiled_wgrad<T>(gradient.dz, w, *in_act, {}, {}, g)
+                : tiled_wgrad<T>(gradient.dz, w, x, in_scale, in_shift, g);
+  }
+  return {dx, dw, sum_dx, sum_dx_xhat};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bprop(
@@ -51,16 +225,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bprop(
     IntArrayRef dilation, int64_t groups, bool need_dx, bool need_dw) {
   const at::AutoDispatchBelowADInplaceOrView guard;
   check_conv("conv_bprop", x, w);
+  const Geometry g = {stride, padding, dilation, groups};
+  if (tiled(x, w, g)) {
+    return (x.scalar_type() == at::kFloat ? tiled_bprop<float> : tiled_bprop<bf16>)(
+        dy, w, x, dy_mask, a, z, mean, b, c, in_scale, in_shift, in_mean, in_rstd, in_act, residual, residual_mask, g,
+        need_dx, need_dw);
+  }
   const Tensor dz = dy_mask || a ? bn_act_bwd_apply(dy, dy_mask, a, z, mean, b, c, {}, {}) : dy;
-  const Tensor h = !need_dw || !in_scale ? x : in_act ? *in_act : activate(x, *in_scale, *in_shift);
-  auto [dx, dw, db] = at::convolution_backward(
-      dz, in_act ? *in_act : h, w.to(x.scalar_type()), at::nullopt, stride, padding, dilation, false, {0, 0}, groups,
+  Tensor dx = at::empty({0}, x.options()), dw = at::empty({0}, w.options());
+  Tensor sum_dx = empty_like_accumulate(x, 0), sum_dx_xhat = empty_like_accumulate(x, 0);
+  const Tensor h = in_act ? *in_act : in_scale && need_dw ? activate(x, *in_scale, *in_shift) : x;
+  auto [grad_x, grad_w, grad_b] = at::convolution_backward(
+      dz, h, w.to(x.scalar_type()), at::nullopt, stride, padding, dilation, false, {0, 0}, groups,
       {need_dx, need_dw, false});
-  dw = need_dw ? dw.to(w.scalar_type()) : at::empty({0}, w.options());
-  const auto options = x.options().dtype(accumulate_type(x));
-  if (!need_dx) return {at::empty({0}, x.options()), dw, at::empty({0}, options), at::empty({0}, options)};
-  dx = dx.contiguous(format_of(x, &w));
-  auto [sum_dx, sum_dx_xhat] = finish_dgrad(dx, x, in_scale, in_shift, in_mean, in_rstd, residual, residual_mask);
+  if (need_dw) dw = grad_w.to(w.scalar_type());
+  if (need_dx) {
+    dx = grad_x.contiguous(format_of(x, &w));
+    std::tie(sum_dx, sum_dx_xhat) =
+        finish_dgrad(dx, x, in_scale, in_shift, in_mean, in_rstd, residual, residual_mask);
+  }
   return {dx, dw, sum_dx, sum_dx_xhat};
 }
 
@@ -73,7 +256,7 @@ Tensor conv_bn_act(
   const BatchNormTensors bn = {bias, bn_weight, bn_bias, running_mean, running_var, eps};
   const Geometry geometry = {stride, padding, dilation, groups};
   const PackedConv packed = pack(x, w, bn, geometry);
-  const Tensor y = run_packed(x, packed, residual, relu, geometry);
+  const Tensor y = run_packed(x, w, packed, residual, relu, geometry);
   return y.contiguous(format_of(x, &w));
 }
 

@@ -1,15 +1,18 @@
-// The memory-bound kernels for AVX-512 F, BW, VL and DQ.
+// The kernels for AVX-512 F, BW, VL and DQ: memory-bound, and fp32 convolution tiles.
 #include "target.h"
 
 #if RESNET_FAST_X86
 #define RESNET_FAST_AVX512
 RESNET_FAST_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
 #include "../math.h"
+#include "conv_kernels.h"
 #include "kernels.h"
 
 namespace resnet_fast::avx512 {
+using Element = float;
 #include "lanes.inl"
 #include "norm.inl"
+#include "gemm.inl"
 }  // namespace resnet_fast::avx512
 RESNET_FAST_TARGET_END
 #endif

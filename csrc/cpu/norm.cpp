@@ -11,6 +11,7 @@
 
 #include "../checks.h"
 #include "cpu_features.h"
+#include "memory.h"
 
 namespace resnet_fast {
 
@@ -112,7 +113,7 @@ Tensor empty_mask(const Tensor& x, bool wanted) {
 std::tuple<Tensor, Tensor> bn_act_unchecked(
     const Tensor& z, const OptTensor& scale, const OptTensor& shift, const OptTensor& residual,
     const OptTensor& res_scale, const OptTensor& res_shift, bool relu, bool save_mask) {
-  const Tensor y = at::empty_like(z, z.options(), format_of(z));
+  const Tensor y = empty(z.sizes(), z.options(), format_of(z));
   const Tensor mask = empty_mask(z, relu && save_mask);
   dispatch(z, "bn_act", [&](auto t) {
     using T = decltype(t);
@@ -291,7 +292,7 @@ Tensor bn_act_bwd_apply(
   check_beside(op, "residual", residual, dy, "dy");
   check_vectors(op, dy, {{"a", &a}, {"mean", &mean}, {"b", &b}, {"c", &c}});
   TORCH_CHECK(!b || (a && z && mean && c), op, ": `b` needs `a`, `z`, `mean` and `c` beside it");
-  const Tensor dz = at::empty_like(dy, dy.options(), format_of(dy));
+  const Tensor dz = empty(dy.sizes(), dy.options(), format_of(dy));
   dispatch(dy, op, [&](auto t) {
     using T = decltype(t);
     using A = accumulate_t<T>;

@@ -17,8 +17,8 @@ Coefficient<A> coefficient(const Shape& s, const A* p, int64_t row) {
 inline int64_t mask_width(const Shape& s) { return (s.inner + 7) / 8; }
 
 inline uint32_t load_bits(const uint8_t* mask, int64_t i, int n) {
-  uint32_t bits = mask[i / 8];
-  return n > 8 ? bits | uint32_t(mask[i / 8 + 1]) << 8 : bits;
+  const uint32_t low = mask[i / 8];
+  return n > 8 ? low | uint32_t(mask[i / 8 + 1]) << 8 : low;
 }
 
 inline void store_bits(uint8_t* mask, int64_t i, int n, uint32_t bits) {
@@ -103,38 +103,58 @@ void bn_act_bwd_apply(const BnActBwdApply<T>& k, int64_t begin, int64_t end) {
   }
 }
 
-// g of GradientSums at lanes i of one row, written to `out` where given.
-template <class T, class V = Lanes<accumulate_t<T>>>
-inline __attribute__((always_inline)) V gradient_lanes(const GradientSums<T>& k, int64_t row, int64_t i, int n) {
-  const Shape& s = k.shape;
-  const int64_t at = row * s.inner;
-  V g = load_masked<V>(k.dy + at, mask_row(k.mask, s, row), i, n);
-  if (k.residual != nullptr) g = g + load_masked<V>(k.residual + at, mask_row(k.residual_mask, s, row), i, n);
-  if (k.scale != nullptr) {
-    const V scale = coefficient(s, k.scale, row).at(i, n), shift = coefficient(s, k.shift, row).at(i, n);
-    g = g.where(affine(V::load(k.x + at + i, n), scale, shift).positive());
-  }
-  if (k.out != nullptr) g.store(k.out + at + i, n);
-  return g;
-}
+// One row of the operands of GradientSums. kPlain: only dy under a mask, as at the join of a block.
+template <class T, bool kPlain>
+struct GradientRow {
+  using V = Lanes<accumulate_t<T>>;
+  T* out;
+  const T *dy, *residual, *x;
+  const uint8_t *mask, *residual_mask;
+  Coefficient<accumulate_t<T>> scale, shift;
 
-template <int kRows, int kSources, class T>
+  GradientRow(const GradientSums<T>& k, int64_t row)
+      : out(k.out + row * k.shape.inner), dy(k.dy + row * k.shape.inner),
+        residual(k.residual == nullptr ? nullptr : k.residual + row * k.shape.inner), x(k.x + row * k.shape.inner),
+        mask(mask_row(k.mask, k.shape, row)), residual_mask(mask_row(k.residual_mask, k.shape, row)),
+        scale(coefficient(k.shape, k.scale, row)), shift(coefficient(k.shape, k.shift, row)) {
+    if (k.out == nullptr) out = nullptr;
+  }
+
+  inline __attribute__((always_inline)) V at(int64_t i, int n) const {
+    V g = load_masked<V>(dy, mask, i, n);
+    if constexpr (!kPlain) {
+      if (residual != nullptr) g = g + load_masked<V>(residual, residual_mask, i, n);
+      if (scale) g = g.where(affine(V::load(x + i, n), scale.at(i, n), shift.at(i, n)).positive());
+      if (out != nullptr) g.store(out + i, n);
+    }
+    return g;
+  }
+};
+
+// Σg·xhat = rstd·Σg·(z − mean): rstd waits for the sum of the rows.
+template <int kRows, int kSources, bool kPlain, class T>
 void gradient_sums_nhwc(const GradientSums<T>& k, int64_t row, accumulate_t<T>* sums) {
   using V = Lanes<accumulate_t<T>>;
   const int64_t inner = k.shape.inner;
+  const GradientRow<T, kPlain> rows[4] = {
+      {k, row}, {k, row + (kRows > 1)}, {k, row + 2 * (kRows > 1)}, {k, row + 3 * (kRows > 1)}};
+  const T *z0 = k.z[0] + row * inner, *z1 = k.z[1] + row * inner;
   for_lanes(inner, [&](int64_t i, int n) {
-    V total = V::load(sums + i, n), dot[2];
-    for (int j = 0; j < kSources; ++j) dot[j] = V::load(sums + (j + 1) * inner + i, n);
+    V total = V::broadcast(0), dot0 = total, dot1 = total, mean0 = total, mean1 = total;
+    if constexpr (kSources > 0) mean0 = V::load(k.mean[0] + i, n);
+    if constexpr (kSources > 1) mean1 = V::load(k.mean[1] + i, n);
+#pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
-      const V g = gradient_lanes(k, row + r, i, n);
+      const V g = rows[r].at(i, n);
       total = total + g;
-      for (int j = 0; j < kSources; ++j) {
-        const V z = V::load(k.z[j] + (row + r) * inner + i, n);
-        dot[j] = fma(g, normalized(z, V::load(k.mean[j] + i, n), V::load(k.rstd[j] + i, n)), dot[j]);
-      }
+      if constexpr (kSources > 0) dot0 = fma(g, V::load(z0 + r * inner + i, n) - mean0, dot0);
+      if constexpr (kSources > 1) dot1 = fma(g, V::load(z1 + r * inner + i, n) - mean1, dot1);
     }
-    total.store(sums + i, n);
-    for (int j = 0; j < kSources; ++j) dot[j].store(sums + (j + 1) * inner + i, n);
+    (V::load(sums + i, n) + total).store(sums + i, n);
+    accumulate_t<T>* to = sums + inner + i;
+    if constexpr (kSources > 0) fma(dot0, V::load(k.rstd[0] + i, n), V::load(to, n)).store(to, n);
+    to += inner;
+    if constexpr (kSources > 1) fma(dot1, V::load(k.rstd[1] + i, n), V::load(to, n)).store(to, n);
   });
 }
 
@@ -142,26 +162,28 @@ template <int kSources, class T>
 void gradient_sums_nchw(const GradientSums<T>& k, int64_t row, double* sums) {
   using V = Lanes<accumulate_t<T>>;
   const int64_t inner = k.shape.inner, channel = row % k.shape.channels;
+  const GradientRow<T, false> gradient(k, row);
   V total = V::broadcast(0), dot[2] = {V::broadcast(0), V::broadcast(0)};
   for_lanes(inner, [&](int64_t i, int n) {
-    const V g = gradient_lanes(k, row, i, n);
+    const V g = gradient.at(i, n);
     total = total + g;
     for (int j = 0; j < kSources; ++j) {
-      const V z = V::load(k.z[j] + row * inner + i, n);
-      const V mean = V::broadcast(k.mean[j][channel]), rstd = V::broadcast(k.rstd[j][channel]);
-      dot[j] = fma(g, normalized(z, mean, rstd), dot[j]);
+      dot[j] = fma(g, V::load(k.z[j] + row * inner + i, n) - V::broadcast(k.mean[j][channel]), dot[j]);
     }
   });
   sums[0] += total.sum();
-  for (int j = 0; j < kSources; ++j) sums[j + 1] += dot[j].sum();
+  for (int j = 0; j < kSources; ++j) sums[j + 1] += double(dot[j].sum()) * k.rstd[j][channel];
 }
 
 template <int kSources, class T>
 void gradient_sums_of(const GradientSums<T>& k, int64_t begin, int64_t end, int64_t step, accumulate_t<T>* sums) {
   if (k.shape.nhwc) {
     int64_t row = begin;
-    for (; row + 4 <= end; row += 4) gradient_sums_nhwc<4, kSources>(k, row, sums);
-    for (; row < end; ++row) gradient_sums_nhwc<1, kSources>(k, row, sums);
+    const bool plain = k.residual == nullptr && k.scale == nullptr && k.out == nullptr;
+    for (; row + 4 <= end; row += 4) {
+      plain ? gradient_sums_nhwc<4, kSources, true>(k, row, sums) : gradient_sums_nhwc<4, kSources, false>(k, row, sums);
+    }
+    for (; row < end; ++row) gradient_sums_nhwc<1, kSources, false>(k, row, sums);
   } else {
     double total[3] = {0, 0, 0};
     for (int64_t row = begin; row < end; row += step) gradient_sums_nchw<kSources>(k, row, total);

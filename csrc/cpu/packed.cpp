@@ -11,6 +11,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "memory.h"
 #include "norm.h"
 
 namespace resnet_fast::cpu {
@@ -140,6 +141,11 @@ PackedConv make(const Tensor& x, const Tensor& w, const BatchNormTensors& bn, co
     if (bn.bias) shift = shift + bn.bias->to(wide);
     weight = weight * scale.view({-1, 1, 1, 1});
   }
+  if (tiled(x, w, g)) {
+    const Tensor panels = x.scalar_type() == at::kFloat ? pack_filters<float>(weight, false)
+                                                        : pack_filters<bf16>(weight, false);
+    return {panels, shift, true};
+  }
   weight = weight.to(x.scalar_type());
   if (shift.defined()) shift = shift.to(x.scalar_type());
   if (onednn().takes(x)) {
@@ -173,8 +179,47 @@ PackedConv pack(const Tensor& x, const Tensor& w, const BatchNormTensors& bn, co
   return entries.emplace(key, std::move(entry)).first->second.packed;
 }
 
+ConvShape conv_shape(const Tensor& x, const Tensor& w, const Geometry& g) {
+  ConvShape s = {x.size(0), x.size(2), x.size(3), x.size(1), 0, 0, w.size(0), {}, {}, {}, {}};
+  for (int i = 0; i < 2; ++i) {
+    s.taps[i] = w.size(2 + i), s.stride[i] = g.stride[i], s.padding[i] = g.padding[i], s.dilation[i] = g.dilation[i];
+    const int64_t reach = s.dilation[i] * (s.taps[i] - 1) + 1;
+    (i == 0 ? s.rows : s.columns) = (x.size(2 + i) + 2 * s.padding[i] - reach) / s.stride[i] + 1;
+  }
+  return s;
+}
+
+bool tiled(const Tensor& x, const Tensor& w, const Geometry& g) {
+  if (g.groups != 1 || format_of(x, &w) != at::MemoryFormat::ChannelsLast) return false;
+  const ConvShape s = conv_shape(x, w, g);
+  return x.scalar_type() == at::kFloat      ? engine_takes<float>(s)
+         : x.scalar_type() == at::kBFloat16 ? engine_takes<bf16>(s)
+                                            : false;
+}
+
+namespace {
+
+template <class T>
+Tensor run_panels(
+    const Tensor& x, const Tensor& w, const PackedConv& packed, const OptTensor& residual, bool relu,
+    const Geometry& g) {
+  const ConvShape s = conv_shape(x, w, g);
+  const Tensor y = empty({s.images, s.filters, s.rows, s.columns}, x.options(), at::MemoryFormat::ChannelsLast);
+  engine_fprop<T>(
+      s, data<T>(x), {}, packed.weight, packed.shift.defined() ? packed.shift.const_data_ptr<float>() : nullptr,
+      data<T>(residual), relu, static_cast<T*>(y.data_ptr()), {});
+  return y;
+}
+
+}  // namespace
+
 Tensor run_packed(
-    const Tensor& x, const PackedConv& packed, const OptTensor& residual, bool relu, const Geometry& g) {
+    const Tensor& x, const Tensor& w, const PackedConv& packed, const OptTensor& residual, bool relu,
+    const Geometry& g) {
+  if (packed.panels) {
+    return x.scalar_type() == at::kFloat ? run_panels<float>(x, w, packed, residual, relu, g)
+                                         : run_panels<bf16>(x, w, packed, residual, relu, g);
+  }
   const c10::IValue bias = packed.shift.defined() ? c10::IValue(packed.shift) : c10::IValue();
   if (!onednn().takes(x)) {
     Tensor y = at::conv2d(x, packed.weight, packed.shift.defined() ? OptTensor(packed.shift) : OptTensor(),

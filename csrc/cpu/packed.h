@@ -1,9 +1,12 @@
-// Inference convolutions with BN folded into filters that are packed once for oneDNN and kept.
+// Inference convolutions with BN folded into filters that are packed once, for our tiles (engine.h) or
+// for oneDNN, and kept.
 #pragma once
 
 #include <ATen/ATen.h>
 
 #include <optional>
+
+#include "engine.h"
 
 namespace resnet_fast::cpu {
 
@@ -15,24 +18,33 @@ struct Geometry {
   int64_t groups;
 };
 
+// The shape of a convolution of x with w for engine.h.
+ConvShape conv_shape(const Tensor& x, const Tensor& w, const Geometry& geometry);
+
+// Whether our own tiles run it: NHWC, one group, float or bf16, a CPU and channel counts that engine_takes.
+bool tiled(const Tensor& x, const Tensor& w, const Geometry& geometry);
+
 struct BatchNormTensors {
   OptTensor conv_bias, weight, bias, running_mean, running_var;
   double eps;
 };
 
-// Filters times scale, in x's dtype and oneDNN's blocked layout where it has one, and the shift.
+// Filters times scale and the shift: as panels of engine.h with an fp32 shift, or in x's dtype and oneDNN's
+// blocked layout where it has one.
 struct PackedConv {
   Tensor weight;
   Tensor shift;  // undefined where there is neither a norm nor a bias
+  bool panels = false;
 };
 
 // The packed form of these very tensors for inputs like x: from the cache while every one of them has its
 // storage, version counter and a sample of its values unchanged, else made and cached.
 PackedConv pack(const Tensor& x, const Tensor& w, const BatchNormTensors& bn, const Geometry& geometry);
 
-// relu(conv(x) + shift + residual) by oneDNN post-ops in one call.
+// relu(conv(x) + shift + residual) in one call; w tells the filters' shape and memory order.
 Tensor run_packed(
-    const Tensor& x, const PackedConv& packed, const OptTensor& residual, bool relu, const Geometry& geometry);
+    const Tensor& x, const Tensor& w, const PackedConv& packed, const OptTensor& residual, bool relu,
+    const Geometry& geometry);
 
 // Drop every packed filter; how many there were.
 int64_t clear_packed();

@@ -3,6 +3,7 @@
 // baseline: everything below the switch is always_inline or lives in the instruction set's namespace.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -13,6 +14,7 @@
 #include <immintrin.h>
 #if defined(__GNUC__) && !defined(__clang__)  // GCC 12 warns of its own _mm512_undefined_*
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 #else
 #define RESNET_FAST_X86 0

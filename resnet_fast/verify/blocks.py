@@ -42,8 +42,8 @@ class _FusedAddReLU(modules.Fused, _AddReLU):
 
 
 KINDS = {
-    "bn_act": (_FusedBNAct, _BNAct),
-    "add_relu": (_FusedAddReLU, _AddReLU),
+    "BN+ReLU": (_FusedBNAct, _BNAct),
+    "add+ReLU": (_FusedAddReLU, _AddReLU),
     **{fused.__name__: (fused, plain) for fused, plain in modules.PLAIN.items()},
 }
 
@@ -56,7 +56,7 @@ class Case:
     shortcut: str
     name: str
     args: tuple[int, ...]
-    size: tuple[int, int, int] = (3, 9, 7)
+    size: tuple[int, int, int] = (2, 7, 5)
     options: dict[str, Any] = field(default_factory=dict)
     keep_activations: bool = False
     residual: bool = False
@@ -92,7 +92,7 @@ def _residual_cases(kind: str, channels: int) -> Iterator[Case]:
         options = {"shortcut": shortcut} | more.pop("options", {})
         return Case(kind, shortcut, name, args, options=options, **more)
 
-    yield case("identity", "9x7", channels, 8)
+    yield case("identity", "7x5", channels, 8)
     yield case("identity", "N=1", channels, 8, size=(1, 7, 7))
     yield case("identity", "kept activations", channels, 8, keep_activations=True)
     yield case("projection", "stride 2", 12, 8, 2)
@@ -109,11 +109,11 @@ def _residual_cases(kind: str, channels: int) -> Iterator[Case]:
 
 def cases() -> Iterator[Case]:
     """All cases, those of one kind and shortcut in a row."""
-    yield Case("add_relu", "", "9x7", (), residual=True)
-    yield Case("bn_act", "", "9x7", (12,))
-    yield Case("bn_act", "residual", "9x7", (12,), residual=True)
+    yield Case("add+ReLU", "", "7x5", (), residual=True)
+    yield Case("BN+ReLU", "", "7x5", (12,))
+    yield Case("BN+ReLU", "residual", "7x5", (12,), residual=True)
     yield Case("ConvBNAct2d", "", "3x3", (8, 12, 3))
-    yield Case("ConvBNAct2d", "", "7x7, stride 2, 3 channels", (3, 8, 7, 2), (2, 15, 13))
+    yield Case("ConvBNAct2d", "", "7x7, stride 2, 3 channels", (3, 8, 7, 2), (1, 15, 13))
     yield Case("ConvBNAct2d", "", "groups 4, no relu", (8, 12, 3, 1, 1, 1, 4),
                options={"relu": False})  # fmt: skip
     yield Case("ConvBNAct2d", "residual", "3x3, stride 2", (8, 12, 3, 2), residual=True)
@@ -124,7 +124,7 @@ def cases() -> Iterator[Case]:
 
 
 def trials(setting: Setting, quick: bool) -> Iterator[Trial]:
-    """All cases in all modes; the first case of each kind and shortcut, in training, when `quick`."""
+    """All cases in all modes; when `quick` the first of each kind and shortcut, in training."""
     seen: set[str] = set()
     for case in cases():
         if quick and case.what in seen:

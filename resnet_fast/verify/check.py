@@ -1,11 +1,11 @@
-"""What a check is: three runs of one thing, judged tensor by tensor under `resnet_fast.tolerance`."""
+"""What a check is: a few runs of one thing, judged tensor by tensor by `resnet_fast.tolerance`."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,14 +45,15 @@ class Setting:
         return self.torch_dtype.itemsize == 2
 
     @property
-    def same_dtype(self) -> torch.dtype:
-        """dtype of the plain run that says what is allowed: fp32 beside fp64 (`tolerance`)."""
-        return torch.float32 if self.torch_dtype == torch.float64 else self.torch_dtype
+    def exact_dtype(self) -> torch.dtype:
+        """The narrowest dtype in play: inputs are rounded to it, so that all runs get the same."""
+        return self.torch_dtype if self.narrow else torch.float32
 
     @property
-    def exact_dtype(self) -> torch.dtype:
-        """The narrowest dtype in play: inputs are rounded to it, so that every run gets the same."""
-        return self.torch_dtype if self.narrow else torch.float32
+    def other_layout(self) -> Setting:
+        """The same in the other of the two LAYOUTS."""
+        (other,) = set(LAYOUTS) - {self.layout}
+        return replace(self, layout=other)
 
     @property
     def memory_format(self) -> torch.memory_format:
@@ -94,20 +95,23 @@ class Check:
 
 
 class Runs(NamedTuple):
-    """The three runs of a case, and the bands at the kink of those results that jump there.
+    """The runs of a case.
 
-    `actual` is what is judged, `same` plain PyTorch in `Setting.same_dtype`, `wide` in fp64.
+    `actual` is what is judged, `wide` plain PyTorch in fp64, and `same` in the dtype that is
+    judged, once or more often; beside fp64 it is fp32. `kinks` and `rms` are options of
+    `tolerance.compare`.
     """
 
     actual: Callable[[], Values]
-    same: Callable[[], Values]
+    same: Callable[[], Sequence[Values]]
     wide: Callable[[], Values]
     kinks: Mapping[str, Tensor] = {}
+    rms: bool = False
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One case, not yet run; `prepare` makes its inputs, `group` tells results apart in the table."""
+    """One case, not yet run: `prepare` makes its inputs, `group` a result's row under `what`."""
 
     part: str
     what: str
@@ -130,19 +134,21 @@ class Trial:
             actual = runs.actual()
         except Exception as error:
             return [self._failed("result", f"{who} raised {type(error).__name__}: {error}")]
-        if not same.keys() == wide.keys() == actual.keys():
+        if actual.keys() != wide.keys():
             differ = ", ".join(sorted(actual.keys() ^ wide.keys()))
             return [self._failed("result", f"missing or additional: {differ}")]
-        return [
-            self._judge(name, actual[name], same[name], expected, runs.kinks.get(name))
-            for name, expected in wide.items()
-        ]
+        checks = []
+        for name, expected in wide.items():
+            references = [values[name] for values in same]
+            options = {"kink": runs.kinks.get(name), "rms": runs.rms}
+            checks.append(self._judge(name, actual[name], references, expected, **options))
+        return checks
 
     def _judge(
-        self, name: str, actual: Tensor, same: Tensor, wide: Tensor, kink: Tensor | None
+        self, name: str, actual: Tensor, same: Sequence[Tensor], wide: Tensor, **options: Any
     ) -> Check:
         gradient = name.startswith(GRADIENT)
-        verdict = tolerance.compare(actual, same, wide, gradient=gradient, kink=kink)
+        verdict = tolerance.compare(actual, same, wide, gradient=gradient, **options)
         if verdict.ok and name.removeprefix(GRADIENT) in ACTIVATIONS:
             fmt = self.setting.memory_format
             if actual.dim() == 4 and not actual.is_contiguous(memory_format=fmt):

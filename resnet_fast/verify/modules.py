@@ -1,4 +1,4 @@
-"""Three runs of a module: fused in the given dtype, plain in the same dtype, plain in fp64."""
+"""Runs of a module: fused in the given dtype, plain in the same dtype and plain in fp64."""
 
 from __future__ import annotations
 
@@ -89,16 +89,18 @@ def compared(
     fused: Callable[[], nn.Module],
     draw: Callable[[int], list[Tensor]],
     mode: str,
+    settled: bool = True,
 ) -> Runs:
     """The runs of `fused()`, given the weights of `plain`, against those of `plain` (fp32, CPU).
 
-    `draw(seed)` makes inputs, exact in `Setting.exact_dtype`. Where gradients are compared and the
-    dtype is fine enough, `plain` is settled in place (`resnet_fast.verify.settle`).
+    `draw(seed)` makes inputs, exact in `Setting.exact_dtype`. With `settled`, and where gradients
+    are compared, the biases of `plain` are moved away from ties (`resnet_fast.verify.settle`);
+    without, root mean squares are compared.
     """
     round_to(plain, setting.exact_dtype)
     inputs = draw(0)
-    if mode != "infer" and not setting.narrow:
-        inputs = _settled(plain.train(mode.startswith("train")), draw)
+    if settled and mode != "infer":
+        inputs = _settled(plain.train(mode.startswith("train")), draw, setting.torch_dtype)
     with torch.no_grad():
         shape = copy.deepcopy(plain)(*inputs).shape
     generator = torch.Generator().manual_seed(2)
@@ -109,22 +111,28 @@ def compared(
         module.load_state_dict(plain.state_dict())
         return module
 
-    def run(build: Callable[[], nn.Module], dtype: torch.dtype) -> Callable[[], Values]:
-        return lambda: evaluate(build(), inputs, dy, setting, dtype, mode)
+    def run(module: nn.Module, dtype: torch.dtype, other_layout: bool = False) -> Values:
+        where = setting.other_layout if other_layout else setting
+        return evaluate(module, inputs, dy, where, dtype, mode)
+
+    def same() -> list[Values]:
+        first = torch.float32 if setting.dtype == "fp64" else setting.torch_dtype
+        return [run(plain, first), run(plain, setting.torch_dtype, other_layout=True)]
 
     return Runs(
-        run(candidate, setting.torch_dtype),
-        run(lambda: plain, setting.same_dtype),
-        run(lambda: plain, torch.float64),
-    )
+        lambda: run(candidate(), setting.torch_dtype), same, lambda: run(plain, torch.float64),
+        rms=not settled,
+    )  # fmt: skip
 
 
-def _settled(plain: nn.Module, draw: Callable[[int], list[Tensor]]) -> list[Tensor]:
+def _settled(
+    plain: nn.Module, draw: Callable[[int], list[Tensor]], dtype: torch.dtype
+) -> list[Tensor]:
     """Inputs on which `plain` could be settled; its biases move."""
     for seed in range(DRAWS):
         inputs = draw(seed)
         wide = copy.deepcopy(plain).double()
-        if settle(wide, *(x.double() for x in inputs)):
+        if settle(wide, *(x.double() for x in inputs), dtype=dtype):
             plain.load_state_dict(wide.state_dict())
             return inputs
     raise RuntimeError(f"no inputs out of {DRAWS} keep every ReLU and max-pool clear of a tie")

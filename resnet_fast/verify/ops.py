@@ -13,7 +13,9 @@ from .. import ops, reference, tolerance
 from .check import GRADIENT, Runs, Setting, Trial, Values
 
 Arguments = list[Any]
-GRADIENTS = ("bn_bwd_finalize", "add_relu_bwd", "bn_act_bwd_reduce", "bn_act_bwd_apply", "conv_bprop")
+GRADIENTS = {
+    "bn_bwd_finalize", "add_relu_bwd", "bn_act_bwd_reduce", "bn_act_bwd_apply", "conv_bprop",
+}  # fmt: skip
 SIZES = {"8x7x5": (2, 8, 7, 5), "3x9x7": (3, 3, 9, 7), "24x7x7 N=1": (1, 24, 7, 7)}
 AWAY = 0.1  # conv_bprop recomputes a ReLU: its inputs keep this far from the kink
 
@@ -72,7 +74,7 @@ def _trial(op: str, case: str, setting: Setting) -> Trial:
 
         return Runs(
             lambda: _named(op, getattr(torch.ops.resnet_fast, op)(*arguments, setting.impl)),
-            lambda: plain(torch.float32 if setting.dtype == "fp64" else None),
+            lambda: [plain(torch.float32 if setting.dtype == "fp64" else None)],
             lambda: plain(torch.float64),
             _kink(arguments) if op == "bn_act" else {},
         )

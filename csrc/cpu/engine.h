@@ -1,0 +1,60 @@
+// Our own NHWC convolutions for CPUs with AVX-512: implicit GEMM in bands of output rows that stay in the
+// L2 cache, so that what comes before a convolution (normalization, ReLU, BN backward) is done as its input
+// is laid out, and what comes after (statistics, ReLU gradient, sums) while its output is still there.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <functional>
+
+#include "kernels.h"
+
+namespace resnet_fast::cpu {
+
+// Geometry of a convolution y[n,p,q,k] = Σ x[n, p·stride + r·dilation − padding, …, c]·w[k,r,s,c].
+struct ConvShape {
+  int64_t images, height, width, channels;  // x
+  int64_t rows, columns, filters;           // y
+  int64_t taps[2], stride[2], padding[2], dilation[2];
+
+  int64_t tap_count() const { return taps[0] * taps[1]; }
+  bool pointwise() const {  // a plain GEMM over all pixels
+    return tap_count() == 1 && stride[0] == 1 && stride[1] == 1 && padding[0] == 0 && padding[1] == 0;
+  }
+};
+
+// Lay pixels [begin, end) of row `row` of image `image` out at `to`.
+template <class T>
+using FillRow = std::function<void(int64_t image, int64_t row, int64_t begin, int64_t end, T* to)>;
+
+// Called when pixels [begin, end) of y (counted over all images) are finished, by task `task`.
+using Finish = std::function<void(int64_t task, int64_t begin, int64_t end)>;
+
+// Whether this CPU has tiles for T and the channel counts fit them.
+template <class T>
+bool engine_takes(const ConvShape& shape);
+
+// Filters [K,C,R,S] (float or T) as panels for fprop, or for dgrad.
+template <class T>
+at::Tensor pack_filters(const at::Tensor& w, bool for_dgrad);
+
+constexpr int64_t kTasks = 64;  // bands are dealt to this many tasks, whatever the number of threads
+
+// y = relu(conv(x) + shift + residual). x is read in place, or row by row through `fill`.
+template <class T>
+void engine_fprop(
+    const ConvShape& shape, const T* x, const FillRow<T>& fill, const at::Tensor& panels, const float* shift,
+    const T* residual, bool relu, T* y, const Finish& finish);
+
+// dx of the convolution of `shape`. Where `fill` is given it completes pixels of dz in place before they are
+// read (pointwise convolutions only: their bands do not overlap).
+template <class T>
+void engine_dgrad(
+    const ConvShape& shape, const T* dz, const FillRow<T>& fill, const at::Tensor& panels, T* dx,
+    const Finish& finish);
+
+// dw [K,R,S,C] in fp32.
+template <class T>
+at::Tensor engine_wgrad(const ConvShape& shape, const T* x, const FillRow<T>& fill, const T* dz);
+
+}  // namespace resnet_fast::cpu

@@ -1,0 +1,188 @@
+// The kernels of conv_kernels.h, for Element = float (AVX-512) or bf16 (AVX-512 BF16).
+
+inline __attribute__((always_inline)) __m512 multiply_add(__m512i a, __m512i b, __m512 sum) {
+#if defined(RESNET_FAST_AVX512_BF16)
+  return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
+#else
+  return _mm512_fmadd_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), sum);
+#endif
+}
+
+// Rows in groups of four: a group's rows are at p, p + lda, p + 2·lda, p + 3·lda, which are x86 address
+// modes of one pointer and two strides.
+template <int kRows>
+inline __attribute__((always_inline)) void accumulate(
+    const Stretch* stretches, int64_t n, const TileStrides& strides, __m512 (&sum)[kRows][2]) {
+  constexpr int kGroups = (kRows + 3) / 4;
+  const int64_t lda = strides.lda, lda3 = 3 * lda, a_step = strides.a_step, b_step = strides.b_step;
+  for (int64_t i = 0; i < n; ++i) {
+    const char* group[kGroups];
+    for (int g = 0; g < kGroups; ++g) group[g] = stretches[i].a + 4 * g * lda;
+    const char* b = stretches[i].b;
+    for (int64_t step = stretches[i].steps; step > 0; --step) {
+      const __m512i b0 = _mm512_loadu_si512(b), b1 = _mm512_loadu_si512(b + 64);
+      b += b_step;
+#pragma GCC unroll 14
+      for (int row = 0; row < kRows; ++row) {
+        const char* p = group[row / 4];
+        const char* at = row % 4 == 0 ? p : row % 4 == 1 ? p + lda : row % 4 == 2 ? p + 2 * lda : p + lda3;
+        const __m512i a = _mm512_set1_epi32(*reinterpret_cast<const int*>(at));
+        sum[row][0] = multiply_add(a, b0, sum[row][0]);
+        sum[row][1] = multiply_add(a, b1, sum[row][1]);
+      }
+      for (int g = 0; g < kGroups; ++g) group[g] += a_step;
+    }
+  }
+}
+
+inline __attribute__((always_inline)) void store_lanes(Lanes<float> v, Element* y) {
+#if defined(RESNET_FAST_AVX512_BF16)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(y), (__m256i)_mm512_cvtneps_pbh(v.v));
+#else
+  v.store(y);
+#endif
+}
+
+template <int kRows>
+void store_rows(
+    const Stretch* stretches, int64_t n, const TileStrides& strides, Element* y, int64_t ldy,
+    const Epilogue<Element>& epilogue) {
+  __m512 sum[kRows][2];
+#pragma GCC unroll 14
+  for (int row = 0; row < kRows; ++row) {
+    for (int half = 0; half < 2; ++half) {
+      sum[row][half] = epilogue.shift ? _mm512_loadu_ps(epilogue.shift + 16 * half) : _mm512_setzero_ps();
+    }
+  }
+  accumulate<kRows>(stretches, n, strides, sum);
+#pragma GCC unroll 14
+  for (int row = 0; row < kRows; ++row) {
+    for (int half = 0; half < 2; ++half) {
+      Lanes<float> v = {sum[row][half]};
+      const int64_t at = row * ldy + 16 * half;
+      if (epilogue.residual) v = v + Lanes<float>::load(epilogue.residual + at);
+      if (epilogue.relu) v = v.where(v.positive());
+      store_lanes(v, y + at);
+    }
+  }
+}
+
+template <int kRows>
+void add_rows(const Stretch* stretches, int64_t n, const TileStrides& strides, float* to, int64_t ld) {
+  __m512 sum[kRows][2];
+#pragma GCC unroll 14
+  for (int row = 0; row < kRows; ++row) {
+    sum[row][0] = _mm512_loadu_ps(to + row * ld);
+    sum[row][1] = _mm512_loadu_ps(to + row * ld + 16);
+  }
+  accumulate<kRows>(stretches, n, strides, sum);
+#pragma GCC unroll 14
+  for (int row = 0; row < kRows; ++row) {
+    _mm512_storeu_ps(to + row * ld, sum[row][0]);
+    _mm512_storeu_ps(to + row * ld + 16, sum[row][1]);
+  }
+}
+
+// f(std::integral_constant<int, rows>) for rows in 1..14.
+template <int kRows = kTileRows, class F>
+inline void with_rows(int rows, F f) {
+  if constexpr (kRows > 0) {
+    if (rows == kRows) return f(std::integral_constant<int, kRows>());
+    with_rows<kRows - 1>(rows, f);
+  }
+}
+
+void store_tile(
+    int rows, const Stretch* stretches, int64_t n, const TileStrides& strides, Element* y, int64_t ldy,
+    const Epilogue<Element>& epilogue) {
+  with_rows(rows, [&](auto r) { store_rows<r.value>(stretches, n, strides, y, ldy, epilogue); });
+}
+
+void add_tile(int rows, const Stretch* stretches, int64_t n, const TileStrides& strides, float* to, int64_t ld) {
+  with_rows(rows, [&](auto r) { add_rows<r.value>(stretches, n, strides, to, ld); });
+}
+
+constexpr int kValues = 4 / sizeof(Element);  // values a step: 1 fp32, 2 bf16
+
+// Lanes of one step: fp32 as they are; a pair of bf16, `low` in the low half.
+inline __m512i step_of(__m512 low, __m512 high) {
+#if defined(RESNET_FAST_AVX512_BF16)
+  const __m512i pair = (__m512i)_mm512_cvtne2ps_pbh(high, low);  // low's 16 values, then high's
+  const __m512i order = _mm512_set_epi16(
+      31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1,
+      16, 0);
+  return _mm512_permutexvar_epi16(order, pair);
+#else
+  (void)high;
+  return _mm512_castps_si512(low);
+#endif
+}
+
+void pack_outer(const void* w, bool is_float, int64_t ld, int64_t inner, char* packed) {
+  const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i index = _mm512_mullo_epi32(lanes, _mm512_set1_epi32(int(ld)));
+  for (int64_t i = 0; i < inner; i += kValues) {
+    for (int half = 0; half < 2; ++half, packed += 64) {
+      __m512i step;
+      if (is_float) {
+        const float* p = static_cast<const float*>(w) + 16 * half * ld + i;
+        const __m512 low = _mm512_i32gather_ps(index, p, 4);
+        step = step_of(low, kValues == 2 ? _mm512_i32gather_ps(index, p + 1, 4) : low);
+      } else {  // bf16: the pair lies side by side
+        step = _mm512_i32gather_epi32(index, static_cast<const bf16*>(w) + 16 * half * ld + i, 2);
+      }
+      _mm512_storeu_si512(packed, step);
+    }
+  }
+}
+
+template <class W>
+void pack_inner_of(const W* w, int64_t ld, int64_t outer, char* packed) {
+  for (int64_t o = 0; o < outer; o += kValues) {
+    for (int half = 0; half < 2; ++half, packed += 64) {
+      const W* p = w + o * ld + 16 * half;
+      const Lanes<float> low = Lanes<float>::load(p), high = Lanes<float>::load(p + (kValues == 2 ? ld : 0));
+      _mm512_storeu_si512(packed, step_of(low.v, high.v));
+    }
+  }
+}
+
+void pack_inner(const void* w, bool is_float, int64_t ld, int64_t outer, char* packed) {
+  is_float ? pack_inner_of(static_cast<const float*>(w), ld, outer, packed)
+           : pack_inner_of(static_cast<const Element*>(w), ld, outer, packed);
+}
+
+// Sixteen channels of one step.
+inline __attribute__((always_inline)) __m512i pixel_step(const Element* x, const Element* next, int n) {
+#if defined(RESNET_FAST_AVX512_BF16)
+  const __mmask16 keep = __mmask16((1u << n) - 1);
+  const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(keep, x));
+  if (next == nullptr) return low;
+  return _mm512_or_si512(low, _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(keep, next)), 16));
+#else
+  (void)next;
+  return _mm512_castps_si512(Lanes<float>::load(x, n).v);
+#endif
+}
+
+void pack_pixels(
+    const Element* x, int64_t ld, int64_t pixels, int64_t total, int64_t tiles, int lanes, char* packed,
+    int64_t tile_bytes) {
+  for (int64_t i = 0; i < pixels; i += kValues, packed += 4 * lanes) {
+    const Element* pixel = x + i * ld;
+    const Element* next = i + 1 < pixels ? pixel + ld : nullptr;
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      const int64_t begin = tile * total / tiles;
+      for (int at = 0; at < lanes; at += 16) {
+        const int n = int(std::min<int64_t>(16, total - begin - at));
+        const Element* after = next == nullptr ? nullptr : next + begin + at;
+        _mm512_storeu_si512(packed + tile * tile_bytes + 4 * at, pixel_step(pixel + begin + at, after, n));
+      }
+    }
+  }
+}
+
+const ConvKernels<Element>& conv_kernels() {
+  static constexpr ConvKernels<Element> all = {store_tile, add_tile, pack_outer, pack_inner, pack_pixels};
+  return all;
+}

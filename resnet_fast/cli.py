@@ -1,0 +1,42 @@
+"""`resnet-fast COMMAND`: one module a command, imported only when its command is asked for.
+
+A command's module has `add_arguments(parser)` and `run(args) -> int`, the exit status. A new
+command is one more line in COMMANDS.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "env": ("resnet_fast.env", "versions, hardware, which implementations are live and why"),
+    "verify": ("resnet_fast.verify", "compare ops, blocks and models with plain PyTorch in fp64"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit status, 2 for a bad command line (argparse)."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(prog="resnet-fast", description="Fused ResNets for PyTorch.")
+    parser.add_argument("--version", action="version", version=f"resnet_fast {_version()}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    asked = next((word for word in argv if not word.startswith("-")), None)
+    run = None
+    for name, (path, summary) in COMMANDS.items():
+        command = commands.add_parser(name, help=summary, description=summary)
+        if name == asked:
+            module = importlib.import_module(path)
+            module.add_arguments(command)
+            run = module.run
+    args = parser.parse_args(argv)
+    assert run is not None  # parse_args demands a command, and takes none but these
+    return run(args)
+
+
+def _version() -> str:
+    from . import __version__
+
+    return __version__

@@ -1,0 +1,282 @@
+"""The patterns that can run fused, matched on the dataflow of a forward pass, not on names.
+
+Two patterns are here (`survey` adds a third):
+
+    block  a whole forward that is one `resnet_fast.chain`, with or without a shortcut
+    steps  a `Sequential`: consecutive children that form a chain without a shortcut
+
+where conv is a Conv2d, norm a BatchNorm2d, relu a ReLU (in a block also a call of F.relu or its
+kin). What is not the pattern raises `Mismatch` with the reason.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import fx, nn
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.utils.parametrize import is_parametrized
+
+from .dataflow import ADD, ADD_IN_PLACE, Mismatch, is_call, is_layer, label
+
+LAYERS = {  # what a chain is made of, and the methods that make each what it is
+    nn.Conv2d: ("forward", "_conv_forward"),
+    nn.BatchNorm2d: ("forward", "_check_input_dim"),
+    nn.ReLU: ("forward",),
+    nn.Identity: ("forward",),
+    nn.Sequential: ("forward",),
+}
+# Chains in letters: c conv, b conv with a bias (a norm after it takes that in), n norm, r relu.
+UNITS = "((nr)?(c|b(?=n)))*"
+ALONE = re.compile(f"{UNITS}(nr?)?")
+BESIDE_A_SHORTCUT = re.compile(f"{UNITS}n?")
+WORDS = {"c": "conv", "b": "conv", "n": "norm", "r": "relu", "-": "other"}
+
+
+@dataclass(frozen=True)
+class Block:
+    """`blocks.Parts` by name: modules dotted from the one that holds them.
+
+    residual: the child to call on x where the shortcut is "residual". absorbed: every module that
+    will not be called any more, with the class it has.
+    """
+
+    convs: tuple[str, ...]
+    norms: tuple[str | None, ...]
+    relu: bool
+    shortcut: str = "none"
+    projection: str | None = None
+    projection_norm: str | None = None
+    residual: str | None = None
+    absorbed: tuple[tuple[str, type[nn.Module]], ...] = ()
+
+    def __str__(self) -> str:
+        words = []
+        for norm, conv in zip(self.norms, (*self.convs, None), strict=True):
+            words += [norm and "norm", norm and conv and "relu", conv and "conv"]
+        shortcut = {
+            "none": None,
+            "identity": "+ x",
+            "projection": "+ conv norm(x)" if self.projection_norm else "+ conv(x)",
+            "residual": f"+ {self.residual}(x)",
+        }
+        words += [shortcut[self.shortcut], self.relu and "relu"]
+        return " ".join(filter(None, words))
+
+
+@dataclass(frozen=True)
+class Steps:
+    """A `Sequential`: its children's names, in groups that are a chain or one child to call."""
+
+    names: tuple[str, ...]
+    groups: tuple[tuple[tuple[str, ...], Block | None], ...]
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether a call of `module` would run hooks."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+def refusal(module: nn.Module) -> str | None:
+    """Why `module` cannot be a part of a chain, as in "conv1 has hooks"; None where it can."""
+    cls = type(module)
+    kind = next((kind for kind in LAYERS if isinstance(module, kind)), None)
+    if kind is None:
+        return f"is of class {cls.__name__}"
+    if isinstance(module, LazyModuleMixin):
+        return "is lazy: run the model once before"
+    if hooked(module):
+        return "has hooks, which would not run (weight_norm and pruning are hooks too)"
+    if is_parametrized(module):
+        return "has parametrizations"
+    changed = [name for name in LAYERS[kind] if getattr(cls, name) is not getattr(kind, name)]
+    if changed or "forward" in vars(module):
+        return f"has a forward of its own ({cls.__name__})"
+    if kind is nn.Conv2d and module.padding_mode != "zeros":
+        return f"pads with padding_mode={module.padding_mode!r}"
+    if kind is nn.Conv2d and isinstance(module.padding, str):
+        return f"pads with padding={module.padding!r}, not with a number"
+    return None
+
+
+def letter(module: nn.Module) -> str:
+    """The letter of a layer that nothing speaks against, "-" for any other module."""
+    if refusal(module) is not None:
+        return "-"
+    if isinstance(module, nn.Conv2d):
+        return "c" if module.bias is None else "b"
+    kinds = {nn.BatchNorm2d: "n", nn.ReLU: "r"}
+    return next((kinds[kind] for kind in kinds if isinstance(module, kind)), "-")
+
+
+def layers(name: str, module: nn.Module) -> Iterator[tuple[str, str]]:
+    """(letter, name) of each layer that a call of `module` runs; Mismatch where it runs others."""
+    why = refusal(module)
+    if why is not None:
+        raise Mismatch(f"{name} {why}")
+    if isinstance(module, nn.Sequential):
+        for child_name, child in module._modules.items():
+            yield from layers(f"{name}.{child_name}", child)
+    elif not isinstance(module, nn.Identity):
+        yield letter(module), name
+
+
+def words(letters: str) -> str:
+    """The layers of `letters` in words."""
+    return " ".join(WORDS[one] for one in letters)
+
+
+def chain(letters: str, names: Iterable[str], **rest: Any) -> Block:
+    """The Block of a chain in letters; `rest` are its other fields."""
+    convs, norms = [], [None]
+    for one, name in zip(letters, names, strict=True):
+        if one == "n":
+            norms[-1] = name
+        elif one in "cb":
+            convs.append(name)
+            norms.append(None)
+    return Block(tuple(convs), tuple(norms), **rest)
+
+
+def absorbed(module: nn.Module, names: Iterable[str]) -> tuple[tuple[str, type[nn.Module]], ...]:
+    """Name and class of the children `names` of `module` and of all below them."""
+    return tuple(
+        (path, type(m))
+        for name in dict.fromkeys(names)
+        for path, m in module.get_submodule(name).named_modules(prefix=name)
+    )
+
+
+def match_steps(module: nn.Sequential) -> Steps:
+    """The longest chains among the children of a `Sequential`; the others stay single."""
+    names, at, groups = list(module._modules), 0, []
+    letters = "".join(map(letter, module._modules.values()))
+    while at < len(names):
+        found = ALONE.match(letters, at).group()
+        if len(found) < 2 or "n" not in found:
+            found = letters[at]
+            groups.append(((names[at],), None))
+        else:
+            group = tuple(names[at : at + len(found)])
+            block = chain(found, group, relu=found[-1] == "r", absorbed=absorbed(module, group))
+            groups.append((group, block))
+        at += len(found)
+    return Steps(tuple(names), tuple(groups))
+
+
+class _Path:
+    """The layers, in letters and by name, on the way from the value `base` to the value `end`.
+
+    base: one of `stops`, or what no layer makes. seen: for each value on the way, how many layers
+    lie before it. problem: why the layers cannot be told, or "".
+    """
+
+    def __init__(self, module: nn.Module, end: fx.Node, stops: Collection[fx.Node] = ()) -> None:
+        calls, self.base = [], end
+        while self.base not in stops and is_layer(self.base):
+            calls.insert(0, self.base)
+            self.base = self.base.args[0]
+        self.letters, self.problem, self.seen = "", "", {self.base: 0}
+        self.names: list[str] = []
+        for call in calls:
+            try:
+                found = [("r", "")]
+                if call.op == "call_module":
+                    found = list(layers(call.target, module.get_submodule(call.target)))
+            except Mismatch as reason:
+                self.problem = str(reason)
+                break
+            self.letters += "".join(one for one, _ in found)
+            self.names += [name for _, name in found]
+            self.seen[call] = len(self.letters)
+
+    def expect(self, pattern: re.Pattern[str], what: str) -> None:
+        """Mismatch unless the layers are `pattern`."""
+        if self.problem or not pattern.fullmatch(self.letters):
+            raise Mismatch(self.problem or f"{what} is {words(self.letters) or 'empty'}")
+
+
+def match_block(module: nn.Module, graphs: Iterable[fx.Graph]) -> Block:
+    """The chain that the forward of `module` is; Mismatch where it is anything else."""
+    training, evaluation = (_match_graph(module, graph) for graph in graphs)
+    if training != evaluation:
+        raise Mismatch("its forward differs between training and evaluation")
+    return training
+
+
+def _match_graph(module: nn.Module, graph: fx.Graph) -> Block:
+    """y = main(x) or y = relu(main(x) + shortcut(x)), read backwards from y; nothing beside it."""
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    output = next(node for node in graph.nodes if node.op == "output")
+    if len(inputs) != 1 or not isinstance(output.args[0], fx.Node):
+        raise Mismatch("its forward does not take one tensor and return one")
+    x, end = inputs[0], _Path(module, output.args[0])
+    relu = end.letters.endswith("r")
+    if end.base is x:
+        end.expect(ALONE, "it")
+        block, known = chain(end.letters, end.names, relu=relu), end.seen
+    else:
+        block, known = _match_sum(module, end.base, x)
+        end.expect(re.compile("r?"), "what follows its addition")
+        block, known = replace(block, relu=relu), {**known, **end.seen}
+    for node in graph.nodes:
+        if node not in known and node is not output:
+            raise Mismatch(f"its forward also runs {label(node)}")
+    if not any(block.norms) or (end.base is x and len(end.letters) < 2):
+        raise Mismatch("there is nothing in it to fuse with a BatchNorm2d")
+    called = [node.target for node in known if node.op == "call_module"]
+    called = [name for name in called if name != block.residual]
+    return replace(block, absorbed=absorbed(module, called))
+
+
+def _match_sum(module: nn.Module, join: fx.Node, x: fx.Node) -> tuple[Block, dict[fx.Node, int]]:
+    """main(x) + shortcut(x), either way round, and the nodes it is made of."""
+    sides = join.all_input_nodes
+    if not is_call(join, ADD) or len(sides) != 2 or len(join.args) != 2 or join.kwargs:
+        raise Mismatch(f"its result comes from {label(join)}")
+    sides = sorted(sides, key=lambda side: -len(_Path(module, side).letters))
+    reasons = []
+    for main, shortcut in (sides, sides[::-1]):
+        try:
+            path = _Path(module, main)
+            if path.base is not x:
+                raise Mismatch(path.problem or f"its main path comes from {label(path.base)}")
+            path.expect(BESIDE_A_SHORTCUT, "its main path")
+            fields, nodes = _match_shortcut(module, path, shortcut)
+            in_place = is_call(join, ADD_IN_PLACE) and join.args[0] is shortcut
+            if in_place and fields["shortcut"] != "projection":
+                raise Mismatch("it adds in place to its input")
+        except Mismatch as reason:
+            reasons.append(reason)
+        else:
+            return chain(path.letters, path.names, relu=False, **fields), {**path.seen, **nodes}
+    raise reasons[0]
+
+
+def _match_shortcut(
+    module: nn.Module, main: _Path, end: fx.Node
+) -> tuple[dict[str, Any], dict[fx.Node, int]]:
+    """The fields of `Block` for the shortcut that gives `end`, and the nodes it is made of."""
+    path = _Path(module, end, stops=main.seen)
+    begins = None if path.problem else main.seen.get(path.base)
+    convs = [m for m in map(module.get_submodule, main.names) if isinstance(m, nn.Conv2d)]
+    if path.letters == "" and begins == 0 and main.letters:
+        if convs and convs[0].in_channels != convs[-1].out_channels:
+            raise Mismatch("its addition broadcasts channels")
+        return {"shortcut": "identity"}, path.seen
+    inside = 2 if main.letters.startswith("nr") else 0  # a projection reads φ[0](x)
+    kinds = ("c", "cn", "bn") if main.letters.endswith("n") else ("c",)
+    if path.letters in kinds and begins == inside and convs:
+        fields = dict(zip(("projection", "projection_norm"), path.names, strict=False))
+        return {"shortcut": "projection", **fields}, path.seen
+    if is_layer(end) and end.op == "call_module" and end.args[0] is main.base:
+        return {"shortcut": "residual", "residual": end.target}, {end: 0}
+    raise Mismatch(path.problem or f"its shortcut is {words(path.letters) or label(path.base)}")

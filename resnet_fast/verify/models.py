@@ -1,0 +1,82 @@
+"""Whole models: a training step, the running statistics it leaves, and inference with them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from ..blocks import ResidualBlock
+from .check import GRADIENT, Runs, Setting, Trial
+from .modules import compared, randomize
+
+SMALL = "cifar_resnet20"
+BATCH = 4
+IMAGE_SIZES = {"imagenet": 64, "cifar": 16}
+BRANCH = 0.25
+
+
+def trials(setting: Setting, name: str) -> Iterator[Trial]:
+    """The one trial of model `name`; its checks are grouped into rows by `group`."""
+    yield Trial("models", name, "train, infer", setting, _prepare(name, setting), group)
+
+
+def group(tensor: str) -> str:
+    """The row of the table that a tensor belongs to."""
+    if tensor == GRADIENT + "x":
+        return "input gradient"
+    if tensor.startswith(GRADIENT):
+        return "parameter gradients"
+    return {"y": "forward", "infer y": "inference"}.get(tensor, "running statistics")
+
+
+def plain_model(name: str) -> nn.Module:
+    """Model `name` in plain PyTorch, from a fixed seed, in a state in which faults show.
+
+    Normalizations get random vectors, and each residual branch is scaled by BRANCH: a net fresh
+    from initialization multiplies an error in every block, and a deep one ends in chaos, where
+    nothing can be told from rounding. Running statistics are those of a batch of noise.
+    """
+    from .. import models
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        plain = models.create_model(name, fused=False, num_classes=10)
+    randomize(plain, torch.Generator().manual_seed(1))
+    norms = [m for m in plain.modules() if isinstance(m, nn.BatchNorm2d)]
+    with torch.no_grad():
+        for block in plain.modules():
+            if isinstance(block, ResidualBlock) and block.shortcut != "none":
+                last = "conv" if block.preactivation else "bn"
+                getattr(block, f"{last}{block.depth}").weight.mul_(BRANCH)
+        momenta = [norm.momentum for norm in norms]
+        for norm in norms:
+            norm.momentum = 1.0
+        plain.train()(_noise(plain, 2 * BATCH, 99))
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+    return plain
+
+
+def _noise(plain: nn.Module, batch: int, seed: int) -> Tensor:
+    size = IMAGE_SIZES["cifar" if isinstance(plain.maxpool, nn.Identity) else "imagenet"]
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, plain.conv1.in_channels, size, size, generator=generator)
+
+
+def _prepare(name: str, setting: Setting) -> Callable[[], Runs]:
+    def prepare() -> Runs:
+        from .. import models
+
+        plain = plain_model(name)
+
+        def draw(seed: int) -> list[Tensor]:
+            return [_noise(plain, BATCH, seed).to(setting.exact_dtype).float()]
+
+        def fused() -> nn.Module:
+            return models.create_model(name, num_classes=10, impl=setting.impl)
+
+        return compared(setting, plain, fused, draw, "train, infer", settled=not setting.narrow)
+
+    return prepare

@@ -1,0 +1,238 @@
+"""The graph: what it saves, which gradients it gives, and how it fails."""
+
+import pytest
+import torch
+import twins
+from calls import CASES, OPS, away_from_kink
+from torch.utils.checkpoint import checkpoint
+
+import resnet_fast
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+BLOCKS = {
+    "BasicBlock": lambda **options: resnet_fast.BasicBlock(8, 16, 2, **options),
+    "Bottleneck": lambda **options: resnet_fast.Bottleneck(16, 4, **options),
+    "PreActBasicBlock": lambda **options: resnet_fast.PreActBasicBlock(16, 16, **options),
+    "PreActBottleneck": lambda **options: resnet_fast.PreActBottleneck(8, 4, 2, **options),
+}
+BLOCK = pytest.mark.parametrize("kind", BLOCKS)
+
+
+def block_and_input(kind, **options):
+    """A block in fp32 and an x that keeps its ReLUs off the kink."""
+
+    def draw():
+        module = BLOCKS[kind](**options)
+        return module, torch.randn(2, module.parts().convs[0].in_channels, 5, 4)
+
+    return twins.away_from_kink(draw, lambda module, x: twins.plain(module)(x), 1e-5)
+
+
+def saved_bytes(run, *modules):
+    """Bytes that run()'s graph keeps alive, those of the modules' parameters and buffers aside."""
+    own = {t.untyped_storage().data_ptr() for m in modules for t in m.state_dict().values()}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = run()
+    assert y.requires_grad
+    return sum(kept.values())
+
+
+def test_saved_by_bottleneck(impl):
+    """x, three raw conv outputs, four vectors a norm and one bit an element: 10.1a, plain 16a.
+
+    In units of a = N·H·W·width, with x and z3 4a each: fused 4 + 1 + 1 + 4 + 4/32, and PyTorch
+    x, z1, relu, z2, relu, z3, y = 4 + 1 + 1 + 1 + 1 + 4 + 4 and the norms' vectors.
+    """
+    impl.need(torch.float32, *OPS)
+    module = resnet_fast.Bottleneck(64, 16, impl=impl.name)
+    plain = twins.plain(module)
+    x = torch.randn(2, 64, 16, 16, requires_grad=True)
+    unit = 2 * 16 * 16 * 16 * 4
+    vectors = 4 * 4 * (16 + 16 + 64)
+    fused = saved_bytes(lambda: module(x), module)
+    assert fused == 10 * unit + 4 * unit // 32 + vectors
+    assert fused < 0.65 * saved_bytes(lambda: plain(x), plain)
+    module.keep_activations = True
+    assert saved_bytes(lambda: module(x), module) == fused + 2 * unit
+
+
+def test_saved_by_add_relu(impl):
+    """Only the mask: one bit an element."""
+    impl.need(torch.float32, "add_relu")
+    x, residual = (torch.randn(2, 8, 16, 8, requires_grad=True) for _ in range(2))
+    assert saved_bytes(lambda: resnet_fast.add_relu(x, residual, impl=impl.name)) == x.numel() // 8
+
+
+def test_saved_by_bn_act(impl):
+    """x, four vectors and the mask; the residual is not kept."""
+    impl.need(torch.float32, "bn_act")
+    x, residual = (torch.randn(2, 8, 16, 8, requires_grad=True) for _ in range(2))
+    weight = torch.nn.BatchNorm2d(8)
+    kept = saved_bytes(
+        lambda: resnet_fast.bn_act(
+            x, weight.weight, weight.bias, None, None,
+            residual=residual, training=True, impl=impl.name,
+        ),  # fmt: skip
+        weight,
+    )
+    assert kept == 4 * x.numel() + 4 * 4 * 8 + x.numel() // 8
+
+
+@BLOCK
+def test_no_graph_without_gradients(impl, kind):
+    impl.need(torch.float32, *OPS)
+    module, x = block_and_input(kind, impl=impl.name)
+    for training in (True, False):
+        module.train(training)
+        with torch.no_grad():
+            y = module(x.requires_grad_())
+        assert not y.requires_grad and y.grad_fn is None
+        with torch.inference_mode():
+            assert torch.equal(module(x.detach()), y)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@BLOCK
+def test_each_gradient_alone(impl, kind, training):
+    """Whatever subset wants gradients: those come out as with all, the others stay None."""
+    impl.need(torch.float32, *OPS)
+    module, x = block_and_input(kind, impl=impl.name)
+    module.train(training)
+    everything = twins.module_step(module, x)
+    names = ["x", *dict(module.named_parameters())]
+    subsets = [{name} for name in names] + [set(names) - {name} for name in names]
+    subsets += [{n for n in names if "bn" in n}, {n for n in names if "conv" in n}]
+    for subset in subsets:
+        module.zero_grad()
+        leaf = x.clone().requires_grad_("x" in subset)
+        for name, parameter in module.named_parameters():
+            parameter.requires_grad_(name in subset)
+        module(leaf).sum().backward()
+        grads = {"x": leaf.grad, **{n: p.grad for n, p in module.named_parameters()}}
+        for name, grad in grads.items():
+            if name in subset:
+                torch.testing.assert_close(grad, everything[f"d{name}"], msg=f"{name} of {subset}")
+            else:
+                assert grad is None, f"{name} of {subset}"
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["batch", "frozen"])
+@pytest.mark.parametrize("case", CASES)
+def test_each_argument_alone(impl, case, training):
+    """The same of the functions: residual, bias and affine parameters one by one."""
+    impl.need(torch.float32, *OPS)
+    call = away_from_kink(case, training=training)
+    everything = call.step(twins, torch.float64)
+    for wanted in call.tensors:
+        leaves, running = call.make(torch.float64)
+        for name, leaf in leaves.items():
+            leaf.requires_grad_(name == wanted)
+        call.run(resnet_fast, leaves, running, impl.name).backward(call.dy.double())
+        for name, leaf in leaves.items():
+            if name == wanted:
+                torch.testing.assert_close(leaf.grad, everything[f"d{name}"], msg=name)
+            else:
+                assert leaf.grad is None, name
+
+
+@BLOCK
+def test_double_backward_raises(impl, kind):
+    impl.need(torch.float32, *OPS)
+    module, x = block_and_input(kind, impl=impl.name)
+    x.requires_grad_()
+    with pytest.raises(RuntimeError, match=r"not differentiable \(create_graph=True\)"):
+        torch.autograd.grad(module(x).sum(), x, create_graph=True)
+
+
+@BLOCK
+def test_backward_twice(impl, kind):
+    """retain_graph gives the same gradients again; without it PyTorch's error comes."""
+    impl.need(torch.float32, *OPS)
+    module, x = block_and_input(kind, impl=impl.name)
+    x.requires_grad_()
+    y = module(x)
+    first = torch.autograd.grad(y.sum(), x, retain_graph=True)[0]
+    assert torch.equal(torch.autograd.grad(y.sum(), x)[0], first)
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        torch.autograd.grad(y.sum(), x)
+
+
+@pytest.mark.parametrize("changed", ["x", "conv1.weight", "conv2.weight"])
+def test_inplace_change_is_noticed(impl, changed):
+    """What was saved must not change before backward: PyTorch's version check says so."""
+    impl.need(torch.float32, *OPS)
+    module, x = block_and_input("BasicBlock", impl=impl.name)
+    for block in (twins.plain(module), module):
+        leaf = x.clone().requires_grad_()
+        inner = leaf * 1.0
+        loss = block(inner).sum()
+        with torch.no_grad():
+            {"x": inner, **dict(block.named_parameters())}[changed].mul_(2.0)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_output_may_change_in_place(impl, case):
+    """y is not saved: scaling it in place scales the gradient."""
+    impl.need(torch.float32, *OPS)
+    call = away_from_kink(case, training=True)
+    expected = call.step(twins, torch.float64)
+    leaves, running = call.make(torch.float64)
+    y = call.run(resnet_fast, leaves, running, impl.name).mul_(2.0)
+    y.backward(call.dy.double() / 2.0)
+    for name, leaf in leaves.items():
+        torch.testing.assert_close(leaf.grad, expected[f"d{name}"], msg=name)
+
+
+def test_add_relu_saves_no_input(impl):
+    """As with torch.relu, x may change in place once y is made."""
+    impl.need(torch.float32, "add_relu")
+    leaf = torch.randn(2, 8, 5, 4, requires_grad=True)
+    x, residual = leaf * 1.0, torch.randn(2, 8, 5, 4)
+    for function in (twins.add_relu, resnet_fast.add_relu):
+        y = function(x, residual, impl=impl.name)
+        x.detach().zero_()
+        (grad,) = torch.autograd.grad(y.sum(), leaf)
+        assert torch.equal(grad, (y > 0).float())
+        x = leaf * 1.0
+
+
+@BLOCK
+def test_checkpoint(impl, kind):
+    """torch.utils.checkpoint runs the forward twice: gradients as without."""
+    impl.need(torch.float32, *OPS)
+    module, x = block_and_input(kind, impl=impl.name)
+    expected = twins.module_step(module, x)
+    module.zero_grad()
+    leaf = x.clone().requires_grad_()
+    checkpoint(module, leaf, use_reentrant=False).sum().backward()
+    assert torch.equal(leaf.grad, expected["dx"])
+    for name, parameter in module.named_parameters():
+        assert torch.equal(parameter.grad, expected[f"d{name}"]), name
+
+
+def test_gradients_accumulate(impl):
+    impl.need(torch.float32, *OPS)
+    module, x = block_and_input("Bottleneck", impl=impl.name)
+    once = twins.module_step(module, x)["dconv2.weight"].clone()
+    assert torch.equal(twins.module_step(module, x)["dconv2.weight"], 2 * once)
+
+
+def test_unused_output_needs_no_backward(impl):
+    """A block whose y is not used in the loss gives no gradient, and no error."""
+    impl.need(torch.float32, *OPS)
+    module, x = block_and_input("Bottleneck", impl=impl.name)
+    x.requires_grad_()
+    module(x)
+    x.square().sum().backward()
+    assert torch.equal(x.grad, 2 * x) and module.conv1.weight.grad is None
