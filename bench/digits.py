@@ -1,25 +1,30 @@
 """ResNet-20 on scikit-learn's digits: plain PyTorch and fused modules trained in lock step.
 
 1,797 real scans of 8×8 pixels and 17 grey levels (Alpaydin & Kaynak 1998, UCI), doubled to 16×16.
-Both nets start from the same weights and see the same batches, so that their losses can be
-compared step by step: equal up to rounding at first, and apart like any two runs of a chaotic
-system later. The fused steps and the plain ones take turns, so their times can be compared too.
+All nets start from the same weights and see the same batches, so that their losses can be compared
+step by step: equal up to rounding at first, later apart, since training multiplies a difference.
+How far apart is no fault is seen from plain PyTorch itself, in NCHW beside channels_last.
 """
 
 from __future__ import annotations
 
+import copy
+import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bench.timing import rotated
+
 MODEL = "cifar_resnet20"
-EPOCHS = 12
+EPOCHS = 10
 BATCH = 64
 PEAK_LR = 0.1
+START_LR = PEAK_LR / 1000
 MOMENTUM = 0.9
 WEIGHT_DECAY = 5e-4
 SHIFT = 2  # pixels of 16
@@ -38,7 +43,7 @@ class Digits:
 
 @dataclass
 class Curve:
-    """What one net did: a loss a step, a test accuracy an epoch, seconds in its steps."""
+    """What one model did: a loss a step, a test accuracy an epoch, seconds in its steps."""
 
     losses: list[float] = field(default_factory=list)
     accuracies: list[float] = field(default_factory=list)
@@ -51,7 +56,8 @@ def load(seed: int = 0) -> Digits:
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
     except ImportError as error:
-        raise RuntimeError(f"the digits need scikit-learn (pip install scikit-learn): {error}") from None
+        why = f"the digits need scikit-learn (pip install scikit-learn): {error}"
+        raise RuntimeError(why) from None
     images, labels = load_digits(return_X_y=True)
     x = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 16
     x = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
@@ -81,70 +87,74 @@ def batches(data: Digits, epochs: int, seed: int = 0) -> Iterator[tuple[Tensor, 
             yield x.contiguous(memory_format=torch.channels_last), data.train_y[chosen]
 
 
-def twins(impl: str, seed: int = 0) -> dict[str, nn.Module]:
-    """The plain and the fused net with equal weights, channels_last."""
+def nets(impl: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[str, nn.Module]:
+    """One net three times, equal weights: "plain" and "fused" channels_last, and "plain NCHW"."""
     import resnet_fast
 
     torch.manual_seed(seed)
     plain = resnet_fast.create_model(MODEL, in_channels=1, fused=False)
     fused = resnet_fast.create_model(MODEL, in_channels=1, impl=impl)
     fused.load_state_dict(plain.state_dict())
-    return {
-        name: net.to(memory_format=torch.channels_last)
-        for name, net in (("plain", plain), ("fused", fused))
-    }
+    nchw = copy.deepcopy(plain).to(dtype)
+    last = {"dtype": dtype, "memory_format": torch.channels_last}
+    return {"plain": plain.to(**last), "fused": fused.to(**last), "plain NCHW": nchw}
 
 
-def compare(
-    nets: dict[str, nn.Module],
+def train(
+    models: Mapping[str, nn.Module],
     data: Digits,
     *,
     epochs: int = EPOCHS,
     steps: int | None = None,
-    progress: Callable[..., Iterator] | None = None,
+    progress: Callable[..., Iterable] | None = None,
 ) -> dict[str, Curve]:
-    """Train all `nets` on the same batches; a curve each.
+    """Train all `models` on the same batches, in turns; a curve each.
 
-    SGD with Nesterov momentum, one cycle of the learning rate up to PEAK_LR (Smith & Topin 2017,
-    arXiv:1708.07120). `steps` ends it early; `progress(iterable, total=…)` may draw a bar.
+    SGD with Nesterov momentum, one cycle of the learning rate from START_LR to PEAK_LR and back
+    (Smith & Topin 2017, arXiv:1708.07120): it starts low so that differences grow slowly.
+    `steps` ends it early; `progress(list)` may draw a bar around it.
     """
     an_epoch = len(data.train_y) // BATCH
     total = epochs * an_epoch
-    curves = {name: Curve() for name in nets}
+    curves = {name: Curve() for name in models}
     optimizers, schedules = {}, {}
-    for name, net in nets.items():
-        net.train()
+    for name, model in models.items():
+        model.train()
         optimizers[name] = torch.optim.SGD(
-            net.parameters(), PEAK_LR, MOMENTUM, weight_decay=WEIGHT_DECAY, nesterov=True
+            model.parameters(), PEAK_LR, MOMENTUM, weight_decay=WEIGHT_DECAY, nesterov=True
         )
         schedules[name] = torch.optim.lr_scheduler.OneCycleLR(
-            optimizers[name], PEAK_LR, total_steps=total, cycle_momentum=False
-        )
-    work = enumerate(batches(data, epochs))
-    bar = work if progress is None else progress(work, total=min(total, steps or total))
-    for number, (x, y) in bar:
-        if number == steps:
-            break
-        names = list(nets) if number % 2 else list(nets)[::-1]
-        for name in names:
+            optimizers[name], PEAK_LR, total_steps=total, pct_start=0.25,
+            div_factor=PEAK_LR / START_LR, cycle_momentum=False,
+        )  # fmt: skip
+    work = list(itertools.islice(batches(data, epochs), steps))
+    for number, (x, y) in enumerate(work if progress is None else progress(work)):
+        for name in rotated(list(models), number):
+            model, optimizer = models[name], optimizers[name]
             start = time.perf_counter()
-            optimizers[name].zero_grad(set_to_none=True)
-            loss = F.cross_entropy(nets[name](x), y)
+            optimizer.zero_grad(set_to_none=True)
+            loss = F.cross_entropy(model(x.to(model.fc.weight.dtype)), y)
             loss.backward()
-            optimizers[name].step()
+            optimizer.step()
             curves[name].seconds += time.perf_counter() - start
             schedules[name].step()
             curves[name].losses.append(loss.item())
         if (number + 1) % an_epoch == 0:
-            for name, net in nets.items():
-                curves[name].accuracies.append(accuracy(net, data))
+            for name, model in models.items():
+                curves[name].accuracies.append(accuracy(model, data))
     return curves
 
 
-def accuracy(net: nn.Module, data: Digits) -> float:
-    """Share of the test images that `net` reads right; leaves it in training mode."""
-    net.eval()
-    with torch.inference_mode():
-        right = (net(data.test_x).argmax(1) == data.test_y).double().mean().item()
-    net.train()
-    return right
+def drift(curves: Mapping[str, Curve], name: str, beside: str = "plain") -> list[float]:
+    """|loss − loss of `beside`| / loss of `beside`, a value a step."""
+    pairs = zip(curves[name].losses, curves[beside].losses, strict=True)
+    return [abs(a - b) / b for a, b in pairs]
+
+
+def accuracy(model: nn.Module, data: Digits) -> float:
+    """Share of the test images that `model` reads right; leaves it in training mode."""
+    model.eval()
+    with torch.no_grad():
+        logits = model(data.test_x.to(model.fc.weight.dtype))
+    model.train()
+    return (logits.argmax(1) == data.test_y).double().mean().item()

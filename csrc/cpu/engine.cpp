@@ -46,6 +46,13 @@ int64_t steps(int64_t values) {
 }
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// `total` things in parts of equal size, the first total % parts one larger.
+struct Cut {
+  int64_t parts, total;
+  int64_t begin(int64_t i) const { return i * (total / parts) + std::min(i, total % parts); }
+};
+
 int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -ceil_div(-a, b); }
 
 // Scratch memory of this thread, kept between calls; `slot` tells buffers in use at once apart.
@@ -141,42 +148,53 @@ Input<T> lay_out(const Problem<T>& c, const Band& band) {
   return {base, row0, column0, pitch};
 }
 
+// One band, a panel of 32 filters at a time: every output row in tiles of at most 14 pixels, or two rows of at
+// most 7 pixels in the halves of one tile.
 template <class T>
 void run_band(const Problem<T>& c, const Band& band) {
   const ConvKernels<T>& kernels = *conv_kernels<T>();
   const Input<T> in = lay_out(c, band);
   const Axis &rows = c.rows, &columns = c.columns;
   const int64_t depth = steps<T>(c.channels), tap_bytes = depth * kPanelStep;
-  const int64_t panel_bytes = rows.taps * columns.taps * tap_bytes;
-  const TileStrides strides = {columns.mul * c.channels * int64_t(sizeof(T)), 4, kPanelStep};
+  const int64_t panel_bytes = rows.taps * columns.taps * tap_bytes, y_row = columns.output * c.filters;
+  const bool halves = rows.div == 1 && columns.div == 1 && band.q1 - band.q0 == kHalf;
+  TileStrides strides = {columns.mul * c.channels * int64_t(sizeof(T)), 0, 4, kPanelStep};
   std::vector<Stretch> stretches(rows.taps * columns.taps);
-  for (int64_t panel = 0; panel < c.filters / kTileColumns; ++panel) {
+
+  // Pixels q, q + div, … of row p (and of row p + 1 in the second half).
+  const auto tile = [&](int64_t panel, int64_t p, int64_t q, int64_t size, bool two) {
     const char* b = c.panels + panel * panel_bytes;
+    int64_t n = 0;
+    for (int64_t r = 0; r < rows.taps; ++r) {
+      if (!rows.meets(p, r)) continue;
+      const T* line = in.base + (rows.at(p, r) - in.row0) * in.pitch;
+      for (int64_t s = 0; s < columns.taps; ++s) {
+        if (!columns.meets(q, s)) continue;
+        const T* first = line + (columns.at(q, s) - in.column0) * c.channels;
+        stretches[n++] = {reinterpret_cast<const char*>(first), b + (r * columns.taps + s) * tap_bytes, depth};
+      }
+    }
+    const int64_t ldy = columns.div * c.filters;
+    const int64_t at = ((band.image * rows.output + p) * columns.output + q) * c.filters + panel * kTileColumns;
+    const Epilogue<T> epilogue = {c.shift ? c.shift + panel * kTileColumns : nullptr,
+                                  c.residual ? c.residual + at : nullptr, c.relu};
+    strides.half_a = two ? rows.mul * in.pitch * int64_t(sizeof(T)) : kHalf * strides.lda;
+    kernels.store_tile(
+        int(two ? 2 * size : size), stretches.data(), n, strides, c.y + at, ldy, two ? y_row : kHalf * ldy, epilogue);
+  };
+
+  for (int64_t panel = 0; panel < c.filters / kTileColumns; ++panel) {
     for (int64_t p = band.p0; p < band.p1; ++p) {
+      if (halves && p + 1 < band.p1) {
+        tile(panel, p++, band.q0, kHalf, true);
+        continue;
+      }
       for (int64_t phase = 0; phase < columns.div; ++phase) {
-        const int64_t q0 = band.q0 + phase, count = ceil_div(band.q1 - q0, columns.div);
+        const int64_t count = ceil_div(band.q1 - band.q0 - phase, columns.div);
         if (count <= 0) continue;
-        const int64_t tiles = ceil_div(count, kTileRows);
-        int64_t done = 0;
-        for (int64_t tile = 0; tile < tiles; ++tile) {
-          const int64_t size = (count - done) / (tiles - tile) + ((count - done) % (tiles - tile) != 0);
-          int64_t n = 0;
-          for (int64_t r = 0; r < rows.taps; ++r) {
-            if (!rows.meets(p, r)) continue;
-            const T* line = in.base + (rows.at(p, r) - in.row0) * in.pitch;
-            for (int64_t s = 0; s < columns.taps; ++s) {
-              if (!columns.meets(q0, s)) continue;
-              const int64_t column = columns.at(q0, s) - in.column0 + done * columns.mul;
-              stretches[n++] = {reinterpret_cast<const char*>(line + column * c.channels),
-                                b + (r * columns.taps + s) * tap_bytes, depth};
-            }
-          }
-          const int64_t q = q0 + done * columns.div;
-          const int64_t at = ((band.image * rows.output + p) * columns.output + q) * c.filters + panel * kTileColumns;
-          const Epilogue<T> epilogue = {c.shift ? c.shift + panel * kTileColumns : nullptr,
-                                        c.residual ? c.residual + at : nullptr, c.relu};
-          kernels.store_tile(int(size), stretches.data(), n, strides, c.y + at, columns.div * c.filters, epilogue);
-          done += size;
+        const Cut cut = {ceil_div(count, kTileRows), count};
+        for (int64_t i = 0; i < cut.parts; ++i) {
+          tile(panel, p, band.q0 + phase + cut.begin(i) * columns.div, cut.begin(i + 1) - cut.begin(i), false);
         }
       }
     }
@@ -190,8 +208,10 @@ std::vector<Band> cut(const Problem<T>& c) {
   std::vector<Band> bands;
   const int64_t row_bytes = columns.input * c.channels * int64_t(sizeof(T));
   if (rows.output == 1 && columns.div == 1 && columns.taps == 1) {
-    const int64_t most = std::max<int64_t>(2 * kTileRows, kScratchBytes / (c.channels * int64_t(sizeof(T))));
-    const int64_t size = std::min<int64_t>(most, 16 * kTileRows) / kTileRows * kTileRows;
+    const int64_t fits = std::max<int64_t>(2 * kTileRows, kScratchBytes / (c.channels * int64_t(sizeof(T))));
+    const int64_t most = std::min<int64_t>(fits, 16 * kTileRows), threads = at::get_num_threads();
+    const int64_t parts = ceil_div(ceil_div(columns.output, most), threads) * threads;  // as many for each thread
+    const int64_t size = ceil_div(ceil_div(columns.output, parts), kTileRows) * kTileRows;
     for (int64_t n = 0; n < c.images; ++n) {
       for (int64_t q = 0; q < columns.output; q += size) {
         bands.push_back({n, 0, 1, q, std::min(columns.output, q + size)});
@@ -238,11 +258,57 @@ ConvShape flattened(ConvShape s) {
   return s;
 }
 
-// A row of channels cut into tiles of equal widths, give or take one.
-struct Tiles {
-  int64_t count, total;
-  int64_t begin(int64_t i) const { return i * total / count; }
-};
+// Pixels of one block of dw: bands of one width, possibly of several images.
+using Block = std::vector<Band>;
+
+// Blocks of about `most` pixels: runs of columns of a single-row image, or whole rows.
+std::vector<Block> cut_blocks(const ConvShape& s, int64_t most) {
+  std::vector<Block> blocks;
+  if (s.rows == 1 && s.tap_count() == 1) {
+    for (int64_t n = 0; n < s.images; ++n) {
+      for (int64_t q = 0; q < s.columns; q += most) blocks.push_back({{n, 0, 1, q, std::min(s.columns, q + most)}});
+    }
+    return blocks;
+  }
+  const int64_t rows = std::max<int64_t>(1, most / s.columns);
+  const int64_t part = ceil_div(s.rows, ceil_div(s.rows, rows));
+  int64_t room = 0;
+  for (int64_t n = 0; n < s.images; ++n) {
+    for (int64_t p = 0; p < s.rows; p += part) {
+      const Band band = {n, p, std::min(s.rows, p + part), 0, s.columns};
+      if (room < band.p1 - band.p0) {
+        blocks.emplace_back();
+        room = std::max(rows, band.p1 - band.p0);
+      }
+      blocks.back().push_back(band);
+      room -= band.p1 - band.p0;
+    }
+  }
+  return blocks;
+}
+
+// One row of x from column0 to column1, zero outside the image: in place where it lies inside, else in `line`.
+template <class T>
+const T* input_row(
+    const ConvShape& s, const T* x, const FillRow<T>& fill, int64_t image, int64_t i, int64_t column0,
+    int64_t column1, T* line) {
+  const int64_t begin = std::max<int64_t>(0, column0), end = std::min(s.width, column1);
+  const int64_t pixel = (image * s.height + i) * s.width + begin, values = (column1 - column0) * s.channels;
+  if (i < 0 || i >= s.height || begin >= end) {
+    std::memset(static_cast<void*>(line), 0, values * sizeof(T));
+    return line;
+  }
+  if (x != nullptr && begin == column0 && end == column1) return x + pixel * s.channels;
+  T *first = line + (begin - column0) * s.channels, *last = line + (end - column0) * s.channels;
+  std::memset(static_cast<void*>(line), 0, (first - line) * sizeof(T));
+  std::memset(static_cast<void*>(last), 0, (line + values - last) * sizeof(T));
+  if (x != nullptr) {
+    std::memcpy(static_cast<void*>(first), x + pixel * s.channels, (last - first) * sizeof(T));
+  } else {
+    fill(image, i, begin, end, first);
+  }
+  return line;
+}
 
 }  // namespace
 
@@ -299,136 +365,95 @@ void engine_dgrad(
   run(c);
 }
 
-// For blocks of pixels that fit L2 beside each other: dz as [tile of filters][step][16 lanes], x as
-// [column tap][32 channels][row][step][32 lanes], then every tile dw[14 filters][tap][32 channels] += dzᵀ·x.
-// fp32 steps are pixels, so that one copy of x serves all column taps; bf16 steps are pairs of pixels.
-// Tasks are chunks of filters times lanes of blocks; lanes have sums of their own, added in order.
+// For blocks of pixels that fit L2 beside each other: panels of 32 filters of dz, [row][step][32], and of 32
+// channels of x for each column tap, [row][step][32], a step being one pixel of fp32 or two of bf16. Then
+// dw[filters][tap][channels] += dzᵀ·x in tiles of a third of a panel of dz by a panel of x (11 rows keep the
+// FMAs as busy as 14). Rows of x are ordered by their remainder by the stride, so that the rows an output row
+// and the next one meet follow each other, and a band is one stretch. Tasks are chunks of filters times lanes
+// of blocks; lanes have sums of their own, added in order.
 template <class T>
 at::Tensor engine_wgrad(const ConvShape& shape, const T* x, const FillRow<T>& fill, const T* dz) {
   const ConvShape s = flattened(shape);
   const ConvKernels<T>& kernels = *conv_kernels<T>();
   const Axis rows = fprop_axis(s.height, s.rows, s, 0), columns = fprop_axis(s.width, s.columns, s, 1);
-  const int64_t taps = s.tap_count(), chunk = std::min<int64_t>(s.filters, 512);
-  const int64_t chunks = ceil_div(s.filters, chunk), copies = kStepValues<T> == 1 ? 1 : s.taps[1];
+  const int64_t taps = s.tap_count(), size = s.filters * taps * s.channels, threads = at::get_num_threads();
   const int64_t panels = s.channels / kTileColumns;
+  // Sums that do not fit L2 are shared out among the threads rather than kept by each.
+  const int64_t share = size < (256 << 10) ? s.filters : ceil_div(s.filters / kTileColumns, threads) * kTileColumns;
+  const int64_t chunk = std::min<int64_t>(share, 512), chunks = ceil_div(s.filters, chunk);
+  const int64_t pixel_bytes = (chunk + s.channels * s.taps[1]) * int64_t(sizeof(T));
+  const std::vector<Block> blocks = cut_blocks(s, std::clamp<int64_t>((640 << 10) / pixel_bytes, 96, 256) / 2 * 2);
+  const int64_t count = int64_t(blocks.size()), lanes = std::clamp<int64_t>(ceil_div(threads, chunks), 1, count);
+  const at::Tensor sums = at::zeros({lanes, size}, at::kFloat);
+  const Cut thirds = {3, kTileColumns};
+  const TileStrides strides = {4, 4 * kHalf, kPanelStep, kPanelStep};
 
-  // A block: runs of columns of a single-row image, or whole rows, possibly of several images.
-  const bool flat = s.rows == 1 && s.taps[0] == 1 && s.taps[1] == 1;
-  const int64_t pixel_bytes = (chunk + s.channels * copies) * int64_t(sizeof(T));
-  const int64_t most = std::clamp<int64_t>((640 << 10) / pixel_bytes, 96, 256) / 2 * 2;
-  std::vector<std::vector<Band>> blocks;
-  if (flat) {
-    for (int64_t n = 0; n < s.images; ++n) {
-      for (int64_t q = 0; q < s.columns; q += most) blocks.push_back({{n, 0, 1, q, std::min(s.columns, q + most)}});
+  const auto run_block = [&](const Block& block, int64_t k0, int64_t width, float* dw) {
+    const Band& first = block[0];
+    const int64_t column0 = columns.least(first.q0), column1 = columns.most(first.q1 - 1) + 1;
+    const int64_t pixels = first.q1 - first.q0, row_bytes = steps<T>(pixels) * kPanelStep;
+    int64_t out_rows = 0, in_rows = 0;
+    for (const Band& band : block) {
+      out_rows += band.p1 - band.p0;
+      in_rows += ceil_div(rows.most(band.p1 - 1) + 1 - rows.least(band.p0), rows.mul) * rows.mul;
     }
-  } else {
-    const int64_t a_block = std::max<int64_t>(1, most / s.columns);
-    const int64_t part = a_block >= s.rows ? s.rows : ceil_div(s.rows, ceil_div(s.rows, a_block));
-    int64_t room = 0;
-    for (int64_t n = 0; n < s.images; ++n) {
-      for (int64_t p = 0; p < s.rows; p += part) {
-        const Band band = {n, p, std::min(s.rows, p + part), 0, s.columns};
-        if (room < band.p1 - band.p0) {
-          blocks.emplace_back();
-          room = std::max(a_block, band.p1 - band.p0);
-        }
-        blocks.back().push_back(band);
-        room -= band.p1 - band.p0;
-      }
-    }
-  }
-  const int64_t count = int64_t(blocks.size());
-  const int64_t lanes = std::clamp<int64_t>(ceil_div(at::get_num_threads(), chunks), 1, count);
-  const auto options = at::TensorOptions().dtype(at::kFloat);
-  const int64_t size = s.filters * taps * s.channels;
-  const at::Tensor sums = at::zeros({lanes, size}, options);
+    // One cache line more between panels: a power of two apart they would share cache sets.
+    const int64_t a_panel = out_rows * row_bytes + 64, b_panel = in_rows * row_bytes + 64, copy = panels * b_panel;
+    T* line = reinterpret_cast<T*>(scratch(0, (column1 - column0) * s.channels * int64_t(sizeof(T))));
+    char *a = scratch(1, width / kTileColumns * a_panel), *b = scratch(2, s.taps[1] * copy);
 
-  const auto run_task = [&](int64_t task) {
-    const int64_t lane = task / chunks, k0 = task % chunks * chunk, width = std::min(chunk, s.filters - k0);
-    const Tiles tiles = {ceil_div(width, kTileRows), width};
-    float* dw = sums.data_ptr<float>() + lane * size;
-    std::vector<Stretch> stretches;
-    for (int64_t block = lane * count / lanes; block < (lane + 1) * count / lanes; ++block) {
-      int64_t line_steps = 0, in_rows = 0, in_width = 0;
-      for (const Band& band : blocks[block]) {
-        line_steps += (band.p1 - band.p0) * steps<T>(band.q1 - band.q0);
-        in_rows += rows.most(band.p1 - 1) + 1 - rows.least(band.p0);
-        in_width = std::max(in_width, columns.most(band.q1 - 1) + 1 - columns.least(band.q0));
+    int64_t out_row = 0, in_row = 0;
+    for (const Band& band : block) {
+      for (int64_t p = band.p0; p < band.p1; ++p, ++out_row) {
+        const T* from = dz + ((band.image * s.rows + p) * s.columns + band.q0) * s.filters + k0;
+        kernels.pack_pixels(from, s.filters, pixels, width, a + out_row * row_bytes, a_panel);
       }
-      const int64_t row_steps = copies == 1 && kStepValues<T> == 1 ? in_width : steps<T>(blocks[block][0].q1 - blocks[block][0].q0);
-      const int64_t row_bytes = row_steps * kPanelStep, copy_bytes = panels * in_rows * row_bytes;
-      char* line = scratch(0, in_width * s.channels * int64_t(sizeof(T)) + 64);
-      char* a = scratch(1, tiles.count * line_steps * kLineLanes * 4);
-      char* b = scratch(2, copies * copy_bytes);
-
-      int64_t line_at = 0, row_at = 0;
-      std::vector<std::pair<int64_t, int64_t>> starts;  // (step of dz, row of x) of each output row
-      for (const Band& band : blocks[block]) {
-        const int64_t row0 = rows.least(band.p0), row1 = rows.most(band.p1 - 1) + 1;
-        const int64_t column0 = columns.least(band.q0), column1 = columns.most(band.q1 - 1) + 1;
-        for (int64_t p = band.p0; p < band.p1; ++p) {
-          const T* from = dz + (((band.image * s.rows + p) * s.columns) + band.q0) * s.filters + k0;
+      const int64_t row0 = rows.least(band.p0), row1 = rows.most(band.p1 - 1) + 1;
+      const int64_t group = ceil_div(row1 - row0, rows.mul);
+      for (int64_t i = row0; i < row1; ++i) {
+        const T* values = input_row(s, x, fill, band.image, i, column0, column1, line);
+        const int64_t at = in_row + (i - row0) % rows.mul * group + (i - row0) / rows.mul;
+        for (int64_t tap = 0; tap < s.taps[1]; ++tap) {
           kernels.pack_pixels(
-              from, s.filters, band.q1 - band.q0, width, tiles.count, kLineLanes, a + line_at * kLineLanes * 4,
-              line_steps * kLineLanes * 4);
-          starts.emplace_back(line_at, row_at + rows.at(p, 0) - row0);
-          line_at += steps<T>(band.q1 - band.q0);
-        }
-        for (int64_t i = row0; i < row1; ++i, ++row_at) {
-          const int64_t begin = std::max<int64_t>(0, column0), end = std::min(columns.input, column1);
-          const bool outside = i < 0 || i >= s.height || begin >= end;
-          const T* values = reinterpret_cast<const T*>(line);
-          if (x != nullptr && !outside && begin == column0 && end == column1) {
-            values = x + ((band.image * s.height + i) * s.width + begin) * s.channels;
-          } else {
-            T* to = reinterpret_cast<T*>(line);
-            const int64_t row_values = (column1 - column0) * s.channels;
-            const int64_t first = outside ? row_values : (begin - column0) * s.channels;
-            const int64_t last = outside ? row_values : (end - column0) * s.channels;
-            std::memset(static_cast<void*>(to), 0, first * sizeof(T));
-            std::memset(static_cast<void*>(to + last), 0, (row_values - last) * sizeof(T));
-            if (!outside && x != nullptr) {
-              const T* from = x + ((band.image * s.height + i) * s.width + begin) * s.channels;
-              std::memcpy(static_cast<void*>(to + first), from, (last - first) * sizeof(T));
-            } else if (!outside) {
-              fill(band.image, i, begin, end, to + first);
-            }
-          }
-          for (int64_t copy = 0; copy < copies; ++copy) {
-            const bool paired = kStepValues<T> > 1;
-            const int64_t pixels = paired ? band.q1 - band.q0 : column1 - column0;
-            const int64_t stride = paired ? columns.mul : 1, from = paired ? copy * columns.slope : 0;
-            kernels.pack_pixels(
-                values + from * s.channels, stride * s.channels, pixels, s.channels, panels, kTileColumns,
-                b + copy * copy_bytes + row_at * row_bytes, in_rows * row_bytes);
-          }
+              values + tap * columns.slope * s.channels, columns.mul * s.channels, pixels, s.channels,
+              b + tap * copy + at * row_bytes, b_panel);
         }
       }
+      in_row += group * rows.mul;
+    }
 
-      const int64_t lines = int64_t(starts.size());
-      stretches.resize(lines);
-      const TileStrides strides = {4, kLineLanes * 4, kStepValues<T> == 1 ? columns.mul * kPanelStep : kPanelStep};
-      for (int64_t panel = 0; panel < panels; ++panel) {
-        for (int64_t tap = 0; tap < taps; ++tap) {
-          const int64_t r = tap / s.taps[1], column_tap = tap % s.taps[1];
-          const char* plane = b + (copies > 1 ? column_tap : 0) * copy_bytes + panel * in_rows * row_bytes +
-                              (copies > 1 || kStepValues<T> > 1 ? 0 : column_tap * columns.slope * kPanelStep);
-          for (int64_t i = 0; i < tiles.count; ++i) {
-            for (int64_t j = 0; j < lines; ++j) {
-              const int64_t next = j + 1 < lines ? starts[j + 1].first : line_steps;
-              stretches[j] = {a + (i * line_steps + starts[j].first) * kLineLanes * 4,
-                              plane + (starts[j].second + r * rows.slope) * row_bytes, next - starts[j].first};
-            }
-            kernels.add_tile(
-                int(tiles.begin(i + 1) - tiles.begin(i)), stretches.data(), lines, strides,
-                dw + ((k0 + tiles.begin(i)) * taps + tap) * s.channels + panel * kTileColumns, taps * s.channels);
+    std::vector<Stretch> stretches(block.size());
+    for (int64_t panel = 0; panel < panels; ++panel) {
+      for (int64_t tap = 0; tap < taps; ++tap) {
+        const int64_t r = tap / s.taps[1] * rows.slope;
+        const char* plane = b + tap % s.taps[1] * copy + panel * b_panel;
+        for (int64_t i = 0; i < width / kTileColumns * thirds.parts; ++i) {
+          const int64_t third = i % thirds.parts, k = i / thirds.parts * kTileColumns + thirds.begin(third);
+          const char* lane = a + i / thirds.parts * a_panel + thirds.begin(third) * 4;
+          out_row = in_row = 0;
+          for (size_t j = 0; j < block.size(); ++j) {
+            const Band& band = block[j];
+            const int64_t group = ceil_div(rows.most(band.p1 - 1) + 1 - rows.least(band.p0), rows.mul);
+            const int64_t at = in_row + r % rows.mul * group + r / rows.mul;
+            stretches[j] = {lane + out_row * row_bytes, plane + at * row_bytes,
+                            (band.p1 - band.p0) * row_bytes / kPanelStep};
+            out_row += band.p1 - band.p0;
+            in_row += group * rows.mul;
           }
+          kernels.add_tile(
+              int(thirds.begin(third + 1) - thirds.begin(third)), stretches.data(), int64_t(block.size()), strides,
+              dw + ((k0 + k) * taps + tap) * s.channels + panel * kTileColumns, taps * s.channels);
         }
       }
     }
   };
   at::parallel_for(0, lanes * chunks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) run_task(task);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t lane = task / chunks, k0 = task % chunks * chunk;
+      for (int64_t i = lane * count / lanes; i < (lane + 1) * count / lanes; ++i) {
+        run_block(blocks[i], k0, std::min(chunk, s.filters - k0), sums.data_ptr<float>() + lane * size);
+      }
+    }
   });
   at::Tensor dw = lanes == 1 ? sums[0] : sums.sum(0);
   return dw.view({s.filters, s.taps[0], s.taps[1], s.channels});

@@ -8,24 +8,26 @@ inline __attribute__((always_inline)) __m512 multiply_add(__m512i a, __m512i b, 
 #endif
 }
 
-// Rows in groups of four: a group's rows are at p, p + lda, p + 2·lda, p + 3·lda, which are x86 address
-// modes of one pointer and two strides.
+// Rows in groups of four or three, at p, p + lda, p + 2·lda, p + 3·lda: x86 address modes of one pointer and
+// two strides. Each half of the tile has two groups.
 template <int kRows>
 inline __attribute__((always_inline)) void accumulate(
     const Stretch* stretches, int64_t n, const TileStrides& strides, __m512 (&sum)[kRows][2]) {
-  constexpr int kGroups = (kRows + 3) / 4;
+  constexpr int kGroups = kRows > kHalf + 4 ? 4 : kRows > kHalf ? 3 : kRows > 4 ? 2 : 1;
   const int64_t lda = strides.lda, lda3 = 3 * lda, a_step = strides.a_step, b_step = strides.b_step;
+  const int64_t offset[4] = {0, 4 * lda, strides.half_a, strides.half_a + 4 * lda};
   for (int64_t i = 0; i < n; ++i) {
     const char* group[kGroups];
-    for (int g = 0; g < kGroups; ++g) group[g] = stretches[i].a + 4 * g * lda;
+    for (int g = 0; g < kGroups; ++g) group[g] = stretches[i].a + offset[g];
     const char* b = stretches[i].b;
     for (int64_t step = stretches[i].steps; step > 0; --step) {
       const __m512i b0 = _mm512_loadu_si512(b), b1 = _mm512_loadu_si512(b + 64);
       b += b_step;
 #pragma GCC unroll 14
       for (int row = 0; row < kRows; ++row) {
-        const char* p = group[row / 4];
-        const char* at = row % 4 == 0 ? p : row % 4 == 1 ? p + lda : row % 4 == 2 ? p + 2 * lda : p + lda3;
+        const int in_half = row % kHalf;
+        const char* p = group[row / kHalf * 2 + in_half / 4];
+        const char* at = in_half % 4 == 0 ? p : in_half % 4 == 1 ? p + lda : in_half % 4 == 2 ? p + 2 * lda : p + lda3;
         const __m512i a = _mm512_set1_epi32(*reinterpret_cast<const int*>(at));
         sum[row][0] = multiply_add(a, b0, sum[row][0]);
         sum[row][1] = multiply_add(a, b1, sum[row][1]);
@@ -45,7 +47,7 @@ inline __attribute__((always_inline)) void store_lanes(Lanes<float> v, Element* 
 
 template <int kRows>
 void store_rows(
-    const Stretch* stretches, int64_t n, const TileStrides& strides, Element* y, int64_t ldy,
+    const Stretch* stretches, int64_t n, const TileStrides& strides, Element* y, int64_t ldy, int64_t half_y,
     const Epilogue<Element>& epilogue) {
   __m512 sum[kRows][2];
 #pragma GCC unroll 14
@@ -59,7 +61,7 @@ void store_rows(
   for (int row = 0; row < kRows; ++row) {
     for (int half = 0; half < 2; ++half) {
       Lanes<float> v = {sum[row][half]};
-      const int64_t at = row * ldy + 16 * half;
+      const int64_t at = row / kHalf * half_y + row % kHalf * ldy + 16 * half;
       if (epilogue.residual) v = v + Lanes<float>::load(epilogue.residual + at);
       if (epilogue.relu) v = v.where(v.positive());
       store_lanes(v, y + at);
@@ -93,9 +95,9 @@ inline void with_rows(int rows, F f) {
 }
 
 void store_tile(
-    int rows, const Stretch* stretches, int64_t n, const TileStrides& strides, Element* y, int64_t ldy,
+    int rows, const Stretch* stretches, int64_t n, const TileStrides& strides, Element* y, int64_t ldy, int64_t half_y,
     const Epilogue<Element>& epilogue) {
-  with_rows(rows, [&](auto r) { store_rows<r.value>(stretches, n, strides, y, ldy, epilogue); });
+  with_rows(rows, [&](auto r) { store_rows<r.value>(stretches, n, strides, y, ldy, half_y, epilogue); });
 }
 
 void add_tile(int rows, const Stretch* stretches, int64_t n, const TileStrides& strides, float* to, int64_t ld) {
@@ -152,33 +154,27 @@ void pack_inner(const void* w, bool is_float, int64_t ld, int64_t outer, char* p
            : pack_inner_of(static_cast<const Element*>(w), ld, outer, packed);
 }
 
-// Sixteen channels of one step.
-inline __attribute__((always_inline)) __m512i pixel_step(const Element* x, const Element* next, int n) {
+void pack_pixels(const Element* x, int64_t ld, int64_t pixels, int64_t channels, char* packed, int64_t panel_bytes) {
+  for (int64_t i = 0; i < pixels; i += kValues, x += kValues * ld, packed += kPanelStep) {
+    char* to = packed;
 #if defined(RESNET_FAST_AVX512_BF16)
-  const __mmask16 keep = __mmask16((1u << n) - 1);
-  const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(keep, x));
-  if (next == nullptr) return low;
-  return _mm512_or_si512(low, _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(keep, next)), 16));
-#else
-  (void)next;
-  return _mm512_castps_si512(Lanes<float>::load(x, n).v);
-#endif
-}
-
-void pack_pixels(
-    const Element* x, int64_t ld, int64_t pixels, int64_t total, int64_t tiles, int lanes, char* packed,
-    int64_t tile_bytes) {
-  for (int64_t i = 0; i < pixels; i += kValues, packed += 4 * lanes) {
-    const Element* pixel = x + i * ld;
-    const Element* next = i + 1 < pixels ? pixel + ld : nullptr;
-    for (int64_t tile = 0; tile < tiles; ++tile) {
-      const int64_t begin = tile * total / tiles;
-      for (int at = 0; at < lanes; at += 16) {
-        const int n = int(std::min<int64_t>(16, total - begin - at));
-        const Element* after = next == nullptr ? nullptr : next + begin + at;
-        _mm512_storeu_si512(packed + tile * tile_bytes + 4 * at, pixel_step(pixel + begin + at, after, n));
-      }
+    const __m512i first = _mm512_set_epi16(
+        47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1,
+        32, 0);
+    const __m512i second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
+    const bool pair = i + 1 < pixels;
+    for (int64_t c = 0; c < channels; c += 32, to += panel_bytes) {
+      const __m512i low = _mm512_loadu_si512(x + c);
+      const __m512i high = pair ? _mm512_loadu_si512(x + ld + c) : _mm512_setzero_si512();
+      _mm512_storeu_si512(to, _mm512_permutex2var_epi16(low, first, high));
+      _mm512_storeu_si512(to + 64, _mm512_permutex2var_epi16(low, second, high));
     }
+#else
+    for (int64_t c = 0; c < channels; c += 32, to += panel_bytes) {
+      _mm512_storeu_ps(to, _mm512_loadu_ps(x + c));
+      _mm512_storeu_ps(to + 64, _mm512_loadu_ps(x + c + 16));
+    }
+#endif
   }
 }
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import operator
+import textwrap
 from collections.abc import Collection
 from typing import Any
 
@@ -70,8 +71,8 @@ def trace(module: nn.Module) -> list[fx.Graph]:
                 m.training = training
             graphs.append(_Tracer(inputs).trace(module))
     except Exception as error:
-        message = str(error).strip().partition("\n")[0]
-        raise Mismatch(f"its forward cannot be traced: {type(error).__name__}: {message}") from None
+        said = textwrap.shorten(f"{type(error).__name__}: {error}", 120, placeholder=" ...")
+        raise Mismatch(f"its forward cannot be traced: {said}") from None
     finally:
         for m, attributes in before:
             vars(m).clear()

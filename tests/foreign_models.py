@@ -1,0 +1,483 @@
+"""Models as others write them: what `resnet_fast.fuse` recognizes, and what it must leave alone."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrizations, prune
+
+
+class Basic(nn.Module):
+    """As torchvision writes a basic block: one ReLU module, added in place."""
+
+    expansion = 1
+
+    def __init__(self, channels, planes, stride=1, groups=1, width=64, **conv):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, planes, 3, stride, 1, bias=False, **conv)
+        self.bn1 = nn.BatchNorm2d(planes)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(planes, planes, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.downsample = projection(channels, planes, stride)
+
+    def forward(self, x):
+        identity = x
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        if self.downsample is not None:
+            identity = self.downsample(x)
+        out += identity
+        return self.relu(out)
+
+
+class Bottleneck(nn.Module):
+    """As torchvision writes a bottleneck, with its groups and width."""
+
+    expansion = 4
+
+    def __init__(self, channels, planes, stride=1, groups=1, width=64):
+        super().__init__()
+        inner = planes * width // 64 * groups
+        self.conv1 = nn.Conv2d(channels, inner, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(inner)
+        self.conv2 = nn.Conv2d(inner, inner, 3, stride, 1, groups=groups, bias=False)
+        self.bn2 = nn.BatchNorm2d(inner)
+        self.conv3 = nn.Conv2d(inner, planes * 4, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(planes * 4)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = projection(channels, planes * 4, stride)
+
+    def forward(self, x):
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.relu(self.bn2(self.conv2(out)))
+        out = self.bn3(self.conv3(out))
+        return self.relu(out + (x if self.downsample is None else self.downsample(x)))
+
+
+def projection(channels, planes, stride):
+    if stride == 1 and channels == planes:
+        return None
+    conv = nn.Conv2d(channels, planes, 1, stride, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(planes))
+
+
+class ResNet(nn.Module):
+    """As torchvision writes the net, with two stages of two blocks."""
+
+    def __init__(self, block=Basic, planes=4, **options):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, planes, 7, 2, 3, bias=False)
+        self.bn1 = nn.BatchNorm2d(planes)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(3, 2, 1)
+        wide = planes * block.expansion
+        self.layer1 = nn.Sequential(
+            block(planes, planes, **options), block(wide, planes, **options)
+        )
+        self.layer2 = nn.Sequential(
+            block(wide, 2 * planes, 2, **options), block(2 * wide, 2 * planes, **options)
+        )
+        self.fc = nn.Linear(2 * wide, 5)
+
+    def forward(self, x):
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        x = self.layer2(self.layer1(x))
+        return self.fc(x.mean((2, 3)))
+
+
+class WithIdentities(nn.Module):
+    """As timm writes a basic block: members that do nothing, a ReLU for each place."""
+
+    def __init__(self, stride=1, drop_path=None):
+        super().__init__()
+        self.conv1 = nn.Conv2d(4, 4, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(4)
+        self.drop_block = nn.Identity()
+        self.act1 = nn.ReLU(inplace=True)
+        self.aa = nn.Identity()
+        self.conv2 = nn.Conv2d(4, 4, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(4)
+        self.se = None
+        self.act2 = nn.ReLU(inplace=True)
+        self.downsample = None
+        if stride > 1:
+            conv = nn.Conv2d(4, 4, 1, stride, bias=False)
+            self.downsample = nn.Sequential(nn.Identity(), conv, nn.BatchNorm2d(4))
+        self.drop_path = drop_path
+
+    def forward(self, x):
+        shortcut = x
+        x = self.aa(self.act1(self.drop_block(self.bn1(self.conv1(x)))))
+        x = self.bn2(self.conv2(x))
+        if self.se is not None:
+            x = self.se(x)
+        if self.drop_path is not None:
+            x = self.drop_path(x)
+        if self.downsample is not None:
+            shortcut = self.downsample(shortcut)
+        x += shortcut
+        return self.act2(x)
+
+
+class Functional(nn.Module):
+    """Functions for ReLU and addition, an empty `Sequential` for the identity."""
+
+    def __init__(self, shortcut=None, **conv):
+        super().__init__()
+        self.conv1 = nn.Conv2d(4, 4, 3, padding=1, **conv)
+        self.bn1 = nn.BatchNorm2d(4)
+        self.conv2 = nn.Conv2d(4, 4, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(4)
+        self.shortcut = nn.Sequential() if shortcut is None else shortcut
+
+    def forward(self, x):
+        out = torch.relu(self.bn1(self.conv1(x)))
+        return F.relu(torch.add(self.shortcut(x), self.bn2(self.conv2(out))), inplace=True)
+
+
+class InSequentials(nn.Module):
+    """Both ways as `Sequential`s, the last ReLU made on the spot."""
+
+    def __init__(self, shortcut=()):
+        super().__init__()
+        self.residual = nn.Sequential(*double(4, 4))
+        self.shortcut = nn.Sequential(*shortcut)
+
+    def forward(self, x):
+        return nn.ReLU(inplace=True)(self.residual(x) + self.shortcut(x))
+
+
+def double(channels, planes):
+    """Two biased 3x3 convolutions, each with its norm, and a ReLU between."""
+    return (
+        nn.Conv2d(channels, planes, 3, padding=1), nn.BatchNorm2d(planes), nn.ReLU(),
+        nn.Conv2d(planes, planes, 3, padding=1), nn.BatchNorm2d(planes),
+    )  # fmt: skip
+
+
+class OptionA(nn.Module):
+    """A shortcut without parameters: fewer channels, zeros in their place."""
+
+    def forward(self, x):
+        return F.pad(x[:, 1:], (0, 0, 0, 0, 0, 1))
+
+
+class PreAct(nn.Module):
+    """Full pre-activation; `shortcut` reads what the first ReLU gives, `raw` reads x."""
+
+    def __init__(self, shortcut=None, raw=None, bias=False):
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(4)
+        self.conv1 = nn.Conv2d(4, 4, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(4)
+        self.conv2 = nn.Conv2d(4, 4, 3, padding=1, bias=bias)
+        self.shortcut, self.raw = shortcut, raw
+
+    def forward(self, x):
+        out = F.relu(self.bn1(x))
+        skip = x if self.raw is None else self.raw(x)
+        if self.shortcut is not None:
+            skip = self.shortcut(out)
+        out = self.conv2(F.relu(self.bn2(self.conv1(out))))
+        out += skip
+        return out
+
+
+class DoubleConv(nn.Module):
+    """Two units without a shortcut, one ReLU module."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.bn1, _, self.conv2, self.bn2 = double(3, 4)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        return self.relu(self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x))))))
+
+
+class Attention(nn.Module):
+    """A block with a gate before its addition, which is more than a chain."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.bn1, self.relu, self.conv2, self.bn2 = double(4, 4)
+        self.gate = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x):
+        out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        return F.relu(out * self.gate(out).sigmoid() + x)
+
+
+class Dense(nn.Module):
+    """norm → ReLU → conv twice, and what came before beside it; one ReLU ends two runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm1, self.norm2 = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+        self.conv1 = nn.Conv2d(4, 4, 1, bias=False)
+        self.conv2 = nn.Conv2d(4, 2, 3, padding=1, bias=False)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        out = self.conv1(self.relu(self.norm1(x)))
+        return torch.cat([x, self.conv2(self.relu(self.norm2(out)))], 1)
+
+
+class Siamese(nn.Module):
+    """One stem, called twice in a forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.relu = nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU()
+
+    def forward(self, x):
+        a, b = (self.relu(self.bn(self.conv(v))) for v in (x, x.flip(0)))
+        return a * b
+
+
+def vgg():
+    """One `Sequential` in the manner of VGG, with biased convolutions among others."""
+    return nn.Sequential(
+        *double(3, 4), nn.ReLU(inplace=True), nn.MaxPool2d(2),
+        nn.Conv2d(4, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6), nn.ReLU(inplace=True),
+        nn.Conv2d(6, 6, 1), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 4 * 4, 5),
+    )  # fmt: skip
+
+
+UNIT, BASIC = "conv norm relu", "conv norm relu conv norm"
+PREACT = "norm relu conv norm relu conv"
+
+
+def stages(block, chain, first):
+    """The rows of `ResNet`: its stem, and its blocks, of which the first may have a projection."""
+    ends = {"layer1.0": first, "layer1.1": "x", "layer2.0": "conv norm(x)", "layer2.1": "x"}
+    rows = {path: f"{block}: {chain} + {end} relu" for path, end in ends.items()}
+    return {"conv1": UNIT} | rows
+
+
+BASICS = stages("Basic", BASIC, "x")
+BOTTLENECKS = stages("Bottleneck", f"{UNIT} {BASIC}", "conv norm(x)")
+# Model, shape of x, and all that is fused in it: path and what `explain` calls it.
+MODELS = {
+    "resnet": (ResNet, (2, 3, 16, 16), BASICS),
+    "bottlenecks": (lambda: ResNet(Bottleneck), (2, 3, 16, 16), BOTTLENECKS),
+    "resnext": (
+        lambda: ResNet(Bottleneck, 8, groups=4, width=16), (2, 3, 16, 16), BOTTLENECKS,
+    ),
+    "wide": (lambda: ResNet(Bottleneck, width=128), (2, 3, 16, 16), BOTTLENECKS),
+    "identities": (
+        WithIdentities, (2, 4, 8, 8), {"(model)": f"WithIdentities: {BASIC} + x relu"},
+    ),
+    "identities-downsample": (
+        lambda: WithIdentities(2), (2, 4, 8, 8),
+        {"(model)": f"WithIdentities: {BASIC} + conv norm(x) relu"},
+    ),
+    "functional": (Functional, (2, 4, 8, 8), {"(model)": f"Functional: {BASIC} + x relu"}),
+    "bare-projection": (
+        lambda: Functional(nn.Conv2d(4, 4, 1, bias=False)), (2, 4, 8, 8),
+        {"(model)": f"Functional: {BASIC} + conv(x) relu"},
+    ),
+    "projection-with-bias": (
+        lambda: Functional(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))), (2, 4, 8, 8),
+        {"(model)": f"Functional: {BASIC} + conv norm(x) relu"},
+    ),
+    "option-a": (
+        lambda: Functional(OptionA()), (2, 4, 8, 8),
+        {"(model)": f"Functional: {BASIC} + shortcut(x) relu"},
+    ),
+    "biased-shortcut": (
+        lambda: Functional(nn.Conv2d(4, 4, 1)), (2, 4, 8, 8),
+        {"(model)": f"Functional: {BASIC} + shortcut(x) relu"},
+    ),
+    "pooled-shortcut": (
+        lambda: InSequentials((nn.AvgPool2d(1), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))),
+        (2, 4, 8, 8),
+        {"(model)": f"InSequentials: {BASIC} + shortcut(x) relu", "shortcut.1": "conv norm"},
+    ),
+    "sequentials": (InSequentials, (2, 4, 8, 8), {"(model)": f"InSequentials: {BASIC} + x relu"}),
+    "preact": (PreAct, (2, 4, 8, 8), {"(model)": f"PreAct: {PREACT} + x"}),
+    "preact-projection": (
+        lambda: PreAct(nn.Sequential(nn.Conv2d(4, 4, 1, bias=False))), (2, 4, 8, 8),
+        {"(model)": f"PreAct: {PREACT} + conv(x)"},
+    ),
+    "preact-raw-shortcut": (
+        lambda: PreAct(raw=nn.Conv2d(4, 4, 1)), (2, 4, 8, 8),
+        {"(model)": f"PreAct: {PREACT} + raw(x)"},
+    ),
+    "no-shortcut": (DoubleConv, (2, 3, 8, 8), {"(model)": f"DoubleConv: {BASIC} relu"}),
+    "attention": (Attention, (2, 4, 8, 8), {"conv1": UNIT, "conv2": "conv norm"}),
+    "dense": (Dense, (2, 4, 8, 8), {"norm1": "norm relu", "conv1": UNIT}),
+    "siamese": (Siamese, (2, 4, 8, 8), {"conv": UNIT}),
+    "vgg": (vgg, (2, 3, 8, 8), {"0": f"{BASIC} relu", "7": UNIT}),
+}  # fmt: skip
+
+
+class TwoReaders(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.relu = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU()
+
+    def forward(self, x):
+        z = self.conv(x)
+        return self.relu(self.bn(z)) * z
+
+
+class SharedNorm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.other, self.bn = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return self.bn(self.conv(x)) * self.bn(self.other(x))
+
+
+class SharedReLU(nn.Module):
+    """Its ReLU also reads something that is no norm, so it cannot wait for one."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.relu = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU()
+
+    def forward(self, x):
+        return self.relu(self.bn(self.conv(x))) * self.relu(x)
+
+
+class Branching(Basic):
+    def forward(self, x):
+        return super().forward(x) if x.mean() > 0 else x
+
+
+class Wrapper(nn.Module):
+    def __init__(self, conv):
+        super().__init__()
+        self.conv, self.bn = conv, nn.BatchNorm2d(4)
+
+    def forward(self, *inputs):
+        return self.bn(self.conv(*inputs))
+
+
+class Dropping(Basic):
+    def forward(self, x):
+        return F.dropout(super().forward(x), 0.1, self.training)
+
+
+class StochasticDepth(Basic):
+    def forward(self, x):
+        return super().forward(x) if self.training else x + self.bn1(self.conv1(x))
+
+
+class IntoItsInput(Basic):
+    def forward(self, x):
+        out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        x += out
+        return self.relu(x)
+
+
+class Scaled(Basic):
+    def forward(self, x):
+        out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        return self.relu(torch.add(out, x, alpha=0.5))
+
+
+class Broadcasting(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(1, 4, 1), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return F.relu(self.bn(self.conv(x)) + x)
+
+
+class TwoInputs(Basic):
+    def forward(self, x, y):
+        return self.relu(self.bn1(self.conv1(x)) + y)
+
+
+class NoReLUBetween(Basic):
+    def forward(self, x):
+        return self.relu(self.bn2(self.conv2(self.bn1(self.conv1(x)))) + x)
+
+
+class OtherConv(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
+def basic(**changes):
+    """A basic block with other children."""
+    block = Basic(4, 4)
+    for name, module in changes.items():
+        setattr(block, name, module)
+    return block
+
+
+def conv(**options):
+    """A 3x3 convolution that keeps the size, unless `options` say otherwise."""
+    return nn.Conv2d(4, 4, 3, **{"padding": 1, "bias": False, **options})
+
+
+def hook(name, register):
+    """A basic block with a hook on one of its children."""
+    block = Basic(4, 4)
+    getattr(block.get_submodule(name), register)(lambda *args: None)
+    return block
+
+
+def replaced_forward():
+    block = Basic(4, 4)
+    block.forward = lambda x: x
+    return block
+
+
+# Model, the path of a row, and what the row says.
+LEFT_ALONE = {
+    "reflect": (lambda: basic(conv2=conv(padding_mode="reflect")), "conv2", "'reflect'"),
+    "same": (lambda: basic(conv2=conv(padding="same")), "conv2", "pads with padding='same'"),
+    "own-forward": (
+        lambda: basic(conv2=OtherConv(4, 4, 3, padding=1)), "conv2", "a forward of its own",
+    ),
+    "transposed": (
+        lambda: basic(conv2=nn.ConvTranspose2d(4, 4, 3, padding=1)), "conv2", "ConvTranspose2d",
+    ),
+    "sync-batch-norm": (
+        lambda: basic(bn2=nn.SyncBatchNorm(4)), "(model)", "bn2 is of class SyncBatchNorm",
+    ),
+    "group-norm": (lambda: basic(bn2=nn.GroupNorm(2, 4)), "conv2", "bn2, which is of class Group"),
+    "instance-norm": (lambda: basic(bn2=nn.InstanceNorm2d(4)), "(model)", "class InstanceNorm2d"),
+    "relu6": (lambda: basic(relu=nn.ReLU6()), "(model)", "relu is of class ReLU6"),
+    "silu": (lambda: nn.Sequential(conv(), nn.SiLU()), "0", "no BatchNorm2d"),
+    "forward-hook": (lambda: hook("conv2", "register_forward_hook"), "conv2", "it has hooks"),
+    "pre-hook": (lambda: hook("bn2", "register_forward_pre_hook"), "conv2", "bn2, which has hooks"),
+    "backward-hook": (
+        lambda: hook("conv2", "register_full_backward_hook"), "(model)", "conv2 has hooks",
+    ),
+    "relu-hook": (lambda: hook("relu", "register_forward_hook"), "(model)", "relu has hooks"),
+    "pruned": (lambda: basic(conv1=prune.identity(conv(), "weight")), "conv1", "it has hooks"),
+    "parametrized": (
+        lambda: basic(conv1=parametrizations.weight_norm(conv())), "conv1", "has parametrizations",
+    ),
+    "lazy": (lambda: basic(conv1=nn.LazyConv2d(4, 3, padding=1)), "conv1", "is lazy"),
+    "read-twice": (TwoReaders, "conv", "goes to 2 places"),
+    "shared-norm": (SharedNorm, "conv", "bn is also called elsewhere"),
+    "control-flow": (lambda: Branching(4, 4), "(model)", "cannot be traced: TraceError: symbolic"),
+    "no-named-input": (lambda: Wrapper(conv()), "(model)", "names no input"),
+    "untraced-list": (lambda: Wrapper(nn.ModuleList([conv()])), "conv.0", "no forward that can be"),
+    "replaced-forward": (replaced_forward, "(model)", "replaced on the instance"),
+    "dropout": (lambda: Dropping(4, 4), "(model)", "its result comes from dropout"),
+    "module-dropout": (
+        lambda: WithIdentities(drop_path=nn.Dropout(0.1)), "(model)", "is of class Dropout",
+    ),
+    "stochastic-depth": (lambda: StochasticDepth(4, 4), "(model)", "differs between training"),
+    "in-place-input": (lambda: IntoItsInput(4, 4), "(model)", "in place to its input"),
+    "scaled-addition": (lambda: Scaled(4, 4), "(model)", "its result comes from add"),
+    "broadcasting": (Broadcasting, "(model)", "broadcasts channels"),
+    "two-inputs": (lambda: TwoInputs(4, 4), "(model)", "does not take one tensor"),
+    "no-relu-between": (lambda: NoReLUBetween(4, 4), "(model)", "main path is conv norm conv norm"),
+    "bias-without-norm": (lambda: PreAct(bias=True), "(model)", "main path is norm relu conv"),
+    "gate": (Attention, "(model)", "main path comes from mul"),
+}  # fmt: skip
+# Those that can be copied, and run in plain PyTorch on one tensor with the same result twice.
+RUNS = [name for name in LEFT_ALONE if name not in (
+    "lazy", "no-named-input", "untraced-list", "replaced-forward", "dropout", "module-dropout",
+    "two-inputs", "sync-batch-norm", "in-place-input", "pruned",
+)]  # fmt: skip

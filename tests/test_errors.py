@@ -1,0 +1,184 @@
+"""Wrong input raises an error that names the argument and what was expected."""
+
+import re
+
+import pytest
+import torch
+from torch import nn
+
+import resnet_fast
+from resnet_fast import backend
+from resnet_fast.chain import Chain, Conv, Norm
+from resnet_fast.functional import add_relu, bn_act, conv_bn_act
+
+X = torch.randn(2, 4, 6, 6)
+W = torch.randn(8, 4, 3, 3)
+V4, V8 = torch.ones(4), torch.ones(8)
+META = torch.device("meta")
+
+
+def conv(x=X, weight=W, bn_weight=V8, bn_bias=V8, mean=V8, var=V8, **options):
+    return conv_bn_act(x, weight, bn_weight, bn_bias, mean, var, **{"padding": 1, **options})
+
+
+def norm(x=X, bn_weight=V4, bn_bias=V4, mean=V4, var=V4, **options):
+    return bn_act(x, bn_weight, bn_bias, mean, var, **options)
+
+
+CALLS = {  # name → call, start of the message, what the message says was expected and given
+    "x-dimensions": (lambda: conv(X[0]), "x: expected 4 dimensions", "(4, 6, 6)"),
+    "x-integer": (lambda: conv(X.int()), "x: expected one of float32", "int32"),
+    "x-complex": (lambda: norm(X.cfloat()), "x: expected one of float32", "complex64"),
+    "weight-dimensions": (lambda: conv(weight=W[0]), "weight: expected 4 dimensions", "(4, 3, 3)"),
+    "weight-channels": (lambda: conv(weight=W[:, :3]), "weight: expected 4 input", "(8, 3, 3, 3)"),
+    "weight-dtype": (lambda: conv(weight=W.double()), "weight: expected x's dtype float32", "64"),
+    "weight-narrow": (lambda: conv(weight=W.bfloat16()), "weight: expected x's dtype", "bfloat16"),
+    "weight-double-x": (lambda: conv(X.double()), "weight: expected x's dtype float64", "float32"),
+    "weight-device": (lambda: conv(weight=W.to(META)), "weight: expected x's device cpu", "meta"),
+    "bias-shape": (lambda: conv(bias=V4), "bias: expected shape (8,)", "(4,)"),
+    "bias-device": (lambda: conv(bias=V8.to(META)), "bias: expected x's device cpu", "meta"),
+    "bn_weight-shape": (lambda: conv(bn_weight=V4), "bn_weight: expected shape (8,)", "(4,)"),
+    "bn_weight-dtype": (lambda: conv(bn_weight=V8.half()), "bn_weight: expected float32", "float16"),
+    "bn_bias-shape": (lambda: norm(bn_bias=V8), "bn_bias: expected shape (4,)", "(8,)"),
+    "bn_bias-device": (lambda: norm(bn_bias=V4.to(META)), "bn_bias: expected x's device", "meta"),
+    "running_mean-shape": (lambda: norm(mean=V8), "running_mean: expected shape (4,)", "(8,)"),
+    "running_var-shape": (lambda: norm(var=V8), "running_var: expected shape (4,)", "(8,)"),
+    "running_var-double": (lambda: norm(var=V4.double()), "running_var: expected float32", "64"),
+    "running_var-missing": (lambda: norm(var=None), "running_var: expected a tensor of 4", ""),
+    "running_mean-missing": (lambda: norm(mean=None), "running_mean", ""),
+    "running_mean-missing-training": (
+        lambda: norm(mean=None, training=True), "running_mean, running_var: expected both", "",
+    ),
+    "residual-shape": (
+        lambda: conv(residual=X), "residual: expected the output's shape (2, 8, 6, 6)", "(2, 4, 6",
+    ),
+    "residual-broadcast": (
+        lambda: add_relu(X, X[:1]), "residual: expected the output's shape (2, 4, 6, 6)", "(1, 4",
+    ),
+    "residual-dtype": (lambda: add_relu(X, X.double()), "residual: expected x's dtype", "float64"),
+    "residual-device": (lambda: norm(residual=X.to(META)), "residual: expected x's device", "meta"),
+    "residual-none": (lambda: add_relu(X, None), "residual", "None"),
+    "stride-zero": (lambda: conv(stride=0), "stride", "0"),
+    "stride-three": (lambda: conv(stride=(1, 2, 3)), "stride: expected an integer or two", "(1, 2"),
+    "stride-float": (lambda: conv(stride=1.5), "stride: expected an integer or two", "1.5"),
+    "padding-negative": (lambda: conv(padding=-1), "padding", "-1"),
+    "padding-same": (lambda: conv(padding="same"), "padding: expected an integer or two", "same"),
+    "dilation-zero": (lambda: conv(dilation=(1, 0)), "dilation", "0"),
+    "groups-divisor": (lambda: conv(groups=3), "groups: expected a divisor of 8 filters", "3"),
+    "groups-zero": (lambda: conv(groups=0), "groups: expected a divisor of 8 filters", "0"),
+    "kernel-too-large": (lambda: conv(X[:, :, :1, :1], padding=0), "x: 1x1 pixels are too few", "3x3"),
+    "impl-unknown": (lambda: conv(impl="cuda"), "impl: expected one of 'auto', 'reference'", "cuda"),
+    "impl-none": (lambda: add_relu(X, X, impl=None), "impl: expected one of 'auto'", "None"),
+    "one-value": (
+        lambda: norm(X[:1, :, :1, :1], training=True), "x: expected more than 1 value per channel",
+        "(1, 4, 1, 1)",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_call(name):
+    call, start, says = CALLS[name]
+    with pytest.raises(ValueError, match=re.escape(start)) as error:
+        call()
+    assert says in str(error.value)
+    assert str(error.value).startswith(start.split(":")[0])
+
+
+BUILDS = {  # constructions that do not fit
+    "identity-stride": (
+        lambda: resnet_fast.BasicBlock(8, 8, 2, shortcut="identity"), "shortcut: 'identity' needs",
+    ),
+    "identity-channels": (
+        lambda: resnet_fast.Bottleneck(8, 8, shortcut="identity"), "shortcut: 'identity' needs",
+    ),
+    "zero-pad-fewer": (
+        lambda: resnet_fast.BasicBlock(8, 4, shortcut="zero_pad"), "shortcut: 'zero_pad' cannot",
+    ),
+    "shortcut-unknown": (
+        lambda: resnet_fast.BasicBlock(8, 8, shortcut="skip"), "shortcut: expected one of",
+    ),
+    "downsample-kind": (
+        lambda: resnet_fast.BasicBlock(8, 8, 2, nn.Conv2d(8, 8, 1, 2)), "downsample: expected",
+    ),
+    "downsample-preact": (
+        lambda: resnet_fast.PreActBasicBlock(8, 8, 2, nn.Sequential(nn.AvgPool2d(2))),
+        "downsample: expected",
+    ),
+    "downsample-identity": (
+        lambda: resnet_fast.BasicBlock(8, 8, 1, nn.Conv2d(8, 8, 1), shortcut="none"),
+        "downsample: goes with",
+    ),
+    "norm-layer": (
+        lambda: resnet_fast.BasicBlock(8, 8, norm_layer=lambda c: nn.GroupNorm(2, c)),
+        "norm_layer: expected",
+    ),
+    "base-width": (lambda: resnet_fast.BasicBlock(8, 8, base_width=32), "base_width: a basic block"),
+    "impl": (lambda: resnet_fast.ConvBNAct2d(8, 8, 3, impl="fast"), "impl: expected one of"),
+    "chain-norms": (lambda: Chain((Conv(),), (None,)), "norms: expected 2 entries"),
+    "chain-shortcut": (lambda: Chain((Conv(),), (None, Norm()), shortcut="x"), "shortcut: expected"),
+    "chain-projection": (
+        lambda: Chain((Conv(),), (None, Norm()), shortcut="projection"), "projection: expected",
+    ),
+    "chain-projection-norm": (
+        lambda: Chain((Conv(),), (None, Norm()), projection_norm=Norm()), "projection_norm: expect",
+    ),
+    "chain-relu": (lambda: Chain((Conv(),), (None, None)), "relu: a chain that ends in a bare"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BUILDS)
+def test_construction(name):
+    build, start = BUILDS[name]
+    with pytest.raises(ValueError, match=re.escape(start)) as error:
+        build()
+    assert str(error.value).startswith(start.split(":")[0])
+
+
+def test_input_of_other_channels():
+    with pytest.raises(ValueError, match=r"weight: expected 5 input channels"):
+        resnet_fast.BasicBlock(4, 4)(torch.randn(2, 5, 6, 6))
+
+
+def test_half_precision_input_without_autocast():
+    """As in PyTorch a double x does not go with fp32 parameters; bf16 x beside them does here."""
+    module = resnet_fast.BasicBlock(4, 4)
+    with pytest.raises(ValueError, match=r"weight: expected x's dtype float64"):
+        module(X.double())
+
+
+def test_padding_modes_are_not_ignored():
+    """A convolution this package does not compute is refused, not run as another."""
+    for change in ({"padding_mode": "reflect"}, {"padding": "same"}):
+        module = resnet_fast.BasicBlock(4, 4)
+        module.conv1 = nn.Conv2d(4, 4, 3, bias=False, **{"padding": 1, **change})
+        plain = module.conv1(X)
+        try:
+            y = module.eval()(X)
+        except ValueError as error:
+            assert "padding" in str(error)
+            continue
+        h = torch.relu(module.bn1(plain))
+        expected = torch.relu(module.bn2(module.conv2(h)) + X)
+        torch.testing.assert_close(y, expected)
+
+
+@pytest.mark.parametrize("name", ["native", "triton"])
+def test_explicit_impl_says_why(name):
+    """A choice that cannot be met raises with the backend's reason; auto goes on."""
+    for dtype in (torch.float16, torch.float32):
+        reason = backend.refusal(name, "bn_act", "cpu", dtype)
+        if reason is None:
+            continue
+        x, vector = X.to(dtype), V4
+        with pytest.raises(RuntimeError, match=re.escape(f"impl={name!r} cannot run")) as error:
+            norm(x, vector, vector, vector, vector, impl=name)
+        assert reason in str(error.value)
+        norm(x, vector, vector, vector, vector, impl="auto")
+
+
+def test_native_says_which_devices_it_has():
+    if backend.native_module()[0] is None:
+        pytest.skip(backend.native_module()[1])
+    reason = backend.refusal("native", "bn_act", "cuda", torch.float32)
+    assert reason is None or "not on cuda" in reason

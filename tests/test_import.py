@@ -1,0 +1,126 @@
+"""The package in a fresh interpreter: without Triton, without the compiled extension, with a bad one."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+WITHOUT = """
+import importlib.machinery, sys
+
+class Without:
+    '''A finder that hides modules from the finder behind it.'''
+    def __init__(self, finder, names):
+        self.finder, self.names = finder, names
+    def find_spec(self, name, path=None, target=None):
+        hidden = any(name == n or name.startswith(n + ".") for n in self.names)
+        find = getattr(self.finder, "find_spec", None)
+        return None if hidden or find is None else find(name, path, target)
+
+def hide(*names):
+    sys.meta_path[:] = [Without(finder, names) for finder in sys.meta_path]
+
+class Broken:
+    '''An extension that is there but does not load.'''
+    def find_spec(self, name, path=None, target=None):
+        if name == "resnet_fast._C":
+            return importlib.machinery.ModuleSpec(name, self)
+    def create_module(self, spec):
+        raise ImportError("undefined symbol: _ZN2at4_ops5emptyE")
+    def exec_module(self, module):
+        pass
+"""
+
+RUN = """
+import torch
+import resnet_fast
+from resnet_fast import backend
+
+block = resnet_fast.Bottleneck(16, 4)
+x = torch.randn(2, 16, 5, 5, requires_grad=True)
+block(x).sum().backward()
+assert x.grad.isfinite().all() and block.conv1.weight.grad is not None
+with torch.no_grad():
+    block.eval()(x)
+"""
+
+
+def run(*parts):
+    """Run Python source in a fresh interpreter; what it printed."""
+    source = "\n".join(parts)
+    found = subprocess.run(
+        [sys.executable, "-c", source], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert found.returncode == 0, found.stderr
+    return found.stdout
+
+
+def test_without_triton_and_extension():
+    """The reference does everything; an explicit choice says what is missing."""
+    told = run(
+        WITHOUT, "hide('triton', 'resnet_fast._C')", RUN,
+        """
+assert backend.chosen("bn_act", "auto", "cpu", torch.float32) == "reference"
+assert backend.build_info() is None
+for name, says in (("native", "resnet_fast._C is not built"), ("triton", "Triton is not installed")):
+    try:
+        resnet_fast.add_relu(x, x, impl=name)
+    except RuntimeError as error:
+        assert f"impl={name!r} cannot run add_relu" in str(error), error
+        assert says in str(error), error
+        print(name)
+    live = [row.live for row in backend.status() if row.impl == name]
+    assert live and not any(live)
+import sys
+assert "triton" not in sys.modules and "resnet_fast._C" not in sys.modules
+""",
+    )  # fmt: skip
+    assert told.split() == ["native", "triton"]
+
+
+def test_with_an_extension_that_does_not_load():
+    """Built for another torch: the reason is told, and auto goes on without it."""
+    told = run(
+        WITHOUT, "hide('resnet_fast._C')\nsys.meta_path.insert(0, Broken())", RUN,
+        """
+reason = backend.refusal("native", "bn_act", "cpu", torch.float32)
+assert "does not load" in reason and "undefined symbol" in reason, reason
+try:
+    resnet_fast.add_relu(x, x, impl="native")
+except RuntimeError as error:
+    print("undefined symbol" in str(error))
+""",
+    )  # fmt: skip
+    assert told.split() == ["True"]
+
+
+def test_import_is_lazy():
+    """Importing loads neither the extension nor Triton nor anything optional."""
+    told = run(
+        "import sys, resnet_fast",
+        "names = ('triton', 'torchvision', 'matplotlib', 'sklearn', 'numpy.testing', 'tqdm')",
+        "print([n for n in ('resnet_fast._C', 'resnet_fast.kernels') if n in sys.modules])",
+        "import torch; loaded = set(sys.modules)",
+        "print(sorted({n for n in names if n in loaded and n != 'triton'}))",
+    )
+    assert told.split() == ["[]", "[]"]
+
+
+def test_reference_imports_torch_alone():
+    """reference.py is the specification: beside torch it needs only the layout's rules."""
+    source = (ROOT / "resnet_fast" / "reference.py").read_text()
+    imports = [line for line in source.splitlines() if line.startswith(("import ", "from "))]
+    allowed = ("from __future__", "import torch", "from torch", "from .layout")
+    assert all(line.startswith(allowed) for line in imports), imports
+
+
+@pytest.mark.parametrize("module", ["functional", "modules", "blocks", "chain", "autograd.chain"])
+def test_imports_point_down(module):
+    """The floors of the house: nothing above the backend knows an implementation by name."""
+    source = (ROOT / "resnet_fast" / (module.replace(".", "/") + ".py")).read_text()
+    for line in source.splitlines():
+        if line.lstrip().startswith(("import ", "from ")):
+            assert "triton" not in line and "_C" not in line and "kernels" not in line, line

@@ -1,0 +1,157 @@
+"""Where arithmetic is hard: statistics far from zero, constants, and many steps of training."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+import twins
+from calls import OPS, Call, same_dtype
+from torch import nn
+
+import resnet_fast
+from resnet_fast import reference
+from resnet_fast.tolerance import assert_close
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+
+def mean_1000(x):
+    """Every channel has mean 1000 and std 1: E[x²] − E[x]² would lose all digits in fp32."""
+    return x + 1000.0
+
+
+def means_apart(x):
+    """Channel c has mean 10ᶜ."""
+    return x + 10.0 ** torch.arange(x.size(1)).remainder(5).view(1, -1, 1, 1)
+
+
+def first_outlier(x):
+    """The first pixel is far from the rest."""
+    x = x.clone()
+    x[0, :, 0, 0] = 3000.0
+    return x
+
+
+def first_image_zero(x):
+    """One image of zeros beside images of mean 1000."""
+    x = x + 1000.0
+    x[0] = 0.0
+    return x
+
+
+def constant(x):
+    return torch.full_like(x, 3.7)
+
+
+def tiny(x):
+    return x * 1e-6 + 1e-3
+
+
+INPUTS = [mean_1000, means_apart, first_outlier, first_image_zero, constant, tiny]
+SIZES = {"7x7": (3, 5, 7, 7), "many-pixels": (4, 6, 67, 65), "c65": (8, 65, 9, 9)}
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("make", INPUTS, ids=[make.__name__ for make in INPUTS])
+def test_statistics(impl, dtype, layout, make, size):
+    """mean and m2, channel by channel."""
+    impl.need(dtype, "bn_stats")
+    x = make(torch.randn(SIZES[size])).to(dtype).contiguous(memory_format=layout)
+    found = torch.ops.resnet_fast.bn_stats(x.to(impl.device), impl.name)
+    same, exact = reference.bn_stats(x.to(same_dtype(dtype))), reference.bn_stats(x.double())
+    for name, *values in zip(("mean", "m2"), found, same, exact, strict=True):
+        for channel, value in enumerate(zip(*values, strict=True)):
+            assert_close(*value, f"{name} of channel {channel}")
+    assert (found[1] >= 0).all()
+
+
+@pytest.mark.parametrize("make", INPUTS, ids=[make.__name__ for make in INPUTS])
+def test_bn_far_from_zero(impl, layout, make):
+    """y, gradients and running statistics of such channels, as good as PyTorch's."""
+    impl.need(torch.float32, *OPS)
+    call = Call("bn-residual", layout, training=True)
+    call.options["relu"] = False
+    call.tensors["x"] = make(call.tensors["x"])
+    call.judge(impl, resnet_fast)
+
+
+def test_statistics_do_not_depend_on_threads(impl, layout):
+    """The same bits with one thread and with two."""
+    impl.need(torch.float32, *OPS)
+    call = Call("bn-residual", layout, training=True)
+    call.tensors["x"] = torch.randn(4, 5, 61, 67)
+    call.tensors["residual"] = torch.randn(4, 5, 61, 67)
+    found = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        found.append(call.step(resnet_fast, torch.float32, impl.name, impl.device))
+    if impl.name == "reference":
+        pytest.skip("PyTorch's own sums may depend on the threads")
+    for name, value in found[0].items():
+        assert torch.equal(value, found[1][name]), name
+
+
+class Net(nn.Module):
+    """A little of everything, for ten classes."""
+
+    def __init__(self, impl, keep_activations=False):
+        super().__init__()
+        options = {"impl": impl, "keep_activations": keep_activations}
+        self.stem = resnet_fast.ConvBNAct2d(3, 8, 3, **options)
+        self.basic = resnet_fast.BasicBlock(8, 8, **options)
+        self.bottleneck = resnet_fast.Bottleneck(8, 4, 2, **options)
+        self.padded = resnet_fast.BasicBlock(16, 24, 2, shortcut="zero_pad", **options)
+        self.preact = resnet_fast.PreActBasicBlock(24, 24, **options)
+        self.last = resnet_fast.PreActBottleneck(24, 8, 2, **options)
+        self.fc = nn.Linear(32, 10)
+
+    def forward(self, x):
+        for block in (self.stem, self.basic, self.bottleneck, self.padded, self.preact, self.last):
+            x = block(x)
+        return self.fc(x.mean((2, 3)))
+
+
+def curve(net, x, target, steps=20):
+    """Losses of SGD with momentum over `steps`, the last entry in eval mode; and the net's state."""
+    optimizer = torch.optim.SGD(net.parameters(), 0.05, momentum=0.9, weight_decay=1e-4)
+    losses = []
+    net.train()
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(net(x), target)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    net.eval()
+    with torch.no_grad():
+        losses.append(F.cross_entropy(net(x), target))
+    return torch.stack(losses), net.state_dict()
+
+
+@pytest.mark.parametrize("keep", [False, True], ids=["recompute", "keep"])
+def test_training_curve(impl, layout, keep):
+    """Twenty steps in double: every loss, parameter and statistic as the reference's."""
+    impl.need(torch.float64, *OPS)
+    net = Net(impl.name, keep).double().to(impl.device, memory_format=layout)
+    x = torch.randn(16, 3, 16, 16, dtype=torch.float64).contiguous(memory_format=layout)
+    target = torch.arange(16) % 10
+    expected, state = curve(twins.plain(net), x, target)
+    losses, actual = curve(net, x, target)
+    torch.testing.assert_close(losses, expected, rtol=1e-9, atol=1e-9)
+    assert losses[-2] < 0.5 * losses[0]
+    for name, value in state.items():
+        torch.testing.assert_close(actual[name], value, rtol=1e-7, atol=1e-7, msg=name)
+
+
+def test_training_curve_fp32(impl, layout):
+    """The first losses in fp32 stay as near to double's as plain PyTorch's do."""
+    impl.need(torch.float32, *OPS)
+    net = Net(impl.name).to(impl.device, memory_format=layout)
+    x = torch.randn(16, 3, 16, 16).contiguous(memory_format=layout)
+    target = torch.arange(16) % 10
+    plain = twins.plain(net)
+    exact, _ = curve(copy.deepcopy(plain).double(), x.double(), target, 5)
+    same, _ = curve(plain, x, target, 5)
+    losses, _ = curve(net, x, target, 5)
+    assert_close(losses, same, exact, "losses")
