@@ -25,8 +25,8 @@ from bench import digits, report, rows
 from resnet_fast import backend, env, verify
 from resnet_fast.verify import report as checks_report
 
-IMPLS = backend.IMPLS
 MODEL = "resnet50"
+VERIFIED = {"ops": ["fp32", "bf16"], "blocks": ["fp32", "bf16"], "models": ["fp32"]}
 GOAL = 0.97
 EARLY = {"fp32": (5, 1e-4), "fp64": (20, 1e-9)}  # steps, and how far apart a loss may be in them
 THROUGHPUT = (
@@ -51,7 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--out", type=Path, default=Path("build/demo"), metavar="DIR",
         help="where report.html goes (default: build/demo)")  # fmt: skip
-    add("--impl", choices=IMPLS, default="auto", help="implementation that resnet_fast runs")
+    add(
+        "--impl", choices=backend.IMPLS, default="auto", help="implementation that resnet_fast runs"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -99,7 +101,7 @@ def verification(impl: str, out: Path) -> tuple[list[verify.Check], list[Claim]]
     """Checks of ops, blocks and ResNet-50, kept in OUT/verify.json; a claim a part."""
     checks: list[verify.Check] = []
     claims = []
-    for part, dtypes in (("ops", ["fp32", "bf16"]), ("blocks", ["fp32", "bf16"]), ("models", ["fp32"])):
+    for part, dtypes in VERIFIED.items():
         trials = verify.trials([impl], dtypes=dtypes, parts=[part], names=[MODEL])
         found = verify.verify(list(trials))
         checks += found
@@ -109,18 +111,14 @@ def verification(impl: str, out: Path) -> tuple[list[verify.Check], list[Claim]]
             if not check.ok:
                 print(checks_report.failure(check))
         right = sum(check.ok for check in found)
-        claims.append(
-            Claim(
-                f"{name} as near to fp64 as plain PyTorch: {right} of {len(found)} checks",
-                bool(found) and right == len(found),
-            )
-        )
+        text = f"{name}: {right} of {len(found)} results as near to fp64 as plain PyTorch's"
+        claims.append(Claim(text, bool(found) and right == len(found)))
     (out / "verify.json").write_text(json.dumps(checks_report.document(checks)) + "\n")
     return checks, claims
 
 
 def training(impl: str) -> tuple[dict[str, digits.Curve], list[Claim]]:
-    """The curves of the three nets, printed epoch by epoch; claims about the early steps and the end."""
+    """The curves of the three nets, printed epoch by epoch; claims on early steps and the end."""
     data = digits.load()
     count = len(data.train_y) + len(data.test_y)
     print(f"{digits.MODEL} on {count} scans of digits, {digits.EPOCHS} epochs, equal batches")
@@ -149,7 +147,9 @@ def training_claims(
     for dtype, found in (("fp64", exact), ("fp32", curves)):
         steps, allowed = EARLY[dtype]
         apart = max(digits.drift(found, "fused")[:steps])
-        text = f"the first {steps} losses in {dtype} equal the plain ones to {allowed:g} ({apart:.1e})"
+        text = (
+            f"the first {steps} losses in {dtype} are the plain ones to {allowed:g} ({apart:.1e})"
+        )
         claims.append(Claim(text, apart <= allowed))
     for name in ("plain", "fused"):
         reached = curves[name].accuracies[-1]

@@ -16,11 +16,6 @@ RESNET_FAST_INLINE V affine(V z, V scale, V shift) {
   return fma(z, scale, shift);
 }
 
-template <class V>
-RESNET_FAST_INLINE V normalized(V z, V mean, V rstd) {
-  return (z - mean) * rstd;
-}
-
 // dz = a·dy + b·(z − mean) + c: the gradient through batch statistics
 template <class V>
 RESNET_FAST_INLINE V batch_norm_gradient(V dy, V z, V mean, V a, V b, V c) {

@@ -3,6 +3,8 @@
 __version__ = "0.1.0"
 
 from .functional import add_relu, bn_act, conv_bn_act
+from .backend import empty_cache
+from .fuse import explain, fuse, unfuse
 from .models import ResNet, create_model, list_models
 from .modules import BasicBlock, Bottleneck, ConvBNAct2d, PreActBasicBlock, PreActBottleneck
 
@@ -17,5 +19,9 @@ __all__ = [
     "bn_act",
     "conv_bn_act",
     "create_model",
+    "empty_cache",
+    "explain",
+    "fuse",
     "list_models",
+    "unfuse",
 ]

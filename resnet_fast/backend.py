@@ -38,11 +38,14 @@ class Status:
 def native_module() -> tuple[Any | None, str]:
     """The compiled extension `resnet_fast._C` and how loading it went."""
     if importlib.util.find_spec("resnet_fast._C") is None:
-        return None, "resnet_fast._C is not built (RESNET_FAST_BUILD=none, or no compiler was found)"
+        return None, "resnet_fast._C is not built (RESNET_FAST_BUILD=none or no compiler)"
     try:
         module = importlib.import_module("resnet_fast._C")
     except ImportError as error:  # built against another torch, or a library is missing
         return None, f"resnet_fast._C does not load: {error}"
+    built_for = module.build_info()["torch_version"]
+    if built_for != torch.__version__:
+        return None, f"resnet_fast._C is built for torch {built_for}, not {torch.__version__}: rebuild"
     return module, "built"
 
 
@@ -65,6 +68,19 @@ def build_info() -> dict[str, Any] | None:
     return None if module is None else module.build_info()
 
 
+def empty_cache() -> int:
+    """Free what the native CPU kernels keep between calls; returns how many bytes of blocks.
+
+    That is inference filters packed with BatchNorm folded in, and the memory of large results
+    (at most RESNET_FAST_CPU_CACHE_MB, by default an eighth of the machine's).
+    """
+    module, _ = native_module()
+    if module is None:
+        return 0
+    module.clear_packed()
+    return module.empty_cache()
+
+
 def refusal(impl: str, op: str, device: str, dtype: torch.dtype) -> str | None:
     """Why `impl` cannot run `op` on tensors of `device` and `dtype`; None when it can."""
     if impl == "reference":
@@ -77,7 +93,8 @@ def refusal(impl: str, op: str, device: str, dtype: torch.dtype) -> str | None:
             return f"the native kernels run on {', '.join(NATIVE_DTYPES)} tensors, not on {device}"
         if dtype not in NATIVE_DTYPES[device]:
             names = ", ".join(str(d).removeprefix("torch.") for d in NATIVE_DTYPES[device])
-            return f"the native {device} kernels take {names}, not {str(dtype).removeprefix('torch.')}"
+            given = str(dtype).removeprefix("torch.")
+            return f"the native {device} kernels take {names}, not {given}"
         if not hasattr(torch.ops.resnet_fast_native, op):
             return f"there is no native kernel for {op}"
         return None

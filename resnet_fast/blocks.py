@@ -64,7 +64,7 @@ def run_plain(parts: Parts, x: Tensor, residual: Tensor | None = None) -> Tensor
 
 
 def zero_pad(x: Tensor, channels: int, stride: int) -> Tensor:
-    """Option A of He et al. 2015 (section 3.3): every stride-th pixel, zeros in the new channels."""
+    """Option A of He et al. 2015 (section 3.3): every stride-th pixel, zeros in new channels."""
     x = x[:, :, ::stride, ::stride]
     return F.pad(x, (0, 0, 0, 0, 0, channels - x.size(1)))
 
@@ -187,7 +187,8 @@ class ResidualBlock(ChainBlock):
         raise NotImplementedError
 
     def _projection(self) -> tuple[nn.Conv2d, nn.BatchNorm2d | None]:
-        layers = self.downsample if isinstance(self.downsample, nn.Sequential) else [self.downsample]
+        bare = not isinstance(self.downsample, nn.Sequential)
+        layers = [self.downsample] if bare else self.downsample
         kinds = (nn.Conv2d,) if self.preactivation else (nn.Conv2d, nn.BatchNorm2d)
         if len(layers) != len(kinds) or not all(map(isinstance, layers, kinds)):
             names = ", ".join(kind.__name__ for kind in kinds)

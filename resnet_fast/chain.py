@@ -46,7 +46,7 @@ class Conv:
 
 @dataclass(frozen=True)
 class Norm:
-    """One normalization: its eps, and whether its statistics are the batch's or the running ones."""
+    """One normalization: its eps, and whether it uses the batch's statistics or the running ones."""
 
     eps: float = 1e-5
     batch_stats: bool = True
@@ -88,17 +88,18 @@ class Chain:
     def __post_init__(self) -> None:
         if len(self.norms) != len(self.convs) + 1:
             raise ValueError(
-                f"norms: expected {len(self.convs) + 1} entries for {len(self.convs)} convolutions, "
+                f"norms: expected {len(self.convs) + 1} entries, one more than convolutions, "
                 f"got {len(self.norms)}"
             )
         if self.shortcut not in SHORTCUTS:
             raise ValueError(f"shortcut: expected one of {SHORTCUTS}, got {self.shortcut!r}")
         if (self.shortcut == "projection") != (self.projection is not None):
             raise ValueError("projection: expected a Conv exactly when shortcut='projection'")
-        if self.projection_norm is not None and (self.projection is None or self.norms[-1] is None):
-            raise ValueError("projection_norm: expected a projection, and a norm after the last conv")
-        if self.norms[-1] is None and self.relu and self.shortcut == "none":
-            raise ValueError("relu: a chain that ends in a bare convolution has nothing to fuse it to")
+        bare = self.norms[-1] is None
+        if self.projection_norm is not None and (self.projection is None or bare):
+            raise ValueError("projection_norm: expected a projection and a norm after the last conv")
+        if bare and self.relu and self.shortcut == "none":
+            raise ValueError("relu: expected a norm or a shortcut at the end of the chain before it")
 
     @property
     def all_convs(self) -> tuple[Conv, ...]:

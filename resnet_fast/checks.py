@@ -1,4 +1,4 @@
-"""Argument checks of the public functions: every message names the argument and what it expected."""
+"""Argument checks of the public functions: every message names the argument and its remedy."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def check_chain(
         raise ValueError(f"x: expected one of {names}, got {_name(x.dtype)}")
     n = len(chain.convs)
     shapes = [tuple(x.shape)]
-    for conv, params in zip(chain.convs, convs, strict=False):
+    for conv, params in zip(chain.convs, convs[:n], strict=True):
         shapes.append(_conv_shape(shapes[-1], conv, params, x))
     out = shapes[-1]
     if chain.projection is not None:

@@ -103,7 +103,8 @@ def conv_bn_act(
 
     Source: Ioffe & Szegedy 2015, arXiv:1502.03167; He et al. 2015, arXiv:1512.03385, eq. 1.
     """
-    conv = Conv(pair(stride, "stride"), pair(padding, "padding"), pair(dilation, "dilation"), groups)
+    geometry = (pair(stride, "stride"), pair(padding, "padding"), pair(dilation, "dilation"))
+    conv = Conv(*geometry, groups)
     norm = Norm(eps, training or running_mean is None)
     shortcut = "none" if residual is None else "residual"
     chain = Chain((conv,), (None, norm), relu, shortcut, impl=impl)
@@ -167,7 +168,8 @@ def run_chain(
 
     Raises: as `conv_bn_act`.
     """
-    x, residual = _autocast(x), None if residual is None else _autocast(residual)
+    if chain.convs or (residual is not None and residual.dtype != x.dtype):
+        x, residual = _autocast(x), None if residual is None else _autocast(residual)
     counts = check_chain(chain, x, *tensors, residual)
     weight = tensors.convs[0].weight if tensors.convs else None
     fmt = memory_format(x, weight)
@@ -236,7 +238,10 @@ def _wants_gradient(*tensors: Tensor | None) -> bool:
 
 
 def _autocast(x: Tensor) -> Tensor:
-    """x in autocast's dtype where autocast is on for its device (double stays double)."""
+    """x in autocast's dtype where autocast is on for its device (double stays double).
+
+    As in PyTorch, convolutions ask for it; a normalization or an addition alone takes what it gets.
+    """
     device = x.device.type
     if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
         return x

@@ -50,12 +50,19 @@ def run_fused(
 
 
 def _geometry(conv: nn.Conv2d) -> Conv:
+    if isinstance(conv.padding, str) or conv.padding_mode != "zeros":
+        raise ValueError(
+            f"padding: expected numbers and zero padding, got padding={conv.padding!r} and "
+            f"padding_mode={conv.padding_mode!r}"
+        )
     return Conv(conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
 def _rule(norm: nn.BatchNorm2d | None) -> Norm | None:
     if norm is None:
         return None
+    if type(norm) is not nn.BatchNorm2d:
+        raise ValueError(f"norm: expected nn.BatchNorm2d, got {type(norm).__name__}")
     return Norm(norm.eps, norm.training or norm.running_mean is None)
 
 
@@ -68,7 +75,10 @@ def _params(norm: nn.BatchNorm2d | None) -> NormParams:
 def _running(norm: nn.BatchNorm2d) -> Running | None:
     if not (norm.training and norm.track_running_stats):
         return None
-    return Running(norm.momentum, norm.num_batches_tracked)
+    momentum = norm.momentum
+    if momentum is None and norm.num_batches_tracked is None:
+        momentum = 0.0  # as nn.BatchNorm2d does
+    return Running(momentum, norm.num_batches_tracked)
 
 
 class Fused:

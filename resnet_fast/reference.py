@@ -1,8 +1,8 @@
-"""The specification: every op and every layer in plain PyTorch.
+"""The specification: every op in plain PyTorch.
 
-The first half holds one function an op of `resnet_fast.ops`, with its exact arguments: what a
-kernel must compute, written to be read. The second half holds the layers and the residual chain
-with ordinary autograd; they know nothing of our backward formulas, so they judge them.
+One function an op of `resnet_fast.ops`, with its exact arguments: what a kernel must compute,
+written to be read. The specification of whole layers and blocks is `resnet_fast.blocks`: their
+modules in ordinary autograd know nothing of the backward formulas here, so they judge them.
 
 Notation (Ioffe & Szegedy 2015, arXiv:1502.03167): for a channel with M values z,
 mean = Σz/M, m2 = Σ(z − mean)², rstd = (m2/M + eps)^(−1/2), xhat = (z − mean)·rstd,
@@ -139,7 +139,7 @@ def bn_act_bwd_reduce(
     res_mean: Tensor | None,
     res_rstd: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Σdz', Σdz'·xhat(z), Σdz'·xhat(residual) with dz' = dy under the mask; the last may be empty."""
+    """Σdz', Σdz'·xhat(z), Σdz'·xhat(residual), dz' = dy under the mask; the last may be empty."""
     g = _masked(dy, mask)
     sums = [g.sum(OVER_PIXELS)]
     for value, center, spread in ((z, mean, rstd), (residual, res_mean, res_rstd)):

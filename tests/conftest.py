@@ -7,10 +7,10 @@ from dataclasses import dataclass
 # the cores are shared those that wait by spinning keep the others from working.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import pytest
+import torch
 
-from resnet_fast import backend  # noqa: E402
+from resnet_fast import backend
 
 DTYPES = {
     "fp32": torch.float32,

@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+import twins
 from torch import nn
 
 import resnet_fast
@@ -15,6 +16,7 @@ X = torch.randn(2, 4, 6, 6)
 W = torch.randn(8, 4, 3, 3)
 V4, V8 = torch.ones(4), torch.ones(8)
 META = torch.device("meta")
+GEOMETRY = "stride, dilation and padding: expected positive"
 
 
 def conv(x=X, weight=W, bn_weight=V8, bn_bias=V8, mean=V8, var=V8, **options):
@@ -57,13 +59,13 @@ CALLS = {  # name → call, start of the message, what the message says was expe
     ),
     "residual-dtype": (lambda: add_relu(X, X.double()), "residual: expected x's dtype", "float64"),
     "residual-device": (lambda: norm(residual=X.to(META)), "residual: expected x's device", "meta"),
-    "residual-none": (lambda: add_relu(X, None), "residual", "None"),
-    "stride-zero": (lambda: conv(stride=0), "stride", "0"),
+    "residual-none": (lambda: add_relu(X, None), "residual", "shortcut"),
+    "stride-zero": (lambda: conv(stride=0), GEOMETRY, "(0, 0)"),
     "stride-three": (lambda: conv(stride=(1, 2, 3)), "stride: expected an integer or two", "(1, 2"),
     "stride-float": (lambda: conv(stride=1.5), "stride: expected an integer or two", "1.5"),
-    "padding-negative": (lambda: conv(padding=-1), "padding", "-1"),
+    "padding-negative": (lambda: conv(padding=-1), GEOMETRY, "(-1, -1)"),
     "padding-same": (lambda: conv(padding="same"), "padding: expected an integer or two", "same"),
-    "dilation-zero": (lambda: conv(dilation=(1, 0)), "dilation", "0"),
+    "dilation-zero": (lambda: conv(dilation=(1, 0)), GEOMETRY, "(1, 0)"),
     "groups-divisor": (lambda: conv(groups=3), "groups: expected a divisor of 8 filters", "3"),
     "groups-zero": (lambda: conv(groups=0), "groups: expected a divisor of 8 filters", "0"),
     "kernel-too-large": (lambda: conv(X[:, :, :1, :1], padding=0), "x: 1x1 pixels are too few", "3x3"),
@@ -79,10 +81,9 @@ CALLS = {  # name → call, start of the message, what the message says was expe
 @pytest.mark.parametrize("name", CALLS)
 def test_call(name):
     call, start, says = CALLS[name]
-    with pytest.raises(ValueError, match=re.escape(start)) as error:
+    with pytest.raises(ValueError, match="^" + re.escape(start)) as error:
         call()
     assert says in str(error.value)
-    assert str(error.value).startswith(start.split(":")[0])
 
 
 BUILDS = {  # constructions that do not fit
@@ -130,9 +131,8 @@ BUILDS = {  # constructions that do not fit
 @pytest.mark.parametrize("name", BUILDS)
 def test_construction(name):
     build, start = BUILDS[name]
-    with pytest.raises(ValueError, match=re.escape(start)) as error:
+    with pytest.raises(ValueError, match="^" + re.escape(start)):
         build()
-    assert str(error.value).startswith(start.split(":")[0])
 
 
 def test_input_of_other_channels():
@@ -140,27 +140,23 @@ def test_input_of_other_channels():
         resnet_fast.BasicBlock(4, 4)(torch.randn(2, 5, 6, 6))
 
 
-def test_half_precision_input_without_autocast():
-    """As in PyTorch a double x does not go with fp32 parameters; bf16 x beside them does here."""
+def test_double_input_beside_fp32_parameters():
     module = resnet_fast.BasicBlock(4, 4)
     with pytest.raises(ValueError, match=r"weight: expected x's dtype float64"):
         module(X.double())
 
 
-def test_padding_modes_are_not_ignored():
-    """A convolution this package does not compute is refused, not run as another."""
-    for change in ({"padding_mode": "reflect"}, {"padding": "same"}):
-        module = resnet_fast.BasicBlock(4, 4)
-        module.conv1 = nn.Conv2d(4, 4, 3, bias=False, **{"padding": 1, **change})
-        plain = module.conv1(X)
-        try:
-            y = module.eval()(X)
-        except ValueError as error:
-            assert "padding" in str(error)
-            continue
-        h = torch.relu(module.bn1(plain))
-        expected = torch.relu(module.bn2(module.conv2(h)) + X)
-        torch.testing.assert_close(y, expected)
+@pytest.mark.parametrize("change", [{"padding_mode": "reflect"}, {"padding": "same"}], ids=str)
+def test_padding_is_not_ignored(change):
+    """A child convolution this package cannot run is refused or run right, never as another."""
+    module = resnet_fast.BasicBlock(4, 4, impl="reference").eval()
+    module.conv1 = nn.Conv2d(4, 4, 3, bias=False, **{"padding": 1, **change})
+    try:
+        y = module(X)
+    except ValueError as error:
+        assert "padding" in str(error)
+    else:
+        torch.testing.assert_close(y, twins.plain(module)(X))
 
 
 @pytest.mark.parametrize("name", ["native", "triton"])

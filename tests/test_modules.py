@@ -265,6 +265,15 @@ def test_given_downsample(impl, downsample):
     compare(module, x, torch.randn(2, 16, 4, 4))
 
 
+def test_zero_pad(impl):
+    """Option A: every second pixel of x, and zeros in the new channels at the end."""
+    module = BasicBlock(3, 5, 2, shortcut="zero_pad", impl=impl.name).eval()
+    nn.init.zeros_(module.bn2.weight)
+    x = torch.randn(2, 3, 7, 6)
+    y = module(x)
+    assert torch.equal(y[:, :3], x[:, :, ::2, ::2].relu()) and not y[:, 3:].any()
+
+
 @BLOCKS
 def test_one_value_per_channel(impl, name):
     module, _ = build(name, impl)

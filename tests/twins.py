@@ -139,12 +139,15 @@ def step(run, leaves, dy=None, buffers=None):
     return found
 
 
-def module_step(module, x, dy=None, **inputs):
-    """`step` of a module on x and named further inputs: its parameters' gradients, its buffers."""
+def module_step(module, x, dy=None, run=None, **inputs):
+    """`step` of a module (or of `run` in its place) on x and named further inputs.
+
+    The leaves are x, those inputs and the module's parameters, the buffers are the module's.
+    """
     leaves = {"x": x, **inputs}
     leaves = {name: t.detach().clone().requires_grad_() for name, t in leaves.items()}
     return step(
-        lambda: module(*leaves.values()),
+        lambda: (module if run is None else run)(*leaves.values()),
         {**leaves, **dict(module.named_parameters())},
         dy, dict(module.named_buffers()),
     )  # fmt: skip

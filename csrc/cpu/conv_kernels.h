@@ -41,8 +41,8 @@ struct ConvKernels {
   // y[row·ldy + column] = …, rows ≤ 14; rows from 7 at y[half_y + (row − 7)·ldy + column]
   void (*store_tile)(
       int rows, const Stretch*, int64_t n, const TileStrides&, T* y, int64_t ldy, int64_t half_y, const Epilogue<T>&);
-  // sum[row·ld + column] += …
-  void (*add_tile)(int rows, const Stretch*, int64_t n, const TileStrides&, float* sum, int64_t ld);
+  // sum[row·ld + column] = … or, where `add`, += …
+  void (*add_tile)(int rows, const Stretch*, int64_t n, const TileStrides&, bool add, float* sum, int64_t ld);
   // Filters [outer][inner] (inner contiguous, rows `ld` values apart, of type float or T) as B panels of 32
   // outer values (fprop) or of 32 inner values (dgrad): packed[step][32].
   void (*pack_outer)(const void* w, bool is_float, int64_t ld, int64_t inner, char* packed);

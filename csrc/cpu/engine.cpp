@@ -3,12 +3,14 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <memory>
 #include <vector>
 
 #include "conv_kernels.h"
 #include "cpu_features.h"
+#include "memory.h"
 
 namespace resnet_fast {
 
@@ -230,20 +232,29 @@ std::vector<Band> cut(const Problem<T>& c) {
   return bands;
 }
 
+// f(task) for every task, each on the thread that is free first: tasks are fixed, so results are too.
+template <class F>
+void for_tasks(int64_t tasks, F f) {
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, std::min<int64_t>(tasks, at::get_num_threads()), 1, [&](int64_t begin, int64_t end) {
+    for (; begin < end; ++begin) {
+      for (int64_t task; (task = next.fetch_add(1)) < tasks;) f(task);
+    }
+  });
+}
+
 template <class T>
 void run(const Problem<T>& c) {
   const std::vector<Band> bands = cut(c);
   const int64_t count = int64_t(bands.size()), tasks = std::min(count, kTasks);
-  at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) {
-      for (int64_t i = task * count / tasks; i < (task + 1) * count / tasks; ++i) {
-        const Band& band = bands[i];
-        run_band(c, band);
-        if (*c.finish) {
-          const int64_t row = (band.image * c.rows.output + band.p0) * c.columns.output;
-          const int64_t pixels = (band.p1 - band.p0) * (band.q1 - band.q0);
-          (*c.finish)(task, row + band.q0, row + band.q0 + pixels);
-        }
+  for_tasks(tasks, [&](int64_t task) {
+    for (int64_t i = task * count / tasks; i < (task + 1) * count / tasks; ++i) {
+      const Band& band = bands[i];
+      run_band(c, band);
+      if (*c.finish) {
+        const int64_t row = (band.image * c.rows.output + band.p0) * c.columns.output;
+        const int64_t pixels = (band.p1 - band.p0) * (band.q1 - band.q0);
+        (*c.finish)(task, row + band.q0, row + band.q0 + pixels);
       }
     }
   });
@@ -384,11 +395,11 @@ at::Tensor engine_wgrad(const ConvShape& shape, const T* x, const FillRow<T>& fi
   const int64_t pixel_bytes = (chunk + s.channels * s.taps[1]) * int64_t(sizeof(T));
   const std::vector<Block> blocks = cut_blocks(s, std::clamp<int64_t>((640 << 10) / pixel_bytes, 96, 256) / 2 * 2);
   const int64_t count = int64_t(blocks.size()), lanes = std::clamp<int64_t>(ceil_div(threads, chunks), 1, count);
-  const at::Tensor sums = at::zeros({lanes, size}, at::kFloat);
+  const at::Tensor sums = empty({lanes, size}, at::kFloat, at::MemoryFormat::Contiguous);
   const Cut thirds = {3, kTileColumns};
   const TileStrides strides = {4, 4 * kHalf, kPanelStep, kPanelStep};
 
-  const auto run_block = [&](const Block& block, int64_t k0, int64_t width, float* dw) {
+  const auto run_block = [&](const Block& block, bool add, int64_t k0, int64_t width, float* dw) {
     const Band& first = block[0];
     const int64_t column0 = columns.least(first.q0), column1 = columns.most(first.q1 - 1) + 1;
     const int64_t pixels = first.q1 - first.q0, row_bytes = steps<T>(pixels) * kPanelStep;
@@ -442,17 +453,15 @@ at::Tensor engine_wgrad(const ConvShape& shape, const T* x, const FillRow<T>& fi
           }
           kernels.add_tile(
               int(thirds.begin(third + 1) - thirds.begin(third)), stretches.data(), int64_t(block.size()), strides,
-              dw + ((k0 + k) * taps + tap) * s.channels + panel * kTileColumns, taps * s.channels);
+              add, dw + ((k0 + k) * taps + tap) * s.channels + panel * kTileColumns, taps * s.channels);
         }
       }
     }
   };
-  at::parallel_for(0, lanes * chunks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t lane = task / chunks, k0 = task % chunks * chunk;
-      for (int64_t i = lane * count / lanes; i < (lane + 1) * count / lanes; ++i) {
-        run_block(blocks[i], k0, std::min(chunk, s.filters - k0), sums.data_ptr<float>() + lane * size);
-      }
+  for_tasks(lanes * chunks, [&](int64_t task) {
+    const int64_t lane = task / chunks, k0 = task % chunks * chunk, first = lane * count / lanes;
+    for (int64_t i = first; i < (lane + 1) * count / lanes; ++i) {
+      run_block(blocks[i], i > first, k0, std::min(chunk, s.filters - k0), sums.data_ptr<float>() + lane * size);
     }
   });
   at::Tensor dw = lanes == 1 ? sums[0] : sums.sum(0);

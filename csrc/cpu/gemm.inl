@@ -70,12 +70,12 @@ void store_rows(
 }
 
 template <int kRows>
-void add_rows(const Stretch* stretches, int64_t n, const TileStrides& strides, float* to, int64_t ld) {
+void add_rows(const Stretch* stretches, int64_t n, const TileStrides& strides, bool add, float* to, int64_t ld) {
   __m512 sum[kRows][2];
 #pragma GCC unroll 14
   for (int row = 0; row < kRows; ++row) {
-    sum[row][0] = _mm512_loadu_ps(to + row * ld);
-    sum[row][1] = _mm512_loadu_ps(to + row * ld + 16);
+    sum[row][0] = add ? _mm512_loadu_ps(to + row * ld) : _mm512_setzero_ps();
+    sum[row][1] = add ? _mm512_loadu_ps(to + row * ld + 16) : _mm512_setzero_ps();
   }
   accumulate<kRows>(stretches, n, strides, sum);
 #pragma GCC unroll 14
@@ -100,8 +100,9 @@ void store_tile(
   with_rows(rows, [&](auto r) { store_rows<r.value>(stretches, n, strides, y, ldy, half_y, epilogue); });
 }
 
-void add_tile(int rows, const Stretch* stretches, int64_t n, const TileStrides& strides, float* to, int64_t ld) {
-  with_rows(rows, [&](auto r) { add_rows<r.value>(stretches, n, strides, to, ld); });
+void add_tile(
+    int rows, const Stretch* stretches, int64_t n, const TileStrides& strides, bool add, float* to, int64_t ld) {
+  with_rows(rows, [&](auto r) { add_rows<r.value>(stretches, n, strides, add, to, ld); });
 }
 
 constexpr int kValues = 4 / sizeof(Element);  // values a step: 1 fp32, 2 bf16

@@ -31,7 +31,7 @@ DOUBLE_BACKWARD = (
 
 
 class Affine(NamedTuple):
-    """A norm made ready: y = scale·z + shift, xhat = (z − mean)·rstd; all None where there is none."""
+    """A norm made ready: y = scale·z + shift, xhat = (z − mean)·rstd; all None without a norm."""
 
     scale: Tensor | None = None
     shift: Tensor | None = None
@@ -145,12 +145,12 @@ class ChainFunction(torch.autograd.Function):
         else:
             y = hs[n] if shortcut is None else hs[n] + shortcut
         ctx.chain, ctx.format = chain, memory_format(y)
+        keeps_last = n == 0 or last.scale is not None  # the last norm's backward reads it
         ctx.dtypes = [None if t is None else t.dtype for t in flat]
         ctx.save_for_backward(
             mask if chain.relu else None,
             shortcut if chain.projection is not None else None,
-            *(c.weight for c in convs), *hs[:n], hs[n] if n == 0 or last.scale is not None else None,
-            *acts,
+            *(c.weight for c in convs), *hs[:n], hs[n] if keeps_last else None, *acts,
             *(t for affine in (*affines, through) for t in affine),
         )  # fmt: skip
         ctx.mark_non_differentiable(*statistics)
