@@ -150,10 +150,10 @@ Input<T> lay_out(const Problem<T>& c, const Band& band) {
   return {base, row0, column0, pitch};
 }
 
-// One band, a panel of 32 filters at a time: every output row in tiles of at most 14 pixels, or two rows of at
+// Panels [panel0, panel1) of one band, a panel of 32 filters at a time: every output row in tiles of at most 14 pixels, or two rows of at
 // most 7 pixels in the halves of one tile.
 template <class T>
-void run_band(const Problem<T>& c, const Band& band) {
+void run_band(const Problem<T>& c, const Band& band, int64_t panel0, int64_t panel1) {
   const ConvKernels<T>& kernels = *conv_kernels<T>();
   const Input<T> in = lay_out(c, band);
   const Axis &rows = c.rows, &columns = c.columns;
@@ -185,7 +185,7 @@ void run_band(const Problem<T>& c, const Band& band) {
         int(two ? 2 * size : size), stretches.data(), n, strides, c.y + at, ldy, two ? y_row : kHalf * ldy, epilogue);
   };
 
-  for (int64_t panel = 0; panel < c.filters / kTileColumns; ++panel) {
+  for (int64_t panel = panel0; panel < panel1; ++panel) {
     for (int64_t p = band.p0; p < band.p1; ++p) {
       if (halves && p + 1 < band.p1) {
         tile(panel, p++, band.q0, kHalf, true);
@@ -223,7 +223,10 @@ std::vector<Band> cut(const Problem<T>& c) {
   }
   const int64_t in_rows = std::max<int64_t>(1, kScratchBytes / row_bytes - (rows.taps - 1) / rows.div);
   const int64_t most = std::clamp<int64_t>(in_rows * rows.div / rows.mul, 1, rows.output);
-  const int64_t parts = ceil_div(rows.output, most), size = ceil_div(rows.output, parts);
+  // At least a band for each thread.
+  const int64_t least = ceil_div(at::get_num_threads(), c.images);
+  const int64_t parts = std::max(ceil_div(rows.output, most), std::min(least, rows.output));
+  const int64_t size = ceil_div(rows.output, parts);
   for (int64_t n = 0; n < c.images; ++n) {
     for (int64_t p = 0; p < rows.output; p += size) {
       bands.push_back({n, p, std::min(rows.output, p + size), 0, columns.output});
@@ -243,19 +246,28 @@ void for_tasks(int64_t tasks, F f) {
   });
 }
 
+// All bands. Few of them (a small batch) are shared out by filters too, where nothing wants whole bands.
 template <class T>
 void run(const Problem<T>& c) {
   const std::vector<Band> bands = cut(c);
-  const int64_t count = int64_t(bands.size()), tasks = std::min(count, kTasks);
+  const int64_t count = int64_t(bands.size()), panels = c.filters / kTileColumns;
+  const bool completes = c.x != nullptr && *c.fill;  // fill writes x: one task a band
+  if (!*c.finish && !completes) {
+    const Cut groups = {std::clamp<int64_t>(ceil_div(4 * at::get_num_threads(), count), 1, panels), panels};
+    for_tasks(count * groups.parts, [&](int64_t task) {
+      const int64_t group = task % groups.parts;
+      run_band(c, bands[task / groups.parts], groups.begin(group), groups.begin(group + 1));
+    });
+    return;
+  }
+  const int64_t tasks = std::min(count, kTasks);
   for_tasks(tasks, [&](int64_t task) {
     for (int64_t i = task * count / tasks; i < (task + 1) * count / tasks; ++i) {
       const Band& band = bands[i];
-      run_band(c, band);
-      if (*c.finish) {
-        const int64_t row = (band.image * c.rows.output + band.p0) * c.columns.output;
-        const int64_t pixels = (band.p1 - band.p0) * (band.q1 - band.q0);
-        (*c.finish)(task, row + band.q0, row + band.q0 + pixels);
-      }
+      run_band(c, band, 0, panels);
+      const int64_t row = (band.image * c.rows.output + band.p0) * c.columns.output;
+      const int64_t pixels = (band.p1 - band.p0) * (band.q1 - band.q0);
+      if (*c.finish) (*c.finish)(task, row + band.q0, row + band.q0 + pixels);
     }
   });
 }

@@ -50,6 +50,13 @@ void store_rows(
     const Stretch* stretches, int64_t n, const TileStrides& strides, Element* y, int64_t ldy, int64_t half_y,
     const Epilogue<Element>& epilogue) {
   __m512 sum[kRows][2];
+  if (epilogue.residual) {  // on its way while the sum is made
+    for (int row = 0; row < kRows; ++row) {
+      const Element* p = epilogue.residual + row / kHalf * half_y + row % kHalf * ldy;
+      _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0);
+      if (sizeof(Element) == 4) _mm_prefetch(reinterpret_cast<const char*>(p + 16), _MM_HINT_T0);
+    }
+  }
 #pragma GCC unroll 14
   for (int row = 0; row < kRows; ++row) {
     for (int half = 0; half < 2; ++half) {
