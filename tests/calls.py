@@ -37,9 +37,7 @@ class Call:
         running: running_mean and running_var, fp32, or nothing for add_relu.
     """
 
-    def __init__(
-        self, case, layout=torch.contiguous_format, training=False, dtype=torch.float32
-    ):
+    def __init__(self, case, layout=torch.contiguous_format, training=False, dtype=torch.float32):
         self.function, shapes, self.options = CASES[case]
         self.layout, self.dtype, self.dy, self.running = layout, dtype, None, {}
         self.tensors = {name: torch.randn(shape) for name, shape in shapes.items()}

@@ -79,8 +79,14 @@ def test_saved_by_bn_act(impl):
     weight = torch.nn.BatchNorm2d(8)
     kept = saved_bytes(
         lambda: resnet_fast.bn_act(
-            x, weight.weight, weight.bias, None, None,
-            residual=residual, training=True, impl=impl.name,
+            x,
+            weight.weight,
+            weight.bias,
+            None,
+            None,
+            residual=residual,
+            training=True,
+            impl=impl.name,
         ),  # fmt: skip
         weight,
     )

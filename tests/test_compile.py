@@ -20,7 +20,9 @@ def fresh_compiler():
 BLOCKS = {
     "ConvBNAct2d": lambda impl: resnet_fast.ConvBNAct2d(8, 12, 3, 2, impl=impl),
     "BasicBlock": lambda impl: resnet_fast.BasicBlock(8, 8, impl=impl),
-    "BasicBlock-zero-pad": lambda impl: resnet_fast.BasicBlock(8, 16, 2, shortcut="zero_pad", impl=impl),
+    "BasicBlock-zero-pad": lambda impl: resnet_fast.BasicBlock(
+        8, 16, 2, shortcut="zero_pad", impl=impl
+    ),
     "Bottleneck": lambda impl: resnet_fast.Bottleneck(8, 4, 2, impl=impl),
     "PreActBasicBlock": lambda impl: resnet_fast.PreActBasicBlock(8, 16, 2, impl=impl),
     "PreActBottleneck": lambda impl: resnet_fast.PreActBottleneck(8, 2, impl=impl),

@@ -8,16 +8,11 @@ import sys
 
 import pytest
 import torch
+from test_bench import sample_row
 
 from bench import demo, digits, report, rows
 from bench.__main__ import main as bench
 from resnet_fast import backend, verify
-from test_bench import sample_row
-
-needs_sklearn = pytest.mark.skipif(
-    __import__("importlib.util").util.find_spec("sklearn") is None,
-    reason="scikit-learn is not installed",
-)
 
 
 @pytest.fixture(scope="module")

@@ -91,9 +91,7 @@ def test_add_relu(impl, layout):
         return [normal(2, 3, 3, 5, layout=layout) for _ in range(2)]
 
     args = twins.away_from_kink(inputs, twins.add_relu)
-    assert torch.autograd.gradcheck(
-        functools.partial(resnet_fast.add_relu, impl=impl.name), args
-    )
+    assert torch.autograd.gradcheck(functools.partial(resnet_fast.add_relu, impl=impl.name), args)
 
 
 @pytest.mark.parametrize(

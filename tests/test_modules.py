@@ -35,7 +35,10 @@ MODULES = {  # name → a builder, input channels
     "bottleneck-plain": (functools.partial(Bottleneck, 8, 3, shortcut="none"), 8),
     "preact-basic": (functools.partial(PreActBasicBlock, 16, 16), 16),
     "preact-basic-projection": (functools.partial(PreActBasicBlock, 8, 24, 2), 8),
-    "preact-basic-zero-pad": (functools.partial(PreActBasicBlock, 8, 16, 2, shortcut="zero_pad"), 8),
+    "preact-basic-zero-pad": (
+        functools.partial(PreActBasicBlock, 8, 16, 2, shortcut="zero_pad"),
+        8,
+    ),
     "preact-bottleneck": (functools.partial(PreActBottleneck, 16, 4), 16),
     "preact-bottleneck-projection": (functools.partial(PreActBottleneck, 8, 4, 2), 8),
     "preact-bottleneck-plain": (functools.partial(PreActBottleneck, 8, 3, shortcut="none"), 8),
@@ -96,16 +99,18 @@ def test_matches_plain(impl, dtype, layout, name, training):
     assert y.dtype == dtype and y.is_contiguous(memory_format=layout)
 
 
-@MODES
-@pytest.mark.parametrize("keep", [True, False], ids=["keep", "recompute"])
-@pytest.mark.parametrize("autocast", ["bf16", "fp16"])
+@pytest.mark.parametrize(
+    ("training", "keep"),
+    [(True, False), (True, True), (False, False)],
+    ids=["train", "train-keep", "eval"],
+)
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @MODULE
-def test_autocast(impl, layout, name, autocast, keep, training):
+def test_autocast(impl, layout, name, narrow, training, keep):
     """fp32 parameters beside 16-bit activations: results and dtypes of the twin under autocast.
 
     A block's x is 16 bits wide, as it comes from the layer before; a first convolution's is fp32.
     """
-    narrow = {"bf16": torch.bfloat16, "fp16": torch.float16}[autocast]
     impl.need(narrow, *OPS)
     first = name.startswith("conv")
 
@@ -182,6 +187,12 @@ def untracked(module):
         norm.running_mean = norm.running_var = norm.num_batches_tracked = None
 
 
+def tracking_off(module):
+    """Statistics that are there but not followed in training."""
+    for norm in norms_of(module):
+        norm.track_running_stats = False
+
+
 def not_affine(module):
     for norm in norms_of(module):
         norm.weight = norm.bias = None
@@ -215,15 +226,15 @@ def norm_of(module, i):
     return norms_of(module)[i]
 
 
-CHANGES = [freeze_one, freeze_last, freeze_all, cumulative, untracked, not_affine, other_eps,
-           with_bias, frozen_with_bias]  # fmt: skip
+CHANGES = [freeze_one, freeze_last, freeze_all, cumulative, untracked, tracking_off,
+           not_affine, other_eps, with_bias, frozen_with_bias]  # fmt: skip
 
 
 @MODES
 @pytest.mark.parametrize("change", CHANGES, ids=[change.__name__ for change in CHANGES])
 @BLOCKS
 def test_changed_children(impl, name, change, training):
-    """Children keep their own settings; three steps, so that statistics accumulate."""
+    """Children keep their own settings; three steps, so that statistics accumulate, then inference."""
     impl.need(torch.float64, *OPS)
     module, _ = build(name, impl, training, torch.float64)
     change(module.float())
@@ -238,6 +249,8 @@ def test_changed_children(impl, name, change, training):
                 assert actual[key] is None, key
             else:
                 torch.testing.assert_close(actual[key], value, rtol=1e-9, atol=1e-9, msg=key)
+    with torch.no_grad():
+        torch.testing.assert_close(module.eval()(x), plain.eval()(x), rtol=1e-9, atol=1e-9)
 
 
 @MODULE

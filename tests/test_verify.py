@@ -126,21 +126,21 @@ def test_a_wrong_op_is_named(monkeypatch, capsys, tmp_path, wrong, tensor, why):
 
 
 @pytest.mark.parametrize(
-    ("op", "wrong", "tensor"),
+    ("op", "wrong", "block", "tensor"),
     [
-        ("bn_finalize", lambda r, args: (r[0] * 1.00003, *r[1:]), "y"),
-        ("bn_act_bwd_reduce", lambda r, args: (r[0] * 0, *r[1:]), "grad bn2.bias"),
-        ("bn_act_bwd_apply", lambda r, args: r * 1.0001, "grad x"),
-        ("conv_bprop", lambda r, args: (r[0], r[1] * 1.0001, *r[2:]), "grad conv1.weight"),
-        ("conv_bprop", lambda r, args: (r[0] * 1.0001, *r[1:]), "grad x"),
-        ("conv_bn_act", lambda r, args: r * 1.0001, "y"),
+        ("bn_finalize", lambda r, args: (r[0] * 1.00003, *r[1:]), "Bottleneck none", "y"),
+        ("bn_act_bwd_reduce", lambda r, args: (0 * r[0], *r[1:]), "BN+ReLU", "grad bn.bias"),
+        ("bn_act_bwd_apply", lambda r, args: r * 1.0001, "PreActBasicBlock identity", "grad x"),
+        ("conv_bprop", lambda r, args: (r[0], r[1] * 1.0001, *r[2:]), "BasicBlock projection",
+         "grad conv1.weight"),
+        ("conv_bprop", lambda r, args: (r[0] * 1.0001, *r[1:]), "BasicBlock zero_pad", "grad x"),
+        ("conv_bn_act", lambda r, args: r * 1.0001, "ConvBNAct2d residual", "y"),
     ],
     ids=["scale", "sum", "dz", "dw", "dx", "inference"],
-)
-def test_a_wrong_op_shows_in_the_blocks(monkeypatch, op, wrong, tensor):
+)  # fmt: skip
+def test_a_wrong_op_shows_in_the_blocks(monkeypatch, op, wrong, block, tensor):
     replace_op(monkeypatch, op, wrong)
-    found = {check.tensor for check in failures("BasicBlock projection")}
-    assert tensor in found
+    assert tensor in {check.tensor for check in failures(block)}
 
 
 def test_biased_running_variance_shows(monkeypatch):

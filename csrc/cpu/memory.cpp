@@ -19,7 +19,10 @@
 namespace resnet_fast::cpu {
 namespace {
 
-constexpr size_t kAlignment = 2 << 20;  // a huge page
+constexpr size_t kHugePage = 2 << 20, kSmallStep = 64 << 10;
+
+// Blocks come in whole huge pages, small ones in steps of 64 KiB.
+size_t step_for(size_t bytes) { return bytes >= kHugePage ? kHugePage : kSmallStep; }
 
 size_t default_limit() {
 #if defined(__linux__)
@@ -41,7 +44,8 @@ size_t limit_from_environment() {
 class BlockCache final : public c10::Allocator {
  public:
   c10::DataPtr allocate(size_t bytes) override {
-    size_t size = (bytes + kAlignment - 1) / kAlignment * kAlignment;
+    const size_t step = step_for(bytes);
+    size_t size = (bytes + step - 1) / step * step;
     void* block = nullptr;
     {
       const std::lock_guard<std::mutex> lock(mutex_);
@@ -79,10 +83,10 @@ class BlockCache final : public c10::Allocator {
   };
 
   static void* fresh(size_t size) {
-    void* block = std::aligned_alloc(kAlignment, size);
+    void* block = std::aligned_alloc(step_for(size), size);
     TORCH_CHECK(block != nullptr, "out of memory: ", size, " bytes");
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-    madvise(block, size, MADV_HUGEPAGE);  // advice: a refusal changes nothing
+    if (size >= kHugePage) madvise(block, size, MADV_HUGEPAGE);  // advice: a refusal changes nothing
 #endif
     return block;
   }

@@ -1,13 +1,13 @@
-// Memory for large results. A fresh allocation of 50 MB costs more in page faults than a convolution's BN
-// and ReLU in arithmetic, and the C library gives blocks over 32 MiB back to the system at every free; so
-// blocks from kLeastBytes up are kept here for the next result of about their size.
+// Memory for large results. Fresh memory costs page faults, for 50 MB more time than BN and ReLU take, and
+// the C library gives large blocks back to the system at every free; so blocks from kLeastBytes up are kept
+// here for the next result of about their size.
 #pragma once
 
 #include <ATen/ATen.h>
 
 namespace resnet_fast::cpu {
 
-constexpr int64_t kLeastBytes = 8 << 20;
+constexpr int64_t kLeastBytes = 256 << 10;
 
 // An uninitialized tensor like at::empty's (NaN where deterministic algorithms fill uninitialized memory).
 // At most RESNET_FAST_CPU_CACHE_MB (default: an eighth of the machine's memory; 0 keeps nothing) stay

@@ -65,15 +65,18 @@ def trials(setting: Setting, quick: bool) -> Iterator[Trial]:
 
 
 def _trial(op: str, case: str, setting: Setting) -> Trial:
+    run = getattr(torch.ops.resnet_fast, op)
+
     def prepare() -> Runs:
         generator = torch.Generator().manual_seed(sum(map(ord, op + case)))
         arguments = CASES[op][case](Inputs(setting, generator))
 
         def plain(dtype: torch.dtype | None) -> Values:
-            return _named(op, getattr(reference, op)(*_cast(arguments, dtype)))
+            results = getattr(reference, op)(*_cast(arguments, dtype))
+            return _named(op, results, arguments[0])
 
         return Runs(
-            lambda: _named(op, getattr(torch.ops.resnet_fast, op)(*arguments, setting.impl)),
+            lambda: _named(op, run(*arguments, setting.impl), arguments[0]),
             lambda: [plain(torch.float32 if setting.dtype == "fp64" else None)],
             lambda: plain(torch.float64),
             _kink(arguments) if op == "bn_act" else {},
@@ -90,8 +93,10 @@ def _cast(arguments: Arguments, dtype: torch.dtype | None) -> Arguments:
     return [a.to(dtype) if f else a for a, f in zip(arguments, floating, strict=True)]
 
 
-def _named(op: str, results: Any) -> Values:
-    """Results by the names of the op's schema, bit masks unpacked, what is empty left out."""
+def _named(op: str, results: Any, like: Tensor) -> Values:
+    """Results by the names of the op's schema, what is empty left out; bit masks unpacked, the
+    elements in the order of `like`.
+    """
     results = results if isinstance(results, (tuple, list)) else (results,)
     returns = getattr(torch.ops.resnet_fast, op).default._schema.returns
     prefix = GRADIENT if op in GRADIENTS else ""
@@ -99,7 +104,7 @@ def _named(op: str, results: Any) -> Values:
     for value, result in zip(results, returns, strict=True):
         if value.numel():
             bits = value.dtype == torch.uint8
-            value = reference.unpack_mask(value, results[0]) if bits else value
+            value = reference.unpack_mask(value, like) if bits else value
             values[prefix + (result.name or ("dx" if prefix else "y"))] = value
     return values
 
