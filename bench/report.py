@@ -23,6 +23,7 @@ LABELS = {
     "fused": "resnet_fast",
     "plain NCHW": "plain PyTorch, NCHW",
 }
+WINDOW = 15
 PARTS = {"ops": "Ops", "blocks": "Blocks", "models": "Whole models"}
 
 
@@ -63,20 +64,17 @@ def _plot_training(curves: Mapping[str, digits.Curve], path: Path) -> None:
     figure = Figure(figsize=(10.5, 3.4), layout="constrained")
     FigureCanvasAgg(figure)
     loss, accuracy, drift = figure.subplots(1, 3)
-    shown = [name for name in curves if name != "plain NCHW"]
-    for name in shown:
+    for name, curve in curves.items():
         style = {"color": COLORS[name], "label": LABELS[name]}
-        width = {"linewidth": 3.2, "alpha": 0.6} if name == "plain" else {"linewidth": 1.2}
-        values = curves[name].losses
-        loss.plot(range(1, len(values) + 1), values, **style, **width)
-        reached = [100 * value for value in curves[name].accuracies]
-        accuracy.plot(range(1, len(reached) + 1), reached, marker="o", ms=4, **style, **width)
-    for name in curves:
+        line = {"linewidth": 3.5, "alpha": 0.6} if name == "plain" else {"linewidth": 1.2}
+        values = _smooth(curve.losses)
+        loss.plot(range(1, len(values) + 1), values, **style, **line)
+        reached = [100 * value for value in curve.accuracies]
+        accuracy.plot(range(1, len(reached) + 1), reached, marker="o", ms=4, **style, **line)
         if name != "plain":
             values = [max(value, 1e-8) for value in digits.drift(curves, name)]
-            label = f"{LABELS[name]}"
-            drift.plot(range(1, len(values) + 1), values, color=COLORS[name], lw=1, label=label)
-    loss.set(title="training loss", xlabel="step", yscale="log")
+            drift.plot(range(1, len(values) + 1), values, linewidth=1, **style)
+    loss.set(title=f"training loss, mean of {WINDOW} steps", xlabel="step", yscale="log")
     accuracy.set(title="test accuracy", xlabel="epoch", ylim=(0, 103))
     accuracy.yaxis.set_major_formatter(PercentFormatter(decimals=0))
     accuracy.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -87,6 +85,12 @@ def _plot_training(curves: Mapping[str, digits.Curve], path: Path) -> None:
         axes.legend(frameon=False, fontsize=8, loc="best")
         axes.title.set_fontsize(10)
     figure.savefig(path, dpi=160)
+
+
+def _smooth(values: Sequence[float]) -> list[float]:
+    """The mean of the last WINDOW values at every place; fewer at the start."""
+    spans = (values[max(0, i + 1 - WINDOW) : i + 1] for i in range(len(values)))
+    return [sum(span) / len(span) for span in spans]
 
 
 def _neutral(draw, *arguments: Any) -> None:
@@ -149,7 +153,7 @@ the checks in <code>verify.json</code>, beside this page.</footer>
 
 def _tiles(checks, curves, measured) -> str:
     right = sum(check.ok for check in checks)
-    tiles = [(f"{right:,}".replace(",", "\u2009"), f"of {len(checks):,} checks passed")]
+    tiles = [(f"{right:,}", f"of {len(checks):,} checks passed")]
     plain, fused = (curves[name].accuracies[-1] for name in ("plain", "fused"))
     tiles.append((f"{fused:.1%}", f"of digits read right; plain PyTorch {plain:.1%}"))
     for mode, word in (("infer", "inference"), ("train", "training")):
@@ -172,7 +176,8 @@ def _claims(claims: Sequence[tuple[str, bool]]) -> str:
 
 
 def _picture(data: str, alt: str) -> str:
-    return f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{data}">'
+    image = f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{data}">'
+    return f'<div class="scroll">{image}</div>'
 
 
 def _training(curves: Mapping[str, digits.Curve], image: str) -> str:
@@ -221,7 +226,7 @@ def _verification(checks: Sequence[Check]) -> str:
         parts.append(
             f"<details{' open' if failed else ''}><summary>{title}: {len(found):,} checks, {state}"
             '</summary><div class="scroll"><table class="verify"><thead><tr><th>what<th>dtype'
-            "<th>layout<th>checks<th>worst<th>error<th>allowed<th>of allowed<th></tr></thead>"
+            "<th>layout<th>checks<th>worst<th>error<th>allowed<th>of it<th></tr></thead>"
             f"<tbody>{lines}</tbody></table></div></details>"
         )
     return f"""<section><h2>Verification</h2>
@@ -282,7 +287,7 @@ code, pre { font: .85em/1.5 ui-monospace, monospace }
 .claims li::before { position: absolute; left: .2rem; font-weight: 700 }
 .claims .good::before { content: "\\2713"; color: var(--good) }
 .claims .bad::before { content: "\\2717"; color: var(--bad) }
-img { width: 100%; height: auto; margin: .6rem 0 }
+img { width: 100%; min-width: 40rem; height: auto; margin: .6rem 0 }
 details { border: 1px solid var(--line); border-radius: .5rem; padding: .45rem .8rem;
   margin: .5rem 0 }
 summary { cursor: pointer } pre { overflow-x: auto; white-space: pre }
@@ -291,5 +296,7 @@ table { border-collapse: collapse; font-size: .85rem; margin: .5rem 0; min-width
 th, td { text-align: left; padding: .25rem .7rem .25rem 0; border-bottom: 1px solid var(--line);
   white-space: nowrap; font-variant-numeric: tabular-nums }
 th { font-weight: 600; opacity: .75 } .n { text-align: right }
-meter { width: 5rem; height: .8rem }
+.verify { font-size: .8rem } .verify td, .verify th { padding-right: .55rem }
+.verify td:nth-child(5) { white-space: normal; min-width: 12rem }
+meter { width: 4rem; height: .8rem }
 """

@@ -27,12 +27,13 @@ struct AffineCoefficients {
   A scale, shift, rstd;
 };
 
-// scale = weight·rstd, shift = bias − mean·scale; `rsqrt` is 1/sqrt of the platform
-template <class A, class Rsqrt>
-RESNET_FAST_INLINE AffineCoefficients<A> finalize(A mean, A var, A weight, A bias, A eps, Rsqrt rsqrt) {
-  const A rstd = rsqrt(var + eps);
-  const A scale = weight * rstd;
-  return {scale, bias - mean * scale, rstd};
+// scale = weight·rstd, shift = bias − mean·scale, in W wider than A: where |mean| is large, shift is a small
+// difference, and it goes with scale as it is stored. `rsqrt` is 1/sqrt of the platform.
+template <class A, class W, class Rsqrt>
+RESNET_FAST_INLINE AffineCoefficients<A> finalize(A mean, W var, W weight, W bias, W eps, Rsqrt rsqrt) {
+  const W rstd = rsqrt(var + eps);
+  const A scale = A(weight * rstd);
+  return {scale, A(bias - W(mean) * W(scale)), A(rstd)};
 }
 
 template <class A>
@@ -47,7 +48,8 @@ RESNET_FAST_INLINE GradientCoefficients<A> finalize_gradient(A sum_dy, A sum_dy_
   return {-a * rstd * sum_dy_xhat, -a * sum_dy};
 }
 
-// mean and m2 of the union of two sets of values (Chan, Golub & LeVeque 1983)
+// mean and m2 of the union of two sets of values (Chan, Golub & LeVeque 1983). Means far from zero have to be
+// in a wider type than the values: their difference is what counts.
 template <class A>
 struct Moments {
   A count, mean, m2;

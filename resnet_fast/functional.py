@@ -213,15 +213,17 @@ def _infer(chain: Chain, x: Tensor, tensors: Tensors, residual: Tensor | None) -
     def convolve(i: int, h: Tensor, skip: Tensor | None, relu: bool) -> Tensor:
         norm, params, conv = chain.all_norms[i + 1], tensors.norms[i + 1], tensors.convs[i]
         params = NormParams() if norm is None else params
-        return ops.conv_bn_act(
+        y = ops.conv_bn_act(
             h, conv.weight, conv.bias, *params, skip, relu, norm.eps if norm else 0.0,
             *chain.all_convs[i].args(), impl,
         )  # fmt: skip
+        return y.contiguous(memory_format=memory_format(x, tensors.convs[0].weight))
 
     if n == 0:
-        if start is None:
-            return ops.add_relu(x, residual, False, impl)[0]
-        return normalize(chain.relu)
+        if start is not None:
+            return normalize(chain.relu)
+        skip = x if chain.shortcut == "identity" else residual
+        return ops.add_relu(x, skip, False, impl)[0] if chain.relu else x + skip
     if start is not None:
         h = normalize(True)
     skip = x if chain.shortcut == "identity" else residual
@@ -243,6 +245,8 @@ def _autocast(x: Tensor) -> Tensor:
     As in PyTorch, convolutions ask for it; a normalization or an addition alone takes what it gets.
     """
     device = x.device.type
-    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+        return x
+    if not torch.is_autocast_enabled(device):
         return x
     return x.to(torch.get_autocast_dtype(device))

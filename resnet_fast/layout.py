@@ -12,8 +12,8 @@ from torch import Tensor
 
 
 def is_channels_last(x: Tensor) -> bool:
-    """Whether kernels walk the dense 4-D tensor `x` as NHWC (true also where both formats fit)."""
-    return x.is_contiguous(memory_format=torch.channels_last)
+    """Whether kernels walk dense 4-D `x` as NHWC: true where both formats fit, false when empty."""
+    return x.numel() > 0 and x.is_contiguous(memory_format=torch.channels_last)
 
 
 def memory_format(x: Tensor, weight: Tensor | None = None) -> torch.memory_format:
@@ -22,11 +22,12 @@ def memory_format(x: Tensor, weight: Tensor | None = None) -> torch.memory_forma
     Unambiguous tensors keep their own; ambiguous ones (C = 1 or H = W = 1) follow `weight`;
     a tensor dense in neither (sliced, expanded) is NHWC when its channel stride is the least.
     """
-    channels_last, contiguous = is_channels_last(x), x.is_contiguous()
+    channels_last = x.is_contiguous(memory_format=torch.channels_last)
+    contiguous = x.is_contiguous()
     if channels_last != contiguous:
         return torch.channels_last if channels_last else torch.contiguous_format
     if contiguous:
-        follows = weight is not None and is_channels_last(weight) and not weight.is_contiguous()
+        follows = weight is not None and memory_format(weight) == torch.channels_last
         return torch.channels_last if follows else torch.contiguous_format
     least = x.size(1) > 1 and x.stride(1) == 1 and x.stride(3) > 1
     return torch.channels_last if least else torch.contiguous_format

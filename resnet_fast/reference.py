@@ -37,9 +37,10 @@ def _affine(z: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
 
 
 def _rows(x: Tensor) -> Tensor:
+    n, c, h, w = x.shape
     if is_channels_last(x):
-        return x.permute(0, 2, 3, 1).reshape(-1, x.size(1))
-    return x.reshape(x.size(0) * x.size(1), -1)
+        return x.permute(0, 2, 3, 1).reshape(n * h * w, c)
+    return x.reshape(n * c, h * w)
 
 
 def pack_mask(positive: Tensor) -> Tensor:
@@ -74,11 +75,15 @@ def bn_stats(x: Tensor) -> tuple[Tensor, Tensor]:
 def bn_finalize(
     mean: Tensor, m2: Tensor, count: int, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """scale, shift, rstd of a normalization over `count` values a channel."""
-    rstd = torch.rsqrt(m2 / max(count, 1) + eps)
-    scale = rstd.clone() if weight is None else weight.to(mean.dtype) * rstd
-    shift = -mean * scale
-    return scale, shift if bias is None else shift + bias.to(mean.dtype), rstd
+    """scale, shift, rstd of a normalization over `count` values a channel.
+
+    In fp64: where |mean| is large shift is a small difference, and it goes with scale as stored.
+    """
+    rstd = torch.rsqrt(m2.double() / max(count, 1) + eps)
+    scale = (rstd if weight is None else weight.double() * rstd).to(mean.dtype)
+    shift = -mean.double() * scale.double()
+    shift = shift if bias is None else shift + bias.double()
+    return scale.clone(), shift.to(mean.dtype), rstd.to(mean.dtype)
 
 
 def bn_bwd_finalize(

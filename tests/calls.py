@@ -90,7 +90,7 @@ class Call:
 
 
 def same_dtype(dtype):
-    """The dtype in which the twin runs beside a result in `dtype`: fp32 for fp64's (see `compare`)."""
+    """The dtype of the twin beside a result in `dtype`: for fp64 fp32 (see `tolerance.compare`)."""
     return torch.float32 if dtype == torch.float64 else dtype
 
 

@@ -76,20 +76,13 @@ def test_saved_by_bn_act(impl):
     """x, four vectors and the mask; the residual is not kept."""
     impl.need(torch.float32, "bn_act")
     x, residual = (torch.randn(2, 8, 16, 8, requires_grad=True) for _ in range(2))
-    weight = torch.nn.BatchNorm2d(8)
-    kept = saved_bytes(
-        lambda: resnet_fast.bn_act(
-            x,
-            weight.weight,
-            weight.bias,
-            None,
-            None,
-            residual=residual,
-            training=True,
-            impl=impl.name,
-        ),  # fmt: skip
-        weight,
-    )
+    norm = torch.nn.BatchNorm2d(8)
+    options = {"residual": residual, "training": True, "impl": impl.name}
+
+    def run():
+        return resnet_fast.bn_act(x, norm.weight, norm.bias, None, None, **options)
+
+    kept = saved_bytes(run, norm)
     assert kept == 4 * x.numel() + 4 * 4 * 8 + x.numel() // 8
 
 

@@ -23,7 +23,7 @@ def data():
 
 def test_the_digits_are_all_there(data):
     assert len(data.train_y) + len(data.test_y) == 1797
-    assert data.train_x.shape[1:] == data.test_x.shape[1:] == (1, 16, 16)
+    assert data.train_x.shape[1:] == data.test_x.shape[1:] == (3, 16, 16)
     assert data.train_x.mean().abs() < 1e-5
     assert data.train_x.std() == pytest.approx(1, abs=1e-4)
     counts = torch.bincount(data.test_y, minlength=10)
@@ -36,13 +36,14 @@ def test_batches_repeat_and_shift(data):
     first, again = (list(digits.batches(data, 1)) for _ in range(2))
     assert len(first) == len(data.train_y) // digits.BATCH
     for (x, y), (same_x, same_y) in zip(first, again, strict=True):
-        assert x.shape == (digits.BATCH, 1, 16, 16)
+        assert x.shape == (digits.BATCH, 3, 16, 16)
+        assert x.is_contiguous(memory_format=torch.channels_last)
         assert torch.equal(x, same_x)
         assert torch.equal(y, same_y)
     twice = list(digits.batches(data, 2))
     assert not torch.equal(twice[0][0], twice[len(first)][0])
     x, y = first[0]
-    one = data.train_x[data.train_y == y[0]]
+    one = data.train_x[data.train_y == y[0], :1]
     background = data.train_x.min()
     padded = torch.nn.functional.pad(one - background, (digits.SHIFT,) * 4) + background
     windows = padded.unfold(2, 16, 1).unfold(3, 16, 1).reshape(-1, 16, 16)
@@ -57,7 +58,7 @@ def test_the_fused_net_follows_the_plain_one(data, impl):
     assert all(len(curve.losses) == 6 and not curve.accuracies for curve in exact.values())
     assert all(curve.seconds > 0 for curve in exact.values())
     assert max(digits.drift(exact, "fused")) < 1e-12
-    assert max(digits.drift(single, "fused")) < 1e-4
+    assert max(digits.drift(single, "fused")) < 1e-3
     assert exact["plain"].losses[0] == pytest.approx(single["plain"].losses[0], rel=1e-5)
 
 
@@ -93,7 +94,7 @@ def curves(reached=0.99, apart=0.0):
     ("found", "exact", "held"),
     [
         (curves(), curves(), [True] * 4),
-        (curves(apart=1e-3), curves(), [True, False, True, True]),
+        (curves(apart=1e-2), curves(), [True, False, True, True]),
         (curves(), curves(apart=1e-6), [False, True, True, True]),
         (curves(reached=0.96), curves(), [True, True, False, False]),
         (curves(apart=float("nan")), curves(), [True, False, True, True]),

@@ -1,4 +1,4 @@
-"""The package in a fresh interpreter: without Triton, without the compiled extension, with a bad one."""
+"""A fresh interpreter: without Triton, without the compiled extension, or with a broken one."""
 
 import subprocess
 import sys
@@ -65,7 +65,8 @@ def test_without_triton_and_extension():
         """
 assert backend.chosen("bn_act", "auto", "cpu", torch.float32) == "reference"
 assert backend.build_info() is None
-for name, says in (("native", "resnet_fast._C is not built"), ("triton", "Triton is not installed")):
+reasons = {"native": "resnet_fast._C is not built", "triton": "Triton is not installed"}
+for name, says in reasons.items():
     try:
         resnet_fast.add_relu(x, x, impl=name)
     except RuntimeError as error:

@@ -234,7 +234,7 @@ CHANGES = [freeze_one, freeze_last, freeze_all, cumulative, untracked, tracking_
 @pytest.mark.parametrize("change", CHANGES, ids=[change.__name__ for change in CHANGES])
 @BLOCKS
 def test_changed_children(impl, name, change, training):
-    """Children keep their own settings; three steps, so that statistics accumulate, then inference."""
+    """Children keep their own settings: three steps that add up in statistics, then inference."""
     impl.need(torch.float64, *OPS)
     module, _ = build(name, impl, training, torch.float64)
     change(module.float())

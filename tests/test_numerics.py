@@ -114,7 +114,7 @@ class Net(nn.Module):
 
 
 def curve(net, x, target, steps=20):
-    """Losses of SGD with momentum over `steps`, the last entry in eval mode; and the net's state."""
+    """Losses of SGD with momentum, the last one in eval mode, and the state of the net after it."""
     optimizer = torch.optim.SGD(net.parameters(), 0.05, momentum=0.9, weight_decay=1e-4)
     losses = []
     net.train()

@@ -143,5 +143,18 @@ def test_opcheck(impl, variant):
             torch.library.opcheck(overload, (*args, impl.name), test_utils=tests)
 
 
+@pytest.mark.parametrize("variant", [*POINTWISE, *CONVOLUTIONS])
+def test_opcheck_bf16(impl, layout, variant):
+    """The fake kernels give fp32 statistics beside bf16 activations, as the real ones do."""
+    op = op_of(variant)
+    impl.need(torch.bfloat16, op)
+    make, size = POINTWISE.get(variant), (2, 5, 4, 3)
+    if variant in CONVOLUTIONS:
+        make, size = CONVOLUTIONS[variant], CONVS["3x3-stride2"]
+    args = make(Draw(torch.bfloat16, layout, impl.device), size)
+    overload = getattr(torch.ops.resnet_fast, op).default
+    torch.library.opcheck(overload, (*args, impl.name), test_utils=("test_faketensor",))
+
+
 def test_every_op_has_cases():
     assert {op_of(variant) for variant in [*POINTWISE, *CONVOLUTIONS]} == set(ops.NAMES)

@@ -59,10 +59,13 @@ class BandStatistics {
       : k_(k), channels_(k.shape.inner), counts_(kTasks, 0.0), moments_(kTasks * 2 * channels_, 0.0) {}
 
   void add(int64_t task, int64_t begin, int64_t end) {
-    thread_local std::vector<float> band;
-    band.resize(2 * channels_);
-    kernels<T>().statistics(k_, begin, end, 1, band.data());
-    merge_into(task, double(end - begin), band.data());
+    thread_local std::vector<double> part;
+    part.resize(2 * channels_);
+    for (int64_t last; begin < end; begin = last) {
+      last = std::min(end, begin + kStatisticsRows);
+      kernels<T>().statistics(k_, begin, last, 1, part.data());
+      merge_into(task, double(last - begin), part.data());
+    }
   }
 
   std::tuple<Tensor, Tensor> result(const Tensor& x) {
@@ -76,15 +79,14 @@ class BandStatistics {
   }
 
  private:
-  template <class V>
-  void merge_into(int64_t task, double count, const V* part) {
+  void merge_into(int64_t task, double count, const double* part) {
     if (count == 0) return;
     double *mean = &moments_[task * 2 * channels_], *m2 = mean + channels_;
     const double total = counts_[task] + count, share = count / total, weight = counts_[task] * share;
     for (int64_t c = 0; c < channels_; ++c) {  // as merge() of math.h, with the counts' terms shared
-      const double delta = double(part[c]) - mean[c];
+      const double delta = part[c] - mean[c];
       mean[c] += delta * share;
-      m2[c] += double(part[channels_ + c]) + delta * delta * weight;
+      m2[c] += part[channels_ + c] + delta * delta * weight;
     }
     counts_[task] = total;
   }
@@ -256,8 +258,9 @@ Tensor conv_bn_act(
   const BatchNormTensors bn = {bias, bn_weight, bn_bias, running_mean, running_var, eps};
   const Geometry geometry = {stride, padding, dilation, groups};
   const PackedConv packed = pack(x, w, bn, geometry);
-  const Tensor y = run_packed(x, w, packed, residual, relu, geometry);
-  return y.contiguous(format_of(x, &w));
+  const auto format = format_of(x, &w);
+  const OptTensor beside = residual ? OptTensor(residual->contiguous(format)) : residual;
+  return run_packed(x, w, packed, beside, relu, geometry).contiguous(format);
 }
 
 }  // namespace

@@ -47,6 +47,13 @@ RESNET_FAST_INLINE T narrow(A x) {
 template <class T>
 using accumulate_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
+// What partial results are merged in.
+template <class A>
+using wider_t = std::conditional_t<std::is_same_v<A, float>, double, long double>;
+
+// Rows of one call of `statistics` at the most, for the sake of its sums in A.
+constexpr int64_t kStatisticsRows = 128;
+
 struct Shape {
   int64_t rows, inner, channels;
   bool nhwc;
@@ -100,7 +107,7 @@ struct Kernels {
   void (*bn_act)(const BnAct<T>&, int64_t begin, int64_t end);
   void (*bn_act_bwd_apply)(const BnActBwdApply<T>&, int64_t begin, int64_t end);
   void (*gradient_sums)(const GradientSums<T>&, int64_t begin, int64_t end, int64_t step, A* sums);
-  void (*statistics)(const Statistics<T>&, int64_t begin, int64_t end, int64_t step, A* moments);
+  void (*statistics)(const Statistics<T>&, int64_t begin, int64_t end, int64_t step, wider_t<A>* moments);
 };
 
 // The versions in each instruction set, and the best of them for this CPU (cpu_features.h).

@@ -130,7 +130,7 @@ std::tuple<Tensor, Tensor> bn_act_unchecked(
 }  // namespace
 
 Shape shape_of(const Tensor& x) {
-  const bool nhwc = x.is_contiguous(at::MemoryFormat::ChannelsLast);
+  const bool nhwc = x.numel() > 0 && x.is_contiguous(at::MemoryFormat::ChannelsLast);
   const int64_t n = x.size(0), c = x.size(1), pixels = x.size(2) * x.size(3);
   return nhwc ? Shape{n * pixels, c, c, true} : Shape{n * c, pixels, c, false};
 }
@@ -153,36 +153,39 @@ std::tuple<Tensor, Tensor> bn_stats(const Tensor& x) {
   dispatch(x, "bn_stats", [&](auto t) {
     using T = decltype(t);
     using A = accumulate_t<T>;
+    using W = wider_t<A>;
     const Statistics<T> k = {s, data<T>(x)};
     A *to_mean = static_cast<A*>(mean.data_ptr()), *to_m2 = static_cast<A*>(m2.data_ptr());
     if (!s.nhwc) {
       at::parallel_for(0, s.channels, 1, [&](int64_t begin, int64_t end) {
         for (int64_t c = begin; c < end; ++c) {
-          A moments[2];
+          W moments[2];
           kernels<T>().statistics(k, c, s.rows, s.channels, moments);
-          to_mean[c] = moments[0];
-          to_m2[c] = moments[1];
+          to_mean[c] = A(moments[0]);
+          to_m2[c] = A(moments[1]);
         }
       });
       return;
     }
-    const int64_t size = rows_a_block(s), blocks = (s.rows + size - 1) / size, width = 2 * s.inner;
-    const Tensor partial = at::empty({blocks, width}, options);
-    A* p = static_cast<A*>(partial.data_ptr());
+    const int64_t blocks = (s.rows + kStatisticsRows - 1) / kStatisticsRows, width = 2 * s.inner;
+    std::vector<W> partial(blocks * width);
     at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        kernels<T>().statistics(k, i * size, std::min(s.rows, (i + 1) * size), 1, p + i * width);
+        const int64_t first = i * kStatisticsRows, last = std::min(s.rows, first + kStatisticsRows);
+        kernels<T>().statistics(k, first, last, 1, &partial[i * width]);
       }
     });
-    for (int64_t c = 0; c < s.inner; ++c) {
-      Moments<double> all = {0, 0, 0};
-      for (int64_t i = 0; i < blocks; ++i) {
-        const double count = double(std::min(size, s.rows - i * size));
-        all = merge(all, {count, double(p[i * width + c]), double(p[i * width + s.inner + c])});
+    at::parallel_for(0, s.inner, 16, [&](int64_t begin, int64_t end) {
+      for (int64_t c = begin; c < end; ++c) {
+        Moments<W> all = {0, 0, 0};
+        for (int64_t i = 0; i < blocks; ++i) {
+          const W count = W(std::min(kStatisticsRows, s.rows - i * kStatisticsRows));
+          all = merge(all, {count, partial[i * width + c], partial[i * width + s.inner + c]});
+        }
+        to_mean[c] = A(all.mean);
+        to_m2[c] = A(all.m2);
       }
-      to_mean[c] = A(all.mean);
-      to_m2[c] = A(all.m2);
-    }
+    });
   });
   return {mean, m2};
 }
@@ -202,11 +205,12 @@ std::tuple<Tensor, Tensor, Tensor> bn_finalize(
   Tensor scale = at::empty_like(mean), shift = at::empty_like(mean), rstd = at::empty_like(mean);
   AT_DISPATCH_FLOATING_TYPES(mean.scalar_type(), "bn_finalize", [&] {
     using A = scalar_t;
-    const A n = A(std::max<int64_t>(count, 1));
+    using W = wider_t<A>;
+    const W n = W(std::max<int64_t>(count, 1));
     for (int64_t c = 0; c < channels; ++c) {
-      const auto r = finalize<A>(
-          mean.const_data_ptr<A>()[c], m2.const_data_ptr<A>()[c] / n, w.const_data_ptr<A>()[c],
-          b.const_data_ptr<A>()[c], A(eps), [](A v) { return A(1) / std::sqrt(v); });
+      const auto r = finalize<A, W>(
+          mean.const_data_ptr<A>()[c], W(m2.const_data_ptr<A>()[c]) / n, w.const_data_ptr<A>()[c],
+          b.const_data_ptr<A>()[c], W(eps), [](W v) { return 1 / std::sqrt(v); });
       scale.data_ptr<A>()[c] = r.scale;
       shift.data_ptr<A>()[c] = r.shift;
       rstd.data_ptr<A>()[c] = r.rstd;

@@ -202,57 +202,85 @@ void gradient_sums(const GradientSums<T>& k, int64_t begin, int64_t end, int64_t
   }
 }
 
-// Sums about a pivot, the first row (or element): s1 = Σ(x − p), s2 = Σ(x − p)². A value of the data as
-// the pivot keeps s2 − s1²/n free of the cancellation that raw sums have at mean 1000, std 1.
+// Two passes over rows that are in cache: the mean, then Σ(x − mean) and Σ(x − mean)². The first of these
+// is what rounding left of the mean; it corrects mean and m2.
 template <class T>
-void statistics(const Statistics<T>& k, int64_t begin, int64_t end, int64_t step, accumulate_t<T>* moments) {
+void statistics_nhwc(
+    const Statistics<T>& k, int64_t begin, int64_t end, wider_t<accumulate_t<T>>* moments) {
   using A = accumulate_t<T>;
   using V = Lanes<A>;
+  using W = wider_t<A>;
   const int64_t inner = k.shape.inner;
-  if (k.shape.nhwc) {
-    const T* first = k.x + begin * inner;
-    for (int64_t i = 0; i < 2 * inner; ++i) moments[i] = A(0);
-    const auto add = [&](int64_t row, int rows) {
-      const T* x = k.x + row * inner;
-      for_lanes(inner, [&](int64_t i, int n) {
-        const V pivot = V::load(first + i, n);
-        V s1 = V::load(moments + i, n), s2 = V::load(moments + inner + i, n);
-        for (int r = 0; r < rows; ++r) {
-          const V d = V::load(x + r * inner + i, n) - pivot;
-          s1 = s1 + d;
-          s2 = fma(d, d, s2);
-        }
-        s1.store(moments + i, n);
-        s2.store(moments + inner + i, n);
-      });
-    };
+  thread_local std::vector<A> buffer;
+  buffer.assign(3 * inner, A(0));
+  A *mean = buffer.data(), *rest = mean + inner, *m2 = rest + inner;
+  const V share = V::broadcast(A(1) / A(end - begin));
+  const auto for_rows = [&](auto add) {
     int64_t row = begin;
-    for (; row + 4 <= end; row += 4) add(row, 4);
-    for (; row < end; ++row) add(row, 1);
-    const A count = A(end - begin);
-    for (int64_t i = 0; i < inner; ++i) {
-      const A s1 = moments[i], m2 = moments[inner + i] - s1 * s1 / count;
-      moments[i] = widen<A>(first[i]) + s1 / count;
-      moments[inner + i] = m2 > A(0) || m2 != m2 ? m2 : A(0);
-    }
-    return;
-  }
-  Moments<double> all = {0, 0, 0};
-  for (int64_t row = begin; row < end; row += step) {
-    const T* x = k.x + row * inner;
-    const V pivot = V::broadcast(widen<A>(x[0]));
-    V s1 = V::broadcast(0), s2 = V::broadcast(0);
+    for (; row + 4 <= end; row += 4) add(k.x + row * inner, std::integral_constant<int, 4>());
+    for (; row < end; ++row) add(k.x + row * inner, std::integral_constant<int, 1>());
+  };
+  for_rows([&](const T* x, auto rows) {
     for_lanes(inner, [&](int64_t i, int n) {
-      V d = V::load(x + i, n) - pivot;
-      if (n < 16) d = d.where((1u << n) - 1);
-      s1 = s1 + d;
-      s2 = fma(d, d, s2);
+      V sum = V::broadcast(0);
+      for (int r = 0; r < rows.value; ++r) sum = sum + V::load(x + r * inner + i, n);
+      fma(sum, share, V::load(mean + i, n)).store(mean + i, n);
     });
-    const double count = double(inner), sum = s1.sum(), m2 = double(s2.sum()) - sum * sum / count;
-    all = merge(all, {count, double(widen<A>(x[0])) + sum / count, m2 < 0 ? 0 : m2});
+  });
+  for_rows([&](const T* x, auto rows) {
+    for_lanes(inner, [&](int64_t i, int n) {
+      const V center = V::load(mean + i, n);
+      V sum = V::broadcast(0), squares = sum;
+      for (int r = 0; r < rows.value; ++r) {
+        const V d = V::load(x + r * inner + i, n) - center;
+        sum = sum + d;
+        squares = fma(d, d, squares);
+      }
+      (V::load(rest + i, n) + sum).store(rest + i, n);
+      (V::load(m2 + i, n) + squares).store(m2 + i, n);
+    });
+  });
+  for (int64_t i = 0; i < inner; ++i) {
+    const W left = W(rest[i]) / W(end - begin), squares = W(m2[i]) - left * W(rest[i]);
+    moments[i] = W(mean[i]) + left;
+    moments[inner + i] = squares < 0 ? 0 : squares;
   }
-  moments[0] = A(all.mean);
-  moments[1] = A(all.m2);
+}
+
+// The planes of one channel in pieces, each about its own mean, merged.
+template <class T>
+void statistics_nchw(
+    const Statistics<T>& k, int64_t begin, int64_t end, int64_t step, wider_t<accumulate_t<T>>* moments) {
+  using A = accumulate_t<T>;
+  using V = Lanes<A>;
+  using W = wider_t<A>;
+  constexpr int64_t kPiece = 4 * kStatisticsRows;
+  Moments<W> all = {0, 0, 0};
+  for (int64_t row = begin; row < end; row += step) {
+    for (int64_t at = 0; at < k.shape.inner; at += kPiece) {
+      const T* x = k.x + row * k.shape.inner + at;
+      const int64_t size = std::min(kPiece, k.shape.inner - at);
+      V sum = V::broadcast(0), rest = sum, squares = sum;
+      for_lanes(size, [&](int64_t i, int n) { sum = sum + V::load(x + i, n); });
+      const A mean = sum.sum() / A(size);
+      for_lanes(size, [&](int64_t i, int n) {
+        V d = V::load(x + i, n) - V::broadcast(mean);
+        if (n < 16) d = d.where((1u << n) - 1);
+        rest = rest + d;
+        squares = fma(d, d, squares);
+      });
+      const W left = W(rest.sum()) / W(size), m2 = W(squares.sum()) - left * left * W(size);
+      all = merge(all, {W(size), W(mean) + left, m2 < 0 ? W(0) : m2});
+    }
+  }
+  moments[0] = all.mean;
+  moments[1] = all.m2;
+}
+
+template <class T>
+void statistics(
+    const Statistics<T>& k, int64_t begin, int64_t end, int64_t step, wider_t<accumulate_t<T>>* moments) {
+  k.shape.nhwc ? statistics_nhwc(k, begin, end, moments) : statistics_nchw(k, begin, end, step, moments);
 }
 
 template <class T>

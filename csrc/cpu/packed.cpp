@@ -228,6 +228,12 @@ Tensor run_packed(
     return relu ? y.relu_() : y;
   }
   const c10::IValue relu_name = relu ? c10::IValue("relu") : c10::IValue(), none;
+  if (residual && x.scalar_type() == at::kBFloat16) {  // ATen's fallback for the fused sum has no bf16
+    Tensor y = call(*onednn().plain, {x, packed.weight, bias, list(g.padding), list(g.stride), list(g.dilation),
+                                      g.groups, "none", OneDnn::Scalars(), none});
+    y.add_(*residual);
+    return relu ? y.relu_() : y;
+  }
   if (residual) {
     return call(*onednn().binary, {x, *residual, packed.weight, bias, list(g.padding), list(g.stride),
                                    list(g.dilation), g.groups, "add", none, relu_name, OneDnn::Scalars(), none});

@@ -95,6 +95,7 @@ class ChainFunction(torch.autograd.Function):
     def forward(ctx, chain, x, residual, *flat):
         convs, norms = unflatten(chain, flat)
         n, impl = len(chain.convs), chain.impl
+        fmt = memory_format(x, convs[0].weight if n else None)
         statistics: list[Tensor] = []
 
         def ready(i: int, h: Tensor, stats: tuple[Tensor, Tensor] | None) -> Affine:
@@ -114,6 +115,7 @@ class ChainFunction(torch.autograd.Function):
                 h, convs[i].weight, affine.scale, affine.shift,
                 norm is not None and norm.batch_stats, *chain.all_convs[i].args(), impl,
             )  # fmt: skip
+            z = z.contiguous(memory_format=fmt)  # a single channel on the way fits either format
             return z, ready(i + 1, z, (mean, m2))
 
         hs, acts, affines = [x], [], [ready(0, x, None)]
@@ -144,7 +146,7 @@ class ChainFunction(torch.autograd.Function):
             y, mask = ops.add_relu(hs[n], shortcut, True, impl)
         else:
             y = hs[n] if shortcut is None else hs[n] + shortcut
-        ctx.chain, ctx.format = chain, memory_format(y)
+        ctx.chain, ctx.format = chain, fmt
         keeps_last = n == 0 or last.scale is not None  # the last norm's backward reads it
         ctx.dtypes = [None if t is None else t.dtype for t in flat]
         ctx.save_for_backward(
@@ -286,6 +288,7 @@ class _Backward:
         dx = g if self.need_x else None
         if n == 0 and chain.norms[0] is None:
             dx = self.masked(dy) if self.need_x else None
+            dx = dx + dx if dx is not None and identity else dx
         elif self.need_x and chain.norms[0] is not None:
             skip = self.masked(dy) if identity else None
             dx = ops.bn_act_bwd_apply(g, g_mask, *prologue, skip, self.impl)

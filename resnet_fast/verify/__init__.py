@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from .. import backend
 from ..ops import NAMES
@@ -113,13 +114,12 @@ def trials(
 
 def verify(work: Sequence[Trial]) -> list[Check]:
     """Run the cases, with a progress bar on stderr where that is a terminal."""
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        bar = work
-    else:
-        bar = tqdm(work, desc="verify", unit="case", leave=False, disable=None)
-    return [check for trial in bar for check in trial.run()]
+    checks = []
+    with tqdm(work, desc="verify", unit="case", leave=False, disable=None) as bar:
+        for trial in bar:
+            bar.set_postfix_str(str(trial), refresh=False)
+            checks += trial.run()
+    return checks
 
 
 def _names(choices):

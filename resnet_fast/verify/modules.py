@@ -70,10 +70,11 @@ def evaluate(
     if infer:
         return values
     y.backward(dy.to(y))
-    for name, x in zip(("x", "residual"), inputs, strict=False):
-        values[GRADIENT + name] = x.grad
-    for name, parameter in module.named_parameters():
-        values[GRADIENT + name] = parameter.grad
+    leaves = {
+        **dict(zip(("x", "residual"), inputs, strict=False)),
+        **dict(module.named_parameters()),
+    }
+    values |= {GRADIENT + name: x.grad for name, x in leaves.items() if x.grad is not None}
     if train:
         values |= {name: buffer.clone() for name, buffer in module.named_buffers()}
     if mode.endswith(", infer"):
