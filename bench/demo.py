@@ -12,15 +12,16 @@ Every part makes claims; the last line is `demo: ok` when all of them hold.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
-import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from bench import digits, report, rows
 from resnet_fast import backend, env, verify
@@ -126,8 +127,12 @@ def training(impl: str) -> tuple[dict[str, digits.Curve], list[Claim]]:
     steps = EARLY["fp64"][0]
     with _threads(1):  # the nets are so small that more threads mostly wait for each other
         double = digits.nets(impl, torch.float64)
-        exact = digits.train(double, data, steps=steps, progress=_bar("fp64"))
-        curves = digits.train(digits.nets(impl), data, progress=_bar("fp32"))
+        exact = digits.train(
+            double, data, steps=steps, progress=functools.partial(tqdm, desc="train fp64")
+        )
+        curves = digits.train(
+            digits.nets(impl), data, progress=functools.partial(tqdm, desc="train fp32")
+        )
     steps = len(curves["plain"].losses) // digits.EPOCHS
     print("epoch  " + "  ".join(f"{name:>18}" for name in curves) + "   (loss, test accuracy)")
     for epoch in range(digits.EPOCHS):
@@ -180,17 +185,6 @@ def _threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _bar(title: str):
-    def progress(work: Sequence):
-        try:
-            from tqdm import tqdm
-        except ImportError:
-            return work
-        return tqdm(work, desc=f"train {title}", unit="step", file=sys.stderr)
-
-    return progress
 
 
 def _heading(text: str) -> None:

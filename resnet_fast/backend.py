@@ -45,7 +45,7 @@ def native_module() -> tuple[Any | None, str]:
         return None, f"resnet_fast._C does not load: {error}"
     built_for = module.build_info()["torch_version"]
     if built_for != torch.__version__:
-        return None, f"resnet_fast._C is built for torch {built_for}, not {torch.__version__}: rebuild"
+        return None, f"resnet_fast._C is built for torch {built_for}, this is {torch.__version__}"
     return module, "built"
 
 

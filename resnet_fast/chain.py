@@ -46,7 +46,7 @@ class Conv:
 
 @dataclass(frozen=True)
 class Norm:
-    """One normalization: its eps, and whether it uses the batch's statistics or the running ones."""
+    """One normalization: its eps, and whose statistics it uses, the batch's or the running ones."""
 
     eps: float = 1e-5
     batch_stats: bool = True
@@ -97,9 +97,11 @@ class Chain:
             raise ValueError("projection: expected a Conv exactly when shortcut='projection'")
         bare = self.norms[-1] is None
         if self.projection_norm is not None and (self.projection is None or bare):
-            raise ValueError("projection_norm: expected a projection and a norm after the last conv")
+            raise ValueError("projection_norm: expected a projection, and a norm at the end")
         if bare and self.relu and self.shortcut == "none":
-            raise ValueError("relu: expected a norm or a shortcut at the end of the chain before it")
+            raise ValueError("relu: expected a norm or a shortcut at the end of the chain")
+        if not self.convs and bare and self.shortcut != "residual":
+            raise ValueError("shortcut: expected 'residual' in a chain of nothing but an addition")
 
     @property
     def all_convs(self) -> tuple[Conv, ...]:

@@ -15,7 +15,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 def pair(value: int | Sequence[int], name: str) -> tuple[int, int]:
     """value or (value, value)."""
-    values = (value, value) if isinstance(value, int) else tuple(value)
+    values = tuple(value) if isinstance(value, Sequence) else (value, value)
     if len(values) != 2 or not all(isinstance(v, int) for v in values):
         raise ValueError(f"{name}: expected an integer or two of them, got {value!r}")
     return values

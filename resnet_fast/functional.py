@@ -222,8 +222,7 @@ def _infer(chain: Chain, x: Tensor, tensors: Tensors, residual: Tensor | None) -
     if n == 0:
         if start is not None:
             return normalize(chain.relu)
-        skip = x if chain.shortcut == "identity" else residual
-        return ops.add_relu(x, skip, False, impl)[0] if chain.relu else x + skip
+        return ops.add_relu(x, residual, False, impl)[0] if chain.relu else x + residual
     if start is not None:
         h = normalize(True)
     skip = x if chain.shortcut == "identity" else residual

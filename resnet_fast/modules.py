@@ -61,7 +61,7 @@ def _geometry(conv: nn.Conv2d) -> Conv:
 def _rule(norm: nn.BatchNorm2d | None) -> Norm | None:
     if norm is None:
         return None
-    if type(norm) is not nn.BatchNorm2d:
+    if not isinstance(norm, nn.BatchNorm2d):  # nn.SyncBatchNorm is none
         raise ValueError(f"norm: expected nn.BatchNorm2d, got {type(norm).__name__}")
     return Norm(norm.eps, norm.training or norm.running_mean is None)
 

@@ -32,8 +32,11 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _affine(z: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
-    z = _wide(z)
-    return z if scale is None else z * scale.view(CHANNELS) + shift.view(CHANNELS)
+    if scale is None:
+        return _wide(z)
+    # In fp64, as a fused multiply-add: where |mean| is large the two terms nearly cancel.
+    wide = z.double() * scale.double().view(CHANNELS) + shift.double().view(CHANNELS)
+    return wide.to(stats_dtype(z))
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -67,9 +67,15 @@ def test_statistics(impl, dtype, layout, make, size):
     assert (found[1] >= 0).all()
 
 
-@pytest.mark.parametrize("make", INPUTS, ids=[make.__name__ for make in INPUTS])
+FAR = [mean_1000, first_outlier, first_image_zero, tiny]
+
+
+@pytest.mark.parametrize("make", FAR, ids=[make.__name__ for make in FAR])
 def test_bn_far_from_zero(impl, layout, make):
-    """y, gradients and running statistics of such channels, as good as PyTorch's."""
+    """y, gradients and running statistics of such channels, as good as PyTorch's.
+
+    (Constant channels are left to their statistics: there y is the mean's last bit times 1/√eps.)
+    """
     impl.need(torch.float32, *OPS)
     call = Call("bn-residual", layout, training=True)
     call.options["relu"] = False

@@ -49,7 +49,7 @@ def test_commands_are_there(line):
     words = shlex.split(line, comments=True)
     if words[0] == "make":
         targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-        assert [word for word in words[1:] if "=" not in word][0] in targets
+        assert next(word for word in words[1:] if "=" not in word) in targets
     elif words[0] == "resnet-fast" or words[:3] == ["python", "-m", "bench"]:
         name, *rest = words[1:] if words[0] == "resnet-fast" else words[3:]
         parser = argparse.ArgumentParser()

@@ -254,12 +254,11 @@ void statistics_nchw(
   using A = accumulate_t<T>;
   using V = Lanes<A>;
   using W = wider_t<A>;
-  constexpr int64_t kPiece = 4 * kStatisticsRows;
   Moments<W> all = {0, 0, 0};
   for (int64_t row = begin; row < end; row += step) {
-    for (int64_t at = 0; at < k.shape.inner; at += kPiece) {
+    for (int64_t at = 0; at < k.shape.inner; at += kStatisticsRows) {
       const T* x = k.x + row * k.shape.inner + at;
-      const int64_t size = std::min(kPiece, k.shape.inner - at);
+      const int64_t size = std::min(kStatisticsRows, k.shape.inner - at);
       V sum = V::broadcast(0), rest = sum, squares = sum;
       for_lanes(size, [&](int64_t i, int n) { sum = sum + V::load(x + i, n); });
       const A mean = sum.sum() / A(size);

@@ -38,7 +38,8 @@ struct PackedConv {
 };
 
 // The packed form of these very tensors for inputs like x: from the cache while every one of them has its
-// storage, version counter and a sample of its values unchanged, else made and cached.
+// storage, version counter and a sample of its values unchanged, else made and cached. (A single value written
+// past the version counter, through `.data` or a NumPy view, can go unseen until clear_packed.)
 PackedConv pack(const Tensor& x, const Tensor& w, const BatchNormTensors& bn, const Geometry& geometry);
 
 // relu(conv(x) + shift + residual) in one call; w tells the filters' shape and memory order.

@@ -147,7 +147,7 @@ class ChainFunction(torch.autograd.Function):
         else:
             y = hs[n] if shortcut is None else hs[n] + shortcut
         ctx.chain, ctx.format = chain, fmt
-        keeps_last = n == 0 or last.scale is not None  # the last norm's backward reads it
+        keeps_last = last.scale is not None  # its backward reads h[n]
         ctx.dtypes = [None if t is None else t.dtype for t in flat]
         ctx.save_for_backward(
             mask if chain.relu else None,
@@ -288,7 +288,6 @@ class _Backward:
         dx = g if self.need_x else None
         if n == 0 and chain.norms[0] is None:
             dx = self.masked(dy) if self.need_x else None
-            dx = dx + dx if dx is not None and identity else dx
         elif self.need_x and chain.norms[0] is not None:
             skip = self.masked(dy) if identity else None
             dx = ops.bn_act_bwd_apply(g, g_mask, *prologue, skip, self.impl)

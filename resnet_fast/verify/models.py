@@ -13,6 +13,7 @@ from .modules import compared, randomize
 
 SMALL = "cifar_resnet20"
 BATCH = 4
+CLASSES = 100  # so many logits that their worst is no matter of luck
 IMAGE_SIZES = {"imagenet": 64, "cifar": 16}
 BRANCH = 0.25
 
@@ -42,7 +43,7 @@ def plain_model(name: str) -> nn.Module:
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        plain = models.create_model(name, fused=False, num_classes=10)
+        plain = models.create_model(name, fused=False, num_classes=CLASSES)
     randomize(plain, torch.Generator().manual_seed(1))
     norms = [m for m in plain.modules() if isinstance(m, nn.BatchNorm2d)]
     with torch.no_grad():
@@ -75,7 +76,7 @@ def _prepare(name: str, setting: Setting) -> Callable[[], Runs]:
             return [_noise(plain, BATCH, seed).to(setting.exact_dtype).float()]
 
         def fused() -> nn.Module:
-            return models.create_model(name, num_classes=10, impl=setting.impl)
+            return models.create_model(name, num_classes=CLASSES, impl=setting.impl)
 
         return compared(setting, plain, fused, draw, "train, infer", settled=not setting.narrow)
 
