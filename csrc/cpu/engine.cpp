@@ -159,6 +159,8 @@ void run_band(const Problem<T>& c, const Band& band, int64_t panel0, int64_t pan
   const Axis &rows = c.rows, &columns = c.columns;
   const int64_t depth = steps<T>(c.channels), tap_bytes = depth * kPanelStep;
   const int64_t panel_bytes = rows.taps * columns.taps * tap_bytes, y_row = columns.output * c.filters;
+  // A pointwise convolution reads x where it is: its next pixels are fetched while a tile is made.
+  const bool streams = in.base == c.x && rows.output == 1 && columns.div == 1 && columns.mul == 1;
   const bool halves = rows.div == 1 && columns.div == 1 && band.q1 - band.q0 == kHalf;
   TileStrides strides = {columns.mul * c.channels * int64_t(sizeof(T)), 0, 4, kPanelStep};
   std::vector<Stretch> stretches(rows.taps * columns.taps);
@@ -196,6 +198,11 @@ void run_band(const Problem<T>& c, const Band& band, int64_t panel0, int64_t pan
         if (count <= 0) continue;
         const Cut cut = {ceil_div(count, kTileRows), count};
         for (int64_t i = 0; i < cut.parts; ++i) {
+          if (streams && panel == panel0 && i + 1 < cut.parts) {
+            const char* from = reinterpret_cast<const char*>(in.base + (band.q0 + cut.begin(i + 1)) * c.channels);
+            const char* to = from + (cut.begin(i + 2) - cut.begin(i + 1)) * strides.lda;
+            for (; from < to; from += 64) __builtin_prefetch(from, 0, 2);
+          }
           tile(panel, p, band.q0 + phase + cut.begin(i) * columns.div, cut.begin(i + 1) - cut.begin(i), false);
         }
       }
