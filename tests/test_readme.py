@@ -92,7 +92,7 @@ def test_the_map_is_the_tree():
     paths = mapped()
     assert [path for path in paths if not list(ROOT.glob(path))] == []
     package = ROOT / "resnet_fast"
-    modules = [path for path in package.glob("*.py")]
+    modules = list(package.glob("*.py"))
     packages = [path.parent for path in package.glob("*/__init__.py")]
     names = [f"resnet_fast/{path.name}" for path in modules]
     names += [f"resnet_fast/{path.name}/" for path in packages]

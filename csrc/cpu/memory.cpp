@@ -19,10 +19,7 @@
 namespace resnet_fast::cpu {
 namespace {
 
-constexpr size_t kHugePage = 2 << 20, kSmallStep = 64 << 10;
-
-// Blocks come in whole huge pages, small ones in steps of 64 KiB.
-size_t step_for(size_t bytes) { return bytes >= kHugePage ? kHugePage : kSmallStep; }
+constexpr size_t kHugePage = 2 << 20, kStep = 64 << 10;
 
 size_t default_limit() {
 #if defined(__linux__)
@@ -44,13 +41,12 @@ size_t limit_from_environment() {
 class BlockCache final : public c10::Allocator {
  public:
   c10::DataPtr allocate(size_t bytes) override {
-    const size_t step = step_for(bytes);
-    size_t size = (bytes + step - 1) / step * step;
+    size_t size = (bytes + kStep - 1) / kStep * kStep;
     void* block = nullptr;
     {
       const std::lock_guard<std::mutex> lock(mutex_);
       const auto found = free_.lower_bound(size);
-      if (found != free_.end() && found->first <= size + size / 4) {
+      if (found != free_.end() && found->first <= size + size / 16) {
         size = found->first;
         block = found->second;
         cached_ -= size;
@@ -83,8 +79,9 @@ class BlockCache final : public c10::Allocator {
   };
 
   static void* fresh(size_t size) {
-    void* block = std::aligned_alloc(step_for(size), size);
-    TORCH_CHECK(block != nullptr, "out of memory: ", size, " bytes");
+    void* block = nullptr;
+    const int failed = posix_memalign(&block, size >= kHugePage ? kHugePage : kStep, size);
+    TORCH_CHECK(failed == 0, "out of memory: ", size, " bytes");
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
     if (size >= kHugePage) madvise(block, size, MADV_HUGEPAGE);  // advice: a refusal changes nothing
 #endif
