@@ -39,7 +39,10 @@ def mapped():
 @pytest.mark.parametrize("text", PYTHON.values(), ids=PYTHON)
 def test_python_runs(text):
     if "torchvision" in text:
-        pytest.importorskip("torchvision")
+        try:
+            importlib.import_module("torchvision")
+        except (ImportError, RuntimeError) as error:  # RuntimeError: one made for another torch
+            pytest.skip(f"torchvision does not import: {error}")
     exec(compile(text, "README.md", "exec"), {"__name__": "readme"})
 
 
