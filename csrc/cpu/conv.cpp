@@ -56,7 +56,7 @@ template <class T>
 class BandStatistics {
  public:
   BandStatistics(const Statistics<T>& k)
-      : k_(k), channels_(k.shape.inner), counts_(kTasks, 0.0), moments_(kTasks * 2 * channels_, 0.0) {}
+      : k_(k), channels_(k.shape.inner), counts_(kTasks, 0.0), moments_(kTasks) {}
 
   void add(int64_t task, int64_t begin, int64_t end) {
     thread_local std::vector<double> part;
@@ -69,11 +69,11 @@ class BandStatistics {
   }
 
   std::tuple<Tensor, Tensor> result(const Tensor& x) {
-    for (int64_t task = 1; task < kTasks; ++task) merge_into(0, counts_[task], &moments_[task * 2 * channels_]);
+    for (int64_t task = 1; task < kTasks; ++task) merge_into(0, counts_[task], moments_[task].data());
     Tensor mean = empty_like_accumulate(x, channels_), m2 = empty_like_accumulate(x, channels_);
     for (int64_t c = 0; c < channels_; ++c) {
-      mean.data_ptr<float>()[c] = float(moments_[c]);
-      m2.data_ptr<float>()[c] = float(moments_[channels_ + c]);
+      mean.data_ptr<float>()[c] = float(moments_[0][c]);
+      m2.data_ptr<float>()[c] = float(moments_[0][channels_ + c]);
     }
     return {mean, m2};
   }
@@ -81,7 +81,8 @@ class BandStatistics {
  private:
   void merge_into(int64_t task, double count, const double* part) {
     if (count == 0) return;
-    double *mean = &moments_[task * 2 * channels_], *m2 = mean + channels_;
+    moments_[task].resize(2 * channels_);
+    double *mean = moments_[task].data(), *m2 = mean + channels_;
     const double total = counts_[task] + count, share = count / total, weight = counts_[task] * share;
     for (int64_t c = 0; c < channels_; ++c) {  // as merge() of math.h, with the counts' terms shared
       const double delta = part[c] - mean[c];
@@ -93,7 +94,8 @@ class BandStatistics {
 
   Statistics<T> k_;
   int64_t channels_;
-  std::vector<double> counts_, moments_;
+  std::vector<double> counts_;
+  std::vector<std::vector<double>> moments_;  // of each task: means, then m2s
 };
 
 template <class T>
@@ -169,22 +171,23 @@ std::tuple<Tensor, Tensor, Tensor> tiled_dgrad(
   k.x = data<T>(x), k.scale = data<float>(in_scale), k.shift = data<float>(in_shift);
   if (in_mean) k.z[0] = k.x, k.mean[0] = data<float>(in_mean), k.rstd[0] = data<float>(in_rstd);
   const int64_t width = (in_mean ? 2 : 1) * s.channels;
-  std::vector<double> sums(kTasks * width, 0.0);
+  std::vector<std::vector<double>> sums(kTasks);
   const Finish finish = [&](int64_t task, int64_t begin, int64_t end) {
     thread_local std::vector<float> band;
     band.assign(width, 0.0f);
     kernels<T>().gradient_sums(k, begin, end, 1, band.data());
-    for (int64_t c = 0; c < width; ++c) sums[task * width + c] += band[c];
+    sums[task].resize(width);
+    for (int64_t c = 0; c < width; ++c) sums[task][c] += band[c];
   };
   const bool more = in_scale || residual;
   engine_dgrad<T>(
       s, data<T>(gradient.dz), gradient.fill, pack_filters<T>(w, true), k.out, more ? finish : Finish());
   if (!in_mean) return {dx, empty_like_accumulate(x, 0), empty_like_accumulate(x, 0)};
   Tensor total[2] = {empty_like_accumulate(x, s.channels), empty_like_accumulate(x, s.channels)};
-  for (int64_t task = 1; task < kTasks; ++task) {
-    for (int64_t c = 0; c < width; ++c) sums[c] += sums[task * width + c];
+  for (size_t task = 1; task < sums.size(); ++task) {
+    for (size_t c = 0; c < sums[task].size(); ++c) sums[0][c] += sums[task][c];
   }
-  for (int64_t c = 0; c < width; ++c) total[c / s.channels].data_ptr<float>()[c % s.channels] = float(sums[c]);
+  for (int64_t c = 0; c < width; ++c) total[c / s.channels].data_ptr<float>()[c % s.channels] = float(sums[0][c]);
   return {dx, total[0], total[1]};
 }
 

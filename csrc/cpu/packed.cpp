@@ -90,7 +90,9 @@ Key make_key(const Tensor& x, const Tensor& w, const BatchNormTensors& bn, const
   Key key = {reinterpret_cast<int64_t>(w.const_data_ptr()), int64_t(x.scalar_type()), g.groups,
              int64_t(x.is_contiguous(at::MemoryFormat::ChannelsLast)), int64_t(std::llround(bn.eps * 1e15)),
              at::get_num_threads()};
-  for (const at::IntArrayRef part : {x.sizes(), w.sizes(), w.strides(), g.stride, g.padding, g.dilation}) {
+  // oneDNN's layout depends on the input's size, our panels do not.
+  if (!tiled(x, w, g)) key.insert(key.end(), x.sizes().begin(), x.sizes().end());
+  for (const at::IntArrayRef part : {w.sizes(), w.strides(), g.stride, g.padding, g.dilation}) {
     key.insert(key.end(), part.begin(), part.end());
   }
   for (const OptTensor* t : {&bn.conv_bias, &bn.weight, &bn.bias, &bn.running_mean, &bn.running_var}) {
