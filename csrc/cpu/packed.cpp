@@ -230,7 +230,11 @@ Tensor run_packed(
     return relu ? y.relu_() : y;
   }
   const c10::IValue relu_name = relu ? c10::IValue("relu") : c10::IValue(), none;
-  if (residual && x.scalar_type() == at::kBFloat16) {  // ATen's fallback for the fused sum has no bf16
+  // The fused sum takes plainly channels_last operands only: ATen's fallback for others has no bf16, and
+  // older releases cannot describe single pixels or channels to oneDNN.
+  const bool sums = residual && x.scalar_type() == at::kFloat && g.groups == 1 && !residual->is_contiguous() &&
+                    !x.is_contiguous();
+  if (residual && !sums) {
     Tensor y = call(*onednn().plain, {x, packed.weight, bias, list(g.padding), list(g.stride), list(g.dilation),
                                       g.groups, "none", OneDnn::Scalars(), none});
     y.add_(*residual);
