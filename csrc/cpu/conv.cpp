@@ -24,12 +24,30 @@ Tensor activate(const Tensor& x, const Tensor& scale, const Tensor& shift) {
   return std::get<0>(bn_act(x, scale, shift, {}, {}, {}, true, false));
 }
 
-void check_conv(const char* op, const Tensor& x, const Tensor& w) {
-  check_dense_4d({op, "x", x});
+// The output's shape [N,K,P,Q]; the operands' shapes, dtypes and geometry fit each other.
+std::vector<int64_t> check_conv(const char* op, const Tensor& x, const Tensor& w, const Geometry& g) {
+  check_activation(op, "x", x);
   check_4d({op, "w", w});
-  check_dtype({op, "x", x}, {at::kFloat, at::kDouble, at::kBFloat16});
+  check_same_device({op, "w", w}, {op, "x", x});
+  TORCH_CHECK(g.stride.size() == 2 && g.padding.size() == 2 && g.dilation.size() == 2, op,
+              ": `stride`, `padding` and `dilation` have ", g.stride.size(), ", ", g.padding.size(), " and ",
+              g.dilation.size(), " values, expected 2 each");
+  for (int i = 0; i < 2; ++i) {
+    TORCH_CHECK(g.stride[i] >= 1 && g.dilation[i] >= 1 && g.padding[i] >= 0, op, ": `stride`, `dilation` and `padding` are ",
+                g.stride, ", ", g.dilation, " and ", g.padding, ", expected positive, positive and not negative");
+  }
+  TORCH_CHECK(g.groups >= 1 && w.size(0) % g.groups == 0 && w.size(1) * g.groups == x.size(1), op, ": `w` has shape ",
+              w.sizes(), ", expected ", x.size(1), " input channels / ", g.groups, " groups");
   TORCH_CHECK_TYPE(w.scalar_type() == x.scalar_type() || w.scalar_type() == at::kFloat, op, ": `w` has dtype ",
                    dtype_name(w.scalar_type()), ", expected ", dtype_name(x.scalar_type()), " or float32");
+  const ConvShape s = conv_shape(x, w, g);
+  TORCH_CHECK(s.rows >= 1 && s.columns >= 1, op, ": `x` has shape ", x.sizes(), ", too few pixels for `w`, ", w.sizes());
+  return {s.images, s.filters, s.rows, s.columns};
+}
+
+// `both` or neither of two operands that only make sense together.
+void check_together(const char* op, const OptTensor& a, const OptTensor& b, const char* names) {
+  TORCH_CHECK(a.has_value() == b.has_value(), op, ": ", names, ": expected both or neither");
 }
 
 Tensor empty_like_accumulate(const Tensor& x, int64_t size) {
@@ -119,8 +137,10 @@ std::tuple<Tensor, Tensor, Tensor> conv_fprop(
     const Tensor& x, const Tensor& w, const OptTensor& in_scale, const OptTensor& in_shift, bool stats,
     IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, int64_t groups) {
   const at::AutoDispatchBelowADInplaceOrView guard;
-  check_conv("conv_fprop", x, w);
   const Geometry g = {stride, padding, dilation, groups};
+  check_conv("conv_fprop", x, w, g);
+  check_vectors("conv_fprop", x, {{"in_scale", &in_scale}, {"in_shift", &in_shift}});
+  check_together("conv_fprop", in_scale, in_shift, "`in_scale`, `in_shift`");
   if (tiled(x, w, g)) {
     return x.scalar_type() == at::kFloat ? tiled_fprop<float>(x, w, in_scale, in_shift, stats, g)
                                          : tiled_fprop<bf16>(x, w, in_scale, in_shift, stats, g);
@@ -163,13 +183,7 @@ std::tuple<Tensor, Tensor, Tensor> tiled_dgrad(
     const Geometry& g) {
   const ConvShape s = conv_shape(x, w, g);
   Tensor dx = empty(x.sizes(), x.options(), at::MemoryFormat::ChannelsLast);
-  GradientSums<T> k = {};
-  k.shape = shape_of(dx);
-  k.out = static_cast<T*>(dx.data_ptr());
-  k.dy = k.out;
-  k.residual = data<T>(residual), k.residual_mask = data<uint8_t>(residual_mask);
-  k.x = data<T>(x), k.scale = data<float>(in_scale), k.shift = data<float>(in_shift);
-  if (in_mean) k.z[0] = k.x, k.mean[0] = data<float>(in_mean), k.rstd[0] = data<float>(in_rstd);
+  const GradientSums<T> k = after_dgrad<T>(dx, x, in_scale, in_shift, in_mean, in_rstd, residual, residual_mask);
   const int64_t width = (in_mean ? 2 : 1) * s.channels;
   std::vector<std::vector<double>> sums(kTasks);
   const Finish finish = [&](int64_t task, int64_t begin, int64_t end) {
@@ -229,8 +243,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bprop(
     const OptTensor& residual, const OptTensor& residual_mask, IntArrayRef stride, IntArrayRef padding,
     IntArrayRef dilation, int64_t groups, bool need_dx, bool need_dw) {
   const at::AutoDispatchBelowADInplaceOrView guard;
-  check_conv("conv_bprop", x, w);
   const Geometry g = {stride, padding, dilation, groups};
+  const char* op = "conv_bprop";
+  const std::vector<int64_t> output = check_conv(op, x, w, g);
+  check_activation(op, "dy", dy);
+  check_shape({op, "dy", dy}, output);
+  check_same_dtype({op, "dy", dy}, {op, "x", x});
+  check_mask(op, "dy_mask", dy_mask, dy);
+  check_beside(op, "z", z, dy, "dy");
+  check_vectors(op, dy, {{"a", &a}, {"mean", &mean}, {"b", &b}, {"c", &c}});
+  TORCH_CHECK(!b || (a && z && mean && c), op, ": `b` needs `a`, `z`, `mean` and `c` beside it");
+  check_vectors(
+      op, x, {{"in_scale", &in_scale}, {"in_shift", &in_shift}, {"in_mean", &in_mean}, {"in_rstd", &in_rstd}});
+  check_together(op, in_scale, in_shift, "`in_scale`, `in_shift`");
+  check_together(op, in_mean, in_rstd, "`in_mean`, `in_rstd`");
+  check_beside(op, "in_act", in_act, x, "x");
+  check_beside(op, "residual", residual, x, "x");
+  check_mask(op, "residual_mask", residual_mask, x);
   if (tiled(x, w, g)) {
     return (x.scalar_type() == at::kFloat ? tiled_bprop<float> : tiled_bprop<bf16>)(
         dy, w, x, dy_mask, a, z, mean, b, c, in_scale, in_shift, in_mean, in_rstd, in_act, residual, residual_mask, g,
@@ -257,9 +286,19 @@ Tensor conv_bn_act(
     const OptTensor& running_mean, const OptTensor& running_var, const OptTensor& residual, bool relu, double eps,
     IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, int64_t groups) {
   const at::AutoDispatchBelowADInplaceOrView guard;
-  check_conv("conv_bn_act", x, w);
-  const BatchNormTensors bn = {bias, bn_weight, bn_bias, running_mean, running_var, eps};
   const Geometry geometry = {stride, padding, dilation, groups};
+  const std::vector<int64_t> output = check_conv("conv_bn_act", x, w, geometry);
+  for (const auto& [name, vector] :
+       {std::pair<const char*, const OptTensor&>{"bias", bias}, {"bn_weight", bn_weight}, {"bn_bias", bn_bias},
+        {"running_mean", running_mean}, {"running_var", running_var}}) {
+    if (vector) check_channels({"conv_bn_act", name, *vector}, w.size(0));
+  }
+  check_together("conv_bn_act", running_mean, running_var, "`running_mean`, `running_var`");
+  if (residual) {
+    check_shape({"conv_bn_act", "residual", *residual}, output);
+    check_same_dtype({"conv_bn_act", "residual", *residual}, {"conv_bn_act", "x", x});
+  }
+  const BatchNormTensors bn = {bias, bn_weight, bn_bias, running_mean, running_var, eps};
   const PackedConv packed = pack(x, w, bn, geometry);
   const auto format = format_of(x, &w);
   const OptTensor beside = residual ? OptTensor(residual->contiguous(format)) : residual;

@@ -242,7 +242,7 @@ std::vector<Band> cut(const Problem<T>& c) {
   return bands;
 }
 
-// f(task) for every task, each on the thread that is free first: tasks are fixed, so results are too.
+// f(task) for every task, each on the thread that is free first; which thread runs a task changes nothing.
 template <class F>
 void for_tasks(int64_t tasks, F f) {
   std::atomic<int64_t> next{0};

@@ -38,7 +38,7 @@ bool engine_takes(const ConvShape& shape);
 template <class T>
 at::Tensor pack_filters(const at::Tensor& w, bool for_dgrad);
 
-constexpr int64_t kTasks = 64;  // bands are dealt to this many tasks, whatever the number of threads
+constexpr int64_t kTasks = 64;  // bands are dealt to at most this many tasks, each with sums of its own
 
 // y = relu(conv(x) + shift + residual). x is read in place, or row by row through `fill`.
 template <class T>

@@ -32,35 +32,6 @@ namespace {
 
 constexpr int64_t kGrain = 1 << 15;  // elements a task is worth starting for
 
-void check_activation(const char* op, const char* name, const Tensor& x) {
-  check_dense_4d({op, name, x});
-  check_dtype({op, name, x}, {at::kFloat, at::kDouble, at::kBFloat16});
-}
-
-void check_vectors(
-    const char* op, const Tensor& x, std::initializer_list<std::pair<const char*, const OptTensor*>> vectors) {
-  for (const auto& [name, vector] : vectors) {
-    if (!vector->has_value()) continue;
-    check_channels({op, name, **vector}, x.size(1));
-    check_accumulate_dtype({op, name, **vector}, x.scalar_type());
-  }
-}
-
-// An activation beside x: same shape, dtype and memory order.
-void check_beside(const char* op, const char* name, const OptTensor& t, const Tensor& x, const char* x_name) {
-  if (!t.has_value()) return;
-  check_like({op, name, *t}, {op, x_name, x});
-  TORCH_CHECK(shape_of(*t).nhwc == shape_of(x).nhwc && t->is_non_overlapping_and_dense(), op, ": `", name,
-              "` has strides ", t->strides(), ", expected the memory order of `", x_name, "`, ", x.strides());
-}
-
-void check_mask(const char* op, const char* name, const OptTensor& mask, const Tensor& x) {
-  if (!mask.has_value()) return;
-  const Shape s = shape_of(x);
-  check_dtype({op, name, *mask}, {at::kByte});
-  check_shape({op, name, *mask}, {s.rows, (s.inner + 7) / 8});
-}
-
 template <class F>
 void for_rows(const Shape& s, F run) {
   if (s.rows * s.inner == 0) return;
@@ -128,6 +99,35 @@ std::tuple<Tensor, Tensor> bn_act_unchecked(
 }
 
 }  // namespace
+
+void check_activation(const char* op, const char* name, const Tensor& x) {
+  check_dense_4d({op, name, x});
+  check_dtype({op, name, x}, {at::kFloat, at::kDouble, at::kBFloat16});
+}
+
+void check_vectors(
+    const char* op, const Tensor& x, std::initializer_list<std::pair<const char*, const OptTensor*>> vectors) {
+  for (const auto& [name, vector] : vectors) {
+    if (!vector->has_value()) continue;
+    check_channels({op, name, **vector}, x.size(1));
+    check_accumulate_dtype({op, name, **vector}, x.scalar_type());
+  }
+}
+
+// An activation beside x: same shape, dtype and memory order.
+void check_beside(const char* op, const char* name, const OptTensor& t, const Tensor& x, const char* x_name) {
+  if (!t.has_value()) return;
+  check_like({op, name, *t}, {op, x_name, x});
+  TORCH_CHECK(shape_of(*t).nhwc == shape_of(x).nhwc && t->is_non_overlapping_and_dense(), op, ": `", name,
+              "` has strides ", t->strides(), ", expected the memory order of `", x_name, "`, ", x.strides());
+}
+
+void check_mask(const char* op, const char* name, const OptTensor& mask, const Tensor& x) {
+  if (!mask.has_value()) return;
+  const Shape s = shape_of(x);
+  check_dtype({op, name, *mask}, {at::kByte});
+  check_shape({op, name, *mask}, {s.rows, (s.inner + 7) / 8});
+}
 
 Shape shape_of(const Tensor& x) {
   const bool nhwc = x.numel() > 0 && x.is_contiguous(at::MemoryFormat::ChannelsLast);
@@ -315,22 +315,12 @@ Tensor add_relu_bwd(const Tensor& dy, const Tensor& mask) {
 std::tuple<Tensor, Tensor> finish_dgrad(
     Tensor& dx, const Tensor& x, const OptTensor& scale, const OptTensor& shift, const OptTensor& mean,
     const OptTensor& rstd, const OptTensor& residual, const OptTensor& residual_mask) {
-  const char* op = "conv_bprop";
-  check_beside(op, "residual", residual, dx, "x");
-  check_mask(op, "residual_mask", residual_mask, dx);
-  check_vectors(op, dx, {{"in_scale", &scale}, {"in_shift", &shift}, {"in_mean", &mean}, {"in_rstd", &rstd}});
   const auto options = dx.options().dtype(accumulate_type(dx));
   if (!scale && !mean && !residual) return {at::empty({0}, options), at::empty({0}, options)};
-  return dispatch(dx, op, [&](auto t) -> std::tuple<Tensor, Tensor> {
+  return dispatch(dx, "conv_bprop", [&](auto t) -> std::tuple<Tensor, Tensor> {
     using T = decltype(t);
     using A = accumulate_t<T>;
-    GradientSums<T> k = {};
-    k.shape = shape_of(dx);
-    k.out = static_cast<T*>(dx.data_ptr());
-    k.dy = k.out;
-    k.residual = data<T>(residual), k.residual_mask = data<uint8_t>(residual_mask);
-    k.x = data<T>(x), k.scale = data<A>(scale), k.shift = data<A>(shift);
-    if (mean) k.z[0] = k.x, k.mean[0] = data<A>(mean), k.rstd[0] = data<A>(rstd);
+    const GradientSums<T> k = after_dgrad<T>(dx, x, scale, shift, mean, rstd, residual, residual_mask);
     auto sums = reduce_rows<A>(k.shape, mean ? 2 : 1, options, [&](int64_t i, int64_t n, int64_t step, A* to) {
       kernels<T>().gradient_sums(k, i, n, step, to);
     });

@@ -3,7 +3,9 @@
 
 #include <ATen/ATen.h>
 
+#include <initializer_list>
 #include <tuple>
+#include <utility>
 
 #include "kernels.h"
 
@@ -42,6 +44,19 @@ auto dispatch(const Tensor& x, const char* op, F f) {
   }
 }
 
+// A dense activation of a dtype that has kernels.
+void check_activation(const char* op, const char* name, const Tensor& x);
+
+// Vectors of one value a channel of x, in the dtype of its sums.
+void check_vectors(
+    const char* op, const Tensor& x, std::initializer_list<std::pair<const char*, const OptTensor*>> vectors);
+
+// An activation beside x: same shape, dtype and memory order.
+void check_beside(const char* op, const char* name, const OptTensor& t, const Tensor& x, const char* x_name);
+
+// A bit mask of x.
+void check_mask(const char* op, const char* name, const OptTensor& mask, const Tensor& x);
+
 std::tuple<Tensor, Tensor> bn_stats(const Tensor& x);
 
 std::tuple<Tensor, Tensor> bn_act(
@@ -52,8 +67,24 @@ Tensor bn_act_bwd_apply(
     const Tensor& dy, const OptTensor& mask, const OptTensor& a, const OptTensor& z, const OptTensor& mean,
     const OptTensor& b, const OptTensor& c, const OptTensor& residual, const OptTensor& residual_mask);
 
-// What follows dgrad: dx += residual (under its mask), ReLU's gradient at x where scale is given,
-// in place, and Σdx, Σdx·xhat(x) where mean is given (else empty).
+// What follows dgrad, as arguments of gradient_sums: dx += residual (under its mask), ReLU's gradient at x
+// where scale is given, in place, and Σdx, Σdx·xhat(x) where mean is given.
+template <class T>
+GradientSums<T> after_dgrad(
+    const Tensor& dx, const Tensor& x, const OptTensor& scale, const OptTensor& shift, const OptTensor& mean,
+    const OptTensor& rstd, const OptTensor& residual, const OptTensor& residual_mask) {
+  using A = accumulate_t<T>;
+  GradientSums<T> k = {};
+  k.shape = shape_of(dx);
+  k.out = static_cast<T*>(dx.data_ptr());
+  k.dy = k.out;
+  k.residual = data<T>(residual), k.residual_mask = data<uint8_t>(residual_mask);
+  k.x = data<T>(x), k.scale = data<A>(scale), k.shift = data<A>(shift);
+  if (mean) k.z[0] = k.x, k.mean[0] = data<A>(mean), k.rstd[0] = data<A>(rstd);
+  return k;
+}
+
+// after_dgrad over all of dx; the sums are empty where mean is not given.
 std::tuple<Tensor, Tensor> finish_dgrad(
     Tensor& dx, const Tensor& x, const OptTensor& scale, const OptTensor& shift, const OptTensor& mean,
     const OptTensor& rstd, const OptTensor& residual, const OptTensor& residual_mask);
