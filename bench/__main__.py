@@ -14,6 +14,7 @@ from types import ModuleType
 
 COMMANDS = {
     "models": ("bench.models", "throughput and peak memory of whole models"),
+    "kernels": ("bench.kernels", "compile every Triton kernel without a GPU: registers, spills"),
     "table": ("bench.table", "README's table and plots from the rows under bench/results"),
     "demo": ("bench.demo", "verification, a short training and a report in a few minutes"),
 }

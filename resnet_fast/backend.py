@@ -20,7 +20,6 @@ from torch import Tensor
 from . import reference
 
 IMPLS = ("auto", "reference", "native", "triton")
-PREFERENCE = ("triton", "native", "reference")
 NATIVE_DTYPES = {"cpu": (torch.float32, torch.float64, torch.bfloat16)}
 
 
@@ -54,12 +53,18 @@ def triton_module() -> tuple[Any | None, str]:
     """The package of Triton kernels and how loading it went."""
     if importlib.util.find_spec("triton") is None:
         return None, "Triton is not installed"
-    if importlib.util.find_spec("resnet_fast.kernels") is None:
-        return None, "this version of resnet_fast has no Triton kernels"
     try:
         return importlib.import_module("resnet_fast.kernels"), "installed"
     except ImportError as error:
         return None, f"resnet_fast.kernels does not load: {error}"
+
+
+def preference(device: str) -> tuple[str, ...]:
+    """The order in which "auto" tries implementations on `device`.
+
+    On a CPU Triton is its interpreter, which is for tests.
+    """
+    return ("native", "reference") if device == "cpu" else ("triton", "native", "reference")
 
 
 def build_info() -> dict[str, Any] | None:
@@ -114,7 +119,7 @@ def _function(impl: str, op: str) -> Callable[..., Any]:
 def _resolve(op: str, impl: str, device: str, dtype: torch.dtype) -> tuple[str, Callable[..., Any]]:
     if impl not in IMPLS:
         raise ValueError(f"impl: expected one of {IMPLS}, got {impl!r}")
-    for name in PREFERENCE if impl == "auto" else (impl,):
+    for name in preference(device) if impl == "auto" else (impl,):
         why = refusal(name, op, device, dtype)
         if why is None:
             return name, _function(name, op)

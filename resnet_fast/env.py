@@ -131,7 +131,8 @@ def _auto() -> list[dict[str, Any]]:
         for dtype in AUTO_DTYPES:
             for op in ops.NAMES:
                 takes = backend.chosen(op, "auto", device, dtype)
-                before = backend.PREFERENCE[: backend.PREFERENCE.index(takes)]
+                order = backend.preference(device)
+                before = order[: order.index(takes)]
                 refused = {impl: backend.refusal(impl, op, device, dtype) for impl in before}
                 name = str(dtype).removeprefix("torch.")
                 rows.append(

@@ -10,6 +10,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import pytest
 import torch
 
+# Before the kernels are imported: without a GPU they run in Triton's interpreter, on CPU tensors.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from resnet_fast import backend
 
 DTYPES = {

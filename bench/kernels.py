@@ -1,0 +1,320 @@
+"""`python -m bench kernels`: compile every Triton kernel at every configuration, without a GPU.
+
+The launchers themselves run, on meta tensors, with a driver that has a target and no device; what
+they would launch is compiled and its machine code is read: registers, spills, shared memory,
+tensor-core instructions, how loads are pipelined. Exit status 1 if anything spills, does not
+compile, or if a convolution's inner loop on sm_90 has no HGMMA where its dtype allows it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.layers import Layer
+from resnet_fast.chain import Conv
+
+DTYPES = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "fp64": torch.float64,
+}
+PROCESSORS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}  # of the largest of each kind
+# The layer of ResNet-50 that stands for each kind of convolution.
+ONE, THREE = (1, 1), (3, 3)
+LAYERS = {
+    "1x1": Layer(256, 56, 56, 64, ONE, Conv()),
+    "1x1+res": Layer(64, 56, 56, 256, ONE, Conv(), residual=True),
+    "1x1/2": Layer(256, 56, 56, 512, ONE, Conv((2, 2)), relu=False),
+    "3x3@56": Layer(64, 56, 56, 64, THREE, Conv(padding=(1, 1))),
+    "3x3@28": Layer(128, 28, 28, 128, THREE, Conv(padding=(1, 1))),
+    "3x3@14+res": Layer(256, 14, 14, 256, THREE, Conv(padding=(1, 1)), residual=True),
+    "3x3@7": Layer(512, 7, 7, 512, THREE, Conv(padding=(1, 1))),
+    "3x3/2": Layer(128, 56, 56, 128, THREE, Conv((2, 2), (1, 1))),
+    "7x7/2": Layer(3, 224, 224, 64, (7, 7), Conv((2, 2), (3, 3))),
+    "3x3 grouped": Layer(128, 56, 56, 128, THREE, Conv(padding=(1, 1), groups=32)),
+}
+EPS = 1e-5
+QUICK = ("1x1+res", "3x3@56", "3x3/2", "7x7/2")
+
+
+@dataclass
+class Compiled:
+    """What became of one kernel at one configuration. local: bytes of spills and stack a thread."""
+
+    kernel: str
+    case: str
+    config: str
+    arch: str
+    registers: int = 0
+    local: int = 0
+    shared: int = 0
+    tensor_cores: str = ""
+    loads: str = ""
+    seconds: float = 0.0
+    failure: str = ""
+
+
+class OfflineDriver:
+    """Triton's driver where there is no GPU: a target to compile for, nothing to launch on."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return self.capability  # kernels are cached by device: one a target
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--arch", default="sm_90", help="sm_80,sm_90,sm_100")
+    parser.add_argument("--dtype", default="bf16,fp16,fp32,fp64", help="of " + ",".join(DTYPES))
+    parser.add_argument("--only", default="", help="cases whose kernel or name contains this")
+    parser.add_argument("--quick", action="store_true", help="the rule's configuration, few shapes")
+    parser.add_argument("--json", type=Path, help="write the table here too")
+
+
+def run(args: argparse.Namespace) -> int:
+    """The command; 1 on a spill, a failure to compile, or a convolution without HGMMA on sm_90."""
+    try:
+        archs = [int(re.fullmatch(r"sm_(\d+)a?", arch)[1]) for arch in args.arch.split(",")]
+    except TypeError:
+        print(f"--arch: expected names like sm_80,sm_90, got {args.arch!r}", file=sys.stderr)
+        return 2
+    unknown = [name for name in args.dtype.split(",") if name not in DTYPES]
+    if unknown:
+        print(f"--dtype: expected some of {', '.join(DTYPES)}; got {unknown[0]!r}", file=sys.stderr)
+        return 2
+    from resnet_fast import kernels
+
+    if kernels.INTERPRETING:
+        print(
+            "TRITON_INTERPRET is set: unset it, interpreted kernels are not compiled",
+            file=sys.stderr,
+        )
+        return 2
+    done = []
+    print(HEADER)
+    for arch in archs:
+        for result in compile_all(arch, args.dtype.split(","), args.quick, args.only):
+            done.append(result)
+            print(line(result), flush=True)
+    failed = [result for result in done if result.failure]
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps([asdict(result) for result in done], indent=1))
+    seconds = sum(result.seconds for result in done)
+    print(f"\n{len(done)} compiled in {seconds:.0f} s, {len(failed)} failed")
+    for result in failed:
+        print(f"{result.arch} {result.kernel} {result.case} {result.config}: {result.failure}")
+    return 1 if failed or not done else 0
+
+
+def compile_all(arch: int, dtypes: list[str], quick: bool, only: str = "") -> Iterator[Compiled]:
+    """Compile what the launchers launch for sm_`arch`, each different kernel once."""
+    from triton.runtime import driver
+
+    from resnet_fast.kernels import launch
+
+    target = launch.Target(arch, PROCESSORS.get(arch, 100), f"sm_{arch}")
+    driver.set_active(OfflineDriver(arch))
+    seen: set[Any] = set()
+    for dtype in dtypes:
+        for case, start in cases(DTYPES[dtype], quick):
+            asked: list[tuple[Any, Any, Any]] = []
+
+            def sink(*what: Any, asked: list = asked) -> None:
+                asked.append(what)
+
+            with launch.compile_for(target, sink, every=not quick):
+                start()
+            for kernel, arguments, options in asked:
+                name = kernel.fn.__name__.removesuffix("_kernel")
+                constants = tuple(a for a in arguments if not isinstance(a, Tensor))
+                key = (name, dtype, str(constants), str(options))
+                if key in seen or (only not in name and only not in case):
+                    continue
+                seen.add(key)
+                yield compile_one(kernel, arguments, options, f"{dtype} {case}", target)
+
+
+def cases(dtype: torch.dtype, quick: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Calls of the ops' Triton functions on meta tensors: the name of a case and the call."""
+    for name, layer in LAYERS.items():
+        if not quick or name in QUICK:
+            yield from conv_cases(name, layer, dtype)
+    for channels_last in (True,) if quick else (True, False):
+        yield from norm_cases(dtype, channels_last).items()
+
+
+def _tensor(shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool = True) -> Tensor:
+    x = torch.empty(shape, dtype=dtype, device="meta")
+    return x.to(memory_format=torch.channels_last) if channels_last else x
+
+
+def _vectors(size: int, count: int, dtype: torch.dtype) -> list[Tensor]:
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    return [torch.empty(size, dtype=wide, device="meta") for _ in range(count)]
+
+
+def conv_cases(
+    name: str, layer: Layer, dtype: torch.dtype
+) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """The convolution of `layer` in inference; with a scaled residual, by both kernels, for one."""
+    from resnet_fast import kernels
+    from resnet_fast.kernels.conv import Epilogue, conv_affine_act
+
+    x_shape, y_shape = layer.shapes(64)
+    x, w, y = (_tensor(shape, dtype) for shape in (x_shape, layer.weight_shape, y_shape))
+    norm = _vectors(layer.filters, 4, dtype)
+    residual = y if layer.residual else None
+    geometry = layer.conv.args()
+    yield (
+        name,
+        partial(kernels.conv_bn_act, x, w, None, *norm, residual, layer.relu, EPS, *geometry),
+    )
+    if name == "3x3@28":
+        e = Epilogue(None, *norm, EPS, y, *_vectors(layer.filters, 2, dtype))
+        yield f"{name}+dual", partial(conv_affine_act, x, w, layer.conv, e)
+        yield f"{name}+dual", partial(conv_affine_act, x, w, layer.conv, e, False)
+
+
+def norm_cases(dtype: torch.dtype, channels_last: bool) -> dict[str, Callable[[], Any]]:
+    """Everything that is no convolution, at one layer of ResNet-50."""
+    from resnet_fast import kernels
+    from resnet_fast.kernels.conv_train import dgrad_epilogue
+
+    n, channels, size = 64, 256, 56
+    x, y, z = (_tensor((n, channels, size, size), dtype, channels_last) for _ in range(3))
+    rows, inner = (n * size * size, channels) if channels_last else (n * channels, size * size)
+    mask = torch.empty((rows, inner // 8), dtype=torch.uint8, device="meta")
+    a, b, c, d = _vectors(channels, 4, dtype)
+    return {
+        f"{name} {'NHWC' if channels_last else 'NCHW'}": call
+        for name, call in {
+            "bn": partial(kernels.bn_act, x, a, b, None, None, None, True, True),
+            "bn+res": partial(kernels.bn_act, x, a, b, y, None, None, True, True),
+            "dual": partial(kernels.bn_act, x, a, b, y, c, d, True, True),
+            "add": partial(kernels.add_relu, x, y, True),
+            "sums": partial(kernels.bn_act_bwd_reduce, x, mask, y, a, b, None, None, None),
+            "sums dual": partial(kernels.bn_act_bwd_reduce, x, mask, y, a, b, z, c, d),
+            "bwd": partial(kernels.bn_act_bwd_apply, x, mask, a, y, b, c, d, None),
+            "bwd+res": partial(kernels.bn_act_bwd_apply, x, mask, a, y, b, c, d, z),
+            "frozen": partial(kernels.bn_act_bwd_apply, x, mask, a, *[None] * 5),
+            "stats": partial(kernels.bn_stats, x),
+            "vectors": partial(kernels.bn_finalize, a, b, n, c, d, EPS),
+            "vectors bwd": partial(kernels.bn_bwd_finalize, a, b, c, d, n),
+            "dgrad": partial(dgrad_epilogue, x, y, a, b, c, d, z, mask),
+        }.items()
+    }
+
+
+def compile_one(kernel: Any, arguments: Any, options: Any, case: str, target: Any) -> Compiled:
+    """Compile one launch and read its machine code."""
+    name = kernel.fn.__name__.removesuffix("_kernel")
+    blocks = [
+        f"{p.name.lower().removeprefix('block_').removeprefix('box_')}{a}"
+        for p, a in zip(kernel.params, arguments, strict=True)
+        if p.name.startswith(("BLOCK_", "BOX_"))
+    ]
+    config = " ".join(blocks) + "".join(
+        f" {short}{options[key]}"
+        for key, short in (("num_warps", "w"), ("num_stages", "s"))
+        if key in options
+    )
+    result = Compiled(name, case, config, target.name)
+    begin = time.perf_counter()
+    try:
+        compiled = kernel.warmup(*arguments, grid=(1,), **options)
+    except Exception as error:  # whatever the compiler raises is the row's verdict
+        result.failure = f"does not compile: {str(error).strip().splitlines()[-1]}"
+        return result
+    result.seconds = time.perf_counter() - begin
+    result.shared = compiled.metadata.shared
+    read_code(result, compiled.asm["cubin"])
+    half = not case.startswith("fp64") and "ieee" not in arguments
+    if result.local:
+        result.failure = f"spills {result.local} bytes a thread"
+    elif (
+        target.capability == 90
+        and name.startswith("conv")
+        and half
+        and "HGMMA" not in result.tensor_cores
+    ):
+        result.failure = "the convolution has no HGMMA"
+    elif result.shared > target.shared:
+        result.failure = f"{result.shared} bytes of shared memory, more than a block may have"
+    return result
+
+
+TENSOR_CORES = ("HGMMA", "UTCHMMA", "HMMA", "DMMA", "FFMA")
+LOADS = {"UTMALDG": "TMA", "LDGSTS": "cp.async"}
+
+
+def read_code(result: Compiled, cubin: bytes) -> None:
+    """Registers, spills and the instructions that matter, by the tools that Triton carries."""
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        usage = _output(tools / "cuobjdump", "--dump-resource-usage", path)
+        code = _output(tools / "nvdisasm", path)
+    numbers = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
+    result.registers = int(numbers["REG"])
+    result.local = int(numbers["STACK"]) + int(numbers["LOCAL"])
+    if re.search(r"\b(STL|LDL)\b", code) and not result.local:
+        result.local = len(re.findall(r"\b(?:STL|LDL)\b", code)) * 4
+    found = [name for name in TENSOR_CORES if re.search(rf"\b{name}\b", code)]
+    result.tensor_cores = found[0] if found else ""
+    widths = [
+        int(bits or 32)
+        for bits in re.findall(r"\bLDG\.E(?:\.(?:LTC128B|CONSTANT))*(?:\.(64|128))?", code)
+    ]
+    loads = [short for name, short in LOADS.items() if re.search(rf"\b{name}\b", code)]
+    result.loads = "+".join(loads + ([f"ld{max(widths)}"] if widths else []))
+
+
+def _output(*command: Any) -> str:
+    done = subprocess.run([os.fspath(c) for c in command], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{command[0]}: {done.stderr.strip()}")
+    return done.stdout
+
+
+HEADER = (
+    f"{'kernel':22} {'case':20} {'configuration':34} {'arch':6} {'regs':>4} {'spill':>5} "
+    f"{'shared':>6}  {'math':7} loads"
+)
+
+
+def line(r: Compiled) -> str:
+    """A row of the table."""
+    text = (
+        f"{r.kernel:22} {r.case:20} {r.config:34} {r.arch:6} {r.registers:4d} {r.local:5d} "
+        f"{r.shared:6d}  {r.tensor_cores:7} {r.loads}"
+    )
+    return text + (f"  FAILED: {r.failure}" if r.failure else "")

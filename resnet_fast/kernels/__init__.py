@@ -1,0 +1,54 @@
+"""Triton: functions named after the ops of `resnet_fast.ops`, and why one cannot run.
+
+They take the arguments of their namesakes in `resnet_fast.reference`. On CPU tensors they run
+only in Triton's interpreter (TRITON_INTERPRET=1 before the first import), which is for tests.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .bn_act import add_relu, bn_act
+from .bn_act_bwd import add_relu_bwd, bn_act_bwd_apply, bn_act_bwd_reduce
+from .bn_finalize import bn_bwd_finalize, bn_finalize
+from .bn_stats import bn_stats
+from .conv import conv_bn_act
+from .conv_train import conv_bprop, conv_fprop
+from .launch import INTERPRETING
+
+OPS = {
+    f.__name__: f
+    for f in (
+        add_relu, add_relu_bwd, bn_act, bn_act_bwd_apply, bn_act_bwd_reduce, bn_bwd_finalize,
+        bn_finalize, bn_stats, conv_bn_act, conv_bprop, conv_fprop,
+    )
+}  # fmt: skip
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def refusal(op: str, device: str, dtype: torch.dtype) -> str | None:
+    """Why the Triton kernel of `op` cannot run on `device` in `dtype`; None when it can."""
+    if op not in OPS:
+        return f"there is no Triton kernel for {op}"
+    if dtype not in DTYPES:
+        return f"the Triton kernels take floating point, not {str(dtype).removeprefix('torch.')}"
+    if device == "cuda":
+        return _no_gpu(INTERPRETING)
+    if device != "cpu":
+        return f"the Triton kernels run on cuda tensors, not on {device}"
+    if not INTERPRETING:
+        return "the Triton kernels run on cuda tensors (on cpu only with TRITON_INTERPRET=1)"
+    if dtype == torch.bfloat16:
+        return "Triton's interpreter has no bf16"
+    return None
+
+
+def _no_gpu(interpreting: bool) -> str | None:
+    if interpreting:
+        return "TRITON_INTERPRET=1 is set: kernels run in the interpreter, on cpu tensors"
+    if not torch.cuda.is_available():
+        return "this machine has no CUDA device"
+    major, minor = torch.cuda.get_device_capability()
+    if major < 8:
+        return f"the Triton kernels need compute capability 8.0 or later, this is {major}.{minor}"
+    return None

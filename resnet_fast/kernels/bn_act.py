@@ -1,0 +1,112 @@
+"""Forward of everything pointwise: BN, BN + ReLU, BN + add + ReLU (single and dual), add + ReLU."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..layout import is_channels_last, mask_shape, memory_format, rows_of
+from . import tiles
+from .lanes import pack_bits, relu, widen
+from .launch import launch
+
+CONFIGS = ((4096, 4), (2048, 4), (8192, 8), (2048, 8))  # elements of a tile, warps
+
+
+@triton.jit
+def bn_act_fwd_kernel(
+    z,
+    scale,
+    shift,
+    residual,
+    res_scale,
+    res_shift,
+    y,
+    mask,
+    rows,
+    inner,
+    channels,
+    CHANNELS_LAST: tl.constexpr,
+    RELU: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+):
+    """y = relu(scale·z + shift + (res_scale·residual + res_shift)); mask = bits of y > 0.
+
+    Grid: one program per BLOCK_R × BLOCK_I tile of the dense tensor as rows × inner, which is
+    pixels × channels in NHWC and planes × pixels in NCHW. What is None is left out.
+    Bytes moved: z, residual and y once each, one bit an element for the mask; nothing is read
+    twice but the channel vectors, which stay in L2. A tile is whole rows where they fit, so that
+    eight neighbours that make a byte of the mask sit in one thread's 16-byte load.
+    """
+    row0 = tl.program_id(0).to(tl.int64) * BLOCK_R
+    r = tl.arange(0, BLOCK_R)
+    i = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)
+    inside = (row0 + r < rows)[:, None] & (i < inner)[None, :]
+    at = row0 * inner + (r[:, None] * inner + i[None, :])
+    if CHANNELS_LAST:
+        c, is_channel = i[None, :], (i < inner)[None, :]
+    else:
+        c, is_channel = ((row0 + r) % channels)[:, None], (row0 + r < rows)[:, None]
+
+    v = widen(tl.load(z + at, inside, 0.0))
+    if scale is not None:
+        v = tl.fma(v, tl.load(scale + c, is_channel, 0.0), tl.load(shift + c, is_channel, 0.0))
+    if residual is not None:
+        s = widen(tl.load(residual + at, inside, 0.0))
+        if res_scale is not None:
+            a = tl.load(res_scale + c, is_channel, 0.0)
+            s = tl.fma(s, a, tl.load(res_shift + c, is_channel, 0.0))
+        v += s
+    if RELU:
+        if mask is not None:
+            width = tl.cdiv(inner, 8)
+            b = tl.program_id(1) * (BLOCK_I // 8) + tl.arange(0, BLOCK_I // 8)
+            bits = pack_bits(((v > 0) | (v != v)) & inside)
+            exists = (row0 + r < rows)[:, None] & (b < width)[None, :]
+            tl.store(mask + row0 * width + (r[:, None] * width + b[None, :]), bits, exists)
+        v = relu(v)
+    tl.store(y + at, v.to(y.dtype.element_ty), inside)
+
+
+def _run(z, scale, shift, residual, res_scale, res_shift, do_relu, save_mask):
+    y = torch.empty_like(z, memory_format=memory_format(z))
+    mask = z.new_empty(mask_shape(z) if do_relu and save_mask else 0, dtype=torch.uint8)
+    if z.numel() == 0:
+        return y, mask
+    rows, inner = rows_of(z)
+    channels_last = is_channels_last(z)
+
+    def start(config: tuple[int, ...]) -> None:
+        elements, warps = config
+        block = tiles.pointwise(elements, inner)
+        launch(
+            bn_act_fwd_kernel, block.grid(rows, inner),
+            z, scale, shift, residual, res_scale, res_shift, y, mask if mask.numel() else None,
+            rows, inner, z.size(1), channels_last, do_relu, block.r, block.i, num_warps=warps,
+        )  # fmt: skip
+
+    inputs = 1 + (residual is not None)
+    tiles.run("bn_act_fwd", (rows, inner, inputs, z.dtype), CONFIGS, 0, z, start)
+    return y, mask
+
+
+def bn_act(
+    z: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor | None,
+    res_scale: Tensor | None,
+    res_shift: Tensor | None,
+    relu: bool,
+    save_mask: bool,
+) -> tuple[Tensor, Tensor]:
+    """`reference.bn_act` in one launch."""
+    return _run(z, scale, shift, residual, res_scale, res_shift, relu, save_mask)
+
+
+def add_relu(x: Tensor, residual: Tensor, save_mask: bool) -> tuple[Tensor, Tensor]:
+    """`reference.add_relu` in one launch."""
+    return _run(x, None, None, residual, None, None, True, save_mask)

@@ -1,0 +1,193 @@
+"""Backward of everything pointwise: the sums a batch norm's gradient needs, and the gradient."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..layout import is_channels_last, memory_format, rows_of
+from . import tiles
+from .lanes import element_offsets, mask_bits, sum_rows, unpack_bits, widen
+from .launch import launch
+from .merge import merge_sums
+
+APPLY_CONFIGS = ((4096, 4), (2048, 4), (8192, 8), (2048, 8))  # elements of a tile, warps
+REDUCE_CONFIGS = ((4096, 4, 8), (2048, 8, 4), (4096, 2, 8), (2048, 4, 8))
+# elements of a tile, programs a multiprocessor, warps
+
+
+@triton.jit
+def bn_act_bwd_apply_kernel(
+    dy,
+    mask,
+    a,
+    z,
+    mean,
+    b,
+    c,
+    residual,
+    dz,
+    rows,
+    inner,
+    channels,
+    CHANNELS_LAST: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+):
+    """dz = a·dy' + b·(z − mean) + c + residual, dy' = dy where the mask's bit is set, else 0.
+
+    Grid and tiles as `bn_act_fwd_kernel`'s; what is None is left out, `mean` and `c` with `b`.
+    Bytes moved: dy, z, residual and dz once each, one bit an element for the mask. The mask's
+    bytes are loaded once a tile and spread over registers, not once an element.
+    """
+    row0 = tl.program_id(0).to(tl.int64) * BLOCK_R
+    r = tl.arange(0, BLOCK_R)
+    i = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)
+    inside = (row0 + r < rows)[:, None] & (i < inner)[None, :]
+    at = row0 * inner + (r[:, None] * inner + i[None, :])
+    if CHANNELS_LAST:
+        k, is_channel = i[None, :], (i < inner)[None, :]
+    else:
+        k, is_channel = ((row0 + r) % channels)[:, None], (row0 + r < rows)[:, None]
+
+    g = widen(tl.load(dy + at, inside, 0.0))
+    if mask is not None:
+        width = tl.cdiv(inner, 8)
+        byte = tl.program_id(1) * (BLOCK_I // 8) + tl.arange(0, BLOCK_I // 8)
+        exists = (row0 + r < rows)[:, None] & (byte < width)[None, :]
+        bytes_at = row0 * width + (r[:, None] * width + byte[None, :])
+        g = tl.where(unpack_bits(tl.load(mask + bytes_at, exists, 0)), g, 0.0)
+    if a is not None:
+        g *= tl.load(a + k, is_channel, 0.0)
+    if b is not None:
+        centred = widen(tl.load(z + at, inside, 0.0)) - tl.load(mean + k, is_channel, 0.0)
+        g = tl.fma(centred, tl.load(b + k, is_channel, 0.0), g + tl.load(c + k, is_channel, 0.0))
+    if residual is not None:
+        g += widen(tl.load(residual + at, inside, 0.0))
+    tl.store(dz + at, g.to(dz.dtype.element_ty), inside)
+
+
+@triton.jit
+def bn_act_bwd_reduce_kernel(
+    dy,
+    mask,
+    z,
+    mean,
+    residual,
+    res_mean,
+    partial,
+    count,
+    channels,
+    pixels,
+    tiles_per_split,
+    CHANNELS_LAST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """partial[0..2, split] = Σ dy', Σ dy'·(z − mean), Σ dy'·(residual − res_mean) of its pixels.
+
+    Grid: one program per split of the pixels and BLOCK_C channels; a split is `tiles_per_split`
+    tiles of BLOCK_M pixels, summed lane by lane in registers and across lanes once at the end.
+    Bytes moved: dy, z and residual once each, one bit an element for the mask, splits · channels
+    sums. Partial sums in memory, not atomics: the same bits every time.
+    """
+    split = tl.program_id(0)
+    c0 = tl.program_id(1) * BLOCK_C
+    c = c0 + tl.arange(0, BLOCK_C)[None, :]
+    is_channel = c < channels
+    centre = tl.load(mean + c, is_channel, 0.0)
+    zero = tl.zeros((BLOCK_M, BLOCK_C), centre.dtype)
+    sum_dy, sum_dy_z, sum_dy_res = zero, zero, zero
+    if residual is not None:
+        res_centre = tl.load(res_mean + c, is_channel, 0.0)
+    for tile in range(tiles_per_split):
+        m0 = (split.to(tl.int64) * tiles_per_split + tile) * BLOCK_M
+        m = m0 + tl.arange(0, BLOCK_M)[:, None]
+        inside = (m < count) & is_channel
+        at = element_offsets(m, c, channels, pixels, CHANNELS_LAST)
+        g = widen(tl.load(dy + at, inside, 0.0))
+        if mask is not None:
+            on = mask_bits(mask, m, c0, count, channels, pixels, BLOCK_C, CHANNELS_LAST)
+            g = tl.where(on, g, 0.0)
+        sum_dy += g
+        sum_dy_z += g * (widen(tl.load(z + at, inside, 0.0)) - centre)
+        if residual is not None:
+            sum_dy_res += g * (widen(tl.load(residual + at, inside, 0.0)) - res_centre)
+    splits = tl.num_programs(0)
+    out = partial + split * channels + c
+    tl.store(out, sum_rows(sum_dy), is_channel)
+    tl.store(out + splits * channels, sum_rows(sum_dy_z), is_channel)
+    if residual is not None:
+        tl.store(out + 2 * splits * channels, sum_rows(sum_dy_res), is_channel)
+
+
+def bn_act_bwd_reduce(
+    dy: Tensor,
+    mask: Tensor | None,
+    z: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    residual: Tensor | None,
+    res_mean: Tensor | None,
+    res_rstd: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`reference.bn_act_bwd_reduce`: one pass over the tensors, one launch over partial sums."""
+    channels, sums = dy.size(1), 2 if residual is None else 3
+    if dy.numel() == 0:
+        return tuple(mean.new_zeros(channels if i < sums else 0) for i in range(3))
+    count, pixels = dy.numel() // channels, dy.size(2) * dy.size(3)
+    channels_last = is_channels_last(dy)
+    split, partial = None, None
+
+    def start(config: tuple[int, ...]) -> None:
+        nonlocal split, partial
+        elements, per_processor, warps = config
+        split = tiles.reduction(elements, per_processor, count, channels, channels_last, dy)
+        partial = mean.new_empty(sums, split.splits, channels)
+        launch(
+            bn_act_bwd_reduce_kernel, split.grid(channels),
+            dy, mask, z, mean, residual, res_mean, partial, count, channels, pixels, split.tiles,
+            channels_last, split.m, split.c, num_warps=warps,
+        )  # fmt: skip
+
+    key = (count, channels, sums, channels_last, dy.dtype)
+    tiles.run("bn_act_bwd_reduce", key, REDUCE_CONFIGS, 0, dy, start)
+    return merge_sums(partial, rstd, res_rstd)
+
+
+def bn_act_bwd_apply(
+    dy: Tensor,
+    mask: Tensor | None,
+    a: Tensor | None,
+    z: Tensor | None,
+    mean: Tensor | None,
+    b: Tensor | None,
+    c: Tensor | None,
+    residual: Tensor | None,
+) -> Tensor:
+    """`reference.bn_act_bwd_apply` in one launch."""
+    dz = torch.empty_like(dy, memory_format=memory_format(dy))
+    if dy.numel() == 0:
+        return dz
+    rows, inner = rows_of(dy)
+    channels_last = is_channels_last(dy)
+
+    def start(config: tuple[int, ...]) -> None:
+        elements, warps = config
+        block = tiles.pointwise(elements, inner)
+        launch(
+            bn_act_bwd_apply_kernel, block.grid(rows, inner),
+            dy, mask, a, z, mean, b, c, residual, dz, rows, inner, dy.size(1), channels_last,
+            block.r, block.i, num_warps=warps,
+        )  # fmt: skip
+
+    inputs = 1 + (b is not None) + (residual is not None)
+    tiles.run("bn_act_bwd_apply", (rows, inner, inputs, dy.dtype), APPLY_CONFIGS, 0, dy, start)
+    return dz
+
+
+def add_relu_bwd(dy: Tensor, mask: Tensor) -> Tensor:
+    """`reference.add_relu_bwd` in one launch."""
+    return bn_act_bwd_apply(dy, mask, None, None, None, None, None, None)

@@ -1,0 +1,72 @@
+"""What every kernel does to a tile: wide types, one-rounding affine maps, ReLU, bits of masks."""
+
+import triton
+import triton.language as tl
+
+BITS: tl.constexpr = tl.constexpr(8)
+
+
+@triton.jit
+def widen(x):
+    """x in the dtype sums are made in: fp32, or fp64 for double."""
+    if x.dtype == tl.float64:
+        return x
+    else:
+        return x.to(tl.float32)
+
+
+@triton.jit
+def relu(y):
+    """y where y > 0 or NaN, else 0."""
+    return tl.where(y <= 0, 0.0, y)
+
+
+@triton.jit
+def sum_rows(x):
+    """[M, C] → [1, C], in two steps so that no chain of additions is longer than M/8 or 8."""
+    folded = tl.sum(x.reshape(x.shape[0] // 8, 8, x.shape[1]), 0)
+    return tl.sum(folded, 0, keep_dims=True)
+
+
+@triton.jit
+def pack_bits(on):
+    """Booleans [R, I] → uint8 [R, I / 8]: element i is bit i % 8 of byte i // 8."""
+    bits = on.to(tl.int32).reshape(on.shape[0], on.shape[1] // BITS, BITS)
+    return tl.sum(bits << tl.arange(0, BITS)[None, None, :], axis=2).to(tl.uint8)
+
+
+@triton.jit
+def unpack_bits(mask):
+    """uint8 [R, B] → booleans [R, 8·B], the inverse of `pack_bits`."""
+    bits = (mask.to(tl.int32)[:, :, None] >> tl.arange(0, BITS)[None, None, :]) & 1
+    return bits.reshape(mask.shape[0], mask.shape[1] * BITS) != 0
+
+
+@triton.jit
+def element_offsets(m, c, channels, pixels, CHANNELS_LAST: tl.constexpr):
+    """Offsets of values (pixel m of all images, channel c): [M, 1] and [1, C] → int64 [M, C]."""
+    m = m.to(tl.int64)
+    if CHANNELS_LAST:
+        return m * channels + c
+    else:
+        return (m // pixels * channels + c) * pixels + m % pixels
+
+
+@triton.jit
+def mask_bits(
+    mask, m, c0, count, channels, pixels, BLOCK_C: tl.constexpr, CHANNELS_LAST: tl.constexpr
+):
+    """Bits of a ReLU mask for pixels m [M, 1] and BLOCK_C channels from c0: booleans [M, BLOCK_C].
+
+    In NHWC the tile's bytes are loaded once and spread; in NCHW a lane reads its pixel's byte.
+    """
+    if CHANNELS_LAST:
+        width = tl.cdiv(channels, BITS)
+        byte = c0 // BITS + tl.arange(0, BLOCK_C // BITS)[None, :]
+        return unpack_bits(tl.load(mask + m * width + byte, (m < count) & (byte < width), 0))
+    else:
+        c = c0 + tl.arange(0, BLOCK_C)[None, :]
+        width = tl.cdiv(pixels, BITS)
+        plane, pixel = m // pixels * channels + c, m % pixels
+        bits = tl.load(mask + plane * width + pixel // BITS, (m < count) & (c < channels), 0)
+        return (bits.to(tl.int32) >> (pixel % BITS).to(tl.int32)) & 1 != 0

@@ -1,0 +1,105 @@
+"""Where kernels run: the target of a tensor's device, and the one place that launches.
+
+A target is what tiles are chosen by: compute capability (90 is sm_90) and multiprocessors. Under
+`TRITON_INTERPRET=1` CPU tensors have one too, a small Hopper, so that the interpreter takes the
+path of the newest GPUs. `compile_for` makes every launcher compile and launch nothing: meta
+tensors in, cubins out, on any machine.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+INTERPRETING = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+class Target(NamedTuple):
+    """A GPU as tiles see it: compute capability times ten, multiprocessors, name."""
+
+    capability: int
+    multiprocessors: int
+    name: str
+
+    @property
+    def shared(self) -> int:
+        """Bytes of shared memory that one program may have (CUDA programming guide, table 30)."""
+        return {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}.get(self.capability, 99 << 10)
+
+    @property
+    def has_tma(self) -> bool:
+        """Whether it loads and stores tiles by tensor descriptors (Hopper and later)."""
+        return self.capability >= 90
+
+
+INTERPRETER = Target(90, 2, "interpreter")
+_compiling: tuple[Target, Callable[..., None], bool] | None = None
+
+
+@functools.cache
+def _device_target(index: int) -> Target:
+    properties = torch.cuda.get_device_properties(index)
+    return Target(
+        10 * properties.major + properties.minor, properties.multi_processor_count, properties.name
+    )
+
+
+def compiling() -> str | None:
+    """ "every" or "rule", the configurations to compile, within `compile_for`; else None."""
+    if _compiling is None:
+        return None
+    return "every" if _compiling[2] else "rule"
+
+
+def target(x: Tensor) -> Target:
+    """The target that a kernel on `x` runs on."""
+    if _compiling is not None:
+        return _compiling[0]
+    if x.device.type == "cuda":
+        return _device_target(x.device.index)
+    return INTERPRETER
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    """kernel[grid](*args, **options) on the device of the first argument that is a tensor.
+
+    Fused multiply-adds are on, as in every Triton up to 3.9: what must round once says `tl.fma`.
+    """
+    options["enable_fp_fusion"] = True
+    if _compiling is not None:
+        _compiling[1](kernel, args, options)
+        return
+    device = _device(args)
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        kernel[grid](*args, **options)
+        return
+    with torch.cuda.device(device):
+        kernel[grid](*args, **options)
+
+
+def _device(args: tuple[Any, ...]) -> torch.device:
+    for arg in args:
+        base = getattr(arg, "base", arg)  # a tensor descriptor's tensor
+        if isinstance(base, Tensor):
+            return base.device
+    raise TypeError("args: no tensor among them")
+
+
+@contextmanager
+def compile_for(chosen: Target, sink: Callable[..., None], every: bool = True) -> Iterator[None]:
+    """Within it launchers hand (kernel, args, options) to `sink` in place of launching.
+
+    every: once for each configuration of a kernel, else for the one that its rule picks.
+    """
+    global _compiling
+    before, _compiling = _compiling, (chosen, sink, every)
+    try:
+        yield
+    finally:
+        _compiling = before

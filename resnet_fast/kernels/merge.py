@@ -1,0 +1,121 @@
+"""Second half of every reduction over pixels: the partial results of the splits become one.
+
+Splits are merged in a fixed order by channel-sized launches, so a result has the same bits every
+time. Counts of splits are exact: all have `split` pixels but the last.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .lanes import sum_rows
+from .launch import launch
+
+BLOCK_S, BLOCK_C = 64, 32
+
+
+@triton.jit
+def merge_sums_kernel(
+    partial,
+    rstd,
+    res_rstd,
+    sum_dy,
+    sum_dy_xhat,
+    sum_dy_res_xhat,
+    splits,
+    channels,
+    BLOCK_S: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Σ over splits of partial[0], rstd·Σ partial[1], res_rstd·Σ partial[2].
+
+    Grid: one program per sum and BLOCK_C channels. Bytes moved: sums · splits · channels values,
+    which the launch before left in L2.
+    """
+    which = tl.program_id(0)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    is_channel = c < channels
+    total = tl.zeros((BLOCK_S, BLOCK_C), partial.dtype.element_ty)
+    for s0 in range(0, splits, BLOCK_S):
+        s = s0 + tl.arange(0, BLOCK_S)
+        inside = (s < splits)[:, None] & is_channel[None, :]
+        at = (which * splits + s[:, None]) * channels + c[None, :]
+        total += tl.load(partial + at, inside, 0.0)
+    result = sum_rows(total)
+    c, is_channel = c[None, :], is_channel[None, :]
+    if which == 0:
+        tl.store(sum_dy + c, result, is_channel)
+    elif which == 1:
+        tl.store(sum_dy_xhat + c, result * tl.load(rstd + c, is_channel, 0.0), is_channel)
+    else:
+        if res_rstd is not None:
+            result *= tl.load(res_rstd + c, is_channel, 0.0)
+            tl.store(sum_dy_res_xhat + c, result, is_channel)
+
+
+@triton.jit
+def merge_moments_kernel(
+    partial,
+    out_mean,
+    out_m2,
+    splits,
+    channels,
+    count,
+    split,
+    BLOCK_S: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """mean and m2 of all `count` pixels from those of splits of `split` pixels each (Chan et al.).
+
+    mean = p + Σ n·(mean_s − p)/M from p = mean_0, and once more from there; then
+    m2 = Σ m2_s + Σ n·(mean_s − mean)²: no difference of large numbers. Chan, Golub & LeVeque 1979,
+    "Updating formulae and a pairwise algorithm for computing sample variances", eq. 2.1.
+    Grid: one program per BLOCK_C channels. Bytes moved: 4 · splits · channels values out of L2.
+    """
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    is_channel = c < channels
+    wide = partial.dtype.element_ty
+    mean = tl.load(partial + c, is_channel, 0.0)[None, :]
+    for _ in tl.static_range(2):  # the second time on what is left: the first's rounding
+        drift = tl.zeros((BLOCK_S, BLOCK_C), wide)
+        for s0 in range(0, splits, BLOCK_S):
+            s = s0 + tl.arange(0, BLOCK_S)[:, None]
+            inside = (s < splits) & is_channel[None, :]
+            n = tl.minimum(split, count - s.to(tl.int64) * split).to(wide)
+            mean_s = tl.load(partial + s * channels + c[None, :], inside, 0.0)
+            drift += tl.where(inside, n * (mean_s - mean), 0.0)
+        mean += sum_rows(drift) / (tl.full((), 0.0, wide) + count)
+    m2 = tl.zeros((BLOCK_S, BLOCK_C), wide)
+    for s0 in range(0, splits, BLOCK_S):
+        s = s0 + tl.arange(0, BLOCK_S)[:, None]
+        inside = (s < splits) & is_channel[None, :]
+        n = tl.minimum(split, count - s.to(tl.int64) * split).to(wide)
+        mean_s = tl.load(partial + s * channels + c[None, :], inside, 0.0)
+        m2_s = tl.load(partial + (splits + s) * channels + c[None, :], inside, 0.0)
+        m2 += tl.where(inside, m2_s + n * (mean_s - mean) * (mean_s - mean), 0.0)
+    tl.store(out_mean + c[None, :], mean, is_channel[None, :])
+    tl.store(out_m2 + c[None, :], sum_rows(m2), is_channel[None, :])
+
+
+def merge_sums(partial: Tensor, rstd: Tensor, res_rstd: Tensor | None) -> tuple[Tensor, ...]:
+    """Three sums [C] from partial [2 or 3, splits, C], xhat's factors applied; one may be empty."""
+    sums, splits, channels = partial.shape
+    out = [partial.new_empty(channels if i < sums else 0) for i in range(3)]
+    launch(
+        merge_sums_kernel, (sums, triton.cdiv(channels, BLOCK_C)),
+        partial, rstd, res_rstd, *out, splits, channels, BLOCK_S, BLOCK_C, num_warps=4,
+    )  # fmt: skip
+    return tuple(out)
+
+
+def merge_moments(partial: Tensor, count: int, split: int) -> tuple[Tensor, Tensor]:
+    """mean, m2 [C] of `count` pixels from partial [2, splits, C] over `split` pixels each."""
+    _, splits, channels = partial.shape
+    mean, m2 = partial.new_empty(channels), partial.new_empty(channels)
+    launch(
+        merge_moments_kernel, (triton.cdiv(channels, BLOCK_C),),
+        partial, mean, m2, splits, channels, count, split, BLOCK_S, BLOCK_C, num_warps=4,
+    )  # fmt: skip
+    return mean, m2

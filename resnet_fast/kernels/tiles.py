@@ -1,0 +1,157 @@
+"""Which tile a kernel runs with: a measured table where there is one, else a rule.
+
+Every kernel has a few configurations. For a kernel, a GPU and a key (shape and dtype) the choice is
+
+1. the user's table, `<cache>/tiles/<gpu>.json`, where <cache> is RESNET_FAST_CACHE or
+   ~/.cache/resnet_fast (XDG_CACHE_HOME is honoured);
+2. the table shipped for the GPU, `kernels/tables/<gpu>.json`;
+3. the kernel's rule: the multiprocessors to fill and the shape, no measuring.
+
+`RESNET_FAST_AUTOTUNE=1` measures every configuration once for what is in no table and writes the
+fastest into the user's: {kernel: {key: {"config": [...], "us": microseconds}}}. A configuration
+that a later version no longer has is passed over.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import triton
+from torch import Tensor
+
+from . import launch
+
+SHIPPED = Path(__file__).parent / "tables"
+_chosen: dict[tuple[Any, ...], tuple[int, ...]] = {}
+
+
+def run(
+    kernel: str,
+    key: Sequence[Any],
+    configs: Sequence[tuple[int, ...]],
+    rule: int,
+    x: Tensor,
+    start: Callable[[tuple[int, ...]], None],
+) -> None:
+    """start(config) with the configuration of `configs` to take for `kernel` at `key` on x's GPU.
+
+    configs[rule] is the rule's. `start` must give the same results when it is called repeatedly.
+    """
+    if launch.compiling():
+        for config in configs if launch.compiling() == "every" else (configs[rule],):
+            start(config)
+        return
+    gpu = launch.target(x).name
+    place = (kernel, gpu, *key)
+    if place not in _chosen:
+        name = " ".join(str(part).removeprefix("torch.") for part in key)
+        _chosen[place] = _choose(kernel, gpu, name, configs, rule, x, start)
+    start(_chosen[place])
+
+
+def _choose(kernel, gpu, name, configs, rule, x, start) -> tuple[int, ...]:
+    for table in (user_table(gpu), SHIPPED / f"{slug(gpu)}.json"):
+        entry = read_table(table).get(kernel, {}).get(name)
+        if entry is not None and tuple(entry["config"]) in configs:
+            return tuple(entry["config"])
+    if os.environ.get("RESNET_FAST_AUTOTUNE") != "1" or x.device.type != "cuda":
+        return configs[rule]
+    times = {config: _microseconds(start, config) for config in configs}
+    best = min(times, key=times.__getitem__)
+    write_entry(user_table(gpu), kernel, name, best, times[best])
+    return best
+
+
+def _microseconds(start, config) -> float:
+    """Median time of one launch; infinite where the GPU has not the shared memory for it."""
+    try:
+        return 1e3 * triton.testing.do_bench(lambda: start(config), quantiles=[0.5])
+    except triton.runtime.errors.OutOfResources:
+        return float("inf")
+
+
+def slug(gpu: str) -> str:
+    """The name of a GPU as a file's: "NVIDIA H200" → "nvidia-h200"."""
+    return re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
+
+
+def user_table(gpu: str) -> Path:
+    """The user's table for a GPU."""
+    base = os.environ.get("RESNET_FAST_CACHE")
+    if base is None:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "resnet_fast"
+    return Path(base) / "tiles" / f"{slug(gpu)}.json"
+
+
+def read_table(path: Path) -> dict[str, Any]:
+    """The table at `path`; empty where there is none. RuntimeError names a file that is none."""
+    try:
+        text = path.read_text()
+    except FileNotFoundError:
+        return {}
+    try:
+        table = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise RuntimeError(f"{path} is no table of tiles ({error}); delete it") from None
+    return table
+
+
+def write_entry(path: Path, kernel: str, name: str, config: tuple[int, ...], us: float) -> None:
+    """Add or replace one entry of the table at `path`; the file is whole at every moment."""
+    table = read_table(path)
+    table.setdefault(kernel, {})[name] = {"config": list(config), "us": round(us, 3)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".json", delete=False) as file:
+        json.dump(table, file, indent=1, sort_keys=True)
+    os.replace(file.name, path)
+
+
+class Blocks(NamedTuple):
+    """A pointwise tile: BLOCK_R rows of BLOCK_I elements."""
+
+    r: int
+    i: int
+
+    def grid(self, rows: int, inner: int) -> tuple[int, int]:
+        """Programs over a tensor of `rows` × `inner`."""
+        return triton.cdiv(rows, self.r), triton.cdiv(inner, self.i)
+
+
+def pointwise(elements: int, inner: int) -> Blocks:
+    """Tiles of about `elements` in whole rows of `inner`, or in parts of 512 of longer ones."""
+    i = min(max(8, triton.next_power_of_2(inner)), 512)
+    return Blocks(max(1, elements // i), i)
+
+
+class Split(NamedTuple):
+    """A reduction over pixels: `splits` programs, each over `tiles` of m pixels × c channels."""
+
+    splits: int
+    tiles: int
+    m: int
+    c: int
+
+    def grid(self, channels: int) -> tuple[int, int]:
+        """Programs for `channels`."""
+        return self.splits, triton.cdiv(channels, self.c)
+
+
+def reduction(
+    elements: int, per_processor: int, count: int, channels: int, channels_last: bool, x: Tensor
+) -> Split:
+    """Tiles of `elements`, split so that x's GPU gets `per_processor` programs a multiprocessor.
+
+    In NHWC a tile is up to 64 channels wide, in NCHW 8 planes: neighbours in memory stay together.
+    """
+    c = min(max(8, triton.next_power_of_2(channels)), 64 if channels_last else 8)
+    m = elements // c
+    wanted = per_processor * launch.target(x).multiprocessors // triton.cdiv(channels, c)
+    all_tiles = triton.cdiv(count, m)
+    tiles = triton.cdiv(all_tiles, max(1, wanted))
+    return Split(triton.cdiv(all_tiles, tiles), tiles, m, c)
