@@ -10,6 +10,9 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 PYTEST_ARGS ?=
 VERIFY_ARGS ?=
+GPU_PYTHON ?= python3
+GPU_ARGS ?=
+ARCH ?= sm_80,sm_90,sm_100
 EXTRAS := triton,test,demo,dev
 
 PY := $(VENV)/bin/python
@@ -20,13 +23,15 @@ DEPS := $(VENV)/.resnet_fast-deps
 BUILT := build/stamps/$(subst /,_,$(abspath $(VENV)))-$(or $(RESNET_FAST_BUILD),auto)
 NATIVE := setup.py $(shell find csrc -type f)
 
-.PHONY: help setup env verify test lint demo bench clean distclean
+.PHONY: help setup env verify test lint demo bench gpu kernels clean distclean
 
 help:
 	@echo "make test    run the tests (PYTEST_ARGS=...)"
 	@echo "make lint    ruff"
 	@echo "make demo    verify, train and measure; writes build/demo/report.html"
 	@echo "make bench   benchmarks of ops and of ResNet-50; writes build/bench"
+	@echo "make gpu     on a GPU machine: build, tests, measurements (GPU_PYTHON=, GPU_ARGS=...)"
+	@echo "make kernels compile every Triton kernel without a GPU (ARCH=sm_90,...)"
 	@echo "make verify  compare every op, block and model with the fp64 reference (VERIFY_ARGS=...)"
 	@echo "make env     what is live on this machine, what is not and why"
 	@echo "make setup   only the environment and the native build"
@@ -75,7 +80,15 @@ bench: $(BUILT)
 	  --device cpu --providers eager_nchw,eager,compile,resnet_fast \
 	  --out build/bench/models.jsonl
 
-# Targets for CUDA machines go here (gpu tests, a compile check of csrc/cuda, GPU benchmarks).
+# On a machine with an NVIDIA GPU, offline: with the interpreter whose packages are installed.
+gpu:
+	RESNET_FAST_BUILD=auto $(GPU_PYTHON) setup.py build_ext --inplace
+	$(GPU_PYTHON) -m pytest -m gpu -q $(PYTEST_ARGS)
+	$(GPU_PYTHON) -m bench gpu $(GPU_ARGS)
+
+# Every Triton kernel, compiled without a GPU: registers, spills, tensor-core instructions.
+kernels: $(DEPS)
+	$(PY) -m bench kernels --arch $(ARCH)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .benchmarks resnet_fast/_C.*.so

@@ -285,9 +285,8 @@ def read_code(result: Compiled, cubin: bytes) -> None:
         code = _output(tools / "nvdisasm", path)
     numbers = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
     result.registers = int(numbers["REG"])
-    result.local = int(numbers["STACK"]) + int(numbers["LOCAL"])
-    if re.search(r"\b(STL|LDL)\b", code) and not result.local:
-        result.local = len(re.findall(r"\b(?:STL|LDL)\b", code)) * 4
+    if re.search(r"\bSTL\b", code):  # a subroutine's frame alone is no spill
+        result.local = int(numbers["STACK"]) + int(numbers["LOCAL"])
     found = [name for name in TENSOR_CORES if re.search(rf"\b{name}\b", code)]
     result.tensor_cores = found[0] if found else ""
     widths = [

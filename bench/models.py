@@ -41,6 +41,7 @@ class Provider:
     build: Callable[[nn.Module, Case, Tensor], nn.Module]
     layout: str
     gated: bool = False
+    graphs_itself: bool = False
 
 
 def _eager(layout: str) -> Callable[[nn.Module, Case, Tensor], nn.Module]:
@@ -71,7 +72,7 @@ def _resnet_fast(plain: nn.Module, case: Case, x: Tensor) -> nn.Module:
 PROVIDERS: dict[str, Provider] = {
     "eager_nchw": Provider(_eager("nchw"), "nchw"),
     "eager": Provider(_eager("channels_last"), "channels_last"),
-    "compile": Provider(_compiled, "channels_last"),
+    "compile": Provider(_compiled, "channels_last", graphs_itself=True),
     "resnet_fast": Provider(_resnet_fast, "channels_last", gated=True),
 }
 
@@ -109,6 +110,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--image-size", type=_positive(int), default=224, metavar="N")
     add("--impl", choices=IMPLS, default="auto", help="implementation that resnet_fast runs")
     add("--optimizer", choices=OPTIMIZERS, default="none", help="update the weights in train")
+    add(
+        "--graph",
+        action="store_true",
+        help="inference by a CUDA graph where the provider has none of its own (compile has)",
+    )
     add("--json", action="store_true", help="rows as JSON lines on stdout instead of a table")
 
 
@@ -124,7 +130,8 @@ def run(args: argparse.Namespace) -> int:
         for mode, dtype in ((m, d) for m in args.mode for d in args.dtype):
             cases = [
                 Case(model, mode, batch, dtype, args.device, args.image_size, args.impl,
-                     args.optimizer if mode == "train" else "none")
+                     args.optimizer if mode == "train" else "none",
+                     args.graph and mode == "infer" and args.device.type == "cuda")
                 for batch in args.batch
             ]  # fmt: skip
             gated = [name for name in args.providers if PROVIDERS[name].gated]
@@ -206,6 +213,7 @@ def _measure(
             images_per_s=case.batch / p50 * 1e3, ms_p20=p20, ms_p50=p50, ms_p80=p80,
             peak_mb=peaks[name], speedup_vs_eager=ratio, image_size=case.image_size,
             rounds=len(values), impl=case.impl, optimizer=case.optimizer,
+            graph=case.graph,
         ))  # fmt: skip
     steps.clear()
     gc.collect()
@@ -220,6 +228,9 @@ def _step(
     """One step on input i of the rotation; returns the logits."""
     module = provider.build(plain, case, batches[0][0])
     graphs = case.device.type == "cuda"
+    if case.graph and not provider.graphs_itself:
+        replay = step.capture(module, batches[0][0])
+        return lambda i: replay(batches[i % len(batches)][0])
     if case.mode == "infer":
 
         def infer(i: int) -> Tensor:

@@ -21,7 +21,9 @@ FIELDS = (
     "images_per_s", "ms_p20", "ms_p50", "ms_p80", "peak_mb", "speedup_vs_eager",
     "torch", "triton", "cuda", "cpu_or_gpu", "threads", "git_sha", "date",
 )  # fmt: skip
-EXTRA_FIELDS = ("image_size", "rounds", "isa", "impl", "optimizer", "resnet_fast")
+EXTRA_FIELDS = ("image_size", "rounds", "isa", "impl", "optimizer", "graph", "resnet_fast")
+
+LAYER_FIELDS = ("layer", "launches", "gb_per_s", "tflop_per_s", "percent_of_floor")
 
 Row = dict[str, Any]
 
@@ -38,6 +40,19 @@ def row(facts: Mapping[str, Any], **values: Any) -> Row:
         raise ValueError(f"row: missing fields {missing}, unknown fields {unknown}")
     ordered = {name: given[name] for name in (*FIELDS, *EXTRA_FIELDS)}
     return {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in ordered.items()}
+
+
+def layer_row(facts: Mapping[str, Any], **values: Any) -> Row:
+    """A row of one layer or limit of the machine: as `row`, with LAYER_FIELDS.
+
+    What is not given is None.
+    """
+    unknown = [name for name in values if name not in (*FIELDS, *EXTRA_FIELDS, *LAYER_FIELDS)]
+    if unknown:
+        raise ValueError(f"layer_row: unknown fields {unknown}")
+    given = {**facts, **values}
+    found = {name: given.get(name) for name in (*FIELDS, *EXTRA_FIELDS, *LAYER_FIELDS)}
+    return {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in found.items()}
 
 
 def facts(device: torch.device) -> Row:

@@ -8,6 +8,7 @@ narrower; an SGD update too when asked for.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +33,7 @@ class Case:
     image_size: int = 224
     impl: str = "auto"
     optimizer: str = "none"
+    graph: bool = False
 
     @property
     def parameter_dtype(self) -> torch.dtype:
@@ -77,6 +79,30 @@ def infer(module: nn.Module, x: Tensor) -> Tensor:
     """Logits in inference mode."""
     with torch.inference_mode():
         return module(x)
+
+
+def capture(module: nn.Module, example: Tensor) -> Callable[[Tensor], Tensor]:
+    """Inference of `module` as a CUDA graph: copies its argument in, replays, gives the logits.
+
+    The logits are overwritten by the next call.
+    """
+    x = example.clone(memory_format=torch.preserve_format)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # what is compiled or tuned at first must not be captured
+        for _ in range(3):
+            infer(module, x)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = infer(module, x)
+
+    def replay(value: Tensor) -> Tensor:
+        x.copy_(value)
+        graph.replay()
+        return y
+
+    return replay
 
 
 def train(

@@ -22,7 +22,7 @@ LABELS = {
     "resnet_fast": "resnet_fast",
 }
 MACHINE = ("device", "cpu_or_gpu", "threads", "isa", "torch", "triton", "cuda")
-CASE = ("model", "image_size", "mode", "dtype", "batch", "impl", "optimizer")
+CASE = ("model", "image_size", "mode", "dtype", "batch", "impl", "optimizer", "graph")
 
 Run = dict[str, rows.Row]
 """The rows of one case in one run, by provider."""
@@ -158,8 +158,9 @@ def _model(one: rows.Row) -> str:
 
 
 def _mode(one: rows.Row) -> str:
-    sgd = one.get("optimizer", "none") == "sgd"
-    return "train + SGD" if sgd else one["mode"]
+    if one.get("optimizer", "none") == "sgd":
+        return "train + SGD"
+    return f"{one['mode']}, CUDA graph" if one.get("graph") else one["mode"]
 
 
 def _figure(value: float) -> str:

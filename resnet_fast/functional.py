@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import ops
@@ -148,6 +149,17 @@ def add_relu(x: Tensor, residual: Tensor, *, impl: str = "auto") -> Tensor:
     """
     chain = Chain((), (None,), True, "residual", impl=impl)
     return run_chain(chain, x, Tensors((), (NormParams(), NormParams())), residual, (None, None))
+
+
+def global_avg_pool(x: Tensor, *, impl: str = "auto") -> Tensor:
+    """Mean over H and W of x [N,C,H,W] → [N,C,1,1]: `nn.AdaptiveAvgPool2d(1)`.
+
+    One launch where no gradient is wanted; else PyTorch's own, whose gradient is PyTorch's too.
+    """
+    if _wants_gradient(x):
+        return F.adaptive_avg_pool2d(x, 1)
+    x = x.contiguous(memory_format=memory_format(x))
+    return ops.global_avg_pool(x, impl)[:, :, None, None]
 
 
 def run_chain(

@@ -14,7 +14,7 @@ from .autograd.chain import Tensors
 from .blocks import Parts
 from .chain import Chain, Conv, ConvParams, Norm, NormParams
 from .checks import check_impl
-from .functional import Running, run_chain
+from .functional import Running, global_avg_pool, run_chain
 
 
 def run_fused(
@@ -129,6 +129,18 @@ class PreActBasicBlock(Fused, blocks.PreActBasicBlock):
 
 class PreActBottleneck(Fused, blocks.PreActBottleneck):
     __doc__ = blocks.PreActBottleneck.__doc__
+
+
+class GlobalAvgPool2d(nn.AdaptiveAvgPool2d):
+    """`nn.AdaptiveAvgPool2d((1, 1))`, in one launch in inference: x [N,C,H,W] → [N,C,1,1]."""
+
+    def __init__(self, *, impl: str = "auto") -> None:
+        super().__init__((1, 1))
+        self.impl = check_impl(impl)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Mean over H and W."""
+        return global_avg_pool(input, impl=self.impl)
 
 
 PLAIN = {

@@ -188,6 +188,11 @@ def bn_act_bwd_apply(
     return dz.to(dy.dtype).contiguous(memory_format=memory_format(dy))
 
 
+def global_avg_pool(x: Tensor) -> Tensor:
+    """y[n, c] = mean over H, W of x[n, c]: [N,C,H,W] → [N,C]."""
+    return F.adaptive_avg_pool2d(x, 1).flatten(1).contiguous()
+
+
 def conv_fprop(
     x: Tensor,
     w: Tensor,

@@ -32,6 +32,16 @@ class Impl:
     name: str
     device: str
 
+    @property
+    def interpreted(self):
+        """Whether a kernel's every operation is a call of NumPy: milliseconds each."""
+        return self.name == "triton" and self.device == "cpu"
+
+    def need_speed(self):
+        """Skip a test of whole nets in the interpreter: parts of it have run there by now."""
+        if self.interpreted:
+            pytest.skip(f"{self.name} on {self.device}: minutes for a whole net")
+
     def refusal(self, dtype=torch.float32, op="bn_act"):
         """Why `op` cannot run here in `dtype`, or None."""
         if self.device == "cuda" and not torch.cuda.is_available():
@@ -62,14 +72,28 @@ def impl(request):
     return request.param
 
 
+ALONE = {"layout": torch.channels_last, "keep": False, "bias": False}
+"""What the interpreter runs where one value of a parameter stands for all."""
+
+
 def pytest_collection_modifyitems(config, items):
-    """Keep one case a test of every missing implementation: it skips and stands for the rest."""
+    """Mark what needs a GPU, and leave out what shows nothing.
+
+    Of a missing implementation one case a test is kept: it skips and stands for the rest. The
+    interpreter takes milliseconds for an operation; there the ops run in full (`test_ops`), and
+    what is made of them in the cases of ALONE: the rest differs in the ops' arguments only.
+    """
     kept, rest, seen = [], [], set()
     for item in items:
-        param = item.callspec.params.get("impl") if hasattr(item, "callspec") else None
-        missing = isinstance(param, Impl) and param.refusal() is not None
-        key = (item.path, item.originalname, param) if missing else item
-        (rest if key in seen else kept).append(item)
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        impl = params.get("impl")
+        missing = isinstance(impl, Impl) and impl.refusal() is not None
+        if isinstance(impl, Impl) and impl.device == "cuda":
+            item.add_marker(pytest.mark.gpu)
+        covered = isinstance(impl, Impl) and impl.interpreted and item.path.stem != "test_ops"
+        covered = covered and any(params.get(name, value) != value for name, value in ALONE.items())
+        key = (item.path, item.originalname, impl) if missing else item
+        (rest if key in seen or covered else kept).append(item)
         seen.add(key)
     config.hook.pytest_deselected(items=rest)
     items[:] = kept

@@ -163,6 +163,7 @@ def _bwd_apply(masked, a, batch, residual):
 
 POINTWISE = {  # variant → arguments for (Draw, [N,C,H,W]); the op is the part before ":"
     "bn_stats": lambda draw, shape: [draw.activations(shape)],
+    "global_avg_pool": lambda draw, shape: [draw.activations(shape)],
     "bn_finalize": _finalize(affine=True),
     "bn_finalize:no-affine": _finalize(affine=False),
     "bn_bwd_finalize": _bwd_finalize,

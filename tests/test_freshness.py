@@ -110,6 +110,7 @@ def test_freed_parameters_are_forgotten(impl):
 def test_shapes_and_dtypes_share_parameters(impl):
     """The same filters for other sizes, formats and dtypes, in turn."""
     impl.need(torch.float32, *OPS)
+    impl.need(torch.bfloat16, *OPS)
     module = Bottleneck(16, 4, impl=impl.name).eval()
     plain, exact = twins.plain(module), twins.plain(module).double()
     for _ in range(2):

@@ -60,7 +60,9 @@ def test_conv_bn_act(impl, layout, training, bias, residual, relu):
         return [normal(2, 2, 4, 3, layout=layout), w, normal(4), normal(4), *rest]
 
     args = twins.away_from_kink(inputs, functools.partial(run, twins))
-    assert torch.autograd.gradcheck(functools.partial(run, resnet_fast), args)
+    assert torch.autograd.gradcheck(
+        functools.partial(run, resnet_fast), args, fast_mode=impl.interpreted
+    )
 
 
 @pytest.mark.parametrize("relu", [True, False], ids=["relu", "linear"])
@@ -81,7 +83,9 @@ def test_bn_act(impl, layout, training, residual, relu):
         return [acts[0], normal(3), normal(3), *acts[1:]]
 
     args = twins.away_from_kink(inputs, functools.partial(run, twins))
-    assert torch.autograd.gradcheck(functools.partial(run, resnet_fast), args)
+    assert torch.autograd.gradcheck(
+        functools.partial(run, resnet_fast), args, fast_mode=impl.interpreted
+    )
 
 
 def test_add_relu(impl, layout):
@@ -91,7 +95,8 @@ def test_add_relu(impl, layout):
         return [normal(2, 3, 3, 5, layout=layout) for _ in range(2)]
 
     args = twins.away_from_kink(inputs, twins.add_relu)
-    assert torch.autograd.gradcheck(functools.partial(resnet_fast.add_relu, impl=impl.name), args)
+    run = functools.partial(resnet_fast.add_relu, impl=impl.name)
+    assert torch.autograd.gradcheck(run, args, fast_mode=impl.interpreted)
 
 
 @pytest.mark.parametrize(

@@ -140,6 +140,7 @@ def curve(net, x, target, steps=20):
 def test_training_curve(impl, layout, keep):
     """Twenty steps in double: every loss, parameter and statistic as the reference's."""
     impl.need(torch.float64, *OPS)
+    impl.need_speed()
     net = Net(impl.name, keep).double().to(impl.device, memory_format=layout)
     x = torch.randn(16, 3, 16, 16, dtype=torch.float64).contiguous(memory_format=layout)
     target = torch.arange(16) % 10

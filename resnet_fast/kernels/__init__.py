@@ -14,13 +14,14 @@ from .bn_finalize import bn_bwd_finalize, bn_finalize
 from .bn_stats import bn_stats
 from .conv import conv_bn_act
 from .conv_train import conv_bprop, conv_fprop
+from .global_avg_pool import global_avg_pool
 from .launch import INTERPRETING
 
 OPS = {
     f.__name__: f
     for f in (
         add_relu, add_relu_bwd, bn_act, bn_act_bwd_apply, bn_act_bwd_reduce, bn_bwd_finalize,
-        bn_finalize, bn_stats, conv_bn_act, conv_bprop, conv_fprop,
+        bn_finalize, bn_stats, conv_bn_act, conv_bprop, conv_fprop, global_avg_pool,
     )
 }  # fmt: skip
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

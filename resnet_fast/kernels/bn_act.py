@@ -49,7 +49,10 @@ def bn_act_fwd_kernel(
     if CHANNELS_LAST:
         c, is_channel = i[None, :], (i < inner)[None, :]
     else:
-        c, is_channel = ((row0 + r) % channels)[:, None], (row0 + r < rows)[:, None]
+        c, is_channel = (
+            ((tl.program_id(0) * BLOCK_R + r) % channels)[:, None],
+            (row0 + r < rows)[:, None],
+        )
 
     v = widen(tl.load(z + at, inside, 0.0))
     if scale is not None:
@@ -81,7 +84,7 @@ def _run(z, scale, shift, residual, res_scale, res_shift, do_relu, save_mask):
 
     def start(config: tuple[int, ...]) -> None:
         elements, warps = config
-        block = tiles.pointwise(elements, inner)
+        block = tiles.pointwise(elements, inner, z)
         launch(
             bn_act_fwd_kernel, block.grid(rows, inner),
             z, scale, shift, residual, res_scale, res_shift, y, mask if mask.numel() else None,

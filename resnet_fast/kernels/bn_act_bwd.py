@@ -50,7 +50,10 @@ def bn_act_bwd_apply_kernel(
     if CHANNELS_LAST:
         k, is_channel = i[None, :], (i < inner)[None, :]
     else:
-        k, is_channel = ((row0 + r) % channels)[:, None], (row0 + r < rows)[:, None]
+        k, is_channel = (
+            ((tl.program_id(0) * BLOCK_R + r) % channels)[:, None],
+            (row0 + r < rows)[:, None],
+        )
 
     g = widen(tl.load(dy + at, inside, 0.0))
     if mask is not None:
@@ -96,7 +99,7 @@ def bn_act_bwd_reduce_kernel(
     split = tl.program_id(0)
     c0 = tl.program_id(1) * BLOCK_C
     c = c0 + tl.arange(0, BLOCK_C)[None, :]
-    is_channel = c < channels
+    lane, is_channel = tl.arange(0, BLOCK_M)[:, None], c < channels
     centre = tl.load(mean + c, is_channel, 0.0)
     zero = tl.zeros((BLOCK_M, BLOCK_C), centre.dtype)
     sum_dy, sum_dy_z, sum_dy_res = zero, zero, zero
@@ -104,12 +107,11 @@ def bn_act_bwd_reduce_kernel(
         res_centre = tl.load(res_mean + c, is_channel, 0.0)
     for tile in range(tiles_per_split):
         m0 = (split.to(tl.int64) * tiles_per_split + tile) * BLOCK_M
-        m = m0 + tl.arange(0, BLOCK_M)[:, None]
-        inside = (m < count) & is_channel
-        at = element_offsets(m, c, channels, pixels, CHANNELS_LAST)
+        inside = (m0 + lane < count) & is_channel
+        at = element_offsets(m0, lane, c, channels, pixels, CHANNELS_LAST)
         g = widen(tl.load(dy + at, inside, 0.0))
         if mask is not None:
-            on = mask_bits(mask, m, c0, count, channels, pixels, BLOCK_C, CHANNELS_LAST)
+            on = mask_bits(mask, m0, lane, c0, count, channels, pixels, BLOCK_C, CHANNELS_LAST)
             g = tl.where(on, g, 0.0)
         sum_dy += g
         sum_dy_z += g * (widen(tl.load(z + at, inside, 0.0)) - centre)
@@ -176,7 +178,7 @@ def bn_act_bwd_apply(
 
     def start(config: tuple[int, ...]) -> None:
         elements, warps = config
-        block = tiles.pointwise(elements, inner)
+        block = tiles.pointwise(elements, inner, dy)
         launch(
             bn_act_bwd_apply_kernel, block.grid(rows, inner),
             dy, mask, a, z, mean, b, c, residual, dz, rows, inner, dy.size(1), channels_last,

@@ -18,6 +18,14 @@ CONFIGS = ((4096, 4, 8), (2048, 8, 4), (4096, 2, 8), (2048, 4, 8))
 
 
 @triton.jit
+def _pixel(x, m, c, channels, pixels, CHANNELS_LAST: tl.constexpr):
+    """Channels c [1, C] of pixel m of all images, widened."""
+    m = tl.full((), 0, tl.int64) + m
+    at = element_offsets(m, tl.zeros_like(c), c, channels, pixels, CHANNELS_LAST)
+    return widen(tl.load(x + at, c < channels, 0.0))
+
+
+@triton.jit
 def bn_stats_kernel(
     x,
     partial,
@@ -29,39 +37,49 @@ def bn_stats_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """partial[0, split], partial[1, split] = mean, Σ(x − mean)² over the pixels of a split.
+    """mean, Σ(v − mean)² of v = x − pivot over the pixels of a split; pivot, a median of three.
+
+    partial is [1 + 2·splits, C]: the pivot, then the means and the moments of the splits.
 
     Each of a tile's BLOCK_M · BLOCK_C lanes runs Welford's recurrence over the tiles of its split
     (n-th value v: δ = v − mean; mean += δ/n; m2 += δ·(v − mean)); at the end lanes of a channel
-    are merged by their exact counts. Nothing is squared before it is centred, so a channel of
-    mean 1000 and deviation 1 keeps its variance. Welford 1962, Technometrics 4(3).
+    are merged by their exact counts. Nothing is squared before it is centred, and no mean is
+    rounded at the size of x: a channel of mean 1000 and deviation 1 keeps the digits of its
+    variance, and one outlier is no pivot. Welford 1962, Technometrics 4(3).
     Grid: one program per split and BLOCK_C channels. Bytes moved: x once, splits · channels pairs.
     Lanes rather than whole-tile means: no traffic between threads until the end.
     """
     split = tl.program_id(0)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
-    is_channel = c < channels
+    lane, is_channel = tl.arange(0, BLOCK_M)[:, None], c < channels
     wide: tl.constexpr = partial.dtype.element_ty
+    first = _pixel(x, 0, c, channels, pixels, CHANNELS_LAST)
+    middle = _pixel(x, count // 2, c, channels, pixels, CHANNELS_LAST)
+    last = _pixel(x, count - 1, c, channels, pixels, CHANNELS_LAST)
+    low, high = tl.minimum(first, middle), tl.maximum(first, middle)
+    pivot = tl.maximum(low, tl.minimum(high, last))
     mean = tl.zeros((BLOCK_M, BLOCK_C), wide)
     m2 = tl.zeros((BLOCK_M, BLOCK_C), wide)
     n = tl.zeros((BLOCK_M, 1), tl.int32)
     for tile in range(tiles_per_split):
-        m = (split.to(tl.int64) * tiles_per_split + tile) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
-        at = element_offsets(m, c, channels, pixels, CHANNELS_LAST)
-        v = widen(tl.load(x + at, (m < count) & is_channel, 0.0))
-        delta = tl.where(m < count, v - mean, 0.0)
-        n += (m < count).to(tl.int32)
+        m0 = (split.to(tl.int64) * tiles_per_split + tile) * BLOCK_M
+        is_pixel = m0 + lane < count
+        at = element_offsets(m0, lane, c, channels, pixels, CHANNELS_LAST)
+        v = widen(tl.load(x + at, is_pixel & is_channel, 0.0)) - pivot
+        delta = tl.where(is_pixel, v - mean, 0.0)
+        n += is_pixel.to(tl.int32)
         mean += delta * (tl.full((), 1.0, wide) / (tile + 1))
         m2 += delta * (v - mean)
     lanes = n.to(wide)
     total = sum_rows(lanes)
-    first = tl.arange(0, BLOCK_M)[:, None] == 0
-    centre = sum_rows(tl.where(first, mean, 0.0))
+    centre = sum_rows(tl.where(lane == 0, mean, 0.0))
     for _ in tl.static_range(2):  # the second time on what is left: the first's rounding
         drift = sum_rows(lanes * (mean - centre))
         centre += drift / tl.maximum(total, 1.0)
     m2 += lanes * (mean - centre) * (mean - centre)
-    out = partial + split * channels + c
+    if split == 0:
+        tl.store(partial + c, pivot, is_channel)
+    out = partial + (1 + split) * channels + c
     tl.store(out, centre, is_channel)
     tl.store(out + tl.num_programs(0) * channels, sum_rows(m2), is_channel)
 
@@ -78,7 +96,7 @@ def bn_stats(x: Tensor) -> tuple[Tensor, Tensor]:
         nonlocal split, partial
         elements, per_processor, warps = config
         split = tiles.reduction(elements, per_processor, count, channels, channels_last, x)
-        partial = x.new_empty(2, split.splits, channels, dtype=dtype)
+        partial = x.new_empty(1 + 2 * split.splits, channels, dtype=dtype)
         launch(
             bn_stats_kernel, split.grid(channels),
             x, partial, count, channels, pixels, split.tiles, channels_last, split.m, split.c,

@@ -24,7 +24,7 @@ from .launch import launch, target
 CONFIGS = (
     (128, 256, 64, 8, 3),
     (128, 128, 64, 8, 4),
-    (128, 64, 64, 4, 4),
+    (128, 64, 64, 8, 4),
     (64, 128, 64, 4, 4),
     (64, 64, 64, 4, 5),
     (64, 32, 64, 4, 5),
@@ -270,9 +270,9 @@ def conv_affine_act_kernel(
     pid = tl.program_id(0)
     group = tl.program_id(1)
     acc_dtype: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
-    m = (pid // k_tiles).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    m = pid // k_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     k = pid % k_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
-    n, p, q = m // Q // P, (m // Q % P).to(tl.int32), (m % Q).to(tl.int32)
+    n, p, q = (m // Q // P).to(tl.int64), m // Q % P, m % Q
     h0, v0 = p * STRIDE_H - PAD_H, q * STRIDE_W - PAD_W
     x += group.to(tl.int64) * channels * x_sc
     w += group.to(tl.int64) * filters * w_sk
@@ -495,11 +495,13 @@ def _by_descriptors(x: Tensor, w: Tensor, conv: Conv, e: Epilogue, y: Tensor) ->
 
 
 def _by_pointers(x: Tensor, w: Tensor, conv: Conv, e: Epilogue, y: Tensor) -> None:
-    n, _, h, width = x.shape
+    n, c, h, width = x.shape
     channels, filters = w.size(1), w.size(0) // conv.groups
     r, s = w.shape[2:]
     p, q = y.shape[2:]
     pixels = n * p * q
+    if max(pixels, c * h * width, w.size(0) * p * q) >= 2**31 - 512:
+        raise ValueError("x: expected fewer than 2^31 output pixels and values an image")
     residual = y if e.residual is None else e.residual
     flat_channels = channels if channels < 16 else 0
     if x.dtype == torch.float64:

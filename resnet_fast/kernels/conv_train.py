@@ -54,21 +54,20 @@ def dgrad_epilogue_kernel(
     split = tl.program_id(0)
     c0 = tl.program_id(1) * BLOCK_C
     c = c0 + tl.arange(0, BLOCK_C)[None, :]
-    is_channel = c < channels
+    lane, is_channel = tl.arange(0, BLOCK_M)[:, None], c < channels
     wide: tl.constexpr = tl.float64 if dx.dtype.element_ty == tl.float64 else tl.float32
     sum_g = tl.zeros((BLOCK_M, BLOCK_C), wide)
     sum_g_x = tl.zeros((BLOCK_M, BLOCK_C), wide)
     for tile in range(tiles_per_split):
         m0 = (split.to(tl.int64) * tiles_per_split + tile) * BLOCK_M
-        m = m0 + tl.arange(0, BLOCK_M)[:, None]
-        inside = (m < count) & is_channel
-        at = element_offsets(m, c, channels, pixels, CHANNELS_LAST)
+        inside = (m0 + lane < count) & is_channel
+        at = element_offsets(m0, lane, c, channels, pixels, CHANNELS_LAST)
         d = widen(tl.load(dx + at, inside, 0.0))
         if residual is not None:
             more = widen(tl.load(residual + at, inside, 0.0))
             if residual_mask is not None:
                 on = mask_bits(
-                    residual_mask, m, c0, count, channels, pixels, BLOCK_C, CHANNELS_LAST
+                    residual_mask, m0, lane, c0, count, channels, pixels, BLOCK_C, CHANNELS_LAST
                 )
                 more = tl.where(on, more, 0.0)
             d += more

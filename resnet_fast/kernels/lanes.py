@@ -43,30 +43,36 @@ def unpack_bits(mask):
 
 
 @triton.jit
-def element_offsets(m, c, channels, pixels, CHANNELS_LAST: tl.constexpr):
-    """Offsets of values (pixel m of all images, channel c): [M, 1] and [1, C] → int64 [M, C]."""
-    m = m.to(tl.int64)
+def element_offsets(m0, lane, c, channels, pixels, CHANNELS_LAST: tl.constexpr):
+    """Offsets of (pixel m0 + lane of all images, channel c): int64, [M, 1] and [1, C] → [M, C].
+
+    One scalar in 64 bits carries the size; within a tile 32 bits do.
+    """
     if CHANNELS_LAST:
-        return m * channels + c
+        return m0 * channels + (lane * channels + c)
     else:
-        return (m // pixels * channels + c) * pixels + m % pixels
+        n, p = m0 // pixels, (m0 % pixels).to(tl.int32) + lane
+        return n * channels * pixels + ((p // pixels * channels + c) * pixels + p % pixels)
 
 
 @triton.jit
 def mask_bits(
-    mask, m, c0, count, channels, pixels, BLOCK_C: tl.constexpr, CHANNELS_LAST: tl.constexpr
+    mask, m0, lane, c0, count, channels, pixels, BLOCK_C: tl.constexpr, CHANNELS_LAST: tl.constexpr
 ):
-    """Bits of a ReLU mask for pixels m [M, 1] and BLOCK_C channels from c0: booleans [M, BLOCK_C].
+    """Bits of a ReLU mask at pixels m0 + lane [M, 1], channels from c0: booleans [M, BLOCK_C].
 
     In NHWC the tile's bytes are loaded once and spread; in NCHW a lane reads its pixel's byte.
     """
     if CHANNELS_LAST:
         width = tl.cdiv(channels, BITS)
         byte = c0 // BITS + tl.arange(0, BLOCK_C // BITS)[None, :]
-        return unpack_bits(tl.load(mask + m * width + byte, (m < count) & (byte < width), 0))
+        inside = (m0 + lane < count) & (byte < width)
+        return unpack_bits(tl.load(mask + (m0 * width + (lane * width + byte)), inside, 0))
     else:
         c = c0 + tl.arange(0, BLOCK_C)[None, :]
         width = tl.cdiv(pixels, BITS)
-        plane, pixel = m // pixels * channels + c, m % pixels
-        bits = tl.load(mask + plane * width + pixel // BITS, (m < count) & (c < channels), 0)
-        return (bits.to(tl.int32) >> (pixel % BITS).to(tl.int32)) & 1 != 0
+        n, p = m0 // pixels, (m0 % pixels).to(tl.int32) + lane
+        at = (p // pixels * channels + c) * width + p % pixels // BITS
+        inside = (m0 + lane < count) & (c < channels)
+        bits = tl.load(mask + (n * channels * width + at), inside, 0).to(tl.int32)
+        return (bits >> (p % pixels % BITS)) & 1 != 0

@@ -69,14 +69,16 @@ def merge_moments_kernel(
 ):
     """mean and m2 of all `count` pixels from those of splits of `split` pixels each (Chan et al.).
 
-    mean = p + Σ n·(mean_s − p)/M from p = mean_0, and once more from there; then
-    m2 = Σ m2_s + Σ n·(mean_s − mean)²: no difference of large numbers. Chan, Golub & LeVeque 1979,
-    "Updating formulae and a pairwise algorithm for computing sample variances", eq. 2.1.
+    In what is left of x without the pivot (`bn_stats_kernel`): mean = p + Σ n·(mean_s − p)/M from
+    p = mean_0, and once more from there; m2 = Σ m2_s + Σ n·(mean_s − mean)². Chan, Golub & LeVeque
+    1979, "Updating formulae and a pairwise algorithm for computing sample variances", eq. 2.1.
     Grid: one program per BLOCK_C channels. Bytes moved: 4 · splits · channels values out of L2.
     """
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     is_channel = c < channels
     wide = partial.dtype.element_ty
+    pivot = tl.load(partial + c, is_channel, 0.0)[None, :]
+    partial += channels
     mean = tl.load(partial + c, is_channel, 0.0)[None, :]
     for _ in tl.static_range(2):  # the second time on what is left: the first's rounding
         drift = tl.zeros((BLOCK_S, BLOCK_C), wide)
@@ -95,7 +97,7 @@ def merge_moments_kernel(
         mean_s = tl.load(partial + s * channels + c[None, :], inside, 0.0)
         m2_s = tl.load(partial + (splits + s) * channels + c[None, :], inside, 0.0)
         m2 += tl.where(inside, m2_s + n * (mean_s - mean) * (mean_s - mean), 0.0)
-    tl.store(out_mean + c[None, :], mean, is_channel[None, :])
+    tl.store(out_mean + c[None, :], pivot + mean, is_channel[None, :])
     tl.store(out_m2 + c[None, :], sum_rows(m2), is_channel[None, :])
 
 
@@ -111,8 +113,8 @@ def merge_sums(partial: Tensor, rstd: Tensor, res_rstd: Tensor | None) -> tuple[
 
 
 def merge_moments(partial: Tensor, count: int, split: int) -> tuple[Tensor, Tensor]:
-    """mean, m2 [C] of `count` pixels from partial [2, splits, C] over `split` pixels each."""
-    _, splits, channels = partial.shape
+    """mean, m2 [C] of `count` pixels from partial [1 + 2·splits, C]: `bn_stats_kernel`'s."""
+    splits, channels = partial.size(0) // 2, partial.size(1)
     mean, m2 = partial.new_empty(channels), partial.new_empty(channels)
     launch(
         merge_moments_kernel, (triton.cdiv(channels, BLOCK_C),),

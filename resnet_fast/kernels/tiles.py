@@ -60,12 +60,16 @@ def _choose(kernel, gpu, name, configs, rule, x, start) -> tuple[int, ...]:
         entry = read_table(table).get(kernel, {}).get(name)
         if entry is not None and tuple(entry["config"]) in configs:
             return tuple(entry["config"])
-    if os.environ.get("RESNET_FAST_AUTOTUNE") != "1" or x.device.type != "cuda":
+    if not _searches(x):
         return configs[rule]
     times = {config: _microseconds(start, config) for config in configs}
     best = min(times, key=times.__getitem__)
     write_entry(user_table(gpu), kernel, name, best, times[best])
     return best
+
+
+def _searches(x: Tensor) -> bool:
+    return os.environ.get("RESNET_FAST_AUTOTUNE") == "1" and x.device.type == "cuda"
 
 
 def _microseconds(start, config) -> float:
@@ -123,8 +127,12 @@ class Blocks(NamedTuple):
         return triton.cdiv(rows, self.r), triton.cdiv(inner, self.i)
 
 
-def pointwise(elements: int, inner: int) -> Blocks:
-    """Tiles of about `elements` in whole rows of `inner`, or in parts of 512 of longer ones."""
+def pointwise(elements: int, inner: int, x: Tensor) -> Blocks:
+    """Tiles of about `elements` in whole rows of `inner`, or in parts of 512 of longer ones.
+
+    `elements` are of 2 bytes: wider ones are fewer, so that a tile takes as many registers.
+    """
+    elements = 2 * elements // x.element_size()
     i = min(max(8, triton.next_power_of_2(inner)), 512)
     return Blocks(max(1, elements // i), i)
 
@@ -145,12 +153,12 @@ class Split(NamedTuple):
 def reduction(
     elements: int, per_processor: int, count: int, channels: int, channels_last: bool, x: Tensor
 ) -> Split:
-    """Tiles of `elements`, split so that x's GPU gets `per_processor` programs a multiprocessor.
+    """Tiles of `elements` of 2 bytes, `per_processor` programs a multiprocessor of x's GPU.
 
-    In NHWC a tile is up to 64 channels wide, in NCHW 8 planes: neighbours in memory stay together.
+    In NHWC a tile is up to 64 channels wide, in NCHW 8 planes: neighbours stay together.
     """
     c = min(max(8, triton.next_power_of_2(channels)), 64 if channels_last else 8)
-    m = elements // c
+    m = 2 * elements // x.element_size() // c
     wanted = per_processor * launch.target(x).multiprocessors // triton.cdiv(channels, c)
     all_tiles = triton.cdiv(count, m)
     tiles = triton.cdiv(all_tiles, max(1, wanted))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..blocks import Parts, ResidualBlock, run_plain
 from ..checks import check_impl
-from ..modules import PLAIN, Fused, run_fused
+from ..modules import PLAIN, Fused, GlobalAvgPool2d, run_fused
 
 STEMS = ("imagenet", "cifar")
 
@@ -121,7 +121,7 @@ class ResNet(nn.Module):
         if block.preactivation:
             self.layer1[0].bn1 = None
             self.bn_last = norm_layer(channels)
-        self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
+        self.avgpool = GlobalAvgPool2d(impl=impl) if fused else nn.AdaptiveAvgPool2d((1, 1))
         self.fc = nn.Linear(channels, num_classes)
         self._initialize(zero_init_residual)
 

@@ -58,6 +58,10 @@ def _bn_stats(size: str, mean: float = 0.0) -> Callable[[Inputs], Arguments]:
     return lambda make: [make.exact(make.act(*SIZES[size]) + mean)]
 
 
+def _global_avg_pool(size: str) -> Callable[[Inputs], Arguments]:
+    return lambda make: [make.act(*SIZES[size])]
+
+
 def _bn_finalize(affine: bool) -> Callable[[Inputs], Arguments]:
     def build(make: Inputs) -> Arguments:
         weight, bias = (make.param(24), make.param(24, -1, 1)) if affine else (None, None)
@@ -228,6 +232,7 @@ CASES: dict[str, dict[str, Callable[[Inputs], Arguments]]] = {
         **{size: _bn_stats(size) for size in SIZES},
         "mean 1000, std 1": _bn_stats("8x7x5", 1000.0),
     },
+    "global_avg_pool": {size: _global_avg_pool(size) for size in SIZES},
     "bn_finalize": {"weight, bias": _bn_finalize(True), "neither": _bn_finalize(False)},
     "bn_bwd_finalize": {"24 channels": _bn_bwd_finalize},
     "bn_act": {

@@ -1,0 +1,113 @@
+"""`python -m bench ceilings`: what the machine can do at most, measured: copying and multiplying.
+
+Everything else is a share of these: bytes over the copy's bytes/s, operations over the matmul's.
+The copy reads and writes 1 GiB each (256 MiB on a CPU); the product is of two square matrices.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from bench import rows, timing
+from bench.step import DTYPES
+
+DEVICES = ("cpu", "cuda")
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """Measured limits of a device: bytes/s of a copy (read plus written), operations/s of a matmul.
+
+    dtype: of the matmul.
+    """
+
+    bytes_per_s: float
+    flops_per_s: float
+    dtype: str
+
+    def floor_ms(self, moved: float, flops: float) -> float:
+        """No launch that moves `moved` bytes and does `flops` operations takes less."""
+        return 1e3 * max(moved / self.bytes_per_s, flops / self.flops_per_s)
+
+
+def measure(device: torch.device, dtype: str) -> Ceilings:
+    """Best of a few copies and products on `device`."""
+    cuda = device.type == "cuda"
+    size = 2**30 if cuda else 2**28
+    source = torch.empty(size, dtype=torch.uint8, device=device).fill_(1)
+    target = torch.empty_like(source)
+    side = 8192 if cuda else 1024
+    a, b = (torch.randn(side, side, device=device).to(DTYPES[dtype]) for _ in range(2))
+    copy_ms = best_ms(lambda: target.copy_(source), device)
+    matmul_ms = best_ms(lambda: a @ b, device)
+    return Ceilings(2 * size / copy_ms * 1e3, 2 * side**3 / matmul_ms * 1e3, dtype)
+
+
+def best_ms(run, device: torch.device, samples: int = 10) -> float:
+    """The fastest of `samples` samples: of a limit, noise only hides it."""
+    return min(sample_ms(run, device, samples))
+
+
+def median_ms(run, device: torch.device, samples: int = 20) -> float:
+    """The median of `samples` samples."""
+    return statistics.median(sample_ms(run, device, samples))
+
+
+def sample_ms(run, device: torch.device, samples: int) -> list[float]:
+    """Milliseconds of `run`, `samples` times, each over enough repeats to be told from noise.
+
+    On CUDA by events on the stream, so that what is timed is the GPU and not Python.
+    """
+    sync = timing.synchronizer(device)
+    repeats = timing.repeats_for(timing.warm_up(lambda i: run(), sync))
+    if device.type != "cuda":
+        repeats = min(repeats, 20)
+        times = timing.interleave({"": lambda i: run()}, rounds=samples, repeats=repeats)
+        return times[""]
+    found = []
+    for _ in range(samples):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(repeats):
+            run()
+        end.record()
+        end.synchronize()
+        found.append(start.elapsed_time(end) / repeats)
+    return found
+
+
+def row(facts: rows.Row, found: Ceilings) -> rows.Row:
+    """The row of a measurement."""
+    return rows.layer_row(
+        facts, benchmark="ceilings", dtype=found.dtype, provider="torch",
+        gb_per_s=found.bytes_per_s / 1e9, tflop_per_s=found.flops_per_s / 1e12,
+    )  # fmt: skip
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `python -m bench ceilings`."""
+    parser.add_argument("--device", choices=DEVICES, default="cpu")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="bf16")
+    parser.add_argument("--out", type=Path, metavar="FILE.jsonl", help="append the row")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure and print; 2 where there is no such device."""
+    if args.device == "cuda" and not torch.cuda.is_available():
+        print("--device: expected cpu, torch.cuda.is_available() is False here", file=sys.stderr)
+        return 2
+    device = torch.device(args.device)
+    found = measure(device, args.dtype)
+    print(
+        f"{rows.device_name(device)}: copy {found.bytes_per_s / 1e9:.0f} GB/s, "
+        f"{args.dtype} matmul {found.flops_per_s / 1e12:.2f} TFLOP/s"
+    )
+    if args.out is not None:
+        rows.append(args.out, [row(rows.facts(device), found)])
+    return 0

@@ -1,0 +1,95 @@
+"""`python -m bench gpu`: what a GPU does with this package, in one command and a time budget.
+
+In the order of what matters most: the machine's ceilings, every convolution of ResNet-50 beside
+the library's, whole models in inference beside eager and compiled PyTorch. What does not fit in
+the budget is named and left out. Rows go to `bench/results/<gpu>.jsonl`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from bench import ceilings, layers, models, rows
+
+BATCHES = (256, 32, 1)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `python -m bench gpu`."""
+    parser.add_argument("--minutes", type=float, default=7.0, help="budget (7)")
+    parser.add_argument("--batch", type=int, default=256, help="of the layers (256)")
+    parser.add_argument("--out", type=Path, metavar="FILE.jsonl",
+                        help="append rows here (bench/results/<gpu>.jsonl)")  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the steps that fit; 1 when one failed, 2 without a GPU."""
+    if not torch.cuda.is_available():
+        print("gpu: torch.cuda.is_available() is False here", file=sys.stderr)
+        return 2
+    if not args.minutes > 0 or args.batch < 1:
+        print("--minutes and --batch: expected positive numbers", file=sys.stderr)
+        return 2
+    from resnet_fast.kernels.tiles import slug
+
+    out = args.out or rows.RESULTS / f"{slug(torch.cuda.get_device_name())}.jsonl"
+    return run_steps(steps(out, args.batch), 60 * args.minutes)
+
+
+Step = tuple[str, float, Callable[[], int]]
+"""Name, seconds it is expected to take, what runs it and gives an exit status."""
+
+
+def run_steps(
+    todo: list[Step], seconds: float, clock: Callable[[], float] = time.perf_counter
+) -> int:
+    """Run in order what is expected to end within `seconds`; 1 when one gave another status."""
+    start, failed = clock(), []
+    for name, expected, step in todo:
+        left = seconds - (clock() - start)
+        if expected > left:
+            print(f"gpu: left out {name}: {expected:.0f} s, {left:.0f} s left", flush=True)
+            continue
+        print(f"gpu: {name}", flush=True)
+        begin = clock()
+        if step() != 0:
+            failed.append(name)
+        print(f"gpu: {name} took {clock() - begin:.0f} s", flush=True)
+    for name in failed:
+        print(f"gpu: FAILED {name}", flush=True)
+    return int(bool(failed))
+
+
+def steps(out: Path, batch: int) -> list[Step]:
+    """The steps, most important first."""
+    where = ["--device", "cuda", "--out", str(out)]
+    todo: list[Step] = [
+        ("ceilings", 20, command(ceilings, where)),
+        ("layers", 60, command(layers, [*where, "--batch", str(batch)])),
+    ]
+    for dtype in ("bf16", "fp16"):
+        for model in ("resnet50", "resnet18"):
+            for size in BATCHES:
+                options = ["--model", model, "--mode", "infer", "--batch", str(size)]
+                options += ["--dtype", dtype, "--providers", "eager,compile,resnet_fast"]
+                options += ["--seconds", "6", *where] + ["--graph"] * (size == 1)
+                name = f"{model} {dtype} batch {size}"
+                todo.append((name, 75 if model == "resnet50" else 45, command(models, options)))
+    return todo
+
+
+def command(module, options: list[str]) -> Callable[[], int]:
+    """A call of `module`'s command with `options`."""
+
+    def call() -> int:
+        parser = argparse.ArgumentParser(prog=f"python -m {module.__name__}")
+        module.add_arguments(parser)
+        return module.run(parser.parse_args(options))
+
+    return call

@@ -1,0 +1,378 @@
+"""The Triton kernels beyond the ops' contract: tiles, both paths of a convolution, launches."""
+
+import importlib.util
+import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from op_cases import CONVOLUTIONS, CONVS, POINTWISE, Conv, Draw, op_of, widen
+from test_ops import GRADIENTS, outputs
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import resnet_fast
+from resnet_fast import backend, chain, ops, reference
+from resnet_fast.tolerance import assert_close
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("Triton is not installed", allow_module_level=True)
+
+from resnet_fast import kernels
+from resnet_fast.kernels import conv, launch, tiles
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+
+def judge(op, args, what, run):
+    """run() against `reference.op` of args in fp64 and in the dtype, by the one rule."""
+    specification = getattr(reference, op)
+    found = zip(
+        outputs(run()), outputs(specification(*args)), outputs(specification(*widen(args))),
+        strict=True,
+    )  # fmt: skip
+    for i, results in enumerate(found):
+        if results[0].is_floating_point():
+            assert_close(*results, f"{what} result {i}", gradient=op in GRADIENTS)
+
+
+@pytest.fixture
+def choose(monkeypatch):
+    """choose(i): every kernel runs with configuration i of those it could, modulo their number."""
+
+    def take(i):
+        def run(kernel, key, configs, rule, x, start):
+            taken.append((kernel, len(configs)))
+            start(configs[i % len(configs)])
+
+        monkeypatch.setattr(tiles, "run", run)
+        return taken
+
+    taken = []
+    return take
+
+
+CONV_SHAPES = {  # more than one tile every way, none of them full
+    "1x1": Conv((3, 72, 9, 7), 136, (1, 1)),
+    "3x3": Conv((2, 24, 13, 15), 72, (3, 3), padding=(1, 1)),
+    "3x3-stride2": Conv((2, 64, 14, 10), 40, (3, 3), (2, 2), (1, 1)),
+    "dilated": Conv((2, 16, 11, 13), 72, (3, 3), padding=(2, 3), dilation=(2, 3)),
+    "stem": Conv((2, 3, 31, 29), 24, (7, 7), (2, 2), (3, 3)),
+}
+
+
+@pytest.mark.parametrize("tma", [True, False], ids=["descriptors", "pointers"])
+@pytest.mark.parametrize("name", CONV_SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+def test_every_configuration_of_a_convolution(choose, dtype, name, tma):
+    args = CONVOLUTIONS["conv_bn_act:bias-residual"](
+        Draw(dtype, torch.channels_last, DEVICE), CONV_SHAPES[name]
+    )
+    x, w, bias, weight, shift, mean, var, residual, relu, eps, *geometry = args
+    geometry = chain.Conv(*map(tuple, geometry[:3]), geometry[3])
+    if tma and conv.refuse_tma(x, w, geometry, residual) is not None:
+        assert name == "stem"  # 3 channels are no 16 bytes
+        with pytest.raises(ValueError, match=r"^tma: channels or filters"):
+            conv.conv_affine_act(x, w, geometry, conv.Epilogue(), tma=True)
+        return
+    epilogue = conv.Epilogue(bias, weight, shift, mean, var, eps, residual, relu=relu)
+    for i in itertools.count():
+        taken = choose(i)
+        judge(
+            "conv_bn_act", args, f"{name} configuration {i}",
+            lambda: conv.conv_affine_act(x, w, geometry, epilogue, tma=tma),
+        )  # fmt: skip
+        if i + 1 >= taken[-1][1]:
+            break
+    assert {kernel for kernel, _ in taken} == {"conv_affine_act_tma" if tma else "conv_affine_act"}
+    assert len(taken) == taken[0][1] > 1
+
+
+@pytest.mark.parametrize("tma", [True, False], ids=["descriptors", "pointers"])
+def test_scaled_residual(tma):
+    """relu(BN(conv(x)) + res_scale·residual + res_shift) in one launch."""
+    draw = Draw(torch.float32, torch.channels_last, DEVICE)
+    args = CONVOLUTIONS["conv_bn_act"](draw, CONVS["3x3"])
+    x, w, _, weight, shift, mean, var, _, _, eps, *geometry = args
+    residual = draw.activations(CONVS["3x3"].out_shape)
+    a, b = draw.vector(24), draw.vector(24)
+    epilogue = conv.Epilogue(None, weight, shift, mean, var, eps, residual, a, b)
+    y = conv.conv_affine_act(x, w, chain.Conv(*map(tuple, geometry[:3])), epilogue, tma=tma)
+
+    def expected(x, w, weight, shift, mean, var, residual, a, b):
+        y = reference.conv_bn_act(x, w, None, weight, shift, mean, var, None, False, eps, *geometry)
+        one = torch.ones_like(a)
+        return reference.bn_act(y, one, torch.zeros_like(a), residual, a, b, True, False)[0]
+
+    tensors = [x, w, weight, shift, mean, var, residual, a, b]
+    assert_close(y, expected(*tensors), expected(*widen(tensors)), "scaled residual")
+
+
+LARGE = (5, 72, 19, 23)
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format],
+                         ids=["channels_last", "NCHW"])  # fmt: skip
+@pytest.mark.parametrize(
+    "variant",
+    ["bn_stats", "bn_act:dual", "bn_act_bwd_reduce:dual", "bn_act_bwd_apply:residual",
+     "global_avg_pool"],
+)  # fmt: skip
+def test_every_configuration_of_a_memory_bound_kernel(choose, variant, layout):
+    """Over a tensor of many tiles, none of them full, and several splits of a reduction."""
+    args = POINTWISE[variant](Draw(torch.float32, layout, DEVICE), LARGE)
+    function = getattr(kernels, op_of(variant))
+    for i in itertools.count():
+        taken = choose(i)
+        judge(op_of(variant), args, f"{variant} configuration {i}", lambda: function(*args))
+        if i + 1 >= taken[-1][1]:
+            break
+    assert len(taken) == taken[0][1] > 1
+
+
+@pytest.mark.parametrize("m", [16, 64, 128])
+@pytest.mark.parametrize("size", [(1, 56, 56), (256, 56, 56), (256, 14, 14), (32, 7, 7), (1, 7, 7),
+                                  (3, 13, 29), (1, 1, 802816)])  # fmt: skip
+def test_box(m, size):
+    """Powers of two whose product is the tile's, and no other such box covers with fewer."""
+    box = conv.box_of(m, *size)
+
+    def count(box):
+        return math.prod(-(-n // b) for n, b in zip(size, box, strict=True))
+
+    assert math.prod(box) == m and all(b & (b - 1) == 0 for b in box)
+    sides = [1 << i for i in range(m.bit_length())]
+    others = [b for b in itertools.product(sides, repeat=3) if math.prod(b) == m]
+    assert count(box) == min(map(count, others))
+
+
+def test_boxes_waste_nothing_at_the_sizes_of_resnet():
+    for size in (56, 28, 14, 7):
+        box = conv.box_of(128, 256, size, size)
+        assert 256 % box[0] == size % box[1] == size % box[2] == 0
+
+
+def test_rule():
+    """The largest tile that still fills the GPU; narrow filters and small memory exclude tiles."""
+    configs = conv.eligible(conv.CONFIGS, 64, 227 << 10)
+    assert max(c[1] for c in configs) == 64
+    small = conv.eligible(conv.CONFIGS, 512, 99 << 10)
+    assert small and conv.CONFIGS[1] not in small
+    wide = conv.eligible(conv.CONFIGS, 512, 227 << 10)
+    assert wide[conv.pick(wide, 802816, 512, 132)] == conv.CONFIGS[0]
+    assert conv.pick(wide, 49, 64, 132) == len(wide) - 1
+
+
+@pytest.fixture
+def cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("RESNET_FAST_CACHE", str(tmp_path / "user"))
+    monkeypatch.setattr(tiles, "SHIPPED", tmp_path / "shipped")
+    monkeypatch.setattr(tiles, "_chosen", {})
+    return tmp_path
+
+
+def chosen(key=("k", 3), configs=((1, 1), (2, 2), (3, 3))):
+    started = []
+    tiles._chosen.clear()
+    tiles.run("kernel", key, configs, 1, torch.empty(0), started.append)
+    return started[-1]
+
+
+def test_table_of_tiles(cache):
+    """The user's table, then the shipped one, then the rule; a configuration of old is no more."""
+    user = tiles.user_table("interpreter")
+    assert user == cache / "user" / "tiles" / "interpreter.json"
+    assert chosen() == (2, 2)
+    tiles.write_entry(cache / "shipped" / "interpreter.json", "kernel", "k 3", (3, 3), 7.0)
+    assert chosen() == (3, 3)
+    tiles.write_entry(user, "kernel", "k 3", (1, 1), 5.0)
+    tiles.write_entry(user, "kernel", "other", (2, 2), 5.0)
+    assert chosen() == (1, 1)
+    assert json.loads(user.read_text())["kernel"]["k 3"] == {"config": [1, 1], "us": 5.0}
+    assert chosen(configs=((4, 4), (5, 5))) == (5, 5)
+    assert chosen(key=("else",)) == (2, 2)
+    assert [path.name for path in user.parent.iterdir()] == ["interpreter.json"]
+    user.write_text("{")
+    with pytest.raises(RuntimeError, match=r"interpreter\.json is no table of tiles"):
+        chosen()
+
+
+def test_search(cache, monkeypatch):
+    """Every configuration timed once, the fastest taken and written down."""
+    times = {(1, 1): 9.0, (2, 2): float("inf"), (3, 3): 4.0}
+    monkeypatch.setattr(tiles, "_microseconds", lambda start, config: times[config])
+    monkeypatch.setattr(tiles, "_searches", lambda x: True)
+    assert chosen() == (3, 3)
+    table = json.loads(tiles.user_table("interpreter").read_text())
+    assert table == {"kernel": {"k 3": {"config": [3, 3], "us": 4.0}}}
+    monkeypatch.setattr(tiles, "_microseconds", None)  # what is written is not timed again
+    assert chosen() == (3, 3)
+
+
+def test_no_search_unless_asked(monkeypatch):
+    monkeypatch.delenv("RESNET_FAST_AUTOTUNE", raising=False)
+    assert not tiles._searches(torch.empty(0, device="meta"))
+    assert tiles.slug("NVIDIA H200") == "nvidia-h200"
+
+
+def test_refusals():
+    assert "there is no Triton kernel for nothing" == kernels.refusal("nothing", "cpu", torch.float)
+    assert "floating point" in kernels.refusal("bn_act", "cpu", torch.int32)
+    assert "not on xpu" in kernels.refusal("bn_act", "xpu", torch.float32)
+    if launch.INTERPRETING:
+        assert "no bf16" in kernels.refusal("bn_act", "cpu", torch.bfloat16)
+        with pytest.raises(RuntimeError, match=r"impl='triton' cannot run add_relu.*no bf16"):
+            x = torch.zeros(1, 2, 3, 4, dtype=torch.bfloat16)
+            resnet_fast.add_relu(x, x, impl="triton")
+    for dtype in (torch.float32, torch.bfloat16):  # "auto" on a CPU is never the interpreter
+        assert backend.chosen("bn_act", "auto", "cpu", dtype) != "triton"
+
+
+class Launches(TorchDispatchMode):
+    """Counts the launches of Triton kernels and the calls of PyTorch that would be one."""
+
+    FREE = (
+        "view", "detach", "permute", "slice", "unsqueeze", "t", "alias", "empty", "as_strided",
+        "flatten", "expand", "squeeze", "_unsafe_view", "reshape", "new_empty", "empty_strided",
+        "max_pool2d",  # what it is made of is counted
+    )  # fmt: skip
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.kernels, self.calls = [], []
+        for module in (m for name, m in sys.modules.items() if "resnet_fast.kernels." in name):
+            if hasattr(module, "launch") and callable(module.launch):
+                monkeypatch.setattr(module, "launch", self.count(module.launch))
+
+    def count(self, start):
+        def counted(kernel, *args, **options):
+            self.kernels.append(getattr(kernel, "fn", kernel).__name__)
+            with torch.utils._python_dispatch._disable_current_modes():
+                start(kernel, *args, **options)
+
+        return counted
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.partition("::")
+        if name[0] == "aten" and name[2] not in self.FREE:
+            self.calls.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("block", "expected"),
+    [
+        (lambda: resnet_fast.Bottleneck(32, 8), 3),
+        (lambda: resnet_fast.Bottleneck(16, 8, 2), 4),
+        (lambda: resnet_fast.BasicBlock(8, 8), 2),
+        (lambda: resnet_fast.BasicBlock(8, 16, 2), 3),
+        (lambda: resnet_fast.ConvBNAct2d(8, 16, 3), 1),
+    ],
+    ids=["bottleneck", "bottleneck-projection", "basic", "basic-projection", "conv"],
+)
+def test_launches_of_a_block(monkeypatch, block, expected):
+    module = block().to(DEVICE, memory_format=torch.channels_last).eval()
+    module.impl = "triton"
+    x = torch.randn(2, next(module.parameters()).size(1), 6, 6, device=DEVICE)
+    x = x.to(memory_format=torch.channels_last)
+    with torch.inference_mode(), Launches(monkeypatch) as launches:
+        module(x)
+    assert len(launches.kernels) == expected and launches.calls == []
+    assert all(name.startswith("conv_affine_act") for name in launches.kernels)
+
+
+def test_launches_of_resnet50(monkeypatch):
+    """53 convolutions, max-pool, average pool, classifier."""
+    net = resnet_fast.ResNet(
+        resnet_fast.Bottleneck, [3, 4, 6, 3], num_classes=5, planes=8, impl="triton"
+    )
+    net.to(DEVICE, memory_format=torch.channels_last).eval()
+    x = torch.randn(1, 3, 32, 32, device=DEVICE).to(memory_format=torch.channels_last)
+    with torch.no_grad(), Launches(monkeypatch) as launches:
+        net(x)
+    assert len(launches.kernels) == 54
+    # In inference mode a CPU shows the classifier as linear and hides what max-pooling is made of.
+    names = {call.split(".")[1] for call in launches.calls}
+    assert names <= {"addmm", "linear", "max_pool2d_with_indices"} and len(launches.calls) <= 2
+
+
+def test_net_equals_its_plain_twin():
+    net = resnet_fast.ResNet(resnet_fast.BasicBlock, [1, 1], num_classes=5, planes=8, impl="triton")
+    net.to(DEVICE, memory_format=torch.channels_last).eval()
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean, std=0.1)
+    plain = resnet_fast.unfuse(net)
+    assert type(plain.avgpool) is nn.AdaptiveAvgPool2d
+    x = torch.randn(2, 3, 40, 36, device=DEVICE).to(memory_format=torch.channels_last)
+    with torch.inference_mode():
+        assert_close(net(x), plain(x), plain.double()(x.double()), "logits")
+
+
+def run_offline(*arguments):
+    """`python -m bench kernels` with the compiler in place of the interpreter."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, "-m", "bench", "kernels", *arguments],
+        cwd=ROOT, env=env, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_kernels_compile_without_a_gpu(arch, tmp_path):
+    """The rule's configurations in bf16: nothing spills, convolutions use the tensor cores."""
+    path = tmp_path / "kernels.json"
+    done = run_offline("--quick", "--arch", arch, "--dtype", "bf16", "--json", str(path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(path.read_text())
+    convs = [row for row in found if row["kernel"].startswith("conv")]
+    assert len(convs) >= 4 and len(found) >= 18
+    assert {row["tensor_cores"] for row in convs} == {"HGMMA" if arch == "sm_90" else "HMMA"}
+    assert all(row["local"] == 0 and row["registers"] > 8 for row in found)
+    tma = [row for row in convs if "TMA" in row["loads"]]
+    assert len(tma) == (3 if arch == "sm_90" else 0)
+
+
+def test_a_spill_is_found():
+    """A tile far too large for its warps fails the command's verdict."""
+    script = (
+        "import torch\n"
+        "from triton.runtime import driver\n"
+        "from bench import kernels as bench\n"
+        "from resnet_fast.kernels import conv, launch\n"
+        "target = launch.Target(90, 132, 'sm_90')\n"
+        "driver.set_active(bench.OfflineDriver(90))\n"
+        "conv.CONFIGS = ((256, 128, 32, 4, 2),)\n"
+        "layer = bench.LAYERS['3x3@56']\n"
+        "_, start = next(bench.conv_cases('3x3', bench.LAYERS['3x3@28'], torch.bfloat16))\n"
+        "asked = []\n"
+        "with launch.compile_for(target, lambda *what: asked.append(what)):\n"
+        "    start()\n"
+        "print(bench.compile_one(*asked[0], 'bf16', target).failure)\n"
+    )
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, env=env, capture_output=True, text=True
+    )
+    assert done.stdout.startswith("spills "), done.stdout + done.stderr
+
+
+def test_command_errors():
+    assert "expected names like sm_80" in run_offline("--arch", "90").stderr
+    assert "--dtype: expected some of" in run_offline("--dtype", "int8").stderr
+    done = subprocess.run(
+        [sys.executable, "-m", "bench", "kernels"], cwd=ROOT, capture_output=True, text=True,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+    )  # fmt: skip
+    assert done.returncode == 2 and "TRITON_INTERPRET is set" in done.stderr
+
+
+def test_every_op_has_a_kernel():
+    assert sorted(kernels.OPS) == sorted(ops.NAMES)
