@@ -41,6 +41,8 @@ TORCH_LIBRARY(resnet_fast_native, m) {
       "bn_act_bwd_apply(Tensor dy, Tensor? mask, Tensor? a, Tensor? z, Tensor? mean, Tensor? b, "
       "Tensor? c, Tensor? residual) -> Tensor");
   m.def(
+      "global_avg_pool(Tensor x) -> Tensor");
+  m.def(
       "conv_fprop(Tensor x, Tensor w, Tensor? in_scale, Tensor? in_shift, bool stats, int[2] "
       "stride, int[2] padding, int[2] dilation, int groups) -> (Tensor z, Tensor mean, Tensor "
       "m2)");

@@ -19,7 +19,7 @@ from .checks import check_impl
 from .fusion.survey import survey
 from .fusion.swap import Swapped, apply, restore, runs
 from .models import ResNet
-from .modules import PLAIN, Fused, GlobalAvgPool2d
+from .modules import PLAIN, Fused
 
 
 def fuse(model: nn.Module, *, impl: str = "auto", inplace: bool = False) -> nn.Module:
@@ -68,9 +68,7 @@ def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     for path, module in model.named_modules():
         restore(module)
         if isinstance(module, ResNet):
-            module.fused = False
-        if type(module) is GlobalAvgPool2d:
-            module.__class__ = nn.AdaptiveAvgPool2d
+            module.switch(False)
         if isinstance(module, Fused):
             if type(module) not in PLAIN:
                 raise TypeError(f"{path}: {type(module).__name__} has no plain twin to go back to")

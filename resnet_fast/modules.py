@@ -134,6 +134,8 @@ class PreActBottleneck(Fused, blocks.PreActBottleneck):
 class GlobalAvgPool2d(nn.AdaptiveAvgPool2d):
     """`nn.AdaptiveAvgPool2d((1, 1))`, in one launch in inference: x [N,C,H,W] → [N,C,1,1]."""
 
+    impl = "auto"
+
     def __init__(self, *, impl: str = "auto") -> None:
         super().__init__((1, 1))
         self.impl = check_impl(impl)

@@ -82,6 +82,20 @@ assert "triton" not in sys.modules and "resnet_fast._C" not in sys.modules
     assert told.split() == ["native", "triton"]
 
 
+def test_with_a_triton_that_is_too_old():
+    """One without tensor descriptors: the reason is told, and auto goes on without it."""
+    pytest.importorskip("triton")
+    told = run(
+        "import sys, triton\nsys.modules['triton.tools.tensor_descriptor'] = None", RUN,
+        """
+reason = backend.refusal("triton", "bn_act", "cuda", torch.float32)
+assert "does not load: they need Triton 3.4 or newer, this is 3" in reason, reason
+print("told")
+""",
+    )  # fmt: skip
+    assert told.split() == ["told"]
+
+
 def test_with_an_extension_that_does_not_load():
     """Built for another torch: the reason is told, and auto goes on without it."""
     told = run(

@@ -85,6 +85,7 @@ def test_public_names_exist():
 
 def test_environment_variables_are_read():
     sources = [*ROOT.glob("*.py"), *ROOT.glob("csrc/**/*.cpp"), *ROOT.glob("*/*.py")]
+    sources += ROOT.glob("resnet_fast/*/*.py")
     read = "".join(path.read_text() for path in sources if path.parent.name != "tests")
     names = set(re.findall(r"RESNET_FAST_\w+", README))
     assert names

@@ -168,7 +168,7 @@ def apply(module: nn.Module, plan: Own | Block | Steps | Run, impl: str) -> None
         module.impl = impl
         module.__class__ = FUSED.get(type(module), type(module))
         if isinstance(module, ResNet):
-            module.fused = True
+            module.switch(True)
 
 
 def runs(holder: nn.Module, plan: Own | Block | Run | None) -> bool:

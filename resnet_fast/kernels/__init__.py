@@ -7,6 +7,13 @@ only in Triton's interpreter (TRITON_INTERPRET=1 before the first import), which
 from __future__ import annotations
 
 import torch
+import triton
+
+try:
+    import triton.tools.tensor_descriptor
+except ImportError:
+    message = f"they need Triton 3.4 or newer, this is {triton.__version__}"
+    raise ImportError(message) from None
 
 from .bn_act import add_relu, bn_act
 from .bn_act_bwd import add_relu_bwd, bn_act_bwd_apply, bn_act_bwd_reduce

@@ -51,17 +51,16 @@ def bn_finalize_kernel(
 def bn_bwd_finalize_kernel(
     sum_dy, sum_dy_xhat, scale, rstd, b, c, channels, count, BLOCK: tl.constexpr
 ):
-    """b = −scale·rstd·Σdy·xhat/M, c = −scale·Σdy/M.
+    """b = −scale·rstd·Σdy·xhat/M, c = −scale·Σdy/M, rounded once.
 
     Grid: one program per BLOCK channels. Bytes moved: six channel vectors.
     """
     k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = k < channels
-    s = tl.load(scale + k, inside, 0.0)
-    a = -s / (tl.full((), 0.0, s.dtype) + count)
-    r = tl.load(rstd + k, inside, 0.0)
-    tl.store(b + k, a * r * tl.load(sum_dy_xhat + k, inside, 0.0), inside)
-    tl.store(c + k, a * tl.load(sum_dy + k, inside, 0.0), inside)
+    a = -tl.load(scale + k, inside, 0.0).to(tl.float64) / (tl.full((), 0.0, tl.float64) + count)
+    x = tl.load(rstd + k, inside, 0.0).to(tl.float64) * tl.load(sum_dy_xhat + k, inside, 0.0)
+    tl.store(b + k, (a * x).to(b.dtype.element_ty), inside)
+    tl.store(c + k, (a * tl.load(sum_dy + k, inside, 0.0)).to(c.dtype.element_ty), inside)
 
 
 def bn_finalize(

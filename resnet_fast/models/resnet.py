@@ -121,8 +121,9 @@ class ResNet(nn.Module):
         if block.preactivation:
             self.layer1[0].bn1 = None
             self.bn_last = norm_layer(channels)
-        self.avgpool = GlobalAvgPool2d(impl=impl) if fused else nn.AdaptiveAvgPool2d((1, 1))
+        self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
         self.fc = nn.Linear(channels, num_classes)
+        self.switch(fused)
         self._initialize(zero_init_residual)
 
     def _initialize(self, zero_init_residual: bool) -> None:
@@ -142,6 +143,16 @@ class ResNet(nn.Module):
         if hasattr(self, "bn_last"):
             x = self._run(Parts((), (self.bn_last,), True, "none"), x)
         return self.fc(torch.flatten(self.avgpool(x), 1))
+
+    def switch(self, fused: bool) -> None:
+        """Run stem and pooling fused by `self.impl`, or plain; blocks are modules of their own."""
+        self.fused, pool = fused, self.avgpool
+        if fused and type(pool) is nn.AdaptiveAvgPool2d and pool.output_size in (1, (1, 1)):
+            pool.__class__ = GlobalAvgPool2d
+        elif not fused and type(pool) is GlobalAvgPool2d:
+            pool.__class__ = nn.AdaptiveAvgPool2d
+        if type(pool) is GlobalAvgPool2d:
+            pool.impl = self.impl
 
     def _run(self, parts: Parts, x: Tensor) -> Tensor:
         if not self.fused:

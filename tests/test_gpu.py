@@ -1,0 +1,171 @@
+"""On an NVIDIA GPU: every layer of ResNet-50 in every dtype, CUDA graphs, streams, devices."""
+
+import pytest
+import torch
+from op_cases import widen
+
+pytest.importorskip("triton")
+
+import resnet_fast
+from bench.layers import layers_of, tensors
+from resnet_fast import kernels, ops, reference
+from resnet_fast.tolerance import assert_close, compare
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device"),
+]
+LAYERS = list(layers_of("resnet50"))
+IMPLS = ("triton", "native")
+
+
+def skip_unless(impl, op, dtype):
+    reason = resnet_fast.backend.refusal(impl, op, "cuda", dtype)
+    if reason is not None:
+        pytest.skip(f"{impl}: {reason}")
+
+
+@pytest.fixture
+def tf32_off():
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32 = before
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32],
+                         ids=["bf16", "fp16", "fp32"])  # fmt: skip
+@pytest.mark.parametrize("layer", LAYERS, ids=str)
+def test_layers_of_resnet50(layer, dtype, impl, tf32_off):
+    """conv + BN (+ residual) + ReLU at the size of the model, against fp64."""
+    skip_unless(impl, "conv_bn_act", dtype)
+    x, w, norm, residual = tensors(layer, 4, dtype, torch.device("cuda"))
+    args = [x, w, None, *norm, residual, layer.relu, 1e-5, *layer.conv.args()]
+    same, exact = reference.conv_bn_act(*args), reference.conv_bn_act(*widen(args))
+    assert_close(ops.conv_bn_act(*args, impl), same, exact, str(layer))
+
+
+@pytest.mark.parametrize("layer", LAYERS[1:5], ids=str)
+def test_tf32_is_pytorchs_to_allow(layer):
+    """With the flag on, errors are tf32's and no more; the test above ran with it off."""
+    skip_unless("triton", "conv_bn_act", torch.float32)
+    x, w, norm, residual = tensors(layer, 2, torch.float32, torch.device("cuda"))
+    args = [x, w, None, *norm, residual, layer.relu, 1e-5, *layer.conv.args()]
+    assert torch.backends.cudnn.allow_tf32
+    same, exact = reference.conv_bn_act(*args), reference.conv_bn_act(*widen(args))
+    verdict = compare(ops.conv_bn_act(*args, "triton"), same, exact)
+    error = (ops.conv_bn_act(*args, "triton").double() - exact).norm() / exact.norm()
+    assert verdict.ok or error < 2**-10, verdict
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("shape", [(32, 256, 56, 56), (8, 2048, 7, 7)], ids=str)
+def test_memory_bound_kernels_at_size(shape, dtype):
+    """Statistics, join and backward of a layer of ResNet-50, against fp64."""
+    skip_unless("triton", "bn_act", dtype)
+    c = shape[1]
+
+    def draw():
+        value = torch.randn(shape, device="cuda") + 0.5
+        return value.to(dtype).contiguous(memory_format=torch.channels_last)
+
+    z, residual, dy = draw(), draw(), draw()
+    scale, shift, mean, rstd, b = (torch.rand(c, device="cuda") + 0.5 for _ in range(5))
+    mask = kernels.bn_act(z, scale, shift, residual, None, None, True, True)[1]
+    for op, args in {
+        "bn_stats": [z],
+        "bn_act": [z, scale, shift, residual, None, None, True, True],
+        "bn_act_bwd_reduce": [dy, mask, z, mean, rstd, residual, scale, shift],
+        "bn_act_bwd_apply": [dy, mask, scale, z, mean, b, shift, residual],
+        "global_avg_pool": [z],
+    }.items():
+        found = getattr(kernels, op)(*args)
+        same, exact = getattr(reference, op)(*args), getattr(reference, op)(*widen(args))
+        if isinstance(found, torch.Tensor):
+            found, same, exact = (found,), (same,), (exact,)
+        for i, results in enumerate(zip(found, same, exact, strict=True)):
+            if results[0].is_floating_point():
+                assert_close(*results, f"{op} result {i}", gradient="bwd" in op)
+
+
+def model(name="resnet18"):
+    net = resnet_fast.create_model(name, num_classes=10)
+    return net.to("cuda", torch.bfloat16, memory_format=torch.channels_last).eval()
+
+
+def images(n=4, size=64):
+    x = torch.randn(n, 3, size, size, device="cuda", dtype=torch.bfloat16)
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def test_cuda_graph():
+    """A captured forward pass gives the same bits, on new inputs too."""
+    net, x, other = model(), images(), images()
+    with torch.inference_mode():
+        net(x)
+        torch.cuda.synchronize()
+        graph, static = torch.cuda.CUDAGraph(), x.clone()
+        with torch.cuda.graph(graph):
+            y = net(static)
+        for value in (x, other):
+            static.copy_(value)
+            graph.replay()
+            assert torch.equal(y, net(value))
+
+
+def test_two_streams():
+    """Two nets at once on two streams give what each gives alone."""
+    nets, inputs = [model(), model()], [images(8), images(8)]
+    with torch.inference_mode():
+        alone = [net(x) for net, x in zip(nets, inputs, strict=True)]
+        torch.cuda.synchronize()
+        streams = [torch.cuda.Stream() for _ in nets]
+        results = [None, None]
+        for _ in range(5):
+            for i, stream in enumerate(streams):
+                with torch.cuda.stream(stream):
+                    results[i] = nets[i](inputs[i])
+        torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(results, alone, strict=True))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one GPU")
+def test_a_device_that_is_not_current():
+    net = model().to("cuda:1")
+    x = images().to("cuda:1")
+    with torch.inference_mode():
+        y = net(x)
+        assert y.device == x.device and torch.cuda.current_device() == 0
+        with torch.cuda.device(1):
+            assert torch.equal(y, net(x))
+
+
+def test_same_bits_twice():
+    """Forward, gradients and statistics of a training step."""
+    x = images(8).float()
+
+    def step():
+        torch.manual_seed(0)
+        net = resnet_fast.create_model("resnet18", num_classes=10)
+        net.to("cuda", memory_format=torch.channels_last)
+        with torch.autocast("cuda", torch.bfloat16):
+            net(x).float().square().sum().backward()
+        return [*(p.grad for p in net.parameters()), *net.buffers()]
+
+    torch.backends.cudnn.deterministic = True
+    try:
+        first, second = step(), step()
+    finally:
+        torch.backends.cudnn.deterministic = False
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_whole_models():
+    """ResNet-50 in bf16 by "auto" is as near to fp64 as plain PyTorch."""
+    net = model("resnet50")
+    plain, x = resnet_fast.unfuse(net), images(4, 96)
+    assert resnet_fast.backend.chosen("conv_bn_act", "auto", "cuda", torch.bfloat16) == "triton"
+    with torch.inference_mode():
+        exact = resnet_fast.unfuse(net).double()(x.double())
+        assert_close(net(x), plain(x), exact, "logits", rms=True)

@@ -1,0 +1,113 @@
+"""Ceilings, layers and the budget of a GPU run: the logic of those commands, on a CPU."""
+
+import json
+
+import pytest
+import torch
+
+from bench import ceilings, gpu, layers, rows
+from bench.__main__ import main
+from resnet_fast.chain import Conv
+
+
+def test_layers_of_resnet50():
+    """53 convolutions and, with the classifier, the 4.09 billion multiply-adds of torchvision."""
+    found = layers.layers_of("resnet50")
+    assert sum(found.values()) == 53
+    convs = sum(layer.flops(1) * count for layer, count in found.items())
+    assert convs / 2 + 2048 * 1000 == pytest.approx(4.09e9, rel=2e-3)
+    assert sum(count for layer, count in found.items() if layer.residual) == 16
+    assert sum(count for layer, count in found.items() if not layer.relu) == 4
+    stem = next(iter(found))
+    assert str(stem) == "7x7/2 3>64 @224" and stem.out_size == (112, 112)
+
+
+def test_bytes_of_a_layer():
+    layer = layers.Layer(8, 6, 6, 16, (3, 3), Conv((2, 2), (1, 1)), residual=True)
+    x, w, y = 5 * 8 * 36, 16 * 8 * 9, 5 * 16 * 9
+    assert layer.bytes(5, 2) == 2 * (x + w + 2 * y)
+    assert layer.flops(5) == 2 * 5 * 16 * 9 * 8 * 9
+    limits = ceilings.Ceilings(1e9, 1e12, "bf16")
+    assert limits.floor_ms(2e6, 1e9) == pytest.approx(2.0)
+    assert limits.floor_ms(2e6, 3e9) == pytest.approx(3.0)
+
+
+def test_layers_command(tmp_path, capsys):
+    """A row a provider and layer; the fused time of a layer is the floor over its share."""
+    path = tmp_path / "rows.jsonl"
+    options = ["--model", "cifar_resnet20", "--image-size", "32", "--batch", "2", "--dtype", "fp32"]
+    assert main(["layers", *options, "--out", str(path)]) == 0
+    found = rows.read([path])
+    text = capsys.readouterr().out
+    shapes = layers.layers_of("cifar_resnet20", 32)
+    names = {row["layer"] for row in found}
+    assert len(found) == 3 * len(names) and all(name in text for name in names)
+    assert {row["provider"] for row in found} == {"resnet_fast", "torch", "torch conv"}
+    for row in found:
+        assert row["benchmark"] == "layers" and row["percent_of_floor"] > 0 and row["ms_p50"] > 0
+        layer = next(layer for layer in shapes if str(layer) == row["layer"])
+        moved = row["gb_per_s"] * row["ms_p50"] * 1e6
+        assert moved == pytest.approx(layer.bytes(2, 4), rel=1e-3)
+        assert row["launches"] == shapes[layer]
+
+
+def test_a_wrong_layer_is_not_timed(monkeypatch, capsys):
+    """Fused and unfused must agree before either is measured."""
+    right = layers.ops.conv_bn_act
+    monkeypatch.setattr(layers.ops, "conv_bn_act", lambda *args: right(*args) * 1.01)
+    assert main(["layers", "--model", "cifar_resnet20", "--image-size", "32", "--batch", "1",
+                 "--dtype", "fp32"]) == 1  # fmt: skip
+    assert "fused and unfused differ by 1.0" in capsys.readouterr().err
+
+
+def test_ceilings_command(tmp_path, capsys):
+    path = tmp_path / "rows.jsonl"
+    assert main(["ceilings", "--dtype", "fp32", "--out", str(path)]) == 0
+    (row,) = [json.loads(line) for line in path.read_text().splitlines()]
+    assert row["benchmark"] == "ceilings" and row["gb_per_s"] > 0.1 and row["tflop_per_s"] > 1e-3
+    assert "GB/s" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+@pytest.mark.parametrize("command", ["gpu", "layers --device cuda", "ceilings --device cuda"])
+def test_without_a_gpu(command, capsys):
+    assert main(command.split()) == 2
+    assert "torch.cuda.is_available() is False" in capsys.readouterr().err
+
+
+def test_bad_values(capsys):
+    assert main(["layers", "--batch", "0"]) == 2
+    assert "--batch" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="unknown fields"):
+        rows.layer_row({}, nonsense=1)
+
+
+def test_the_budget_of_the_gpu_command(capsys):
+    """What cannot end in time is left out by name, what is shorter still runs; failures tell."""
+    now, ran = [0.0], []
+
+    def step(name, took, status=0):
+        def run():
+            ran.append(name)
+            now[0] += took
+            return status
+
+        return run
+
+    todo = [
+        ("first", 5.0, step("first", 6.0)),
+        ("long", 9.0, step("long", 9.0)),
+        ("short", 2.0, step("short", 2.0, status=1)),
+    ]
+    assert gpu.run_steps(todo, 10.0, clock=lambda: now[0]) == 1
+    assert ran == ["first", "short"]
+    out = capsys.readouterr().out
+    assert "left out long: 9 s, 4 s left" in out and "FAILED short" in out
+    assert gpu.run_steps(todo[:1], 10.0 + now[0], clock=lambda: now[0]) == 0
+
+
+def test_the_steps_of_the_gpu_command(tmp_path):
+    """ResNet-50 and 18, three batch sizes, two dtypes; batch 1 by CUDA graphs for all."""
+    names = [name for name, _, _ in gpu.steps(tmp_path / "rows.jsonl", 256)]
+    assert names[:3] == ["ceilings", "layers", "resnet50 bf16 batch 256"]
+    assert len(names) == 2 + 2 * 2 * 3 and len(set(names)) == len(names)
