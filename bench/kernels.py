@@ -50,6 +50,7 @@ LAYERS = {
     "3x3 grouped": Layer(128, 56, 56, 128, THREE, Conv(padding=(1, 1), groups=32)),
 }
 EPS = 1e-5
+TRAINED = ("1x1", "1x1/2", "3x3@56", "3x3@14+res", "3x3/2")
 QUICK = ("1x1+res", "3x3@56", "3x3/2", "7x7/2")
 
 
@@ -184,7 +185,8 @@ def conv_cases(
 ) -> Iterator[tuple[str, Callable[[], Any]]]:
     """The convolution of `layer` in inference; with a scaled residual, by both kernels, for one."""
     from resnet_fast import kernels
-    from resnet_fast.kernels.conv import Epilogue, conv_affine_act
+    from resnet_fast.kernels.conv import conv_fused
+    from resnet_fast.kernels.conv_plan import Fusion
 
     x_shape, y_shape = layer.shapes(64)
     x, w, y = (_tensor(shape, dtype) for shape in (x_shape, layer.weight_shape, y_shape))
@@ -196,9 +198,14 @@ def conv_cases(
         partial(kernels.conv_bn_act, x, w, None, *norm, residual, layer.relu, EPS, *geometry),
     )
     if name == "3x3@28":
-        e = Epilogue(None, *norm, EPS, y, *_vectors(layer.filters, 2, dtype))
-        yield f"{name}+dual", partial(conv_affine_act, x, w, layer.conv, e)
-        yield f"{name}+dual", partial(conv_affine_act, x, w, layer.conv, e, False)
+        f = Fusion(None, *norm, *_vectors(layer.filters, 2, dtype), eps=EPS, residual=y)
+        yield f"{name}+dual", partial(conv_fused, x, w, layer.conv, f)
+        yield f"{name}+dual", partial(conv_fused, x, w, layer.conv, f, False)
+    if name in TRAINED:
+        fprop = kernels.conv_fprop
+        yield f"{name} stats", partial(fprop, x, w, None, None, True, *geometry)
+        start = _vectors(layer.channels, 2, dtype)
+        yield f"{name} prologue+stats", partial(fprop, x, w, *start, True, *geometry)
 
 
 def norm_cases(dtype: torch.dtype, channels_last: bool) -> dict[str, Callable[[], Any]]:

@@ -1,5 +1,6 @@
 """The Triton kernels beyond the ops' contract: tiles, both paths of a convolution, launches."""
 
+import functools
 import importlib.util
 import itertools
 import json
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from op_cases import CONVOLUTIONS, CONVS, POINTWISE, Conv, Draw, op_of, widen
-from test_ops import GRADIENTS, outputs
+from test_ops import GRADIENTS, is_floating, outputs
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -24,7 +25,7 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
 
 from resnet_fast import kernels
-from resnet_fast.kernels import conv, launch, tiles
+from resnet_fast.kernels import conv, conv_plan, conv_train, launch, merge, tiles
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,10 +35,10 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 def judge(op, args, what, run):
     """run() against `reference.op` of args in fp64 and in the dtype, by the one rule."""
     specification = getattr(reference, op)
-    found = zip(
-        outputs(run()), outputs(specification(*args)), outputs(specification(*widen(args))),
-        strict=True,
-    )  # fmt: skip
+    exact = outputs(specification(*widen(args)))
+    if args[0].dtype == torch.float64:  # as in test_ops
+        args = [a.float() if is_floating(a) else a for a in args]
+    found = zip(outputs(run()), outputs(specification(*args)), exact, strict=True)
     for i, results in enumerate(found):
         if results[0].is_floating_point():
             assert_close(*results, f"{what} result {i}", gradient=op in GRADIENTS)
@@ -77,22 +78,64 @@ def test_every_configuration_of_a_convolution(choose, dtype, name, tma):
     )
     x, w, bias, weight, shift, mean, var, residual, relu, eps, *geometry = args
     geometry = chain.Conv(*map(tuple, geometry[:3]), geometry[3])
-    if tma and conv.refuse_tma(x, w, geometry, residual) is not None:
+    if tma and conv_plan.refuse_tma(x, w, geometry, residual) is not None:
         assert name == "stem"  # 3 channels are no 16 bytes
         with pytest.raises(ValueError, match=r"^tma: channels or filters"):
-            conv.conv_affine_act(x, w, geometry, conv.Epilogue(), tma=True)
+            conv.conv_fused(x, w, geometry, conv.Fusion(), tma=True)
         return
-    epilogue = conv.Epilogue(bias, weight, shift, mean, var, eps, residual, relu=relu)
+    fusion = conv.Fusion(bias, weight, shift, mean, var, eps=eps, residual=residual, relu=relu)
     for i in itertools.count():
         taken = choose(i)
         judge(
             "conv_bn_act", args, f"{name} configuration {i}",
-            lambda: conv.conv_affine_act(x, w, geometry, epilogue, tma=tma),
+            lambda: conv.conv_fused(x, w, geometry, fusion, tma=tma)[0],
         )  # fmt: skip
         if i + 1 >= taken[-1][1]:
             break
     assert {kernel for kernel, _ in taken} == {"conv_affine_act_tma" if tma else "conv_affine_act"}
     assert len(taken) == taken[0][1] > 1
+
+
+@pytest.mark.parametrize("tma", [True, False], ids=["descriptors", "pointers"])
+@pytest.mark.parametrize("prologue", [True, False], ids=["prologue", "plain"])
+@pytest.mark.parametrize("name", CONV_SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16],
+                         ids=["fp64", "fp32", "fp16"])  # fmt: skip
+def test_training_forward_in_one_launch(choose, monkeypatch, dtype, name, prologue, tma):
+    """Prologue and statistics of every configuration, whose tiles end where the images do not."""
+    variant = "conv_fprop:prologue" if prologue else "conv_fprop:stats"
+    args = CONVOLUTIONS[variant](Draw(dtype, torch.channels_last, DEVICE), CONV_SHAPES[name])
+    x, w, *_ = args
+    geometry = chain.Conv(*map(tuple, args[-4:-1]))
+    if tma and conv_plan.refuse_tma(x, w, geometry) is not None:
+        assert name == "stem" or dtype == torch.float64
+        return
+    monkeypatch.setattr(conv_train, "by_library", lambda *_: False)
+    monkeypatch.setattr(conv_train, "conv_fused", functools.partial(conv.conv_fused, tma=tma))
+    for i in itertools.count():
+        taken = choose(i)
+        judge("conv_fprop", args, f"{name} {i}", lambda: kernels.conv_fprop(*args))
+        if i + 1 >= taken[-1][1]:
+            break
+    assert {kernel for kernel, _ in taken} == {"conv_affine_act_tma" if tma else "conv_affine_act"}
+
+
+def test_statistics_of_many_tiles():
+    """More tiles than one program merges, a mean that is large, against the exact moments."""
+    torch.manual_seed(0)
+    tiles, pixels, channels = 700, 8, 5
+    v = (torch.randn(tiles, pixels, channels) + 1000).double()
+    v[-1, 3:] = float("nan")  # the last tile has 3 pixels
+    n = torch.full((tiles, channels), float(pixels))
+    n[-1] = 3
+    mean = v.nanmean(1).float()
+    rest = (v.nanmean(1) - mean).float()
+    m2 = (v - v.nanmean(1, keepdim=True)).square().nansum(1).float()
+    found = merge.merge_tiles(torch.stack([n, mean, rest, m2]).to(DEVICE))
+    whole = v.reshape(-1, channels)[: tiles * pixels - 5]
+    exact = whole.mean(0), (whole - whole.mean(0)).square().sum(0)
+    for a, b in zip(found, exact, strict=True):
+        torch.testing.assert_close(a.cpu().double(), b, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("tma", [True, False], ids=["descriptors", "pointers"])
@@ -103,8 +146,8 @@ def test_scaled_residual(tma):
     x, w, _, weight, shift, mean, var, _, _, eps, *geometry = args
     residual = draw.activations(CONVS["3x3"].out_shape)
     a, b = draw.vector(24), draw.vector(24)
-    epilogue = conv.Epilogue(None, weight, shift, mean, var, eps, residual, a, b)
-    y = conv.conv_affine_act(x, w, chain.Conv(*map(tuple, geometry[:3])), epilogue, tma=tma)
+    fusion = conv.Fusion(None, weight, shift, mean, var, a, b, eps=eps, residual=residual)
+    y, _ = conv.conv_fused(x, w, chain.Conv(*map(tuple, geometry[:3])), fusion, tma=tma)
 
     def expected(x, w, weight, shift, mean, var, residual, a, b):
         y = reference.conv_bn_act(x, w, None, weight, shift, mean, var, None, False, eps, *geometry)
@@ -142,7 +185,7 @@ def test_every_configuration_of_a_memory_bound_kernel(choose, variant, layout):
                                   (3, 13, 29), (1, 1, 802816)])  # fmt: skip
 def test_box(m, size):
     """Powers of two whose product is the tile's, and no other such box covers with fewer."""
-    box = conv.box_of(m, *size)
+    box = conv_plan.box_of(m, *size)
 
     def count(box):
         return math.prod(-(-n // b) for n, b in zip(size, box, strict=True))
@@ -155,19 +198,19 @@ def test_box(m, size):
 
 def test_boxes_waste_nothing_at_the_sizes_of_resnet():
     for size in (56, 28, 14, 7):
-        box = conv.box_of(128, 256, size, size)
+        box = conv_plan.box_of(128, 256, size, size)
         assert 256 % box[0] == size % box[1] == size % box[2] == 0
 
 
 def test_rule():
     """The largest tile that still fills the GPU; narrow filters and small memory exclude tiles."""
-    configs = conv.eligible(conv.CONFIGS, 64, 227 << 10)
+    configs = conv_plan.eligible(conv_plan.CONFIGS, 64, 227 << 10)
     assert max(c[1] for c in configs) == 64
-    small = conv.eligible(conv.CONFIGS, 512, 99 << 10)
-    assert small and conv.CONFIGS[1] not in small
-    wide = conv.eligible(conv.CONFIGS, 512, 227 << 10)
-    assert wide[conv.pick(wide, 802816, 512, 132)] == conv.CONFIGS[0]
-    assert conv.pick(wide, 49, 64, 132) == len(wide) - 1
+    small = conv_plan.eligible(conv_plan.CONFIGS, 512, 99 << 10)
+    assert small and conv_plan.CONFIGS[1] not in small
+    wide = conv_plan.eligible(conv_plan.CONFIGS, 512, 227 << 10)
+    assert wide[conv_plan.pick(wide, 802816, 512, 132)] == conv_plan.CONFIGS[0]
+    assert conv_plan.pick(wide, 49, 64, 132) == len(wide) - 1
 
 
 @pytest.fixture
@@ -346,10 +389,10 @@ def test_a_spill_is_found():
         "import torch\n"
         "from triton.runtime import driver\n"
         "from bench import kernels as bench\n"
-        "from resnet_fast.kernels import conv, launch\n"
+        "from resnet_fast.kernels import conv_tma, launch\n"
         "target = launch.Target(90, 132, 'sm_90')\n"
         "driver.set_active(bench.OfflineDriver(90))\n"
-        "conv.CONFIGS = ((256, 128, 32, 4, 2),)\n"
+        "conv_tma.CONFIGS = ((256, 128, 32, 4, 2),)\n"
         "layer = bench.LAYERS['3x3@56']\n"
         "_, start = next(bench.conv_cases('3x3', bench.LAYERS['3x3@28'], torch.bfloat16))\n"
         "asked = []\n"

@@ -1,7 +1,8 @@
-"""Convolutions of a training step: the library's convolution with our kernels on both sides.
+"""Convolutions of a training step.
 
-The convolutions are PyTorch's (cuDNN on a GPU); normalization and ReLU before them, statistics
-after them, and what surrounds a gradient take one pass each.
+Forward: the previous normalization and ReLU on load and the statistics on store of one launch, or
+the library's convolution (cuDNN on a GPU) between a pass of ours before and one after. Backward:
+the library's gradients, one pass before them and one after.
 """
 
 from __future__ import annotations
@@ -12,15 +13,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..chain import Conv
 from ..layout import is_channels_last, memory_format
 from ..reference import stats_dtype
 from . import tiles
 from .bn_act import bn_act
 from .bn_act_bwd import bn_act_bwd_apply
 from .bn_stats import bn_stats
+from .conv import conv_fused
+from .conv_plan import Fusion, refuse_tma
 from .lanes import element_offsets, mask_bits, sum_rows, widen
 from .launch import launch
-from .merge import merge_sums
+from .merge import merge_sums, merge_tiles
 
 CONFIGS = ((4096, 4, 8), (2048, 8, 4), (4096, 2, 8), (2048, 4, 8))
 # elements of a tile, programs a multiprocessor, warps
@@ -97,7 +101,29 @@ def conv_fprop(
     dilation: list[int],
     groups: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`reference.conv_fprop`: `bn_act`, the library's convolution, `bn_stats`."""
+    """`reference.conv_fprop`: one launch and the merging of its statistics, or by the library."""
+    conv = Conv(tuple(stride), tuple(padding), tuple(dilation), groups)
+    if by_library(x, w, conv):
+        return _library_fprop(x, w, in_scale, in_shift, stats, stride, padding, dilation, groups)
+    fusion = Fusion(in_scale=in_scale, in_shift=in_shift, relu=False, stats=stats)
+    z, partial = conv_fused(x, w.to(x.dtype), conv, fusion)
+    size = w.size(0) if stats else 0
+    if partial is None:  # none are wanted, or the batch is empty
+        return z, *(x.new_zeros(size, dtype=stats_dtype(x)) for _ in range(2))
+    return z, *merge_tiles(partial)
+
+
+def by_library(x: Tensor, w: Tensor, conv: Conv) -> bool:
+    """Whether the library's convolution, with a pass before and after it, is the one to take.
+
+    The rule until tables are measured: the descriptor kernel where it can, else the library; in
+    double the pointer kernel, whose use is to be checked.
+    """
+    return x.dtype != torch.float64 and refuse_tma(x, w, conv) is not None
+
+
+def _library_fprop(x, w, in_scale, in_shift, stats, stride, padding, dilation, groups):
+    """`bn_act`, the library's convolution, `bn_stats`."""
     fmt = memory_format(x, w)
     h = x if in_scale is None else bn_act(x, in_scale, in_shift, None, None, None, True, False)[0]
     z = F.conv2d(h, w.to(x.dtype), None, stride, padding, dilation, groups)

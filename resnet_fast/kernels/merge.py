@@ -14,6 +14,7 @@ from .lanes import sum_rows
 from .launch import launch
 
 BLOCK_S, BLOCK_C = 64, 32
+TILES_A_SPLIT = 256
 
 
 @triton.jit
@@ -99,6 +100,80 @@ def merge_moments_kernel(
         m2 += tl.where(inside, m2_s + n * (mean_s - mean) * (mean_s - mean), 0.0)
     tl.store(out_mean + c[None, :], pivot + mean, is_channel[None, :])
     tl.store(out_m2 + c[None, :], sum_rows(m2), is_channel[None, :])
+
+
+@triton.jit
+def merge_tiles_kernel(
+    partial,
+    out_n,
+    out_mean,
+    out_rest,
+    out_m2,
+    tiles,
+    tiles_per_split,
+    channels,
+    BLOCK_S: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Of moments of `tiles` tiles [4, tiles, C] those of splits of tiles_per_split: [4, splits, C].
+
+    Rows are n, mean, what the mean's rounding left, and m2. With p the first tile's mean,
+    d = (mean_t − p) + rest_t: μ = Σ n·d/Σ n, m2 = Σ m2_t + Σ n·(d − μ)² (Chan et al. 1979).
+    Grid: one program per split and BLOCK_C channels. Bytes moved: partial twice, the second time
+    out of L2.
+    """
+    split = tl.program_id(0)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    is_channel = c < channels
+    wide = partial.dtype.element_ty
+    plane = (tl.full((), 0, tl.int64) + tiles) * channels
+    begin = split * tiles_per_split
+    end = tl.minimum(begin + tiles_per_split, tiles)
+    pivot = tl.load(partial + plane + (tl.full((), 0, tl.int64) + begin) * channels + c, is_channel)
+    count = tl.zeros((BLOCK_S, BLOCK_C), wide)
+    drift = tl.zeros((BLOCK_S, BLOCK_C), wide)
+    for t0 in range(begin, end, BLOCK_S):
+        t = t0 + tl.arange(0, BLOCK_S)[:, None]
+        inside = (t < end) & is_channel
+        at = partial + t.to(tl.int64) * channels + c
+        n = tl.load(at, inside, 0.0)
+        d = tl.load(at + plane, inside, 0.0) - pivot + tl.load(at + 2 * plane, inside, 0.0)
+        count += n
+        drift += tl.where(inside, n * d, 0.0)
+    total = sum_rows(count)
+    mu = sum_rows(drift) / tl.maximum(total, 1.0)
+    m2 = tl.zeros((BLOCK_S, BLOCK_C), wide)
+    for t0 in range(begin, end, BLOCK_S):
+        t = t0 + tl.arange(0, BLOCK_S)[:, None]
+        inside = (t < end) & is_channel
+        at = partial + t.to(tl.int64) * channels + c
+        d = tl.load(at + plane, inside, 0.0) - pivot + tl.load(at + 2 * plane, inside, 0.0) - mu
+        own = tl.load(at + 3 * plane, inside, 0.0)
+        m2 += tl.where(inside, own + tl.load(at, inside, 0.0) * d * d, 0.0)
+    mean = pivot + mu
+    at = split * channels + c
+    tl.store(out_n + at, total, is_channel)
+    tl.store(out_mean + at, mean, is_channel)
+    tl.store(out_rest + at, pivot - mean + mu, is_channel)
+    tl.store(out_m2 + at, sum_rows(m2), is_channel)
+
+
+def merge_tiles(partial: Tensor) -> tuple[Tensor, Tensor]:
+    """mean, m2 [C] from the moments of tiles [4, tiles, C] (`conv_epilogue.store_moments`)."""
+    _, count, channels = partial.shape
+    mean, m2 = partial.new_empty(channels), partial.new_empty(channels)
+    while True:
+        splits = triton.cdiv(count, TILES_A_SPLIT)
+        moments = partial.new_empty(4, splits, channels)
+        last = splits == 1
+        out = (moments[0], mean, moments[2], m2) if last else tuple(moments)
+        launch(
+            merge_tiles_kernel, (splits, triton.cdiv(channels, BLOCK_C)),
+            partial, *out, count, TILES_A_SPLIT, channels, BLOCK_S, BLOCK_C, num_warps=4,
+        )  # fmt: skip
+        if last:
+            return mean, m2
+        partial, count = moments, splits
 
 
 def merge_sums(partial: Tensor, rstd: Tensor, res_rstd: Tensor | None) -> tuple[Tensor, ...]:

@@ -1,0 +1,97 @@
+"""What both convolution kernels do on load and before they store."""
+
+import triton
+import triton.language as tl
+
+from .lanes import relu, sum_rows, widen
+
+
+@triton.jit
+def prologue(a, scale, shift, c, channels, inside):
+    """relu(scale·a + shift) of a tile [M, C] in a's dtype, zero where not `inside`; c [1, C]."""
+    is_channel = c < channels
+    s, t = tl.load(scale + c, is_channel, 0.0), tl.load(shift + c, is_channel, 0.0)
+    h = relu(tl.fma(widen(a), s, t))
+    return tl.where(inside, h, 0.0).to(a.dtype)
+
+
+@triton.jit
+def epilogue(acc, residual, k, filters, vectors, EPS: tl.constexpr, RELU: tl.constexpr):
+    """relu(scale·acc + shift + res_scale·residual + res_shift); what is None is left out.
+
+    scale = bn_weight/√(var + eps), shift = bn_bias − (mean − bias)·scale, of the rounded scale and
+    rounded once: what `bn_finalize` would give, made here from BLOCK_N values instead of a launch.
+    """
+    bias, bn_weight, bn_bias, mean, var, res_scale, res_shift = vectors
+    inside = k < filters
+    if mean is not None:
+        v = tl.load(var + k, inside, 1.0).to(acc.dtype) + EPS
+        if acc.dtype == tl.float64:
+            scale = 1.0 / tl.sqrt(v)
+        else:
+            scale = tl.div_rn(tl.full(v.shape, 1.0, tl.float32), tl.sqrt_rn(v))
+        if bn_weight is not None:
+            scale *= tl.load(bn_weight + k, inside, 0.0).to(acc.dtype)
+        centre = tl.load(mean + k, inside, 0.0).to(acc.dtype)
+        if bias is not None:
+            centre -= tl.load(bias + k, inside, 0.0).to(acc.dtype)
+        shift = tl.zeros_like(centre)
+        if bn_bias is not None:
+            shift += tl.load(bn_bias + k, inside, 0.0).to(acc.dtype)
+        acc = tl.fma(acc, scale, tl.fma(-centre, scale, shift))
+    elif bias is not None:
+        acc += tl.load(bias + k, inside, 0.0).to(acc.dtype)
+    if residual is not None:
+        s = widen(residual)
+        if res_scale is not None:
+            s = tl.fma(s, tl.load(res_scale + k, inside, 0.0), tl.load(res_shift + k, inside, 0.0))
+        acc += s
+    if RELU:
+        acc = relu(acc)
+    return acc
+
+
+@triton.jit
+def _halves(acc):
+    return tl.split(acc.reshape(acc.shape[0], 2, acc.shape[1] // 2).permute(0, 2, 1))
+
+
+@triton.jit
+def columns(acc):
+    """acc [M, N] as a tuple of its columns, 64 at a time.
+
+    Their epilogues come one after another: the vectors of all columns at once are more registers
+    than there are.
+    """
+    if acc.shape[1] == 256:
+        left, right = _halves(acc)
+        a, b = _halves(left)
+        c, d = _halves(right)
+        return a, b, c, d
+    elif acc.shape[1] == 128:
+        a, b = _halves(acc)
+        return a, b
+    else:
+        return (acc,)
+
+
+@triton.jit
+def store_moments(partial, y, inside, tile, tiles, k, last, stride):
+    """Moments of the pixels `inside` [M, 1] of stored values y [M, N]: partial[0..3, tile, k].
+
+    n, the mean, what its rounding left, Σ(y − mean − rest)²; partial is [4, tiles, stride], and
+    `merge_tiles` makes one of all tiles.
+    """
+    v = tl.where(inside, widen(y), 0.0)
+    n = sum_rows(tl.where(inside, tl.full(v.shape, 1.0, v.dtype), 0.0))
+    mean = sum_rows(v) / tl.maximum(n, 1.0)
+    off = tl.where(inside, v - mean, 0.0)
+    rest = sum_rows(off) / tl.maximum(n, 1.0)
+    off = tl.where(inside, off - rest, 0.0)
+    is_filter = k < last
+    at = partial + (tl.full((), 0, tl.int64) + tile) * stride + k
+    plane = (tl.full((), 0, tl.int64) + tiles) * stride
+    tl.store(at, n, is_filter)
+    tl.store(at + plane, mean, is_filter)
+    tl.store(at + 2 * plane, rest, is_filter)
+    tl.store(at + 3 * plane, sum_rows(off * off), is_filter)

@@ -1,0 +1,141 @@
+"""What a convolution is surrounded by, which kernel can take it, and with which tiles."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from ..chain import Conv
+from ..layout import memory_format
+from .launch import target
+
+# GEMM_M, GEMM_N, GEMM_K of a tile (GEMM_K in 2-byte elements), warps, stages of the pipeline
+CONFIGS = (
+    (128, 256, 64, 8, 3),
+    (128, 128, 64, 8, 4),
+    (128, 64, 64, 8, 4),
+    (64, 128, 64, 4, 4),
+    (64, 64, 64, 4, 5),
+    (64, 32, 64, 4, 5),
+)
+POINTER_CONFIGS = (
+    (128, 128, 64, 8, 3),
+    (128, 64, 32, 8, 4),
+    (64, 128, 64, 4, 3),
+    (64, 64, 64, 4, 3),
+    (64, 32, 64, 4, 3),
+)
+FLAT_CONFIGS = ((128, 64, 32, 8, 3), (64, 64, 32, 4, 3), (64, 32, 32, 4, 3), (64, 16, 32, 4, 3))
+IEEE_CONFIGS = ((64, 64, 32, 8, 3), (64, 32, 32, 4, 3), (32, 32, 32, 4, 3))
+DOUBLE_CONFIGS = ((64, 64, 64, 8, 2), (32, 32, 64, 8, 2))
+Configs = tuple[tuple[int, ...], ...]
+
+
+class Fusion(NamedTuple):
+    """What a convolution does besides, all of it optional.
+
+    On load: x becomes relu(in_scale·x + in_shift), zero where the padding is.
+    On store: y = relu(BN(z + bias) + res_scale·residual + res_shift), and with `stats` the mean and
+    centred second moment of every channel of y as stored.
+    """
+
+    bias: Tensor | None = None
+    bn_weight: Tensor | None = None
+    bn_bias: Tensor | None = None
+    mean: Tensor | None = None
+    var: Tensor | None = None
+    res_scale: Tensor | None = None
+    res_shift: Tensor | None = None
+    in_scale: Tensor | None = None
+    in_shift: Tensor | None = None
+    eps: float = 0.0
+    residual: Tensor | None = None
+    relu: bool = True
+    stats: bool = False
+
+    @property
+    def vectors(self) -> tuple[Tensor | None, ...]:
+        """The channel vectors in the order in which the kernels take them."""
+        return self[:9]
+
+
+def refuse_tma(x: Tensor, w: Tensor, conv: Conv, residual: Tensor | None = None) -> str | None:
+    """Why the descriptor kernel cannot run this convolution; None when it can."""
+    if not target(x).has_tma:
+        return "the GPU has no tensor descriptors (sm_90 and later)"
+    if x.dtype == torch.float64:
+        return "descriptors carry no fp64"
+    if x.dtype == torch.float32 and precision(x) == "ieee":
+        return "fp32 without tf32 multiplies on CUDA cores"
+    if conv.groups != 1:
+        return "groups"
+    if any(memory_format(t) != torch.channels_last and not flat(t) for t in (x, w)):
+        return "NCHW"
+    size = x.element_size()
+    if w.size(1) * size % 16 or w.size(0) * size % 16:
+        return "channels or filters are no multiple of 16 bytes"
+    if any(t is not None and t.data_ptr() % 16 for t in (x, w, residual)):
+        return "a tensor does not start at a multiple of 16 bytes"
+    if conv.stride == (2, 2):
+        if x.size(2) % 2 or x.size(3) % 2 or w.size(1) * size % 128:
+            return "stride 2 over an odd size, or channels that are no multiple of 128 bytes"
+    elif conv.stride != (1, 1):
+        return f"stride {conv.stride}"
+    return None
+
+
+def flat(x: Tensor) -> bool:
+    """Whether dense x is NHWC whatever its strides say: one channel, or one pixel an image."""
+    return x.size(1) == 1 or x.size(2) * x.size(3) == 1
+
+
+def precision(x: Tensor) -> str:
+    """How fp32 is multiplied: "tf32" only where `torch.backends.cudnn` allows it."""
+    exact = x.dtype == torch.float32 and not torch.backends.cudnn.allow_tf32
+    return "ieee" if exact or x.dtype == torch.float64 else "tf32"
+
+
+def box_of(block_m: int, n: int, p: int, q: int) -> tuple[int, int, int]:
+    """Sides (powers of two, product `block_m`) of the box that covers N × P × Q in fewest boxes.
+
+    Of equals the one whose rows are longest: 56 = 7·8, 28 = 7·4, 14 = 7·2 leave nothing over.
+    """
+    powers = [1 << i for i in range(block_m.bit_length())]
+    boxes = [(block_m // (bp * bq), bp, bq) for bq in powers for bp in powers if bp * bq <= block_m]
+
+    def cost(box: tuple[int, int, int]) -> tuple[int, int, int]:
+        count = triton.cdiv(n, box[0]) * triton.cdiv(p, box[1]) * triton.cdiv(q, box[2])
+        return count, -box[2], -box[1]
+
+    return min((box for box in boxes if max(box) <= 256), key=cost)
+
+
+def eligible(configs: Configs, filters: int, shared: int) -> Configs:
+    """Those of `configs` no wider than the filters need, whose stages fit in `shared` bytes."""
+    narrowest = min(config[1] for config in configs)
+    width = max(narrowest, triton.next_power_of_2(filters))
+    return tuple(
+        config
+        for config in configs
+        if config[1] <= width and (config[0] + config[1]) * config[2] * 2 * config[4] <= shared
+    )
+
+
+def pick(configs: Configs, pixels: int, filters: int, processors: int) -> int:
+    """The rule: the first tile whose grid fills the GPU, else the last, which is the smallest."""
+    for i, config in enumerate(configs):
+        if triton.cdiv(pixels, config[0]) * triton.cdiv(filters, config[1]) >= processors:
+            return i
+    return len(configs) - 1
+
+
+def key(x: Tensor, w: Tensor, conv: Conv, f: Fusion) -> tuple[Any, ...]:
+    """What a table of tiles is looked up by."""
+    shapes = ("x".join(map(str, t.shape)) for t in (x, w))
+    kinds = (("prologue", f.in_scale is not None), ("residual", f.residual is not None),
+             ("stats", f.stats))  # fmt: skip
+    kind = "+".join(name for name, there in kinds if there) or "plain"
+    return *shapes, conv.stride[0], kind, x.dtype, precision(x)

@@ -1,0 +1,170 @@
+"""Convolution as implicit GEMM on tiles that tensor descriptors move (TMA, Hopper and later)."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ..chain import Conv
+from . import tiles
+from .conv_epilogue import columns, epilogue, prologue, store_moments
+from .conv_plan import CONFIGS, Fusion, box_of, eligible, key, pick, precision
+from .launch import launch, target
+
+STORE_N = 64  # columns of a box that is stored
+
+
+@triton.jit
+def conv_affine_act_tma_kernel(
+    x,
+    w,
+    residual,
+    y,
+    bias,
+    bn_weight,
+    bn_bias,
+    mean,
+    var,
+    res_scale,
+    res_shift,
+    in_scale,
+    in_shift,
+    partial,
+    N,
+    H,
+    W,
+    P,
+    Q,
+    channels,
+    filters,
+    p_tiles,
+    q_tiles,
+    k_tiles,
+    c_tiles,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PAD_H: tl.constexpr,
+    PAD_W: tl.constexpr,
+    DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr,
+    EPS: tl.constexpr,
+    RELU: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BOX_N: tl.constexpr,
+    BOX_P: tl.constexpr,
+    BOX_Q: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """y = relu(BN(conv(φ(x), w) + bias) + residual) on tiles moved by tensor descriptors.
+
+    φ is relu(in_scale·x + in_shift), in registers on the way to the tensor cores. `partial` takes
+    the moments of every tile of y, for batch statistics.
+
+    x is described as [N, H, 1, W, C], for stride 2 as its parities [N, H/2, 2, W/2, 2·C], so that
+    for a filter tap (r, s) the input of a box of BOX_N × BOX_P × BOX_Q output pixels is a box too;
+    what lies outside arrives as zero, which is the padding, and is dropped where y is stored. No
+    pointer, mask or division an element. w is [K, R·S, C], residual and y [N, P, Q, K].
+    Grid: one program per box of pixels and BLOCK_N filters, filters fastest, so that programs that
+    run together share the input in L2.
+    Bytes moved: x from memory once (its R·S·K/BLOCK_N readings hit L2), w, residual and y once.
+    """
+    pid = tl.program_id(0)
+    k0 = pid % k_tiles * BLOCK_N
+    box = pid // k_tiles
+    q0 = box % q_tiles * BOX_Q
+    p0 = box // q_tiles % p_tiles * BOX_P
+    n0 = box // q_tiles // p_tiles * BOX_N
+    BLOCK_M: tl.constexpr = BOX_N * BOX_P * BOX_Q
+    m = tl.arange(0, BLOCK_M)[:, None]
+    n, p, q = n0 + m // BOX_Q // BOX_P, p0 + m // BOX_Q % BOX_P, q0 + m % BOX_Q
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for i in range(R * S * c_tiles):
+        tap = i // c_tiles
+        c0 = i % c_tiles * BLOCK_K
+        h = tap // S * DILATION_H - PAD_H
+        v = tap % S * DILATION_W - PAD_W
+        if STRIDE == 1:
+            a = x.load([n0, p0 + h, 0, q0 + v, c0])
+        else:
+            a = x.load([n0, p0 + (h >> 1), h & 1, q0 + (v >> 1), (v & 1) * channels + c0])
+        b = w.load([k0, tap, c0])
+        a, b = a.reshape(BLOCK_M, BLOCK_K), b.reshape(BLOCK_N, BLOCK_K)
+        if in_scale is not None:
+            row, column = p * STRIDE + h, q * STRIDE + v
+            inside = (row >= 0) & (row < H) & (column >= 0) & (column < W)
+            c = c0 + tl.arange(0, BLOCK_K)[None, :]
+            a = prologue(a, in_scale, in_shift, c, channels, inside)
+        acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
+
+    vectors = (bias, bn_weight, bn_bias, mean, var, res_scale, res_shift)
+    parts = columns(acc)
+    WIDTH: tl.constexpr = BLOCK_N if BLOCK_N < 64 else 64
+    for i in tl.static_range(BLOCK_N // WIDTH):
+        first = k0 + i * WIDTH
+        k = first + tl.arange(0, WIDTH)[None, :]
+        s = None
+        if residual is not None:
+            s = residual.load([n0, p0, q0, first]).reshape(BLOCK_M, WIDTH)
+        part = epilogue(parts[i], s, k, filters, vectors, EPS, RELU).to(y.dtype)
+        y.store([n0, p0, q0, first], part.reshape(BOX_N, BOX_P, BOX_Q, WIDTH))
+        if partial is not None:
+            inside = (n < N) & (p < P) & (q < Q)
+            boxes = tl.num_programs(0) // k_tiles
+            store_moments(partial, part, inside, box, boxes, k, filters, filters)
+
+
+def by_descriptors(x: Tensor, w: Tensor, conv: Conv, f: Fusion, y: Tensor) -> Tensor | None:
+    """Fill y; gives the tiles' moments where they are wanted."""
+    n, c, h, width = x.shape
+    k, _, r, s = w.shape
+    p, q = y.shape[2:]
+    stride = conv.stride[0]
+    if r * s == stride == 1 and conv.padding == (0, 0):  # a plain GEMM: pixels of all images
+        n, h, width, p, q = 1, 1, n * h * width, 1, n * p * q
+
+    partial = None
+
+    def start(config: tuple[int, ...]) -> None:
+        nonlocal partial
+        block_m, block_n, block_k, warps, stages = config
+        block_k = block_k * 2 // x.element_size()
+        box_n, box_p, box_q = box = box_of(block_m, n, p, q)
+        row, image = width * c, h * width * c
+        if stride == 1:
+            shape, strides = [n, h, 1, width, c], [image, row, row, c, 1]
+        else:
+            shape = [n, h // 2, 2, width // 2, 2 * c]
+            strides = [image, 2 * row, row, 2 * c, 1]
+        x_tiles = TensorDescriptor(x, shape, strides, [box_n, box_p, 1, box_q, block_k])
+        w_tiles = TensorDescriptor(w, [k, r * s, c], [r * s * c, c, 1], [block_n, 1, block_k])
+        out_shape, out_strides = [n, p, q, k], [p * q * k, q * k, k, 1]
+        y_tiles = TensorDescriptor(y, out_shape, out_strides, [*box, min(block_n, STORE_N)])
+        residual = None
+        if f.residual is not None:
+            residual = TensorDescriptor(
+                f.residual, out_shape, out_strides, [*box, min(block_n, STORE_N)]
+            )
+        grid = [triton.cdiv(*pair) for pair in ((n, box_n), (p, box_p), (q, box_q), (k, block_n))]
+        boxes = grid[0] * grid[1] * grid[2]
+        if f.stats:
+            partial = x.new_empty(4, boxes, k, dtype=torch.float32)
+        launch(
+            conv_affine_act_tma_kernel, (boxes * grid[3],),
+            x_tiles, w_tiles, residual, y_tiles, *f.vectors, partial, n, h, width, p, q, c,
+            k, grid[1], grid[2], grid[3],
+            triton.cdiv(c, block_k), r, s, stride, *conv.padding, *conv.dilation, f.eps, f.relu,
+            precision(x), *box, block_n, block_k, num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+
+    gpu = target(x)
+    # 256 columns with a residual or statistics are more registers than a thread has on sm_100.
+    configs = eligible(CONFIGS[1:] if f.residual is not None or f.stats else CONFIGS, k, gpu.shared)
+    rule = pick(configs, n * p * q, k, gpu.multiprocessors)
+    tiles.run("conv_affine_act_tma", key(x, w, conv, f), configs, rule, x, start)
+    return partial
