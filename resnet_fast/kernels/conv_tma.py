@@ -128,7 +128,9 @@ def by_descriptors(x: Tensor, w: Tensor, conv: Conv, f: Fusion, y: Tensor) -> Te
     if r * s == stride == 1 and conv.padding == (0, 0):  # a plain GEMM: pixels of all images
         n, h, width, p, q = 1, 1, n * h * width, 1, n * p * q
 
-    partial = None
+    partial, gpu = None, target(x)
+    # On Blackwell ptxas would rather spill than pass 128 registers, unless told what there are.
+    registers = {"maxnreg": 255} if gpu.capability >= 100 else {}
 
     def start(config: tuple[int, ...]) -> None:
         nonlocal partial
@@ -160,9 +162,9 @@ def by_descriptors(x: Tensor, w: Tensor, conv: Conv, f: Fusion, y: Tensor) -> Te
             k, grid[1], grid[2], grid[3],
             triton.cdiv(c, block_k), r, s, stride, *conv.padding, *conv.dilation, f.eps, f.relu,
             precision(x), *box, block_n, block_k, num_warps=warps, num_stages=stages,
+            **registers,
         )  # fmt: skip
 
-    gpu = target(x)
     # 256 columns with a residual or statistics are more registers than a thread has on sm_100.
     configs = eligible(CONFIGS[1:] if f.residual is not None or f.stats else CONFIGS, k, gpu.shared)
     rule = pick(configs, n * p * q, k, gpu.multiprocessors)
