@@ -165,8 +165,10 @@ def by_descriptors(x: Tensor, w: Tensor, conv: Conv, f: Fusion, y: Tensor) -> Te
             **registers,
         )  # fmt: skip
 
-    # 256 columns with a residual or statistics are more registers than a thread has on sm_100.
-    configs = eligible(CONFIGS[1:] if f.residual is not None or f.stats else CONFIGS, k, gpu.shared)
+    # What the epilogue holds beside wide tiles is more registers than a thread has on sm_100.
+    extras = f.residual is not None or f.stats
+    widest = CONFIGS[2:] if f.res_scale is not None else CONFIGS[1:] if extras else CONFIGS
+    configs = eligible(widest, k, gpu.shared)
     rule = pick(configs, n * p * q, k, gpu.multiprocessors)
     tiles.run("conv_affine_act_tma", key(x, w, conv, f), configs, rule, x, start)
     return partial
