@@ -72,6 +72,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
     Fused multiply-adds are on, as in every Triton up to 3.9: what must round once says `tl.fma`.
     """
     options["enable_fp_fusion"] = True
+    if INTERPRETING:
+        options.pop("maxnreg", None)  # what the interpreter does not know
     if _compiling is not None:
         _compiling[1](kernel, args, options)
         return
