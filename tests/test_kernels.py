@@ -379,8 +379,8 @@ def test_kernels_compile_without_a_gpu(arch, tmp_path):
     assert len(convs) >= 4 and len(found) >= 18
     assert {row["tensor_cores"] for row in convs} == {"HGMMA" if arch == "sm_90" else "HMMA"}
     assert all(row["local"] == 0 and row["registers"] > 8 for row in found)
-    tma = [row for row in convs if "TMA" in row["loads"]]
-    assert len(tma) == (3 if arch == "sm_90" else 0)
+    for row in convs:  # the stem has 3 channels, which are no 16 bytes
+        assert ("TMA" in row["loads"]) == (arch == "sm_90" and "7x7" not in row["case"])
 
 
 def test_a_spill_is_found():
