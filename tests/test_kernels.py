@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -260,8 +261,11 @@ def test_search(cache, monkeypatch):
 
 
 def test_no_search_unless_asked(monkeypatch):
+    on_gpu = SimpleNamespace(device=torch.device("cuda"))
     monkeypatch.delenv("RESNET_FAST_AUTOTUNE", raising=False)
-    assert not tiles._searches(torch.empty(0, device="meta"))
+    assert not tiles._searches(on_gpu)
+    monkeypatch.setenv("RESNET_FAST_AUTOTUNE", "1")
+    assert tiles._searches(on_gpu) and not tiles._searches(torch.empty(0))
     assert tiles.slug("NVIDIA H200") == "nvidia-h200"
 
 
