@@ -2,11 +2,14 @@
 
 __version__ = "0.1.0"
 
+from . import cpu
 from .backend import empty_cache
 from .functional import add_relu, bn_act, conv_bn_act
 from .fuse import explain, fuse, unfuse
 from .models import ResNet, create_model, list_models
 from .modules import BasicBlock, Bottleneck, ConvBNAct2d, PreActBasicBlock, PreActBottleneck
+
+cpu.keep_onednn_from_unusable_amx()
 
 __all__ = [
     "BasicBlock",

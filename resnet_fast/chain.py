@@ -17,6 +17,7 @@ He et al. 2015 (arXiv:1512.03385, eq. 1 and 2), He et al. 2016 (arXiv:1603.05027
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -38,6 +39,35 @@ class Conv:
         """P (axis 0) or Q (axis 1) from H or W: ⌊(size + 2p − d(kernel − 1) − 1) / s⌋ + 1."""
         reach = self.dilation[axis] * (kernel - 1) + 1
         return (size + 2 * self.padding[axis] - reach) // self.stride[axis] + 1
+
+    def output_shape(
+        self, x: Sequence[int], w: Sequence[int], weight: str = "weight"
+    ) -> tuple[int, int, int, int]:
+        """[N,K,P,Q] of inputs [N,C,H,W] and filters [K,C/groups,R,S], those called `weight`.
+
+        Raises ValueError where they do not fit each other or the geometry is none.
+        """
+        if len(w) != 4:
+            raise ValueError(f"{weight}: expected 4 dimensions [K, C/groups, R, S], got {tuple(w)}")
+        if self.groups < 1 or w[0] % self.groups:
+            raise ValueError(f"groups: expected a divisor of {w[0]} filters, got {self.groups}")
+        if w[1] * self.groups != x[1]:
+            raise ValueError(
+                f"{weight}: expected {x[1]} input channels / {self.groups} groups, "
+                f"got shape {tuple(w)}"
+            )
+        if min(self.stride) < 1 or min(self.dilation) < 1 or min(self.padding) < 0:
+            raise ValueError(
+                f"stride, dilation and padding: expected positive, positive and not negative, got "
+                f"{self.stride}, {self.dilation}, {self.padding}"
+            )
+        p, q = (self.output_size(x[2 + i], w[2 + i], i) for i in (0, 1))
+        if min(p, q) < 1:
+            raise ValueError(
+                f"x: {x[2]}x{x[3]} pixels are too few for a {w[2]}x{w[3]} convolution with "
+                f"padding {self.padding} and dilation {self.dilation}"
+            )
+        return x[0], w[0], p, q
 
     def args(self) -> tuple[list[int], list[int], list[int], int]:
         """stride, padding, dilation, groups in the order of the ops."""

@@ -87,15 +87,7 @@ def _conv_shape(
     shape: tuple[int, ...], conv: Conv, params: ConvParams, x: Tensor, where: str = ""
 ) -> tuple[int, ...]:
     w, name = params.weight, f"{where}weight"
-    if w.dim() != 4:
-        raise ValueError(f"{name}: expected 4 dimensions [K, C/groups, R, S], got {tuple(w.shape)}")
-    if conv.groups < 1 or w.size(0) % conv.groups:
-        raise ValueError(f"groups: expected a divisor of {w.size(0)} filters, got {conv.groups}")
-    if w.size(1) * conv.groups != shape[1]:
-        raise ValueError(
-            f"{name}: expected {shape[1]} input channels / {conv.groups} groups, "
-            f"got shape {tuple(w.shape)}"
-        )
+    out = conv.output_shape(shape, w.shape, name)
     if w.dtype != x.dtype and not (w.dtype == torch.float32 and x.dtype.itemsize == 2):
         raise ValueError(
             f"{name}: expected x's dtype {_name(x.dtype)} (or float32 beside 16-bit activations), "
@@ -104,18 +96,7 @@ def _conv_shape(
     _same_device(name, w, x)
     if params.bias is not None:
         _vector(f"{where}bias", params.bias, w.size(0), x)
-    if min(conv.stride) < 1 or min(conv.dilation) < 1 or min(conv.padding) < 0:
-        raise ValueError(
-            f"stride, dilation and padding: expected positive, positive and not negative, got "
-            f"{conv.stride}, {conv.dilation}, {conv.padding}"
-        )
-    size = [conv.output_size(shape[2 + i], w.size(2 + i), i) for i in (0, 1)]
-    if min(size) < 1:
-        raise ValueError(
-            f"x: {shape[2]}x{shape[3]} pixels are too few for a {w.size(2)}x{w.size(3)} "
-            f"convolution with padding {conv.padding} and dilation {conv.dilation}"
-        )
-    return (shape[0], w.size(0), *size)
+    return out
 
 
 def _check_norm(params: NormParams, channels: int, x: Tensor, needs_running: bool) -> None:

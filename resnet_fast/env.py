@@ -14,19 +14,13 @@ import platform
 import shutil
 import subprocess
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import __version__, backend, ops
+from . import __version__, backend, cpu, ops
 
 AUTO_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-ISAS = (
-    "sse4_2", "avx", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512_vnni",
-    "avx512_bf16", "avx512_fp16", "avx_vnni", "amx_tile", "amx_bf16", "amx_int8", "amx_fp16",
-    "asimd", "asimdhp", "bf16", "i8mm", "sve", "sve2",
-)  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,10 +50,12 @@ def collect() -> dict[str, Any]:
         },
         "build": backend.build_info(),
         "cpu": {
-            "name": cpu_name(),
-            "isas": cpu_isas(),
+            "name": cpu.name(),
+            "isas": cpu.isas(),
             "torch_isa": torch.backends.cpu.get_cpu_capability(),
             "onednn": torch.backends.mkldnn.is_available(),
+            "onednn_max_isa": os.environ.get("ONEDNN_MAX_CPU_ISA"),
+            "unusable_amx": cpu.has_unusable_amx(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
         },
@@ -67,28 +63,6 @@ def collect() -> dict[str, Any]:
         "implementations": [vars(row) for row in backend.status()],
         "auto": _auto(),
     }
-
-
-def cpu_name() -> str:
-    """The processor's model as the system gives it."""
-    return _cpuinfo("model name", "cpu model") or platform.processor() or platform.machine()
-
-
-def cpu_isas() -> list[str]:
-    """The instruction sets of interest that the processor has; empty where Linux is not asked."""
-    flags = (_cpuinfo("flags", "features") or "").split()
-    return [name for name in ISAS if name in flags]
-
-
-def _cpuinfo(*keys: str) -> str | None:
-    path = Path("/proc/cpuinfo")
-    if not path.exists():
-        return None
-    for line in path.read_text().splitlines():
-        key, _, value = line.partition(":")
-        if key.strip().lower() in keys:
-            return value.strip()
-    return None
 
 
 def _gpus() -> list[dict[str, Any]]:
@@ -143,7 +117,7 @@ def _auto() -> list[dict[str, Any]]:
 
 def text(found: dict[str, Any]) -> str:
     """`collect()` for the terminal."""
-    versions, cpu, build = found["versions"], found["cpu"], found["build"]
+    versions, host, build = found["versions"], found["cpu"], found["build"]
     cuda = f"CUDA {versions['torch_cuda']}" if versions["torch_cuda"] else "without CUDA"
     lines = [
         ("resnet_fast", versions["resnet_fast"]),
@@ -152,8 +126,9 @@ def text(found: dict[str, Any]) -> str:
         ("triton", versions["triton"] or "not installed"),
         ("compiler", versions["compiler"] or "none found"),
         *([("nvcc", versions["nvcc"])] if versions["nvcc"] else []),
-        ("CPU", f"{cpu['name']}, {cpu['cores']} cores, {cpu['threads']} threads"),
-        ("ISAs", ", ".join(cpu["isas"]) or cpu["torch_isa"]),
+        ("CPU", f"{host['name']}, {host['cores']} cores, {host['threads']} threads"),
+        ("ISAs", ", ".join(host["isas"]) or host["torch_isa"]),
+        *_onednn_lines(host),
         *[
             (f"GPU {i}", f"{gpu['name']}, sm {gpu['sm']}, {gpu['memory_gib']} GiB")
             for i, gpu in enumerate(found["gpus"])
@@ -169,6 +144,13 @@ def text(found: dict[str, Any]) -> str:
     parts.append("implementations\n" + _columns(_indented(rows)))
     parts.append('impl="auto" takes\n' + _columns(_indented(auto_lines(found["auto"]))))
     return "\n\n".join(parts)
+
+
+def _onednn_lines(host: dict[str, Any]) -> list[tuple[str, str]]:
+    if host["onednn_max_isa"] is None:
+        return []
+    why = " (AMX is announced here and cannot be used)" if host["unusable_amx"] else ""
+    return [("oneDNN", f"held to {host['onednn_max_isa']}{why}")]
 
 
 def _build_lines(build: dict[str, Any] | None) -> list[tuple[str, str]]:
