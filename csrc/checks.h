@@ -6,7 +6,9 @@
 #include <c10/util/Exception.h>
 
 #include <initializer_list>
+#include <optional>
 #include <sstream>
+#include <utility>
 
 namespace resnet_fast {
 
@@ -112,6 +114,16 @@ inline void check_like(const Arg& a, const Arg& like) {
   check_same_device(a, like);
   check_same_dtype(a, like);
   check_same_shape(a, like);
+}
+
+// Operands that say nothing without each other: all of them or none.
+inline void check_together(
+    const char* op, std::initializer_list<std::pair<const char*, const std::optional<at::Tensor>*>> operands) {
+  const auto& [first, there] = *operands.begin();
+  for (const auto& [name, operand] : operands) {
+    TORCH_CHECK(operand->has_value() == there->has_value(), op, ": `", operand->has_value() ? first : name,
+                "` is missing, expected beside `", operand->has_value() ? name : first, "`");
+  }
 }
 
 }  // namespace resnet_fast

@@ -112,7 +112,7 @@ def _function(impl: str, op: str) -> Callable[..., Any]:
         return getattr(reference, op)
     if impl == "native":
         return getattr(torch.ops.resnet_fast_native, op).default
-    return getattr(triton_module()[0], op)
+    return triton_module()[0].OPS[op]
 
 
 @functools.cache

@@ -45,11 +45,6 @@ std::vector<int64_t> check_conv(const char* op, const Tensor& x, const Tensor& w
   return {s.images, s.filters, s.rows, s.columns};
 }
 
-// `both` or neither of two operands that only make sense together.
-void check_together(const char* op, const OptTensor& a, const OptTensor& b, const char* names) {
-  TORCH_CHECK(a.has_value() == b.has_value(), op, ": ", names, ": expected both or neither");
-}
-
 Tensor empty_like_accumulate(const Tensor& x, int64_t size) {
   return at::empty({size}, x.options().dtype(accumulate_type(x)));
 }
@@ -140,7 +135,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_fprop(
   const Geometry g = {stride, padding, dilation, groups};
   check_conv("conv_fprop", x, w, g);
   check_vectors("conv_fprop", x, {{"in_scale", &in_scale}, {"in_shift", &in_shift}});
-  check_together("conv_fprop", in_scale, in_shift, "`in_scale`, `in_shift`");
+  check_together("conv_fprop", {{"in_scale", &in_scale}, {"in_shift", &in_shift}});
   if (tiled(x, w, g)) {
     return x.scalar_type() == at::kFloat ? tiled_fprop<float>(x, w, in_scale, in_shift, stats, g)
                                          : tiled_fprop<bf16>(x, w, in_scale, in_shift, stats, g);
@@ -255,8 +250,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bprop(
   TORCH_CHECK(!b || (a && z && mean && c), op, ": `b` needs `a`, `z`, `mean` and `c` beside it");
   check_vectors(
       op, x, {{"in_scale", &in_scale}, {"in_shift", &in_shift}, {"in_mean", &in_mean}, {"in_rstd", &in_rstd}});
-  check_together(op, in_scale, in_shift, "`in_scale`, `in_shift`");
-  check_together(op, in_mean, in_rstd, "`in_mean`, `in_rstd`");
+  check_together(op, {{"in_scale", &in_scale}, {"in_shift", &in_shift}});
+  check_together(op, {{"in_mean", &in_mean}, {"in_rstd", &in_rstd}});
   check_beside(op, "in_act", in_act, x, "x");
   check_beside(op, "residual", residual, x, "x");
   check_mask(op, "residual_mask", residual_mask, x);
@@ -291,9 +286,11 @@ Tensor conv_bn_act(
   for (const auto& [name, vector] :
        {std::pair<const char*, const OptTensor&>{"bias", bias}, {"bn_weight", bn_weight}, {"bn_bias", bn_bias},
         {"running_mean", running_mean}, {"running_var", running_var}}) {
-    if (vector) check_channels({"conv_bn_act", name, *vector}, w.size(0));
+    if (!vector) continue;
+    check_channels({"conv_bn_act", name, *vector}, w.size(0));
+    check_floating({"conv_bn_act", name, *vector});
   }
-  check_together("conv_bn_act", running_mean, running_var, "`running_mean`, `running_var`");
+  check_together("conv_bn_act", {{"running_mean", &running_mean}, {"running_var", &running_var}});
   if (residual) {
     check_shape({"conv_bn_act", "residual", *residual}, output);
     check_same_dtype({"conv_bn_act", "residual", *residual}, {"conv_bn_act", "x", x});

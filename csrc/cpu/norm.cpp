@@ -193,15 +193,16 @@ std::tuple<Tensor, Tensor> bn_stats(const Tensor& x) {
 std::tuple<Tensor, Tensor, Tensor> bn_finalize(
     const Tensor& mean, const Tensor& m2, int64_t count, const OptTensor& weight, const OptTensor& bias, double eps) {
   const int64_t channels = mean.numel();
-  const auto wide = [&](const OptTensor& t, double fill) {
-    return t.has_value() ? t->to(mean.scalar_type()).contiguous() : at::full({channels}, fill, mean.options());
+  const auto wide = [&](const char* name, const OptTensor& t, double fill) {
+    if (!t) return at::full({channels}, fill, mean.options());
+    check_floating({"bn_finalize", name, *t});
+    check_channels({"bn_finalize", name, *t}, channels);
+    return t->to(mean.scalar_type()).contiguous();
   };
   check_channels({"bn_finalize", "mean", mean}, channels);
   check_channels({"bn_finalize", "m2", m2}, channels);
   check_same_dtype({"bn_finalize", "m2", m2}, {"bn_finalize", "mean", mean});
-  const Tensor w = wide(weight, 1.0), b = wide(bias, 0.0);
-  check_channels({"bn_finalize", "weight", w}, channels);
-  check_channels({"bn_finalize", "bias", b}, channels);
+  const Tensor w = wide("weight", weight, 1.0), b = wide("bias", bias, 0.0);
   Tensor scale = at::empty_like(mean), shift = at::empty_like(mean), rstd = at::empty_like(mean);
   AT_DISPATCH_FLOATING_TYPES(mean.scalar_type(), "bn_finalize", [&] {
     using A = scalar_t;
@@ -222,6 +223,7 @@ std::tuple<Tensor, Tensor, Tensor> bn_finalize(
 std::tuple<Tensor, Tensor> bn_bwd_finalize(
     const Tensor& sum_dy, const Tensor& sum_dy_xhat, const Tensor& scale, const Tensor& rstd, int64_t count) {
   const int64_t channels = sum_dy.numel();
+  check_channels({"bn_bwd_finalize", "sum_dy", sum_dy}, channels);
   for (const auto& [name, t] :
        {std::pair<const char*, const Tensor&>{"sum_dy_xhat", sum_dy_xhat}, {"scale", scale}, {"rstd", rstd}}) {
     check_channels({"bn_bwd_finalize", name, t}, channels);
@@ -249,6 +251,8 @@ std::tuple<Tensor, Tensor> bn_act(
   const OptTensor s = scale, t = shift;
   check_vectors("bn_act", z, {{"scale", &s}, {"shift", &t}, {"res_scale", &res_scale}, {"res_shift", &res_shift}});
   check_beside("bn_act", "residual", residual, z, "z");
+  check_together("bn_act", {{"res_scale", &res_scale}, {"res_shift", &res_shift}});
+  TORCH_CHECK(!res_scale || residual, "bn_act: `residual` is missing, expected beside `res_scale`");
   return bn_act_unchecked(z, s, t, residual, res_scale, res_shift, relu, save_mask);
 }
 
@@ -267,6 +271,7 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_bwd_reduce(
   check_beside(op, "z", z, dy, "dy");
   check_beside(op, "residual", residual, dy, "dy");
   const OptTensor m = mean, r = rstd;
+  check_together(op, {{"residual", &residual}, {"res_mean", &res_mean}, {"res_rstd", &res_rstd}});
   check_vectors(op, dy, {{"mean", &m}, {"rstd", &r}, {"res_mean", &res_mean}, {"res_rstd", &res_rstd}});
   return dispatch(dy, op, [&](auto t) -> std::tuple<Tensor, Tensor, Tensor> {
     using T = decltype(t);
@@ -309,6 +314,8 @@ Tensor bn_act_bwd_apply(
 }
 
 Tensor add_relu_bwd(const Tensor& dy, const Tensor& mask) {
+  check_activation("add_relu_bwd", "dy", dy);
+  check_mask("add_relu_bwd", "mask", mask, dy);
   return bn_act_bwd_apply(dy, mask, {}, {}, {}, {}, {}, {}, {});
 }
 

@@ -1,7 +1,8 @@
 """Triton: functions named after the ops of `resnet_fast.ops`, and why one cannot run.
 
-They take the arguments of their namesakes in `resnet_fast.reference`. On CPU tensors they run
-only in Triton's interpreter (TRITON_INTERPRET=1 before the first import), which is for tests.
+OPS checks what its functions are given; the functions of this module are the bare launchers. They
+take the arguments of their namesakes in `resnet_fast.reference`. On CPU tensors they run only in
+Triton's interpreter (TRITON_INTERPRET=1 before the first import), which is for tests.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ from .conv import conv_bn_act
 from .conv_train import conv_bprop, conv_fprop
 from .global_avg_pool import global_avg_pool
 from .launch import INTERPRETING
+from .operands import checked
 
 OPS = {
-    f.__name__: f
+    f.__name__: checked(f)
     for f in (
         add_relu, add_relu_bwd, bn_act, bn_act_bwd_apply, bn_act_bwd_reduce, bn_bwd_finalize,
         bn_finalize, bn_stats, conv_bn_act, conv_bprop, conv_fprop, global_avg_pool,

@@ -72,12 +72,13 @@ def refuse_tma(x: Tensor, w: Tensor, conv: Conv, residual: Tensor | None = None)
         return "fp32 without tf32 multiplies on CUDA cores"
     if conv.groups != 1:
         return "groups"
-    if any(memory_format(t) != torch.channels_last and not flat(t) for t in (x, w)):
+    dense = [t for t in (x, w, residual) if t is not None]
+    if any(memory_format(t) != torch.channels_last and not flat(t) for t in dense):
         return "NCHW"
     size = x.element_size()
     if w.size(1) * size % 16 or w.size(0) * size % 16:
         return "channels or filters are no multiple of 16 bytes"
-    if any(t is not None and t.data_ptr() % 16 for t in (x, w, residual)):
+    if any(t.data_ptr() % 16 for t in dense):
         return "a tensor does not start at a multiple of 16 bytes"
     if conv.stride == (2, 2):
         if x.size(2) % 2 or x.size(3) % 2 or w.size(1) * size % 128:
@@ -135,7 +136,10 @@ def pick(configs: Configs, pixels: int, filters: int, processors: int) -> int:
 def key(x: Tensor, w: Tensor, conv: Conv, f: Fusion) -> tuple[Any, ...]:
     """What a table of tiles is looked up by."""
     shapes = ("x".join(map(str, t.shape)) for t in (x, w))
-    kinds = (("prologue", f.in_scale is not None), ("residual", f.residual is not None),
-             ("stats", f.stats))  # fmt: skip
-    kind = "+".join(name for name, there in kinds if there) or "plain"
-    return *shapes, conv.stride[0], kind, x.dtype, precision(x)
+    kinds = (
+        ("prologue", f.in_scale), ("residual", f.residual), ("scaled", f.res_scale),
+        ("stats", f.stats or None),
+    )  # fmt: skip
+    kind = "+".join(name for name, there in kinds if there is not None) or "plain"
+    stride = "x".join(map(str, conv.stride))
+    return *shapes, f"stride{stride}", f"groups{conv.groups}", kind, x.dtype, precision(x)
