@@ -1,8 +1,9 @@
 """`python -m bench gpu`: what a GPU does with this package, in one command and a time budget.
 
 In the order of what matters most: the machine's ceilings, every convolution of ResNet-50 beside
-the library's, whole models in inference beside eager and compiled PyTorch. What does not fit in
-the budget is named and left out. Rows go to `bench/results/<gpu>.jsonl`.
+the library's in inference and in each pass of training, whole models in training and inference
+beside eager and compiled PyTorch. What does not fit in the budget is named and left out. Rows go
+to `bench/results/<gpu>.jsonl`.
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ import torch
 from bench import ceilings, layers, models, rows
 
 BATCHES = (256, 32, 1)
+TRAIN_BATCHES = (256, 64)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `python -m bench gpu`."""
     parser.add_argument("--minutes", type=float, default=7.0, help="budget (7)")
     parser.add_argument("--batch", type=int, default=256, help="of the layers (256)")
+    parser.add_argument("--only", default="", help="steps whose name contains this")
     parser.add_argument("--out", type=Path, metavar="FILE.jsonl",
                         help="append rows here (bench/results/<gpu>.jsonl)")  # fmt: skip
 
@@ -39,7 +42,8 @@ def run(args: argparse.Namespace) -> int:
     from resnet_fast.kernels.tiles import slug
 
     out = args.out or rows.RESULTS / f"{slug(torch.cuda.get_device_name())}.jsonl"
-    return run_steps(steps(out, args.batch), 60 * args.minutes)
+    todo = [step for step in steps(out, args.batch) if args.only in step[0]]
+    return run_steps(todo, 60 * args.minutes)
 
 
 Step = tuple[str, float, Callable[[], int]]
@@ -69,10 +73,19 @@ def run_steps(
 def steps(out: Path, batch: int) -> list[Step]:
     """The steps, most important first."""
     where = ["--device", "cuda", "--out", str(out)]
+    each = [*where, "--batch", str(batch)]
     todo: list[Step] = [
         ("ceilings", 20, command(ceilings, where)),
-        ("layers", 60, command(layers, [*where, "--batch", str(batch)])),
+        ("layers", 60, command(layers, each)),
+        ("training layers", 120, command(layers, [*each, "--mode", "fprop,dgrad,wgrad"])),
     ]
+    for model in ("resnet50", "resnet18"):
+        for size in TRAIN_BATCHES:
+            options = ["--model", model, "--mode", "train", "--batch", str(size), "--dtype", "bf16"]
+            options += ["--providers", "eager,compile,resnet_fast", "--optimizer", "sgd", "--graph"]
+            name = f"{model} train bf16 batch {size}"
+            seconds = 90 if model == "resnet50" else 60
+            todo.append((name, seconds, command(models, [*options, "--seconds", "8", *where])))
     for dtype in ("bf16", "fp16"):
         for model in ("resnet50", "resnet18"):
             for size in BATCHES:

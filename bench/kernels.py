@@ -206,6 +206,30 @@ def conv_cases(
         yield f"{name} stats", partial(fprop, x, w, None, None, True, *geometry)
         start = _vectors(layer.channels, 2, dtype)
         yield f"{name} prologue+stats", partial(fprop, x, w, *start, True, *geometry)
+        yield from gradient_cases(name, x, w, y, geometry)
+
+
+def gradient_cases(
+    name: str, x: Tensor, w: Tensor, y: Tensor, geometry: Any
+) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Both gradients of a convolution: the last of a block, one inside it, the first."""
+    from resnet_fast import kernels
+
+    def bits(t: Tensor) -> Tensor:
+        shape = (t.numel() // t.size(1), t.size(1) // 8)
+        return torch.empty(shape, dtype=torch.uint8, device="meta")
+
+    a, mean, b, c = _vectors(w.size(0), 4, x.dtype)
+    above, below = (a, y, mean, b, c), (*_vectors(x.size(1), 4, x.dtype), None)
+    first = (*[None] * 5, x, bits(x))
+    need = (*geometry, True, True)
+    for what, mask, beside in (
+        ("last", bits(y), (*below, None, None)),
+        ("inner", None, (*below, None, None)),
+        ("first", None, first),
+    ):
+        call = partial(kernels.conv_bprop, y, w, x, mask, *above, *beside, *need)
+        yield f"{name} {what}", call
 
 
 def norm_cases(dtype: torch.dtype, channels_last: bool) -> dict[str, Callable[[], Any]]:

@@ -1,18 +1,27 @@
 """`python -m bench layers`: every convolution of a model, fused beside the library's.
 
-A layer is a convolution with its normalization, addition and ReLU in inference. `resnet_fast` runs
-`conv_bn_act` once; `torch` runs the convolution alone and then the rest as PyTorch does, each in
-place; `torch conv` is the bare convolution, what the rest costs being the difference. The floor is
-what the bytes and operations of a layer take at the machine's measured limits.
+A layer is a convolution with what a model does around it, in one of four modes:
+
+    infer   normalization by running statistics, addition, ReLU
+    fprop   the normalization and ReLU of its input, the statistics of its output
+    dgrad   its normalization's backward, dx, the ReLU below, the sums of the normalization below
+    wgrad   dw, its input and its normalization's backward made again
+
+`resnet_fast` runs an op of ours once; `torch` runs the convolution and the rest as PyTorch does;
+`torch conv` is the bare convolution, what the rest costs being the difference. On a GPU `fused` and
+`library` are ours with the plan asked for (RESNET_FAST_TRITON_CONV), `resnet_fast` is by table or
+rule. The floor is what the bytes and operations of a layer take at the machine's measured limits.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -65,10 +74,21 @@ class Layer:
         p, q = self.out_size
         return 2 * n * p * q * k * c * r * s
 
-    def bytes(self, n: int, size: int) -> int:
-        """Bytes that inference must move: x, filters, residual and y once, `size` an element."""
+    def bytes(self, n: int, size: int, mode: str = "infer") -> int:
+        """Bytes that a mode must move, `size` an element: each tensor it reads or writes once.
+
+        infer: x, filters, residual, y. fprop: x, filters, z. dgrad: dy, z, filters, x, dx. wgrad:
+        dy, z, x, dw.
+        """
         x, y = (torch.Size(shape).numel() for shape in self.shapes(n))
-        return size * (x + torch.Size(self.weight_shape).numel() + y * (1 + self.residual))
+        w = torch.Size(self.weight_shape).numel()
+        moved = {
+            "infer": x + w + y * (1 + self.residual),
+            "fprop": x + w + y,
+            "dgrad": 2 * y + w + 2 * x,
+            "wgrad": 2 * y + w + x,
+        }
+        return size * moved[mode]
 
     def __str__(self) -> str:
         r, stride = self.kernel[0], self.conv.stride[0]
@@ -118,10 +138,13 @@ def tensors(
     return draw(x_shape), w, norm, draw(y_shape) if layer.residual else None
 
 
-def providers(
-    layer: Layer, n: int, dtype: torch.dtype, device: torch.device, impl: str
-) -> dict[str, Callable[[], Tensor]]:
-    """What is compared, each on the same tensors."""
+EPS = 1e-5
+MODES = ("infer", "fprop", "dgrad", "wgrad")
+Runs = dict[str, Callable[[], Tensor]]
+
+
+def infer(layer: Layer, n: int, dtype: torch.dtype, device: torch.device, impl: str) -> Runs:
+    """What is compared in inference, each on the same tensors."""
     x, w, norm, residual = tensors(layer, n, dtype, device)
     weight, bias, mean, var = norm
     narrow = [v.to(dtype) for v in norm]
@@ -139,33 +162,118 @@ def providers(
             z += residual
         return z.relu_() if layer.relu else z
 
-    return {
-        "resnet_fast": fused,
-        "torch": unfused,
-        "torch conv": lambda: F.conv2d(x, w, None, *geometry),
-    }
+    conv = partial(F.conv2d, x, w, None, *geometry)
+    return {"resnet_fast": fused, "torch": unfused, "torch conv": conv}
 
 
-EPS = 1e-5
+def train(mode: str) -> Callable[[Layer, int, torch.dtype, torch.device, str], Runs]:
+    """What is compared in one pass of training: "fprop", "dgrad" or "wgrad"."""
+
+    def runs(layer: Layer, n: int, dtype: torch.dtype, device: torch.device, impl: str) -> Runs:
+        x, w, norm, _ = tensors(layer, n, dtype, device)
+        weight, bias, *_ = norm
+        below = [torch.rand(layer.channels, device=device) + 0.5 for _ in range(4)]
+        if layer.channels < 16:  # the image has no normalization
+            below = [None] * 4
+        geometry = layer.conv.args()
+        need = mode == "dgrad", mode == "wgrad"
+
+        h = x if below[0] is None else F.relu(_affine(x, *below[:2]))
+        z = F.conv2d(h, w, None, *geometry)
+        dy = torch.randn_like(z)
+        wide = z.float()
+        mean, var = wide.mean((0, 2, 3)), wide.var((0, 2, 3), unbiased=False)
+        rstd = torch.rsqrt(var + EPS)
+        count = z.numel() // z.size(1)
+        xhat = (wide - mean.view(-1, 1, 1)) * rstd.view(-1, 1, 1)
+        sums = dy.float().sum((0, 2, 3)), (dy.float() * xhat).sum((0, 2, 3))
+        del wide, xhat
+        a = weight * rstd
+        b, c = -a * rstd * sums[1] / count, -a * sums[0] / count
+
+        def fused() -> Tensor:
+            if mode == "fprop":
+                return ops.conv_fprop(x, w, *below[:2], True, *geometry, impl)[0]
+            grads = ops.conv_bprop(
+                dy, w, x, None, a, z, mean, b, c, *below[:2],
+                *(below[2:] if mode == "dgrad" else (None, None)), None, None, None, *geometry,
+                *need, impl,
+            )  # fmt: skip
+            return grads[mode == "wgrad"]
+
+        def asked(what: str) -> Tensor:
+            before = os.environ.get("RESNET_FAST_TRITON_CONV")
+            os.environ["RESNET_FAST_TRITON_CONV"] = what
+            try:
+                return fused()
+            finally:
+                os.environ.pop("RESNET_FAST_TRITON_CONV")
+                if before is not None:
+                    os.environ["RESNET_FAST_TRITON_CONV"] = before
+
+        def backward(dz: Tensor) -> Tensor:
+            return torch.ops.aten.convolution_backward(
+                dz, h, w, None, *geometry[:3], False, [0, 0], geometry[3], [*need, False]
+            )[mode == "wgrad"]
+
+        if mode == "dgrad":
+            with torch.enable_grad():
+                leaf = h.detach().requires_grad_()
+                out = F.conv2d(leaf.relu(), w, None, *geometry)
+                out = F.batch_norm(out, None, None, weight, bias, True, 0.0, EPS)
+
+        def unfused() -> Tensor:
+            if mode == "fprop":
+                u = F.conv2d(h, w, None, *geometry)
+                F.batch_norm(u, None, None, weight, bias, True, 0.0, EPS).relu_()
+                return u
+            if mode == "dgrad":
+                return torch.autograd.grad(out, leaf, dy, retain_graph=True)[0]
+            return backward(dz)
+
+        dz = (_affine(dy.float(), a, c) + _affine(z.float() - mean.view(-1, 1, 1), b)).to(dtype)
+        dz = dz.contiguous(memory_format=torch.channels_last)
+        bare = (
+            (lambda: F.conv2d(h, w, None, *geometry)) if mode == "fprop" else partial(backward, dz)
+        )
+        found: Runs = {"resnet_fast": fused, "torch": unfused, "torch conv": bare}
+        if device.type == "cuda":
+            found |= {"fused": partial(asked, "fused"), "library": partial(asked, "library")}
+        return found
+
+    return runs
+
+
+def _affine(x: Tensor, scale: Tensor, shift: Tensor | None = None) -> Tensor:
+    """scale·x + shift per channel in x's dtype."""
+    y = x.float() * scale.view(-1, 1, 1)
+    return (y if shift is None else y + shift.view(-1, 1, 1)).to(x.dtype)
 
 
 def layer_rows(
-    layer: Layer, count: int, n: int, dtype: str, impl: str, limits: Ceilings, facts: rows.Row
-) -> list[rows.Row]:
+    layer: Layer, count: int, n: int, dtype: str, impl: str, mode: str, limits: Ceilings,
+    facts: rows.Row,
+) -> list[rows.Row]:  # fmt: skip
     """Time `layer` by every provider, after the fused result has met the unfused one."""
     device = torch.device(facts["device"])
-    runs = providers(layer, n, DTYPES[dtype], device, impl)
-    with torch.inference_mode():
+    make = infer if mode == "infer" else train(mode)
+    with torch.no_grad():
+        runs = make(layer, n, DTYPES[dtype], device, impl)
         found, expected = runs["resnet_fast"]().float(), runs["torch"]().float()
         error = ((found - expected).norm() / expected.norm()).item()
-        if not error <= 16 * torch.finfo(DTYPES[dtype]).eps:
-            raise RuntimeError(f"{layer}: fused and unfused differ by {error:.2e} of the norm")
+        # gradients: a ReLU's input made anew may have the other sign where it is nearly zero
+        allowed = max(16 * torch.finfo(DTYPES[dtype]).eps, 1e-3 * (mode in MODES[2:]))
+        if not error <= allowed:
+            raise RuntimeError(
+                f"{layer} {mode}: fused and unfused differ by {error:.2e} of the norm"
+            )
+        del found, expected
         times = {name: median_ms(run, device) for name, run in runs.items()}
     size = DTYPES[dtype].itemsize
-    moved, flops = layer.bytes(n, size), layer.flops(n)
+    moved, flops = layer.bytes(n, size, mode), layer.flops(n)
     return [
         rows.layer_row(
-            facts, benchmark="layers", mode="infer", batch=n, dtype=dtype,
+            facts, benchmark="layers", mode=mode, batch=n, dtype=dtype,
             layout="channels_last", provider=name, ms_p50=ms, impl=impl, layer=str(layer),
             launches=count, gb_per_s=moved / ms / 1e6, tflop_per_s=flops / ms / 1e9,
             percent_of_floor=100 * limits.floor_ms(moved, flops) / ms,
@@ -175,10 +283,17 @@ def layer_rows(
 
 
 def text(found: list[rows.Row]) -> str:
-    """One line a layer: times of every provider, then what ours reaches."""
+    """A table a mode: one line a layer, times of every provider, then what ours reaches."""
+    modes = dict.fromkeys(row["mode"] for row in found)
+    return "\n\n".join(table([row for row in found if row["mode"] == mode]) for mode in modes)
+
+
+def table(found: list[rows.Row]) -> str:
+    """The table of one mode."""
     names = list(dict.fromkeys(row["provider"] for row in found))
     lines = [
-        f"{'layer':28} {'n':>2} " + " ".join(f"{name + ' ms':>15}" for name in names)
+        f"{found[0]['mode'] + ' of layer':28} {'n':>2} "
+        + " ".join(f"{name + ' ms':>15}" for name in names)
         + f" {'GB/s':>6} {'TFLOP/s':>7} {'% of floor':>10}"
     ]  # fmt: skip
     for layer in dict.fromkeys(row["layer"] for row in found):
@@ -202,6 +317,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `python -m bench layers`."""
     parser.add_argument("--model", choices=resnet_fast.list_models(), default="resnet50",
                         metavar="NAME")  # fmt: skip
+    parser.add_argument("--mode", default="infer", help=f"of {','.join(MODES)}")
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--dtype", choices=list(DTYPES), default="bf16")
     parser.add_argument("--device", choices=DEVICES, default="cpu")
@@ -218,14 +334,23 @@ def run(args: argparse.Namespace) -> int:
     if args.batch < 1 or args.image_size < 32:
         print("--batch: expected at least 1, and --image-size at least 32", file=sys.stderr)
         return 2
+    unknown = [mode for mode in args.mode.split(",") if mode not in MODES]
+    if unknown:
+        print(f"--mode: expected some of {', '.join(MODES)}, got {unknown[0]!r}", file=sys.stderr)
+        return 2
     device = torch.device(args.device)
     torch.backends.cudnn.benchmark = True
     facts = {**rows.facts(device), "model": args.model, "image_size": args.image_size}
     limits = measure(device, args.dtype)
     found: list[rows.Row] = []
     try:
-        for layer, count in layers_of(args.model, args.image_size).items():
-            found += layer_rows(layer, count, args.batch, args.dtype, args.impl, limits, facts)
+        for mode in args.mode.split(","):
+            for layer, count in layers_of(args.model, args.image_size).items():
+                if mode == "dgrad" and layer.channels < 16:
+                    continue  # nobody asks for the gradient of an image
+                found += layer_rows(
+                    layer, count, args.batch, args.dtype, args.impl, mode, limits, facts
+                )
     except RuntimeError as error:
         print(f"layers: {error}", file=sys.stderr)
         return 1

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--graph",
         action="store_true",
-        help="inference by a CUDA graph where the provider has none of its own (compile has)",
+        help="a step by a CUDA graph where the provider has none of its own (compile has)",
     )
     add("--json", action="store_true", help="rows as JSON lines on stdout instead of a table")
 
@@ -131,7 +132,7 @@ def run(args: argparse.Namespace) -> int:
             cases = [
                 Case(model, mode, batch, dtype, args.device, args.image_size, args.impl,
                      args.optimizer if mode == "train" else "none",
-                     args.graph and mode == "infer" and args.device.type == "cuda")
+                     args.graph and args.device.type == "cuda")
                 for batch in args.batch
             ]  # fmt: skip
             gated = [name for name in args.providers if PROVIDERS[name].gated]
@@ -228,8 +229,9 @@ def _step(
     """One step on input i of the rotation; returns the logits."""
     module = provider.build(plain, case, batches[0][0])
     graphs = case.device.type == "cuda"
-    if case.graph and not provider.graphs_itself:
-        replay = step.capture(module, batches[0][0])
+    captured = case.graph and not provider.graphs_itself
+    if captured and case.mode == "infer":
+        replay = step.capture(partial(step.infer, module), batches[0][:1], module)
         return lambda i: replay(batches[i % len(batches)][0])
     if case.mode == "infer":
 
@@ -241,6 +243,13 @@ def _step(
         return infer
     sgd = case.optimizer == "sgd"
     optimizer = torch.optim.SGD(module.parameters(), lr=1e-3, momentum=0.9) if sgd else None
+    if captured:
+
+        def once(x: Tensor, target: Tensor) -> Tensor:
+            return step.train(module, x, target, step.DTYPES[case.dtype], optimizer)[0]
+
+        replay_step = step.capture(once, batches[0], module, optimizer)
+        return lambda i: replay_step(*batches[i % len(batches)])
 
     def train(i: int) -> Tensor:
         if graphs:

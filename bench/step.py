@@ -8,7 +8,7 @@ narrower; an SGD update too when asked for.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -81,24 +81,38 @@ def infer(module: nn.Module, x: Tensor) -> Tensor:
         return module(x)
 
 
-def capture(module: nn.Module, example: Tensor) -> Callable[[Tensor], Tensor]:
-    """Inference of `module` as a CUDA graph: copies its argument in, replays, gives the logits.
+def capture(
+    run: Callable[..., Tensor],
+    example: Sequence[Tensor],
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> Callable[..., Tensor]:
+    """`run(*example)` of `module` as a CUDA graph: copies its arguments in, replays, gives y.
 
-    The logits are overwritten by the next call.
+    y is overwritten by the next call. The runs that warm up before leave parameters, buffers and
+    the optimizer's momentum as they were.
     """
-    x = example.clone(memory_format=torch.preserve_format)
+    inputs = [t.clone(memory_format=torch.preserve_format) for t in example]
+    before = {name: value.clone() for name, value in module.state_dict().items()}
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # what is compiled or tuned at first must not be captured
         for _ in range(3):
-            infer(module, x)
+            run(*inputs)
     torch.cuda.current_stream().wait_stream(stream)
+    module.load_state_dict(before)
+    if optimizer is not None:
+        for state in optimizer.state.values():
+            for value in state.values():
+                if isinstance(value, Tensor):
+                    value.zero_()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        y = infer(module, x)
+        y = run(*inputs)
 
-    def replay(value: Tensor) -> Tensor:
-        x.copy_(value)
+    def replay(*values: Tensor) -> Tensor:
+        for to, value in zip(inputs, values, strict=True):
+            to.copy_(value)
         graph.replay()
         return y
 

@@ -244,3 +244,29 @@ def test_unknown_isa_is_an_error(native):
     run = python("-c", ISA_CODE, RESNET_FAST_CPU_ISA="sse9")
     assert run.returncode != 0
     assert "RESNET_FAST_CPU_ISA=sse9 is unknown; use baseline | avx2" in run.stderr
+
+
+CONV_CODE = """
+import torch
+from resnet_fast import ops, reference
+x = torch.randn(2, 32, 9, 7).to(memory_format=torch.channels_last)
+w, v = torch.randn(48, 32, 3, 3).to(memory_format=torch.channels_last), torch.rand(48)
+geometry = [1, 1], [1, 1], [1, 1], 1
+residual = torch.randn(2, 48, 9, 7).to(memory_format=torch.channels_last)
+args = x, w, None, v, v, v, v, residual, True, 1e-5, *geometry
+with torch.no_grad():
+    for op, args in (("conv_bn_act", args), ("conv_fprop", (x, w, None, None, True, *geometry))):
+        found, expected = getattr(ops, op)(*args, "native"), getattr(reference, op)(*args)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        print((found if torch.is_tensor(found) else found[0]).double().sum().item())
+"""
+
+
+def test_who_convolves(native):
+    """RESNET_FAST_CPU_CONV: tiles of ours and oneDNN give what the reference gives."""
+    words = ("auto", "tiles", "onednn")
+    runs = {word: python("-c", CONV_CODE, RESNET_FAST_CPU_CONV=word) for word in words}
+    assert all(run.returncode == 0 for run in runs.values()), [run.stderr for run in runs.values()]
+    run = python("-c", CONV_CODE, RESNET_FAST_CPU_CONV="mkl")
+    assert run.returncode != 0
+    assert "RESNET_FAST_CPU_CONV=mkl is unknown; use auto | tiles | onednn" in run.stderr

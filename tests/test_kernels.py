@@ -1,5 +1,6 @@
 """The Triton kernels beyond the ops' contract: tiles, both paths of a convolution, launches."""
 
+import copy
 import functools
 import importlib.util
 import itertools
@@ -26,7 +27,16 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
 
 from resnet_fast import kernels
-from resnet_fast.kernels import conv, conv_plan, conv_train, launch, merge, tiles
+from resnet_fast.kernels import (
+    conv,
+    conv_dgrad,
+    conv_plan,
+    conv_train,
+    conv_wgrad,
+    launch,
+    merge,
+    tiles,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROOT = Path(__file__).resolve().parent.parent
@@ -111,14 +121,117 @@ def test_training_forward_in_one_launch(choose, monkeypatch, dtype, name, prolog
     if tma and conv_plan.refuse_tma(x, w, geometry) is not None:
         assert name == "stem" or dtype == torch.float64
         return
-    monkeypatch.setattr(conv_train, "by_library", lambda *_: False)
+    monkeypatch.setenv("RESNET_FAST_TRITON_CONV", "fused")
     monkeypatch.setattr(conv_train, "conv_fused", functools.partial(conv.conv_fused, tma=tma))
     for i in itertools.count():
         taken = choose(i)
         judge("conv_fprop", args, f"{name} {i}", lambda: kernels.conv_fprop(*args))
         if i + 1 >= taken[-1][1]:
             break
-    assert {kernel for kernel, _ in taken} == {"conv_affine_act_tma" if tma else "conv_affine_act"}
+    kernel = "conv_affine_act_tma" if tma else "conv_affine_act"
+    assert {name for name, _ in taken} == {"conv_fprop", kernel}
+
+
+GRADIENT_SHAPES = {name: conv for name, conv in CONV_SHAPES.items() if name != "stem"} | {
+    "1x1-stride2": Conv((3, 64, 6, 8), 40, (1, 1), (2, 2)),
+    "odd-stride2": Conv((2, 8, 9, 7), 24, (3, 3), (2, 2), (1, 1)),
+}
+
+
+def with_plan(monkeypatch, plan, tma):
+    """conv_bprop by `plan`, its kernels by descriptors where they can or by pointers."""
+    monkeypatch.setattr(conv_train, "_asked", lambda plans: (plan,))
+    if not tma:
+        for module in (conv_dgrad, conv_wgrad):
+            monkeypatch.setattr(module, "refuse_tma", lambda *_: "by pointers")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tma", "variant"),
+    [
+        (torch.float32, True, "residual-masked"),
+        (torch.float16, True, "residual-masked"),
+        (torch.float16, True, "bare"),
+        (torch.float64, False, "residual-masked"),
+        (torch.float32, False, "residual-masked"),
+    ],
+    ids=["fp32", "fp16", "fp16-bare", "fp64-pointers", "fp32-pointers"],
+)
+@pytest.mark.parametrize("name", GRADIENT_SHAPES)
+def test_gradients_in_a_launch_each(choose, monkeypatch, name, dtype, tma, variant):
+    """dz and φ(x) on load, ReLU's gradient and sums on store, in every configuration."""
+    shape = GRADIENT_SHAPES[name]
+    args = CONVOLUTIONS[f"conv_bprop:{variant}"](Draw(dtype, torch.channels_last, DEVICE), shape)
+    geometry = chain.Conv(shape.stride, shape.padding, shape.dilation)
+    if tma and conv_plan.refuse_tma(args[2], args[1], geometry) is not None:
+        assert name == "odd-stride2"
+        return
+    with_plan(monkeypatch, conv_train.PLANS[0], tma)
+    for i in itertools.count():
+        taken = choose(i)
+        judge("conv_bprop", args, f"{name} {i}", lambda: kernels.conv_bprop(*args))
+        sizes = dict(taken)
+        if i + 1 >= max(sizes.values()):
+            break
+    assert set(sizes) == {"conv_bprop", "conv_dgrad", "conv_wgrad"}
+
+
+@pytest.mark.parametrize("plan", conv_train.PLANS, ids=lambda p: "".join(map(str, p)))
+@pytest.mark.parametrize("variant", ["residual-masked", "kept", "frozen-input", "only-dx",
+                                     "only-dw"])  # fmt: skip
+def test_every_plan_of_the_gradients(monkeypatch, plan, variant):
+    """Whoever does what, the results are the same."""
+    with_plan(monkeypatch, plan, True)
+    for name in ("1x1", "3x3-stride2"):
+        draw = Draw(torch.float32, torch.channels_last, DEVICE)
+        args = CONVOLUTIONS[f"conv_bprop:{variant}"](draw, GRADIENT_SHAPES[name])
+        judge("conv_bprop", args, name, lambda args=args: kernels.conv_bprop(*args))
+
+
+def test_gradients_of_fp32_filters(monkeypatch):
+    """16-bit activations beside fp32 filters: the gradient is summed and stored in fp32."""
+    with_plan(monkeypatch, conv_train.PLANS[0], True)
+    args = CONVOLUTIONS["conv_bprop"](
+        Draw(torch.float16, torch.channels_last, DEVICE), GRADIENT_SHAPES["3x3"]
+    )
+    args[1] = args[1].float()
+    judge("conv_bprop", args, "fp32 filters", lambda: kernels.conv_bprop(*args))
+    dw = kernels.conv_bprop(*args)[1]
+    assert dw.dtype == torch.float32 and not torch.equal(dw, dw.half().float())
+
+
+def test_asking_for_a_plan(monkeypatch):
+    """RESNET_FAST_TRITON_CONV: ours alone, the library's alone, or by table and rule."""
+    args = CONVOLUTIONS["conv_bprop"](
+        Draw(torch.float32, torch.channels_last, DEVICE), GRADIENT_SHAPES["1x1"]
+    )
+
+    def kernels_of(asked):
+        monkeypatch.setenv("RESNET_FAST_TRITON_CONV", asked)
+        with monkeypatch.context() as patch, Launches(patch) as launches:
+            kernels.conv_bprop(*args)
+        return launches
+
+    ours = {"conv_dgrad_kernel", "conv_wgrad_kernel"}
+    for asked in ("auto", "fused"):
+        launches = kernels_of(asked)
+        assert ours < set(launches.kernels) and not any("conv" in c for c in launches.calls)
+    launches = kernels_of("library")
+    assert not ours & set(launches.kernels)
+    assert sum("convolution_backward" in call for call in launches.calls) == 1
+    with pytest.raises(ValueError, match="RESNET_FAST_TRITON_CONV: expected auto, fused or libr"):
+        kernels_of("cudnn")
+
+
+def test_sums_of_many_tiles():
+    """More tiles than one launch sums."""
+    torch.manual_seed(0)
+    partial = torch.randn(2, 2 * merge.SUMS_AT_ONCE + 3, 40)
+    rstd = torch.rand(40)
+    found = merge.merge_sums(partial.to(DEVICE), rstd.to(DEVICE), None)
+    exact = partial.double().sum(1)
+    torch.testing.assert_close(found[0].cpu().double(), exact[0], rtol=1e-6, atol=1e-3)
+    torch.testing.assert_close(found[1].cpu().double(), exact[1] * rstd, rtol=1e-6, atol=1e-3)
 
 
 def test_statistics_of_many_tiles():
@@ -333,6 +446,67 @@ def test_launches_of_a_block(monkeypatch, block, expected):
         module(x)
     assert len(launches.kernels) == expected and launches.calls == []
     assert all(name.startswith("conv_affine_act") for name in launches.kernels)
+
+
+def step(module, x):
+    """Output, input gradient, parameter gradients and buffers after one training step."""
+    for parameter in module.parameters():
+        parameter.grad = None
+    x = x.detach().requires_grad_()
+    y = module(x)
+    y.square().sum().backward()
+    return [y, x.grad, *(p.grad for p in module.parameters()), *module.buffers()]
+
+
+VECTORS = {"merge_tiles_kernel", "merge_sums_kernel", "bn_finalize_kernel",
+           "bn_bwd_finalize_kernel", "fold_kernel"}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("block", "convs"),
+    [
+        (lambda: resnet_fast.Bottleneck(32, 8), 3),
+        (lambda: resnet_fast.Bottleneck(64, 32, 2), 4),
+        (lambda: resnet_fast.BasicBlock(8, 8), 2),
+        (lambda: resnet_fast.BasicBlock(32, 32, 2), 3),
+    ],
+    ids=["bottleneck", "bottleneck-projection", "basic", "basic-projection"],
+)
+def test_launches_of_a_training_step(monkeypatch, block, convs):
+    """Forward a launch a convolution and one for BN + add + ReLU; backward two a convolution.
+
+    Beside them only vectors of channels and sums are touched, and for a 3x3 convolution dz and
+    its input are made once.
+    """
+    module = block().to(DEVICE, memory_format=torch.channels_last)
+    module.impl = "triton"
+    x = torch.randn(2, next(module.parameters()).size(1), 8, 8, device=DEVICE)
+    x = x.to(memory_format=torch.channels_last).requires_grad_()
+    with Launches(monkeypatch) as launches:
+        y = module(x)
+        forward, launches.kernels = launches.kernels, []
+        y.backward(torch.ones_like(y))
+    large = [name for name in forward if name not in VECTORS]
+    assert [name.startswith("conv_affine_act") for name in large] == [True] * convs + [False]
+    assert large[-1] == "bn_act_fwd_kernel"
+    backward = [name for name in launches.kernels if name not in VECTORS]
+    assert backward.count("conv_dgrad_kernel") == backward.count("conv_wgrad_kernel") == convs
+    assert backward.count("bn_act_bwd_reduce_kernel") == 1
+    threes = sum(m.kernel_size == (3, 3) for m in module.modules() if isinstance(m, nn.Conv2d))
+    rest = len(backward) - 2 * convs - 1
+    assert rest <= 2 * threes, backward
+    assert not any("conv" in call for call in launches.calls), launches.calls
+
+
+@pytest.mark.parametrize("block", [resnet_fast.Bottleneck, resnet_fast.BasicBlock])
+def test_same_bits_twice(block):
+    torch.manual_seed(0)
+    module = block(64, 32, 2).to(DEVICE, memory_format=torch.channels_last)
+    module.impl = "triton"
+    other = copy.deepcopy(module)
+    x = torch.randn(3, 64, 14, 10, device=DEVICE).to(memory_format=torch.channels_last)
+    for a, b in zip(step(module, x), step(other, x), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_launches_of_resnet50(monkeypatch):

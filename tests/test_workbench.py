@@ -36,27 +36,37 @@ def test_layers_command(tmp_path, capsys):
     """A row a provider and layer; the fused time of a layer is the floor over its share."""
     path = tmp_path / "rows.jsonl"
     options = ["--model", "cifar_resnet20", "--image-size", "32", "--batch", "2", "--dtype", "fp32"]
+    options += ["--mode", "infer,fprop,dgrad,wgrad"]
     assert main(["layers", *options, "--out", str(path)]) == 0
     found = rows.read([path])
     text = capsys.readouterr().out
     shapes = layers.layers_of("cifar_resnet20", 32)
     names = {row["layer"] for row in found}
-    assert len(found) == 3 * len(names) and all(name in text for name in names)
+    (stem,) = (str(layer) for layer in shapes if layer.channels == 3)
+    assert len(found) == 3 * (4 * len(names) - 1) and all(name in text for name in names)
+    assert not any(row["mode"] == "dgrad" and row["layer"] == stem for row in found)
     assert {row["provider"] for row in found} == {"resnet_fast", "torch", "torch conv"}
     for row in found:
         assert row["benchmark"] == "layers" and row["percent_of_floor"] > 0 and row["ms_p50"] > 0
         layer = next(layer for layer in shapes if str(layer) == row["layer"])
         moved = row["gb_per_s"] * row["ms_p50"] * 1e6
-        assert moved == pytest.approx(layer.bytes(2, 4), rel=1e-3)
+        assert moved == pytest.approx(layer.bytes(2, 4, row["mode"]), rel=1e-3)
         assert row["launches"] == shapes[layer]
 
 
-def test_a_wrong_layer_is_not_timed(monkeypatch, capsys):
+@pytest.mark.parametrize("mode", layers.MODES)
+def test_a_wrong_layer_is_not_timed(monkeypatch, capsys, mode):
     """Fused and unfused must agree before either is measured."""
-    right = layers.ops.conv_bn_act
-    monkeypatch.setattr(layers.ops, "conv_bn_act", lambda *args: right(*args) * 1.01)
+    for name in ("conv_bn_act", "conv_fprop", "conv_bprop"):
+        right = getattr(layers.ops, name)
+
+        def wrong(*args, right=right):
+            found = right(*args)
+            return 1.01 * found if torch.is_tensor(found) else [1.01 * t for t in found]
+
+        monkeypatch.setattr(layers.ops, name, wrong)
     assert main(["layers", "--model", "cifar_resnet20", "--image-size", "32", "--batch", "1",
-                 "--dtype", "fp32"]) == 1  # fmt: skip
+                 "--dtype", "fp32", "--mode", mode]) == 1  # fmt: skip
     assert "fused and unfused differ by 1.0" in capsys.readouterr().err
 
 
@@ -77,6 +87,7 @@ def test_without_a_gpu(command, capsys):
 
 def test_bad_values(capsys):
     assert main(["layers", "--batch", "0"]) == 2
+    assert main(["layers", "--mode", "train"]) == 2
     assert "--batch" in capsys.readouterr().err
     with pytest.raises(ValueError, match="unknown fields"):
         rows.layer_row({}, nonsense=1)
@@ -107,7 +118,9 @@ def test_the_budget_of_the_gpu_command(capsys):
 
 
 def test_the_steps_of_the_gpu_command(tmp_path):
-    """ResNet-50 and 18, three batch sizes, two dtypes; batch 1 by CUDA graphs for all."""
+    """ResNet-50 and 18: training in two batch sizes; inference in three, two dtypes."""
     names = [name for name, _, _ in gpu.steps(tmp_path / "rows.jsonl", 256)]
-    assert names[:3] == ["ceilings", "layers", "resnet50 bf16 batch 256"]
-    assert len(names) == 2 + 2 * 2 * 3 and len(set(names)) == len(names)
+    assert names[:4] == [
+        "ceilings", "layers", "training layers", "resnet50 train bf16 batch 256",
+    ]  # fmt: skip
+    assert len(names) == 3 + 2 * 2 + 2 * 2 * 3 and len(set(names)) == len(names)

@@ -3,6 +3,7 @@
 #include <c10/util/Exception.h>
 
 #include <cstdlib>
+#include <cstring>
 #include <string>
 
 #if RESNET_FAST_X86_64
@@ -61,6 +62,24 @@ Isa choose() {
   TORCH_CHECK(false, "RESNET_FAST_CPU_ISA=", asked, " is unknown; use ", known);
 }
 
+bool detect_intel() {
+#if RESNET_FAST_X86_64
+  unsigned eax = 0, words[3] = {0, 0, 0};
+  return __get_cpuid(0, &eax, &words[0], &words[2], &words[1]) && std::memcmp(words, "GenuineIntel", 12) == 0;
+#else
+  return false;
+#endif
+}
+
+ConvBy choose_conv() {
+  const char* asked = std::getenv("RESNET_FAST_CPU_CONV");
+  const std::string word = asked == nullptr || *asked == '\0' ? "auto" : asked;
+  if (word == "auto") return ConvBy::Auto;
+  if (word == "tiles") return ConvBy::Tiles;
+  if (word == "onednn") return ConvBy::OneDnn;
+  TORCH_CHECK(false, "RESNET_FAST_CPU_CONV=", word, " is unknown; use auto | tiles | onednn");
+}
+
 }  // namespace
 
 const char* isa_name(Isa isa) {
@@ -85,6 +104,16 @@ Isa detected_isa() {
 Isa active_isa() {
   static const Isa isa = choose();  // a throw leaves it unset: the next call throws again
   return isa;
+}
+
+ConvBy conv_by() {
+  static const ConvBy by = choose_conv();
+  return by;
+}
+
+bool is_intel() {
+  static const bool intel = detect_intel();
+  return intel;
 }
 
 }  // namespace resnet_fast

@@ -27,4 +27,13 @@ Isa detected_isa();
 // Read once, at the first call; throws c10::Error for an unknown word or an unsupported set.
 Isa active_isa();
 
+// Who convolves on a CPU that has tiles of ours: what measures faster, or whom RESNET_FAST_CPU_CONV names.
+enum class ConvBy { Auto, Tiles, OneDnn };
+
+// From the environment variable, "auto", "tiles" or "onednn"; throws c10::Error for another word.
+ConvBy conv_by();
+
+// Whether the processor says GenuineIntel.
+bool is_intel();
+
 }  // namespace resnet_fast

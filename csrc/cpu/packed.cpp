@@ -11,6 +11,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "cpu_features.h"
 #include "memory.h"
 #include "norm.h"
 
@@ -91,7 +92,7 @@ Key make_key(const Tensor& x, const Tensor& w, const BatchNormTensors& bn, const
              int64_t(x.is_contiguous(at::MemoryFormat::ChannelsLast)), int64_t(std::llround(bn.eps * 1e15)),
              at::get_num_threads()};
   // oneDNN's layout depends on the input's size, our panels do not.
-  if (!tiled(x, w, g)) key.insert(key.end(), x.sizes().begin(), x.sizes().end());
+  if (!tiled(x, w, g, true)) key.insert(key.end(), x.sizes().begin(), x.sizes().end());
   for (const at::IntArrayRef part : {w.sizes(), w.strides(), g.stride, g.padding, g.dilation}) {
     key.insert(key.end(), part.begin(), part.end());
   }
@@ -143,7 +144,7 @@ PackedConv make(const Tensor& x, const Tensor& w, const BatchNormTensors& bn, co
     if (bn.bias) shift = shift + bn.bias->to(wide);
     weight = weight * scale.view({-1, 1, 1, 1});
   }
-  if (tiled(x, w, g)) {
+  if (tiled(x, w, g, true)) {
     const Tensor panels = x.scalar_type() == at::kFloat ? pack_filters<float>(weight, false)
                                                         : pack_filters<bf16>(weight, false);
     return {panels, shift, true};
@@ -191,7 +192,10 @@ ConvShape conv_shape(const Tensor& x, const Tensor& w, const Geometry& g) {
   return s;
 }
 
-bool tiled(const Tensor& x, const Tensor& w, const Geometry& g) {
+bool tiled(const Tensor& x, const Tensor& w, const Geometry& g, bool inference) {
+  if (conv_by() == ConvBy::OneDnn) return false;
+  const bool slower = inference && is_intel() && x.scalar_type() == at::kFloat && onednn().takes(x);
+  if (conv_by() == ConvBy::Auto && slower) return false;
   if (g.groups != 1 || format_of(x, &w) != at::MemoryFormat::ChannelsLast) return false;
   const ConvShape s = conv_shape(x, w, g);
   return x.scalar_type() == at::kFloat      ? engine_takes<float>(s)

@@ -22,7 +22,8 @@ struct Geometry {
 ConvShape conv_shape(const Tensor& x, const Tensor& w, const Geometry& geometry);
 
 // Whether our own tiles run it: NHWC, one group, float or bf16, a CPU and channel counts that engine_takes.
-bool tiled(const Tensor& x, const Tensor& w, const Geometry& geometry);
+// In inference on Intel oneDNN's fused convolutions measure faster in fp32 (ResNet-50); RESNET_FAST_CPU_CONV decides otherwise.
+bool tiled(const Tensor& x, const Tensor& w, const Geometry& geometry, bool inference = false);
 
 struct BatchNormTensors {
   OptTensor conv_bias, weight, bias, running_mean, running_var;

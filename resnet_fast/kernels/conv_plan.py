@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +32,9 @@ POINTER_CONFIGS = (
 FLAT_CONFIGS = ((128, 64, 32, 8, 3), (64, 64, 32, 4, 3), (64, 32, 32, 4, 3), (64, 16, 32, 4, 3))
 IEEE_CONFIGS = ((64, 64, 32, 8, 3), (64, 32, 32, 4, 3), (32, 32, 32, 4, 3))
 DOUBLE_CONFIGS = ((64, 64, 64, 8, 2), (32, 32, 64, 8, 2))
+DGRAD_CONFIGS = ((128, 128, 64, 8, 3), (128, 64, 64, 8, 3), (64, 64, 64, 4, 3), (64, 32, 64, 4, 3))
+WGRAD_CONFIGS = ((128, 128, 64, 8, 3), (128, 64, 64, 8, 3), (64, 64, 64, 4, 3), (64, 32, 64, 4, 3))
+DOUBLE_WGRAD_CONFIGS = ((32, 32, 64, 8, 2),)
 Configs = tuple[tuple[int, ...], ...]
 
 
@@ -62,8 +66,43 @@ class Fusion(NamedTuple):
         return self[:9]
 
 
-def refuse_tma(x: Tensor, w: Tensor, conv: Conv, residual: Tensor | None = None) -> str | None:
-    """Why the descriptor kernel cannot run this convolution; None when it can."""
+class Above(NamedTuple):
+    """What makes the gradient dz of a convolution's output: a·dy' + b·(z − mean) + c.
+
+    dy' is dy where the bits of `mask` are set; what is None is left out, b with z, mean and c.
+    """
+
+    mask: Tensor | None = None
+    a: Tensor | None = None
+    z: Tensor | None = None
+    mean: Tensor | None = None
+    b: Tensor | None = None
+    c: Tensor | None = None
+
+
+class Below(NamedTuple):
+    """What is done to the gradient of a convolution's input x, and what x was seen through.
+
+    residual, under its mask, is added; φ(x) = relu(scale·x + shift) was the convolution's input;
+    with mean and rstd the sums of the normalization that scale and shift are of are wanted.
+    """
+
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+    mean: Tensor | None = None
+    rstd: Tensor | None = None
+    residual: Tensor | None = None
+    residual_mask: Tensor | None = None
+
+
+NOTHING = Below()
+
+
+def refuse_tma(x: Tensor, w: Tensor, conv: Conv, *beside: Tensor | None) -> str | None:
+    """Why the descriptor kernel cannot run this convolution; None when it can.
+
+    beside: other activations that it is to move.
+    """
     if not target(x).has_tma:
         return "the GPU has no tensor descriptors (sm_90 and later)"
     if x.dtype == torch.float64:
@@ -72,7 +111,7 @@ def refuse_tma(x: Tensor, w: Tensor, conv: Conv, residual: Tensor | None = None)
         return "fp32 without tf32 multiplies on CUDA cores"
     if conv.groups != 1:
         return "groups"
-    dense = [t for t in (x, w, residual) if t is not None]
+    dense = [t for t in (x, w, *beside) if t is not None]
     if any(memory_format(t) != torch.channels_last and not flat(t) for t in dense):
         return "NCHW"
     size = x.element_size()
@@ -125,6 +164,58 @@ def eligible(configs: Configs, filters: int, shared: int) -> Configs:
     )
 
 
+def refuse_gradients(x: Tensor, w: Tensor, conv: Conv) -> str | None:
+    """Why the kernels of both gradients cannot run this convolution at all; None when they can."""
+    if conv.groups != 1:
+        return "groups"
+    if memory_format(x, w) != torch.channels_last:
+        return "NCHW"
+    if conv.stride != (1, 1) and (conv.stride != (2, 2) or conv.dilation != (1, 1)):
+        return f"stride {conv.stride}, dilation {conv.dilation}"
+    if max(x.numel() // x.size(1), 1) >= 2**31 - 512:
+        return "2^31 pixels"
+    return None
+
+
+def gradient_configs(x: Tensor, w: Tensor, tma: bool, above: Above) -> Configs:
+    """Configurations of `conv_dgrad`: dz as GEMM_M × GEMM_K from one tensor or two, C wide."""
+    if x.dtype == torch.float64:
+        return eligible(DOUBLE_CONFIGS, w.size(1), target(x).shared)
+    if not tma and precision(x) == "ieee":
+        return eligible(IEEE_CONFIGS, w.size(1), target(x).shared)
+    pieces = 1 + (above.z is not None)
+    return tuple(
+        config
+        for config in eligible(DGRAD_CONFIGS, w.size(1), target(x).shared)
+        if (pieces * config[0] + config[1]) * config[2] * 2 * config[4] <= target(x).shared
+    )
+
+
+def wgrad_configs(x: Tensor, w: Tensor, tma: bool, above: Above) -> Configs:
+    """Configurations of `conv_wgrad`: GEMM_M filters, GEMM_N channels, GEMM_K pixels."""
+    if x.dtype == torch.float64:
+        return DOUBLE_WGRAD_CONFIGS
+    configs = eligible(WGRAD_CONFIGS, w.size(1), target(x).shared)
+    tallest = max(64, triton.next_power_of_2(w.size(0)))
+    pieces = 1 + (above.z is not None)
+    fits = tuple(
+        config
+        for config in configs
+        if config[0] <= tallest
+        and (pieces * config[0] + config[1]) * config[2] * 2 * config[4] <= target(x).shared
+    )
+    return fits
+
+
+def gradient_key(x: Tensor, w: Tensor, conv: Conv, above: Above, below: Below) -> tuple[Any, ...]:
+    """What a table of tiles or of plans is looked up by."""
+    kinds = (
+        ("mask", above.mask), ("frozen", above.a if above.b is None else None), ("bn", above.b),
+        ("relu", below.scale), ("sums", below.mean), ("residual", below.residual),
+    )  # fmt: skip
+    return _key(x, w, conv, kinds)
+
+
 def pick(configs: Configs, pixels: int, filters: int, processors: int) -> int:
     """The rule: the first tile whose grid fills the GPU, else the last, which is the smallest."""
     for i, config in enumerate(configs):
@@ -135,11 +226,15 @@ def pick(configs: Configs, pixels: int, filters: int, processors: int) -> int:
 
 def key(x: Tensor, w: Tensor, conv: Conv, f: Fusion) -> tuple[Any, ...]:
     """What a table of tiles is looked up by."""
-    shapes = ("x".join(map(str, t.shape)) for t in (x, w))
     kinds = (
         ("prologue", f.in_scale), ("residual", f.residual), ("scaled", f.res_scale),
         ("stats", f.stats or None),
     )  # fmt: skip
+    return _key(x, w, conv, kinds)
+
+
+def _key(x: Tensor, w: Tensor, conv: Conv, kinds: Sequence[tuple[str, Any]]) -> tuple[Any, ...]:
+    shapes = ("x".join(map(str, t.shape)) for t in (x, w))
     kind = "+".join(name for name, there in kinds if there is not None) or "plain"
     stride = "x".join(map(str, conv.stride))
     return *shapes, f"stride{stride}", f"groups{conv.groups}", kind, x.dtype, precision(x)

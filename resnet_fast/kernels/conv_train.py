@@ -1,11 +1,17 @@
-"""Convolutions of a training step.
+"""Convolutions of a training step: each by a kernel of ours or by the library (cuDNN on a GPU).
 
-Forward: the previous normalization and ReLU on load and the statistics on store of one launch, or
-the library's convolution (cuDNN on a GPU) between a pass of ours before and one after. Backward:
-the library's gradients, one pass before them and one after.
+Forward ours is one launch: the previous normalization and ReLU on load, the statistics on store.
+Backward ours are two: dz and φ(x) made on load, ReLU's gradient and the sums of the normalization
+below on store. The library's stand between passes of ours that do the rest.
+
+Which plan a layer takes is looked up like a tile (`tiles`); RESNET_FAST_TRITON_CONV=fused asks for
+ours wherever they can, =library for the library's.
 """
 
 from __future__ import annotations
+
+import os
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,13 +27,50 @@ from .bn_act import bn_act
 from .bn_act_bwd import bn_act_bwd_apply
 from .bn_stats import bn_stats
 from .conv import conv_fused
-from .conv_plan import Fusion, refuse_tma
-from .lanes import element_offsets, mask_bits, sum_rows, widen
+from .conv_dgrad import conv_dgrad
+from .conv_plan import (
+    NOTHING,
+    Above,
+    Below,
+    Fusion,
+    gradient_key,
+    key,
+    refuse_gradients,
+    refuse_tma,
+)
+from .conv_wgrad import conv_wgrad
+from .lanes import element_offsets, mask_bits, relu_gate, sum_rows, widen
 from .launch import launch
 from .merge import merge_sums, merge_tiles
 
 CONFIGS = ((4096, 4, 8), (2048, 8, 4), (4096, 2, 8), (2048, 4, 8))
 # elements of a tile, programs a multiprocessor, warps
+FUSED, LIBRARY = (1,), (0,)  # plans of conv_fprop
+
+
+class Plan(NamedTuple):
+    """Who does what of conv_bprop: 1 is ours, 0 is a pass of its own or the library.
+
+    on_load: dz and φ(x) are made by the kernels that use them. As long as one of the gradients is
+    the library's there must be a dz in memory, and then both read it.
+    """
+
+    on_load: int
+    dgrad: int
+    wgrad: int
+
+
+PLANS = (Plan(1, 1, 1), Plan(0, 1, 1), Plan(0, 1, 0), Plan(0, 0, 1), Plan(0, 0, 0))
+
+
+def _asked(plans: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], ...]:
+    """Those of `plans` that RESNET_FAST_TRITON_CONV leaves: the first are ours, the last is not."""
+    asked = os.environ.get("RESNET_FAST_TRITON_CONV", "auto")
+    if asked not in ("auto", "fused", "library"):
+        raise ValueError(f"RESNET_FAST_TRITON_CONV: expected auto, fused or library, got {asked!r}")
+    if asked == "library":
+        return plans[-1:]
+    return plans if asked == "auto" else tuple(plan for plan in plans if all(plan[-2:]))
 
 
 @triton.jit
@@ -77,8 +120,7 @@ def dgrad_epilogue_kernel(
             d += more
         if scale is not None:
             v = widen(tl.load(x + at, inside, 0.0))
-            a = tl.load(scale + c, is_channel, 0.0)
-            d = tl.where(tl.fma(v, a, tl.load(shift + c, is_channel, 0.0)) <= 0, 0.0, d)
+            d = relu_gate(d, v, scale, shift, c, is_channel)
             if mean is not None:
                 sum_g += tl.where(inside, d, 0.0)
                 centred = v - tl.load(mean + c, is_channel, 0.0)
@@ -103,23 +145,38 @@ def conv_fprop(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`reference.conv_fprop`: one launch and the merging of its statistics, or by the library."""
     conv = Conv(tuple(stride), tuple(padding), tuple(dilation), groups)
-    if by_library(x, w, conv):
-        return _library_fprop(x, w, in_scale, in_shift, stats, stride, padding, dilation, groups)
+    args = (x, w, in_scale, in_shift, stats)
     fusion = Fusion(in_scale=in_scale, in_shift=in_shift, relu=False, stats=stats)
-    z, partial = conv_fused(x, w.to(x.dtype), conv, fusion)
-    size = w.size(0) if stats else 0
-    if partial is None:  # none are wanted, or the batch is empty
-        return z, *(x.new_zeros(size, dtype=stats_dtype(x)) for _ in range(2))
-    return z, *merge_tiles(partial)
+    result = None
+
+    def start(plan: tuple[int, ...]) -> None:
+        nonlocal result
+        if plan == LIBRARY:
+            result = _library_fprop(*args, stride, padding, dilation, groups)
+        else:
+            result = _fused_fprop(x, w, conv, fusion)
+
+    plans = _asked((FUSED, LIBRARY))
+    rule = plans.index(LIBRARY) if len(plans) > 1 and by_library(x, w, conv) else 0
+    tiles.run("conv_fprop", key(x, w, conv, fusion), plans, rule, x, start)
+    return result
 
 
 def by_library(x: Tensor, w: Tensor, conv: Conv) -> bool:
-    """Whether the library's convolution, with a pass before and after it, is the one to take.
+    """The rule until tables are measured: the library's where there are no descriptors.
 
-    The rule until tables are measured: the descriptor kernel where it can, else the library; in
-    double the pointer kernel, whose use is to be checked.
+    In double it is ours, by pointers: their use is to be checked.
     """
     return x.dtype != torch.float64 and refuse_tma(x, w, conv) is not None
+
+
+def _fused_fprop(x, w, conv, fusion):
+    """One launch, and the merging of its statistics."""
+    z, partial = conv_fused(x, w.to(x.dtype), conv, fusion)
+    size = w.size(0) if fusion.stats else 0
+    if partial is None:  # none are wanted, or the batch is empty
+        return z, *(x.new_zeros(size, dtype=stats_dtype(x)) for _ in range(2))
+    return z, *merge_tiles(partial)
 
 
 def _library_fprop(x, w, in_scale, in_shift, stats, stride, padding, dilation, groups):
@@ -157,27 +214,76 @@ def conv_bprop(
     need_dx: bool,
     need_dw: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`reference.conv_bprop`: `bn_act_bwd_apply`, the library's gradients, one pass over dx."""
-    fmt = memory_format(x, w)
-    dz = dy
-    if dy_mask is not None or a is not None:
-        dz = bn_act_bwd_apply(dy, dy_mask, a, z, mean, b, c, None)
-    h = x if in_act is None else in_act
-    if in_act is None and in_scale is not None and need_dw:
-        h = bn_act(x, in_scale, in_shift, None, None, None, True, False)[0]
-    dx, dw, _ = torch.ops.aten.convolution_backward(
-        dz, h, w.to(x.dtype), None, stride, padding, dilation, False, [0, 0], groups,
-        [need_dx, need_dw, False],
-    )  # fmt: skip
-    dw = dw.to(w.dtype) if need_dw else w.new_empty(0)
+    """`reference.conv_bprop`: two launches and the merging of sums, or by another `Plan`."""
+    conv = Conv(tuple(stride), tuple(padding), tuple(dilation), groups)
+    above = Above(dy_mask, a, z, mean, b, c)
+    below = Below(in_scale, in_shift, in_mean, in_rstd, residual, residual_mask)
+    dx, dw, sums = None, None, None
+
+    def start(plan: tuple[int, ...]) -> None:
+        nonlocal dx, dw, sums
+        dx, dw, sums = _gradients(
+            Plan(*plan), dy, w, x, in_act, conv, above, below, need_dx, need_dw
+        )
+
+    if x.numel() == 0 or dy.numel() == 0 or refuse_gradients(x, w, conv) is not None:
+        start(PLANS[-1])
+    else:
+        plans = _asked(PLANS)
+        best = by_rule(x, w, conv)
+        rule = plans.index(best) if best in plans else 0
+        needs = f"{'dx' * need_dx}{'dw' * need_dw}"
+        where = (*gradient_key(x, w, conv, above, below), needs)
+        tiles.run("conv_bprop", where, plans, rule, x, start)
     empty = x.new_empty(0, dtype=stats_dtype(x))
-    if not need_dx:
-        return x.new_empty(0), dw, empty, empty.clone()
-    dx = dx.contiguous(memory_format=fmt)
-    if in_scale is None and residual is None:
-        return dx, dw, empty, empty.clone()
-    g, sums = dgrad_epilogue(dx, x, in_scale, in_shift, in_mean, in_rstd, residual, residual_mask)
-    return g, dw, *((empty, empty.clone()) if sums is None else sums)
+    dx = dx if need_dx else x.new_empty(0)
+    dw = dw.to(w.dtype) if need_dw else w.new_empty(0)
+    return dx, dw, *((empty, empty.clone()) if sums is None else sums)
+
+
+def by_rule(x: Tensor, w: Tensor, conv: Conv) -> Plan:
+    """The plan until tables are measured.
+
+    Ours where descriptors can; 1x1 with everything on load, as memory bounds it. A larger filter
+    would make dz and φ(x) again for each tap, which by estimate takes longer than the tensor cores
+    do: there they are made once. The stem's 49 taps of three channels fill no tile. In double all
+    else is ours, by pointers.
+    """
+    taps = w.size(2) * w.size(3)
+    if by_library(x, w, conv) or taps > 9:
+        return PLANS[-1]
+    return PLANS[0] if taps == 1 or x.dtype == torch.float64 else PLANS[1]
+
+
+def _gradients(plan, dy, w, x, in_act, conv, above, below, need_dx, need_dw):
+    """dx, dw, sums by `plan`; dx with all that is below it."""
+    fmt = memory_format(x, w)
+    filters = w.to(x.dtype).contiguous(memory_format=fmt)
+    if not plan.on_load and any(t is not None for t in above):
+        dy, above = bn_act_bwd_apply(dy, *above, None), Above()
+    seen, through = x, below  # what the convolution saw: `seen` through the ReLU of `through`
+    if in_act is not None:
+        seen, through = in_act, NOTHING
+    elif below.scale is not None and need_dw and not plan.on_load:
+        seen = bn_act(x, below.scale, below.shift, None, None, None, True, False)[0]
+        through = NOTHING
+    dx = dw = sums = None
+    if need_dw and plan.wgrad:
+        dw = conv_wgrad(dy, filters, seen, conv, above, through, w)
+    if need_dx and plan.dgrad:
+        dx, sums = conv_dgrad(dy, filters, x, conv, above, below)
+    by_library = [need_dx and not plan.dgrad, need_dw and not plan.wgrad]
+    if any(by_library):
+        args = (list(conv.stride), list(conv.padding), list(conv.dilation), False, [0, 0])
+        grads = torch.ops.aten.convolution_backward(
+            dy, seen, filters, None, *args, conv.groups, [*by_library, False]
+        )
+        dw = grads[1] if by_library[1] else dw
+        if by_library[0]:
+            dx = grads[0].contiguous(memory_format=fmt)
+            if below.scale is not None or below.residual is not None:
+                dx, sums = dgrad_epilogue(dx, x, *below)
+    return dx, dw, sums
 
 
 def dgrad_epilogue(

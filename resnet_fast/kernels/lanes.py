@@ -76,3 +76,18 @@ def mask_bits(
         inside = (m0 + lane < count) & (c < channels)
         bits = tl.load(mask + (n * channels * width + at), inside, 0).to(tl.int32)
         return (bits >> (p % pixels % BITS)) & 1 != 0
+
+
+@triton.jit
+def row_bits(mask, row, inside, first, inner, WIDTH: tl.constexpr):
+    """Bits of a ReLU mask at rows [M, 1] (int64), elements from `first`: booleans [M, WIDTH]."""
+    width = tl.cdiv(inner, BITS)
+    byte = first // BITS + tl.arange(0, WIDTH // BITS)[None, :]
+    return unpack_bits(tl.load(mask + (row * width + byte), inside & (byte < width), 0))
+
+
+@triton.jit
+def relu_gate(g, x, scale, shift, c, is_channel):
+    """g where scale·x + shift > 0 (or NaN), else 0: ReLU's gradient, its input made anew."""
+    a = tl.load(scale + c, is_channel, 0.0)
+    return tl.where(tl.fma(x, a, tl.load(shift + c, is_channel, 0.0)) <= 0, 0.0, g)

@@ -15,6 +15,7 @@ from .launch import launch
 
 BLOCK_S, BLOCK_C = 64, 32
 TILES_A_SPLIT = 256
+SUMS_AT_ONCE = 4 * TILES_A_SPLIT  # more are first folded, by more programs
 
 
 @triton.jit
@@ -54,6 +55,25 @@ def merge_sums_kernel(
         if res_rstd is not None:
             result *= tl.load(res_rstd + c, is_channel, 0.0)
             tl.store(sum_dy_res_xhat + c, result, is_channel)
+
+
+@triton.jit
+def fold_kernel(partial, out, count, per_fold, size, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr):
+    """out[g, f] = Σ of partial[g, f·per_fold .. (f + 1)·per_fold), vectors of `size` elements.
+
+    Grid: one program per BLOCK_E elements, fold f and group g. Bytes moved: partial once, out once.
+    """
+    e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)[None, :]
+    fold, group = tl.program_id(1), tl.program_id(2)
+    begin = fold * per_fold
+    end = tl.minimum(begin + per_fold, count)
+    total = tl.zeros((BLOCK_S, BLOCK_E), partial.dtype.element_ty)
+    first = group.to(tl.int64) * count
+    for s0 in range(begin, end, BLOCK_S):
+        s = s0 + tl.arange(0, BLOCK_S)[:, None]
+        total += tl.load(partial + ((first + s) * size + e), (s < end) & (e < size), 0.0)
+    at = (group.to(tl.int64) * tl.num_programs(1) + fold) * size + e
+    tl.store(out + at, tl.sum(total, 0, keep_dims=True).to(out.dtype.element_ty), e < size)
 
 
 @triton.jit
@@ -176,9 +196,28 @@ def merge_tiles(partial: Tensor) -> tuple[Tensor, Tensor]:
         partial, count = moments, splits
 
 
+def fold(partial: Tensor, out: Tensor, per_fold: int | None = None) -> None:
+    """Fill `out` with sums over the second to last axis of partial [..., count, size].
+
+    per_fold: how many go into one, all unless given; out is then [..., folds, size].
+    """
+    count, size = partial.shape[-2:]
+    groups = partial.numel() // max(1, count * size)
+    per_fold = per_fold or count
+    block = min(512, max(32, triton.next_power_of_2(size)))
+    launch(
+        fold_kernel, (triton.cdiv(size, block), triton.cdiv(count, per_fold), groups),
+        partial, out, count, per_fold, size, 8, block, num_warps=4,
+    )  # fmt: skip
+
+
 def merge_sums(partial: Tensor, rstd: Tensor, res_rstd: Tensor | None) -> tuple[Tensor, ...]:
     """Three sums [C] from partial [2 or 3, splits, C], xhat's factors applied; one may be empty."""
     sums, splits, channels = partial.shape
+    if splits > SUMS_AT_ONCE:
+        folds = partial.new_empty(sums, triton.cdiv(splits, TILES_A_SPLIT), channels)
+        fold(partial, folds, TILES_A_SPLIT)
+        return merge_sums(folds, rstd, res_rstd)
     out = [partial.new_empty(channels if i < sums else 0) for i in range(3)]
     launch(
         merge_sums_kernel, (sums, triton.cdiv(channels, BLOCK_C)),

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..chain import Conv
-from ..layout import is_channels_last, mask_shape, memory_format
+from ..layout import is_channels_last, mask_shape
 from ..reference import stats_dtype
 
 # Kinds of operands: activations like the input, or like the output of the convolution and in
@@ -63,7 +63,7 @@ class _Expected(NamedTuple):
 
     name: str
     x: Tensor
-    format: torch.memory_format
+    formats: dict[int, torch.memory_format]
     shapes: dict[int, Any]
 
     def check(self, name: str, t: Tensor, kind: int, masked: Tensor | None) -> None:
@@ -85,7 +85,7 @@ class _Expected(NamedTuple):
             dtype = self._dtype(kind)
             if t.dtype != dtype:
                 _wrong(name, "dtype", dtype, t.dtype)
-        fmt = self.format if kind in (X, Y) else torch.contiguous_format
+        fmt = self.formats.get(kind, torch.contiguous_format)
         if kind != Y_STRIDED and not t.is_contiguous(memory_format=fmt):
             _wrong(name, "memory", fmt, f"strides {t.stride()}")
 
@@ -93,6 +93,10 @@ class _Expected(NamedTuple):
         if kind == BITS:
             return torch.uint8
         return stats_dtype(self.x) if kind in (C, K) else self.x.dtype
+
+
+def _order(x: Tensor) -> torch.memory_format:
+    return torch.channels_last if is_channels_last(x) else torch.contiguous_format
 
 
 def _wrong(name: str, what: str, expected: Any, got: Any) -> None:
@@ -120,22 +124,23 @@ def checked(run: Callable[..., Any]) -> Callable[..., Any]:
             if args[position[name]] is not None and args[position[other]] is None:
                 raise ValueError(f"{other}: expected a tensor beside {name}, got None")
         x = args[position[first]]
-        fmt = torch.contiguous_format
+        formats = {}
         if OPERANDS[op][first] == C:
             shapes = {C: x.shape[:1], PARAMETER: x.shape[:1]}
         elif x.dim() != 4:
             _wrong(first, "shape", "[N, C, H, W]", tuple(x.shape))
         else:
             shapes = {X: x.shape, C: x.shape[1:2]}
-            fmt = torch.channels_last if is_channels_last(x) else fmt
+            formats[X] = _order(x)
         if "w" in names:
             w = args[position["w"]]
             at = position["stride"]
             conv = Conv(*(tuple(v) for v in args[at : at + 3]), args[at + 3])
             shapes[Y] = shapes[Y_STRIDED] = conv.output_shape(x.shape, w.shape, "w")
             shapes[K] = shapes[PARAMETER] = w.shape[:1]
-            fmt = memory_format(x, w)
-        expected = _Expected(first, x, fmt, shapes)
+            either = x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+            formats[Y] = _order(args[0]) if either else formats[X]
+        expected = _Expected(first, x, formats, shapes)
         for i, name, kind in kinds:
             if args[i] is not None:
                 expected.check(name, args[i], kind, args[masked[i]] if kind == BITS else None)

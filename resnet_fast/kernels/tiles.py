@@ -34,7 +34,7 @@ _chosen: dict[tuple[Any, ...], tuple[int, ...]] = {}
 def run(
     kernel: str,
     key: Sequence[Any],
-    configs: Sequence[tuple[int, ...]],
+    configs: tuple[tuple[int, ...], ...],
     rule: int,
     x: Tensor,
     start: Callable[[tuple[int, ...]], None],
@@ -48,7 +48,7 @@ def run(
             start(config)
         return
     gpu = launch.target(x).name
-    place = (kernel, gpu, *key)
+    place = (kernel, gpu, configs, *key)
     if place not in _chosen:
         name = " ".join(str(part).removeprefix("torch.") for part in key)
         _chosen[place] = _choose(kernel, gpu, name, configs, rule, x, start)

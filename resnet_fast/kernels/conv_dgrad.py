@@ -1,0 +1,230 @@
+"""Gradient of a convolution's input as implicit GEMM, with what is above and below it in a chain.
+
+GEMM_M = pixels of x, GEMM_N = C, GEMM_K = taps · K. One kernel, whose tiles are moved by
+descriptors or by pointers: the geometry is the same.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..chain import Conv
+from ..layout import memory_format
+from ..reference import stats_dtype
+from . import tiles
+from .conv_boxes import dz_tile, filter_tiles, input_tiles, load_input, output_tiles
+from .conv_epilogue import columns
+from .conv_plan import (
+    Above,
+    Below,
+    box_of,
+    gradient_configs,
+    gradient_key,
+    pick,
+    precision,
+    refuse_tma,
+)
+from .lanes import relu_gate, row_bits, sum_rows, widen
+from .launch import launch, target
+from .merge import merge_sums
+
+STORE_N = 64  # columns of a box that is stored
+
+
+@triton.jit
+def conv_dgrad_kernel(
+    dy,
+    z,
+    w,
+    x,
+    residual,
+    dx,
+    dy_mask,
+    a,
+    mean,
+    b,
+    c,
+    in_scale,
+    in_shift,
+    in_mean,
+    residual_mask,
+    partial,
+    N,
+    H,
+    W,
+    P,
+    Q,
+    channels,
+    filters,
+    h_tiles,
+    w_tiles,
+    c_tiles,
+    k_tiles,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PAD_H: tl.constexpr,
+    PAD_W: tl.constexpr,
+    DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
+    TMA: tl.constexpr,
+    BOX_N: tl.constexpr,
+    BOX_P: tl.constexpr,
+    BOX_Q: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """g = (Σ over taps dz · w + residual') where in_scale·x + in_shift > 0, else 0; sums of g.
+
+    dz = a·dy' + b·(z − mean) + c is made on the way to the tensor cores, dy' and residual' are
+    under their masks; what is None is left out. partial[0..1, tile] takes Σ g and Σ g·(x − in_mean)
+    of a tile's pixels, from registers, before g is rounded.
+
+    For stride 2 a program has the pixels of one parity (h, w) = (2i + i0, 2j + j0), whose taps are
+    those r with i0 + pad − r even: no tap multiplies zeros. x and g are then boxes of
+    [N, H/2, 2, W/2, 2·C].
+    Grid: one program per box of pixels, parity and BLOCK_N channels, channels fastest, then
+    parities: what runs together shares dy in L2.
+    Bytes moved: dy and z once (their R·S·C/BLOCK_N readings hit L2), w, x, residual and g once; a
+    dgrad between passes of its own moves dz and dx twice more.
+    """
+    pid = tl.program_id(0)
+    c0 = pid % c_tiles * BLOCK_N
+    rest = pid // c_tiles
+    parity = rest % (STRIDE * STRIDE)
+    h_parity, w_parity = parity // STRIDE, parity % STRIDE
+    box = rest // (STRIDE * STRIDE)
+    j0 = box % w_tiles * BOX_Q
+    i0 = box // w_tiles % h_tiles * BOX_P
+    n0 = box // w_tiles // h_tiles * BOX_N
+    BLOCK_M: tl.constexpr = BOX_N * BOX_P * BOX_Q
+    m = tl.arange(0, BLOCK_M)[:, None]
+    n, i, j = n0 + m // BOX_Q // BOX_P, i0 + m // BOX_Q % BOX_P, j0 + m % BOX_Q
+    row, column = i * STRIDE + h_parity, j * STRIDE + w_parity
+    inside = (n < N) & (row < H) & (column < W)
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), WIDE)
+    first_r, first_s = (h_parity + PAD_H) % STRIDE, (w_parity + PAD_W) % STRIDE
+    rows, cols = tl.cdiv(R - first_r, STRIDE), tl.cdiv(S - first_s, STRIDE)
+    for step in range(rows * cols * k_tiles):
+        tap, k0 = step // k_tiles, step % k_tiles * BLOCK_K
+        r, s = first_r + tap // cols * STRIDE, first_s + tap % cols * STRIDE
+        up, left = h_parity + PAD_H - r * DILATION_H, w_parity + PAD_W - s * DILATION_W
+        if STRIDE == 2:  # even by the choice of r and s; rounded down where negative
+            up, left = up >> 1, left >> 1
+        p, q = i + up, j + left
+        there = (n < N) & (p >= 0) & (p < P) & (q >= 0) & (q < Q)
+        g = dz_tile(
+            dy, z, dy_mask, a, mean, b, c, n0, i0 + up, j0 + left, k0, n, p, q, there, P, Q,
+            filters, TMA, BLOCK_M, BLOCK_K,
+        )  # fmt: skip
+        if TMA:
+            f = w.load([k0, r * S + s, c0]).reshape(BLOCK_K, BLOCK_N)
+        else:
+            k = k0 + tl.arange(0, BLOCK_K)[:, None]
+            v = c0 + tl.arange(0, BLOCK_N)[None, :]
+            at = (k.to(tl.int64) * (R * S) + r * S + s) * channels + v
+            f = tl.load(w + at, (k < filters) & (v < channels), 0.0)
+        acc = tl.dot(g, f, acc, input_precision=PRECISION, out_dtype=WIDE)
+
+    parts = columns(acc)
+    WIDTH: tl.constexpr = BLOCK_N if BLOCK_N < 64 else 64
+    pixel = (n.to(tl.int64) * H + row) * W + column
+    for part in tl.static_range(BLOCK_N // WIDTH):
+        first = c0 + part * WIDTH
+        v = first + tl.arange(0, WIDTH)[None, :]
+        is_channel, at = v < channels, w_parity * channels + first
+        d = parts[part]
+        if residual is not None:
+            more = widen(load_input(
+                residual, n0, i0, h_parity, j0, at, pixel, v, channels, inside, TMA, BLOCK_M, WIDTH
+            ))  # fmt: skip
+            if residual_mask is not None:
+                on = row_bits(residual_mask, pixel, inside, first, channels, WIDTH)
+                more = tl.where(on, more, 0.0)
+            d += more
+        if in_scale is not None:
+            h = widen(load_input(
+                x, n0, i0, h_parity, j0, at, pixel, v, channels, inside, TMA, BLOCK_M, WIDTH
+            ))  # fmt: skip
+            d = relu_gate(d, h, in_scale, in_shift, v, is_channel)
+            if in_mean is not None:
+                d = tl.where(inside, d, 0.0)
+                centred = h - tl.load(in_mean + v, is_channel, 0.0)
+                out = partial + (tl.full((), 0, tl.int64) + rest) * channels + v
+                plane = (tl.full((), 0, tl.int64) + tl.num_programs(0) // c_tiles) * channels
+                tl.store(out, sum_rows(d), is_channel)
+                tl.store(out + plane, sum_rows(d * centred), is_channel)
+        if TMA:
+            stored = d.to(dx.dtype).reshape(BOX_N, BOX_P, 1, BOX_Q, WIDTH)
+            dx.store([n0, i0, h_parity, j0, at], stored)
+        else:
+            stored = d.to(dx.dtype.element_ty)
+            tl.store(dx + (pixel * channels + v), stored, inside & is_channel)
+
+
+def conv_dgrad(
+    dy: Tensor, w: Tensor, x: Tensor, conv: Conv, above: Above, below: Below
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """dx of z = conv(φ(x), w) under what is `above` and `below` it: `reference.conv_bprop`'s.
+
+    dy [N,K,P,Q], w [K,C,R,S], x [N,C,H,W], all NHWC in memory and of one dtype, groups 1, stride 1
+    or 2 (2 without dilation). With `below.mean` also Σdx and Σdx·xhat(x).
+    """
+    n, c, h, width = x.shape
+    k, _, r, s = w.shape
+    p, q = dy.shape[2:]
+    stride, gpu = conv.stride[0], target(x)
+    tma = refuse_tma(x, w, conv, dy, above.z, below.residual) is None
+    if r * s == stride == 1 and conv.padding == (0, 0):  # a plain GEMM: pixels of all images
+        n, h, width, p, q = 1, 1, n * h * width, 1, n * p * q
+    dx, partial, dtype = (
+        torch.empty_like(x, memory_format=memory_format(x, w)),
+        None,
+        stats_dtype(x),
+    )
+
+    def start(config: tuple[int, ...]) -> None:
+        nonlocal partial
+        block_m, block_n, block_k, warps, stages = config
+        block_k = block_k * 2 // x.element_size()
+        rows, cols = triton.cdiv(h, stride), triton.cdiv(width, stride)
+        box = box_of(block_m, n, rows, cols)
+        grid = [
+            triton.cdiv(*pair) for pair in zip((n, rows, cols, c), (*box, block_n), strict=True)
+        ]
+        boxes = grid[0] * grid[1] * grid[2] * stride * stride
+        if below.mean is not None:
+            partial = x.new_empty(2, boxes, c, dtype=dtype)
+        moved = [dy, above.z, w, x if below.scale is not None else None, below.residual, dx]
+        if tma:
+            columns = min(block_n, STORE_N)
+            as_output = [
+                None if t is None else output_tiles(t, (n, p, q, k), box, block_k)
+                for t in moved[:2]
+            ]
+            as_input = [
+                None if t is None else input_tiles(t, (n, h, width, c), stride, box, columns)
+                for t in moved[3:]
+            ]
+            moved = [*as_output, filter_tiles(w, block_k, block_n), *as_input]
+        launch(
+            conv_dgrad_kernel, (boxes * grid[3],),
+            *moved, above.mask, above.a, above.mean, above.b, above.c, below.scale, below.shift,
+            below.mean, below.residual_mask, partial, n, h, width, p, q, c, k, grid[1], grid[2],
+            grid[3], triton.cdiv(k, block_k), r, s, stride, *conv.padding, *conv.dilation,
+            precision(x), tl.float64 if dtype == torch.float64 else tl.float32, tma, *box, block_n,
+            block_k, num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+
+    configs = gradient_configs(x, w, tma, above)
+    rule = pick(configs, n * h * width, c, gpu.multiprocessors)
+    tiles.run("conv_dgrad", gradient_key(x, w, conv, above, below), configs, rule, x, start)
+    if partial is None:
+        return dx, None
+    return dx, merge_sums(partial, below.rstd, None)[:2]

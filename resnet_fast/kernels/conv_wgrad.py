@@ -1,0 +1,182 @@
+"""Gradient of a convolution's filters as implicit GEMM, both operands made on load.
+
+GEMM_M = K, GEMM_N = C of one filter tap, GEMM_K = pixels of dz.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..chain import Conv
+from ..layout import memory_format
+from ..reference import stats_dtype
+from . import tiles
+from .conv_boxes import dz_tile, input_tiles, load_input, output_tiles
+from .conv_epilogue import prologue
+from .conv_plan import (
+    NOTHING,
+    Above,
+    Below,
+    box_of,
+    gradient_key,
+    precision,
+    refuse_tma,
+    wgrad_configs,
+)
+from .launch import launch, target
+from .merge import fold
+
+PROGRAMS = 2  # a multiprocessor, that the splits are cut for
+
+
+@triton.jit
+def conv_wgrad_kernel(
+    dy,
+    z,
+    x,
+    partial,
+    dy_mask,
+    a,
+    mean,
+    b,
+    c,
+    in_scale,
+    in_shift,
+    N,
+    H,
+    W,
+    P,
+    Q,
+    channels,
+    filters,
+    p_tiles,
+    q_tiles,
+    c_tiles,
+    boxes_per_split,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PAD_H: tl.constexpr,
+    PAD_W: tl.constexpr,
+    DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
+    TMA: tl.constexpr,
+    BOX_N: tl.constexpr,
+    BOX_P: tl.constexpr,
+    BOX_Q: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """partial[split] = Σ over its pixels of dzᵀ · φ(x), for each filter tap: [K, R·S, C].
+
+    dz = a·dy' + b·(z − mean) + c with dy' under its mask, φ(x) = relu(in_scale·x + in_shift); what
+    is None is left out.
+    Grid: axis 0 one program per BLOCK_M filters, tap and BLOCK_N channels, axis 1 the splits, each
+    `boxes_per_split` boxes of pixels: what runs together has the same pixels and shares them in L2.
+    Bytes moved: dy, z and x once from memory (their R·S·C/BLOCK_N and R·S·K/BLOCK_M readings hit
+    L2), splits · |w| sums. Sums of splits in memory, not atomics: the same bits every time.
+    """
+    pid, split = tl.program_id(0), tl.program_id(1)
+    c0 = pid % c_tiles * BLOCK_N
+    tap = pid // c_tiles % (R * S)
+    k0 = pid // c_tiles // (R * S) * BLOCK_M
+    h, v = tap // S * DILATION_H - PAD_H, tap % S * DILATION_W - PAD_W
+    BLOCK_K: tl.constexpr = BOX_N * BOX_P * BOX_Q
+    m = tl.arange(0, BLOCK_K)[:, None]
+    channel = c0 + tl.arange(0, BLOCK_N)[None, :]
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), WIDE)
+    for i in range(boxes_per_split):
+        box = split * boxes_per_split + i
+        q0 = box % q_tiles * BOX_Q
+        p0 = box // q_tiles % p_tiles * BOX_P
+        n0 = box // q_tiles // p_tiles * BOX_N
+        n, p, q = n0 + m // BOX_Q // BOX_P, p0 + m // BOX_Q % BOX_P, q0 + m % BOX_Q
+        there = (n < N) & (p < P) & (q < Q)
+        g = dz_tile(
+            dy, z, dy_mask, a, mean, b, c, n0, p0, q0, k0, n, p, q, there, P, Q, filters, TMA,
+            BLOCK_K, BLOCK_M,
+        )  # fmt: skip
+        row, column = p * STRIDE + h, q * STRIDE + v
+        inside = there & (row >= 0) & (row < H) & (column >= 0) & (column < W)
+        if STRIDE == 1:
+            i0, parity, j0, first = p0 + h, 0, q0 + v, c0
+        else:
+            i0, parity, j0, first = p0 + (h >> 1), h & 1, q0 + (v >> 1), (v & 1) * channels + c0
+        pixel = (n.to(tl.int64) * H + row) * W + column
+        e = load_input(
+            x, n0, i0, parity, j0, first, pixel, channel, channels, inside, TMA, BLOCK_K, BLOCK_N
+        )
+        if in_scale is not None:
+            e = prologue(e, in_scale, in_shift, channel, channels, inside)
+        acc = tl.dot(g.T, e, acc, input_precision=PRECISION, out_dtype=WIDE)
+
+    k = k0 + tl.arange(0, BLOCK_M)[:, None]
+    at = ((split.to(tl.int64) * filters + k) * (R * S) + tap) * channels + channel
+    tl.store(partial + at, acc, (k < filters) & (channel < channels))
+
+
+def conv_wgrad(
+    dy: Tensor,
+    w: Tensor,
+    x: Tensor,
+    conv: Conv,
+    above: Above,
+    below: Below = NOTHING,
+    like: Tensor | None = None,
+) -> Tensor:
+    """dw of z = conv(φ(x), w), in dtype and format of `like` (w): `reference.conv_bprop`'s.
+
+    dy [N,K,P,Q], w [K,C,R,S] and x [N,C,H,W] NHWC in memory and of one dtype, groups 1, stride 1
+    or 2. Of `below` only scale and shift are looked at.
+    """
+    n, c, h, width = x.shape
+    k, _, r, s = w.shape
+    p, q = dy.shape[2:]
+    stride, gpu = conv.stride[0], target(x)
+    tma = refuse_tma(x, w, conv, dy, above.z) is None
+    if r * s == stride == 1 and conv.padding == (0, 0):  # a plain GEMM: pixels of all images
+        n, h, width, p, q = 1, 1, n * h * width, 1, n * p * q
+    partial, dtype = None, stats_dtype(x)
+
+    def start(config: tuple[int, ...]) -> None:
+        nonlocal partial
+        block_m, block_n, block_k, warps, stages = config
+        block_k = block_k * 2 // x.element_size()
+        box = box_of(block_k, n, p, q)
+        grid = [
+            triton.cdiv(*pair)
+            for pair in zip((n, p, q, k, c), (*box, block_m, block_n), strict=True)
+        ]
+        boxes, programs = grid[0] * grid[1] * grid[2], grid[3] * grid[4] * r * s
+        splits = max(1, min(boxes, PROGRAMS * gpu.multiprocessors // programs))
+        per_split = triton.cdiv(boxes, splits)
+        splits = triton.cdiv(boxes, per_split)
+        partial = x.new_empty(splits, k * r * s * c, dtype=dtype)
+        moved = [dy, above.z, x]
+        if tma:
+            as_output = [
+                None if t is None else output_tiles(t, (n, p, q, k), box, block_m)
+                for t in moved[:2]
+            ]
+            moved = [*as_output, input_tiles(x, (n, h, width, c), stride, box, block_n)]
+        launch(
+            conv_wgrad_kernel, (programs, splits),
+            *moved, partial, above.mask, above.a, above.mean, above.b, above.c, below.scale,
+            below.shift, n, h, width, p, q, c, k, grid[1], grid[2], grid[4], per_split, r, s,
+            stride, *conv.padding, *conv.dilation, precision(x),
+            tl.float64 if dtype == torch.float64 else tl.float32, tma, *box, block_m, block_n,
+            num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+
+    configs = wgrad_configs(x, w, tma, above)
+    tiles.run("conv_wgrad", gradient_key(x, w, conv, above, below), configs, 0, x, start)
+    like = w if like is None else like
+    dw = torch.empty_like(like, memory_format=torch.channels_last)
+    fold(partial, dw)
+    return dw.contiguous(memory_format=memory_format(like))
