@@ -12,6 +12,7 @@ PYTEST_ARGS ?=
 VERIFY_ARGS ?=
 GPU_PYTHON ?= python3
 GPU_ARGS ?=
+GPU_JOBS ?= 8
 ARCH ?= sm_80,sm_90,sm_100
 EXTRAS := triton,test,demo,dev
 
@@ -30,7 +31,7 @@ help:
 	@echo "make lint    ruff"
 	@echo "make demo    verify, train and measure; writes build/demo/report.html"
 	@echo "make bench   benchmarks of ops and of ResNet-50; writes build/bench"
-	@echo "make gpu     on a GPU machine: build, tests, measurements (GPU_PYTHON=, GPU_ARGS=...)"
+	@echo "make gpu     on a GPU machine: build, tests, measurements (GPU_PYTHON=, GPU_JOBS=, GPU_ARGS=...)"
 	@echo "make kernels compile every Triton kernel without a GPU (ARCH=sm_90,...)"
 	@echo "make verify  compare every op, block and model with the fp64 reference (VERIFY_ARGS=...)"
 	@echo "make env     what is live on this machine, what is not and why"
@@ -80,10 +81,15 @@ bench: $(BUILT)
 	  --device cpu --providers eager_nchw,eager,compile,resnet_fast \
 	  --out build/bench/models.jsonl
 
-# On a machine with an NVIDIA GPU, offline: with the interpreter whose packages are installed.
+# On a machine with an NVIDIA GPU, offline: with the interpreter whose packages are installed. Tests run
+# in shards at once, as most of their time is the compilation of kernels; measurements run alone.
 gpu:
 	RESNET_FAST_BUILD=auto $(GPU_PYTHON) setup.py build_ext --inplace
-	$(GPU_PYTHON) -m pytest -m gpu -q $(PYTEST_ARGS)
+	@mkdir -p build/gpu
+	@echo "$(GPU_PYTHON) -m pytest -m gpu, $(GPU_JOBS) shards at once; build/gpu/tests-*.log"
+	@seq 0 $$(($(GPU_JOBS) - 1)) | xargs -P $(GPU_JOBS) -I{} sh -c '$(GPU_PYTHON) -m pytest -m gpu -q \
+	  --shard {}/$(GPU_JOBS) $(PYTEST_ARGS) >build/gpu/tests-{}.log 2>&1; \
+	  status=$$?; tail -n 12 build/gpu/tests-{}.log; exit $$status'
 	$(GPU_PYTHON) -m bench gpu $(GPU_ARGS)
 
 # Every Triton kernel, compiled without a GPU: registers, spills, tensor-core instructions.

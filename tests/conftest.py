@@ -1,5 +1,6 @@
 """Fixtures of the suite: implementations, dtypes and layouts by name, poisoned memory, seeds."""
 
+import argparse
 import os
 from dataclasses import dataclass
 
@@ -76,8 +77,22 @@ ALONE = {"layout": torch.channels_last, "keep": False, "bias": False}
 """What the interpreter runs where one value of a parameter stands for all."""
 
 
+def shard(text):
+    """ "I/N" as (I, N): every N-th test from the I-th."""
+    i, slash, n = text.partition("/")
+    if not (slash and i.isdigit() and n.isdigit() and int(i) < int(n)):
+        raise argparse.ArgumentTypeError(f"expected I/N with 0 <= I < N, got {text!r}")
+    return int(i), int(n)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--shard", type=shard, metavar="I/N", default=(0, 1),
+                     help="every N-th test from the I-th, for N processes at once")  # fmt: skip
+
+
+@pytest.hookimpl(hookwrapper=True)
 def pytest_collection_modifyitems(config, items):
-    """Mark what needs a GPU, and leave out what shows nothing.
+    """Mark what needs a GPU, and leave out what shows nothing and what another shard has.
 
     Of a missing implementation one case a test is kept: it skips and stands for the rest. The
     interpreter takes milliseconds for an operation; there the ops run in full (`test_ops`), and
@@ -97,6 +112,10 @@ def pytest_collection_modifyitems(config, items):
         seen.add(key)
     config.hook.pytest_deselected(items=rest)
     items[:] = kept
+    yield  # what -m and -k leave is dealt out
+    i, n = config.getoption("shard")
+    config.hook.pytest_deselected(items=[item for j, item in enumerate(items) if j % n != i])
+    items[:] = items[i::n]
 
 
 @pytest.fixture(params=DTYPES.values(), ids=DTYPES.keys())

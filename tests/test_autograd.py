@@ -235,3 +235,19 @@ def test_unused_output_needs_no_backward(impl):
     module(x)
     x.square().sum().backward()
     assert torch.equal(x.grad, 2 * x) and module.conv1.weight.grad is None
+
+
+@pytest.mark.parametrize("block", [resnet_fast.Bottleneck, resnet_fast.BasicBlock])
+def test_same_bits_twice(impl, block):
+    """Output, gradients and running statistics of the same training step, bit by bit."""
+
+    def step():
+        torch.manual_seed(0)
+        module = block(64, 32, 2, impl=impl.name)
+        module.to(impl.device, memory_format=torch.channels_last)
+        x = torch.randn(3, 64, 14, 10, device=impl.device).to(memory_format=torch.channels_last)
+        y = module(x.requires_grad_())
+        y.square().sum().backward()
+        return [y, x.grad, *(p.grad for p in module.parameters()), *module.buffers()]
+
+    assert all(torch.equal(a, b) for a, b in zip(step(), step(), strict=True))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from op_cases import widen
+from op_cases import CONVOLUTIONS, Conv, Draw, op_of, widen
 
 pytest.importorskip("triton")
 
@@ -44,6 +44,34 @@ def test_layers_of_resnet50(layer, dtype, impl, tf32_off):
     args = [x, w, None, *norm, residual, layer.relu, 1e-5, *layer.conv.args()]
     same, exact = reference.conv_bn_act(*args), reference.conv_bn_act(*widen(args))
     assert_close(ops.conv_bn_act(*args, impl), same, exact, str(layer))
+
+
+def training_args(variant, layer, dtype, device="cuda", n=4):
+    """Arguments of a training op at a layer's size."""
+    conv = Conv(
+        (n, layer.channels, layer.height, layer.width), layer.filters, layer.kernel,
+        layer.conv.stride, layer.conv.padding, layer.conv.dilation, layer.conv.groups,
+    )  # fmt: skip
+    return CONVOLUTIONS[variant](Draw(dtype, torch.channels_last, device), conv)
+
+
+@pytest.mark.parametrize("plan", ["fused", "library"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32],
+                         ids=["bf16", "fp16", "fp32"])  # fmt: skip
+@pytest.mark.parametrize("layer", LAYERS, ids=str)
+def test_training_layers_of_resnet50(layer, dtype, plan, tf32_off, monkeypatch):
+    """fprop with prologue and statistics, dgrad and wgrad with all that surrounds them."""
+    skip_unless("triton", "conv_bprop", dtype)
+    if dtype == torch.float32 and plan == "fused" and layer.kernel == (7, 7):
+        pytest.skip("49 taps by pointers on CUDA cores: nobody asks for it")
+    monkeypatch.setenv("RESNET_FAST_TRITON_CONV", plan)
+    for variant in ("conv_fprop:prologue", "conv_bprop:residual-masked"):
+        op = op_of(variant)
+        args = training_args(variant, layer, dtype)
+        same, exact = getattr(reference, op)(*args), getattr(reference, op)(*widen(args))
+        found = getattr(ops, op)(*args, "triton")
+        for i, results in enumerate(zip(found, same, exact, strict=True)):
+            assert_close(*results, f"{variant} result {i} of {layer}", gradient=op == "conv_bprop")
 
 
 @pytest.mark.parametrize("layer", LAYERS[1:5], ids=str)

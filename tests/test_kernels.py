@@ -1,6 +1,5 @@
 """The Triton kernels beyond the ops' contract: tiles, both paths of a convolution, launches."""
 
-import copy
 import functools
 import importlib.util
 import itertools
@@ -448,16 +447,6 @@ def test_launches_of_a_block(monkeypatch, block, expected):
     assert all(name.startswith("conv_affine_act") for name in launches.kernels)
 
 
-def step(module, x):
-    """Output, input gradient, parameter gradients and buffers after one training step."""
-    for parameter in module.parameters():
-        parameter.grad = None
-    x = x.detach().requires_grad_()
-    y = module(x)
-    y.square().sum().backward()
-    return [y, x.grad, *(p.grad for p in module.parameters()), *module.buffers()]
-
-
 VECTORS = {"merge_tiles_kernel", "merge_sums_kernel", "bn_finalize_kernel",
            "bn_bwd_finalize_kernel", "fold_kernel"}  # fmt: skip
 
@@ -496,17 +485,6 @@ def test_launches_of_a_training_step(monkeypatch, block, convs):
     rest = len(backward) - 2 * convs - 1
     assert rest <= 2 * threes, backward
     assert not any("conv" in call for call in launches.calls), launches.calls
-
-
-@pytest.mark.parametrize("block", [resnet_fast.Bottleneck, resnet_fast.BasicBlock])
-def test_same_bits_twice(block):
-    torch.manual_seed(0)
-    module = block(64, 32, 2).to(DEVICE, memory_format=torch.channels_last)
-    module.impl = "triton"
-    other = copy.deepcopy(module)
-    x = torch.randn(3, 64, 14, 10, device=DEVICE).to(memory_format=torch.channels_last)
-    for a, b in zip(step(module, x), step(other, x), strict=True):
-        assert torch.equal(a, b)
 
 
 def test_launches_of_resnet50(monkeypatch):

@@ -1,6 +1,9 @@
 """Ceilings, layers and the budget of a GPU run: the logic of those commands, on a CPU."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +11,8 @@ import torch
 from bench import ceilings, gpu, layers, rows
 from bench.__main__ import main
 from resnet_fast.chain import Conv
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_layers_of_resnet50():
@@ -124,3 +129,20 @@ def test_the_steps_of_the_gpu_command(tmp_path):
         "ceilings", "layers", "training layers", "resnet50 train bf16 batch 256",
     ]  # fmt: skip
     assert len(names) == 3 + 2 * 2 + 2 * 2 * 3 and len(set(names)) == len(names)
+
+
+def test_shards():
+    """Every test is in one shard of two, and only there."""
+
+    def collected(*options):
+        done = subprocess.run(
+            [sys.executable, *"-m pytest --collect-only -q tests/test_layout.py".split(), *options],
+            cwd=ROOT, capture_output=True, text=True,
+        )  # fmt: skip
+        return [line for line in done.stdout.splitlines() if "::" in line], done
+
+    whole, _ = collected()
+    parts = [collected("--shard", f"{i}/2")[0] for i in (0, 1)]
+    assert sorted([*parts[0], *parts[1]]) == sorted(whole) and len(whole) > 4
+    assert abs(len(parts[0]) - len(parts[1])) <= 1
+    assert "expected I/N with 0 <= I < N, got '2/2'" in collected("--shard", "2/2")[1].stderr
