@@ -252,7 +252,7 @@ def by_rule(x: Tensor, w: Tensor, conv: Conv) -> Plan:
     taps = w.size(2) * w.size(3)
     if by_library(x, w, conv) or taps > 9:
         return PLANS[-1]
-    return PLANS[0] if taps == 1 or x.dtype == torch.float64 else PLANS[1]
+    return PLANS[0] if taps == 1 else PLANS[1]
 
 
 def _gradients(plan, dy, w, x, in_act, conv, above, below, need_dx, need_dw):
