@@ -12,9 +12,21 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..chain import Conv
 from .lanes import row_bits, widen
 
 Box = tuple[int, int, int]
+
+
+def walk(x: Tensor, y: Tensor, w: Tensor, conv: Conv) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """[N,H,W,C] of x and [N,P,Q,K] of y as kernels walk them.
+
+    A plain GEMM is one image of one row: the pixels of all images.
+    """
+    (n, c, h, width), (_, k, p, q) = x.shape, y.shape
+    if w.size(2) * w.size(3) == 1 and conv.stride == (1, 1) and conv.padding == (0, 0):
+        return (1, 1, n * h * width, c), (1, 1, n * p * q, k)
+    return (n, h, width, c), (n, p, q, k)
 
 
 def input_tiles(

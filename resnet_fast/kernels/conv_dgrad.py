@@ -15,7 +15,7 @@ from ..chain import Conv
 from ..layout import memory_format
 from ..reference import stats_dtype
 from . import tiles
-from .conv_boxes import dz_tile, filter_tiles, input_tiles, load_input, output_tiles
+from .conv_boxes import dz_tile, filter_tiles, input_tiles, load_input, output_tiles, walk
 from .conv_epilogue import columns
 from .conv_plan import (
     Above,
@@ -176,13 +176,10 @@ def conv_dgrad(
     dy [N,K,P,Q], w [K,C,R,S], x [N,C,H,W], all NHWC in memory and of one dtype, groups 1, stride 1
     or 2 (2 without dilation). With `below.mean` also Σdx and Σdx·xhat(x).
     """
-    n, c, h, width = x.shape
-    k, _, r, s = w.shape
-    p, q = dy.shape[2:]
+    (n, h, width, c), (_, p, q, k) = walk(x, dy, w, conv)
+    r, s = w.shape[2:]
     stride, gpu = conv.stride[0], target(x)
     tma = refuse_tma(x, w, conv, dy, above.z, below.residual) is None
-    if r * s == stride == 1 and conv.padding == (0, 0):  # a plain GEMM: pixels of all images
-        n, h, width, p, q = 1, 1, n * h * width, 1, n * p * q
     dx, partial, dtype = (
         torch.empty_like(x, memory_format=memory_format(x, w)),
         None,

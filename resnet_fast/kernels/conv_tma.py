@@ -6,10 +6,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..chain import Conv
 from . import tiles
+from .conv_boxes import filter_tiles, input_tiles, output_tiles, walk
 from .conv_epilogue import columns, epilogue, prologue, store_moments
 from .conv_plan import CONFIGS, Fusion, box_of, eligible, key, pick, precision
 from .launch import launch, target
@@ -121,13 +121,9 @@ def conv_affine_act_tma_kernel(
 
 def by_descriptors(x: Tensor, w: Tensor, conv: Conv, f: Fusion, y: Tensor) -> Tensor | None:
     """Fill y; gives the tiles' moments where they are wanted."""
-    n, c, h, width = x.shape
-    k, _, r, s = w.shape
-    p, q = y.shape[2:]
+    (n, h, width, c), (_, p, q, k) = walk(x, y, w, conv)
+    r, s = w.shape[2:]
     stride = conv.stride[0]
-    if r * s == stride == 1 and conv.padding == (0, 0):  # a plain GEMM: pixels of all images
-        n, h, width, p, q = 1, 1, n * h * width, 1, n * p * q
-
     partial, gpu = None, target(x)
     # On Blackwell ptxas would rather spill than pass 128 registers, unless told what there are.
     registers = {"maxnreg": 255} if gpu.capability >= 100 else {}
@@ -136,23 +132,16 @@ def by_descriptors(x: Tensor, w: Tensor, conv: Conv, f: Fusion, y: Tensor) -> Te
         nonlocal partial
         block_m, block_n, block_k, warps, stages = config
         block_k = block_k * 2 // x.element_size()
-        box_n, box_p, box_q = box = box_of(block_m, n, p, q)
-        row, image = width * c, h * width * c
-        if stride == 1:
-            shape, strides = [n, h, 1, width, c], [image, row, row, c, 1]
-        else:
-            shape = [n, h // 2, 2, width // 2, 2 * c]
-            strides = [image, 2 * row, row, 2 * c, 1]
-        x_tiles = TensorDescriptor(x, shape, strides, [box_n, box_p, 1, box_q, block_k])
-        w_tiles = TensorDescriptor(w, [k, r * s, c], [r * s * c, c, 1], [block_n, 1, block_k])
-        out_shape, out_strides = [n, p, q, k], [p * q * k, q * k, k, 1]
-        y_tiles = TensorDescriptor(y, out_shape, out_strides, [*box, min(block_n, STORE_N)])
-        residual = None
-        if f.residual is not None:
-            residual = TensorDescriptor(
-                f.residual, out_shape, out_strides, [*box, min(block_n, STORE_N)]
-            )
-        grid = [triton.cdiv(*pair) for pair in ((n, box_n), (p, box_p), (q, box_q), (k, block_n))]
+        box = box_of(block_m, n, p, q)
+        columns = min(block_n, STORE_N)
+        x_tiles = input_tiles(x, (n, h, width, c), stride, box, block_k)
+        w_tiles = filter_tiles(w, block_n, block_k)
+        y_tiles = output_tiles(y, (n, p, q, k), box, columns)
+        residual = f.residual
+        if residual is not None:
+            residual = output_tiles(residual, (n, p, q, k), box, columns)
+        sizes, blocks = (n, p, q, k), (*box, block_n)
+        grid = [triton.cdiv(*pair) for pair in zip(sizes, blocks, strict=True)]
         boxes = grid[0] * grid[1] * grid[2]
         if f.stats:
             partial = x.new_empty(4, boxes, k, dtype=torch.float32)

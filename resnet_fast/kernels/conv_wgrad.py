@@ -14,7 +14,7 @@ from ..chain import Conv
 from ..layout import memory_format
 from ..reference import stats_dtype
 from . import tiles
-from .conv_boxes import dz_tile, input_tiles, load_input, output_tiles
+from .conv_boxes import dz_tile, input_tiles, load_input, output_tiles, walk
 from .conv_epilogue import prologue
 from .conv_plan import (
     NOTHING,
@@ -135,13 +135,10 @@ def conv_wgrad(
     dy [N,K,P,Q], w [K,C,R,S] and x [N,C,H,W] NHWC in memory and of one dtype, groups 1, stride 1
     or 2. Of `below` only scale and shift are looked at.
     """
-    n, c, h, width = x.shape
-    k, _, r, s = w.shape
-    p, q = dy.shape[2:]
+    (n, h, width, c), (_, p, q, k) = walk(x, dy, w, conv)
+    r, s = w.shape[2:]
     stride, gpu = conv.stride[0], target(x)
     tma = refuse_tma(x, w, conv, dy, above.z) is None
-    if r * s == stride == 1 and conv.padding == (0, 0):  # a plain GEMM: pixels of all images
-        n, h, width, p, q = 1, 1, n * h * width, 1, n * p * q
     partial, dtype = None, stats_dtype(x)
 
     def start(config: tuple[int, ...]) -> None:
