@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import re
 import subprocess
@@ -17,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -94,6 +96,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="bf16,fp16,fp32,fp64", help="of " + ",".join(DTYPES))
     parser.add_argument("--only", default="", help="cases whose kernel or name contains this")
     parser.add_argument("--quick", action="store_true", help="the rule's configuration, few shapes")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N",
+                        help="processes, one an architecture and dtype (a core each)")  # fmt: skip
     parser.add_argument("--json", type=Path, help="write the table here too")
 
 
@@ -104,7 +108,8 @@ def run(args: argparse.Namespace) -> int:
     except TypeError:
         print(f"--arch: expected names like sm_80,sm_90, got {args.arch!r}", file=sys.stderr)
         return 2
-    unknown = [name for name in args.dtype.split(",") if name not in DTYPES]
+    dtypes = args.dtype.split(",")
+    unknown = [name for name in dtypes if name not in DTYPES]
     if unknown:
         print(f"--dtype: expected some of {', '.join(DTYPES)}; got {unknown[0]!r}", file=sys.stderr)
         return 2
@@ -116,12 +121,15 @@ def run(args: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         return 2
+    if args.jobs < 1:
+        print(f"--jobs: expected at least 1, got {args.jobs}", file=sys.stderr)
+        return 2
     done = []
     print(HEADER)
-    for arch in archs:
-        for result in compile_all(arch, args.dtype.split(","), args.quick, args.only):
-            done.append(result)
-            print(line(result), flush=True)
+    parts = [(arch, dtype, args.quick, args.only) for arch in archs for dtype in dtypes]
+    for result in compiled(parts, args.jobs):
+        done.append(result)
+        print(line(result), flush=True)
     failed = [result for result in done if result.failure]
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
@@ -133,7 +141,27 @@ def run(args: argparse.Namespace) -> int:
     return 1 if failed or not done else 0
 
 
-def compile_all(arch: int, dtypes: list[str], quick: bool, only: str = "") -> Iterator[Compiled]:
+Part = tuple[int, str, bool, str]
+"""Architecture, dtype, --quick, --only: what one process compiles."""
+
+
+def compiled(parts: list[Part], jobs: int) -> Iterator[Compiled]:
+    """What became of every kernel of `parts`, part by part, by at most `jobs` processes."""
+    if min(jobs, len(parts)) == 1:
+        for part in parts:
+            yield from compile_all(*part)
+        return
+    context = multiprocessing.get_context("spawn")  # each has a driver and a cache of its own
+    with ProcessPoolExecutor(min(jobs, len(parts)), mp_context=context) as pool:
+        for results in pool.map(_compile_part, parts):
+            yield from results
+
+
+def _compile_part(part: Part) -> list[Compiled]:
+    return list(compile_all(*part))
+
+
+def compile_all(arch: int, dtype: str, quick: bool, only: str = "") -> Iterator[Compiled]:
     """Compile what the launchers launch for sm_`arch`, each different kernel once."""
     from triton.runtime import driver
 
@@ -142,23 +170,22 @@ def compile_all(arch: int, dtypes: list[str], quick: bool, only: str = "") -> It
     target = launch.Target(arch, PROCESSORS.get(arch, 100), f"sm_{arch}")
     driver.set_active(OfflineDriver(arch))
     seen: set[Any] = set()
-    for dtype in dtypes:
-        for case, start in cases(DTYPES[dtype], quick):
-            asked: list[tuple[Any, Any, Any]] = []
+    for case, start in cases(DTYPES[dtype], quick):
+        asked: list[tuple[Any, Any, Any]] = []
 
-            def sink(*what: Any, asked: list = asked) -> None:
-                asked.append(what)
+        def sink(*what: Any, asked: list = asked) -> None:
+            asked.append(what)
 
-            with launch.compile_for(target, sink, every=not quick):
-                start()
-            for kernel, arguments, options in asked:
-                name = kernel.fn.__name__.removesuffix("_kernel")
-                constants = tuple(a for a in arguments if not isinstance(a, Tensor))
-                key = (name, dtype, str(constants), str(options))
-                if key in seen or (only not in name and only not in case):
-                    continue
-                seen.add(key)
-                yield compile_one(kernel, arguments, options, f"{dtype} {case}", target)
+        with launch.compile_for(target, sink, every=not quick):
+            start()
+        for kernel, arguments, options in asked:
+            name = kernel.fn.__name__.removesuffix("_kernel")
+            constants = tuple(a for a in arguments if not isinstance(a, Tensor))
+            key = (name, str(constants), str(options))
+            if key in seen or (only not in name and only not in case):
+                continue
+            seen.add(key)
+            yield compile_one(kernel, arguments, options, f"{dtype} {case}", target)
 
 
 def cases(dtype: torch.dtype, quick: bool) -> Iterator[tuple[str, Callable[[], Any]]]:

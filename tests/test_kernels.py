@@ -539,6 +539,15 @@ def test_kernels_compile_without_a_gpu(arch, tmp_path):
         assert ("TMA" in row["loads"]) == (arch == "sm_90" and "7x7" not in row["case"])
 
 
+def test_parts_in_processes_of_their_own():
+    """Two dtypes at once give the rows of both."""
+    options = ("--quick", "--arch", "sm_90", "--only", "bn_finalize", "--jobs", "2")
+    done = run_offline(*options, "--dtype", "bf16,fp64")
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [line for line in done.stdout.splitlines() if line.startswith("bn_finalize")]
+    assert [line.split()[1] for line in rows] == ["bf16", "fp64"]
+
+
 def test_a_spill_is_found():
     """A tile far too large for its warps fails the command's verdict."""
     script = (
@@ -566,6 +575,7 @@ def test_a_spill_is_found():
 def test_command_errors():
     assert "expected names like sm_80" in run_offline("--arch", "90").stderr
     assert "--dtype: expected some of" in run_offline("--dtype", "int8").stderr
+    assert "--jobs: expected at least 1" in run_offline("--jobs", "0").stderr
     done = subprocess.run(
         [sys.executable, "-m", "bench", "kernels"], cwd=ROOT, capture_output=True, text=True,
         env={**os.environ, "TRITON_INTERPRET": "1"},
