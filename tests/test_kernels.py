@@ -133,6 +133,8 @@ def test_training_forward_in_one_launch(choose, monkeypatch, dtype, name, prolog
 
 GRADIENT_SHAPES = {name: conv for name, conv in CONV_SHAPES.items() if name != "stem"} | {
     "1x1-stride2": Conv((3, 64, 6, 8), 40, (1, 1), (2, 2)),
+    "192-stride2": Conv((1, 192, 4, 6), 16, (3, 3), (2, 2), (1, 1)),  # no multiple of 128
+    "96-stride2": Conv((2, 96, 4, 4), 16, (1, 1), (2, 2)),
     "odd-stride2": Conv((2, 8, 9, 7), 24, (3, 3), (2, 2), (1, 1)),
 }
 
@@ -163,7 +165,7 @@ def test_gradients_in_a_launch_each(choose, monkeypatch, name, dtype, tma, varia
     args = CONVOLUTIONS[f"conv_bprop:{variant}"](Draw(dtype, torch.channels_last, DEVICE), shape)
     geometry = chain.Conv(shape.stride, shape.padding, shape.dilation)
     if tma and conv_plan.refuse_tma(args[2], args[1], geometry) is not None:
-        assert name == "odd-stride2"
+        assert name in ("odd-stride2", "96-stride2")
         return
     with_plan(monkeypatch, conv_train.PLANS[0], tma)
     for i in itertools.count():
@@ -185,6 +187,24 @@ def test_every_plan_of_the_gradients(monkeypatch, plan, variant):
         draw = Draw(torch.float32, torch.channels_last, DEVICE)
         args = CONVOLUTIONS[f"conv_bprop:{variant}"](draw, GRADIENT_SHAPES[name])
         judge("conv_bprop", args, name, lambda args=args: kernels.conv_bprop(*args))
+
+
+def test_no_box_reaches_into_the_other_parity(monkeypatch):
+    """At stride 2 the channels of both parities are neighbours: a tile's are those of one."""
+    args = CONVOLUTIONS["conv_bprop:only-dx"](
+        Draw(torch.float32, torch.channels_last, DEVICE), GRADIENT_SHAPES["192-stride2"]
+    )
+    with_plan(monkeypatch, conv_train.PLANS[0], True)
+    widths = []
+
+    def start(kernel, key, configs, rule, x, run):
+        if kernel == "conv_dgrad":
+            widths.extend(config[1] for config in configs)
+        run(configs[rule])
+
+    monkeypatch.setattr(tiles, "run", start)
+    kernels.conv_bprop(*args)
+    assert widths and all(192 % width == 0 for width in widths)
 
 
 def test_gradients_of_fp32_filters(monkeypatch):

@@ -180,6 +180,7 @@ def conv_dgrad(
     r, s = w.shape[2:]
     stride, gpu = conv.stride[0], target(x)
     tma = refuse_tma(x, w, conv, dy, above.z, below.residual) is None
+    tma = tma and (stride == 1 or c % STORE_N == 0)  # no box may reach into the other parity
     dx, partial, dtype = (
         torch.empty_like(x, memory_format=memory_format(x, w)),
         None,
@@ -220,6 +221,8 @@ def conv_dgrad(
         )  # fmt: skip
 
     configs = gradient_configs(x, w, tma, above)
+    if tma and stride == 2:
+        configs = tuple(config for config in configs if c % config[1] == 0)
     rule = pick(configs, n * h * width, c, gpu.multiprocessors)
     tiles.run("conv_dgrad", gradient_key(x, w, conv, above, below), configs, rule, x, start)
     if partial is None:
