@@ -181,11 +181,8 @@ def conv_dgrad(
     stride, gpu = conv.stride[0], target(x)
     tma = refuse_tma(x, w, conv, dy, above.z, below.residual) is None
     tma = tma and (stride == 1 or c % STORE_N == 0)  # no box may reach into the other parity
-    dx, partial, dtype = (
-        torch.empty_like(x, memory_format=memory_format(x, w)),
-        None,
-        stats_dtype(x),
-    )
+    dx = torch.empty_like(x, memory_format=memory_format(x, w))
+    partial, dtype = None, stats_dtype(x)
 
     def start(config: tuple[int, ...]) -> None:
         nonlocal partial
