@@ -52,8 +52,9 @@ LAYERS = {
     "3x3 grouped": Layer(128, 56, 56, 128, THREE, Conv(padding=(1, 1), groups=32)),
 }
 EPS = 1e-5
-TRAINED = ("1x1", "1x1/2", "3x3@56", "3x3@14+res", "3x3/2")
-QUICK = ("1x1+res", "3x3@56", "3x3/2", "7x7/2")
+# Those that are compiled for training too: wide enough for every tile. And those of --quick.
+TRAINED = ("1x1", "1x1/2", "3x3@14+res", "3x3/2")
+QUICK = ("1x1+res", "3x3@14+res", "3x3/2", "7x7/2")
 
 
 @dataclass
