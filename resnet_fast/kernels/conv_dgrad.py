@@ -28,7 +28,7 @@ from .conv_plan import (
     refuse_tma,
 )
 from .lanes import relu_gate, row_bits, sum_rows, widen
-from .launch import launch, target
+from .launch import all_registers, launch, target
 from .merge import merge_sums
 
 STORE_N = 64  # columns of a box that is stored
@@ -214,7 +214,7 @@ def conv_dgrad(
             below.mean, below.residual_mask, partial, n, h, width, p, q, c, k, grid[1], grid[2],
             grid[3], triton.cdiv(k, block_k), r, s, stride, *conv.padding, *conv.dilation,
             precision(x), tl.float64 if dtype == torch.float64 else tl.float32, tma, *box, block_n,
-            block_k, num_warps=warps, num_stages=stages,
+            block_k, num_warps=warps, num_stages=stages, **all_registers(x),
         )  # fmt: skip
 
     configs = gradient_configs(x, w, tma, above)

@@ -195,9 +195,11 @@ def wgrad_configs(x: Tensor, w: Tensor, tma: bool, above: Above) -> Configs:
     """Configurations of `conv_wgrad`: GEMM_M filters, GEMM_N channels, GEMM_K pixels."""
     if x.dtype == torch.float64:
         return DOUBLE_WGRAD_CONFIGS
-    configs = eligible(WGRAD_CONFIGS, w.size(1), target(x).shared)
-    tallest = max(64, triton.next_power_of_2(w.size(0)))
     pieces = 1 + (above.z is not None)
+    # Addresses of two pieces beside the widest tile's sums are more registers than there are.
+    configs = WGRAD_CONFIGS[1:] if pieces > 1 and not tma else WGRAD_CONFIGS
+    configs = eligible(configs, w.size(1), target(x).shared)
+    tallest = max(64, triton.next_power_of_2(w.size(0)))
     fits = tuple(
         config
         for config in configs

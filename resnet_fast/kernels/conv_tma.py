@@ -12,7 +12,7 @@ from . import tiles
 from .conv_boxes import filter_tiles, input_tiles, output_tiles, walk
 from .conv_epilogue import columns, epilogue, prologue, store_moments
 from .conv_plan import CONFIGS, Fusion, box_of, eligible, key, pick, precision
-from .launch import launch, target
+from .launch import all_registers, launch, target
 
 STORE_N = 64  # columns of a box that is stored
 
@@ -125,8 +125,6 @@ def by_descriptors(x: Tensor, w: Tensor, conv: Conv, f: Fusion, y: Tensor) -> Te
     r, s = w.shape[2:]
     stride = conv.stride[0]
     partial, gpu = None, target(x)
-    # On Blackwell ptxas would rather spill than pass 128 registers, unless told what there are.
-    registers = {"maxnreg": 255} if gpu.capability >= 100 else {}
 
     def start(config: tuple[int, ...]) -> None:
         nonlocal partial
@@ -151,7 +149,7 @@ def by_descriptors(x: Tensor, w: Tensor, conv: Conv, f: Fusion, y: Tensor) -> Te
             k, grid[1], grid[2], grid[3],
             triton.cdiv(c, block_k), r, s, stride, *conv.padding, *conv.dilation, f.eps, f.relu,
             precision(x), *box, block_n, block_k, num_warps=warps, num_stages=stages,
-            **registers,
+            **all_registers(x),
         )  # fmt: skip
 
     # What the epilogue holds beside wide tiles is more registers than a thread has on sm_100.

@@ -26,7 +26,7 @@ from .conv_plan import (
     refuse_tma,
     wgrad_configs,
 )
-from .launch import launch, target
+from .launch import all_registers, launch, target
 from .merge import fold
 
 PROGRAMS = 2  # a multiprocessor, that the splits are cut for
@@ -168,7 +168,7 @@ def conv_wgrad(
             below.shift, n, h, width, p, q, c, k, grid[1], grid[2], grid[4], per_split, r, s,
             stride, *conv.padding, *conv.dilation, precision(x),
             tl.float64 if dtype == torch.float64 else tl.float32, tma, *box, block_m, block_n,
-            num_warps=warps, num_stages=stages,
+            num_warps=warps, num_stages=stages, **all_registers(x),
         )  # fmt: skip
 
     configs = wgrad_configs(x, w, tma, above)

@@ -66,6 +66,14 @@ def target(x: Tensor) -> Target:
     return INTERPRETER
 
 
+def all_registers(x: Tensor) -> dict[str, int]:
+    """Options of a launch: a thread may have 255 registers, on GPUs but sm_90.
+
+    There ptxas, left to itself, spills for the sake of occupancy (128 or 168 registers).
+    """
+    return {} if target(x).capability == 90 else {"maxnreg": 255}
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
     """kernel[grid](*args, **options) on the device of the first argument that is a tensor.
 
