@@ -9,6 +9,7 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 PYTEST_ARGS ?=
+TEST_JOBS ?= 2
 VERIFY_ARGS ?=
 GPU_PYTHON ?= python3
 GPU_ARGS ?=
@@ -18,21 +19,24 @@ EXTRAS := triton,test,demo,dev
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
+# Headers alone: what else the package names is for its Python half.
+CUTLASS := $(PIP) install --no-deps nvidia-cutlass
 DEPS := $(VENV)/.resnet_fast-deps
 # One stamp for the native build, named after what it was built for: another VENV or another
 # RESNET_FAST_BUILD has another name, so it builds again.
 BUILT := build/stamps/$(subst /,_,$(abspath $(VENV)))-$(or $(RESNET_FAST_BUILD),auto)
 NATIVE := setup.py $(shell find csrc -type f)
 
-.PHONY: help setup env verify test lint demo bench gpu kernels clean distclean
+.PHONY: help setup env verify test lint demo bench gpu kernels cuda-check clean distclean
 
 help:
-	@echo "make test    run the tests (PYTEST_ARGS=...)"
+	@echo "make test    run the tests (PYTEST_ARGS=..., TEST_JOBS=processes)"
 	@echo "make lint    ruff"
 	@echo "make demo    verify, train and measure; writes build/demo/report.html"
 	@echo "make bench   benchmarks of ops and of ResNet-50; writes build/bench"
 	@echo "make gpu     on a GPU machine: build, tests, measurements (GPU_PYTHON=, GPU_JOBS=, GPU_ARGS=...)"
 	@echo "make kernels compile every Triton kernel without a GPU (ARCH=sm_90,...)"
+	@echo "make cuda-check  compile every CUDA kernel without a GPU, by nvcc"
 	@echo "make verify  compare every op, block and model with the fp64 reference (VERIFY_ARGS=...)"
 	@echo "make env     what is live on this machine, what is not and why"
 	@echo "make setup   only the environment and the native build"
@@ -51,6 +55,7 @@ $(DEPS): pyproject.toml | $(PY)
 	@$(PY) -c "import torch" 2>/dev/null || { echo $(PIP) install $(TORCH); $(PIP) install $(TORCH); }
 	$(PIP) install "setuptools>=77" ninja
 	RESNET_FAST_BUILD=none $(PIP) install --no-build-isolation -e ".[$(EXTRAS)]"
+	@if command -v nvcc >/dev/null; then echo $(CUTLASS); $(CUTLASS); fi
 	@touch $@
 
 # In place and through ninja: after an edit only what changed is compiled again.
@@ -66,7 +71,7 @@ verify: $(BUILT)
 	$(PY) -m resnet_fast verify $(VERIFY_ARGS)
 
 test: $(BUILT)
-	$(PY) -m pytest $(PYTEST_ARGS)
+	$(PY) -m pytest -n $(TEST_JOBS) $(PYTEST_ARGS)
 
 lint: $(DEPS)
 	$(PY) -m ruff check .
@@ -91,6 +96,10 @@ gpu:
 	  --shard {}/$(GPU_JOBS) $(PYTEST_ARGS) >build/gpu/tests-{}.log 2>&1; \
 	  status=$$?; tail -n 12 build/gpu/tests-{}.log; exit $$status'
 	$(GPU_PYTHON) -m bench gpu $(GPU_ARGS)
+
+# Every CUDA kernel, by nvcc.
+cuda-check: $(DEPS)
+	$(PY) -m bench cuda
 
 # Every Triton kernel, compiled without a GPU: registers, spills, tensor-core instructions.
 kernels: $(DEPS)

@@ -10,7 +10,9 @@ Environment variables
         cpu, cuda   that build, or an error that says what is missing
         none    pure Python: the package works by its reference implementation
     MAX_JOBS              compiler processes at a time (default: ninja's)
-    TORCH_CUDA_ARCH_LIST  CUDA architectures, for example "8.0;9.0+PTX"
+    TORCH_CUDA_ARCH_LIST  CUDA architectures, for example "8.0;9.0a"
+    CUTLASS_PATH          CUTLASS, where the package nvidia-cutlass is not installed; without either
+                          the CUDA kernels are built but for the fused convolutions
     CXX, CXXFLAGS         the C++ compiler; flags added after ours, so that they win
 
 The build sees the torch it will run with, so it needs `pip install --no-build-isolation`.
@@ -20,6 +22,7 @@ What was resolved is printed to stderr (`pip install -v` shows it, and so does
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 import re
@@ -46,8 +49,8 @@ CXX_FLAGS = (
     "-Wall -Wextra"
 ).split()
 NVCC_FLAGS = ["-O3", "-lineinfo", "-Xcompiler=-fvisibility=hidden"]
-# Real code for Ampere, Ada and Hopper; PTX for whatever follows.
-DEFAULT_CUDA_ARCHS = "8.0;8.6;8.9;9.0+PTX"
+# Code for Ampere and Ada, for Hopper with wgmma; PTX for whatever follows.
+DEFAULT_CUDA_ARCHS = "8.0+PTX;9.0a"
 
 
 class BuildError(SystemExit):
@@ -66,6 +69,7 @@ class Machine:
     cuda_home: str | None = None
     toolkit: str | None = None  # the version nvcc reports
     cuda_sources: bool = False
+    cutlass: str | None = None  # the folder of its headers
     compiler: str | None = None  # first line of `$CXX --version`
     cxx: str = "c++"
     python_header: bool = True
@@ -102,6 +106,21 @@ def first_line_of(command: list[str], pattern: str = "(.+)") -> str | None:
     return found.group(1).strip() if found else None
 
 
+def cutlass_headers() -> str | None:
+    """Where <cutlass/cutlass.h> is: under CUTLASS_PATH, else in the package nvidia-cutlass."""
+    chosen = os.environ.get("CUTLASS_PATH")
+    package = importlib.util.find_spec("cutlass_library")
+    if chosen:
+        places = [Path(chosen), Path(chosen, "include")]
+    else:
+        folders = package.submodule_search_locations if package else []
+        places = [Path(folder, "source", "include") for folder in folders or ()]
+    found = [str(p) for p in places if (p / "cutlass" / "cutlass.h").exists()]
+    if chosen and not found:
+        raise BuildError(f"CUTLASS_PATH={chosen!r}: no include/cutlass/cutlass.h there")
+    return found[0] if found else None
+
+
 def probe(requested: str) -> Machine:
     """Look around. `none` looks at nothing, so that it works without torch and a compiler."""
     if requested == "none":
@@ -123,6 +142,7 @@ def probe(requested: str) -> Machine:
         cuda_home=CUDA_HOME,
         toolkit=first_line_of([str(nvcc), "--version"], r"release (\S+),") if nvcc else None,
         cuda_sources=any((ROOT / "csrc" / "cuda").glob("*.cu")),
+        cutlass=cutlass_headers(),
         compiler=first_line_of([*shlex.split(cxx), "--version"]),
         cxx=cxx,
         python_header=Path(sysconfig.get_path("include"), "Python.h").exists(),
@@ -181,12 +201,14 @@ def resolve(requested: str, machine: Machine) -> Resolution:
     return Resolution(requested, asked)
 
 
-def sources(mode: str, root: Path = ROOT) -> list[str]:
+def sources(mode: str, root: Path = ROOT, cutlass: bool = False) -> list[str]:
     """Sources relative to `root`; two that would share an object file are an error."""
     patterns = ["csrc/*.cpp", "csrc/cpu/*.cpp"]
     if mode == "cuda":
         patterns += ["csrc/cuda/*.cpp", "csrc/cuda/*.cu"]
     found = sorted(p.relative_to(root) for pattern in patterns for p in root.glob(pattern))
+    if not cutlass:
+        found = [p for p in found if not p.match("csrc/cuda/conv*.cu")]
     objects: dict[Path, Path] = {}
     for path in found:
         other = objects.setdefault(path.with_suffix(".o"), path)
@@ -235,13 +257,16 @@ def extension(resolution: Resolution, machine: Machine) -> setuptools.Extension:
         "CUDA_VERSION": machine.toolkit if cuda else "",
         "CUDA_ARCHS": cuda_archs() if cuda else "",
     }
+    cutlass = machine.cutlass if cuda else None
+    defines = ["-DRESNET_FAST_WITH_CUDA"] if cuda else []
+    defines += ["-DRESNET_FAST_WITH_CUTLASS"] if cutlass else []
     if cuda:  # torch would ask the visible GPUs, and there may be none
         os.environ["TORCH_CUDA_ARCH_LIST"] = cuda_archs()
     make = cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension
     include_dirs = cpp_extension.include_paths(*(["cuda"] if cuda else []))
     return make(
         "resnet_fast._C",
-        sources(resolution.mode),
+        sources(resolution.mode, cutlass=cutlass is not None),
         depends=[str(p.relative_to(ROOT)) for p in sorted(ROOT.glob("csrc/**/*.[hi]*"))],  # .h .inl
         extra_compile_args={
             "cxx": [
@@ -249,9 +274,9 @@ def extension(resolution: Resolution, machine: Machine) -> setuptools.Extension:
                 *(flag for path in include_dirs for flag in ("-isystem", path)),
                 *flags,
                 *(f"-DRESNET_FAST_{key}={c_string(value)}" for key, value in facts.items()),
-                *(["-DRESNET_FAST_WITH_CUDA"] if cuda else []),
+                *defines,
             ],
-            "nvcc": list(NVCC_FLAGS),
+            "nvcc": [*NVCC_FLAGS, *(["-isystem", cutlass] if cutlass else [])],
         },
         extra_link_args=["-fopenmp"] if "-fopenmp" in flags else [],
     )
@@ -270,7 +295,9 @@ def report(resolution: Resolution, machine: Machine) -> str:
             ("jobs", os.environ.get("MAX_JOBS") or "ninja's default (MAX_JOBS sets it)"),
         ]
     if resolution.mode == "cuda":
+        cutlass = machine.cutlass or "not found: pip install nvidia-cutlass, or set CUTLASS_PATH"
         rows.append(("cuda", f"{machine.toolkit}, architectures {cuda_archs()}"))
+        rows.append(("cutlass", f"{cutlass} (the fused convolutions)"))
     elif resolution.mode == "none":
         earlier = ROOT / "resnet_fast" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
         if earlier.exists():

@@ -15,6 +15,7 @@ from types import ModuleType
 COMMANDS = {
     "models": ("bench.models", "throughput and peak memory of whole models"),
     "kernels": ("bench.kernels", "compile every Triton kernel without a GPU: registers, spills"),
+    "cuda": ("bench.cuda", "compile every CUDA kernel without a GPU: registers, spills"),
     "ceilings": ("bench.ceilings", "the machine's limits: a copy and a matmul, measured"),
     "layers": ("bench.layers", "every convolution of a model, fused beside the library's"),
     "gpu": ("bench.gpu", "ceilings, layers and models on a GPU, within a time budget"),

@@ -339,14 +339,11 @@ LOADS = {"UTMALDG": "TMA", "LDGSTS": "cp.async"}
 
 def read_code(result: Compiled, cubin: bytes) -> None:
     """Registers, spills and the instructions that matter, by the tools that Triton carries."""
-    import triton
-
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        usage = _output(tools / "cuobjdump", "--dump-resource-usage", path)
-        code = _output(tools / "nvdisasm", path)
+        usage = tool("cuobjdump", "--dump-resource-usage", path)
+        code = tool("nvdisasm", path)
     numbers = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
     result.registers = int(numbers["REG"])
     if re.search(r"\bSTL\b", code):  # a subroutine's frame alone is no spill
@@ -361,10 +358,15 @@ def read_code(result: Compiled, cubin: bytes) -> None:
     result.loads = "+".join(loads + ([f"ld{max(widths)}"] if widths else []))
 
 
-def _output(*command: Any) -> str:
-    done = subprocess.run([os.fspath(c) for c in command], capture_output=True, text=True)
+def tool(name: str, *arguments: Any) -> str:
+    """What one of the CUDA tools that Triton carries prints."""
+    import triton
+
+    folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    command = [os.fspath(part) for part in (folder / name, *arguments)]
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"{command[0]}: {done.stderr.strip()}")
+        raise RuntimeError(f"{name}: {done.stderr.strip()}")
     return done.stdout
 
 

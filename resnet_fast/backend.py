@@ -20,7 +20,8 @@ from torch import Tensor
 from . import reference
 
 IMPLS = ("auto", "reference", "native", "triton")
-NATIVE_DTYPES = {"cpu": (torch.float32, torch.float64, torch.bfloat16)}
+_NATIVE_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+NATIVE_DTYPES = {"cpu": _NATIVE_DTYPES, "cuda": (*_NATIVE_DTYPES, torch.float16)}
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,11 @@ def native_module() -> tuple[Any | None, str]:
     if built_for != torch.__version__:
         return None, f"resnet_fast._C is built for torch {built_for}, this is {torch.__version__}"
     return module, "built"
+
+
+def native_ops() -> Any:
+    """The native ops' namespace; each dispatches to the kernels of its tensors' device."""
+    return torch.ops.resnet_fast_native
 
 
 @functools.cache
@@ -96,11 +102,13 @@ def refusal(impl: str, op: str, device: str, dtype: torch.dtype) -> str | None:
             return why
         if device not in NATIVE_DTYPES:
             return f"the native kernels run on {', '.join(NATIVE_DTYPES)} tensors, not on {device}"
+        if device == "cuda" and not module.build_info()["cuda"]:
+            return f"built without CUDA ({module.build_info()['build_why']})"
         if dtype not in NATIVE_DTYPES[device]:
             names = ", ".join(str(d).removeprefix("torch.") for d in NATIVE_DTYPES[device])
             given = str(dtype).removeprefix("torch.")
             return f"the native {device} kernels take {names}, not {given}"
-        if not hasattr(torch.ops.resnet_fast_native, op):
+        if not hasattr(native_ops(), op):
             return f"there is no native kernel for {op}"
         return None
     module, why = triton_module()
@@ -111,7 +119,7 @@ def _function(impl: str, op: str) -> Callable[..., Any]:
     if impl == "reference":
         return getattr(reference, op)
     if impl == "native":
-        return getattr(torch.ops.resnet_fast_native, op).default
+        return getattr(native_ops(), op).default
     return triton_module()[0].OPS[op]
 
 

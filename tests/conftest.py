@@ -8,6 +8,7 @@ from dataclasses import dataclass
 # the cores are shared those that wait by spinning keep the others from working.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+import emulation
 import pytest
 import torch
 
@@ -28,25 +29,33 @@ LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last
 
 @dataclass(frozen=True)
 class Impl:
-    """One implementation on one device: `impl=name` for tensors of `device`."""
+    """One implementation on one device: `impl=name` for tensors of `device`.
+
+    emulated: native is `csrc/cuda`, compiled for the CPU.
+    """
 
     name: str
     device: str
+    emulated: bool = False
 
     @property
     def interpreted(self):
-        """Whether a kernel's every operation is a call of NumPy: milliseconds each."""
-        return self.name == "triton" and self.device == "cpu"
+        """Whether a GPU's threads are taken one by one: milliseconds for an operation."""
+        return self.emulated or (self.name == "triton" and self.device == "cpu")
 
     def need_speed(self):
         """Skip a test of whole nets in the interpreter: parts of it have run there by now."""
-        if self.interpreted:
+        if self.interpreted and not self.emulated:
             pytest.skip(f"{self.name} on {self.device}: minutes for a whole net")
 
     def refusal(self, dtype=torch.float32, op="bn_act"):
         """Why `op` cannot run here in `dtype`, or None."""
         if self.device == "cuda" and not torch.cuda.is_available():
             return "this machine has no CUDA device"
+        if self.emulated and emulation.refusal() is not None:
+            return emulation.refusal()
+        if self.emulated and dtype == torch.float16:
+            return None
         return backend.refusal(self.name, op, self.device, dtype)
 
     def need(self, dtype, *ops):
@@ -61,16 +70,25 @@ IMPLS = {
     "reference": Impl("reference", "cpu"),
     "native-cpu": Impl("native", "cpu"),
     "native-cuda": Impl("native", "cuda"),
+    "native-cuda-emulated": Impl("native", "cpu", emulated=True),
     "triton-interpreter": Impl("triton", "cpu"),
     "triton-cuda": Impl("triton", "cuda"),
 }
 
 
 @pytest.fixture(params=IMPLS.values(), ids=IMPLS.keys())
-def impl(request):
+def impl(request, monkeypatch):
     """Every implementation in turn; one that is not there skips with its reason."""
     request.param.need(torch.float32)
-    return request.param
+    if not request.param.emulated:
+        yield request.param
+        return
+    ops = emulation.ops()
+    monkeypatch.setattr(backend, "native_ops", lambda: ops)
+    monkeypatch.setitem(backend.NATIVE_DTYPES, "cpu", backend.NATIVE_DTYPES["cuda"])
+    backend._resolve.cache_clear()
+    yield request.param
+    backend._resolve.cache_clear()
 
 
 ALONE = {"layout": torch.channels_last, "keep": False, "bias": False}
@@ -95,8 +113,9 @@ def pytest_collection_modifyitems(config, items):
     """Mark what needs a GPU, and leave out what shows nothing and what another shard has.
 
     Of a missing implementation one case a test is kept: it skips and stands for the rest. The
-    interpreter takes milliseconds for an operation; there the ops run in full (`test_ops`), and
-    what is made of them in the cases of ALONE: the rest differs in the ops' arguments only.
+    interpreter and the emulator take milliseconds for an operation; there the ops run in full
+    (`test_ops`), and what is made of them in the cases of ALONE: the rest differs in the ops'
+    arguments only.
     """
     kept, rest, seen = [], [], set()
     for item in items:

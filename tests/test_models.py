@@ -212,6 +212,7 @@ class TestPlainTwin:
         This is about structure, not rounding: fp64 leaves room for torch's own default tolerance.
         """
         impl.need(torch.float64, *ops.NAMES)
+        impl.need_speed()
         plain = randomize(tiny(family, fused=False))
         fused = tiny(family, impl=impl.name, keep_activations=keep)
         fused.load_state_dict(plain.state_dict())

@@ -8,7 +8,6 @@
 #include <tuple>
 #include <vector>
 
-#include "../checks.h"
 #include "engine.h"
 #include "memory.h"
 #include "norm.h"
@@ -22,31 +21,6 @@ using at::IntArrayRef;
 // relu(scale·x + shift), the input of a convolution that has a norm before it.
 Tensor activate(const Tensor& x, const Tensor& scale, const Tensor& shift) {
   return std::get<0>(bn_act(x, scale, shift, {}, {}, {}, true, false));
-}
-
-// The output's shape [N,K,P,Q]; the operands' shapes, dtypes and geometry fit each other.
-std::vector<int64_t> check_conv(const char* op, const Tensor& x, const Tensor& w, const Geometry& g) {
-  check_activation(op, "x", x);
-  check_4d({op, "w", w});
-  check_same_device({op, "w", w}, {op, "x", x});
-  TORCH_CHECK(g.stride.size() == 2 && g.padding.size() == 2 && g.dilation.size() == 2, op,
-              ": `stride`, `padding` and `dilation` have ", g.stride.size(), ", ", g.padding.size(), " and ",
-              g.dilation.size(), " values, expected 2 each");
-  for (int i = 0; i < 2; ++i) {
-    TORCH_CHECK(g.stride[i] >= 1 && g.dilation[i] >= 1 && g.padding[i] >= 0, op, ": `stride`, `dilation` and `padding` are ",
-                g.stride, ", ", g.dilation, " and ", g.padding, ", expected positive, positive and not negative");
-  }
-  TORCH_CHECK(g.groups >= 1 && w.size(0) % g.groups == 0 && w.size(1) * g.groups == x.size(1), op, ": `w` has shape ",
-              w.sizes(), ", expected ", x.size(1), " input channels / ", g.groups, " groups");
-  TORCH_CHECK_TYPE(w.scalar_type() == x.scalar_type() || w.scalar_type() == at::kFloat, op, ": `w` has dtype ",
-                   dtype_name(w.scalar_type()), ", expected ", dtype_name(x.scalar_type()), " or float32");
-  const ConvShape s = conv_shape(x, w, g);
-  TORCH_CHECK(s.rows >= 1 && s.columns >= 1, op, ": `x` has shape ", x.sizes(), ", too few pixels for `w`, ", w.sizes());
-  return {s.images, s.filters, s.rows, s.columns};
-}
-
-Tensor empty_like_accumulate(const Tensor& x, int64_t size) {
-  return at::empty({size}, x.options().dtype(accumulate_type(x)));
 }
 
 // relu(scale·x + shift) of some pixels of NHWC x, for the bands of engine.h; nothing where there is no norm.
@@ -83,7 +57,7 @@ class BandStatistics {
 
   std::tuple<Tensor, Tensor> result(const Tensor& x) {
     for (int64_t task = 1; task < kTasks; ++task) merge_into(0, counts_[task], moments_[task].data());
-    Tensor mean = empty_like_accumulate(x, channels_), m2 = empty_like_accumulate(x, channels_);
+    Tensor mean = empty_vector(x, channels_), m2 = empty_vector(x, channels_);
     for (int64_t c = 0; c < channels_; ++c) {
       mean.data_ptr<float>()[c] = float(moments_[0][c]);
       m2.data_ptr<float>()[c] = float(moments_[0][channels_ + c]);
@@ -123,7 +97,7 @@ std::tuple<Tensor, Tensor, Tensor> tiled_fprop(
   engine_fprop<T>(
       s, in_scale ? nullptr : data<T>(x), prologue<T>(s, x, in_scale, in_shift), pack_filters<T>(w, false), nullptr,
       nullptr, false, to, stats ? finish : Finish());
-  if (!stats) return {z, empty_like_accumulate(x, 0), empty_like_accumulate(x, 0)};
+  if (!stats) return {z, empty_vector(x, 0), empty_vector(x, 0)};
   auto [mean, m2] = statistics.result(x);
   return {z, mean, m2};
 }
@@ -133,9 +107,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_fprop(
     IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, int64_t groups) {
   const at::AutoDispatchBelowADInplaceOrView guard;
   const Geometry g = {stride, padding, dilation, groups};
-  check_conv("conv_fprop", x, w, g);
-  check_vectors("conv_fprop", x, {{"in_scale", &in_scale}, {"in_shift", &in_shift}});
-  check_together("conv_fprop", {{"in_scale", &in_scale}, {"in_shift", &in_shift}});
+  check_conv_fprop(x, w, in_scale, in_shift, g);
   if (tiled(x, w, g)) {
     return x.scalar_type() == at::kFloat ? tiled_fprop<float>(x, w, in_scale, in_shift, stats, g)
                                          : tiled_fprop<bf16>(x, w, in_scale, in_shift, stats, g);
@@ -143,7 +115,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_fprop(
   const Tensor h = in_scale ? activate(x, *in_scale, *in_shift) : x;
   const Tensor z = at::conv2d(h, w.to(x.scalar_type()), {}, stride, padding, dilation, groups)
                        .contiguous(format_of(x, &w));
-  if (!stats) return {z, empty_like_accumulate(x, 0), empty_like_accumulate(x, 0)};
+  if (!stats) return {z, empty_vector(x, 0), empty_vector(x, 0)};
   auto [mean, m2] = bn_stats(z);
   return {z, mean, m2};
 }
@@ -191,8 +163,8 @@ std::tuple<Tensor, Tensor, Tensor> tiled_dgrad(
   const bool more = in_scale || residual;
   engine_dgrad<T>(
       s, data<T>(gradient.dz), gradient.fill, pack_filters<T>(w, true), k.out, more ? finish : Finish());
-  if (!in_mean) return {dx, empty_like_accumulate(x, 0), empty_like_accumulate(x, 0)};
-  Tensor total[2] = {empty_like_accumulate(x, s.channels), empty_like_accumulate(x, s.channels)};
+  if (!in_mean) return {dx, empty_vector(x, 0), empty_vector(x, 0)};
+  Tensor total[2] = {empty_vector(x, s.channels), empty_vector(x, s.channels)};
   for (size_t task = 1; task < sums.size(); ++task) {
     for (size_t c = 0; c < sums[task].size(); ++c) sums[0][c] += sums[task][c];
   }
@@ -218,7 +190,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tiled_bprop(
     const OptTensor& in_shift, const OptTensor& in_mean, const OptTensor& in_rstd, const OptTensor& in_act,
     const OptTensor& residual, const OptTensor& residual_mask, const Geometry& g, bool need_dx, bool need_dw) {
   Tensor dx = at::empty({0}, x.options()), dw = at::empty({0}, w.options());
-  Tensor sum_dx = empty_like_accumulate(x, 0), sum_dx_xhat = empty_like_accumulate(x, 0);
+  Tensor sum_dx = empty_vector(x, 0), sum_dx_xhat = empty_vector(x, 0);
   const auto gradient = output_gradient<T>(conv_shape(x, w, g), need_dx, dy, dy_mask, a, z, mean, b, c);
   if (need_dx) {
     std::tie(dx, sum_dx, sum_dx_xhat) =
@@ -239,22 +211,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bprop(
     IntArrayRef dilation, int64_t groups, bool need_dx, bool need_dw) {
   const at::AutoDispatchBelowADInplaceOrView guard;
   const Geometry g = {stride, padding, dilation, groups};
-  const char* op = "conv_bprop";
-  const std::vector<int64_t> output = check_conv(op, x, w, g);
-  check_activation(op, "dy", dy);
-  check_shape({op, "dy", dy}, output);
-  check_same_dtype({op, "dy", dy}, {op, "x", x});
-  check_mask(op, "dy_mask", dy_mask, dy);
-  check_beside(op, "z", z, dy, "dy");
-  check_vectors(op, dy, {{"a", &a}, {"mean", &mean}, {"b", &b}, {"c", &c}});
-  TORCH_CHECK(!b || (a && z && mean && c), op, ": `b` needs `a`, `z`, `mean` and `c` beside it");
-  check_vectors(
-      op, x, {{"in_scale", &in_scale}, {"in_shift", &in_shift}, {"in_mean", &in_mean}, {"in_rstd", &in_rstd}});
-  check_together(op, {{"in_scale", &in_scale}, {"in_shift", &in_shift}});
-  check_together(op, {{"in_mean", &in_mean}, {"in_rstd", &in_rstd}});
-  check_beside(op, "in_act", in_act, x, "x");
-  check_beside(op, "residual", residual, x, "x");
-  check_mask(op, "residual_mask", residual_mask, x);
+  check_conv_bprop(
+      dy, w, x, dy_mask, a, z, mean, b, c, in_scale, in_shift, in_mean, in_rstd, in_act, residual, residual_mask, g);
   if (tiled(x, w, g)) {
     return (x.scalar_type() == at::kFloat ? tiled_bprop<float> : tiled_bprop<bf16>)(
         dy, w, x, dy_mask, a, z, mean, b, c, in_scale, in_shift, in_mean, in_rstd, in_act, residual, residual_mask, g,
@@ -262,7 +220,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bprop(
   }
   const Tensor dz = dy_mask || a ? bn_act_bwd_apply(dy, dy_mask, a, z, mean, b, c, {}, {}) : dy;
   Tensor dx = at::empty({0}, x.options()), dw = at::empty({0}, w.options());
-  Tensor sum_dx = empty_like_accumulate(x, 0), sum_dx_xhat = empty_like_accumulate(x, 0);
+  Tensor sum_dx = empty_vector(x, 0), sum_dx_xhat = empty_vector(x, 0);
   const Tensor h = in_act ? *in_act : in_scale && need_dw ? activate(x, *in_scale, *in_shift) : x;
   auto [grad_x, grad_w, grad_b] = at::convolution_backward(
       dz, h, w.to(x.scalar_type()), at::nullopt, stride, padding, dilation, false, {0, 0}, groups,
@@ -282,19 +240,7 @@ Tensor conv_bn_act(
     IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, int64_t groups) {
   const at::AutoDispatchBelowADInplaceOrView guard;
   const Geometry geometry = {stride, padding, dilation, groups};
-  const std::vector<int64_t> output = check_conv("conv_bn_act", x, w, geometry);
-  for (const auto& [name, vector] :
-       {std::pair<const char*, const OptTensor&>{"bias", bias}, {"bn_weight", bn_weight}, {"bn_bias", bn_bias},
-        {"running_mean", running_mean}, {"running_var", running_var}}) {
-    if (!vector) continue;
-    check_channels({"conv_bn_act", name, *vector}, w.size(0));
-    check_floating({"conv_bn_act", name, *vector});
-  }
-  check_together("conv_bn_act", {{"running_mean", &running_mean}, {"running_var", &running_var}});
-  if (residual) {
-    check_shape({"conv_bn_act", "residual", *residual}, output);
-    check_same_dtype({"conv_bn_act", "residual", *residual}, {"conv_bn_act", "x", x});
-  }
+  check_conv_bn_act(x, w, bias, bn_weight, bn_bias, running_mean, running_var, residual, geometry);
   const BatchNormTensors bn = {bias, bn_weight, bn_bias, running_mean, running_var, eps};
   const PackedConv packed = pack(x, w, bn, geometry);
   const auto format = format_of(x, &w);

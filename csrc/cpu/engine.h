@@ -11,18 +11,6 @@
 
 namespace resnet_fast::cpu {
 
-// Geometry of a convolution y[n,p,q,k] = Σ x[n, p·stride + r·dilation − padding, …, c]·w[k,r,s,c].
-struct ConvShape {
-  int64_t images, height, width, channels;  // x
-  int64_t rows, columns, filters;           // y
-  int64_t taps[2], stride[2], padding[2], dilation[2];
-
-  int64_t tap_count() const { return taps[0] * taps[1]; }
-  bool pointwise() const {  // a plain GEMM over all pixels
-    return tap_count() == 1 && stride[0] == 1 && stride[1] == 1 && padding[0] == 0 && padding[1] == 0;
-  }
-};
-
 // Lay pixels [begin, end) of row `row` of image `image` out at `to`.
 template <class T>
 using FillRow = std::function<void(int64_t image, int64_t row, int64_t begin, int64_t end, T* to)>;

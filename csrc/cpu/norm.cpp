@@ -75,12 +75,6 @@ std::vector<Tensor> reduce_rows(const Shape& s, int k, at::TensorOptions options
   return out;
 }
 
-Tensor empty_mask(const Tensor& x, bool wanted) {
-  const Shape s = shape_of(x);
-  const auto options = x.options().dtype(at::kByte);
-  return wanted ? at::empty({s.rows, (s.inner + 7) / 8}, options) : at::empty({0}, options);
-}
-
 std::tuple<Tensor, Tensor> bn_act_unchecked(
     const Tensor& z, const OptTensor& scale, const OptTensor& shift, const OptTensor& residual,
     const OptTensor& res_scale, const OptTensor& res_shift, bool relu, bool save_mask) {
@@ -100,52 +94,8 @@ std::tuple<Tensor, Tensor> bn_act_unchecked(
 
 }  // namespace
 
-void check_activation(const char* op, const char* name, const Tensor& x) {
-  check_dense_4d({op, name, x});
-  check_dtype({op, name, x}, {at::kFloat, at::kDouble, at::kBFloat16});
-}
-
-void check_vectors(
-    const char* op, const Tensor& x, std::initializer_list<std::pair<const char*, const OptTensor*>> vectors) {
-  for (const auto& [name, vector] : vectors) {
-    if (!vector->has_value()) continue;
-    check_channels({op, name, **vector}, x.size(1));
-    check_accumulate_dtype({op, name, **vector}, x.scalar_type());
-  }
-}
-
-// An activation beside x: same shape, dtype and memory order.
-void check_beside(const char* op, const char* name, const OptTensor& t, const Tensor& x, const char* x_name) {
-  if (!t.has_value()) return;
-  check_like({op, name, *t}, {op, x_name, x});
-  TORCH_CHECK(shape_of(*t).nhwc == shape_of(x).nhwc && t->is_non_overlapping_and_dense(), op, ": `", name,
-              "` has strides ", t->strides(), ", expected the memory order of `", x_name, "`, ", x.strides());
-}
-
-void check_mask(const char* op, const char* name, const OptTensor& mask, const Tensor& x) {
-  if (!mask.has_value()) return;
-  const Shape s = shape_of(x);
-  check_dtype({op, name, *mask}, {at::kByte});
-  check_shape({op, name, *mask}, {s.rows, (s.inner + 7) / 8});
-}
-
-Shape shape_of(const Tensor& x) {
-  const bool nhwc = x.numel() > 0 && x.is_contiguous(at::MemoryFormat::ChannelsLast);
-  const int64_t n = x.size(0), c = x.size(1), pixels = x.size(2) * x.size(3);
-  return nhwc ? Shape{n * pixels, c, c, true} : Shape{n * c, pixels, c, false};
-}
-
-at::MemoryFormat format_of(const Tensor& x, const Tensor* weight) {
-  const bool nhwc = x.is_contiguous(at::MemoryFormat::ChannelsLast), nchw = x.is_contiguous();
-  const auto pick = [](bool last) { return last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous; };
-  if (nhwc != nchw) return pick(nhwc);
-  return pick(weight != nullptr && !weight->is_contiguous() && weight->is_contiguous(at::MemoryFormat::ChannelsLast));
-}
-
-at::ScalarType accumulate_type(const Tensor& x) { return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
-
 std::tuple<Tensor, Tensor> bn_stats(const Tensor& x) {
-  check_activation("bn_stats", "x", x);
+  check_bn_stats(x);
   const auto options = x.options().dtype(accumulate_type(x));
   const Shape s = shape_of(x);
   Tensor mean = at::zeros({s.channels}, options), m2 = at::zeros({s.channels}, options);
@@ -192,17 +142,12 @@ std::tuple<Tensor, Tensor> bn_stats(const Tensor& x) {
 
 std::tuple<Tensor, Tensor, Tensor> bn_finalize(
     const Tensor& mean, const Tensor& m2, int64_t count, const OptTensor& weight, const OptTensor& bias, double eps) {
+  check_bn_finalize(mean, m2, weight, bias);
   const int64_t channels = mean.numel();
-  const auto wide = [&](const char* name, const OptTensor& t, double fill) {
-    if (!t) return at::full({channels}, fill, mean.options());
-    check_floating({"bn_finalize", name, *t});
-    check_channels({"bn_finalize", name, *t}, channels);
-    return t->to(mean.scalar_type()).contiguous();
+  const auto wide = [&](const OptTensor& t, double fill) {
+    return t ? t->to(mean.scalar_type()).contiguous() : at::full({channels}, fill, mean.options());
   };
-  check_channels({"bn_finalize", "mean", mean}, channels);
-  check_channels({"bn_finalize", "m2", m2}, channels);
-  check_same_dtype({"bn_finalize", "m2", m2}, {"bn_finalize", "mean", mean});
-  const Tensor w = wide("weight", weight, 1.0), b = wide("bias", bias, 0.0);
+  const Tensor w = wide(weight, 1.0), b = wide(bias, 0.0);
   Tensor scale = at::empty_like(mean), shift = at::empty_like(mean), rstd = at::empty_like(mean);
   AT_DISPATCH_FLOATING_TYPES(mean.scalar_type(), "bn_finalize", [&] {
     using A = scalar_t;
@@ -222,13 +167,8 @@ std::tuple<Tensor, Tensor, Tensor> bn_finalize(
 
 std::tuple<Tensor, Tensor> bn_bwd_finalize(
     const Tensor& sum_dy, const Tensor& sum_dy_xhat, const Tensor& scale, const Tensor& rstd, int64_t count) {
+  check_bn_bwd_finalize(sum_dy, sum_dy_xhat, scale, rstd);
   const int64_t channels = sum_dy.numel();
-  check_channels({"bn_bwd_finalize", "sum_dy", sum_dy}, channels);
-  for (const auto& [name, t] :
-       {std::pair<const char*, const Tensor&>{"sum_dy_xhat", sum_dy_xhat}, {"scale", scale}, {"rstd", rstd}}) {
-    check_channels({"bn_bwd_finalize", name, t}, channels);
-    check_same_dtype({"bn_bwd_finalize", name, t}, {"bn_bwd_finalize", "sum_dy", sum_dy});
-  }
   Tensor b = at::empty_like(sum_dy), c = at::empty_like(sum_dy);
   AT_DISPATCH_FLOATING_TYPES(sum_dy.scalar_type(), "bn_bwd_finalize", [&] {
     using A = scalar_t;
@@ -247,40 +187,27 @@ std::tuple<Tensor, Tensor> bn_bwd_finalize(
 std::tuple<Tensor, Tensor> bn_act(
     const Tensor& z, const Tensor& scale, const Tensor& shift, const OptTensor& residual, const OptTensor& res_scale,
     const OptTensor& res_shift, bool relu, bool save_mask) {
-  check_activation("bn_act", "z", z);
-  const OptTensor s = scale, t = shift;
-  check_vectors("bn_act", z, {{"scale", &s}, {"shift", &t}, {"res_scale", &res_scale}, {"res_shift", &res_shift}});
-  check_beside("bn_act", "residual", residual, z, "z");
-  check_together("bn_act", {{"res_scale", &res_scale}, {"res_shift", &res_shift}});
-  TORCH_CHECK(!res_scale || residual, "bn_act: `residual` is missing, expected beside `res_scale`");
-  return bn_act_unchecked(z, s, t, residual, res_scale, res_shift, relu, save_mask);
+  check_bn_act(z, scale, shift, residual, res_scale, res_shift);
+  return bn_act_unchecked(z, scale, shift, residual, res_scale, res_shift, relu, save_mask);
 }
 
 std::tuple<Tensor, Tensor> add_relu(const Tensor& x, const Tensor& residual, bool save_mask) {
-  check_activation("add_relu", "x", x);
-  check_beside("add_relu", "residual", residual, x, "x");
+  check_add_relu(x, residual);
   return bn_act_unchecked(x, {}, {}, residual, {}, {}, true, save_mask);
 }
 
 std::tuple<Tensor, Tensor, Tensor> bn_act_bwd_reduce(
     const Tensor& dy, const OptTensor& mask, const Tensor& z, const Tensor& mean, const Tensor& rstd,
     const OptTensor& residual, const OptTensor& res_mean, const OptTensor& res_rstd) {
-  const char* op = "bn_act_bwd_reduce";
-  check_activation(op, "dy", dy);
-  check_mask(op, "mask", mask, dy);
-  check_beside(op, "z", z, dy, "dy");
-  check_beside(op, "residual", residual, dy, "dy");
-  const OptTensor m = mean, r = rstd;
-  check_together(op, {{"residual", &residual}, {"res_mean", &res_mean}, {"res_rstd", &res_rstd}});
-  check_vectors(op, dy, {{"mean", &m}, {"rstd", &r}, {"res_mean", &res_mean}, {"res_rstd", &res_rstd}});
-  return dispatch(dy, op, [&](auto t) -> std::tuple<Tensor, Tensor, Tensor> {
+  check_bn_act_bwd_reduce(dy, mask, z, mean, rstd, residual, res_mean, res_rstd);
+  return dispatch(dy, "bn_act_bwd_reduce", [&](auto t) -> std::tuple<Tensor, Tensor, Tensor> {
     using T = decltype(t);
     using A = accumulate_t<T>;
     GradientSums<T> k = {};
     k.shape = shape_of(dy);
     k.dy = data<T>(dy);
     k.mask = data<uint8_t>(mask);
-    k.z[0] = data<T>(z), k.mean[0] = data<A>(m), k.rstd[0] = data<A>(r);
+    k.z[0] = data<T>(z), k.mean[0] = data<A>(mean), k.rstd[0] = data<A>(rstd);
     k.z[1] = data<T>(residual), k.mean[1] = data<A>(res_mean), k.rstd[1] = data<A>(res_rstd);
     const auto options = dy.options().dtype(accumulate_type(dy));
     auto sums = reduce_rows<A>(k.shape, residual ? 3 : 2, options, [&](int64_t i, int64_t n, int64_t step, A* to) {
@@ -293,16 +220,8 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_bwd_reduce(
 Tensor bn_act_bwd_apply(
     const Tensor& dy, const OptTensor& mask, const OptTensor& a, const OptTensor& z, const OptTensor& mean,
     const OptTensor& b, const OptTensor& c, const OptTensor& residual, const OptTensor& residual_mask) {
-  const char* op = "bn_act_bwd_apply";
-  check_activation(op, "dy", dy);
-  check_mask(op, "mask", mask, dy);
-  check_mask(op, "residual_mask", residual_mask, dy);
-  check_beside(op, "z", z, dy, "dy");
-  check_beside(op, "residual", residual, dy, "dy");
-  check_vectors(op, dy, {{"a", &a}, {"mean", &mean}, {"b", &b}, {"c", &c}});
-  TORCH_CHECK(!b || (a && z && mean && c), op, ": `b` needs `a`, `z`, `mean` and `c` beside it");
   const Tensor dz = empty(dy.sizes(), dy.options(), format_of(dy));
-  dispatch(dy, op, [&](auto t) {
+  dispatch(dy, "bn_act_bwd_apply", [&](auto t) {
     using T = decltype(t);
     using A = accumulate_t<T>;
     const BnActBwdApply<T> k = {
@@ -314,8 +233,7 @@ Tensor bn_act_bwd_apply(
 }
 
 Tensor add_relu_bwd(const Tensor& dy, const Tensor& mask) {
-  check_activation("add_relu_bwd", "dy", dy);
-  check_mask("add_relu_bwd", "mask", mask, dy);
+  check_add_relu_bwd(dy, mask);
   return bn_act_bwd_apply(dy, mask, {}, {}, {}, {}, {}, {}, {});
 }
 
@@ -354,6 +272,7 @@ TORCH_LIBRARY_IMPL(resnet_fast_native, CPU, m) {
   m.impl("bn_act_bwd_apply", [](const Tensor& dy, const OptTensor& mask, const OptTensor& a, const OptTensor& z,
                                 const OptTensor& mean, const OptTensor& b, const OptTensor& c,
                                 const OptTensor& residual) {
+    check_bn_act_bwd_apply(dy, mask, a, z, mean, b, c, residual);
     return bn_act_bwd_apply(dy, mask, a, z, mean, b, c, residual, {});
   });
 }

@@ -3,30 +3,12 @@
 
 #include <ATen/ATen.h>
 
-#include <initializer_list>
 #include <tuple>
-#include <utility>
 
+#include "../tensors.h"
 #include "kernels.h"
 
 namespace resnet_fast::cpu {
-
-using at::Tensor;
-using OptTensor = std::optional<Tensor>;
-
-// Rows and elements of a dense 4-D tensor, as in resnet_fast/layout.py.
-Shape shape_of(const Tensor& x);
-
-// The format results computed from x (and a filter) take, as resnet_fast.layout.memory_format.
-at::MemoryFormat format_of(const Tensor& x, const Tensor* weight = nullptr);
-
-at::ScalarType accumulate_type(const Tensor& x);
-
-// Data of an optional operand, nullptr where there is none.
-template <class T>
-const T* data(const OptTensor& t) {
-  return t.has_value() && t->numel() > 0 ? static_cast<const T*>(t->const_data_ptr()) : nullptr;
-}
 
 // f(T{}) with T = float, double or bf16 for the tensor's dtype.
 template <class F>
@@ -43,19 +25,6 @@ auto dispatch(const Tensor& x, const char* op, F f) {
                        ", expected float32, float64 or bfloat16");
   }
 }
-
-// A dense activation of a dtype that has kernels.
-void check_activation(const char* op, const char* name, const Tensor& x);
-
-// Vectors of one value a channel of x, in the dtype of its sums.
-void check_vectors(
-    const char* op, const Tensor& x, std::initializer_list<std::pair<const char*, const OptTensor*>> vectors);
-
-// An activation beside x: same shape, dtype and memory order.
-void check_beside(const char* op, const char* name, const OptTensor& t, const Tensor& x, const char* x_name);
-
-// A bit mask of x.
-void check_mask(const char* op, const char* name, const OptTensor& mask, const Tensor& x);
 
 std::tuple<Tensor, Tensor> bn_stats(const Tensor& x);
 

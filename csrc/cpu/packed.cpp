@@ -182,16 +182,6 @@ PackedConv pack(const Tensor& x, const Tensor& w, const BatchNormTensors& bn, co
   return entries.emplace(key, std::move(entry)).first->second.packed;
 }
 
-ConvShape conv_shape(const Tensor& x, const Tensor& w, const Geometry& g) {
-  ConvShape s = {x.size(0), x.size(2), x.size(3), x.size(1), 0, 0, w.size(0), {}, {}, {}, {}};
-  for (int i = 0; i < 2; ++i) {
-    s.taps[i] = w.size(2 + i), s.stride[i] = g.stride[i], s.padding[i] = g.padding[i], s.dilation[i] = g.dilation[i];
-    const int64_t reach = s.dilation[i] * (s.taps[i] - 1) + 1;
-    (i == 0 ? s.rows : s.columns) = (x.size(2 + i) + 2 * s.padding[i] - reach) / s.stride[i] + 1;
-  }
-  return s;
-}
-
 bool tiled(const Tensor& x, const Tensor& w, const Geometry& g, bool inference) {
   if (conv_by() == ConvBy::OneDnn) return false;
   const bool slower = inference && is_intel() && x.scalar_type() == at::kFloat && onednn().takes(x);

@@ -6,20 +6,10 @@
 
 #include <optional>
 
+#include "../tensors.h"
 #include "engine.h"
 
 namespace resnet_fast::cpu {
-
-using at::Tensor;
-using OptTensor = std::optional<Tensor>;
-
-struct Geometry {
-  at::IntArrayRef stride, padding, dilation;
-  int64_t groups;
-};
-
-// The shape of a convolution of x with w for engine.h.
-ConvShape conv_shape(const Tensor& x, const Tensor& w, const Geometry& geometry);
 
 // Whether our own tiles run it: NHWC, one group, float or bf16, a CPU and channel counts that engine_takes.
 // In inference on Intel oneDNN's fused convolutions measure faster in fp32 (ResNet-50); RESNET_FAST_CPU_CONV decides otherwise.

@@ -1,0 +1,174 @@
+"""`python -m bench cuda`: compile every .cu of csrc/cuda without a GPU and read its machine code.
+
+By nvcc, a cubin a file and architecture; a row a kernel: registers, spills, shared memory,
+tensor-core instruction, how it loads. Exit status 1 if anything does not compile or spills, or if a convolution
+for sm_90a has no HGMMA. Without CUTLASS' headers the convolutions are left out, and a line says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from bench.kernels import LOADS, TENSOR_CORES, tool
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass
+class Compiled:
+    """One kernel of one file. local: bytes of spills and stack a thread; seconds: of the file."""
+
+    file: str
+    kernel: str
+    arch: str
+    registers: int = 0
+    local: int = 0
+    shared: int = 0
+    tensor_cores: str = ""
+    loads: str = ""
+    seconds: float = 0.0
+    failure: str = ""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--arch", default="sm_80,sm_90a", help="sm_80,sm_90a")
+    parser.add_argument("--only", default="", help="files whose name contains this")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N",
+                        help="compilers at a time")  # fmt: skip
+    parser.add_argument("--json", type=Path, help="write the table here too")
+
+
+def run(args: argparse.Namespace) -> int:
+    """The command; 1 on a failure, 2 where there is no nvcc or a bad argument."""
+    archs = args.arch.split(",")
+    bad = [arch for arch in archs if not re.fullmatch(r"sm_\d+a?", arch)]
+    if bad:
+        print(f"--arch: expected names like sm_80,sm_90a, got {bad[0]!r}", file=sys.stderr)
+        return 2
+    if args.jobs < 1:
+        print(f"--jobs: expected at least 1, got {args.jobs}", file=sys.stderr)
+        return 2
+    if shutil.which("nvcc") is None:
+        print("nvcc is not on PATH: install the CUDA toolkit", file=sys.stderr)
+        return 2
+    files, without = sources()
+    if without:
+        print(without)
+    files = [file for file in files if args.only in file.name]
+    done = []
+    print(HEADER)
+    for rows in compiled([(file, arch) for file in files for arch in archs], args.jobs):
+        done += rows
+        print("\n".join(map(line, rows)), flush=True)
+    failed = [row for row in done if row.failure]
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps([asdict(row) for row in done], indent=1))
+    print(f"\n{len(done)} kernels of {len(files)} files, {len(failed)} failed")
+    for row in failed:
+        print(f"{row.arch} {row.file} {row.kernel}: {row.failure}")
+    return 1 if failed or not done else 0
+
+
+def sources() -> tuple[list[Path], str]:
+    """The .cu files that can be compiled here, and a line about those that cannot."""
+    build = runpy.run_path(str(ROOT / "setup.py"))
+    cutlass = build["cutlass_headers"]() is not None
+    found = [ROOT / name for name in build["sources"]("cuda", ROOT, cutlass) if ".cu" in name]
+    missing = "convolutions left out: CUTLASS is not found (pip install nvidia-cutlass)"
+    return found, "" if cutlass else missing
+
+
+def compiled(parts: list[tuple[Path, str]], jobs: int) -> Iterator[list[Compiled]]:
+    """What became of every file for every architecture, `jobs` compilers at a time."""
+    build = runpy.run_path(str(ROOT / "setup.py"))
+    headers = build["cutlass_headers"]()
+    flags = [*build["NVCC_FLAGS"], *(["-isystem", headers] if headers else [])]
+    with ThreadPoolExecutor(jobs) as pool:
+        yield from pool.map(lambda part: compile_file(*part, flags), parts)
+
+
+def compile_file(source: Path, arch: str, flags: list[str]) -> list[Compiled]:
+    """The kernels of one file, by nvcc for one architecture."""
+    begin = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "code.cubin"
+        command = ["nvcc", "-std=c++17", *flags, f"-arch={arch}", "-cubin", source, "-o", cubin]
+        done = subprocess.run([os.fspath(c) for c in command], capture_output=True, text=True)
+        seconds = time.perf_counter() - begin
+        if done.returncode:
+            first = next(iter(re.findall(r".*error.*", done.stderr)), done.stderr.strip()[-200:])
+            return [Compiled(source.name, "", arch, seconds=seconds, failure=first)]
+        usage = tool("cuobjdump", "--dump-resource-usage", cubin)
+        code = tool("nvdisasm", cubin)
+    rows = []
+    functions = re.findall(r"Function (\S+):\s*\n?\s*(.*)", usage)
+    bodies = {part.split(",", 1)[0]: part for part in re.split(r"\n\s*\.section\s+\.text\.", code)}
+    for (mangled, numbers), name in zip(functions, names(functions), strict=True):
+        used = dict(re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", numbers))
+        row = Compiled(source.name, name, arch, seconds=seconds)
+        rows.append(judge(row, used, bodies[mangled]))
+    return rows
+
+
+def names(functions: list[tuple[str, str]]) -> list[str]:
+    """Kernels' names as they are in the source, as far as there is a c++filt."""
+    mangled = "\n".join(name for name, _ in functions)
+    if shutil.which("c++filt"):
+        done = subprocess.run(["c++filt"], input=mangled, capture_output=True, text=True)
+        mangled = done.stdout.rstrip("\n")
+    return [short(name) for name in mangled.split("\n")]
+
+
+def short(name: str) -> str:
+    """A demangled kernel as its own name and template arguments."""
+    found = re.search(r"(\w+_kernel)(<[^(]*?>)?\(", name)
+    if not found:
+        return re.sub(r"\W+", " ", name)[:60]
+    arguments = re.sub(r"\w+::|\(bool\)", "", found[2] or "")
+    return found[1].removesuffix("_kernel") + arguments
+
+
+def judge(row: Compiled, used: dict[str, str], code: str) -> Compiled:
+    """Fill in what the compiler reports and what the code shows; a failure where there is one."""
+    row.registers, row.shared = int(used["REG"]), int(used["SHARED"])
+    if re.search(r"\bSTL\b", code):  # a subroutine's frame alone is no spill
+        row.local = int(used["STACK"]) + int(used["LOCAL"])
+    row.tensor_cores = next((n for n in TENSOR_CORES if re.search(rf"\b{n}\b", code)), "")
+    found = [word for name, word in LOADS.items() if re.search(rf"\b{name}\b", code)]
+    loaded = re.findall(r"\bLDG\.E(?:\.[A-Z]\w*)*(?:\.(64|128))?", code)
+    widths = [int(bits or 32) for bits in loaded]
+    row.loads = "+".join(found + ([f"ld{max(widths)}"] if widths else []))
+    if row.local:
+        row.failure = f"spills {row.local} bytes a thread"
+    elif row.file.startswith("conv_sm90") and row.arch == "sm_90a" and row.tensor_cores != "HGMMA":
+        row.failure = "the convolution has no HGMMA"
+    return row
+
+
+HEADER = (
+    f"{'file':18} {'kernel':52} {'arch':7} {'regs':>4} {'spill':>5} {'shared':>6}  "
+    f"{'math':6} {'loads':16} seconds"
+)
+
+
+def line(r: Compiled) -> str:
+    """A row of the table."""
+    text = (
+        f"{r.file:18} {r.kernel:52} {r.arch:7} {r.registers:4d} {r.local:5d} {r.shared:6d}  "
+        f"{r.tensor_cores:6} {r.loads:16} {r.seconds:.0f}"
+    )
+    return text + (f"  FAILED: {r.failure}" if r.failure else "")

@@ -1,0 +1,8 @@
+// The fp16 convolutions of Hopper.
+#include "conv_sm90.inl"
+
+namespace resnet_fast::cuda::sm90 {
+
+template cudaError_t run<Dtype::kHalf>(const ConvForward&, int, cudaStream_t);
+
+}  // namespace resnet_fast::cuda::sm90

@@ -1,0 +1,390 @@
+// The native ops on CUDA tensors: checks, allocation, dtype dispatch, streams. The kernels are in the .cu files,
+// which know nothing of torch; convolutions that are not ours are cuDNN's, through ATen.
+#include <ATen/ATen.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <torch/library.h>
+
+#include <tuple>
+
+#include "../checks.h"
+#include "../tensors.h"
+#include "norm.h"
+#if defined(RESNET_FAST_WITH_CUTLASS)
+#include "conv.h"
+#endif
+
+namespace resnet_fast::cuda::ops {  // its functions have the names of what they launch
+namespace {
+
+using at::IntArrayRef;
+
+void check_launch(const char* op, cudaError_t error) {
+  TORCH_CHECK(error == cudaSuccess, op, ": the kernel was not launched: ", cudaGetErrorString(error));
+}
+
+cudaStream_t stream() { return c10::cuda::getCurrentCUDAStream().stream(); }
+
+// f(T{}) with the T of the tensor's dtype; its error is the launch's.
+template <class F>
+void dispatch(const char* op, const Tensor& x, F f) {
+  switch (x.scalar_type()) {
+    case at::kFloat:
+      return check_launch(op, f(float{}));
+    case at::kDouble:
+      return check_launch(op, f(double{}));
+    case at::kBFloat16:
+      return check_launch(op, f(bf16{}));
+    default:
+      return check_launch(op, f(fp16{}));
+  }
+}
+
+template <class T>
+T* out(const Tensor& t) {
+  return t.defined() && t.numel() > 0 ? static_cast<T*>(t.data_ptr()) : nullptr;
+}
+
+// Partial results of a reduction over x: how many splits, and the memory for them.
+struct Partial {
+  int64_t splits;
+  Tensor values;
+};
+
+Partial partial_of(const char* op, const Tensor& x) {
+  int processors;
+  check_launch(op, multiprocessors(&processors));
+  const Shape s = shape_of(x);
+  const int64_t splits = reduction_splits(s, processors);
+  return {splits, empty_vector(x, (3 * splits + 1) * s.channels)};
+}
+
+std::tuple<Tensor, Tensor> bn_act_unchecked(
+    const char* op, const Tensor& z, const OptTensor& scale, const OptTensor& shift, const OptTensor& residual,
+    const OptTensor& res_scale, const OptTensor& res_shift, bool relu, bool save_mask) {
+  const c10::cuda::CUDAGuard guard(z.device());
+  const Tensor y = at::empty_like(z, z.options(), format_of(z)), mask = empty_mask(z, relu && save_mask);
+  if (z.numel() == 0) return {y, mask};
+  dispatch(op, z, [&](auto t) {
+    using T = decltype(t);
+    using A = accumulate_t<T>;
+    const BnAct<T> k = {shape_of(z),    out<T>(y),      out<uint8_t>(mask),  data<T>(z),         data<T>(residual),
+                        data<A>(scale), data<A>(shift), data<A>(res_scale), data<A>(res_shift), relu};
+    return cuda::bn_act(k, stream());
+  });
+  return {y, mask};
+}
+
+Tensor bn_act_bwd_apply_unchecked(
+    const char* op, const Tensor& dy, const OptTensor& mask, const OptTensor& a, const OptTensor& z,
+    const OptTensor& mean, const OptTensor& b, const OptTensor& c, const OptTensor& residual) {
+  const c10::cuda::CUDAGuard guard(dy.device());
+  const Tensor dz = at::empty_like(dy, dy.options(), format_of(dy));
+  if (dy.numel() == 0) return dz;
+  dispatch(op, dy, [&](auto t) {
+    using T = decltype(t);
+    using A = accumulate_t<T>;
+    const BnActBwdApply<T> k = {
+        shape_of(dy),        out<T>(dz), data<T>(dy), data<T>(z),    data<T>(residual),
+        data<uint8_t>(mask), nullptr,    data<A>(a),  data<A>(mean), data<A>(b),        data<A>(c)};
+    return cuda::bn_act_bwd_apply(k, stream());
+  });
+  return dz;
+}
+
+std::tuple<Tensor, Tensor> bn_stats(const Tensor& x) {
+  check_bn_stats(x);
+  const c10::cuda::CUDAGuard guard(x.device());
+  if (x.numel() == 0) return {empty_vector(x, x.size(1)).zero_(), empty_vector(x, x.size(1)).zero_()};
+  const Tensor mean = empty_vector(x, x.size(1)), m2 = empty_vector(x, x.size(1));
+  const Partial partial = partial_of("bn_stats", x);
+  dispatch("bn_stats", x, [&](auto t) {
+    using T = decltype(t);
+    using A = accumulate_t<T>;
+    const Statistics<T> k = {shape_of(x), data<T>(x)};
+    return cuda::bn_stats(k, partial.splits, out<A>(partial.values), out<A>(mean), out<A>(m2), stream());
+  });
+  return {mean, m2};
+}
+
+std::tuple<Tensor, Tensor, Tensor> bn_finalize(
+    const Tensor& mean, const Tensor& m2, int64_t count, const OptTensor& weight, const OptTensor& bias, double eps) {
+  check_bn_finalize(mean, m2, weight, bias);
+  const c10::cuda::CUDAGuard guard(mean.device());
+  const auto wide = [&](const OptTensor& t) { return t ? OptTensor(t->to(mean.scalar_type())) : t; };
+  const OptTensor w = wide(weight), b = wide(bias);
+  const Tensor scale = at::empty_like(mean), shift = at::empty_like(mean), rstd = at::empty_like(mean);
+  if (mean.numel() == 0) return {scale, shift, rstd};
+  dispatch("bn_finalize", mean, [&](auto t) {
+    using A = accumulate_t<decltype(t)>;
+    const Finalize<A> k = {data<A>(mean),  data<A>(m2),    data<A>(w),   data<A>(b),   out<A>(scale),
+                           out<A>(shift), out<A>(rstd), mean.numel(), count, eps};
+    return cuda::bn_finalize(k, stream());
+  });
+  return {scale, shift, rstd};
+}
+
+std::tuple<Tensor, Tensor> bn_bwd_finalize(
+    const Tensor& sum_dy, const Tensor& sum_dy_xhat, const Tensor& scale, const Tensor& rstd, int64_t count) {
+  check_bn_bwd_finalize(sum_dy, sum_dy_xhat, scale, rstd);
+  const c10::cuda::CUDAGuard guard(sum_dy.device());
+  const Tensor b = at::empty_like(sum_dy), c = at::empty_like(sum_dy);
+  if (sum_dy.numel() == 0) return {b, c};
+  dispatch("bn_bwd_finalize", sum_dy, [&](auto t) {
+    using A = accumulate_t<decltype(t)>;
+    const FinalizeGradient<A> k = {data<A>(sum_dy), data<A>(sum_dy_xhat), data<A>(scale), data<A>(rstd),
+                                   out<A>(b),       out<A>(c),            sum_dy.numel(), count};
+    return cuda::bn_bwd_finalize(k, stream());
+  });
+  return {b, c};
+}
+
+std::tuple<Tensor, Tensor> bn_act(
+    const Tensor& z, const Tensor& scale, const Tensor& shift, const OptTensor& residual, const OptTensor& res_scale,
+    const OptTensor& res_shift, bool relu, bool save_mask) {
+  check_bn_act(z, scale, shift, residual, res_scale, res_shift);
+  return bn_act_unchecked("bn_act", z, scale, shift, residual, res_scale, res_shift, relu, save_mask);
+}
+
+std::tuple<Tensor, Tensor> add_relu(const Tensor& x, const Tensor& residual, bool save_mask) {
+  check_add_relu(x, residual);
+  return bn_act_unchecked("add_relu", x, {}, {}, residual, {}, {}, true, save_mask);
+}
+
+Tensor add_relu_bwd(const Tensor& dy, const Tensor& mask) {
+  check_add_relu_bwd(dy, mask);
+  return bn_act_bwd_apply_unchecked("add_relu_bwd", dy, mask, {}, {}, {}, {}, {}, {});
+}
+
+Tensor bn_act_bwd_apply(
+    const Tensor& dy, const OptTensor& mask, const OptTensor& a, const OptTensor& z, const OptTensor& mean,
+    const OptTensor& b, const OptTensor& c, const OptTensor& residual) {
+  check_bn_act_bwd_apply(dy, mask, a, z, mean, b, c, residual);
+  return bn_act_bwd_apply_unchecked("bn_act_bwd_apply", dy, mask, a, z, mean, b, c, residual);
+}
+
+std::tuple<Tensor, Tensor, Tensor> bn_act_bwd_reduce(
+    const Tensor& dy, const OptTensor& mask, const Tensor& z, const Tensor& mean, const Tensor& rstd,
+    const OptTensor& residual, const OptTensor& res_mean, const OptTensor& res_rstd) {
+  const char* op = "bn_act_bwd_reduce";
+  check_bn_act_bwd_reduce(dy, mask, z, mean, rstd, residual, res_mean, res_rstd);
+  const c10::cuda::CUDAGuard guard(dy.device());
+  const Tensor sums[3] = {
+      at::empty_like(mean), at::empty_like(mean), residual ? at::empty_like(mean) : empty_vector(dy, 0)};
+  if (dy.numel() == 0) {
+    for (const Tensor& sum : sums) sum.zero_();
+    return {sums[0], sums[1], sums[2]};
+  }
+  const Partial partial = partial_of(op, dy);
+  dispatch(op, dy, [&](auto t) {
+    using T = decltype(t);
+    using A = accumulate_t<T>;
+    GradientSums<T> k = {};
+    k.shape = shape_of(dy), k.dy = data<T>(dy), k.mask = data<uint8_t>(mask);
+    k.z[0] = data<T>(z), k.mean[0] = data<A>(mean), k.rstd[0] = data<A>(rstd);
+    k.z[1] = data<T>(residual), k.mean[1] = data<A>(res_mean), k.rstd[1] = data<A>(res_rstd);
+    A* const to[3] = {out<A>(sums[0]), out<A>(sums[1]), out<A>(sums[2])};
+    return cuda::gradient_sums(k, partial.splits, out<A>(partial.values), to, stream());
+  });
+  return {sums[0], sums[1], sums[2]};
+}
+
+Tensor global_avg_pool(const Tensor& x) {
+  check_4d({"global_avg_pool", "x", x});
+  if (x.numel() == 0 || !(x.is_contiguous() || x.is_contiguous(at::MemoryFormat::ChannelsLast))) {
+    return at::adaptive_avg_pool2d(x, {1, 1}).flatten(1).contiguous();  // and its errors
+  }
+  check_floating({"global_avg_pool", "x", x});
+  const c10::cuda::CUDAGuard guard(x.device());
+  const Tensor y = at::empty({x.size(0), x.size(1)}, x.options());
+  dispatch("global_avg_pool", x, [&](auto t) {
+    using T = decltype(t);
+    const GlobalAvgPool<T> k = {shape_of(x), x.size(0), data<T>(x), out<T>(y)};
+    return cuda::global_avg_pool(k, stream());
+  });
+  return y;
+}
+
+// What a convolution of x takes: the filters in x's dtype and format.
+Tensor filters_for(const Tensor& x, const Tensor& w) { return w.to(x.scalar_type()).contiguous(format_of(x, &w)); }
+
+Tensor library_conv(const Tensor& x, const Tensor& w, const Geometry& g) {
+  return at::conv2d(x, filters_for(x, w), {}, g.stride, g.padding, g.dilation, g.groups).contiguous(format_of(x, &w));
+}
+
+std::tuple<Tensor, Tensor, Tensor> conv_fprop(
+    const Tensor& x, const Tensor& w, const OptTensor& in_scale, const OptTensor& in_shift, bool stats,
+    IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, int64_t groups) {
+  const at::AutoDispatchBelowADInplaceOrView below;
+  const Geometry g = {stride, padding, dilation, groups};
+  check_conv_fprop(x, w, in_scale, in_shift, g);
+  Tensor h = x;
+  if (in_scale) h = std::get<0>(bn_act_unchecked("conv_fprop", x, in_scale, in_shift, {}, {}, {}, true, false));
+  const Tensor z = library_conv(h, w, g);
+  if (!stats) return {z, empty_vector(x, 0), empty_vector(x, 0)};
+  auto [mean, m2] = bn_stats(z);
+  return {z, mean, m2};
+}
+
+// dx with what follows a dgrad done in place: the residual's gradient under its mask, ReLU's gradient at x, and
+// the sums that the norm before x needs (empty where it is not given).
+std::tuple<Tensor, Tensor> finish_dgrad(
+    const Tensor& dx, const Tensor& x, const OptTensor& scale, const OptTensor& shift, const OptTensor& mean,
+    const OptTensor& rstd, const OptTensor& residual, const OptTensor& residual_mask) {
+  const char* op = "conv_bprop";
+  const int64_t channels = mean ? x.size(1) : 0;
+  const Tensor sums[2] = {empty_vector(x, channels), empty_vector(x, channels)};
+  if (dx.numel() == 0) return {sums[0].zero_(), sums[1].zero_()};
+  if (!scale && !mean && !residual) return {sums[0], sums[1]};
+  const c10::cuda::CUDAGuard guard(dx.device());
+  const Partial partial = partial_of(op, dx);
+  dispatch(op, dx, [&](auto t) {
+    using T = decltype(t);
+    using A = accumulate_t<T>;
+    GradientSums<T> k = {};
+    k.shape = shape_of(dx), k.out = out<T>(dx), k.dy = k.out;
+    k.residual = data<T>(residual), k.residual_mask = data<uint8_t>(residual_mask);
+    k.scale = data<A>(scale), k.shift = data<A>(shift), k.mean[0] = data<A>(mean), k.rstd[0] = data<A>(rstd);
+    if (scale || mean) k.x = data<T>(x);
+    A* const to[3] = {out<A>(sums[0]), out<A>(sums[1]), nullptr};
+    return cuda::gradient_sums(k, partial.splits, out<A>(partial.values), to, stream());
+  });
+  return {sums[0], sums[1]};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bprop(
+    const Tensor& dy, const Tensor& w, const Tensor& x, const OptTensor& dy_mask, const OptTensor& a,
+    const OptTensor& z, const OptTensor& mean, const OptTensor& b, const OptTensor& c, const OptTensor& in_scale,
+    const OptTensor& in_shift, const OptTensor& in_mean, const OptTensor& in_rstd, const OptTensor& in_act,
+    const OptTensor& residual, const OptTensor& residual_mask, IntArrayRef stride, IntArrayRef padding,
+    IntArrayRef dilation, int64_t groups, bool need_dx, bool need_dw) {
+  const at::AutoDispatchBelowADInplaceOrView below;
+  const char* op = "conv_bprop";
+  check_conv_bprop(
+      dy, w, x, dy_mask, a, z, mean, b, c, in_scale, in_shift, in_mean, in_rstd, in_act, residual, residual_mask,
+      {stride, padding, dilation, groups});
+  const bool through = dy_mask || a;
+  const Tensor dz = through ? bn_act_bwd_apply_unchecked(op, dy, dy_mask, a, z, mean, b, c, {}) : dy;
+  Tensor h = in_act ? *in_act : x;
+  if (!in_act && in_scale && need_dw) {
+    h = std::get<0>(bn_act_unchecked(op, x, in_scale, in_shift, {}, {}, {}, true, false));
+  }
+  const auto [grad_x, grad_w, grad_b] = at::convolution_backward(
+      dz, h, filters_for(x, w), at::nullopt, stride, padding, dilation, false, {0, 0}, groups,
+      {need_dx, need_dw, false});
+  Tensor dx = at::empty({0}, x.options()), dw = at::empty({0}, w.options());
+  Tensor sum_dx = empty_vector(x, 0), sum_dx_xhat = empty_vector(x, 0);
+  if (need_dw) {
+    dw = grad_w.to(w.scalar_type())
+             .contiguous(w.is_contiguous() ? at::MemoryFormat::Contiguous : at::MemoryFormat::ChannelsLast);
+  }
+  if (need_dx) {
+    dx = grad_x.contiguous(format_of(x, &w));
+    std::tie(sum_dx, sum_dx_xhat) = finish_dgrad(dx, x, in_scale, in_shift, in_mean, in_rstd, residual, residual_mask);
+  }
+  return {dx, dw, sum_dx, sum_dx_xhat};
+}
+
+#if defined(RESNET_FAST_WITH_CUTLASS)
+
+bool ours(const Tensor& x, const Tensor& w, const Geometry& g) {
+  const bool half = x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kHalf;
+  return half && g.groups == 1 && format_of(x, &w) == at::MemoryFormat::ChannelsLast;
+}
+
+// The stem's three channels, padded with zeros to the eight that 16-byte accesses take.
+Tensor eight_channels(const Tensor& t) {
+  const Tensor wide = at::zeros({t.size(0), 8, t.size(2), t.size(3)}, t.options(), at::MemoryFormat::ChannelsLast);
+  wide.narrow(1, 0, t.size(1)).copy_(t);
+  return wide;
+}
+
+// relu(scale·conv(x, w) + shift + residual) in one launch.
+Tensor fused_conv(
+    const Tensor& x, const Tensor& w, const Tensor& scale, const Tensor& shift, const OptTensor& residual, bool relu,
+    const Geometry& g) {
+  const c10::cuda::CUDAGuard guard(x.device());
+  const ConvShape s = conv_shape(x, w, g);
+  const Tensor y =
+      at::empty({s.images, s.filters, s.rows, s.columns}, x.options().memory_format(at::MemoryFormat::ChannelsLast));
+  ConvForward k = {};
+  k.dtype = x.scalar_type() == at::kHalf ? Dtype::kHalf : Dtype::kBFloat16;
+  k.x = x.const_data_ptr(), k.w = w.const_data_ptr(), k.residual = residual ? residual->const_data_ptr() : nullptr;
+  k.y = y.data_ptr(), k.scale = data<float>(scale), k.shift = data<float>(shift), k.relu = relu;
+  k.n = int32_t(s.images), k.h = int32_t(s.height), k.w_ = int32_t(s.width), k.c = int32_t(s.channels);
+  k.k = int32_t(s.filters), k.r = int32_t(s.taps[0]), k.s = int32_t(s.taps[1]);
+  k.p = int32_t(s.rows), k.q = int32_t(s.columns);
+  for (int i = 0; i < 2; ++i) {
+    k.stride[i] = int32_t(s.stride[i]), k.padding[i] = int32_t(s.padding[i]), k.dilation[i] = int32_t(s.dilation[i]);
+  }
+  int processors, major = 0, device = 0;
+  check_launch("conv_bn_act", multiprocessors(&processors));
+  check_launch("conv_bn_act", cudaGetDevice(&device));
+  check_launch("conv_bn_act", cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  const bool hopper = major == 9;
+  const char* why = hopper ? sm90::conv_refusal(k) : sm80::conv_refusal(k);
+  TORCH_CHECK(why == nullptr, "conv_bn_act: `x` of shape ", x.sizes(), " with `w` of shape ", w.sizes(),
+              " has no native kernel: ", why);
+  check_launch("conv_bn_act", hopper ? sm90::conv_forward(k, sm90::conv_rule(k, processors), stream())
+                                     : sm80::conv_forward(k, sm80::conv_rule(k, processors), stream()));
+  return y;
+}
+
+#endif
+
+// scale and shift of the norm after a convolution with a bias: bn_finalize of the running statistics, whose mean
+// is moved by the bias.
+std::tuple<Tensor, Tensor> folded(
+    const Tensor& x, int64_t filters, const OptTensor& bias, const OptTensor& bn_weight, const OptTensor& bn_bias,
+    const OptTensor& running_mean, const OptTensor& running_var, double eps) {
+  const auto type = accumulate_type(x);
+  if (!running_mean) {
+    const Tensor one = empty_vector(x, filters).fill_(1);
+    return {one, bias ? bias->to(type) : at::zeros_like(one)};
+  }
+  const Tensor mean = running_mean->to(type);
+  auto [scale, shift, rstd] =
+      bn_finalize(bias ? mean - bias->to(type) : mean, running_var->to(type), 1, bn_weight, bn_bias, eps);
+  return {scale, shift};
+}
+
+Tensor conv_bn_act(
+    const Tensor& x, const Tensor& w, const OptTensor& bias, const OptTensor& bn_weight, const OptTensor& bn_bias,
+    const OptTensor& running_mean, const OptTensor& running_var, const OptTensor& residual, bool relu, double eps,
+    IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, int64_t groups) {
+  const at::AutoDispatchBelowADInplaceOrView below;
+  const Geometry g = {stride, padding, dilation, groups};
+  check_conv_bn_act(x, w, bias, bn_weight, bn_bias, running_mean, running_var, residual, g);
+  const auto [scale, shift] = folded(x, w.size(0), bias, bn_weight, bn_bias, running_mean, running_var, eps);
+  const auto format = format_of(x, &w);
+  const OptTensor beside = residual ? OptTensor(residual->contiguous(format)) : residual;
+#if defined(RESNET_FAST_WITH_CUTLASS)
+  if (x.numel() > 0 && ours(x, w, g)) {
+    const Tensor in = x.contiguous(format), filters = filters_for(x, w);
+    if (x.size(1) < 8) return fused_conv(eight_channels(in), eight_channels(filters), scale, shift, beside, relu, g);
+    return fused_conv(in, filters, scale, shift, beside, relu, g);
+  }
+#endif
+  return std::get<0>(
+      bn_act_unchecked("conv_bn_act", library_conv(x, w, g), scale, shift, beside, {}, {}, relu, false));
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(resnet_fast_native, CUDA, m) {
+  m.impl("bn_stats", &bn_stats);
+  m.impl("bn_finalize", &bn_finalize);
+  m.impl("bn_bwd_finalize", &bn_bwd_finalize);
+  m.impl("bn_act", &bn_act);
+  m.impl("add_relu", &add_relu);
+  m.impl("add_relu_bwd", &add_relu_bwd);
+  m.impl("bn_act_bwd_reduce", &bn_act_bwd_reduce);
+  m.impl("bn_act_bwd_apply", &bn_act_bwd_apply);
+  m.impl("global_avg_pool", &global_avg_pool);
+  m.impl("conv_fprop", &conv_fprop);
+  m.impl("conv_bprop", &conv_bprop);
+  m.impl("conv_bn_act", &conv_bn_act);
+}
+
+}  // namespace resnet_fast::cuda::ops

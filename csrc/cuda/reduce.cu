@@ -1,0 +1,324 @@
+// The reductions over pixels: batch statistics, and the sums that a batch norm's gradient needs. Partial
+// results go through memory and are merged in a fixed order, so a result has the same bits every time.
+#include <algorithm>
+#include <initializer_list>
+
+#include "norm.h"
+#include "walk.h"
+
+namespace resnet_fast::cuda {
+namespace {
+
+constexpr int kBlocks = 8;  // a multiprocessor
+constexpr int kPlaces = 8;  // of a thread, at least: its sums have to be worth merging
+constexpr dim3 kMergeBlock(32, 8);
+
+// Partial results are [splits][3][channels]; those of a thread's channels, one a lane.
+template <class A, int LANES>
+struct alignas(LANES * sizeof(A) % 16 ? sizeof(A) : 16) Lanes {
+  A v[LANES];
+};
+
+template <class P, class L, class A>
+__device__ void put(const P& places, int which, int64_t channels, const L& from, A* partial) {
+  if (threadIdx.y != 0) return;
+  A* to = partial + (int64_t(blockIdx.y) * 3 + which) * channels + places.channel();
+#pragma unroll
+  for (int i = 0; i < int(sizeof(from.v) / sizeof(A)); ++i) {
+    if (i < places.channels()) to[i] = from.v[i];
+  }
+}
+
+// One sum of the block's threads, of the lanes that they are kept in.
+template <bool NHWC, class P, class A>
+__device__ void put_sum(const P& places, int which, int64_t channels, const A (&sums)[kOctet], A* partial) {
+  constexpr int kLanes = NHWC ? kOctet : 1;
+  Lanes<A, kLanes> mine = {};
+#pragma unroll
+  for (int i = 0; i < kOctet; ++i) mine.v[NHWC ? i : 0] += sums[i];
+  mine = merge_down(mine, [](Lanes<A, kLanes> a, const Lanes<A, kLanes>& b) {
+#pragma unroll
+    for (int i = 0; i < kLanes; ++i) a.v[i] += b.v[i];
+    return a;
+  });
+  put(places, which, channels, mine, partial);
+}
+
+// Partial sums of g = dy under mask, of g·(z[0] − mean[0]) and, where there is one, of g·(z[1] − mean[1]).
+//
+// Grid and places: walk.h. Bytes moved: dy and each z once, one bit an element for the mask, 3·splits·channels
+// sums. Lanes sum in registers and meet once, at the end.
+template <class T, bool NHWC, bool WHOLE>
+__global__ void __launch_bounds__(kThreads, kResident<T>) gradient_sums_kernel(
+    const GradientSums<T> k, accumulate_t<T>* partial) {
+  using A = accumulate_t<T>;
+  constexpr int kTogether = kAtOnce<T, 3>;
+  Places<NHWC, WHOLE> places(k.shape);
+  const Coefficients<A, NHWC> mean0(k.mean[0], places), mean1(k.mean[1], places);
+  A sum[kOctet] = {}, sum_z0[kOctet] = {}, sum_z1[kOctet] = {};
+  while (places.more()) {
+    Spot spots[kTogether];
+    Octet<T> dy[kTogether], z0[kTogether], z1[kTogether];
+    uint32_t bits[kTogether];
+#pragma unroll
+    for (int j = 0; j < kTogether; ++j) {
+      spots[j] = places.next();
+      if (spots[j].count == 0) continue;
+      dy[j] = load<WHOLE>(k.dy, spots[j]);
+      bits[j] = k.mask ? k.mask[spots[j].byte] : 0xffu;
+      z0[j] = load<WHOLE>(k.z[0], spots[j]);
+      if (k.z[1]) z1[j] = load<WHOLE>(k.z[1], spots[j]);
+    }
+#pragma unroll
+    for (int j = 0; j < kTogether; ++j) {
+      if (spots[j].count == 0) continue;
+#pragma unroll
+      for (int i = 0; i < kOctet; ++i) {  // elements that an octet lacks are zeros
+        const A g = bits[j] >> i & 1 ? dy[j][i] : A(0);
+        sum[i] += g;
+        sum_z0[i] = fma(g, z0[j][i] - mean0[i], sum_z0[i]);
+        if (k.z[1]) sum_z1[i] = fma(g, z1[j][i] - mean1[i], sum_z1[i]);
+      }
+    }
+  }
+  put_sum<NHWC>(places, 0, k.shape.channels, sum, partial);
+  put_sum<NHWC>(places, 1, k.shape.channels, sum_z0, partial);
+  if (k.z[1]) put_sum<NHWC>(places, 2, k.shape.channels, sum_z1, partial);
+}
+
+// out = g = dy + (residual under residual_mask), 0 where scale·x + shift ≤ 0, and where there is a mean partial
+// sums of g and of g·(x − mean[0]): what follows a dgrad that is not ours.
+//
+// Grid and places: walk.h. Bytes moved: dy, x, residual and out once each, one bit an element for the mask.
+template <class T, bool NHWC, bool WHOLE>
+__global__ void __launch_bounds__(kThreads, kResident<T>) finish_dgrad_kernel(
+    const GradientSums<T> k, accumulate_t<T>* partial) {
+  using A = accumulate_t<T>;
+  constexpr int kTogether = kAtOnce<T, 3>;
+  Places<NHWC, WHOLE> places(k.shape);
+  const Coefficients<A, NHWC> scale(k.scale, places), shift(k.shift, places), mean(k.mean[0], places);
+  A sum[kOctet] = {}, sum_x[kOctet] = {};
+  while (places.more()) {
+    Spot spots[kTogether];
+    Octet<T> dy[kTogether], x[kTogether], residual[kTogether];
+    uint32_t bits[kTogether];
+#pragma unroll
+    for (int j = 0; j < kTogether; ++j) {
+      spots[j] = places.next();
+      if (spots[j].count == 0) continue;
+      dy[j] = load<WHOLE>(k.dy, spots[j]);
+      if (k.residual) residual[j] = load<WHOLE>(k.residual, spots[j]);
+      bits[j] = k.residual_mask ? k.residual_mask[spots[j].byte] : 0xffu;
+      if (k.x) x[j] = load<WHOLE>(k.x, spots[j]);
+    }
+#pragma unroll
+    for (int j = 0; j < kTogether; ++j) {
+      if (spots[j].count == 0) continue;
+      A g[kOctet];
+#pragma unroll
+      for (int i = 0; i < kOctet; ++i) {
+        g[i] = dy[j][i];
+        if (k.residual) g[i] += bits[j] >> i & 1 ? residual[j][i] : A(0);
+        if (k.scale && affine(x[j][i], scale[i], shift[i]) <= A(0)) g[i] = A(0);
+        sum[i] += g[i];
+        if (k.mean[0]) sum_x[i] = fma(g[i], x[j][i] - mean[i], sum_x[i]);
+      }
+      Octet<T> out;
+      out.set(g);
+      store<WHOLE>(k.out, spots[j], out);
+    }
+  }
+  if (!partial) return;
+  put_sum<NHWC>(places, 0, k.shape.channels, sum, partial);
+  put_sum<NHWC>(places, 1, k.shape.channels, sum_x, partial);
+}
+
+// sums[0] = Σ partial[0], sums[j] = rstd[j − 1]·Σ partial[j]. A block has 32 channels, its rows share the splits.
+template <class A>
+struct MergeSums {
+  const A* partial;
+  int64_t splits, channels;
+  const A* rstd[2];
+  A* sums[3];
+};
+
+template <class A>
+__global__ void merge_sums_kernel(const MergeSums<A> k) {
+  const int64_t c = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  for (int which = 0; which < 3; ++which) {
+    if (!k.sums[which]) continue;
+    double total = 0;
+    for (int64_t s = threadIdx.y; s < k.splits && c < k.channels; s += blockDim.y) {
+      total += k.partial[(s * 3 + which) * k.channels + c];
+    }
+    total = merge_down(total, [](double a, double b) { return a + b; });
+    if (threadIdx.y != 0 || c >= k.channels) continue;
+    k.sums[which][c] = A(which == 0 ? total : total * k.rstd[which - 1][c]);
+  }
+}
+
+// A value of each of the thread's channels that the others are measured from: the median of the first, the
+// middle and the last pixel's, so that one outlier is no pivot.
+template <class T, bool NHWC, class P>
+__device__ void pivots(const Statistics<T>& k, const P& places, accumulate_t<T>* to) {
+  using A = accumulate_t<T>;
+  const int64_t pixels = k.shape.rows * k.shape.inner / k.shape.channels;
+  const auto at = [&](int64_t pixel, int64_t channel) {
+    if (NHWC) return number<A>(k.x[pixel * k.shape.channels + channel]);
+    const int64_t image = pixel / k.shape.inner;
+    return number<A>(k.x[(image * k.shape.channels + channel) * k.shape.inner + pixel % k.shape.inner]);
+  };
+#pragma unroll
+  for (int i = 0; i < (NHWC ? kOctet : 1); ++i) {
+    to[i] = A(0);
+    if (i >= places.channels()) continue;
+    const int64_t c = places.channel() + i;
+    const A first = at(0, c), middle = at(pixels / 2, c), last = at(pixels - 1, c);
+    const A low = first < middle ? first : middle, high = first < middle ? middle : first;
+    to[i] = last < low ? low : last > high ? high : last;
+  }
+}
+
+// partial[0..2] = count, mean, m2 of v = x − pivot of a split's values of each channel.
+//
+// Every lane runs Welford's recurrence over its own values (n-th value v: δ = v − mean; mean += δ/n;
+// m2 += δ·(v − mean)); lanes meet once, at the end, by their counts. Nothing is squared before it is centred
+// and no mean is rounded at the size of x: a channel of mean 1000 and deviation 1 keeps the digits of its
+// variance. Welford 1962, Technometrics 4(3). Bytes moved: x once, 3·splits·channels values.
+template <class T, bool NHWC, bool WHOLE>
+__global__ void __launch_bounds__(kThreads, kResident<T>) bn_stats_kernel(const Statistics<T> k, accumulate_t<T>* partial) {
+  using A = accumulate_t<T>;
+  constexpr int kLanes = NHWC ? kOctet : 1;      // channels of a thread
+  constexpr int kCounts = NHWC || WHOLE ? 1 : kOctet;  // lanes of the last octet of a plane may have fewer values
+  constexpr int kTogether = kAtOnce<T, 1>;
+  Places<NHWC, WHOLE> places(k.shape);
+  A pivot[kLanes], mean[kOctet] = {}, m2[kOctet] = {}, count[kCounts] = {};
+  pivots<T, NHWC>(k, places, pivot);
+  while (places.more()) {
+    Spot spots[kTogether];
+    Octet<T> x[kTogether];
+#pragma unroll
+    for (int j = 0; j < kTogether; ++j) {
+      spots[j] = places.next();
+      if (spots[j].count != 0) x[j] = load<WHOLE>(k.x, spots[j]);
+    }
+#pragma unroll
+    for (int j = 0; j < kTogether; ++j) {
+      if (spots[j].count == 0) continue;
+      A share[kCounts];
+#pragma unroll
+      for (int i = 0; i < kCounts; ++i) {
+        if (kCounts == 1 || i < spots[j].count) count[i] += A(1);
+        share[i] = A(1) / max(count[i], A(1));
+      }
+#pragma unroll
+      for (int i = 0; i < kOctet; ++i) {
+        if (!WHOLE && i >= spots[j].count) continue;
+        const A v = x[j][i] - pivot[NHWC ? i : 0], delta = v - mean[i];
+        mean[i] = fma(delta, share[kCounts == 1 ? 0 : i], mean[i]);
+        m2[i] = fma(delta, v - mean[i], m2[i]);
+      }
+    }
+  }
+  struct alignas(16) Parts {
+    Moments<A> v[kLanes];
+  };
+  Parts mine = {};
+#pragma unroll
+  for (int i = 0; i < kOctet; ++i) {
+    const Moments<A> lane = {count[kCounts == 1 ? 0 : i], mean[i], m2[i]};
+    mine.v[NHWC ? i : 0] = NHWC ? lane : merge(mine.v[0], lane);
+  }
+  const Parts all = merge_down(mine, [](Parts a, const Parts& b) {
+#pragma unroll
+    for (int i = 0; i < kLanes; ++i) a.v[i] = merge(a.v[i], b.v[i]);
+    return a;
+  });
+  Lanes<A, kLanes> out[3];
+#pragma unroll
+  for (int i = 0; i < kLanes; ++i) {
+    out[0].v[i] = all.v[i].count, out[1].v[i] = all.v[i].mean, out[2].v[i] = all.v[i].m2;
+  }
+  for (int which = 0; which < 3; ++which) put(places, which, k.shape.channels, out[which], partial);
+  if (blockIdx.y != 0 || threadIdx.y != 0) return;
+  A* to = partial + 3 * int64_t(gridDim.y) * k.shape.channels + places.channel();
+#pragma unroll
+  for (int i = 0; i < kLanes; ++i) {
+    if (i < places.channels()) to[i] = pivot[i];
+  }
+}
+
+// mean, m2 of each channel from the splits' (Chan et al. 1979). A block has 32 channels, its rows share the splits.
+template <class A>
+struct MergeMoments {
+  const A* partial;
+  int64_t splits, channels;
+  A *mean, *m2;
+};
+
+template <class A>
+__global__ void merge_moments_kernel(const MergeMoments<A> k) {
+  using Wide = Moments<double>;
+  const int64_t c = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  Wide all = {0, 0, 0};
+  for (int64_t s = threadIdx.y; s < k.splits && c < k.channels; s += blockDim.y) {
+    const A* from = k.partial + s * 3 * k.channels + c;
+    all = merge(all, Wide{double(from[0]), double(from[k.channels]), double(from[2 * k.channels])});
+  }
+  all = merge_down(all, [](Wide a, const Wide& b) { return merge(a, b); });
+  if (threadIdx.y != 0 || c >= k.channels) return;
+  k.mean[c] = A(double(k.partial[3 * k.splits * k.channels + c]) + all.mean);
+  k.m2[c] = A(all.m2);
+}
+
+dim3 merge_grid(int64_t channels) { return dim3(unsigned(ceil_div(channels, kMergeBlock.x))); }
+
+}  // namespace
+
+int64_t reduction_splits(const Shape& s, int multiprocessors) {
+  return walk(s, kPlaces, int64_t(multiprocessors) * kBlocks).grid.y;
+}
+
+template <class T>
+cudaError_t gradient_sums(
+    const GradientSums<T>& k, int64_t splits, accumulate_t<T>* partial, accumulate_t<T>* const sums[3],
+    cudaStream_t stream) {
+  using A = accumulate_t<T>;
+  Walk w = walk(k.shape, kPlaces, splits);
+  w.grid.y = unsigned(splits);
+  const std::initializer_list<const T*> operands = {k.out, k.dy, k.residual, k.x, k.z[0], k.z[1]};
+  A* to = sums[0] ? partial : nullptr;
+  const cudaError_t error = with_layout<T>(k.shape, operands, [&](auto nhwc, auto whole) {
+    constexpr bool kNhwc = decltype(nhwc)::value, kWhole = decltype(whole)::value;
+    const auto kernel = k.out ? finish_dgrad_kernel<T, kNhwc, kWhole> : gradient_sums_kernel<T, kNhwc, kWhole>;
+    return launch(kernel, w.grid, w.block, stream, k, to);
+  });
+  if (error || !to) return error;
+  const MergeSums<A> m = {
+      partial, splits, k.shape.channels, {k.rstd[0], k.rstd[1]}, {sums[0], sums[1], sums[2]}};
+  return launch(merge_sums_kernel<A>, merge_grid(k.shape.channels), kMergeBlock, stream, m);
+}
+
+template <class T>
+cudaError_t bn_stats(
+    const Statistics<T>& k, int64_t splits, accumulate_t<T>* partial, accumulate_t<T>* mean, accumulate_t<T>* m2,
+    cudaStream_t stream) {
+  using A = accumulate_t<T>;
+  Walk w = walk(k.shape, kPlaces, splits);
+  w.grid.y = unsigned(splits);
+  const cudaError_t error = with_layout<T>(k.shape, {k.x}, [&](auto nhwc, auto whole) {
+    return launch(bn_stats_kernel<T, nhwc.value, whole.value>, w.grid, w.block, stream, k, partial);
+  });
+  if (error) return error;
+  const MergeMoments<A> m = {partial, splits, k.shape.channels, mean, m2};
+  return launch(merge_moments_kernel<A>, merge_grid(k.shape.channels), kMergeBlock, stream, m);
+}
+
+#define RESNET_FAST_REDUCTIONS(T)                                                                         \
+  template cudaError_t gradient_sums(                                                                     \
+      const GradientSums<T>&, int64_t, accumulate_t<T>*, accumulate_t<T>* const[3], cudaStream_t);        \
+  template cudaError_t bn_stats(                                                                          \
+      const Statistics<T>&, int64_t, accumulate_t<T>*, accumulate_t<T>*, accumulate_t<T>*, cudaStream_t);
+RESNET_FAST_FOR_EACH_DTYPE(RESNET_FAST_REDUCTIONS)
+
+}  // namespace resnet_fast::cuda

@@ -1,0 +1,113 @@
+// What is as small as a channel or ends the network: coefficients of a norm and of its gradient, the global
+// average pool.
+#include <algorithm>
+#include <initializer_list>
+
+#include "norm.h"
+#include "walk.h"
+
+namespace resnet_fast::cuda {
+namespace {
+
+// A thread a channel. In double: 0.5 ms of fp64 on no GPU, and |mean| ≫ deviation keeps its digits.
+template <class A>
+__global__ void bn_finalize_kernel(const Finalize<A> k) {
+  const int64_t c = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (c >= k.channels) return;
+  const double weight = k.weight ? k.weight[c] : 1.0, bias = k.bias ? k.bias[c] : 0.0;
+  const double var = double(k.m2[c]) / double(max(k.count, int64_t(1)));
+  const auto r = finalize<A, double>(k.mean[c], var, weight, bias, k.eps, [](double v) { return 1.0 / sqrt(v); });
+  k.scale[c] = r.scale, k.shift[c] = r.shift, k.rstd[c] = r.rstd;
+}
+
+template <class A>
+__global__ void bn_bwd_finalize_kernel(const FinalizeGradient<A> k) {
+  const int64_t c = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (c >= k.channels) return;
+  const auto r =
+      finalize_gradient<A>(k.sum_dy[c], k.sum_dy_xhat[c], k.scale[c], k.rstd[c], A(max(k.count, int64_t(1))));
+  k.b[c] = r.b, k.c[c] = r.c;
+}
+
+// y[n, c] = Σ over pixels of x[n, c] / pixels, summed in A.
+//
+// Grid: a column of walk.h's channels, and an image of them; the block's rows share its pixels and meet once.
+// Bytes moved: x once.
+template <class T, bool NHWC, bool WHOLE>
+__global__ void __launch_bounds__(kThreads) global_avg_pool_kernel(const GlobalAvgPool<T> k, int64_t first_image) {
+  using A = accumulate_t<T>;
+  constexpr int kLanes = NHWC ? kOctet : 1;
+  struct alignas(16) Sums {
+    A v[kLanes];
+  };
+  const int64_t image = first_image + blockIdx.y, channels = k.shape.channels;
+  const int64_t pixels = k.shape.rows * k.shape.inner / channels / k.images;
+  const int64_t column = NHWC ? int64_t(blockIdx.x) * blockDim.x + threadIdx.x : int64_t(blockIdx.x);
+  const int64_t channel = NHWC ? column * kOctet : column;
+  const int64_t octets = NHWC ? (channels + kOctet - 1) / kOctet : (pixels + kOctet - 1) / kOctet;
+  const int64_t places = NHWC ? (column < octets ? pixels : 0) : octets;
+  Sums mine = {};
+#pragma unroll 4
+  for (int64_t p = threadIdx.y; p < places; p += blockDim.y) {
+    Spot spot;
+    spot.element = NHWC ? (image * pixels + p) * channels + channel : (image * channels + channel) * pixels + p * kOctet;
+    spot.count = int(min(int64_t(kOctet), NHWC ? channels - channel : pixels - p * kOctet));
+    const Octet<T> x = load<WHOLE>(k.x, spot);
+#pragma unroll
+    for (int i = 0; i < kOctet; ++i) mine.v[NHWC ? i : 0] += x[i];
+  }
+  const Sums all = merge_down(mine, [](Sums a, const Sums& b) {
+#pragma unroll
+    for (int i = 0; i < kLanes; ++i) a.v[i] += b.v[i];
+    return a;
+  });
+  if (threadIdx.y != 0) return;
+#pragma unroll
+  for (int i = 0; i < kLanes; ++i) {
+    if (channel + i < channels) k.y[image * channels + channel + i] = stored<T>(all.v[i] / A(pixels));
+  }
+}
+
+template <class K>
+cudaError_t a_thread_a_channel(void (*kernel)(K), const K& k, cudaStream_t stream) {
+  return launch(kernel, dim3(unsigned(ceil_div(k.channels, kThreads))), dim3(kThreads), stream, k);
+}
+
+}  // namespace
+
+template <class A>
+cudaError_t bn_finalize(const Finalize<A>& k, cudaStream_t stream) {
+  return a_thread_a_channel(bn_finalize_kernel<A>, k, stream);
+}
+
+template <class A>
+cudaError_t bn_bwd_finalize(const FinalizeGradient<A>& k, cudaStream_t stream) {
+  return a_thread_a_channel(bn_bwd_finalize_kernel<A>, k, stream);
+}
+
+template <class T>
+cudaError_t global_avg_pool(const GlobalAvgPool<T>& k, cudaStream_t stream) {
+  // An image's pixels are few: as many rows of threads as leave each about four of them.
+  Walk w = walk(k.shape, 1, 1);
+  const int64_t pixels = k.shape.rows * k.shape.inner / k.shape.channels / k.images;
+  const int64_t places = k.shape.nhwc ? pixels : ceil_div(pixels, kOctet);
+  w.block.y = unsigned(std::min<int64_t>(w.block.y, ceil_div(places, 4)));
+  constexpr int64_t kMost = 65535;
+  for (int64_t first = 0; first < k.images; first += kMost) {
+    w.grid.y = unsigned(std::min(kMost, k.images - first));
+    const cudaError_t error = with_layout<T>(k.shape, {k.x}, [&](auto nhwc, auto whole) {
+      return launch(global_avg_pool_kernel<T, nhwc.value, whole.value>, w.grid, w.block, stream, k, first);
+    });
+    if (error) return error;
+  }
+  return cudaSuccess;
+}
+
+template cudaError_t bn_finalize(const Finalize<float>&, cudaStream_t);
+template cudaError_t bn_finalize(const Finalize<double>&, cudaStream_t);
+template cudaError_t bn_bwd_finalize(const FinalizeGradient<float>&, cudaStream_t);
+template cudaError_t bn_bwd_finalize(const FinalizeGradient<double>&, cudaStream_t);
+#define RESNET_FAST_POOL(T) template cudaError_t global_avg_pool(const GlobalAvgPool<T>&, cudaStream_t);
+RESNET_FAST_FOR_EACH_DTYPE(RESNET_FAST_POOL)
+
+}  // namespace resnet_fast::cuda

@@ -1,0 +1,247 @@
+#include "tensors.h"
+
+#include <initializer_list>
+#include <utility>
+
+#include "checks.h"
+
+namespace resnet_fast {
+
+Shape shape_of(const Tensor& x) {
+  const bool nhwc = x.numel() > 0 && x.is_contiguous(at::MemoryFormat::ChannelsLast);
+  const int64_t n = x.size(0), c = x.size(1), pixels = x.size(2) * x.size(3);
+  return nhwc ? Shape{n * pixels, c, c, true} : Shape{n * c, pixels, c, false};
+}
+
+at::MemoryFormat format_of(const Tensor& x, const Tensor* weight) {
+  const bool nhwc = x.is_contiguous(at::MemoryFormat::ChannelsLast), nchw = x.is_contiguous();
+  const auto pick = [](bool last) { return last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous; };
+  if (nhwc != nchw) return pick(nhwc);
+  return pick(weight != nullptr && !weight->is_contiguous() && weight->is_contiguous(at::MemoryFormat::ChannelsLast));
+}
+
+at::ScalarType accumulate_type(const Tensor& x) { return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
+
+Tensor empty_mask(const Tensor& x, bool wanted) {
+  const Shape s = shape_of(x);
+  const auto options = x.options().dtype(at::kByte);
+  return wanted ? at::empty({s.rows, (s.inner + 7) / 8}, options) : at::empty({0}, options);
+}
+
+Tensor empty_vector(const Tensor& x, int64_t size) { return at::empty({size}, x.options().dtype(accumulate_type(x))); }
+
+ConvShape conv_shape(const Tensor& x, const Tensor& w, const Geometry& g) {
+  ConvShape s = {x.size(0), x.size(2), x.size(3), x.size(1), 0, 0, w.size(0), {}, {}, {}, {}};
+  for (int i = 0; i < 2; ++i) {
+    s.taps[i] = w.size(2 + i), s.stride[i] = g.stride[i], s.padding[i] = g.padding[i], s.dilation[i] = g.dilation[i];
+    const int64_t reach = s.dilation[i] * (s.taps[i] - 1) + 1;
+    (i == 0 ? s.rows : s.columns) = (x.size(2 + i) + 2 * s.padding[i] - reach) / s.stride[i] + 1;
+  }
+  return s;
+}
+
+namespace {
+
+using Named = std::pair<const char*, const Tensor*>;
+
+Named named(const char* name, const Tensor& t) { return {name, &t}; }
+Named named(const char* name, const OptTensor& t) { return {name, t ? &*t : nullptr}; }
+
+void check_activation(const char* op, const char* name, const Tensor& x) {
+  check_dense_4d({op, name, x});
+  if (x.is_cuda()) {
+    check_floating({op, name, x});
+  } else {
+    check_dtype({op, name, x}, {at::kFloat, at::kDouble, at::kBFloat16});
+  }
+}
+
+// Vectors of one value a channel of x, in the dtype of its sums.
+void check_vectors(const char* op, const Named& x, std::initializer_list<Named> vectors) {
+  for (const auto& [name, vector] : vectors) {
+    if (vector == nullptr) continue;
+    check_channels({op, name, *vector}, x.second->size(1));
+    check_accumulate_dtype({op, name, *vector}, x.second->scalar_type());
+    check_same_device({op, name, *vector}, {op, x.first, *x.second});
+  }
+}
+
+// An activation beside x: same shape, dtype, device and memory order.
+void check_beside(const char* op, const Named& x, const Named& beside) {
+  const auto& [name, t] = beside;
+  if (t == nullptr) return;
+  check_like({op, name, *t}, {op, x.first, *x.second});
+  TORCH_CHECK(shape_of(*t).nhwc == shape_of(*x.second).nhwc && t->is_non_overlapping_and_dense(), op, ": `", name,
+              "` has strides ", t->strides(), ", expected the memory order of `", x.first, "`, ", x.second->strides());
+}
+
+// A bit mask of x.
+void check_mask(const char* op, const Named& x, const Named& mask) {
+  const auto& [name, t] = mask;
+  if (t == nullptr) return;
+  const Shape s = shape_of(*x.second);
+  check_dtype({op, name, *t}, {at::kByte});
+  check_shape({op, name, *t}, {s.rows, (s.inner + 7) / 8});
+  check_same_device({op, name, *t}, {op, x.first, *x.second});
+}
+
+// The output's shape [N,K,P,Q]; the operands' shapes, dtypes and geometry fit each other.
+std::vector<int64_t> check_conv(const char* op, const Tensor& x, const Tensor& w, const Geometry& g) {
+  check_activation(op, "x", x);
+  check_4d({op, "w", w});
+  check_same_device({op, "w", w}, {op, "x", x});
+  TORCH_CHECK(g.stride.size() == 2 && g.padding.size() == 2 && g.dilation.size() == 2, op,
+              ": `stride`, `padding` and `dilation` have ", g.stride.size(), ", ", g.padding.size(), " and ",
+              g.dilation.size(), " values, expected 2 each");
+  for (int i = 0; i < 2; ++i) {
+    TORCH_CHECK(g.stride[i] >= 1 && g.dilation[i] >= 1 && g.padding[i] >= 0, op,
+                ": `stride`, `dilation` and `padding` are ", g.stride, ", ", g.dilation, " and ", g.padding,
+                ", expected positive, positive and not negative");
+  }
+  TORCH_CHECK(g.groups >= 1 && w.size(0) % g.groups == 0 && w.size(1) * g.groups == x.size(1), op,
+              ": `w` has shape ", w.sizes(), ", expected ", x.size(1), " input channels / ", g.groups, " groups");
+  TORCH_CHECK_TYPE(w.scalar_type() == x.scalar_type() || w.scalar_type() == at::kFloat, op, ": `w` has dtype ",
+                   dtype_name(w.scalar_type()), ", expected ", dtype_name(x.scalar_type()), " or float32");
+  const ConvShape s = conv_shape(x, w, g);
+  TORCH_CHECK(s.rows >= 1 && s.columns >= 1, op, ": `x` has shape ", x.sizes(), ", too few pixels for `w`, ", w.sizes());
+  return {s.images, s.filters, s.rows, s.columns};
+}
+
+void check_through_norm(
+    const char* op, const Named& dy, const OptTensor& mask, const char* mask_name, const OptTensor& a,
+    const OptTensor& z, const OptTensor& mean, const OptTensor& b, const OptTensor& c) {
+  check_mask(op, dy, named(mask_name, mask));
+  check_beside(op, dy, named("z", z));
+  check_vectors(op, dy, {named("a", a), named("mean", mean), named("b", b), named("c", c)});
+  TORCH_CHECK(!b || (a && z && mean && c), op, ": `b` needs `a`, `z`, `mean` and `c` beside it");
+}
+
+}  // namespace
+
+void check_bn_stats(const Tensor& x) { check_activation("bn_stats", "x", x); }
+
+void check_bn_finalize(const Tensor& mean, const Tensor& m2, const OptTensor& weight, const OptTensor& bias) {
+  const char* op = "bn_finalize";
+  const int64_t channels = mean.numel();
+  check_channels({op, "mean", mean}, channels);
+  check_dtype({op, "mean", mean}, {at::kFloat, at::kDouble});
+  check_channels({op, "m2", m2}, channels);
+  check_same_dtype({op, "m2", m2}, {op, "mean", mean});
+  for (const auto& [name, t] : {named("weight", weight), named("bias", bias), named("m2", m2)}) {
+    if (t == nullptr) continue;
+    check_floating({op, name, *t});
+    check_channels({op, name, *t}, channels);
+    check_same_device({op, name, *t}, {op, "mean", mean});
+  }
+}
+
+void check_bn_bwd_finalize(
+    const Tensor& sum_dy, const Tensor& sum_dy_xhat, const Tensor& scale, const Tensor& rstd) {
+  const char* op = "bn_bwd_finalize";
+  const int64_t channels = sum_dy.numel();
+  check_channels({op, "sum_dy", sum_dy}, channels);
+  check_dtype({op, "sum_dy", sum_dy}, {at::kFloat, at::kDouble});
+  for (const auto& [name, t] :
+       {named("sum_dy_xhat", sum_dy_xhat), named("scale", scale), named("rstd", rstd)}) {
+    check_channels({op, name, *t}, channels);
+    check_same_dtype({op, name, *t}, {op, "sum_dy", sum_dy});
+    check_same_device({op, name, *t}, {op, "sum_dy", sum_dy});
+  }
+}
+
+void check_bn_act(
+    const Tensor& z, const Tensor& scale, const Tensor& shift, const OptTensor& residual, const OptTensor& res_scale,
+    const OptTensor& res_shift) {
+  const char* op = "bn_act";
+  const Named x = named("z", z);
+  check_activation(op, "z", z);
+  check_vectors(op, x, {named("scale", scale), named("shift", shift), named("res_scale", res_scale),
+                        named("res_shift", res_shift)});
+  check_beside(op, x, named("residual", residual));
+  check_together(op, {{"res_scale", &res_scale}, {"res_shift", &res_shift}});
+  TORCH_CHECK(!res_scale || residual, op, ": `residual` is missing, expected beside `res_scale`");
+}
+
+void check_add_relu(const Tensor& x, const Tensor& residual) {
+  check_activation("add_relu", "x", x);
+  check_beside("add_relu", named("x", x), named("residual", residual));
+}
+
+void check_add_relu_bwd(const Tensor& dy, const Tensor& mask) {
+  check_activation("add_relu_bwd", "dy", dy);
+  check_mask("add_relu_bwd", named("dy", dy), named("mask", mask));
+}
+
+void check_bn_act_bwd_reduce(
+    const Tensor& dy, const OptTensor& mask, const Tensor& z, const Tensor& mean, const Tensor& rstd,
+    const OptTensor& residual, const OptTensor& res_mean, const OptTensor& res_rstd) {
+  const char* op = "bn_act_bwd_reduce";
+  const Named x = named("dy", dy);
+  check_activation(op, "dy", dy);
+  check_mask(op, x, named("mask", mask));
+  check_beside(op, x, named("z", z));
+  check_beside(op, x, named("residual", residual));
+  check_together(op, {{"residual", &residual}, {"res_mean", &res_mean}, {"res_rstd", &res_rstd}});
+  check_vectors(op, x, {named("mean", mean), named("rstd", rstd), named("res_mean", res_mean),
+                        named("res_rstd", res_rstd)});
+}
+
+void check_bn_act_bwd_apply(
+    const Tensor& dy, const OptTensor& mask, const OptTensor& a, const OptTensor& z, const OptTensor& mean,
+    const OptTensor& b, const OptTensor& c, const OptTensor& residual) {
+  const char* op = "bn_act_bwd_apply";
+  check_activation(op, "dy", dy);
+  check_through_norm(op, named("dy", dy), mask, "mask", a, z, mean, b, c);
+  check_beside(op, named("dy", dy), named("residual", residual));
+}
+
+void check_conv_fprop(
+    const Tensor& x, const Tensor& w, const OptTensor& in_scale, const OptTensor& in_shift, const Geometry& g) {
+  const char* op = "conv_fprop";
+  check_conv(op, x, w, g);
+  check_vectors(op, named("x", x), {named("in_scale", in_scale), named("in_shift", in_shift)});
+  check_together(op, {{"in_scale", &in_scale}, {"in_shift", &in_shift}});
+}
+
+void check_conv_bprop(
+    const Tensor& dy, const Tensor& w, const Tensor& x, const OptTensor& dy_mask, const OptTensor& a,
+    const OptTensor& z, const OptTensor& mean, const OptTensor& b, const OptTensor& c, const OptTensor& in_scale,
+    const OptTensor& in_shift, const OptTensor& in_mean, const OptTensor& in_rstd, const OptTensor& in_act,
+    const OptTensor& residual, const OptTensor& residual_mask, const Geometry& g) {
+  const char* op = "conv_bprop";
+  const std::vector<int64_t> output = check_conv(op, x, w, g);
+  check_activation(op, "dy", dy);
+  check_shape({op, "dy", dy}, output);
+  check_same_dtype({op, "dy", dy}, {op, "x", x});
+  check_same_device({op, "dy", dy}, {op, "x", x});
+  check_through_norm(op, named("dy", dy), dy_mask, "dy_mask", a, z, mean, b, c);
+  check_vectors(op, named("x", x), {named("in_scale", in_scale), named("in_shift", in_shift),
+                                    named("in_mean", in_mean), named("in_rstd", in_rstd)});
+  check_together(op, {{"in_scale", &in_scale}, {"in_shift", &in_shift}});
+  check_together(op, {{"in_mean", &in_mean}, {"in_rstd", &in_rstd}});
+  check_beside(op, named("x", x), named("in_act", in_act));
+  check_beside(op, named("x", x), named("residual", residual));
+  check_mask(op, named("x", x), named("residual_mask", residual_mask));
+}
+
+void check_conv_bn_act(
+    const Tensor& x, const Tensor& w, const OptTensor& bias, const OptTensor& bn_weight, const OptTensor& bn_bias,
+    const OptTensor& running_mean, const OptTensor& running_var, const OptTensor& residual, const Geometry& g) {
+  const char* op = "conv_bn_act";
+  const std::vector<int64_t> output = check_conv(op, x, w, g);
+  for (const auto& [name, vector] :
+       {named("bias", bias), named("bn_weight", bn_weight), named("bn_bias", bn_bias),
+        named("running_mean", running_mean), named("running_var", running_var)}) {
+    if (vector == nullptr) continue;
+    check_channels({op, name, *vector}, w.size(0));
+    check_floating({op, name, *vector});
+    check_same_device({op, name, *vector}, {op, "x", x});
+  }
+  check_together(op, {{"running_mean", &running_mean}, {"running_var", &running_var}});
+  if (!residual) return;
+  check_shape({op, "residual", *residual}, output);
+  check_same_dtype({op, "residual", *residual}, {op, "x", x});
+  check_same_device({op, "residual", *residual}, {op, "x", x});
+}
+
+}  // namespace resnet_fast

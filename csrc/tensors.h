@@ -1,0 +1,72 @@
+// What the native kernels of every device see of tensors: shapes, formats, pointers; and what each op asks of
+// its operands, said by checks.h's errors.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <optional>
+#include <vector>
+
+#include "operands.h"
+
+namespace resnet_fast {
+
+using at::Tensor;
+using OptTensor = std::optional<Tensor>;
+
+// Rows and elements of a dense 4-D tensor, as in resnet_fast/layout.py.
+Shape shape_of(const Tensor& x);
+
+// The format results computed from x (and a filter) take, as resnet_fast.layout.memory_format.
+at::MemoryFormat format_of(const Tensor& x, const Tensor* weight = nullptr);
+
+at::ScalarType accumulate_type(const Tensor& x);
+
+// Bits of x in the order it lies in, a row of bytes for each of its rows; empty unless wanted.
+Tensor empty_mask(const Tensor& x, bool wanted);
+
+// `size` values in what x is summed in.
+Tensor empty_vector(const Tensor& x, int64_t size);
+
+// Data of an optional operand, nullptr where there is none.
+template <class T>
+const T* data(const OptTensor& t) {
+  return t.has_value() && t->numel() > 0 ? static_cast<const T*>(t->const_data_ptr()) : nullptr;
+}
+
+struct Geometry {
+  at::IntArrayRef stride, padding, dilation;
+  int64_t groups;
+};
+
+ConvShape conv_shape(const Tensor& x, const Tensor& w, const Geometry& geometry);
+
+// One function an op; each raises for the first operand that does not fit. Activations are dense, in a dtype
+// that the device has kernels for; vectors have a value a channel, in what the activations are summed in.
+void check_bn_stats(const Tensor& x);
+void check_bn_finalize(const Tensor& mean, const Tensor& m2, const OptTensor& weight, const OptTensor& bias);
+void check_bn_bwd_finalize(
+    const Tensor& sum_dy, const Tensor& sum_dy_xhat, const Tensor& scale, const Tensor& rstd);
+void check_bn_act(
+    const Tensor& z, const Tensor& scale, const Tensor& shift, const OptTensor& residual, const OptTensor& res_scale,
+    const OptTensor& res_shift);
+void check_add_relu(const Tensor& x, const Tensor& residual);
+void check_add_relu_bwd(const Tensor& dy, const Tensor& mask);
+void check_bn_act_bwd_reduce(
+    const Tensor& dy, const OptTensor& mask, const Tensor& z, const Tensor& mean, const Tensor& rstd,
+    const OptTensor& residual, const OptTensor& res_mean, const OptTensor& res_rstd);
+void check_bn_act_bwd_apply(
+    const Tensor& dy, const OptTensor& mask, const OptTensor& a, const OptTensor& z, const OptTensor& mean,
+    const OptTensor& b, const OptTensor& c, const OptTensor& residual);
+void check_conv_fprop(
+    const Tensor& x, const Tensor& w, const OptTensor& in_scale, const OptTensor& in_shift, const Geometry& geometry);
+void check_conv_bprop(
+    const Tensor& dy, const Tensor& w, const Tensor& x, const OptTensor& dy_mask, const OptTensor& a,
+    const OptTensor& z, const OptTensor& mean, const OptTensor& b, const OptTensor& c, const OptTensor& in_scale,
+    const OptTensor& in_shift, const OptTensor& in_mean, const OptTensor& in_rstd, const OptTensor& in_act,
+    const OptTensor& residual, const OptTensor& residual_mask, const Geometry& geometry);
+void check_conv_bn_act(
+    const Tensor& x, const Tensor& w, const OptTensor& bias, const OptTensor& bn_weight, const OptTensor& bn_bias,
+    const OptTensor& running_mean, const OptTensor& running_var, const OptTensor& residual, const Geometry& geometry);
+
+}  // namespace resnet_fast
