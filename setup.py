@@ -48,7 +48,7 @@ CXX_FLAGS = (
     "-O3 -fno-math-errno -fno-trapping-math -fvisibility=hidden -fvisibility-inlines-hidden -g0 "
     "-Wall -Wextra"
 ).split()
-NVCC_FLAGS = ["-O3", "-lineinfo", "-Xcompiler=-fvisibility=hidden"]
+NVCC_FLAGS = ["-O3", "-lineinfo", "--expt-relaxed-constexpr", "-Xcompiler=-fvisibility=hidden"]
 # Code for Ampere and Ada, for Hopper with wgmma; PTX for whatever follows.
 DEFAULT_CUDA_ARCHS = "8.0+PTX;9.0a"
 
@@ -69,7 +69,7 @@ class Machine:
     cuda_home: str | None = None
     toolkit: str | None = None  # the version nvcc reports
     cuda_sources: bool = False
-    cutlass: str | None = None  # the folder of its headers
+    cutlass: tuple[str, ...] = ()  # the folders of its headers
     compiler: str | None = None  # first line of `$CXX --version`
     cxx: str = "c++"
     python_header: bool = True
@@ -106,19 +106,19 @@ def first_line_of(command: list[str], pattern: str = "(.+)") -> str | None:
     return found.group(1).strip() if found else None
 
 
-def cutlass_headers() -> str | None:
-    """Where <cutlass/cutlass.h> is: under CUTLASS_PATH, else in the package nvidia-cutlass."""
+def cutlass_headers() -> tuple[str, ...]:
+    """Where CUTLASS' headers are: under CUTLASS_PATH, else in the package nvidia-cutlass."""
     chosen = os.environ.get("CUTLASS_PATH")
     package = importlib.util.find_spec("cutlass_library")
+    folders = package.submodule_search_locations if package else None
+    roots = [Path(chosen)] if chosen else [Path(folder, "source") for folder in folders or ()]
+    for root in roots:
+        include = root / "include", root / "tools" / "util" / "include"
+        if (include[0] / "cutlass" / "cutlass.h").exists():
+            return tuple(map(str, include))
     if chosen:
-        places = [Path(chosen), Path(chosen, "include")]
-    else:
-        folders = package.submodule_search_locations if package else []
-        places = [Path(folder, "source", "include") for folder in folders or ()]
-    found = [str(p) for p in places if (p / "cutlass" / "cutlass.h").exists()]
-    if chosen and not found:
         raise BuildError(f"CUTLASS_PATH={chosen!r}: no include/cutlass/cutlass.h there")
-    return found[0] if found else None
+    return ()
 
 
 def probe(requested: str) -> Machine:
@@ -257,7 +257,7 @@ def extension(resolution: Resolution, machine: Machine) -> setuptools.Extension:
         "CUDA_VERSION": machine.toolkit if cuda else "",
         "CUDA_ARCHS": cuda_archs() if cuda else "",
     }
-    cutlass = machine.cutlass if cuda else None
+    cutlass = machine.cutlass if cuda else ()
     defines = ["-DRESNET_FAST_WITH_CUDA"] if cuda else []
     defines += ["-DRESNET_FAST_WITH_CUTLASS"] if cutlass else []
     if cuda:  # torch would ask the visible GPUs, and there may be none
@@ -266,7 +266,7 @@ def extension(resolution: Resolution, machine: Machine) -> setuptools.Extension:
     include_dirs = cpp_extension.include_paths(*(["cuda"] if cuda else []))
     return make(
         "resnet_fast._C",
-        sources(resolution.mode, cutlass=cutlass is not None),
+        sources(resolution.mode, cutlass=bool(cutlass)),
         depends=[str(p.relative_to(ROOT)) for p in sorted(ROOT.glob("csrc/**/*.[hi]*"))],  # .h .inl
         extra_compile_args={
             "cxx": [
@@ -276,7 +276,7 @@ def extension(resolution: Resolution, machine: Machine) -> setuptools.Extension:
                 *(f"-DRESNET_FAST_{key}={c_string(value)}" for key, value in facts.items()),
                 *defines,
             ],
-            "nvcc": [*NVCC_FLAGS, *(["-isystem", cutlass] if cutlass else [])],
+            "nvcc": [*NVCC_FLAGS, *(flag for path in cutlass for flag in ("-isystem", path))],
         },
         extra_link_args=["-fopenmp"] if "-fopenmp" in flags else [],
     )
@@ -295,9 +295,9 @@ def report(resolution: Resolution, machine: Machine) -> str:
             ("jobs", os.environ.get("MAX_JOBS") or "ninja's default (MAX_JOBS sets it)"),
         ]
     if resolution.mode == "cuda":
-        cutlass = machine.cutlass or "not found: pip install nvidia-cutlass, or set CUTLASS_PATH"
+        cutlass = machine.cutlass[0] if machine.cutlass else "not found (pip install nvidia-cutlass)"
         rows.append(("cuda", f"{machine.toolkit}, architectures {cuda_archs()}"))
-        rows.append(("cutlass", f"{cutlass} (the fused convolutions)"))
+        rows.append(("cutlass", f"{cutlass}, for the fused convolutions"))
     elif resolution.mode == "none":
         earlier = ROOT / "resnet_fast" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
         if earlier.exists():

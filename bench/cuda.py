@@ -1,8 +1,9 @@
 """`python -m bench cuda`: compile every .cu of csrc/cuda without a GPU and read its machine code.
 
 By nvcc, a cubin a file and architecture; a row a kernel: registers, spills, shared memory,
-tensor-core instruction, how it loads. Exit status 1 if anything does not compile or spills, or if a convolution
-for sm_90a has no HGMMA. Without CUTLASS' headers the convolutions are left out, and a line says so.
+tensor-core instruction, how it loads. Exit status 1 if anything does not compile or spills, or if
+a convolution for sm_90a has no HGMMA. Without CUTLASS' headers the convolutions are left out, and a
+line says so.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
 def sources() -> tuple[list[Path], str]:
     """The .cu files that can be compiled here, and a line about those that cannot."""
     build = runpy.run_path(str(ROOT / "setup.py"))
-    cutlass = build["cutlass_headers"]() is not None
+    cutlass = bool(build["cutlass_headers"]())
     found = [ROOT / name for name in build["sources"]("cuda", ROOT, cutlass) if ".cu" in name]
     missing = "convolutions left out: CUTLASS is not found (pip install nvidia-cutlass)"
     return found, "" if cutlass else missing
@@ -96,7 +97,7 @@ def compiled(parts: list[tuple[Path, str]], jobs: int) -> Iterator[list[Compiled
     """What became of every file for every architecture, `jobs` compilers at a time."""
     build = runpy.run_path(str(ROOT / "setup.py"))
     headers = build["cutlass_headers"]()
-    flags = [*build["NVCC_FLAGS"], *(["-isystem", headers] if headers else [])]
+    flags = [*build["NVCC_FLAGS"], *(flag for path in headers for flag in ("-isystem", path))]
     with ThreadPoolExecutor(jobs) as pool:
         yield from pool.map(lambda part: compile_file(*part, flags), parts)
 

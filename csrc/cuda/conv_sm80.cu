@@ -1,6 +1,6 @@
 // Convolutions on Ampere and anything later: CUTLASS' implicit GEMM (cp.async feeding mma), with an epilogue of
 // our own where its own has one factor for all channels.
-#ifndef NDEBUG
+#if defined(__CUDA_ARCH__) && !defined(NDEBUG)
 #define NDEBUG  // CUTLASS asserts on the device as well
 #endif
 
@@ -20,7 +20,7 @@ namespace {
 using cutlass::gemm::GemmShape;
 using cutlass::layout::TensorNHWC;
 
-// Four warps share a tile. The stages are what fits into the 48 KB that a kernel has without asking.
+// Four warps share a tile, with stages for at most the 48 KB of shared memory that a kernel need not ask for.
 template <int TILE>
 struct Tile {
   using Block = GemmShape<kTiles[TILE].m, kTiles[TILE].n, 32>;
@@ -28,7 +28,7 @@ struct Tile {
   static constexpr int kStages = TILE == 0 ? 3 : 4;
 };
 
-// Blocks that run at the same time take all filters of the same pixels, so x is read from memory once.
+// Up to eight blocks in a row take the same pixels and other filters, so x comes from the L2 cache.
 using Swizzle = cutlass::gemm::threadblock::GemmIdentityThreadblockSwizzle<8>;
 
 // y = max(lower, scale·sum + shift + residual) for eight channels of one pixel: ReLU for lower = 0, nothing for

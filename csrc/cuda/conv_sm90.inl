@@ -1,6 +1,6 @@
 // The convolution kernels of Hopper: CUTLASS' main loop for convolutions (im2col TMA feeding wgmma) in its
 // persistent GEMM kernels, where the epilogue of one tile overlaps the main loop of the next.
-#ifndef NDEBUG
+#if defined(__CUDA_ARCH__) && !defined(NDEBUG)
 #define NDEBUG  // an assertion on the device is a function call, and no wgmma runs on across one
 #endif
 
