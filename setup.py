@@ -295,7 +295,8 @@ def report(resolution: Resolution, machine: Machine) -> str:
             ("jobs", os.environ.get("MAX_JOBS") or "ninja's default (MAX_JOBS sets it)"),
         ]
     if resolution.mode == "cuda":
-        cutlass = machine.cutlass[0] if machine.cutlass else "not found (pip install nvidia-cutlass)"
+        missing = ("not found (pip install nvidia-cutlass)",)
+        cutlass = (machine.cutlass or missing)[0]
         rows.append(("cuda", f"{machine.toolkit}, architectures {cuda_archs()}"))
         rows.append(("cutlass", f"{cutlass}, for the fused convolutions"))
     elif resolution.mode == "none":

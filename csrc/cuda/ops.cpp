@@ -295,7 +295,8 @@ bool ours(const Tensor& x, const Tensor& w, const Geometry& g) {
 
 // The stem's three channels, padded with zeros to the eight that 16-byte accesses take.
 Tensor eight_channels(const Tensor& t) {
-  const Tensor wide = at::zeros({t.size(0), 8, t.size(2), t.size(3)}, t.options(), at::MemoryFormat::ChannelsLast);
+  const auto options = t.options().memory_format(at::MemoryFormat::ChannelsLast);
+  const Tensor wide = at::empty({t.size(0), 8, t.size(2), t.size(3)}, options).zero_();
   wide.narrow(1, 0, t.size(1)).copy_(t);
   return wide;
 }
