@@ -46,7 +46,7 @@ class Impl:
     def need_speed(self):
         """Skip a test of whole nets in the interpreter: parts of it have run there by now."""
         if self.interpreted:
-            pytest.skip(f"{self.name} on {self.device}: minutes for a whole net")
+            pytest.skip(f"{self.name} on {self.device}: minutes, a thread at a time")
 
     def refusal(self, dtype=torch.float32, op="bn_act"):
         """Why `op` cannot run here in `dtype`, or None."""

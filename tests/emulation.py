@@ -1,7 +1,8 @@
 """`csrc/cuda` without a GPU: its kernels, compiled for the CPU over `tests/cuda_emulator`.
 
 Every thread of a block runs, barrier by barrier; what differs from a GPU is time, and the order of
-threads that do not wait for each other.
+threads that do not wait for each other. In place of CUTLASS' convolutions there is a plain one, so
+that the torch side is tested.
 """
 
 import fcntl
@@ -19,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 EMULATOR = ROOT / "tests" / "cuda_emulator"
 KERNELS = ("bn_act", "reduce", "vectors")
 CXX = shlex.split(os.environ.get("CXX") or "c++")
+DEFINES = ["-DRESNET_FAST_WITH_CUTLASS"]
 FLAGS = "-std=c++20 -O1 -g0 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-unknown-pragmas".split()
 
 
@@ -35,7 +37,7 @@ def refusal():
 def ops():
     """The namespace of the emulated ops; builds them where sources or torch have changed."""
     files = [p for folder in (ROOT / "csrc", EMULATOR) for p in folder.rglob("*") if p.is_file()]
-    state = hashlib.sha256(" ".join([torch.__version__, *CXX, *FLAGS]).encode())
+    state = hashlib.sha256(" ".join([torch.__version__, *CXX, *FLAGS, *DEFINES]).encode())
     for path in sorted(p for p in files if p.parent != ROOT / "csrc" / "cpu"):
         state.update(path.read_bytes())
     folder = ROOT / "build" / "tests" / f"cuda_emulator-{state.hexdigest()[:16]}"
@@ -52,13 +54,15 @@ def ops():
 def _build(folder):
     from torch.utils.cpp_extension import include_paths
 
-    sources = [*(ROOT / "csrc" / "cuda" / f"{name}.cu" for name in KERNELS), EMULATOR / "ops.cpp"]
+    kernels = (ROOT / "csrc" / "cuda" / f"{name}.cu" for name in KERNELS)
+    sources = [*kernels, EMULATOR / "conv.cpp", EMULATOR / "ops.cpp"]
     running = []
     for source in sources:
         include = [f"-I{EMULATOR}"]
-        if source.suffix == ".cpp":
+        if source.stem == "ops":
             include += [flag for path in include_paths() for flag in ("-isystem", path)]
-        command = [*CXX, *FLAGS, *include, "-x", "c++", "-c", source, "-o", folder / source.stem]
+        command = [*CXX, *FLAGS, *DEFINES, *include, "-x", "c++", "-c", source]
+        command += ["-o", folder / source.stem]
         running.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
     for process in running:
         _, errors = process.communicate()

@@ -106,7 +106,8 @@ def test_report_states_the_facts(monkeypatch):
     monkeypatch.delenv("CXXFLAGS", raising=False)
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
     text = build.report(build.resolve("auto", CUDA), CUDA)
-    for fact in ("= cuda", "g++ 12.2.0", "-O3", "2.13.0", "baseline", "13.1", "9.0+PTX"):
+    facts = ("= cuda", "g++ 12.2.0", "-O3", "2.13.0", "baseline", "13.1", "8.0+PTX;9.0a")
+    for fact in (*facts, "nvidia-cutlass"):
         assert fact in text
     assert "jobs      3" in text
     flags = build.cxx_flags(CUDA)
@@ -129,6 +130,9 @@ def test_sources_and_isas_are_found_by_name(tmp_path):
     assert build.isas("aarch64", tmp_path) == ["baseline"]
     assert "csrc/cuda/bn.cu" in build.sources("cuda", tmp_path)
     assert "csrc/cuda/bn.cu" not in build.sources("cpu", tmp_path)
+    (tmp_path / "csrc/cuda/conv_sm80.cu").touch()
+    assert "csrc/cuda/conv_sm80.cu" not in build.sources("cuda", tmp_path)
+    assert "csrc/cuda/conv_sm80.cu" in build.sources("cuda", tmp_path, cutlass=True)
     (tmp_path / "csrc/cuda/bn.cpp").touch()
     with pytest.raises(build.BuildError, match="share one object file"):
         build.sources("cuda", tmp_path)
@@ -270,3 +274,13 @@ def test_who_convolves(native):
     run = python("-c", CONV_CODE, RESNET_FAST_CPU_CONV="mkl")
     assert run.returncode != 0
     assert "RESNET_FAST_CPU_CONV=mkl is unknown; use auto | tiles | onednn" in run.stderr
+
+
+def test_cutlass_path(tmp_path, monkeypatch):
+    """CUTLASS_PATH is where the headers are, or an error that says they are not."""
+    monkeypatch.setenv("CUTLASS_PATH", str(tmp_path))
+    with pytest.raises(SystemExit, match=r"CUTLASS_PATH=.*no include"):
+        build.cutlass_headers()
+    (tmp_path / "include" / "cutlass").mkdir(parents=True)
+    (tmp_path / "include" / "cutlass" / "cutlass.h").touch()
+    assert build.cutlass_headers()[0] == str(tmp_path / "include")

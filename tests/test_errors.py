@@ -177,4 +177,5 @@ def test_native_says_which_devices_it_has():
     if backend.native_module()[0] is None:
         pytest.skip(backend.native_module()[1])
     reason = backend.refusal("native", "bn_act", "cuda", torch.float32)
-    assert reason is None or "not on cuda" in reason
+    assert reason is None or "built without CUDA" in reason
+    assert "not on meta" in backend.refusal("native", "bn_act", "meta", torch.float32)

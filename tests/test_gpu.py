@@ -1,5 +1,9 @@
 """On an NVIDIA GPU: every layer of ResNet-50 in every dtype, CUDA graphs, streams, devices."""
 
+import shutil
+import subprocess
+import sys
+
 import pytest
 import torch
 from op_cases import CONVOLUTIONS, Conv, Draw, op_of, widen
@@ -8,7 +12,7 @@ pytest.importorskip("triton")
 
 import resnet_fast
 from bench.layers import layers_of, tensors
-from resnet_fast import kernels, ops, reference
+from resnet_fast import ops, reference
 from resnet_fast.tolerance import assert_close, compare
 
 pytestmark = [
@@ -87,11 +91,38 @@ def test_tf32_is_pytorchs_to_allow(layer):
     assert verdict.ok or error < 2**-10, verdict
 
 
+@pytest.mark.parametrize("batch", [1, 64])
+@pytest.mark.parametrize("layer", LAYERS, ids=str)
+def test_native_convolutions_at_other_batches(layer, batch):
+    """Batches whose grids are of other tiles: large ones of the largest, one image of the least."""
+    skip_unless("native", "conv_bn_act", torch.bfloat16)
+    x, w, norm, residual = tensors(layer, batch, torch.bfloat16, torch.device("cuda"))
+    args = [x, w, None, *norm, residual, layer.relu, 1e-5, *layer.conv.args()]
+    same, exact = reference.conv_bn_act(*args), reference.conv_bn_act(*widen(args))
+    assert_close(ops.conv_bn_act(*args, "native"), same, exact, str(layer))
+
+
+def test_native_refuses_channels_by_name():
+    skip_unless("native", "conv_bn_act", torch.bfloat16)
+    if resnet_fast.backend.build_info()["cutlass"] != "built in":
+        pytest.skip("built without CUTLASS")
+    x = torch.randn(2, 12, 8, 8, device="cuda", dtype=torch.bfloat16)
+    x = x.contiguous(memory_format=torch.channels_last)
+    w = torch.randn(16, 12, 3, 3, device="cuda", dtype=torch.bfloat16)
+    w = w.contiguous(memory_format=torch.channels_last)
+    norm = [torch.ones(16, device="cuda") for _ in range(4)]
+    args = [x, w, None, *norm, None, True, 1e-5, [1, 1], [1, 1], [1, 1], 1]
+    with pytest.raises(RuntimeError, match=r"`x`.*channels are no multiple of 8"):
+        ops.conv_bn_act(*args, "native")
+    assert ops.conv_bn_act(*args, "auto").shape == (2, 16, 8, 8)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 @pytest.mark.parametrize("shape", [(32, 256, 56, 56), (8, 2048, 7, 7)], ids=str)
-def test_memory_bound_kernels_at_size(shape, dtype):
+def test_memory_bound_kernels_at_size(shape, dtype, impl):
     """Statistics, join and backward of a layer of ResNet-50, against fp64."""
-    skip_unless("triton", "bn_act", dtype)
+    skip_unless(impl, "bn_act", dtype)
     c = shape[1]
 
     def draw():
@@ -100,7 +131,7 @@ def test_memory_bound_kernels_at_size(shape, dtype):
 
     z, residual, dy = draw(), draw(), draw()
     scale, shift, mean, rstd, b = (torch.rand(c, device="cuda") + 0.5 for _ in range(5))
-    mask = kernels.bn_act(z, scale, shift, residual, None, None, True, True)[1]
+    mask = ops.bn_act(z, scale, shift, residual, None, None, True, True, impl)[1]
     for op, args in {
         "bn_stats": [z],
         "bn_act": [z, scale, shift, residual, None, None, True, True],
@@ -108,7 +139,7 @@ def test_memory_bound_kernels_at_size(shape, dtype):
         "bn_act_bwd_apply": [dy, mask, scale, z, mean, b, shift, residual],
         "global_avg_pool": [z],
     }.items():
-        found = getattr(kernels, op)(*args)
+        found = getattr(ops, op)(*args, impl)
         same, exact = getattr(reference, op)(*args), getattr(reference, op)(*widen(args))
         if isinstance(found, torch.Tensor):
             found, same, exact = (found,), (same,), (exact,)
@@ -117,8 +148,8 @@ def test_memory_bound_kernels_at_size(shape, dtype):
                 assert_close(*results, f"{op} result {i}", gradient="bwd" in op)
 
 
-def model(name="resnet18"):
-    net = resnet_fast.create_model(name, num_classes=10)
+def model(name="resnet18", impl="auto"):
+    net = resnet_fast.create_model(name, num_classes=10, impl=impl)
     return net.to("cuda", torch.bfloat16, memory_format=torch.channels_last).eval()
 
 
@@ -127,9 +158,11 @@ def images(n=4, size=64):
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def test_cuda_graph():
+@pytest.mark.parametrize("impl", IMPLS)
+def test_cuda_graph(impl):
     """A captured forward pass gives the same bits, on new inputs too."""
-    net, x, other = model(), images(), images()
+    skip_unless(impl, "conv_bn_act", torch.bfloat16)
+    net, x, other = model(impl=impl), images(), images()
     with torch.inference_mode():
         net(x)
         torch.cuda.synchronize()
@@ -142,9 +175,11 @@ def test_cuda_graph():
             assert torch.equal(y, net(value))
 
 
-def test_two_streams():
+@pytest.mark.parametrize("impl", IMPLS)
+def test_two_streams(impl):
     """Two nets at once on two streams give what each gives alone."""
-    nets, inputs = [model(), model()], [images(8), images(8)]
+    skip_unless(impl, "conv_bn_act", torch.bfloat16)
+    nets, inputs = [model(impl=impl), model(impl=impl)], [images(8), images(8)]
     with torch.inference_mode():
         alone = [net(x) for net, x in zip(nets, inputs, strict=True)]
         torch.cuda.synchronize()
@@ -197,3 +232,15 @@ def test_whole_models():
     with torch.inference_mode():
         exact = resnet_fast.unfuse(net).double()(x.double())
         assert_close(net(x), plain(x), exact, "logits", rms=True)
+
+
+@pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="no compute-sanitizer")
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_compute_sanitizer(tool):
+    """The native kernels under NVIDIA's checkers, in a process of their own."""
+    skip_unless("native", "bn_act", torch.bfloat16)
+    tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_ops.py"]
+    chosen = "native-cuda and bf16 and channels_last and (test_pointwise or test_convolution)"
+    command = ["compute-sanitizer", f"--tool={tool}", "--error-exitcode=9", *tests, "-k", chosen]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=540)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]

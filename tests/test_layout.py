@@ -99,6 +99,7 @@ def test_elements_past_32_bits(impl):
     if impl.name == "reference":
         pytest.skip("plain PyTorch widens the tensor; it indexes with 64 bits")
     impl.need(torch.bfloat16, "add_relu", "bn_stats")
+    impl.need_speed()
     if available_memory() < 7e9:
         pytest.skip("needs 7 GB of free memory")
     n, c, h, w = shape = (2, 24, 6_700, 6_700)

@@ -34,7 +34,7 @@ struct alignas(16) uint4 {
 inline dim3 gridDim, blockDim, blockIdx, threadIdx;
 
 using cudaStream_t = void*;
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9 };
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrComputeCapabilityMajor };
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
@@ -42,9 +42,12 @@ struct cudaLaunchConfig_t {
   cudaStream_t stream;
 };
 
-inline const char* cudaGetErrorString(cudaError_t) { return "invalid configuration"; }
+inline const char* cudaGetErrorString(cudaError_t) { return "invalid value or configuration"; }
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) { return *value = 1, cudaSuccess; }
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr what, int) {
+  *value = what == cudaDevAttrComputeCapabilityMajor ? 9 : 1;
+  return cudaSuccess;
+}
 
 using std::fma;
 using std::max;
