@@ -1,9 +1,9 @@
 """`python -m bench gpu`: what a GPU does with this package, in one command and a time budget.
 
-In the order of what matters most: the machine's ceilings, every convolution of ResNet-50 beside
-the library's in inference and in each pass of training, whole models in training and inference
-beside eager and compiled PyTorch. What does not fit in the budget is named and left out. Rows go
-to `bench/results/<gpu>.jsonl`.
+In the order of what matters most: the machine's ceilings, the memory-bound ops beside a copy, every
+convolution of ResNet-50 beside the library's in inference and in each pass of training, whole
+models in training and inference beside eager and compiled PyTorch. What does not fit in the budget
+is named and left out. Rows go to `bench/results/<gpu>.jsonl`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from bench import ceilings, layers, models, rows
+from bench import ceilings, layers, models, passes, rows
 
 BATCHES = (256, 32, 1)
 TRAIN_BATCHES = (256, 64)
@@ -76,6 +76,7 @@ def steps(out: Path, batch: int) -> list[Step]:
     each = [*where, "--batch", str(batch)]
     todo: list[Step] = [
         ("ceilings", 20, command(ceilings, where)),
+        ("passes", 30, command(passes, each)),
         ("layers", 60, command(layers, each)),
         ("training layers", 120, command(layers, [*each, "--mode", "fprop,dgrad,wgrad"])),
     ]

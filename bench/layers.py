@@ -10,7 +10,8 @@ A layer is a convolution with what a model does around it, in one of four modes:
 `resnet_fast` runs an op of ours once; `torch` runs the convolution and the rest as PyTorch does;
 `torch conv` is the bare convolution, what the rest costs being the difference. On a GPU `fused` and
 `library` are ours with the plan asked for (RESNET_FAST_TRITON_CONV), `resnet_fast` is by table or
-rule. The floor is what the bytes and operations of a layer take at the machine's measured limits.
+rule, `native` is by the CUDA kernels. The floor is what the bytes and operations of a layer take at
+the machine's measured limits.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from bench import rows
 from bench.ceilings import DEVICES, Ceilings, measure, median_ms
 from bench.step import DTYPES
 from resnet_fast import ops
+from resnet_fast.backend import refusal
 from resnet_fast.blocks import ChainBlock
 from resnet_fast.chain import Conv
 
@@ -163,7 +165,11 @@ def infer(layer: Layer, n: int, dtype: torch.dtype, device: torch.device, impl: 
         return z.relu_() if layer.relu else z
 
     conv = partial(F.conv2d, x, w, None, *geometry)
-    return {"resnet_fast": fused, "torch": unfused, "torch conv": conv}
+    found: Runs = {"resnet_fast": fused, "torch": unfused, "torch conv": conv}
+    if device.type == "cuda" and refusal("native", "conv_bn_act", "cuda", dtype) is None:
+        args = [x, w, None, weight, bias, mean, var, residual, layer.relu, EPS, *geometry]
+        found["native"] = partial(ops.conv_bn_act, *args, "native")
+    return found
 
 
 def train(mode: str) -> Callable[[Layer, int, torch.dtype, torch.device, str], Runs]:

@@ -104,6 +104,8 @@ def refusal(impl: str, op: str, device: str, dtype: torch.dtype) -> str | None:
             return f"the native kernels run on {', '.join(NATIVE_DTYPES)} tensors, not on {device}"
         if device == "cuda" and not module.build_info()["cuda"]:
             return f"built without CUDA ({module.build_info()['build_why']})"
+        if device == "cuda" and not torch.cuda.is_available():
+            return "this machine has no CUDA device"
         if dtype not in NATIVE_DTYPES[device]:
             names = ", ".join(str(d).removeprefix("torch.") for d in NATIVE_DTYPES[device])
             given = str(dtype).removeprefix("torch.")

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import ceilings, gpu, layers, rows
+from bench import ceilings, gpu, layers, passes, rows
 from bench.__main__ import main
+from resnet_fast import backend
 from resnet_fast.chain import Conv
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -75,6 +76,40 @@ def test_a_wrong_layer_is_not_timed(monkeypatch, capsys, mode):
     assert "fused and unfused differ by 1.0" in capsys.readouterr().err
 
 
+def small_passes(monkeypatch):
+    monkeypatch.setattr(passes, "SHAPES", {"small": (24, 5)})
+    return ["passes", "--batch", "2", "--dtype", "fp32", "--shape", "small"]
+
+
+def test_passes_command(tmp_path, capsys, monkeypatch):
+    """A row a pass; its bytes are what reading and writing each tensor once takes."""
+    if backend.native_module()[0] is None:
+        pytest.skip(backend.native_module()[1])
+    path = tmp_path / "rows.jsonl"
+    assert main([*small_passes(monkeypatch), "--out", str(path)]) == 0
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    elements = 2 * 24 * 5 * 5
+    moved = {row["mode"]: row["gb_per_s"] * row["ms_p50"] * 1e6 for row in found}
+    assert moved["statistics"] == pytest.approx(4 * elements, rel=2e-2)
+    assert moved["bn + add + relu"] == pytest.approx(12 * elements + elements / 8, rel=2e-2)
+    assert all(row["provider"] == "native" for row in found) and len(moved) == len(found) == 11
+    assert "native ms" in capsys.readouterr().out
+
+
+def test_a_wrong_pass_is_not_timed(capsys, monkeypatch):
+    if backend.native_module()[0] is None:
+        pytest.skip(backend.native_module()[1])
+    right = passes.ops.bn_stats
+
+    def wrong(x, impl):
+        mean, m2 = right(x, impl)
+        return (mean, m2) if impl == "reference" else (mean, 1.01 * m2)
+
+    monkeypatch.setattr(passes.ops, "bn_stats", wrong)
+    assert main(small_passes(monkeypatch)) == 1
+    assert "statistics at small by native: differs" in capsys.readouterr().err
+
+
 def test_ceilings_command(tmp_path, capsys):
     path = tmp_path / "rows.jsonl"
     assert main(["ceilings", "--dtype", "fp32", "--out", str(path)]) == 0
@@ -84,7 +119,8 @@ def test_ceilings_command(tmp_path, capsys):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-@pytest.mark.parametrize("command", ["gpu", "layers --device cuda", "ceilings --device cuda"])
+@pytest.mark.parametrize("command", ["gpu", *(f"{name} --device cuda" for name in
+                                              ("layers", "passes", "ceilings"))])  # fmt: skip
 def test_without_a_gpu(command, capsys):
     assert main(command.split()) == 2
     assert "torch.cuda.is_available() is False" in capsys.readouterr().err
@@ -93,6 +129,8 @@ def test_without_a_gpu(command, capsys):
 def test_bad_values(capsys):
     assert main(["layers", "--batch", "0"]) == 2
     assert main(["layers", "--mode", "train"]) == 2
+    assert main(["passes", "--shape", "layer5"]) == 2
+    assert main(["passes", "--batch", "0"]) == 2
     assert "--batch" in capsys.readouterr().err
     with pytest.raises(ValueError, match="unknown fields"):
         rows.layer_row({}, nonsense=1)
@@ -125,10 +163,10 @@ def test_the_budget_of_the_gpu_command(capsys):
 def test_the_steps_of_the_gpu_command(tmp_path):
     """ResNet-50 and 18: training in two batch sizes; inference in three, two dtypes."""
     names = [name for name, _, _ in gpu.steps(tmp_path / "rows.jsonl", 256)]
-    assert names[:4] == [
-        "ceilings", "layers", "training layers", "resnet50 train bf16 batch 256",
+    assert names[:5] == [
+        "ceilings", "passes", "layers", "training layers", "resnet50 train bf16 batch 256",
     ]  # fmt: skip
-    assert len(names) == 3 + 2 * 2 + 2 * 2 * 3 and len(set(names)) == len(names)
+    assert len(names) == 4 + 2 * 2 + 2 * 2 * 3 and len(set(names)) == len(names)
 
 
 def test_shards():

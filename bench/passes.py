@@ -1,0 +1,149 @@
+"""`python -m bench passes`: every memory-bound op at the tensors of ResNet-50, against a copy.
+
+A pass reads and writes each of its tensors once, so what it reaches of the bandwidth of a measured
+copy says how good its kernel is. Each implementation that is live on the device is timed, after its
+result has met the reference's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench import rows
+from bench.ceilings import DEVICES, Ceilings, measure, median_ms
+from bench.step import DTYPES
+from resnet_fast import backend, ops
+from resnet_fast.layout import mask_shape
+from resnet_fast.reference import stats_dtype
+
+SHAPES = {  # channels, side: the ends of a bottleneck and its inside
+    "layer1 64@56": (64, 56),
+    "layer1 256@56": (256, 56),
+    "layer2 512@28": (512, 28),
+    "layer3 1024@14": (1024, 14),
+    "layer4 2048@7": (2048, 7),
+}
+IMPLS = {"cuda": ("triton", "native"), "cpu": ("native",)}
+Pass = tuple[str, list[Any], float]
+"""Op, arguments but `impl`, and how many activations it moves; a bit an element is 1/16 in bf16."""
+
+
+def passes(x: Tensor) -> dict[str, Pass]:
+    """The memory-bound ops on tensors like x, by name."""
+    c, wide = x.size(1), stats_dtype(x)
+    bit = 1 / (8 * x.element_size())
+    y, z = (torch.randn_like(x) for _ in range(2))
+    mask = torch.randint(0, 256, mask_shape(x), dtype=torch.uint8, device=x.device)
+    a, b, mean, rstd = (torch.rand(c, dtype=wide, device=x.device) + 0.5 for _ in range(4))
+    none = [None] * 3
+    return {
+        "statistics": ("bn_stats", [x], 1),
+        "bn + relu": ("bn_act", [x, a, b, *none, True, True], 2 + bit),
+        "bn + add + relu": ("bn_act", [x, a, b, y, None, None, True, True], 3 + bit),
+        "bn + bn + relu": ("bn_act", [x, a, b, y, mean, rstd, True, True], 3 + bit),
+        "add + relu": ("add_relu", [x, y, True], 3 + bit),
+        "relu backward": ("add_relu_bwd", [x, mask], 2 + bit),
+        "sums": ("bn_act_bwd_reduce", [x, mask, y, mean, rstd, *none], 2 + bit),
+        "sums of two": ("bn_act_bwd_reduce", [x, mask, y, mean, rstd, z, a, b], 3 + bit),
+        "bn backward": ("bn_act_bwd_apply", [x, mask, a, y, mean, b, rstd, None], 3 + bit),
+        "bn backward + residual": ("bn_act_bwd_apply", [x, None, a, y, mean, b, rstd, z], 4),
+        "average pool": ("global_avg_pool", [x], 1),
+    }
+
+
+def shape_rows(
+    name: str, n: int, dtype: str, limits: Ceilings, facts: rows.Row
+) -> list[rows.Row]:
+    """Time every pass at one shape by every live implementation."""
+    device = torch.device(facts["device"])
+    channels, side = SHAPES[name]
+    x = torch.randn(n, channels, side, side, device=device).to(DTYPES[dtype])
+    found = []
+    for what, (op, args, activations) in passes(
+        x.contiguous(memory_format=torch.channels_last)
+    ).items():
+        run = getattr(ops, op)
+        moved = int(activations * x.numel() * x.element_size())
+        for impl in IMPLS[device.type]:
+            if backend.refusal(impl, op, device.type, x.dtype) is None:
+                gate(f"{what} at {name} by {impl}", partial(run, *args), impl)
+                ms = median_ms(partial(run, *args, impl), device)
+                share = 100 * limits.floor_ms(moved, 0) / ms
+                found.append(rows.layer_row(
+                    facts, benchmark="passes", mode=what, batch=n, dtype=dtype,
+                    layout="channels_last", provider=impl, impl=impl, ms_p50=ms, layer=name,
+                    gb_per_s=moved / ms / 1e6, percent_of_floor=share,
+                ))  # fmt: skip
+    return found
+
+
+def gate(what: str, run: Callable[[str], Any], impl: str) -> None:
+    """Raise RuntimeError unless `impl` gives what the reference does, up to rounding."""
+    results = [run(name) for name in (impl, "reference")]
+    for ours, theirs in zip(*([r] if isinstance(r, Tensor) else r for r in results), strict=True):
+        if not ours.is_floating_point() or ours.numel() == 0:
+            continue
+        error = ((ours.float() - theirs.float()).norm() / theirs.float().norm()).item()
+        if not error <= 16 * max(torch.finfo(ours.dtype).eps, 1e-6):
+            raise RuntimeError(f"{what}: differs from the reference by {error:.2e} of the norm")
+
+
+def text(found: list[rows.Row]) -> str:
+    """A line a shape and pass: ms and share of the copy's bandwidth of each implementation."""
+    impls = list(dict.fromkeys(row["provider"] for row in found))
+    lines = [f"{'at':16} {'pass':24}" + "".join(f" {impl + ' ms':>14}  % copy" for impl in impls)]
+    for key in dict.fromkeys((row["layer"], row["mode"]) for row in found):
+        own = {row["provider"]: row for row in found if (row["layer"], row["mode"]) == key}
+        cells = [
+            f" {own[impl]['ms_p50']:14.4f} {own[impl]['percent_of_floor']:7.0f}"
+            if impl in own else f" {'-':>14} {'-':>7}"
+            for impl in impls
+        ]  # fmt: skip
+        lines.append(f"{key[0]:16} {key[1]:24}" + "".join(cells))
+    return "\n".join(lines)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `python -m bench passes`."""
+    parser.add_argument("--shape", default=",".join(SHAPES), help="of " + ", ".join(SHAPES))
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--dtype", choices=list(DTYPES), default="bf16")
+    parser.add_argument("--device", choices=DEVICES, default="cpu")
+    parser.add_argument("--out", type=Path, metavar="FILE.jsonl", help="append the rows")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure and print; 1 where a result was wrong, 2 for a bad argument."""
+    if args.device == "cuda" and not torch.cuda.is_available():
+        print("--device: expected cpu, torch.cuda.is_available() is False here", file=sys.stderr)
+        return 2
+    names = args.shape.split(",")
+    unknown = [name for name in names if name not in SHAPES]
+    if unknown:
+        print(f"--shape: expected some of {', '.join(SHAPES)}; got {unknown[0]!r}", file=sys.stderr)
+        return 2
+    if args.batch < 1:
+        print(f"--batch: expected at least 1, got {args.batch}", file=sys.stderr)
+        return 2
+    device = torch.device(args.device)
+    facts, limits = rows.facts(device), measure(device, args.dtype)
+    found: list[rows.Row] = []
+    try:
+        with torch.no_grad():
+            for name in names:
+                found += shape_rows(name, args.batch, args.dtype, limits, facts)
+    except RuntimeError as error:
+        print(f"passes: {error}", file=sys.stderr)
+        return 1
+    print(text(found))
+    if args.out is not None:
+        rows.append(args.out, found)
+    return 0
