@@ -22,7 +22,7 @@ from .conv_plan import (
     pick,
     precision,
 )  # fmt: skip
-from .launch import launch, target
+from .launch import all_registers, launch, target
 
 
 @triton.jit
@@ -194,7 +194,7 @@ def by_pointers(x: Tensor, w: Tensor, conv: Conv, f: Fusion, y: Tensor) -> Tenso
             *y.stride(), h, width, p, q, pixels, channels, filters, k_tiles, r, s, *conv.stride,
             *conv.padding, *conv.dilation, f.eps, f.relu,
             precision(x), flat_channels, block_m, block_n, block_k,
-            num_warps=warps, num_stages=stages,
+            num_warps=warps, num_stages=stages, **all_registers(x),
         )  # fmt: skip
 
     gpu = target(x)
