@@ -103,7 +103,7 @@ def compiled(parts: list[tuple[Path, str]], jobs: int) -> Iterator[list[Compiled
 
 
 def compile_file(source: Path, arch: str, flags: list[str]) -> list[Compiled]:
-    """The kernels of one file, by nvcc for one architecture."""
+    """The kernels of one file (none where it is the host's), by nvcc for one architecture."""
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "code.cubin"
@@ -127,6 +127,8 @@ def compile_file(source: Path, arch: str, flags: list[str]) -> list[Compiled]:
 
 def names(functions: list[tuple[str, str]]) -> list[str]:
     """Kernels' names as they are in the source, as far as there is a c++filt."""
+    if not functions:
+        return []
     mangled = "\n".join(name for name, _ in functions)
     if shutil.which("c++filt"):
         done = subprocess.run(["c++filt"], input=mangled, capture_output=True, text=True)

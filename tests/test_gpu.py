@@ -102,21 +102,6 @@ def test_native_convolutions_at_other_batches(layer, batch):
     assert_close(ops.conv_bn_act(*args, "native"), same, exact, str(layer))
 
 
-def test_native_refuses_channels_by_name():
-    skip_unless("native", "conv_bn_act", torch.bfloat16)
-    if resnet_fast.backend.build_info()["cutlass"] != "built in":
-        pytest.skip("built without CUTLASS")
-    x = torch.randn(2, 12, 8, 8, device="cuda", dtype=torch.bfloat16)
-    x = x.contiguous(memory_format=torch.channels_last)
-    w = torch.randn(16, 12, 3, 3, device="cuda", dtype=torch.bfloat16)
-    w = w.contiguous(memory_format=torch.channels_last)
-    norm = [torch.ones(16, device="cuda") for _ in range(4)]
-    args = [x, w, None, *norm, None, True, 1e-5, [1, 1], [1, 1], [1, 1], 1]
-    with pytest.raises(RuntimeError, match=r"`x`.*channels are no multiple of 8"):
-        ops.conv_bn_act(*args, "native")
-    assert ops.conv_bn_act(*args, "auto").shape == (2, 16, 8, 8)
-
-
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 @pytest.mark.parametrize("shape", [(32, 256, 56, 56), (8, 2048, 7, 7)], ids=str)

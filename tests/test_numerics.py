@@ -155,6 +155,8 @@ def test_training_curve(impl, layout, keep):
 def test_training_curve_fp32(impl, layout):
     """The first losses in fp32 stay as near to double's as plain PyTorch's do."""
     impl.need(torch.float32, *OPS)
+    if impl.emulated:
+        impl.need_speed()
     net = Net(impl.name).to(impl.device, memory_format=layout)
     x = torch.randn(16, 3, 16, 16).contiguous(memory_format=layout)
     target = torch.arange(16) % 10

@@ -59,22 +59,30 @@ def test_convolution(impl, dtype, layout, variant):
     impl.need(dtype, op_of(variant))
     for name, conv in CONVS.items():
         args = CONVOLUTIONS[variant](Draw(dtype, layout, impl.device), conv)
-        if refused_by_cutlass(impl, op_of(variant), conv, *args[:2]):
-            with pytest.raises(RuntimeError, match="channels are no multiple of 8"):
-                ops.conv_bn_act(*args, impl.name)
-            continue
         judge(impl, dtype, variant, args, name)
 
 
-def refused_by_cutlass(impl, op, conv, x, w):
-    """Whether it is CUTLASS' to run, which moves eight channels at a time; a stem is padded."""
-    cutlass = impl.emulated or (impl.name == "native" and impl.device == "cuda")
-    if impl.device == "cuda" and cutlass:
-        cutlass = backend.build_info()["cutlass"] == "built in"
-    half = x.dtype in (torch.bfloat16, torch.float16) and op == "conv_bn_act" and conv.groups == 1
-    if not (cutlass and half and memory_format(x, w) == torch.channels_last):
-        return False
-    return conv.filters % 8 != 0 or (x.size(1) % 8 != 0 and x.size(1) > 8)
+@pytest.mark.parametrize("name", CONVS)
+def test_cutlass_by_name(impl, layout, name, monkeypatch):
+    """RESNET_FAST_CUDA_CONV=cutlass runs what CUTLASS takes, and says why not the rest."""
+    if impl.name != "native" or not (impl.emulated or impl.device == "cuda"):
+        pytest.skip("the choice is of the native CUDA ops")
+    if impl.device == "cuda" and backend.build_info()["cutlass"] != "built in":
+        pytest.skip("built without CUTLASS")
+    conv = CONVS[name]
+    args = CONVOLUTIONS["conv_bn_act"](Draw(torch.bfloat16, layout, impl.device), conv)
+    monkeypatch.setenv("RESNET_FAST_CUDA_CONV", "cutlass")
+    eights = conv.filters % 8 == 0 and (conv.shape[1] % 8 == 0 or conv.shape[1] < 8)
+    last = memory_format(*args[:2]) == torch.channels_last
+    if conv.groups == 1 and last and eights:
+        judge(impl, torch.bfloat16, "conv_bn_act", args, name)
+        return
+    why = "groups" if conv.groups != 1 else "channels are no" if last else "not channels_last"
+    with pytest.raises(RuntimeError, match=f"`x`.*RESNET_FAST_CUDA_CONV=cutlass.*{why}"):
+        ops.conv_bn_act(*args, impl.name)
+    monkeypatch.setenv("RESNET_FAST_CUDA_CONV", "winograd")
+    with pytest.raises(ValueError, match="expected auto, cutlass or cudnn, got 'winograd'"):
+        ops.conv_bn_act(*args, impl.name)
 
 
 @pytest.mark.parametrize("variant", [*POINTWISE, *CONVOLUTIONS])

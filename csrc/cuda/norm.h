@@ -24,7 +24,7 @@ template <class T>
 cudaError_t gradient_sums(
     const GradientSums<T>&, int64_t splits, accumulate_t<T>* partial, accumulate_t<T>* const sums[3], cudaStream_t stream);
 
-// mean and m2 = Σ(x − mean)² by two launches, the second over `partial`, (3·splits + 1)·channels values.
+// mean and m2 = Σ(x − mean)² by two launches, the second over `partial`, (4·splits + 1)·channels values.
 template <class T>
 cudaError_t bn_stats(
     const Statistics<T>&, int64_t splits, accumulate_t<T>* partial, accumulate_t<T>* mean, accumulate_t<T>* m2,

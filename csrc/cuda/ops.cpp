@@ -6,6 +6,8 @@
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
+#include <cstdlib>
+#include <string>
 #include <tuple>
 
 #include "../checks.h"
@@ -57,7 +59,7 @@ Partial partial_of(const char* op, const Tensor& x) {
   check_launch(op, multiprocessors(&processors));
   const Shape s = shape_of(x);
   const int64_t splits = reduction_splits(s, processors);
-  return {splits, empty_vector(x, (3 * splits + 1) * s.channels)};
+  return {splits, empty_vector(x, (4 * splits + 1) * s.channels)};
 }
 
 std::tuple<Tensor, Tensor> bn_act_unchecked(
@@ -288,9 +290,30 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bprop(
 
 #if defined(RESNET_FAST_WITH_CUTLASS)
 
-bool ours(const Tensor& x, const Tensor& w, const Geometry& g) {
-  const bool half = x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kHalf;
-  return half && g.groups == 1 && format_of(x, &w) == at::MemoryFormat::ChannelsLast;
+// RESNET_FAST_CUDA_CONV: who convolves in inference. By "cutlass" what CUTLASS does not take is an error.
+enum class ConvBy { kAuto, kCutlass, kCudnn };
+
+ConvBy conv_by() {
+  const char* asked = std::getenv("RESNET_FAST_CUDA_CONV");
+  const std::string by = asked == nullptr ? "auto" : asked;
+  TORCH_CHECK_VALUE(by == "auto" || by == "cutlass" || by == "cudnn",
+                    "RESNET_FAST_CUDA_CONV: expected auto, cutlass or cudnn, got '", by, "'");
+  return by == "auto" ? ConvBy::kAuto : by == "cutlass" ? ConvBy::kCutlass : ConvBy::kCudnn;
+}
+
+const char* refusal(const Tensor& x, const Tensor& w, const Geometry& g) {
+  if (x.scalar_type() != at::kBFloat16 && x.scalar_type() != at::kHalf) return "the dtype is neither bf16 nor fp16";
+  if (g.groups != 1) return "groups";
+  if (format_of(x, &w) != at::MemoryFormat::ChannelsLast) return "the format is not channels_last";
+  if (w.size(0) % 8 != 0 || (x.size(1) % 8 != 0 && x.size(1) > 8)) return "channels are no multiple of 8";
+  return nullptr;
+}
+
+// The answer to what has no kernel: an error where CUTLASS was asked for by name.
+Tensor refused(const Tensor& x, const Tensor& w, const char* why) {
+  TORCH_CHECK(conv_by() != ConvBy::kCutlass, "conv_bn_act: `x` of shape ", x.sizes(), " with `w` of shape ",
+              w.sizes(), " cannot go by RESNET_FAST_CUDA_CONV=cutlass: ", why);
+  return {};
 }
 
 // The stem's three channels, padded with zeros to the eight that 16-byte accesses take.
@@ -301,7 +324,7 @@ Tensor eight_channels(const Tensor& t) {
   return wide;
 }
 
-// relu(scale·conv(x, w) + shift + residual) in one launch.
+// relu(scale·conv(x, w) + shift + residual) in one launch; an undefined tensor where the kernels do not take it.
 Tensor fused_conv(
     const Tensor& x, const Tensor& w, const Tensor& scale, const Tensor& shift, const OptTensor& residual, bool relu,
     const Geometry& g) {
@@ -325,8 +348,7 @@ Tensor fused_conv(
   check_launch("conv_bn_act", cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
   const bool hopper = major == 9;
   const char* why = hopper ? sm90::conv_refusal(k) : sm80::conv_refusal(k);
-  TORCH_CHECK(why == nullptr, "conv_bn_act: `x` of shape ", x.sizes(), " with `w` of shape ", w.sizes(),
-              " has no native kernel: ", why);
+  if (why != nullptr) return refused(x, w, why);
   check_launch("conv_bn_act", hopper ? sm90::conv_forward(k, sm90::conv_rule(k, processors), stream())
                                      : sm80::conv_forward(k, sm80::conv_rule(k, processors), stream()));
   return y;
@@ -361,10 +383,16 @@ Tensor conv_bn_act(
   const auto format = format_of(x, &w);
   const OptTensor beside = residual ? OptTensor(residual->contiguous(format)) : residual;
 #if defined(RESNET_FAST_WITH_CUTLASS)
-  if (x.numel() > 0 && ours(x, w, g)) {
-    const Tensor in = x.contiguous(format), filters = filters_for(x, w);
-    if (x.size(1) < 8) return fused_conv(eight_channels(in), eight_channels(filters), scale, shift, beside, relu, g);
-    return fused_conv(in, filters, scale, shift, beside, relu, g);
+  if (x.numel() > 0 && conv_by() != ConvBy::kCudnn) {
+    Tensor y;
+    if (const char* why = refusal(x, w, g)) {
+      y = refused(x, w, why);
+    } else {
+      const Tensor in = x.contiguous(format), filters = filters_for(x, w);
+      y = x.size(1) < 8 ? fused_conv(eight_channels(in), eight_channels(filters), scale, shift, beside, relu, g)
+                        : fused_conv(in, filters, scale, shift, beside, relu, g);
+    }
+    if (y.defined()) return y;
   }
 #endif
   return std::get<0>(

@@ -10,19 +10,21 @@ namespace resnet_fast::cuda {
 namespace {
 
 constexpr int kBlocks = 8;  // a multiprocessor
-constexpr int kPlaces = 8;  // of a thread, at least: its sums have to be worth merging
+constexpr int kPlaces = 16;  // of a thread, at least: a block's partial results are 5% of what it reads
 constexpr dim3 kMergeBlock(32, 8);
 
-// Partial results are [splits][3][channels]; those of a thread's channels, one a lane.
+// Partial results are [splits][kRows][channels]; those of a thread's channels, one a lane.
+constexpr int kSums = 3, kMoments = 4;
+
 template <class A, int LANES>
 struct alignas(LANES * sizeof(A) % 16 ? sizeof(A) : 16) Lanes {
   A v[LANES];
 };
 
-template <class P, class L, class A>
+template <int kRows, class P, class L, class A>
 __device__ void put(const P& places, int which, int64_t channels, const L& from, A* partial) {
   if (threadIdx.y != 0) return;
-  A* to = partial + (int64_t(blockIdx.y) * 3 + which) * channels + places.channel();
+  A* to = partial + (int64_t(blockIdx.y) * kRows + which) * channels + places.channel();
 #pragma unroll
   for (int i = 0; i < int(sizeof(from.v) / sizeof(A)); ++i) {
     if (i < places.channels()) to[i] = from.v[i];
@@ -41,7 +43,7 @@ __device__ void put_sum(const P& places, int which, int64_t channels, const A (&
     for (int i = 0; i < kLanes; ++i) a.v[i] += b.v[i];
     return a;
   });
-  put(places, which, channels, mine, partial);
+  put<kSums>(places, which, channels, mine, partial);
 }
 
 // Partial sums of g = dy under mask, of g·(z[0] − mean[0]) and, where there is one, of g·(z[1] − mean[1]).
@@ -149,7 +151,7 @@ __global__ void merge_sums_kernel(const MergeSums<A> k) {
     if (!k.sums[which]) continue;
     double total = 0;
     for (int64_t s = threadIdx.y; s < k.splits && c < k.channels; s += blockDim.y) {
-      total += k.partial[(s * 3 + which) * k.channels + c];
+      total += k.partial[(s * kSums + which) * k.channels + c];
     }
     total = merge_down(total, [](double a, double b) { return a + b; });
     if (threadIdx.y != 0 || c >= k.channels) continue;
@@ -179,12 +181,14 @@ __device__ void pivots(const Statistics<T>& k, const P& places, accumulate_t<T>*
   }
 }
 
-// partial[0..2] = count, mean, m2 of v = x − pivot of a split's values of each channel.
+// partial = count, mean, what the mean's rounding left, and m2 of v = x − pivot, of a split's values of each
+// channel; behind the splits', the pivots.
 //
 // Every lane runs Welford's recurrence over its own values (n-th value v: δ = v − mean; mean += δ/n;
-// m2 += δ·(v − mean)); lanes meet once, at the end, by their counts. Nothing is squared before it is centred
+// m2 += δ·(v − mean)) and keeps what the mean's rounding left; lanes meet once, at the end, by their counts and
+// in double. Nothing is squared before it is centred
 // and no mean is rounded at the size of x: a channel of mean 1000 and deviation 1 keeps the digits of its
-// variance. Welford 1962, Technometrics 4(3). Bytes moved: x once, 3·splits·channels values.
+// variance. Welford 1962, Technometrics 4(3). Bytes moved: x once, 4·splits·channels values.
 template <class T, bool NHWC, bool WHOLE>
 __global__ void __launch_bounds__(kThreads, kResident<T>) bn_stats_kernel(const Statistics<T> k, accumulate_t<T>* partial) {
   using A = accumulate_t<T>;
@@ -192,7 +196,7 @@ __global__ void __launch_bounds__(kThreads, kResident<T>) bn_stats_kernel(const 
   constexpr int kCounts = NHWC || WHOLE ? 1 : kOctet;  // lanes of the last octet of a plane may have fewer values
   constexpr int kTogether = kAtOnce<T, 1>;
   Places<NHWC, WHOLE> places(k.shape);
-  A pivot[kLanes], mean[kOctet] = {}, m2[kOctet] = {}, count[kCounts] = {};
+  A pivot[kLanes], mean[kOctet] = {}, rest[kOctet] = {}, m2[kOctet] = {}, count[kCounts] = {};
   pivots<T, NHWC>(k, places, pivot);
   while (places.more()) {
     Spot spots[kTogether];
@@ -215,18 +219,21 @@ __global__ void __launch_bounds__(kThreads, kResident<T>) bn_stats_kernel(const 
       for (int i = 0; i < kOctet; ++i) {
         if (!WHOLE && i >= spots[j].count) continue;
         const A v = x[j][i] - pivot[NHWC ? i : 0], delta = v - mean[i];
-        mean[i] = fma(delta, share[kCounts == 1 ? 0 : i], mean[i]);
-        m2[i] = fma(delta, v - mean[i], m2[i]);
+        const A step = delta * share[kCounts == 1 ? 0 : i], next = mean[i] + step;
+        rest[i] += step - (next - mean[i]);
+        mean[i] = next;
+        m2[i] = fma(delta, v - next, m2[i]);
       }
     }
   }
+  using Wide = Moments<double>;
   struct alignas(16) Parts {
-    Moments<A> v[kLanes];
+    Wide v[kLanes];
   };
   Parts mine = {};
 #pragma unroll
   for (int i = 0; i < kOctet; ++i) {
-    const Moments<A> lane = {count[kCounts == 1 ? 0 : i], mean[i], m2[i]};
+    const Wide lane = {double(count[kCounts == 1 ? 0 : i]), double(mean[i]) + double(rest[i]), double(m2[i])};
     mine.v[NHWC ? i : 0] = NHWC ? lane : merge(mine.v[0], lane);
   }
   const Parts all = merge_down(mine, [](Parts a, const Parts& b) {
@@ -234,14 +241,16 @@ __global__ void __launch_bounds__(kThreads, kResident<T>) bn_stats_kernel(const 
     for (int i = 0; i < kLanes; ++i) a.v[i] = merge(a.v[i], b.v[i]);
     return a;
   });
-  Lanes<A, kLanes> out[3];
+  Lanes<A, kLanes> out[kMoments];
 #pragma unroll
   for (int i = 0; i < kLanes; ++i) {
-    out[0].v[i] = all.v[i].count, out[1].v[i] = all.v[i].mean, out[2].v[i] = all.v[i].m2;
+    out[0].v[i] = A(all.v[i].count), out[1].v[i] = A(all.v[i].mean);
+    out[2].v[i] = A(all.v[i].mean - double(out[1].v[i])), out[3].v[i] = A(all.v[i].m2);
   }
-  for (int which = 0; which < 3; ++which) put(places, which, k.shape.channels, out[which], partial);
+#pragma unroll
+  for (int which = 0; which < kMoments; ++which) put<kMoments>(places, which, k.shape.channels, out[which], partial);
   if (blockIdx.y != 0 || threadIdx.y != 0) return;
-  A* to = partial + 3 * int64_t(gridDim.y) * k.shape.channels + places.channel();
+  A* to = partial + kMoments * int64_t(gridDim.y) * k.shape.channels + places.channel();
 #pragma unroll
   for (int i = 0; i < kLanes; ++i) {
     if (i < places.channels()) to[i] = pivot[i];
@@ -262,12 +271,13 @@ __global__ void merge_moments_kernel(const MergeMoments<A> k) {
   const int64_t c = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   Wide all = {0, 0, 0};
   for (int64_t s = threadIdx.y; s < k.splits && c < k.channels; s += blockDim.y) {
-    const A* from = k.partial + s * 3 * k.channels + c;
-    all = merge(all, Wide{double(from[0]), double(from[k.channels]), double(from[2 * k.channels])});
+    const A* from = k.partial + s * kMoments * k.channels + c;
+    const double mean = double(from[k.channels]) + double(from[2 * k.channels]);
+    all = merge(all, Wide{double(from[0]), mean, double(from[3 * k.channels])});
   }
   all = merge_down(all, [](Wide a, const Wide& b) { return merge(a, b); });
   if (threadIdx.y != 0 || c >= k.channels) return;
-  k.mean[c] = A(double(k.partial[3 * k.splits * k.channels + c]) + all.mean);
+  k.mean[c] = A(double(k.partial[kMoments * k.splits * k.channels + c]) + all.mean);
   k.m2[c] = A(all.m2);
 }
 

@@ -11,6 +11,7 @@
 namespace resnet_fast::cuda {
 
 constexpr int kThreads = 256;  // of a block, at most
+constexpr int kAcross = 32;    // octets beside each other, at most: 512 bytes in bf16
 // Blocks a multiprocessor has room for at least: no kernel takes more than 128 registers but those in double.
 template <class T>
 constexpr int kResident = sizeof(T) > 4 ? 1 : 2;
@@ -30,7 +31,7 @@ struct Walk {
 inline Walk walk(const Shape& s, int at_once, int64_t blocks) {
   constexpr int64_t kWarp = 32, kMostSplits = 65535;
   const int64_t octets = ceil_div(s.inner, kOctet);
-  const int64_t columns = s.nhwc ? ceil_div(octets, kThreads) : s.channels;
+  const int64_t columns = s.nhwc ? ceil_div(octets, kAcross) : s.channels;
   const int64_t across = s.nhwc ? ceil_div(octets, columns) : 1;
   const int64_t places = s.nhwc ? s.rows : s.rows / s.channels * octets, lanes = ceil_div(places, at_once);
   const int64_t down = std::min(kThreads / across, std::max(lanes, ceil_div(kWarp, across)));
