@@ -127,7 +127,8 @@ void check_bn_finalize(const Tensor& mean, const Tensor& m2, const OptTensor& we
   check_dtype({op, "mean", mean}, {at::kFloat, at::kDouble});
   check_channels({op, "m2", m2}, channels);
   check_same_dtype({op, "m2", m2}, {op, "mean", mean});
-  for (const auto& [name, t] : {named("weight", weight), named("bias", bias), named("m2", m2)}) {
+  check_same_device({op, "m2", m2}, {op, "mean", mean});
+  for (const auto& [name, t] : {named("weight", weight), named("bias", bias)}) {
     if (t == nullptr) continue;
     check_floating({op, name, *t});
     check_channels({op, name, *t}, channels);
