@@ -9,7 +9,6 @@ line says so.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import runpy
@@ -20,28 +19,19 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
-from bench.kernels import LOADS, TENSOR_CORES, tool
+from bench.machine_code import Code, tool, write
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclass
-class Compiled:
-    """One kernel of one file. local: bytes of spills and stack a thread; seconds: of the file."""
+class Compiled(Code):
+    """One kernel of one file; seconds: of the file."""
 
-    file: str
-    kernel: str
-    arch: str
-    registers: int = 0
-    local: int = 0
-    shared: int = 0
-    tensor_cores: str = ""
-    loads: str = ""
-    seconds: float = 0.0
-    failure: str = ""
+    file: str = ""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -75,9 +65,7 @@ def run(args: argparse.Namespace) -> int:
         done += rows
         print("\n".join(map(line, rows)), flush=True)
     failed = [row for row in done if row.failure]
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps([asdict(row) for row in done], indent=1))
+    write(args.json, done)
     print(f"\n{len(done)} kernels of {len(files)} files, {len(failed)} failed")
     for row in failed:
         print(f"{row.arch} {row.file} {row.kernel}: {row.failure}")
@@ -112,16 +100,16 @@ def compile_file(source: Path, arch: str, flags: list[str]) -> list[Compiled]:
         seconds = time.perf_counter() - begin
         if done.returncode:
             first = next(iter(re.findall(r".*error.*", done.stderr)), done.stderr.strip()[-200:])
-            return [Compiled(source.name, "", arch, seconds=seconds, failure=first)]
+            return [Compiled("", arch, seconds=seconds, failure=first, file=source.name)]
         usage = tool("cuobjdump", "--dump-resource-usage", cubin)
         code = tool("nvdisasm", cubin)
     rows = []
     functions = re.findall(r"Function (\S+):\s*\n?\s*(.*)", usage)
     bodies = {part.split(",", 1)[0]: part for part in re.split(r"\n\s*\.section\s+\.text\.", code)}
     for (mangled, numbers), name in zip(functions, names(functions), strict=True):
-        used = dict(re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", numbers))
-        row = Compiled(source.name, name, arch, seconds=seconds)
-        rows.append(judge(row, used, bodies[mangled]))
+        row = Compiled(name, arch, seconds=seconds, file=source.name)
+        row.read(numbers, bodies[mangled])
+        rows.append(judge(row))
     return rows
 
 
@@ -145,16 +133,8 @@ def short(name: str) -> str:
     return found[1].removesuffix("_kernel") + arguments
 
 
-def judge(row: Compiled, used: dict[str, str], code: str) -> Compiled:
-    """Fill in what the compiler reports and what the code shows; a failure where there is one."""
-    row.registers, row.shared = int(used["REG"]), int(used["SHARED"])
-    if re.search(r"\bSTL\b", code):  # a subroutine's frame alone is no spill
-        row.local = int(used["STACK"]) + int(used["LOCAL"])
-    row.tensor_cores = next((n for n in TENSOR_CORES if re.search(rf"\b{n}\b", code)), "")
-    found = [word for name, word in LOADS.items() if re.search(rf"\b{name}\b", code)]
-    loaded = re.findall(r"\bLDG\.E(?:\.[A-Z]\w*)*(?:\.(64|128))?", code)
-    widths = [int(bits or 32) for bits in loaded]
-    row.loads = "+".join(found + ([f"ld{max(widths)}"] if widths else []))
+def judge(row: Compiled) -> Compiled:
+    """The row, with a failure where its code has one."""
     if row.local:
         row.failure = f"spills {row.local} bytes a thread"
     elif row.file.startswith("conv_sm90") and row.arch == "sm_90a" and row.tensor_cores != "HGMMA":

@@ -11,17 +11,15 @@ compile, or if a convolution's inner loop on sm_90 has no HGMMA where its dtype 
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
 import re
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +28,7 @@ import torch
 from torch import Tensor
 
 from bench.layers import Layer
+from bench.machine_code import Code, tool, write
 from resnet_fast.chain import Conv
 
 DTYPES = {
@@ -63,20 +62,11 @@ QUICK = ("1x1+res", "3x3@14+res", "3x3/2", "7x7/2")
 
 
 @dataclass
-class Compiled:
-    """What became of one kernel at one configuration. local: bytes of spills and stack a thread."""
+class Compiled(Code):
+    """What became of one kernel at one configuration."""
 
-    kernel: str
-    case: str
-    config: str
-    arch: str
-    registers: int = 0
-    local: int = 0
-    shared: int = 0
-    tensor_cores: str = ""
-    loads: str = ""
-    seconds: float = 0.0
-    failure: str = ""
+    case: str = ""
+    config: str = ""
 
 
 class OfflineDriver:
@@ -137,9 +127,7 @@ def run(args: argparse.Namespace) -> int:
         done.append(result)
         print(line(result), flush=True)
     failed = [result for result in done if result.failure]
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps([asdict(result) for result in done], indent=1))
+    write(args.json, done)
     seconds = sum(result.seconds for result in done)
     print(f"\n{len(done)} compiled in {seconds:.0f} s, {len(failed)} failed")
     for result in failed:
@@ -308,7 +296,7 @@ def compile_one(kernel: Any, arguments: Any, options: Any, case: str, target: An
         for key, short in (("num_warps", "w"), ("num_stages", "s"))
         if key in options
     )
-    result = Compiled(name, case, config, target.name)
+    result = Compiled(name, target.name, case=case, config=config)
     begin = time.perf_counter()
     try:
         compiled = kernel.warmup(*arguments, grid=(1,), **options)
@@ -316,8 +304,8 @@ def compile_one(kernel: Any, arguments: Any, options: Any, case: str, target: An
         result.failure = f"does not compile: {str(error).strip().splitlines()[-1]}"
         return result
     result.seconds = time.perf_counter() - begin
-    result.shared = compiled.metadata.shared
     read_code(result, compiled.asm["cubin"])
+    result.shared = compiled.metadata.shared  # what a launch asks for; the code has none of its own
     half = not case.startswith("fp64") and "ieee" not in arguments
     if result.local:
         result.failure = f"spills {result.local} bytes a thread"
@@ -333,41 +321,12 @@ def compile_one(kernel: Any, arguments: Any, options: Any, case: str, target: An
     return result
 
 
-TENSOR_CORES = ("HGMMA", "UTCHMMA", "HMMA", "DMMA", "FFMA")
-LOADS = {"UTMALDG": "TMA", "LDGSTS": "cp.async"}
-
-
 def read_code(result: Compiled, cubin: bytes) -> None:
-    """Registers, spills and the instructions that matter, by the tools that Triton carries."""
+    """Fill in what the machine code of a cubin of one kernel shows."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        usage = tool("cuobjdump", "--dump-resource-usage", path)
-        code = tool("nvdisasm", path)
-    numbers = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
-    result.registers = int(numbers["REG"])
-    if re.search(r"\bSTL\b", code):  # a subroutine's frame alone is no spill
-        result.local = int(numbers["STACK"]) + int(numbers["LOCAL"])
-    found = [name for name in TENSOR_CORES if re.search(rf"\b{name}\b", code)]
-    result.tensor_cores = found[0] if found else ""
-    widths = [
-        int(bits or 32)
-        for bits in re.findall(r"\bLDG\.E(?:\.(?:LTC128B|CONSTANT))*(?:\.(64|128))?", code)
-    ]
-    loads = [short for name, short in LOADS.items() if re.search(rf"\b{name}\b", code)]
-    result.loads = "+".join(loads + ([f"ld{max(widths)}"] if widths else []))
-
-
-def tool(name: str, *arguments: Any) -> str:
-    """What one of the CUDA tools that Triton carries prints."""
-    import triton
-
-    folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    command = [os.fspath(part) for part in (folder / name, *arguments)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{name}: {done.stderr.strip()}")
-    return done.stdout
+        result.read(tool("cuobjdump", "--dump-resource-usage", path), tool("nvdisasm", path))
 
 
 HEADER = (
