@@ -26,6 +26,8 @@ from torch import Tensor, nn
 import resnet_fast
 from bench import gate, timing
 from bench.step import autocast
+from resnet_fast.blocks import Parts
+from resnet_fast.modules import run_fused
 
 BATCH = int(os.environ.get("RESNET_FAST_BENCH_BATCH", "16"))
 DEVICE = torch.device(os.environ.get("RESNET_FAST_BENCH_DEVICE", "cpu"))
@@ -68,6 +70,10 @@ def _norm(name: str, c: int, size: int, skip: bool = False):
     return Layer(name, c, size, lambda: nn.BatchNorm2d(c), (c, size) if skip else None)
 
 
+def _stem_end() -> nn.Module:
+    return nn.Sequential(nn.BatchNorm2d(64), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1))
+
+
 def _block(name: str, c: int, size: int, planes: int, stride: int = 1):
     return Layer(name, c, size, lambda: resnet_fast.Bottleneck(c, planes, stride, impl=IMPL))
 
@@ -89,6 +95,7 @@ NORMS = [
     _norm("layer3.bn3", 1024, 14, skip=True),
     _norm("layer4.bn3", 2048, 7, skip=True),
 ]
+POOLS = [Layer("maxpool", 64, 112, _stem_end)]
 ADDS = [
     Layer("layer1", 256, 56, nn.Identity, (256, 56)),
     Layer("layer2", 512, 28, nn.Identity, (512, 28)),
@@ -144,6 +151,14 @@ def fused_bn_act(m: nn.Module, x: Tensor, residual: Tensor | None) -> Tensor:
     )  # fmt: skip
 
 
+def eager_bn_relu_max_pool(m: nn.Module, x: Tensor, residual: Tensor | None) -> Tensor:
+    return m(x)
+
+
+def fused_bn_relu_max_pool(m: nn.Module, x: Tensor, residual: Tensor | None) -> Tensor:
+    return run_fused(Parts((), (m[0],), True, "none", pool=m[2]), x, impl=IMPL)
+
+
 def fused_add_relu(m: nn.Module, x: Tensor, residual: Tensor | None) -> Tensor:
     return resnet_fast.add_relu(x, residual, impl=IMPL)
 
@@ -155,6 +170,7 @@ def fused_bottleneck(m: nn.Module, x: Tensor, residual: Tensor | None) -> Tensor
 OPS: dict[str, tuple[list[Layer], Forward, Forward]] = {
     "conv_bn_act": (CONVS, eager_conv_bn_act, fused_conv_bn_act),
     "bn_act": (NORMS, eager_bn_act, fused_bn_act),
+    "bn_relu_max_pool": (POOLS, eager_bn_relu_max_pool, fused_bn_relu_max_pool),
     "add_relu": (ADDS, eager_add_relu, fused_add_relu),
     "bottleneck": (BLOCKS, eager_bottleneck, fused_bottleneck),
 }

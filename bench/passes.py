@@ -24,7 +24,8 @@ from resnet_fast import backend, ops
 from resnet_fast.layout import mask_shape
 from resnet_fast.reference import stats_dtype
 
-SHAPES = {  # channels, side: the ends of a bottleneck and its inside
+SHAPES = {  # channels, side: the stem, the ends of a bottleneck and its inside
+    "stem 64@112": (64, 112),
     "layer1 64@56": (64, 56),
     "layer1 256@56": (256, 56),
     "layer2 512@28": (512, 28),
@@ -43,7 +44,9 @@ def passes(x: Tensor) -> dict[str, Pass]:
     y, z = (torch.randn_like(x) for _ in range(2))
     mask = torch.randint(0, 256, mask_shape(x), dtype=torch.uint8, device=x.device)
     a, b, mean, rstd = (torch.rand(c, dtype=wide, device=x.device) + 0.5 for _ in range(4))
-    none = [None] * 3
+    none, windows = [None] * 3, [[3, 3], [2, 2], [1, 1]]
+    pooled, index = ops.bn_relu_max_pool(x, a, b, *windows, True, "reference")
+    small = (pooled.numel() + index.numel() / x.element_size()) / x.numel()
     return {
         "statistics": ("bn_stats", [x], 1),
         "bn + relu": ("bn_act", [x, a, b, *none, True, True], 2 + bit),
@@ -55,6 +58,8 @@ def passes(x: Tensor) -> dict[str, Pass]:
         "sums of two": ("bn_act_bwd_reduce", [x, mask, y, mean, rstd, z, a, b], 3 + bit),
         "bn backward": ("bn_act_bwd_apply", [x, mask, a, y, mean, b, rstd, None], 3 + bit),
         "bn backward + residual": ("bn_act_bwd_apply", [x, None, a, y, mean, b, rstd, z], 4),
+        "bn + relu + max-pool": ("bn_relu_max_pool", [x, a, b, *windows, True], 1 + small),
+        "max-pool backward": ("max_pool_bwd", [pooled, index, x, mean, rstd, *windows], 2 + small),
         "average pool": ("global_avg_pool", [x], 1),
     }
 

@@ -6,6 +6,7 @@
 // operand that is not there. T is float, double, bf16 or fp16; A is what sums and coefficients are in.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -77,8 +78,54 @@ struct BnActBwdApply {
   const A *a, *mean, *b, *c;
 };
 
+// Windows of a max-pool over z [images, channels, height, width] that give y [images, channels, rows, columns].
+struct Windows {
+  int64_t images, channels, height, width, rows, columns;
+  int64_t kernel[2], stride[2], padding[2];
+  bool nhwc;
+
+  std::array<int64_t, 4> sizes() const { return {images, channels, rows, columns}; }  // of y
+  RESNET_FAST_INLINE Shape shape(int64_t pixels) const {  // of a tensor with as many pixels an image
+    return nhwc ? Shape{images * pixels, channels, channels, true} : Shape{images * channels, pixels, channels, false};
+  }
+  RESNET_FAST_INLINE Shape input() const { return shape(height * width); }
+  RESNET_FAST_INLINE Shape output() const { return shape(rows * columns); }
+};
+
+// Some neighbours along one axis: first, and one past the last. In 32 bits: divisions are what they cost.
+struct Span {
+  int begin, end;
+};
+
+// Positions of window `at` that lie in the image, not in its padding.
+RESNET_FAST_INLINE Span positions(const Windows& w, int axis, int at) {
+  const int start = at * int(w.stride[axis]) - int(w.padding[axis]), kernel = int(w.kernel[axis]);
+  const int left = int(axis == 0 ? w.height : w.width) - start;
+  return {start < 0 ? -start : 0, left < kernel ? left : kernel};
+}
+
+// The windows that pixel `at` lies in.
+RESNET_FAST_INLINE Span windows_of(const Windows& w, int axis, int at) {
+  const int from = at + int(w.padding[axis]), before = from - int(w.kernel[axis]), stride = int(w.stride[axis]);
+  const int last = from / stride + 1, count = int(axis == 0 ? w.rows : w.columns);
+  return {before < 0 ? 0 : before / stride + 1, last < count ? last : count};
+}
+
+constexpr int kNoPosition = 255;  // the index of a window that ReLU closed
+
+// y = max over windows of relu(scale·z + shift), and index = position of the first of the largest values.
+template <class T, class A = accumulate_t<T>>
+struct BnReluMaxPool {
+  Windows windows;
+  T* y;
+  uint8_t* index;
+  const T* z;
+  const A *scale, *shift;
+};
+
 // g = (dy under mask) + (residual under residual_mask), zero where scale·x + shift ≤ 0, written to `out`
-// where given; Σg, Σg·xhat(z[0]), Σg·xhat(z[1]) of the rows are added to `sums`.
+// where given; Σg, Σg·xhat(z[0]), Σg·xhat(z[1]) of the rows are added to `sums`. With `index`, g is the gradient
+// through a max-pool alone: Σ of dy, which is like its y, over the windows whose index names the pixel.
 template <class T, class A = accumulate_t<T>>
 struct GradientSums {
   Shape shape;
@@ -88,6 +135,8 @@ struct GradientSums {
   const A *scale, *shift;
   const T* z[2];
   const A *mean[2], *rstd[2];
+  const uint8_t* index;
+  Windows windows;
 };
 
 template <class T, class A = accumulate_t<T>>

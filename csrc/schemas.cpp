@@ -26,6 +26,12 @@ TORCH_LIBRARY(resnet_fast_native, m) {
       "bn_act_bwd_apply(Tensor dy, Tensor? mask, Tensor? a, Tensor? z, Tensor? mean, Tensor? b, "
       "Tensor? c, Tensor? residual) -> Tensor");
   m.def(
+      "bn_relu_max_pool(Tensor z, Tensor? scale, Tensor? shift, int[2] kernel, int[2] stride, int[2] "
+      "padding, bool save_index) -> (Tensor y, Tensor index)");
+  m.def(
+      "max_pool_bwd(Tensor dy, Tensor index, Tensor x, Tensor? mean, Tensor? rstd, int[2] kernel, "
+      "int[2] stride, int[2] padding) -> (Tensor dx, Tensor sum_dx, Tensor sum_dx_xhat)");
+  m.def(
       "global_avg_pool(Tensor x) -> Tensor");
   m.def(
       "conv_fprop(Tensor x, Tensor w, Tensor? in_scale, Tensor? in_shift, bool stats, int[2] "

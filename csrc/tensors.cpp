@@ -107,6 +107,32 @@ std::vector<int64_t> check_conv(const char* op, const Tensor& x, const Tensor& w
   return {s.images, s.filters, s.rows, s.columns};
 }
 
+Windows check_windows(
+    const char* op, const Named& named_x, at::IntArrayRef kernel, at::IntArrayRef stride, at::IntArrayRef padding) {
+  const auto& [name, t] = named_x;
+  const Tensor& x = *t;
+  Windows w = {x.size(0), x.size(1), x.size(2), x.size(3), 0, 0, {}, {}, {}, false};
+  w.nhwc = format_of(x) == at::MemoryFormat::ChannelsLast;
+  TORCH_CHECK(kernel.size() == 2 && stride.size() == 2 && padding.size() == 2, op,
+              ": `kernel`, `stride` and `padding` have ", kernel.size(), ", ", stride.size(), " and ", padding.size(),
+              " values, expected 2 each");
+  for (int i = 0; i < 2; ++i) {
+    TORCH_CHECK(x.size(2 + i) < int64_t(1) << 30, op, ": `", name, "` has shape ", x.sizes(),
+                ", expected less than 2^30 rows and columns");
+    w.kernel[i] = kernel[i], w.stride[i] = stride[i], w.padding[i] = padding[i];
+    TORCH_CHECK(kernel[i] >= 1 && kernel[i] <= kNoPosition && stride[i] >= 1, op, ": `kernel` and `stride` are ",
+                kernel, " and ", stride, ", expected positive, and no more than ", kNoPosition, " positions");
+    TORCH_CHECK(padding[i] >= 0 && 2 * padding[i] <= kernel[i], op, ": `padding` is ", padding,
+                ", expected 0 to half of `kernel`, ", kernel);
+    (i == 0 ? w.rows : w.columns) = (x.size(2 + i) + 2 * padding[i] - kernel[i]) / stride[i] + 1;
+    TORCH_CHECK(x.size(2 + i) + 2 * padding[i] >= kernel[i], op, ": `", name, "` has shape ", x.sizes(),
+                ", too few pixels for a window of ", kernel);
+  }
+  TORCH_CHECK(kernel[0] * kernel[1] <= kNoPosition, op, ": `kernel` is ", kernel, ", expected no more than ",
+              kNoPosition, " positions");
+  return w;
+}
+
 void check_through_norm(
     const char* op, const Named& dy, const OptTensor& mask, const char* mask_name, const OptTensor& a,
     const OptTensor& z, const OptTensor& mean, const OptTensor& b, const OptTensor& c) {
@@ -194,6 +220,36 @@ void check_bn_act_bwd_apply(
   check_activation(op, "dy", dy);
   check_through_norm(op, named("dy", dy), mask, "mask", a, z, mean, b, c);
   check_beside(op, named("dy", dy), named("residual", residual));
+}
+
+Windows check_bn_relu_max_pool(
+    const Tensor& z, const OptTensor& scale, const OptTensor& shift, at::IntArrayRef kernel, at::IntArrayRef stride,
+    at::IntArrayRef padding) {
+  const char* op = "bn_relu_max_pool";
+  check_activation(op, "z", z);
+  check_together(op, {{"scale", &scale}, {"shift", &shift}});
+  check_vectors(op, named("z", z), {named("scale", scale), named("shift", shift)});
+  return check_windows(op, named("z", z), kernel, stride, padding);
+}
+
+Windows check_max_pool_bwd(
+    const Tensor& dy, const Tensor& index, const Tensor& x, const OptTensor& mean, const OptTensor& rstd,
+    at::IntArrayRef kernel, at::IntArrayRef stride, at::IntArrayRef padding) {
+  const char* op = "max_pool_bwd";
+  check_activation(op, "x", x);
+  const Windows w = check_windows(op, named("x", x), kernel, stride, padding);
+  const auto format = w.nhwc ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
+  check_same_dtype({op, "dy", dy}, {op, "x", x});
+  check_dtype({op, "index", index}, {at::kByte});
+  for (const auto& [name, t] : {named("dy", dy), named("index", index)}) {
+    check_shape({op, name, *t}, w.sizes());
+    check_same_device({op, name, *t}, {op, "x", x});
+    TORCH_CHECK(t->is_contiguous(format), op, ": `", name, "` has strides ", t->strides(),
+                ", expected the memory order of `x`, ", x.strides());
+  }
+  check_together(op, {{"mean", &mean}, {"rstd", &rstd}});
+  check_vectors(op, named("x", x), {named("mean", mean), named("rstd", rstd)});
+  return w;
 }
 
 void check_conv_fprop(

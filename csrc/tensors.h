@@ -58,6 +58,12 @@ void check_bn_act_bwd_reduce(
 void check_bn_act_bwd_apply(
     const Tensor& dy, const OptTensor& mask, const OptTensor& a, const OptTensor& z, const OptTensor& mean,
     const OptTensor& b, const OptTensor& c, const OptTensor& residual);
+Windows check_bn_relu_max_pool(
+    const Tensor& z, const OptTensor& scale, const OptTensor& shift, at::IntArrayRef kernel, at::IntArrayRef stride,
+    at::IntArrayRef padding);
+Windows check_max_pool_bwd(
+    const Tensor& dy, const Tensor& index, const Tensor& x, const OptTensor& mean, const OptTensor& rstd,
+    at::IntArrayRef kernel, at::IntArrayRef stride, at::IntArrayRef padding);
 void check_conv_fprop(
     const Tensor& x, const Tensor& w, const OptTensor& in_scale, const OptTensor& in_shift, const Geometry& geometry);
 void check_conv_bprop(

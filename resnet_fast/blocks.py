@@ -25,6 +25,7 @@ class Parts(NamedTuple):
     shortcut: str
     projection: nn.Conv2d | None = None
     projection_norm: nn.BatchNorm2d | None = None
+    pool: nn.MaxPool2d | None = None
 
 
 class ChainBlock(nn.Module):
@@ -60,7 +61,8 @@ def run_plain(parts: Parts, x: Tensor, residual: Tensor | None = None) -> Tensor
     elif parts.shortcut == "identity":
         residual = x
     h = h if residual is None else h + residual
-    return F.relu(h) if parts.relu else h
+    h = F.relu(h) if parts.relu else h
+    return h if parts.pool is None else parts.pool(h)
 
 
 def zero_pad(x: Tensor, channels: int, stride: int) -> Tensor:

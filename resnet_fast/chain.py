@@ -4,6 +4,7 @@ Every layer of this package is one `Chain`: n convolutions, n + 1 places for a n
 (before the first convolution, between two, after the last) and a join with the shortcut.
 
     conv + BN + ReLU        convs (c,)          norms (-, n)         shortcut none | residual
+    a stem                  convs (c,)          norms (-, n)         shortcut none, with a pool
     BN + ReLU               convs ()            norms (n,)           shortcut none | residual
     add + ReLU              convs ()            norms (-,)           shortcut residual
     BasicBlock, Bottleneck  convs (c, c[, c])   norms (-, n, n[, n]) any shortcut
@@ -11,7 +12,8 @@ Every layer of this package is one `Chain`: n convolutions, n + 1 places for a n
 
 With h[0] = x: h[j+1] = conv[j](φ[j](h[j])), φ[j] = relu∘norm[j], or the identity where there is no
 norm[j]; the join is y = relu(norm[n](h[n]) + s), its ReLU optional, with s nothing, x ("identity"),
-another tensor ("residual") or projection_norm(projection(φ[0](x))) ("projection").
+another tensor ("residual") or projection_norm(projection(φ[0](x))) ("projection"). A pool takes
+the maximum of a join's windows, of a join that is relu(norm[n](h[n])).
 He et al. 2015 (arXiv:1512.03385, eq. 1 and 2), He et al. 2016 (arXiv:1603.05027, fig. 4e).
 """
 
@@ -74,6 +76,48 @@ class Conv:
         return list(self.stride), list(self.padding), list(self.dilation), self.groups
 
 
+MOST_POSITIONS = 255  # of a window: each has a code in one byte, and "none of them" has one more
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Windows of a max-pool, as `torch.nn.functional.max_pool2d` takes them without ceil_mode.
+
+    Raises ValueError for windows that are none, have over 255 positions or may be all padding.
+    """
+
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int] = (0, 0)
+
+    def __post_init__(self) -> None:
+        if min(self.kernel) < 1 or self.kernel[0] * self.kernel[1] > MOST_POSITIONS:
+            raise ValueError(
+                f"kernel: expected a window of 1 to {MOST_POSITIONS} positions, got {self.kernel}"
+            )
+        if min(self.stride) < 1:
+            raise ValueError(f"stride: expected positive, got {self.stride}")
+        if any(not 0 <= 2 * p <= k for p, k in zip(self.padding, self.kernel, strict=True)):
+            raise ValueError(
+                f"padding: expected 0 to half of the kernel {self.kernel}, got {self.padding}"
+            )
+
+    def output_shape(self, x: Sequence[int]) -> tuple[int, int, int, int]:
+        """[N,C,P,Q] of [N,C,H,W]; ValueError where it has no pixels."""
+        windows = Conv(self.stride, self.padding)
+        p, q = (windows.output_size(x[2 + i], self.kernel[i], i) for i in (0, 1))
+        if min(p, q) < 1:
+            raise ValueError(
+                f"x: {x[2]}x{x[3]} pixels are too few to pool {self.kernel[0]}x{self.kernel[1]} "
+                f"with padding {self.padding}"
+            )
+        return x[0], x[1], p, q
+
+    def args(self) -> tuple[list[int], list[int], list[int]]:
+        """kernel, stride, padding in the order of the ops."""
+        return list(self.kernel), list(self.stride), list(self.padding)
+
+
 @dataclass(frozen=True)
 class Norm:
     """One normalization: its eps, and whose statistics it uses, the batch's or the running ones."""
@@ -114,6 +158,7 @@ class Chain:
     projection_norm: Norm | None = None
     keep_activations: bool = False
     impl: str = "auto"
+    pool: Pool | None = None
 
     def __post_init__(self) -> None:
         if len(self.norms) != len(self.convs) + 1:
@@ -132,6 +177,8 @@ class Chain:
             raise ValueError("relu: expected a norm or a shortcut at the end of the chain")
         if not self.convs and bare and self.shortcut != "residual":
             raise ValueError("shortcut: expected 'residual' in a chain of nothing but an addition")
+        if self.pool is not None and (bare or not self.relu or self.shortcut != "none"):
+            raise ValueError("pool: expected a norm, a ReLU and no shortcut before it")
 
     @property
     def all_convs(self) -> tuple[Conv, ...]:

@@ -67,6 +67,8 @@ def check_chain(
                 f"residual: expected x's dtype {_name(x.dtype)}, got {_name(residual.dtype)}"
             )
         _same_device("residual", residual, x)
+    if chain.pool is not None:
+        chain.pool.output_shape(out)
     counts = []
     for i, norm in enumerate(chain.all_norms):
         shape = shapes[i]

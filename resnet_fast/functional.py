@@ -207,7 +207,7 @@ def _infer(chain: Chain, x: Tensor, tensors: Tensors, residual: Tensor | None) -
     """The chain with running statistics and no gradient: one launch a convolution.
 
     The norm and ReLU after a convolution are its epilogue; only a norm before the first
-    convolution (pre-activation) is a launch of its own.
+    convolution (pre-activation) and a pool are launches of their own.
     """
     n, impl = len(chain.convs), chain.impl
     h, start = x, chain.norms[0]
@@ -220,7 +220,12 @@ def _infer(chain: Chain, x: Tensor, tensors: Tensors, residual: Tensor | None) -
         skip = x if chain.shortcut == "identity" else residual
         if n:
             skip = None
+        if chain.pool is not None and n == 0:
+            return pooled(x, *affine[:2])
         return ops.bn_act(x, *affine[:2], skip, None, None, relu, False, impl)[0]
+
+    def pooled(h: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+        return ops.bn_relu_max_pool(h, scale, shift, *chain.pool.args(), False, impl)[0]
 
     def convolve(i: int, h: Tensor, skip: Tensor | None, relu: bool) -> Tensor:
         norm, params, conv = chain.all_norms[i + 1], tensors.norms[i + 1], tensors.convs[i]
@@ -243,7 +248,7 @@ def _infer(chain: Chain, x: Tensor, tensors: Tensors, residual: Tensor | None) -
     for j in range(n):
         last = j == n - 1
         h = convolve(j, h, skip if last else None, chain.relu if last else True)
-    return h
+    return h if chain.pool is None else pooled(h)
 
 
 def _wants_gradient(*tensors: Tensor | None) -> bool:

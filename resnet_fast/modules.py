@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from . import blocks
 from .autograd.chain import Tensors
 from .blocks import Parts
-from .chain import Chain, Conv, ConvParams, Norm, NormParams
-from .checks import check_impl
+from .chain import Chain, Conv, ConvParams, Norm, NormParams, Pool
+from .checks import check_impl, pair
 from .functional import Running, global_avg_pool, run_chain
 
 
@@ -39,7 +39,7 @@ def run_fused(
     chain = Chain(
         geometry[:n], rules[:-1], parts.relu, shortcut,
         geometry[n] if parts.projection is not None else None, rules[-1],
-        keep_activations, impl,
+        keep_activations, impl, None if parts.pool is None else windows_of(parts.pool),
     )  # fmt: skip
     tensors = Tensors(
         tuple(ConvParams(conv.weight, conv.bias) for conv in convs),
@@ -56,6 +56,38 @@ def _geometry(conv: nn.Conv2d) -> Conv:
             f"padding_mode={conv.padding_mode!r}"
         )
     return Conv(conv.stride, conv.padding, conv.dilation, conv.groups)
+
+
+def windows_of(pool: nn.MaxPool2d) -> Pool:
+    """The windows of `pool`; ValueError, naming the argument, where no chain can end with them."""
+    if pair(pool.dilation, "dilation") != (1, 1):
+        raise ValueError(f"dilation: expected 1 of a fused max-pool, got {pool.dilation!r}")
+    for name in ("ceil_mode", "return_indices"):
+        if getattr(pool, name):
+            raise ValueError(f"{name}: expected False of a fused max-pool")
+    sizes = {"kernel": pool.kernel_size, "stride": pool.stride, "padding": pool.padding}
+    return Pool(*(pair(value, name) for name, value in sizes.items()))
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether a call of `module` would run hooks."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+def ends_chain(module: nn.Module) -> bool:
+    """Whether `module` is a max-pool, called for nothing else, that a chain can end with."""
+    if type(module) is not nn.MaxPool2d or hooked(module) or "forward" in vars(module):
+        return False
+    try:
+        windows_of(module)
+    except ValueError:
+        return False
+    return True
 
 
 def _rule(norm: nn.BatchNorm2d | None) -> Norm | None:

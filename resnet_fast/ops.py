@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from . import backend
-from .chain import Conv
+from .chain import Conv, Pool
 from .layout import mask_shape, memory_format
 from .reference import stats_dtype
 
 LIBRARY = torch.library.Library("resnet_fast", "DEF")
 NAMES: list[str] = []
+_WINDOWS = "int[2] kernel, int[2] stride, int[2] padding"
 _GEOMETRY = "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups"
 
 
@@ -119,6 +120,26 @@ def bn_act_bwd_reduce(dy, mask, z, mean, rstd, residual, res_mean, res_rstd, imp
 )
 def bn_act_bwd_apply(dy, mask, a, z, mean, b, c, residual, impl):
     return _like(dy, False)[0]
+
+
+@_op(
+    f"bn_relu_max_pool(Tensor z, Tensor? scale, Tensor? shift, {_WINDOWS}, bool save_index)",
+    "(Tensor y, Tensor index)",
+)
+def bn_relu_max_pool(z, scale, shift, kernel, stride, padding, save_index, impl):
+    size = Pool(tuple(kernel), tuple(stride), tuple(padding)).output_shape(z.shape)
+    y = z.new_empty(size).to(memory_format=memory_format(z))
+    index = torch.empty_like(y, dtype=torch.uint8)
+    return y, index if save_index else index.new_empty(0)
+
+
+@_op(
+    f"max_pool_bwd(Tensor dy, Tensor index, Tensor x, Tensor? mean, Tensor? rstd, {_WINDOWS})",
+    "(Tensor dx, Tensor sum_dx, Tensor sum_dx_xhat)",
+)
+def max_pool_bwd(dy, index, x, mean, rstd, kernel, stride, padding, impl):
+    size = 0 if mean is None else x.size(1)
+    return _like(x, False)[0], _vector(x, size), _vector(x, size)
 
 
 @_op("global_avg_pool(Tensor x)", "Tensor")

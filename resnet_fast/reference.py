@@ -19,6 +19,7 @@ from torch import Tensor
 from .layout import is_channels_last, mask_shape, memory_format
 
 CHANNELS = (1, -1, 1, 1)
+NONE = 255  # the index of a window that ReLU closed
 OVER_PIXELS = (0, 2, 3)
 
 
@@ -186,6 +187,72 @@ def bn_act_bwd_apply(
     if residual is not None:
         dz = dz + _wide(residual)
     return dz.to(dy.dtype).contiguous(memory_format=memory_format(dy))
+
+
+def bn_relu_max_pool(
+    z: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    save_index: bool,
+) -> tuple[Tensor, Tensor]:
+    """y = max over windows of relu(scale·z + shift), and which position of its window each y is.
+
+    The windows are those of `F.max_pool2d`; without scale and shift y is of relu(z). index, uint8
+    like y: r·S + s of the first of the largest values of an R×S window, NONE where ReLU let none
+    through, so that no gradient flows.
+    """
+    u = _affine(z, scale, shift)
+    u = torch.where(u <= 0, 0.0, u)
+    y, flat = F.max_pool2d(u, kernel, stride, padding, return_indices=True)
+    fmt = memory_format(z)
+    out = y.to(z.dtype).contiguous(memory_format=fmt)
+    if not save_index:
+        return out, torch.empty(0, dtype=torch.uint8, device=z.device)
+    row, column = flat // z.size(3), flat % z.size(3)
+    r = row - _starts(y, 0, stride, padding)
+    s = column - _starts(y, 1, stride, padding)
+    index = torch.where(y == 0, NONE, r * kernel[1] + s).to(torch.uint8)
+    return out, index.contiguous(memory_format=fmt)
+
+
+def _starts(y: Tensor, axis: int, stride: list[int], padding: list[int]) -> Tensor:
+    """The first row (axis 0) or column (axis 1) of each window, to broadcast over y."""
+    first = torch.arange(y.size(2 + axis), device=y.device) * stride[axis] - padding[axis]
+    return first.view((-1, 1) if axis == 0 else (1, -1))
+
+
+def max_pool_bwd(
+    dy: Tensor,
+    index: Tensor,
+    x: Tensor,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx like x: Σ of dy over the windows whose `index` names the pixel; Σdx and Σdx·xhat(x).
+
+    The gradient through max-pool and ReLU of `bn_relu_max_pool` on x, and the sums that the
+    backward of its normalization needs; they are empty without `mean` and `rstd`.
+    """
+    n, c, h, w = x.shape
+    code = index.long()
+    row = _starts(dy, 0, stride, padding) + code // kernel[1]
+    column = _starts(dy, 1, stride, padding) + code % kernel[1]
+    taken = index != NONE
+    flat = torch.where(taken, row * w + column, 0).flatten(2)
+    wide = _wide(dy).new_zeros(n, c, h * w)
+    wide.scatter_add_(2, flat, torch.where(taken, _wide(dy), 0.0).flatten(2))
+    wide = wide.view(n, c, h, w)
+    sums = [wide.new_empty(0), wide.new_empty(0)]
+    if mean is not None:
+        xhat = (_wide(x) - mean.view(CHANNELS)) * rstd.view(CHANNELS)
+        sums = [wide.sum(OVER_PIXELS), (wide * xhat).sum(OVER_PIXELS)]
+    return wide.to(dy.dtype).contiguous(memory_format=memory_format(x)), *sums
 
 
 def global_avg_pool(x: Tensor) -> Tensor:

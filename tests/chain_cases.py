@@ -5,11 +5,12 @@ import dataclasses
 import torch
 
 from resnet_fast.autograd.chain import Tensors
-from resnet_fast.chain import Chain, Conv, ConvParams, Norm, NormParams
+from resnet_fast.chain import Chain, Conv, ConvParams, Norm, NormParams, Pool
 
 C3, C3S2, C1, C1S2 = Conv((1, 1), (1, 1)), Conv((2, 2), (1, 1)), Conv(), Conv((2, 2))
 GROUPED, DILATED = Conv((1, 1), (1, 1), (1, 1), 2), Conv((1, 1), (2, 2), (2, 2))
 N, FROZEN = Norm(), Norm(1e-3, batch_stats=False)
+POOL = Pool((3, 3), (2, 2), (1, 1))
 CHANNELS = 4
 
 CHAINS = {
@@ -19,6 +20,10 @@ CHAINS = {
     "conv-relu-identity": Chain((C3,), (None, None), True, "identity"),
     "conv-bare": Chain((C3S2,), (None, None), False),
     "conv-add": Chain((C3,), (None, None), False, "residual"),
+    "conv-norm-pool": Chain((C3,), (None, N), pool=POOL),
+    "conv-frozen-pool": Chain((C3,), (None, FROZEN), pool=POOL),
+    "norm-conv-norm-pool": Chain((C3,), (N, N), pool=Pool((2, 3), (1, 2), (0, 1))),
+    "norm-pool": Chain((), (N,), pool=Pool((2, 2), (2, 2))),
     "norm": Chain((), (N,)),
     "norm-identity": Chain((), (N,), True, "identity"),
     "norm-linear-residual": Chain((), (FROZEN,), False, "residual"),
@@ -71,6 +76,8 @@ def draw(chain, layout, dtype=torch.float64, bias=False, seed=0):
             sizes = [conv.output_size(shape[2 + axis], kernel, axis) for axis in (0, 1)]
             shape = (*shape[:2], *sizes)
     norms = [NormParams() if norm is None else _norm(leaf) for norm in chain.all_norms]
+    if chain.pool is not None:
+        shape = chain.pool.output_shape(shape)
     residual = leaf(*shape) if chain.shortcut == "residual" else None
     return x, residual, Tensors(tuple(convs), tuple(norms))
 

@@ -18,7 +18,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 EMULATOR = ROOT / "tests" / "cuda_emulator"
-KERNELS = ("bn_act", "reduce", "vectors")
+KERNELS = ("bn_act", "max_pool", "reduce", "vectors")
 CXX = shlex.split(os.environ.get("CXX") or "c++")
 DEFINES = ["-DRESNET_FAST_WITH_CUTLASS"]
 FLAGS = "-std=c++20 -O1 -g0 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-unknown-pragmas".split()

@@ -235,6 +235,32 @@ class Siamese(nn.Module):
         return a * b
 
 
+class Pooled(nn.Module):
+    """A max-pool after conv, norm and ReLU, called twice; in a U-Net its input is read as well."""
+
+    def __init__(self, alone=False, ceil_mode=False):
+        super().__init__()
+        self.conv, self.bn, self.relu = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU()
+        self.pool, self.alone = nn.MaxPool2d(2, ceil_mode=ceil_mode), alone
+
+    def forward(self, x):
+        a, b = (self.relu(self.bn(self.conv(v))) for v in (x, x.flip(0)))
+        y = self.pool(a) * self.pool(b)
+        return y if self.alone else y + a[:, :, ::2, ::2]
+
+
+class PooledConv(nn.Module):
+    """A forward that is one chain with a max-pool at its end."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.relu = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU()
+        self.pool = nn.MaxPool2d((3, 2), 2, (1, 0))
+
+    def forward(self, x):
+        return self.pool(self.relu(self.bn(self.conv(x))))
+
+
 def vgg():
     """One `Sequential` in the manner of VGG, with biased convolutions among others."""
     return nn.Sequential(
@@ -252,7 +278,7 @@ def stages(block, chain, first):
     """The rows of `ResNet`: its stem, and its blocks, of which the first may have a projection."""
     ends = {"layer1.0": first, "layer1.1": "x", "layer2.0": "conv norm(x)", "layer2.1": "x"}
     rows = {path: f"{block}: {chain} + {end} relu" for path, end in ends.items()}
-    return {"conv1": UNIT} | rows
+    return {"conv1": f"{UNIT} pool"} | rows
 
 
 BASICS = stages("Basic", BASIC, "x")
@@ -308,7 +334,13 @@ MODELS = {
     "attention": (Attention, (2, 4, 8, 8), {"conv1": UNIT, "conv2": "conv norm"}),
     "dense": (Dense, (2, 4, 8, 8), {"norm1": "norm relu", "conv1": UNIT}),
     "siamese": (Siamese, (2, 4, 8, 8), {"conv": UNIT}),
-    "vgg": (vgg, (2, 3, 8, 8), {"0": f"{BASIC} relu", "7": UNIT}),
+    "pooled-twice": (lambda: Pooled(True), (2, 4, 8, 8), {"conv": f"{UNIT} pool"}),
+    "pooled-and-read": (Pooled, (2, 4, 8, 8), {"conv": UNIT}),
+    "rounded-up": (
+        lambda: Pooled(True, ceil_mode=True), (2, 4, 9, 9), {"conv": UNIT},
+    ),
+    "pooled-whole": (PooledConv, (2, 4, 8, 8), {"(model)": f"PooledConv: {UNIT} pool"}),
+    "vgg": (vgg, (2, 3, 8, 8), {"0": f"{BASIC} relu pool", "7": UNIT}),
 }  # fmt: skip
 
 

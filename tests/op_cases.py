@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
-from resnet_fast.reference import pack_mask, stats_dtype
+from resnet_fast.layout import memory_format
+from resnet_fast.reference import bn_relu_max_pool, pack_mask, stats_dtype
 
 EPS = 1e-5
 
@@ -161,8 +162,40 @@ def _bwd_apply(masked, a, batch, residual):
     return make
 
 
+def _pool(affine, kernel, stride, padding, save_index=True):
+    def make(draw, shape):
+        vectors = [draw.vector(shape[1]), draw.vector(shape[1])] if affine else [None, None]
+        windows = [list(kernel), list(stride), list(padding)]
+        return [draw.activations(shape), *vectors, *windows, save_index]
+
+    return make
+
+
+def _pool_bwd(sums, *windows):
+    forward = _pool(False, *windows)
+
+    def make(draw, shape):
+        x, _, _, *rest = forward(draw, shape)
+        y, index = bn_relu_max_pool(x, None, None, *rest)
+        vectors = [draw.vector(shape[1]), draw.positive(shape[1])] if sums else [None, None]
+        dy = draw.activations(y.shape).contiguous(memory_format=memory_format(y))
+        return [dy, index, x, *vectors, *rest[:3]]
+
+    return make
+
+
+STEM = (3, 3), (2, 2), (1, 1)
+HALVES = (2, 2), (2, 2), (1, 1)
+OBLONG = (5, 4), (3, 2), (2, 2)
 POINTWISE = {  # variant → arguments for (Draw, [N,C,H,W]); the op is the part before ":"
     "bn_stats": lambda draw, shape: [draw.activations(shape)],
+    "bn_relu_max_pool": _pool(True, *STEM),
+    "bn_relu_max_pool:no-norm": _pool(False, *HALVES),
+    "bn_relu_max_pool:no-index": _pool(True, *OBLONG, save_index=False),
+    "bn_relu_max_pool:oblong": _pool(True, *OBLONG),
+    "max_pool_bwd": _pool_bwd(True, *STEM),
+    "max_pool_bwd:no-sums": _pool_bwd(False, *HALVES),
+    "max_pool_bwd:oblong": _pool_bwd(True, *OBLONG),
     "global_avg_pool": lambda draw, shape: [draw.activations(shape)],
     "bn_finalize": _finalize(affine=True),
     "bn_finalize:no-affine": _finalize(affine=False),

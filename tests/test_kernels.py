@@ -299,7 +299,7 @@ LARGE = (5, 72, 19, 23)
 @pytest.mark.parametrize(
     "variant",
     ["bn_stats", "bn_act:dual", "bn_act_bwd_reduce:dual", "bn_act_bwd_apply:residual",
-     "global_avg_pool"],
+     "bn_relu_max_pool", "max_pool_bwd", "global_avg_pool"],
 )  # fmt: skip
 def test_every_configuration_of_a_memory_bound_kernel(choose, variant, layout):
     """Over a tensor of many tiles, none of them full, and several splits of a reduction."""

@@ -34,6 +34,8 @@ TAKEN |= {
 }
 TAKEN |= {("bn_stats x", "double"), ("global_avg_pool x", "double"), ("add_relu_bwd dy", "double")}
 TAKEN |= {("global_avg_pool x", "sliced")}
+TAKEN |= {("bn_relu_max_pool z", "rows"), ("bn_relu_max_pool z", "order")}
+TAKEN |= {("max_pool_bwd x", "rows")}  # five rows have as many windows as six
 ONE_OPERAND = {("bn_stats", "device"), ("global_avg_pool", "device")}
 
 
@@ -109,6 +111,18 @@ def test_wrong_geometry(walks, channels, geometry):
             call(walks, op, {**operands(op, channels), **geometry})
 
 
+@pytest.mark.parametrize(
+    "windows",
+    [{"kernel": [0, 3]}, {"kernel": [16, 16]}, {"kernel": [9, 9]}, {"stride": [0, 1]},
+     {"padding": [2, 0]}, {"padding": [-1, 0]}],
+    ids=str,
+)  # fmt: skip
+def test_wrong_windows(walks, windows):
+    for op in ("bn_relu_max_pool", "max_pool_bwd"):
+        with pytest.raises(REFUSED, match=f"{op}: "):
+            call(walks, op, {**operands(op), **windows})
+
+
 @pytest.mark.parametrize("channels", [32, 8], ids=["tiles", "onednn"])
 @pytest.mark.parametrize(
     ("op", "missing"),
@@ -121,6 +135,8 @@ def test_wrong_geometry(walks, channels, geometry):
         ("conv_bprop", "in_rstd"),
         ("conv_bprop", "c"),
         ("conv_bn_act", "running_var"),
+        ("bn_relu_max_pool", "shift"),
+        ("max_pool_bwd", "rstd"),
     ],
 )
 def test_half_a_pair(walks, op, missing, channels):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from op_cases import CONVOLUTIONS, CONVS, EMPTY, EMPTY_CONV, POINTWISE, SHAPES, Draw, op_of, widen
 
 from resnet_fast import backend, ops, reference
@@ -12,7 +13,9 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 FULL_OPCHECK = ("test_schema", "test_autograd_registration", "test_faketensor",
                 "test_aot_dispatch_dynamic")  # fmt: skip
-GRADIENTS = ("bn_bwd_finalize", "bn_act_bwd_reduce", "bn_act_bwd_apply", "conv_bprop")
+GRADIENTS = (
+    "bn_bwd_finalize", "bn_act_bwd_reduce", "bn_act_bwd_apply", "max_pool_bwd", "conv_bprop",
+)  # fmt: skip
 
 
 def outputs(result):
@@ -32,7 +35,7 @@ def judge(impl, dtype, variant, args, name):
         what = f"{variant} result {i} of {name}"
         assert results[0].shape == results[1].shape, what
         if results[0].dtype == torch.uint8:
-            continue  # test_mask
+            continue  # test_mask, test_index
         assert_close(*results, what, gradient=op in GRADIENTS)
         for format in (torch.contiguous_format, torch.channels_last):
             if results[0].dim() == 4 and results[0].numel():
@@ -125,6 +128,40 @@ def test_nan_passes_relu(impl, layout, variant):
     expected, _ = getattr(reference, op)(*args)
     assert torch.equal(y.isnan(), expected.isnan()) and y.isnan().sum() >= 1
     assert reference.unpack_mask(mask, y)[1, 3, 2, 1]
+
+
+@pytest.mark.parametrize("variant", ["bn_relu_max_pool", "bn_relu_max_pool:oblong"])
+def test_index(impl, dtype, layout, variant):
+    """The index names a position of its window that has the maximum; NONE says there was none."""
+    impl.need(dtype, "bn_relu_max_pool")
+    for name, shape in SHAPES.items():
+        args = POINTWISE[variant](Draw(dtype, layout, impl.device), shape)
+        y, index = ops.bn_relu_max_pool(*args, impl.name)
+        u = F.relu(reference.bn_act(*widen(args)[:3], None, None, None, False, False)[0])
+        (r, s), stride, padding = args[3:6]
+        padded = F.pad(u, (padding[1], padding[1], padding[0], padding[0]), value=-1.0)
+        windows = padded.unfold(2, r, stride[0]).unfold(3, s, stride[1]).flatten(4)
+        exact, open_ = windows.amax(-1), index != reference.NONE
+        assert index.shape == exact.shape and bool((index[open_] < r * s).all()), name
+        named = windows.gather(-1, torch.where(open_, index, 0).long().unsqueeze(-1)).squeeze(-1)
+        near = 1e-5 * (1 + exact)  # of values as near to each other as this either may be the first
+        assert torch.all(torch.where(open_, exact - named, exact) <= near), name
+        assert torch.equal(open_, y != 0), name
+
+
+def test_index_of_equal_values(impl, layout):
+    """The first of equal values has the index, as in PyTorch; NaN is the largest of all."""
+    impl.need(torch.float32, "bn_relu_max_pool")
+    z = torch.ones(2, 8, 6, 6, device=impl.device).contiguous(memory_format=layout)
+    z[1, 2, 4, 4] = float("nan")
+    windows = [3, 3], [2, 2], [1, 1]
+    y, index = ops.bn_relu_max_pool(z, None, None, *windows, True, impl.name)
+    first = torch.tensor([[4, 3, 3], [1, 0, 0], [1, 0, 0]], dtype=torch.uint8, device=impl.device)
+    assert torch.equal(index[0], first.expand(8, 3, 3))
+    assert index[1, 2].tolist() == [[4, 3, 3], [1, 0, 0], [1, 0, 4]]
+    assert y.isnan().sum() == 1 and y[1, 2, 2, 2].isnan()
+    _, closed = ops.bn_relu_max_pool(-z.nan_to_num(), None, None, *windows, True, impl.name)
+    assert torch.all(closed == reference.NONE)
 
 
 def test_mask_round_trip(layout):

@@ -91,8 +91,12 @@ def test_passes_command(tmp_path, capsys, monkeypatch):
     elements = 2 * 24 * 5 * 5
     moved = {row["mode"]: row["gb_per_s"] * row["ms_p50"] * 1e6 for row in found}
     assert moved["statistics"] == pytest.approx(4 * elements, rel=2e-2)
+    pooled = 2 * 24 * 3 * 3
+    with_pool = 4 * elements + 5 * pooled
+    assert moved["bn + relu + max-pool"] == pytest.approx(with_pool, rel=2e-2)
+    assert moved["max-pool backward"] == pytest.approx(with_pool + 4 * elements, rel=2e-2)
     assert moved["bn + add + relu"] == pytest.approx(12 * elements + elements / 8, rel=2e-2)
-    assert all(row["provider"] == "native" for row in found) and len(moved) == len(found) == 11
+    assert all(row["provider"] == "native" for row in found) and len(moved) == len(found) == 13
     assert "native ms" in capsys.readouterr().out
 
 

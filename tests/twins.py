@@ -77,7 +77,10 @@ def run_chain(chain, x, tensors, residual, running):
         h = h + norm(n + 1, conv(n, first))
     elif chain.shortcut != "none":
         h = h + (x if chain.shortcut == "identity" else residual)
-    return F.relu(h) if chain.relu else h
+    h = F.relu(h) if chain.relu else h
+    if chain.pool is None:
+        return h
+    return F.max_pool2d(h, chain.pool.kernel, chain.pool.stride, chain.pool.padding)
 
 
 class KinkDistance(TorchDispatchMode):

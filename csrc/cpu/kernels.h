@@ -18,6 +18,7 @@ constexpr int64_t kStatisticsRows = 128;
 template <class T, class A = accumulate_t<T>>
 struct Kernels {
   void (*bn_act)(const BnAct<T>&, int64_t begin, int64_t end);
+  void (*bn_relu_max_pool)(const BnReluMaxPool<T>&, int64_t begin, int64_t end);  // rows of y
   void (*bn_act_bwd_apply)(const BnActBwdApply<T>&, int64_t begin, int64_t end);
   void (*gradient_sums)(const GradientSums<T>&, int64_t begin, int64_t end, int64_t step, A* sums);
   void (*statistics)(const Statistics<T>&, int64_t begin, int64_t end, int64_t step, wider_t<A>* moments);

@@ -36,9 +36,20 @@ struct Lanes {
     for (int i = 0; i < kWidth; ++i) bits |= uint32_t(!(v[i] <= A(0))) << i;
     return bits;
   }
+  // Bit i: v[i] > than[i], or v[i] is NaN, which a maximum keeps.
+  uint32_t above(const Lanes& than) const {
+    uint32_t bits = 0;
+    for (int i = 0; i < kWidth; ++i) bits |= uint32_t(v[i] > than.v[i] || v[i] != v[i]) << i;
+    return bits;
+  }
   Lanes where(uint32_t bits) const {
     Lanes r;
     for (int i = 0; i < kWidth; ++i) r.v[i] = (bits >> i) & 1 ? v[i] : A(0);
+    return r;
+  }
+  Lanes where(uint32_t bits, const Lanes& other) const {
+    Lanes r;
+    for (int i = 0; i < kWidth; ++i) r.v[i] = (bits >> i) & 1 ? v[i] : other.v[i];
     return r;
   }
   A sum() const {
@@ -101,7 +112,11 @@ struct Lanes<float> {
                 : _mm256_mask_storeu_epi16(p, first(n), half);
   }
   uint32_t positive() const { return _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_NLE_UQ); }
+  uint32_t above(const Lanes& than) const {
+    return _mm512_cmp_ps_mask(v, than.v, _CMP_GT_OQ) | _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+  }
   Lanes where(uint32_t bits) const { return {_mm512_maskz_mov_ps(__mmask16(bits), v)}; }
+  Lanes where(uint32_t bits, const Lanes& other) const { return {_mm512_mask_mov_ps(other.v, __mmask16(bits), v)}; }
   float sum() const { return _mm512_reduce_add_ps(v); }
 };
 
@@ -159,7 +174,16 @@ struct Lanes<float> {
     const __m256i set = _mm256_and_si256(_mm256_set1_epi32(int(bits)), place);
     return _mm256_and_ps(x, _mm256_castsi256_ps(_mm256_cmpeq_epi32(set, place)));
   }
+  uint32_t above(const Lanes& than) const {
+    const __m256 low = _mm256_or_ps(_mm256_cmp_ps(lo, than.lo, _CMP_GT_OQ), _mm256_cmp_ps(lo, lo, _CMP_UNORD_Q));
+    const __m256 high = _mm256_or_ps(_mm256_cmp_ps(hi, than.hi, _CMP_GT_OQ), _mm256_cmp_ps(hi, hi, _CMP_UNORD_Q));
+    return uint32_t(_mm256_movemask_ps(low)) | uint32_t(_mm256_movemask_ps(high)) << 8;
+  }
   Lanes where(uint32_t bits) const { return {keep8(lo, bits), keep8(hi, bits >> 8)}; }
+  Lanes where(uint32_t bits, const Lanes& other) const {
+    const Lanes mine = where(bits), rest = other.where(~bits);
+    return {_mm256_or_ps(mine.lo, rest.lo), _mm256_or_ps(mine.hi, rest.hi)};
+  }
   float sum() const {
     float part[kWidth], s[4] = {0, 0, 0, 0};
     store(part);

@@ -254,6 +254,45 @@ std::tuple<Tensor, Tensor> finish_dgrad(
   });
 }
 
+std::tuple<Tensor, Tensor> bn_relu_max_pool(
+    const Tensor& z, const OptTensor& scale, const OptTensor& shift, at::IntArrayRef kernel, at::IntArrayRef stride,
+    at::IntArrayRef padding, bool save_index) {
+  const Windows w = check_bn_relu_max_pool(z, scale, shift, kernel, stride, padding);
+  const Tensor y = empty(w.sizes(), z.options(), format_of(z));
+  const auto bytes = z.options().dtype(at::kByte);
+  const Tensor index = save_index ? empty(w.sizes(), bytes, format_of(z)) : at::empty({0}, bytes);
+  dispatch(z, "bn_relu_max_pool", [&](auto t) {
+    using T = decltype(t);
+    using A = accumulate_t<T>;
+    const BnReluMaxPool<T> k = {
+        w, static_cast<T*>(y.data_ptr()), index.numel() ? index.data_ptr<uint8_t>() : nullptr,
+        data<T>(z), data<A>(scale), data<A>(shift)};
+    for_rows(w.output(), [&](int64_t begin, int64_t end) { kernels<T>().bn_relu_max_pool(k, begin, end); });
+  });
+  return {y, index};
+}
+
+std::tuple<Tensor, Tensor, Tensor> max_pool_bwd(
+    const Tensor& dy, const Tensor& index, const Tensor& x, const OptTensor& mean, const OptTensor& rstd,
+    at::IntArrayRef kernel, at::IntArrayRef stride, at::IntArrayRef padding) {
+  const Windows w = check_max_pool_bwd(dy, index, x, mean, rstd, kernel, stride, padding);
+  const Tensor dx = empty(x.sizes(), x.options(), format_of(x));
+  return dispatch(x, "max_pool_bwd", [&](auto t) -> std::tuple<Tensor, Tensor, Tensor> {
+    using T = decltype(t);
+    using A = accumulate_t<T>;
+    GradientSums<T> k = {};
+    k.shape = w.input(), k.windows = w, k.index = data<uint8_t>(index);
+    k.out = static_cast<T*>(dx.data_ptr()), k.dy = data<T>(dy);
+    if (mean) k.z[0] = data<T>(x), k.mean[0] = data<A>(mean), k.rstd[0] = data<A>(rstd);
+    const auto options = x.options().dtype(accumulate_type(x));
+    auto sums = reduce_rows<A>(k.shape, mean ? 2 : 1, options, [&](int64_t i, int64_t n, int64_t step, A* to) {
+      kernels<T>().gradient_sums(k, i, n, step, to);
+    });
+    if (!mean) return {dx, at::empty({0}, options), at::empty({0}, options)};
+    return {dx, sums[0], sums[1]};
+  });
+}
+
 // PyTorch's own is one pass already.
 Tensor global_avg_pool(const Tensor& x) {
   check_4d({"global_avg_pool", "x", x});
@@ -261,6 +300,8 @@ Tensor global_avg_pool(const Tensor& x) {
 }
 
 TORCH_LIBRARY_IMPL(resnet_fast_native, CPU, m) {
+  m.impl("bn_relu_max_pool", &bn_relu_max_pool);
+  m.impl("max_pool_bwd", &max_pool_bwd);
   m.impl("global_avg_pool", &global_avg_pool);
   m.impl("bn_stats", &bn_stats);
   m.impl("bn_finalize", &bn_finalize);

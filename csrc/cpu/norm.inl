@@ -68,6 +68,73 @@ void bn_act(const BnAct<T>& k, int64_t begin, int64_t end) {
   }
 }
 
+template <bool kIndex, class T>
+void bn_relu_max_pool_nhwc(const BnReluMaxPool<T>& k, int64_t row) {
+  using V = Lanes<accumulate_t<T>>;
+  const Windows& w = k.windows;
+  const int64_t image = row / (w.rows * w.columns);
+  const int q = int(row % w.columns), p = int(row / w.columns % w.rows);
+  const Span rows = positions(w, 0, p), columns = positions(w, 1, q);
+  const int64_t top = image * w.height + p * w.stride[0] - w.padding[0], left = q * w.stride[1] - w.padding[1];
+  for_lanes(w.channels, [&](int64_t i, int n) {
+    V best = V::broadcast(0), code = V::broadcast(kNoPosition), scale = best, shift = best;
+    if (k.scale != nullptr) scale = V::load(k.scale + i, n), shift = V::load(k.shift + i, n);
+    for (int r = rows.begin; r < rows.end; ++r) {
+      const T* z = k.z + ((top + r) * w.width + left) * w.channels + i;
+      for (int s = columns.begin; s < columns.end; ++s) {
+        V v = V::load(z + s * w.channels, n);
+        if (k.scale != nullptr) v = affine(v, scale, shift);
+        const uint32_t bits = v.above(best);
+        best = v.where(bits, best);
+        if constexpr (kIndex) code = V::broadcast(r * int(w.kernel[1]) + s).where(bits, code);
+      }
+    }
+    best.store(k.y + row * w.channels + i, n);
+    if constexpr (kIndex) {
+      accumulate_t<T> codes[V::kWidth];
+      code.store(codes);
+      for (int j = 0; j < n; ++j) k.index[row * w.channels + i + j] = uint8_t(int(codes[j]));
+    }
+  });
+}
+
+template <class T>
+void bn_relu_max_pool_nchw(const BnReluMaxPool<T>& k, int64_t row) {
+  using A = accumulate_t<T>;
+  const Windows& w = k.windows;
+  const int64_t channel = row % w.channels, size = w.rows * w.columns;
+  const T* z = k.z + row * w.height * w.width;
+  for (int64_t i = 0; i < size; ++i) {
+    const int p = int(i / w.columns), q = int(i % w.columns);
+    const Span rows = positions(w, 0, p), columns = positions(w, 1, q);
+    A best = 0;
+    int code = kNoPosition;
+    for (int r = rows.begin; r < rows.end; ++r) {
+      for (int s = columns.begin; s < columns.end; ++s) {
+        const int64_t h = p * w.stride[0] - w.padding[0] + r, column = q * w.stride[1] - w.padding[1] + s;
+        A v = widen<A>(z[h * w.width + column]);
+        if (k.scale != nullptr) v = affine(v, k.scale[channel], k.shift[channel]);
+        if (v > best || v != v) best = v, code = r * int(w.kernel[1]) + s;
+      }
+    }
+    k.y[row * size + i] = narrow<T>(best);
+    if (k.index != nullptr) k.index[row * size + i] = uint8_t(code);
+  }
+}
+
+template <class T>
+void bn_relu_max_pool(const BnReluMaxPool<T>& k, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; ++row) {
+    if (!k.windows.nhwc) {
+      bn_relu_max_pool_nchw(k, row);
+    } else if (k.index != nullptr) {
+      bn_relu_max_pool_nhwc<true>(k, row);
+    } else {
+      bn_relu_max_pool_nhwc<false>(k, row);
+    }
+  }
+}
+
 // Lanes of p at i under the bits of `mask` (all of them where there is no mask).
 template <class V, class T>
 inline __attribute__((always_inline)) V load_masked(const T* p, const uint8_t* mask, int64_t i, int n) {
@@ -103,6 +170,71 @@ void bn_act_bwd_apply(const BnActBwdApply<T>& k, int64_t begin, int64_t end) {
   }
 }
 
+// Bit i: p[i] is `code`.
+inline uint32_t equal_bytes(const uint8_t* p, int code, int n) {
+  uint32_t bits = 0;
+  for (int i = 0; i < n; ++i) bits |= uint32_t(p[i] == code) << i;
+  return bits;
+}
+
+// The gradient through a max-pool, at row `row` of its input.
+template <class T>
+class PooledRow {
+ public:
+  using V = Lanes<accumulate_t<T>>;
+
+  PooledRow(const GradientSums<T>& k, int64_t row) : k_(k), w_(k.windows), row_(row), out_(k.out + row * k.shape.inner) {
+    if (w_.nhwc) place(row % (w_.height * w_.width));
+  }
+
+  V at(int64_t i, int n) {
+    accumulate_t<T> lanes[V::kWidth] = {};
+    V g = V::broadcast(0);
+    if (w_.nhwc) {
+      const int64_t image = row_ / (w_.height * w_.width);
+      each([&](int p, int q, int code) {
+        const int64_t from = ((image * w_.rows + p) * w_.columns + q) * w_.channels + i;
+        g = g + V::load(k_.dy + from, n).where(equal_bytes(k_.index + from, code, n));
+      });
+    } else {
+      for (int j = 0; j < n; ++j) {
+        place(i + j);
+        each([&](int p, int q, int code) {
+          const int64_t from = (row_ * w_.rows + p) * w_.columns + q;
+          if (k_.index[from] == code) lanes[j] += widen<accumulate_t<T>>(k_.dy[from]);
+        });
+      }
+      g = V::load(lanes);
+    }
+    g.store(out_ + i, n);
+    return g;
+  }
+
+ private:
+  void place(int64_t pixel) {
+    h_ = int(pixel / w_.width), column_ = int(pixel % w_.width);
+    rows_ = windows_of(w_, 0, h_), columns_ = windows_of(w_, 1, column_);
+  }
+
+  // f(p, q, the code of the pixel in window p, q) for every window that it lies in.
+  template <class F>
+  void each(F f) const {
+    for (int p = rows_.begin; p < rows_.end; ++p) {
+      const int64_t r = h_ + w_.padding[0] - p * w_.stride[0];
+      for (int q = columns_.begin; q < columns_.end; ++q) {
+        f(p, q, int(r * w_.kernel[1] + column_ + w_.padding[1] - q * w_.stride[1]));
+      }
+    }
+  }
+
+  const GradientSums<T>& k_;
+  const Windows& w_;
+  int64_t row_;
+  int h_ = 0, column_ = 0;
+  T* out_;
+  Span rows_, columns_;
+};
+
 // One row of the operands of GradientSums. kPlain: only dy under a mask, as at the join of a block.
 template <class T, bool kPlain>
 struct GradientRow {
@@ -132,11 +264,11 @@ struct GradientRow {
 };
 
 // Σg·xhat = rstd·Σg·(z − mean): rstd waits for the sum of the rows.
-template <int kRows, int kSources, bool kPlain, class T>
+template <int kRows, int kSources, class Row, class T>
 void gradient_sums_nhwc(const GradientSums<T>& k, int64_t row, accumulate_t<T>* sums) {
   using V = Lanes<accumulate_t<T>>;
   const int64_t inner = k.shape.inner;
-  const GradientRow<T, kPlain> rows[4] = {
+  Row rows[4] = {
       {k, row}, {k, row + (kRows > 1)}, {k, row + 2 * (kRows > 1)}, {k, row + 3 * (kRows > 1)}};
   const T *z0 = k.z[0] + row * inner, *z1 = k.z[1] + row * inner;
   for_lanes(inner, [&](int64_t i, int n) {
@@ -158,11 +290,11 @@ void gradient_sums_nhwc(const GradientSums<T>& k, int64_t row, accumulate_t<T>* 
   });
 }
 
-template <int kSources, class T>
+template <int kSources, class Row, class T>
 void gradient_sums_nchw(const GradientSums<T>& k, int64_t row, double* sums) {
   using V = Lanes<accumulate_t<T>>;
   const int64_t inner = k.shape.inner, channel = row % k.shape.channels;
-  const GradientRow<T, false> gradient(k, row);
+  Row gradient(k, row);
   V total = V::broadcast(0), dot[2] = {V::broadcast(0), V::broadcast(0)};
   for_lanes(inner, [&](int64_t i, int n) {
     const V g = gradient.at(i, n);
@@ -175,19 +307,27 @@ void gradient_sums_nchw(const GradientSums<T>& k, int64_t row, double* sums) {
   for (int j = 0; j < kSources; ++j) sums[j + 1] += double(dot[j].sum()) * k.rstd[j][channel];
 }
 
-template <int kSources, class T>
-void gradient_sums_of(const GradientSums<T>& k, int64_t begin, int64_t end, int64_t step, accumulate_t<T>* sums) {
+template <int kSources, class Row, class T>
+void gradient_sums_by(const GradientSums<T>& k, int64_t begin, int64_t end, int64_t step, accumulate_t<T>* sums) {
   if (k.shape.nhwc) {
     int64_t row = begin;
-    const bool plain = k.residual == nullptr && k.scale == nullptr && k.out == nullptr;
-    for (; row + 4 <= end; row += 4) {
-      plain ? gradient_sums_nhwc<4, kSources, true>(k, row, sums) : gradient_sums_nhwc<4, kSources, false>(k, row, sums);
-    }
-    for (; row < end; ++row) gradient_sums_nhwc<1, kSources, false>(k, row, sums);
+    for (; row + 4 <= end; row += 4) gradient_sums_nhwc<4, kSources, Row>(k, row, sums);
+    for (; row < end; ++row) gradient_sums_nhwc<1, kSources, Row>(k, row, sums);
   } else {
     double total[3] = {0, 0, 0};
-    for (int64_t row = begin; row < end; row += step) gradient_sums_nchw<kSources>(k, row, total);
+    for (int64_t row = begin; row < end; row += step) gradient_sums_nchw<kSources, Row>(k, row, total);
     for (int j = 0; j <= kSources; ++j) sums[j] += accumulate_t<T>(total[j]);
+  }
+}
+
+template <int kSources, class T>
+void gradient_sums_of(const GradientSums<T>& k, int64_t begin, int64_t end, int64_t step, accumulate_t<T>* sums) {
+  if (k.index != nullptr) {
+    gradient_sums_by<kSources, PooledRow<T>>(k, begin, end, step, sums);
+  } else if (k.residual == nullptr && k.scale == nullptr && k.out == nullptr) {
+    gradient_sums_by<kSources, GradientRow<T, true>>(k, begin, end, step, sums);
+  } else {
+    gradient_sums_by<kSources, GradientRow<T, false>>(k, begin, end, step, sums);
   }
 }
 
@@ -284,7 +424,7 @@ void statistics(
 
 template <class T>
 const Kernels<T>& kernels() {
-  static constexpr Kernels<T> all = {bn_act<T>, bn_act_bwd_apply<T>, gradient_sums<T>, statistics<T>};
+  static constexpr Kernels<T> all = {bn_act<T>, bn_relu_max_pool<T>, bn_act_bwd_apply<T>, gradient_sums<T>, statistics<T>};
   return all;
 }
 

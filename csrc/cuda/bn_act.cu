@@ -1,7 +1,4 @@
 // The pointwise ops: every operand crosses memory once.
-#include <algorithm>
-#include <initializer_list>
-
 #include "norm.h"
 #include "walk.h"
 

@@ -10,6 +10,10 @@ namespace resnet_fast::cuda {
 template <class T>
 cudaError_t bn_act(const BnAct<T>&, cudaStream_t stream);
 
+// y and the index: one launch.
+template <class T>
+cudaError_t bn_relu_max_pool(const BnReluMaxPool<T>&, cudaStream_t stream);
+
 // dz: one launch.
 template <class T>
 cudaError_t bn_act_bwd_apply(const BnActBwdApply<T>&, cudaStream_t stream);
@@ -19,7 +23,8 @@ int64_t reduction_splits(const Shape&, int multiprocessors);
 
 // Σg, Σg·xhat(z[0]), Σg·xhat(z[1]) into sums[0..2] (those that are not null) by two launches, the second over
 // `partial`, 3·splits·channels values. With `out` it is what follows a dgrad: there is no mask, z[0] is x, z[1]
-// is not there, and without sums[0] it is one launch that writes g.
+// is not there, and without sums[0] it is one launch that writes g. With `index` it is the gradient through a
+// max-pool, which writes `out` too, also without sums.
 template <class T>
 cudaError_t gradient_sums(
     const GradientSums<T>&, int64_t splits, accumulate_t<T>* partial, accumulate_t<T>* const sums[3], cudaStream_t stream);

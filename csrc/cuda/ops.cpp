@@ -192,6 +192,49 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_bwd_reduce(
   return {sums[0], sums[1], sums[2]};
 }
 
+std::tuple<Tensor, Tensor> bn_relu_max_pool(
+    const Tensor& z, const OptTensor& scale, const OptTensor& shift, IntArrayRef kernel, IntArrayRef stride,
+    IntArrayRef padding, bool save_index) {
+  const char* op = "bn_relu_max_pool";
+  const Windows w = check_bn_relu_max_pool(z, scale, shift, kernel, stride, padding);
+  const c10::cuda::CUDAGuard guard(z.device());
+  const auto bytes = z.options().dtype(at::kByte);
+  const Tensor y = at::empty(w.sizes(), z.options(), format_of(z));
+  const Tensor index = save_index ? at::empty(w.sizes(), bytes, format_of(z)) : at::empty({0}, bytes);
+  if (y.numel() == 0) return {y, index};
+  dispatch(op, z, [&](auto t) {
+    using T = decltype(t);
+    using A = accumulate_t<T>;
+    const BnReluMaxPool<T> k = {w, out<T>(y), out<uint8_t>(index), data<T>(z), data<A>(scale), data<A>(shift)};
+    return cuda::bn_relu_max_pool(k, stream());
+  });
+  return {y, index};
+}
+
+std::tuple<Tensor, Tensor, Tensor> max_pool_bwd(
+    const Tensor& dy, const Tensor& index, const Tensor& x, const OptTensor& mean, const OptTensor& rstd,
+    IntArrayRef kernel, IntArrayRef stride, IntArrayRef padding) {
+  const char* op = "max_pool_bwd";
+  const Windows w = check_max_pool_bwd(dy, index, x, mean, rstd, kernel, stride, padding);
+  const c10::cuda::CUDAGuard guard(x.device());
+  const Tensor dx = at::empty_like(x, x.options(), format_of(x));
+  const int64_t size = mean ? x.size(1) : 0;
+  const Tensor sum_dx = empty_vector(x, size), sum_dx_xhat = empty_vector(x, size);
+  if (x.numel() == 0) return {dx, sum_dx.zero_(), sum_dx_xhat.zero_()};
+  const Partial partial = partial_of(op, x);
+  dispatch(op, x, [&](auto t) {
+    using T = decltype(t);
+    using A = accumulate_t<T>;
+    GradientSums<T> k = {};
+    k.shape = w.input(), k.windows = w, k.index = data<uint8_t>(index);
+    k.out = out<T>(dx), k.dy = data<T>(dy);
+    if (mean) k.z[0] = data<T>(x), k.mean[0] = data<A>(mean), k.rstd[0] = data<A>(rstd);
+    A* const to[3] = {out<A>(sum_dx), out<A>(sum_dx_xhat), nullptr};
+    return cuda::gradient_sums(k, partial.splits, out<A>(partial.values), to, stream());
+  });
+  return {dx, sum_dx, sum_dx_xhat};
+}
+
 Tensor global_avg_pool(const Tensor& x) {
   check_4d({"global_avg_pool", "x", x});
   if (x.numel() == 0 || !(x.is_contiguous() || x.is_contiguous(at::MemoryFormat::ChannelsLast))) {
@@ -410,6 +453,8 @@ TORCH_LIBRARY_IMPL(resnet_fast_native, CUDA, m) {
   m.impl("add_relu_bwd", &add_relu_bwd);
   m.impl("bn_act_bwd_reduce", &bn_act_bwd_reduce);
   m.impl("bn_act_bwd_apply", &bn_act_bwd_apply);
+  m.impl("bn_relu_max_pool", &bn_relu_max_pool);
+  m.impl("max_pool_bwd", &max_pool_bwd);
   m.impl("global_avg_pool", &global_avg_pool);
   m.impl("conv_fprop", &conv_fprop);
   m.impl("conv_bprop", &conv_bprop);

@@ -1,9 +1,7 @@
 // The reductions over pixels: batch statistics, and the sums that a batch norm's gradient needs. Partial
 // results go through memory and are merged in a fixed order, so a result has the same bits every time.
-#include <algorithm>
-#include <initializer_list>
-
 #include "norm.h"
+#include "pooling.h"
 #include "walk.h"
 
 namespace resnet_fast::cuda {
@@ -133,6 +131,71 @@ __global__ void __launch_bounds__(kThreads, kResident<T>) finish_dgrad_kernel(
   if (!partial) return;
   put_sum<NHWC>(places, 0, k.shape.channels, sum, partial);
   put_sum<NHWC>(places, 1, k.shape.channels, sum_x, partial);
+}
+
+// out = g = Σ of dy over the windows whose index names the pixel, and where there is a mean partial sums of g and of
+// g·(z[0] − mean[0]): the gradient through a max-pool and ReLU.
+//
+// Grid and places: walk.h, over out. A pixel asks the windows that it lies in (four of 3×3 at stride 2), so that
+// nothing is added atomically and out is written once and never cleared. Bytes moved: out and z once, dy and index
+// once; their other reads are neighbours' and come out of L1 or L2.
+template <class T, bool NHWC, bool WHOLE>
+__global__ void __launch_bounds__(kThreads, kResident<T>) max_pool_bwd_kernel(
+    const GradientSums<T> k, accumulate_t<T>* partial) {
+  using A = accumulate_t<T>;
+  const Windows& w = k.windows;
+  Places<NHWC, WHOLE> places(k.shape);
+  const Coefficients<A, NHWC> mean(k.mean[0], places);
+  A sum[kOctet] = {}, sum_z[kOctet] = {};
+  // f(p, q, code of the pixel in window p, q) for every window that the pixel lies in.
+  const auto each = [&](const Pixel& at, auto f) {
+    const Span rows = windows_of(w, 0, at.row), columns = windows_of(w, 1, at.column);
+    for (int p = rows.begin; p < rows.end; ++p) {
+      const int r = at.row + int(w.padding[0]) - p * int(w.stride[0]);
+      for (int q = columns.begin; q < columns.end; ++q) {
+        f(p, q, uint32_t(r * int(w.kernel[1]) + at.column + int(w.padding[1]) - q * int(w.stride[1])));
+      }
+    }
+  };
+  while (places.more()) {
+    const Spot spot = places.next();
+    Octet<T> z;
+    if (k.z[0]) z = load<WHOLE>(k.z[0], spot);
+    A g[kOctet] = {};
+    if constexpr (NHWC) {
+      const Pixel at = pixel_of(spot.element / w.channels, int(w.height), int(w.width));
+      each(at, [&](int p, int q, uint32_t code) {
+        const int64_t from = ((at.image * w.rows + p) * w.columns + q) * w.channels + places.channel();
+        uint32_t codes[kOctet];
+        load_codes<WHOLE>(k.index + from, codes, spot.count);
+        const Octet<T> dy = load<WHOLE>(k.dy, {from, 0, spot.count});
+#pragma unroll
+        for (int i = 0; i < kOctet; ++i) g[i] += codes[i] == code ? dy[i] : A(0);
+      });
+    } else {
+      const int64_t size = w.height * w.width, plane = spot.element / size;
+#pragma unroll
+      for (int i = 0; i < kOctet; ++i) {
+        if (i >= spot.count) continue;
+        each(pixel_of(spot.element - plane * size + i, int(w.height), int(w.width)), [&](int p, int q, uint32_t code) {
+          const int64_t from = (plane * w.rows + p) * w.columns + q;
+          if (k.index[from] == code) g[i] += number<A>(k.dy[from]);
+        });
+      }
+    }
+    Octet<T> out;
+    out.set(g);
+    store<WHOLE>(k.out, spot, out);
+    if (!k.z[0]) continue;
+#pragma unroll
+    for (int i = 0; i < kOctet; ++i) {
+      sum[i] += g[i];
+      sum_z[i] = fma(g[i], z[i] - mean[i], sum_z[i]);
+    }
+  }
+  if (!partial) return;
+  put_sum<NHWC>(places, 0, k.shape.channels, sum, partial);
+  put_sum<NHWC>(places, 1, k.shape.channels, sum_z, partial);
 }
 
 // sums[0] = Σ partial[0], sums[j] = rstd[j − 1]·Σ partial[j]. A block has 32 channels, its rows share the splits.
@@ -296,11 +359,14 @@ cudaError_t gradient_sums(
   using A = accumulate_t<T>;
   Walk w = walk(k.shape, kPlaces, splits);
   w.grid.y = unsigned(splits);
-  const std::initializer_list<const T*> operands = {k.out, k.dy, k.residual, k.x, k.z[0], k.z[1]};
+  const auto* codes = reinterpret_cast<const T*>(k.index);  // for its alignment
+  const std::initializer_list<const T*> operands = {k.out, k.dy, k.residual, k.x, k.z[0], k.z[1], codes};
   A* to = sums[0] ? partial : nullptr;
   const cudaError_t error = with_layout<T>(k.shape, operands, [&](auto nhwc, auto whole) {
     constexpr bool kNhwc = decltype(nhwc)::value, kWhole = decltype(whole)::value;
-    const auto kernel = k.out ? finish_dgrad_kernel<T, kNhwc, kWhole> : gradient_sums_kernel<T, kNhwc, kWhole>;
+    const auto kernel = k.index ? max_pool_bwd_kernel<T, kNhwc, kWhole>
+                        : k.out ? finish_dgrad_kernel<T, kNhwc, kWhole>
+                                : gradient_sums_kernel<T, kNhwc, kWhole>;
     return launch(kernel, w.grid, w.block, stream, k, to);
   });
   if (error || !to) return error;

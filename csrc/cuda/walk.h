@@ -6,6 +6,9 @@
 // block have neighbouring octets, so a warp's accesses are contiguous.
 #pragma once
 
+#include <algorithm>
+#include <initializer_list>
+
 #include "device.h"
 
 namespace resnet_fast::cuda {

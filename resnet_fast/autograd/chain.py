@@ -2,13 +2,16 @@
 
 Forward, for each convolution j: z[j] = h[j+1] is stored raw, with the mean and m2 of its channels;
 the normalization and ReLU between two convolutions are the prologue of the next one. The join
-normalizes the last z and adds the shortcut in one pass and keeps one bit an element of its ReLU.
+normalizes the last z and adds the shortcut in one pass and keeps one bit an element of its ReLU;
+with a pool it also takes the windows' maxima and keeps one byte of each.
 
-Backward, from the join to the input: one reduction gives Σdy and Σdy·xhat of the last norm; then
-each `conv_bprop` forms dz = a·dy + b·(z − mean) + c on load, computes dx and dw, masks dx by the
-ReLU recomputed from the stored h and sums it for the norm below (`reference.conv_bprop`).
+Backward, from the join to the input: one reduction gives Σdy and Σdy·xhat of the last norm (with a
+pool it also makes the gradient before it); then each `conv_bprop` forms
+dz = a·dy + b·(z − mean) + c on load, computes dx and dw, masks dx by the ReLU recomputed from the
+stored h and sums it for the norm below (`reference.conv_bprop`).
 
-Saved: x, the filters, one raw output h a convolution, four vectors a norm, the join's bit mask.
+Saved: x, the filters, one raw output h a convolution, four vectors a norm, the join's bit mask (or
+the index of each of its windows' maxima).
 Not saved: anything after a ReLU (unless `Chain.keep_activations`).
 """
 
@@ -137,7 +140,12 @@ class ChainFunction(torch.autograd.Function):
             )
 
         last, mask = affines[n], None
-        if last.scale is not None:
+        if chain.pool is not None:
+            y, mask = ops.bn_relu_max_pool(
+                hs[n], last.scale, last.shift, *chain.pool.args(), True, impl
+            )
+            y = y.contiguous(memory_format=fmt)
+        elif last.scale is not None:
             y, mask = ops.bn_act(
                 hs[n], last.scale, last.shift, shortcut, through.scale, through.shift,
                 chain.relu, chain.relu, impl,
@@ -185,7 +193,9 @@ class _Backward:
         self.dy_masked: Tensor | None = None
         convs, norms = len(chain.all_convs), n + 2
         saved = ctx.saved_tensors
-        self.mask, self.z_p = saved[:2]
+        mask, self.z_p = saved[:2]
+        pools = chain.pool is not None
+        self.relu_mask, self.index = (None, mask) if pools else (mask, None)
         self.weights, self.hs = saved[2 : 2 + convs], saved[2 + convs : 3 + convs + n]
         self.acts = saved[3 + convs + n : 3 + convs + 2 * n]
         flat = saved[3 + convs + 2 * n :]
@@ -247,10 +257,10 @@ class _Backward:
 
     def masked(self, dy: Tensor) -> Tensor:
         """dy under the join's ReLU, made once."""
-        if self.mask is None:
+        if self.relu_mask is None:
             return dy
         if self.dy_masked is None:
-            self.dy_masked = ops.add_relu_bwd(dy, self.mask, self.impl)
+            self.dy_masked = ops.add_relu_bwd(dy, self.relu_mask, self.impl)
         return self.dy_masked
 
     def run(self, dy: Tensor) -> tuple[Any, ...]:
@@ -258,7 +268,9 @@ class _Backward:
         x, z = self.hs[0], self.hs[n]
         dy = dy.contiguous(memory_format=self.format)
         sums = sums_p = None
-        if self.needs_sums(n) or self.needs_sums(n + 1):
+        if chain.pool is not None:
+            dy, sums = self.before_pool(dy, z)
+        elif self.needs_sums(n) or self.needs_sums(n + 1):
             sums, sums_p = self.join_sums(dy, z)
         prologue = self.through_norm(n, z, sums)
         identity = chain.shortcut == "identity"
@@ -266,15 +278,16 @@ class _Backward:
         if chain.shortcut == "residual" and self.need_residual:
             dresidual = self.masked(dy)
 
-        g, g_mask = dy, self.mask
+        g, g_mask = dy, self.relu_mask
         more, more_mask = None, None  # what else flows into the input of the first convolution
         if chain.projection is not None:
             prologue_p = self.through_norm(n + 1, self.z_p, sums_p)
             more, _ = self.through_conv(
-                n, dy, self.mask, prologue_p, x, self.affines[0], self.acts[0], None, None, False
-            )
+                n, dy, self.relu_mask, prologue_p, x, self.affines[0], self.acts[0], None, None,
+                False,
+            )  # fmt: skip
         elif identity and n and chain.norms[0] is None:
-            more, more_mask = dy, self.mask
+            more, more_mask = dy, self.relu_mask
         for j in reversed(range(n)):
             extra = (more, more_mask) if j == 0 else (None, None)
             g, sums = self.through_conv(
@@ -294,12 +307,22 @@ class _Backward:
         grads = (*self.conv_grads, *self.norm_grads)
         return (None, dx, dresidual, *(t for group in grads for t in group))
 
+    def before_pool(self, dy: Tensor, z: Tensor) -> tuple[Tensor, Any]:
+        """The gradient at the last norm's result, and its Σdy and Σdy·xhat, in one pass."""
+        last, sums = self.affines[self.n], self.needs_sums(self.n)
+        mean, rstd = (last.mean, last.rstd) if sums else (None, None)
+        dy = dy.contiguous(memory_format=memory_format(z))
+        dx, total, xhat = ops.max_pool_bwd(
+            dy, self.index, z, mean, rstd, *self.chain.pool.args(), self.impl
+        )
+        return dx, ((total, xhat) if sums else None)
+
     def join_sums(self, dy: Tensor, z: Tensor) -> tuple[Any, Any]:
         """Σdy, Σdy·xhat of the last norm and of the projection's, in one pass."""
         last, through = self.affines[self.n], self.affines[self.n + 1]
         dual = through.scale is not None
         total, xhat, xhat_p = ops.bn_act_bwd_reduce(
-            dy, self.mask, z, last.mean, last.rstd,
+            dy, self.relu_mask, z, last.mean, last.rstd,
             self.z_p if dual else None, through.mean, through.rstd, self.impl,
         )  # fmt: skip
         return (total, xhat), ((total, xhat_p) if dual else None)

@@ -6,7 +6,8 @@ Two patterns are here (`survey` adds a third):
     steps  a `Sequential`: consecutive children that form a chain without a shortcut
 
 where conv is a Conv2d, norm a BatchNorm2d, relu a ReLU (in a block also a call of F.relu or its
-kin). What is not the pattern raises `Mismatch` with the reason.
+kin); a MaxPool2d may end a chain without a shortcut. What is not the pattern raises `Mismatch` with
+the reason.
 """
 
 from __future__ import annotations
@@ -20,20 +21,23 @@ from torch import fx, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils.parametrize import is_parametrized
 
+from ..modules import hooked, windows_of
 from .dataflow import ADD, ADD_IN_PLACE, Mismatch, is_call, is_layer, label
 
 LAYERS = {  # what a chain is made of, and the methods that make each what it is
     nn.Conv2d: ("forward", "_conv_forward"),
     nn.BatchNorm2d: ("forward", "_check_input_dim"),
     nn.ReLU: ("forward",),
+    nn.MaxPool2d: ("forward",),
     nn.Identity: ("forward",),
     nn.Sequential: ("forward",),
 }
-# Chains in letters: c conv, b conv with a bias (a norm after it takes that in), n norm, r relu.
+# Chains in letters: c conv, b conv with a bias (a norm after it takes that in), n norm, r relu,
+# m max-pool.
 UNITS = "((nr)?(c|b(?=n)))*"
-ALONE = re.compile(f"{UNITS}(nr?)?")
+ALONE = re.compile(f"{UNITS}(n(rm?)?)?")
 BESIDE_A_SHORTCUT = re.compile(f"{UNITS}n?")
-WORDS = {"c": "conv", "b": "conv", "n": "norm", "r": "relu", "-": "other"}
+WORDS = {"c": "conv", "b": "conv", "n": "norm", "r": "relu", "m": "pool", "-": "other"}
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,7 @@ class Block:
     projection: str | None = None
     projection_norm: str | None = None
     residual: str | None = None
+    pool: str | None = None
     absorbed: tuple[tuple[str, type[nn.Module]], ...] = ()
 
     def __str__(self) -> str:
@@ -63,7 +68,7 @@ class Block:
             "projection": "+ conv norm(x)" if self.projection_norm else "+ conv(x)",
             "residual": f"+ {self.residual}(x)",
         }
-        words += [shortcut[self.shortcut], self.relu and "relu"]
+        words += [shortcut[self.shortcut], self.relu and "relu", self.pool and "pool"]
         return " ".join(filter(None, words))
 
 
@@ -73,16 +78,6 @@ class Steps:
 
     names: tuple[str, ...]
     groups: tuple[tuple[tuple[str, ...], Block | None], ...]
-
-
-def hooked(module: nn.Module) -> bool:
-    """Whether a call of `module` would run hooks."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
 
 
 def refusal(module: nn.Module) -> str | None:
@@ -104,6 +99,11 @@ def refusal(module: nn.Module) -> str | None:
         return f"pads with padding_mode={module.padding_mode!r}"
     if kind is nn.Conv2d and isinstance(module.padding, str):
         return f"pads with padding={module.padding!r}, not with a number"
+    if kind is nn.MaxPool2d:
+        try:
+            windows_of(module)
+        except ValueError as reason:
+            return f"cannot end a chain ({reason})"
     return None
 
 
@@ -113,7 +113,7 @@ def letter(module: nn.Module) -> str:
         return "-"
     if isinstance(module, nn.Conv2d):
         return "c" if module.bias is None else "b"
-    kinds = {nn.BatchNorm2d: "n", nn.ReLU: "r"}
+    kinds = {nn.BatchNorm2d: "n", nn.ReLU: "r", nn.MaxPool2d: "m"}
     return next((kinds[kind] for kind in kinds if isinstance(module, kind)), "-")
 
 
@@ -136,14 +136,21 @@ def words(letters: str) -> str:
 
 def chain(letters: str, names: Iterable[str], **rest: Any) -> Block:
     """The Block of a chain in letters; `rest` are its other fields."""
-    convs, norms = [], [None]
+    convs, norms, pool = [], [None], None
     for one, name in zip(letters, names, strict=True):
         if one == "n":
             norms[-1] = name
         elif one in "cb":
             convs.append(name)
             norms.append(None)
-    return Block(tuple(convs), tuple(norms), **rest)
+        elif one == "m":
+            pool = name
+    return Block(tuple(convs), tuple(norms), pool=pool, **rest)
+
+
+def ends_in_relu(letters: str) -> bool:
+    """Whether a chain's last activation is a ReLU, pooled or not."""
+    return letters.removesuffix("m").endswith("r")
 
 
 def absorbed(module: nn.Module, names: Iterable[str]) -> tuple[tuple[str, type[nn.Module]], ...]:
@@ -166,7 +173,8 @@ def match_steps(module: nn.Sequential) -> Steps:
             groups.append(((names[at],), None))
         else:
             group = tuple(names[at : at + len(found)])
-            block = chain(found, group, relu=found[-1] == "r", absorbed=absorbed(module, group))
+            relu = ends_in_relu(found)
+            block = chain(found, group, relu=relu, absorbed=absorbed(module, group))
             groups.append((group, block))
         at += len(found)
     return Steps(tuple(names), tuple(groups))
@@ -219,7 +227,7 @@ def _match_graph(module: nn.Module, graph: fx.Graph) -> Block:
     if len(inputs) != 1 or not isinstance(output.args[0], fx.Node):
         raise Mismatch("its forward does not take one tensor and return one")
     x, end = inputs[0], _Path(module, output.args[0])
-    relu = end.letters.endswith("r")
+    relu = ends_in_relu(end.letters)
     if end.base is x:
         end.expect(ALONE, "it")
         block, known = chain(end.letters, end.names, relu=relu), end.seen

@@ -1,8 +1,8 @@
 """A walk over a model: what `fuse` is to change, and what `explain` says of everything in it.
 
 From the root down: our own modules; then blocks and `Sequential`s (`match`); then, in
-every other forward, runs of conv → norm [→ relu] or norm → relu, judged over all calls in all
-traced forwards at once, so that a module which is also called elsewhere is seen to be.
+every other forward, runs of conv → norm [→ relu [→ pool]] or norm → relu [→ pool], judged over all
+calls in all traced forwards at once, so that a module which is also called elsewhere is seen to be.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from ..models import ResNet
-from ..modules import PLAIN, Fused
+from ..modules import PLAIN, Fused, hooked
 from .dataflow import ADD, Mismatch, is_call, is_layer, label, trace
-from .match import Block, Steps, hooked, letter, match_block, match_steps, refusal
+from .match import Block, Steps, letter, match_block, match_steps, refusal
 
 
 class Run(NamedTuple):
@@ -28,9 +28,10 @@ class Run(NamedTuple):
     conv: nn.Module | None
     norm: nn.Module
     relu: nn.Module | None
+    pool: nn.Module | None
 
     def __str__(self) -> str:
-        kinds = ("conv", "norm", "relu")
+        kinds = ("conv", "norm", "relu", "pool")
         return " ".join(kind for kind, m in zip(kinds, self, strict=True) if m is not None)
 
 
@@ -153,7 +154,7 @@ class _Walk:
             self.found.plans.append((module, block))
 
     def find_runs(self) -> None:
-        norm_of, relu_of, reasons = {}, {}, {}
+        norm_of, relu_of, pool_of, reasons = {}, {}, {}, {}
         for module in self.calls:
             try:
                 if module in self.claimed:
@@ -162,6 +163,8 @@ class _Walk:
                     norm_of[module] = self.reader(module, nn.BatchNorm2d)
                 elif isinstance(module, nn.BatchNorm2d):
                     relu_of[module] = self.reader(module, nn.ReLU)
+                elif isinstance(module, nn.ReLU):
+                    pool_of[module] = self.reader(module, nn.MaxPool2d)
             except Mismatch as reason:
                 reasons[module] = str(reason)
         read = Counter()
@@ -177,11 +180,12 @@ class _Walk:
                 del norm_of[conv]
         conv_of = {norm: conv for conv, norm in norm_of.items()}
         for norm in {**conv_of, **relu_of}:
-            run = Run(conv_of.get(norm), norm, relu_of.get(norm))
+            relu = relu_of.get(norm)
+            run = Run(conv_of.get(norm), norm, relu, pool_of.get(relu))
             self.add(run.conv or norm, str(run), holder=norm, plan=run)
             self.found.plans.append((norm, run))
         for module, reason in reasons.items():
-            if module not in conv_of:
+            if module not in conv_of and not isinstance(module, nn.ReLU):
                 self.add(module, type(module).__name__, reason)
 
     def find_rest(self) -> None:

@@ -2,7 +2,8 @@
 
     block  its forward is one chain                       `FusedBlock`
     steps  chains among the children of a `Sequential`    `FusedSequential`
-    run    conv → norm → relu in any other forward        `RunConv`, `RunNorm`, `RunReLU`
+    run    conv → norm → relu → pool in any other         `RunConv`, `RunNorm`, `RunReLU`,
+           forward                                        `RunPool`
 
 Children that run inside a fused forward are looked up by name at every call. Where one has since
 been replaced by another class, or been given hooks, the original forward runs.
@@ -17,8 +18,8 @@ from torch import Tensor, nn
 
 from ..blocks import Parts
 from ..models import ResNet
-from ..modules import PLAIN, Fused, run_fused
-from .match import Block, Steps, hooked
+from ..modules import PLAIN, Fused, hooked, run_fused
+from .match import Block, Steps
 from .survey import Own, Run
 
 FUSED = {plain: fused for fused, plain in PLAIN.items()}
@@ -79,13 +80,14 @@ class Unfinished(NamedTuple):
     x: Tensor
     conv: nn.Conv2d | None
     norm: nn.BatchNorm2d | None
+    relu: bool = False
 
-    def finish(self, relu: bool, impl: str) -> Tensor:
-        """relu(norm(conv(x))), or without what is missing."""
+    def finish(self, impl: str, pool: nn.MaxPool2d | None = None) -> Tensor:
+        """pool(relu(norm(conv(x)))), or without what is missing."""
         if self.conv is None:
-            parts = Parts((), (self.norm,), relu, "none")
+            parts = Parts((), (self.norm,), self.relu, "none", pool=pool)
         else:
-            parts = Parts((self.conv,), (None, self.norm), relu, "none")
+            parts = Parts((self.conv,), (None, self.norm), self.relu, "none", pool=pool)
         return run_fused(parts, self.x, impl=impl)
 
     def __getattr__(self, name):
@@ -112,15 +114,25 @@ class RunNorm(Swapped):
         if not handed and not hands_on:
             return super().forward(input)
         work = Unfinished(input.x, input.conv, self) if handed else Unfinished(input, None, self)
-        return work if hands_on else work.finish(False, self._fused_impl)
+        return work if hands_on else work.finish(self._fused_impl)
 
 
 class RunReLU(Swapped):
-    """The ReLU that ends a run."""
+    """The ReLU of a run: its end, unless the plan is True and a `RunPool` follows."""
+
+    def forward(self, input):
+        if not isinstance(input, Unfinished):
+            return super().forward(input)
+        work = input._replace(relu=True)
+        return work if self._fused_plan and not hooked(self) else work.finish(self._fused_impl)
+
+
+class RunPool(Swapped):
+    """The max-pool that ends a run."""
 
     def forward(self, input):
         if isinstance(input, Unfinished):
-            return input.finish(True, self._fused_impl)
+            return input.finish(self._fused_impl, self)
         return super().forward(input)
 
 
@@ -148,7 +160,7 @@ def _run(block: Block, module: nn.Module, x: Tensor) -> Tensor:
         residual, shortcut = get(block.residual)(x), "none"
     convs, norms = tuple(map(get, block.convs)), tuple(map(get, block.norms))
     ends = get(block.projection), get(block.projection_norm)
-    parts = Parts(convs, norms, block.relu, shortcut, *ends)
+    parts = Parts(convs, norms, block.relu, shortcut, *ends, get(block.pool))
     return run_fused(parts, x, residual, impl=module._fused_impl)
 
 
@@ -163,7 +175,9 @@ def apply(module: nn.Module, plan: Own | Block | Steps | Run, impl: str) -> None
             _swap(plan.conv, RunConv, None, impl)
         _swap(plan.norm, RunNorm, plan.relu is not None, impl)
         if plan.relu is not None and not isinstance(plan.relu, RunReLU):
-            _swap(plan.relu, RunReLU, None, impl)
+            _swap(plan.relu, RunReLU, plan.pool is not None, impl)
+        if plan.pool is not None and not isinstance(plan.pool, RunPool):
+            _swap(plan.pool, RunPool, None, impl)
     else:
         module.impl = impl
         module.__class__ = FUSED.get(type(module), type(module))

@@ -24,13 +24,15 @@ from .conv import conv_bn_act
 from .conv_train import conv_bprop, conv_fprop
 from .global_avg_pool import global_avg_pool
 from .launch import INTERPRETING
+from .max_pool import bn_relu_max_pool, max_pool_bwd
 from .operands import checked
 
 OPS = {
     f.__name__: checked(f)
     for f in (
         add_relu, add_relu_bwd, bn_act, bn_act_bwd_apply, bn_act_bwd_reduce, bn_bwd_finalize,
-        bn_finalize, bn_stats, conv_bn_act, conv_bprop, conv_fprop, global_avg_pool,
+        bn_finalize, bn_relu_max_pool, bn_stats, conv_bn_act, conv_bprop, conv_fprop,
+        global_avg_pool, max_pool_bwd,
     )
 }  # fmt: skip
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

@@ -14,19 +14,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..chain import Conv
-from ..layout import is_channels_last, mask_shape
+from ..chain import Conv, Pool
+from ..layout import is_channels_last, mask_shape, memory_format
 from ..reference import stats_dtype
 
 # Kinds of operands: activations like the input, or like the output of the convolution and in
 # whichever strides; filters; bits of the ReLU mask of another operand; vectors of the input's or
-# the output's channels in the dtype of statistics; parameters a channel of the output, of any dtype
-X, Y, Y_STRIDED, W, BITS, C, K, PARAMETER = range(8)
+# the output's channels in the dtype of statistics; parameters a channel of the output, of any
+# dtype; one byte for each element of the output. "Output" is what a convolution or a pool gives.
+X, Y, Y_STRIDED, W, BITS, C, K, PARAMETER, Y_BYTES = range(9)
 
 _NORM = dict.fromkeys(("bias", "bn_weight", "bn_bias", "running_mean", "running_var"), PARAMETER)
 OPERANDS = {
     "bn_stats": {"x": X},
     "global_avg_pool": {"x": X},
+    "bn_relu_max_pool": {"z": X, "scale": C, "shift": C},
+    "max_pool_bwd": {"dy": Y, "index": Y_BYTES, "x": X, "mean": C, "rstd": C},
     "bn_finalize": {"mean": C, "m2": C, "weight": PARAMETER, "bias": PARAMETER},
     "bn_bwd_finalize": {"sum_dy": C, "sum_dy_xhat": C, "scale": C, "rstd": C},
     "bn_act": {"z": X, "scale": C, "shift": C, "residual": X, "res_scale": C, "res_shift": C},
@@ -50,7 +53,8 @@ OPERANDS = {
 MASK_OF = {"mask": "dy", "dy_mask": "dy", "residual_mask": "residual"}
 TOGETHER = (  # all of them or none
     ("in_scale", "in_shift"), ("in_mean", "in_rstd"), ("res_scale", "res_shift"),
-    ("running_mean", "running_var"), ("z", "mean", "b", "c"), ("residual", "res_mean", "res_rstd"),
+    ("scale", "shift"), ("mean", "rstd"), ("running_mean", "running_var"),
+    ("z", "mean", "b", "c"), ("residual", "res_mean", "res_rstd"),
 )  # fmt: skip
 NEEDS = {  # argument → the other without which it says nothing
     "res_scale": "residual", "in_mean": "in_scale", "in_act": "in_scale",
@@ -90,7 +94,7 @@ class _Expected(NamedTuple):
             _wrong(name, "memory", fmt, f"strides {t.stride()}")
 
     def _dtype(self, kind: int) -> torch.dtype:
-        if kind == BITS:
+        if kind in (BITS, Y_BYTES):
             return torch.uint8
         return stats_dtype(self.x) if kind in (C, K) else self.x.dtype
 
@@ -140,6 +144,11 @@ def checked(run: Callable[..., Any]) -> Callable[..., Any]:
             shapes[K] = shapes[PARAMETER] = w.shape[:1]
             either = x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
             formats[Y] = _order(args[0]) if either else formats[X]
+        if "kernel" in names:
+            at = position["kernel"]
+            shapes[Y] = Pool(*(tuple(v) for v in args[at : at + 3])).output_shape(x.shape)
+            shapes[Y_BYTES] = shapes[Y]
+            formats[Y] = formats[Y_BYTES] = memory_format(x)
         expected = _Expected(first, x, formats, shapes)
         for i, name, kind in kinds:
             if args[i] is not None:

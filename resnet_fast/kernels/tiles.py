@@ -117,7 +117,7 @@ def write_entry(path: Path, kernel: str, name: str, config: tuple[int, ...], us:
 
 
 class Blocks(NamedTuple):
-    """A pointwise tile: BLOCK_R rows of BLOCK_I elements."""
+    """A tile: BLOCK_R rows of BLOCK_I elements."""
 
     r: int
     i: int
@@ -137,6 +137,15 @@ def pointwise(elements: int, inner: int, x: Tensor) -> Blocks:
     return Blocks(max(1, elements // i), i)
 
 
+def pixels(elements: int, channels: int, channels_last: bool, x: Tensor) -> Blocks:
+    """Tiles of `elements` of 2 bytes as pixels × channels.
+
+    In NHWC a tile is up to 64 channels wide, in NCHW 8 planes: neighbours stay together.
+    """
+    c = min(max(8, triton.next_power_of_2(channels)), 64 if channels_last else 8)
+    return Blocks(2 * elements // x.element_size() // c, c)
+
+
 class Split(NamedTuple):
     """A reduction over pixels: `splits` programs, each over `tiles` of m pixels × c channels."""
 
@@ -153,12 +162,8 @@ class Split(NamedTuple):
 def reduction(
     elements: int, per_processor: int, count: int, channels: int, channels_last: bool, x: Tensor
 ) -> Split:
-    """Tiles of `elements` of 2 bytes, `per_processor` programs a multiprocessor of x's GPU.
-
-    In NHWC a tile is up to 64 channels wide, in NCHW 8 planes: neighbours stay together.
-    """
-    c = min(max(8, triton.next_power_of_2(channels)), 64 if channels_last else 8)
-    m = 2 * elements // x.element_size() // c
+    """Tiles of `pixels`, `per_processor` programs a multiprocessor of x's GPU."""
+    m, c = pixels(elements, channels, channels_last, x)
     wanted = per_processor * launch.target(x).multiprocessors // triton.cdiv(channels, c)
     all_tiles = triton.cdiv(count, m)
     tiles = triton.cdiv(all_tiles, max(1, wanted))

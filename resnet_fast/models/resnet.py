@@ -1,6 +1,6 @@
 """`ResNet`: every residual network of this package as one class.
 
-    stem      conv1, bn1, ReLU (fused), max-pool
+    stem      conv1, bn1, ReLU, max-pool (fused)
     stages    layer1 … : blocks of one kind; each stage halves the image and doubles the planes
     head      for pre-activation bn_last, ReLU (fused); global average pool, fc
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..blocks import Parts, ResidualBlock, run_plain
 from ..checks import check_impl
-from ..modules import PLAIN, Fused, GlobalAvgPool2d, run_fused
+from ..modules import PLAIN, Fused, GlobalAvgPool2d, ends_chain, run_fused
 
 STEMS = ("imagenet", "cifar")
 
@@ -137,7 +137,9 @@ class ResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits [N, num_classes] of x [N, in_channels, H, W]."""
-        x = self.maxpool(self._run(Parts((self.conv1,), (None, self.bn1), True, "none"), x))
+        pool = self.maxpool if ends_chain(self.maxpool) else None
+        x = self._run(Parts((self.conv1,), (None, self.bn1), True, "none", pool=pool), x)
+        x = x if pool is not None else self.maxpool(x)
         for i in range(1, self.stages + 1):
             x = getattr(self, f"layer{i}")(x)
         if hasattr(self, "bn_last"):

@@ -128,6 +128,28 @@ def _bn_act_bwd_apply(
     return build
 
 
+WINDOWS = {"3x3 stride 2": ([3, 3], [2, 2], [1, 1]), "2x3": ([2, 3], [1, 2], [1, 0])}
+
+
+def _bn_relu_max_pool(size: str, windows: str, norm: bool = True) -> Callable[[Inputs], Arguments]:
+    def build(make: Inputs) -> Arguments:
+        shape = SIZES[size]
+        affine = (make.vec(shape[1], -1.5, 1.5), make.vec(shape[1])) if norm else (None, None)
+        return [make.act(*shape), *affine, *WINDOWS[windows], False]
+
+    return build
+
+
+def _max_pool_bwd(size: str, windows: str, sums: bool = True) -> Callable[[Inputs], Arguments]:
+    def build(make: Inputs) -> Arguments:
+        x = make.act(*SIZES[size])
+        y, index = reference.bn_relu_max_pool(x, None, None, *WINDOWS[windows], True)
+        spread = (make.vec(x.size(1)), make.vec(x.size(1), 0.5, 2)) if sums else (None, None)
+        return [make.act(*y.shape), index, x, *spread, *WINDOWS[windows]]
+
+    return build
+
+
 @dataclass(frozen=True)
 class Geometry:
     """A convolution's shapes: x, filters [K,R,R] and how they meet."""
@@ -257,6 +279,14 @@ CASES: dict[str, dict[str, Callable[[Inputs], Arguments]]] = {
         "residual": _bn_act_bwd_apply("8x7x5", relu=False, residual=True),
         "frozen": _bn_act_bwd_apply("24x7x7 N=1", batch=False, residual=True),
         "no norm": _bn_act_bwd_apply("3x9x7", norm=False, residual=True),
+    },
+    "bn_relu_max_pool": {
+        **{f"3x3 stride 2, {size}": _bn_relu_max_pool(size, "3x3 stride 2") for size in SIZES},
+        "2x3, no norm": _bn_relu_max_pool("8x7x5", "2x3", norm=False),
+    },
+    "max_pool_bwd": {
+        **{f"3x3 stride 2, {size}": _max_pool_bwd(size, "3x3 stride 2") for size in SIZES},
+        "2x3, no sums": _max_pool_bwd("8x7x5", "2x3", sums=False),
     },
     "conv_fprop": {
         **{f"{g}, prologue, stats": _conv_fprop(g, True, True) for g in GEOMETRIES},

@@ -13,7 +13,8 @@ from .arguments import CASES, Arguments, Inputs
 from .check import GRADIENT, Runs, Setting, Trial, Values
 
 GRADIENTS = {
-    "bn_bwd_finalize", "add_relu_bwd", "bn_act_bwd_reduce", "bn_act_bwd_apply", "conv_bprop",
+    "bn_bwd_finalize", "add_relu_bwd", "bn_act_bwd_reduce", "bn_act_bwd_apply", "max_pool_bwd",
+    "conv_bprop",
 }  # fmt: skip
 
 
