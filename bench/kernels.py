@@ -263,6 +263,9 @@ def norm_cases(dtype: torch.dtype, channels_last: bool) -> dict[str, Callable[[]
     rows, inner = (n * size * size, channels) if channels_last else (n * channels, size * size)
     mask = torch.empty((rows, inner // 8), dtype=torch.uint8, device="meta")
     a, b, c, d = _vectors(channels, 4, dtype)
+    windows = [3, 3], [2, 2], [1, 1]
+    pooled = _tensor((n, channels, size // 2, size // 2), dtype, channels_last)
+    index = _tensor(pooled.shape, torch.uint8, channels_last)
     return {
         f"{name} {'NHWC' if channels_last else 'NCHW'}": call
         for name, call in {
@@ -276,6 +279,12 @@ def norm_cases(dtype: torch.dtype, channels_last: bool) -> dict[str, Callable[[]
             "bwd+res": partial(kernels.bn_act_bwd_apply, x, mask, a, y, b, c, d, z),
             "frozen": partial(kernels.bn_act_bwd_apply, x, mask, a, *[None] * 5),
             "stats": partial(kernels.bn_stats, x),
+            "pool": partial(kernels.bn_relu_max_pool, x, a, b, *windows, True),
+            "pool alone": partial(kernels.bn_relu_max_pool, x, None, None, *windows, False),
+            "pool bwd": partial(kernels.max_pool_bwd, pooled, index, x, a, b, *windows),
+            "pool bwd alone": partial(
+                kernels.max_pool_bwd, pooled, index, x, None, None, *windows
+            ),
             "vectors": partial(kernels.bn_finalize, a, b, n, c, d, EPS),
             "vectors bwd": partial(kernels.bn_bwd_finalize, a, b, c, d, n),
             "dgrad": partial(dgrad_epilogue, x, y, a, b, c, d, z, mask),

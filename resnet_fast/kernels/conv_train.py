@@ -40,7 +40,7 @@ from .conv_plan import (
 )
 from .conv_wgrad import conv_wgrad
 from .lanes import element_offsets, mask_bits, relu_gate, sum_rows, widen
-from .launch import launch
+from .launch import INTERPRETING, launch
 from .merge import merge_sums, merge_tiles
 
 CONFIGS = ((4096, 4, 8), (2048, 8, 4), (4096, 2, 8), (2048, 4, 8))
@@ -229,7 +229,7 @@ def conv_bprop(
     if x.numel() == 0 or dy.numel() == 0 or refuse_gradients(x, w, conv) is not None:
         start(PLANS[-1])
     else:
-        plans = _asked(PLANS)
+        plans = _asked(PLANS if _masks_on_load(x) else PLANS[1:])
         best = by_rule(x, w, conv)
         rule = plans.index(best) if best in plans else 0
         needs = f"{'dx' * need_dx}{'dw' * need_dw}"
@@ -246,13 +246,20 @@ def by_rule(x: Tensor, w: Tensor, conv: Conv) -> Plan:
 
     Ours where descriptors can; 1x1 with everything on load, as memory bounds it. A larger filter
     would make dz and φ(x) again for each tap, which by estimate takes longer than the tensor cores
-    do: there they are made once. The stem's 49 taps of three channels fill no tile. In double all
-    else is ours, by pointers.
+    do: there they are made once, and in double. The stem's 49 taps of three channels fill no tile.
+    In double all else is ours, by pointers.
     """
     taps = w.size(2) * w.size(3)
     if by_library(x, w, conv) or taps > 9:
         return PLANS[-1]
-    return PLANS[0] if taps == 1 else PLANS[1]
+    return PLANS[0] if taps == 1 and _masks_on_load(x) else PLANS[1]
+
+
+def _masks_on_load(x: Tensor) -> bool:
+    """Whether dz may be made as it is loaded: not in double, where Triton 3.6 compiles no bit mask
+    beside a multiplication. The interpreter takes it all the same, and so do its gradchecks.
+    """
+    return x.dtype != torch.float64 or INTERPRETING
 
 
 def _gradients(plan, dy, w, x, in_act, conv, above, below, need_dx, need_dw):

@@ -67,11 +67,12 @@ def target(x: Tensor) -> Target:
 
 
 def all_registers(x: Tensor) -> dict[str, int]:
-    """Options of a launch: a thread may have 255 registers, on GPUs but sm_90.
+    """Options of a launch: a thread may have 255 registers, in double and on GPUs but sm_90.
 
-    There ptxas, left to itself, spills for the sake of occupancy (128 or 168 registers).
+    There ptxas, left to itself, spills for the sake of occupancy (80, 128 or 168 registers).
     """
-    return {} if target(x).capability == 90 else {"maxnreg": 255}
+    half = x.dtype != torch.float64
+    return {} if half and target(x).capability == 90 else {"maxnreg": 255}
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:

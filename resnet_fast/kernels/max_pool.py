@@ -15,11 +15,21 @@ from .lanes import element_offsets, sum_rows, widen
 from .launch import launch
 from .merge import merge_sums
 
-CONFIGS = ((2048, 4), (1024, 4), (4096, 8), (1024, 2))  # elements of a tile, warps
-BWD_CONFIGS = ((2048, 8, 4), (4096, 4, 8), (2048, 4, 8), (4096, 2, 8))
+CONFIGS = ((1024, 4), (2048, 8), (512, 4), (512, 2))  # elements of a tile, warps
+BWD_CONFIGS = ((1024, 16, 4), (2048, 8, 8), (1024, 8, 4), (1024, 16, 8))
 # elements of a tile, programs a multiprocessor, warps
+REGISTERS = 128  # a thread may have: left to itself ptxas spills for the sake of occupancy
 MOST_AT_ONCE = 16
 NONE: tl.constexpr = tl.constexpr(MOST_POSITIONS)  # the code of a window that ReLU closed
+
+
+@triton.jit
+def _first_image(m0, lane, pixels):
+    """Of pixels m0 + lane of all images: the first's image (int64), how many images later each is,
+    and which of its image's pixels. One scalar in 64 bits carries the size.
+    """
+    place = (m0 % pixels).to(tl.int32) + lane
+    return m0 // pixels, place // pixels, place % pixels
 
 
 @triton.jit
@@ -74,10 +84,11 @@ def bn_relu_max_pool_kernel(
     lane, is_channel = tl.arange(0, BLOCK_M)[:, None], c < channels
     is_element = (m0 + lane < count) & is_channel
     pixels = rows * columns
-    image, pixel = (m0 + lane) // pixels, ((m0 + lane) % pixels).to(tl.int32)
+    image, at, pixel = _first_image(m0, lane, pixels)
     top = pixel // columns * STRIDE_H - PAD_H
     left = pixel % columns * STRIDE_W - PAD_W
-    at = image * z_sn + (c * z_sc + top * z_sh + left * z_sw)
+    z += image * z_sn
+    at = at * z_sn + (c * z_sc + top * z_sh + left * z_sw)
     a, b = None, None
     if scale is not None:
         a, b = tl.load(scale + c, is_channel, 0.0), tl.load(shift + c, is_channel, 0.0)
@@ -160,17 +171,18 @@ def max_pool_bwd_kernel(
     for tile in range(tiles_per_split):
         m0 = (split.to(tl.int64) * tiles_per_split + tile) * BLOCK_M
         is_element = (m0 + lane < count) & is_channel
-        image, pixel = (m0 + lane) // pixels, ((m0 + lane) % pixels).to(tl.int32)
+        image, at, pixel = _first_image(m0, lane, pixels)
         h, w = pixel // width + PAD_H, pixel % width + PAD_W
         p, q, r, s = h // STRIDE_H, w // STRIDE_W, h % STRIDE_H, w % STRIDE_W
-        at = image * y_sn + (c * y_sc + p * y_sh + q * y_sw)
+        at = at * y_sn + (c * y_sc + p * y_sh + q * y_sw)
         g = zero
         for i0 in range(0, windows, AT_ONCE):
             for j in tl.static_range(AT_ONCE):
                 up, back = (i0 + j) // across, (i0 + j) % across
                 g = _from_window(
-                    g, dy, index, p - up, q - back, r + up * STRIDE_H, s + back * STRIDE_W,
-                    at - (up * y_sh + back * y_sw), is_element, rows, columns, R, S,
+                    g, dy + image * y_sn, index + image * y_sn, p - up, q - back,
+                    r + up * STRIDE_H, s + back * STRIDE_W, at - (up * y_sh + back * y_sw),
+                    is_element, rows, columns, R, S,
                 )  # fmt: skip
         out = element_offsets(m0, lane, c, channels, pixels, CHANNELS_LAST)
         tl.store(dx + out, g.to(dx.dtype.element_ty), is_element)
@@ -181,6 +193,11 @@ def max_pool_bwd_kernel(
         to = partial + split * channels + c
         tl.store(to, sum_rows(sum_dx), is_channel)
         tl.store(to + tl.num_programs(0) * channels, sum_rows(sum_dx_x), is_channel)
+
+
+def _elements(elements: int, channels_last: bool) -> int:
+    """Of a tile: half in NCHW, where neighbours have addresses and coefficients of their own."""
+    return elements if channels_last else elements // 2
 
 
 def _at_once(steps: int) -> int:
@@ -210,12 +227,12 @@ def bn_relu_max_pool(
 
     def start(config: tuple[int, ...]) -> None:
         elements, warps = config
-        block = tiles.pixels(elements, channels, channels_last, z)
+        block = tiles.pixels(_elements(elements, channels_last), channels, channels_last, z)
         launch(
             bn_relu_max_pool_kernel, block.grid(count, channels),
             z, scale, shift, y, index, *z.stride(), channels, *z.shape[2:], *y.shape[2:], count,
             *kernel, *stride, *padding, _at_once(kernel[0] * kernel[1]), channels_last,
-            block.r, block.i, num_warps=warps,
+            block.r, block.i, num_warps=warps, maxnreg=REGISTERS,
         )  # fmt: skip
 
     key = (*z.shape, *kernel, *stride, channels_last, z.dtype)
@@ -246,13 +263,14 @@ def max_pool_bwd(
     def start(config: tuple[int, ...]) -> None:
         nonlocal partial
         elements, per_processor, warps = config
+        elements = _elements(elements, channels_last)
         split = tiles.reduction(elements, per_processor, count, channels, channels_last, x)
         partial = x.new_empty(2, split.splits if sums else 0, channels, dtype=stats_dtype(x))
         launch(
             max_pool_bwd_kernel, split.grid(channels),
             dy, index, x, mean, dx, partial, *dy.stride(), channels, *x.shape[2:], *dy.shape[2:],
             count, split.tiles, *kernel, *stride, *padding, _at_once(windows), channels_last,
-            split.m, split.c, num_warps=warps,
+            split.m, split.c, num_warps=warps, maxnreg=REGISTERS,
         )  # fmt: skip
 
     key = (*x.shape, *kernel, *stride, bool(sums), channels_last, x.dtype)

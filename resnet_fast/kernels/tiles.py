@@ -138,12 +138,12 @@ def pointwise(elements: int, inner: int, x: Tensor) -> Blocks:
 
 
 def pixels(elements: int, channels: int, channels_last: bool, x: Tensor) -> Blocks:
-    """Tiles of `elements` of 2 bytes as pixels × channels.
+    """Tiles of `elements` of 2 bytes as pixels × channels, of 8 pixels at least.
 
     In NHWC a tile is up to 64 channels wide, in NCHW 8 planes: neighbours stay together.
     """
     c = min(max(8, triton.next_power_of_2(channels)), 64 if channels_last else 8)
-    return Blocks(2 * elements // x.element_size() // c, c)
+    return Blocks(max(8, 2 * elements // x.element_size() // c), c)
 
 
 class Split(NamedTuple):
