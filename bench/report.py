@@ -40,7 +40,7 @@ def write(
     """OUT/report.html and its pictures; the page's path. RuntimeError without matplotlib."""
     pictures = {"training.png": lambda path: plot_training(curves, path)}
     if measured:
-        pictures["throughput.png"] = lambda path: _neutral(table.plot_throughput, measured, path)
+        pictures["throughput.png"] = lambda path: neutral(table.plot_throughput, measured, path)
     images = {}
     for name, draw in pictures.items():
         draw(out / name)
@@ -53,7 +53,7 @@ def write(
 
 def plot_training(curves: Mapping[str, digits.Curve], path: Path) -> None:
     """Loss a step, test accuracy an epoch and the drift from the plain net; PNG at `path`."""
-    _neutral(_plot_training, curves, path)
+    neutral(_plot_training, curves, path)
 
 
 def _plot_training(curves: Mapping[str, digits.Curve], path: Path) -> None:
@@ -93,7 +93,7 @@ def _smooth(values: Sequence[float]) -> list[float]:
     return [sum(span) / len(span) for span in spans]
 
 
-def _neutral(draw, *arguments: Any) -> None:
+def neutral(draw, *arguments: Any) -> None:
     """draw(*arguments) with grey text and lines on a transparent ground."""
     try:
         import matplotlib
