@@ -26,7 +26,10 @@ def test_machine_code(source, arch):
     failed = [cuda.line(row) for row in rows if row.failure]
     assert not failed, "\n".join(failed)
     # <T, NHWC, whole>: octets that lie at multiples of 16 bytes are read as such.
+    # A plane's windows are read value by value.
     whole = [row for row in rows if row.kernel.endswith(", true>")]
+    if source.stem == "max_pool":
+        whole = [row for row in whole if row.kernel.endswith(", true, true>")]
     assert all("ld128" in row.loads for row in whole), [cuda.line(row) for row in whole]
     if source.stem in ("bn_act", "reduce"):
         assert len(whole) == 2 * 4 * len({row.kernel.partition("<")[0] for row in whole})

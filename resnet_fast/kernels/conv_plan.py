@@ -177,10 +177,17 @@ def refuse_gradients(x: Tensor, w: Tensor, conv: Conv) -> str | None:
     return None
 
 
+def double_configs(x: Tensor) -> Configs:
+    """Configurations in double: the smaller tile where Triton multiplies doubles by no tensor core
+    (sm_100 and later), whose operands are in registers.
+    """
+    return DOUBLE_CONFIGS[1:] if target(x).capability >= 100 else DOUBLE_CONFIGS
+
+
 def gradient_configs(x: Tensor, w: Tensor, tma: bool, above: Above) -> Configs:
     """Configurations of `conv_dgrad`: dz as GEMM_M × GEMM_K from one tensor or two, C wide."""
     if x.dtype == torch.float64:
-        return eligible(DOUBLE_CONFIGS, w.size(1), target(x).shared)
+        return eligible(double_configs(x), w.size(1), target(x).shared)
     if not tma and precision(x) == "ieee":
         return eligible(IEEE_CONFIGS, w.size(1), target(x).shared)
     pieces = 1 + (above.z is not None)

@@ -12,11 +12,11 @@ from ..reference import stats_dtype
 from . import tiles
 from .conv_epilogue import columns, epilogue, prologue, store_moments
 from .conv_plan import (
-    DOUBLE_CONFIGS,
     FLAT_CONFIGS,
     IEEE_CONFIGS,
     POINTER_CONFIGS,
     Fusion,
+    double_configs,
     eligible,
     key,
     pick,
@@ -170,7 +170,7 @@ def by_pointers(x: Tensor, w: Tensor, conv: Conv, f: Fusion, y: Tensor) -> Tenso
     residual = y if f.residual is None else f.residual
     flat_channels = channels if channels < 16 else 0
     if x.dtype == torch.float64:
-        configs = DOUBLE_CONFIGS
+        configs = double_configs(x)
     elif precision(x) == "ieee":
         configs = IEEE_CONFIGS
     else:

@@ -12,7 +12,7 @@ from ..layout import memory_format
 from ..reference import stats_dtype
 from . import tiles
 from .lanes import element_offsets, sum_rows, widen
-from .launch import launch
+from .launch import INTERPRETING, launch
 from .merge import merge_sums
 
 CONFIGS = ((1024, 4), (2048, 8), (512, 4), (512, 2))  # elements of a tile, warps
@@ -196,7 +196,10 @@ def max_pool_bwd_kernel(
 
 
 def _elements(elements: int, channels_last: bool) -> int:
-    """Of a tile: half in NCHW, where neighbours have addresses and coefficients of their own."""
+    """Of a tile: half in NCHW, where neighbours have addresses and coefficients of their own; more
+    in the interpreter, which has no registers and whose time goes by programs.
+    """
+    elements *= 4 if INTERPRETING else 1
     return elements if channels_last else elements // 2
 
 
