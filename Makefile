@@ -15,7 +15,17 @@ GPU_PYTHON ?= python3
 GPU_ARGS ?=
 GPU_JOBS ?= 8
 ARCH ?= sm_80,sm_90,sm_100
-EXTRAS := triton,test,demo,dev
+EXTRAS := test,demo,dev
+
+# The torch that is there, as a constraint: nothing that is installed after it may replace it. One
+# that brings its own triton, as CUDA builds do, keeps that too.
+define ASK_TORCH
+from importlib.metadata import requires, version
+print("torch==" + version("torch"))
+if not any(r.startswith("triton") and "extra ==" not in r for r in requires("torch")):
+    print("# brings no triton")
+endef
+export ASK_TORCH
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
@@ -54,7 +64,9 @@ $(PY):
 $(DEPS): pyproject.toml | $(PY)
 	@$(PY) -c "import torch" 2>/dev/null || { echo $(PIP) install $(TORCH); $(PIP) install $(TORCH); }
 	$(PIP) install "setuptools>=77" ninja
-	RESNET_FAST_BUILD=none $(PIP) install --no-build-isolation -e ".[$(EXTRAS)]"
+	@$(PY) -c "$$ASK_TORCH" > $(VENV)/torch.txt
+	RESNET_FAST_BUILD=none $(PIP) install --no-build-isolation -c $(VENV)/torch.txt \
+	  -e ".[$(EXTRAS)$$(sed -n 's/^# brings no triton/,triton/p' $(VENV)/torch.txt)]"
 	@if command -v nvcc >/dev/null; then echo $(CUTLASS); $(CUTLASS); fi
 	@touch $@
 
