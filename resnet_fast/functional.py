@@ -21,6 +21,11 @@ from .checks import check_chain, pair
 from .layout import memory_format
 from .reference import stats_dtype
 
+# Asked once: the compiler of torch 2.6 does not trace the question.
+AUTOCAST_DEVICES = frozenset(
+    device for device in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(device)
+)
+
 
 class Running(NamedTuple):
     """How one norm's running statistics follow the batch, as `torch.nn.BatchNorm2d`'s do.
@@ -261,7 +266,7 @@ def _autocast(x: Tensor) -> Tensor:
     As in PyTorch, convolutions ask for it; a normalization or an addition alone takes what it gets.
     """
     device = x.device.type
-    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+    if x.dtype == torch.float64 or device not in AUTOCAST_DEVICES:
         return x
     if not torch.is_autocast_enabled(device):
         return x
