@@ -220,8 +220,10 @@ def sources(mode: str, root: Path = ROOT, cutlass: bool = False) -> list[str]:
 def isas(arch: str, root: Path = ROOT) -> list[str]:
     """Instruction sets with kernels of their own: csrc/cpu/kernels_<isa>.cpp, where they apply."""
     names = {p.stem.removeprefix("kernels_") for p in root.glob("csrc/cpu/kernels_*.cpp")}
-    x86 = arch.lower() in ("x86_64", "amd64")
-    return ["baseline", *sorted(n for n in names if n.startswith("avx") and x86)]
+    if arch.lower() not in ("x86_64", "amd64"):
+        return ["baseline"]
+    found = [sorted(n for n in names if n.startswith(family)) for family in ("avx", "amx")]
+    return ["baseline", *found[0], *found[1]]
 
 
 def cuda_archs() -> str:

@@ -15,7 +15,7 @@ import torch
 import resnet_fast
 
 ROOT = Path(__file__).resolve().parents[1]
-ISAS = ["baseline", "avx2", "avx512", "avx512_bf16"]
+ISAS = ["baseline", "avx2", "avx512", "avx512_bf16", "amx_bf16"]
 
 
 def load_setup():
@@ -123,10 +123,11 @@ def test_portable_flags_off_linux(monkeypatch):
 
 
 def test_sources_and_isas_are_found_by_name(tmp_path):
-    for name in ("module.cpp", "cpu/kernels_avx2.cpp", "cpu/kernels_avx512.cpp", "cuda/bn.cu"):
+    for name in ("module.cpp", "cpu/kernels_avx2.cpp", "cpu/kernels_avx512.cpp",
+                 "cpu/kernels_amx_bf16.cpp", "cuda/bn.cu"):  # fmt: skip
         (tmp_path / "csrc" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "csrc" / name).touch()
-    assert build.isas("x86_64", tmp_path) == ["baseline", "avx2", "avx512"]
+    assert build.isas("x86_64", tmp_path) == ["baseline", "avx2", "avx512", "amx_bf16"]
     assert build.isas("aarch64", tmp_path) == ["baseline"]
     assert "csrc/cuda/bn.cu" in build.sources("cuda", tmp_path)
     assert "csrc/cuda/bn.cu" not in build.sources("cpu", tmp_path)

@@ -3,48 +3,17 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from judge import judge
 from op_cases import CONVOLUTIONS, CONVS, EMPTY, EMPTY_CONV, POINTWISE, SHAPES, Draw, op_of, widen
 
 from resnet_fast import backend, ops, reference
 from resnet_fast.layout import is_channels_last, mask_shape, memory_format
-from resnet_fast.tolerance import MAX_KINK_SHARE, assert_close, near_kink
+from resnet_fast.tolerance import MAX_KINK_SHARE, near_kink
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 FULL_OPCHECK = ("test_schema", "test_autograd_registration", "test_faketensor",
                 "test_aot_dispatch_dynamic")  # fmt: skip
-GRADIENTS = (
-    "bn_bwd_finalize", "bn_act_bwd_reduce", "bn_act_bwd_apply", "max_pool_bwd", "conv_bprop",
-)  # fmt: skip
-
-
-def outputs(result):
-    return result if isinstance(result, tuple | list) else (result,)
-
-
-def judge(impl, dtype, variant, args, name):
-    """Run the op under `impl` and hold every floating result against the reference's."""
-    op = op_of(variant)
-    actual = outputs(getattr(torch.ops.resnet_fast, op)(*args, impl.name))
-    specification = getattr(reference, op)
-    exact = outputs(specification(*widen(args)))
-    if dtype == torch.float64:  # nothing is wider: the rule scales the fp32 result's error
-        args = [a.float() if is_floating(a) else a for a in args]
-    same = outputs(specification(*args))
-    for i, results in enumerate(zip(actual, same, exact, strict=True)):
-        what = f"{variant} result {i} of {name}"
-        assert results[0].shape == results[1].shape, what
-        if results[0].dtype == torch.uint8:
-            continue  # test_mask, test_index
-        assert_close(*results, what, gradient=op in GRADIENTS)
-        for format in (torch.contiguous_format, torch.channels_last):
-            if results[0].dim() == 4 and results[0].numel():
-                dense = [r.is_contiguous(memory_format=format) for r in results[:2]]
-                assert dense[0] == dense[1], f"{what}: {format}"
-
-
-def is_floating(value):
-    return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
 @pytest.mark.parametrize("variant", POINTWISE)

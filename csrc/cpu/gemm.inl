@@ -1,5 +1,8 @@
 // The kernels of conv_kernels.h, for Element = float (AVX-512) or bf16 (AVX-512 BF16).
 
+constexpr int kTileRows = 14;
+constexpr int kHalf = 7;
+
 inline __attribute__((always_inline)) __m512 multiply_add(__m512i a, __m512i b, __m512 sum) {
 #if defined(RESNET_FAST_AVX512_BF16)
   return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
@@ -8,18 +11,25 @@ inline __attribute__((always_inline)) __m512 multiply_add(__m512i a, __m512i b, 
 #endif
 }
 
+// How many of `stretches` one register sums: kChain steps, at least a stretch.
+inline int64_t chain(const Stretch* stretches, int64_t n) {
+  int64_t count = 1;
+  for (int64_t sum = stretches[0].steps; count < n && (sum += stretches[count].steps) <= kChain;) ++count;
+  return count;
+}
+
 // Rows in groups of four or three, at p, p + lda, p + 2·lda, p + 3·lda: x86 address modes of one pointer and
 // two strides. Each half of the tile has two groups.
 template <int kRows>
 inline __attribute__((always_inline)) void accumulate(
-    const Stretch* stretches, int64_t n, const TileStrides& strides, __m512 (&sum)[kRows][2]) {
+    const Product& product, const Stretch* stretches, int64_t n, __m512 (&sum)[kRows][2]) {
   constexpr int kGroups = kRows > kHalf + 4 ? 4 : kRows > kHalf ? 3 : kRows > 4 ? 2 : 1;
-  const int64_t lda = strides.lda, lda3 = 3 * lda, a_step = strides.a_step, b_step = strides.b_step;
-  const int64_t offset[4] = {0, 4 * lda, strides.half_a, strides.half_a + 4 * lda};
+  const int64_t lda = product.lda, lda3 = 3 * lda, a_step = product.a_step, b_step = product.b_step;
+  const int64_t half_a = product.half_a, offset[4] = {0, 4 * lda, half_a, half_a + 4 * lda};
   for (int64_t i = 0; i < n; ++i) {
     const char* group[kGroups];
-    for (int g = 0; g < kGroups; ++g) group[g] = stretches[i].a + offset[g];
-    const char* b = stretches[i].b;
+    for (int g = 0; g < kGroups; ++g) group[g] = product.a + stretches[i].a + offset[g];
+    const char* b = product.b + stretches[i].b;
     for (int64_t step = stretches[i].steps; step > 0; --step) {
       const __m512i b0 = _mm512_loadu_si512(b), b1 = _mm512_loadu_si512(b + 64);
       b += b_step;
@@ -37,6 +47,31 @@ inline __attribute__((always_inline)) void accumulate(
   }
 }
 
+// The same in chains whose sums are added, so that the error does not grow with the number of steps.
+template <int kRows>
+inline __attribute__((always_inline)) void accumulate_chains(
+    const Product& product, __m512 (&sum)[kRows][2]) {
+  const int64_t n = product.count;
+  alignas(64) float sums[kRows][kTileColumns];
+  for (int64_t i = 0; i < n;) {
+    const Stretch* from = product.stretches + i;
+    const int64_t count = chain(from, n - i);
+    accumulate<kRows>(product, from, count, sum);
+    const bool first = i == 0, last = i + count == n;
+    i += count;
+    if (first && last) break;
+#pragma GCC unroll 14
+    for (int row = 0; row < kRows; ++row) {
+      for (int half = 0; half < 2; ++half) {
+        float* beside = sums[row] + 16 * half;
+        const __m512 total = first ? sum[row][half] : _mm512_add_ps(_mm512_load_ps(beside), sum[row][half]);
+        if (!last) _mm512_store_ps(beside, total);
+        sum[row][half] = last ? total : _mm512_setzero_ps();
+      }
+    }
+  }
+}
+
 inline __attribute__((always_inline)) void store_lanes(Lanes<float> v, Element* y) {
 #if defined(RESNET_FAST_AVX512_BF16)
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(y), (__m256i)_mm512_cvtneps_pbh(v.v));
@@ -47,8 +82,7 @@ inline __attribute__((always_inline)) void store_lanes(Lanes<float> v, Element* 
 
 template <int kRows>
 void store_rows(
-    const Stretch* stretches, int64_t n, const TileStrides& strides, Element* y, int64_t ldy, int64_t half_y,
-    const Epilogue<Element>& epilogue) {
+    const Product& product, Element* y, int64_t ldy, int64_t half_y, const Epilogue<Element>& epilogue) {
   __m512 sum[kRows][2];
   if (epilogue.residual) {  // on its way while the sum is made
     for (int row = 0; row < kRows; ++row) {
@@ -59,15 +93,17 @@ void store_rows(
   }
 #pragma GCC unroll 14
   for (int row = 0; row < kRows; ++row) {
-    for (int half = 0; half < 2; ++half) {
-      sum[row][half] = epilogue.shift ? _mm512_loadu_ps(epilogue.shift + 16 * half) : _mm512_setzero_ps();
-    }
+    sum[row][0] = sum[row][1] = _mm512_setzero_ps();
   }
-  accumulate<kRows>(stretches, n, strides, sum);
+  accumulate_chains<kRows>(product, sum);
+  __m512 shift[2];  // added last: a large one would cost the sum's small digits
+  for (int half = 0; half < 2; ++half) {
+    shift[half] = epilogue.shift ? _mm512_loadu_ps(epilogue.shift + 16 * half) : _mm512_setzero_ps();
+  }
 #pragma GCC unroll 14
   for (int row = 0; row < kRows; ++row) {
     for (int half = 0; half < 2; ++half) {
-      Lanes<float> v = {sum[row][half]};
+      Lanes<float> v = {_mm512_add_ps(sum[row][half], shift[half])};
       const int64_t at = row / kHalf * half_y + row % kHalf * ldy + 16 * half;
       if (epilogue.residual) v = v + Lanes<float>::load(epilogue.residual + at);
       if (epilogue.relu) v = v.where(v.positive());
@@ -76,19 +112,23 @@ void store_rows(
   }
 }
 
+// What is there is added last: the error grows with the chain, not with all that was ever summed.
 template <int kRows>
-void add_rows(const Stretch* stretches, int64_t n, const TileStrides& strides, bool add, float* to, int64_t ld) {
+void add_rows(const Product& product, bool add, float* to, int64_t ld) {
   __m512 sum[kRows][2];
 #pragma GCC unroll 14
   for (int row = 0; row < kRows; ++row) {
-    sum[row][0] = add ? _mm512_loadu_ps(to + row * ld) : _mm512_setzero_ps();
-    sum[row][1] = add ? _mm512_loadu_ps(to + row * ld + 16) : _mm512_setzero_ps();
+    if (add) _mm_prefetch(reinterpret_cast<const char*>(to + row * ld), _MM_HINT_T0);
+    if (add) _mm_prefetch(reinterpret_cast<const char*>(to + row * ld + 16), _MM_HINT_T0);
+    sum[row][0] = sum[row][1] = _mm512_setzero_ps();
   }
-  accumulate<kRows>(stretches, n, strides, sum);
+  accumulate<kRows>(product, product.stretches, product.count, sum);
 #pragma GCC unroll 14
   for (int row = 0; row < kRows; ++row) {
-    _mm512_storeu_ps(to + row * ld, sum[row][0]);
-    _mm512_storeu_ps(to + row * ld + 16, sum[row][1]);
+    for (int half = 0; half < 2; ++half) {
+      float* at = to + row * ld + 16 * half;
+      _mm512_storeu_ps(at, add ? _mm512_add_ps(_mm512_loadu_ps(at), sum[row][half]) : sum[row][half]);
+    }
   }
 }
 
@@ -102,14 +142,13 @@ inline void with_rows(int rows, F f) {
 }
 
 void store_tile(
-    int rows, const Stretch* stretches, int64_t n, const TileStrides& strides, Element* y, int64_t ldy, int64_t half_y,
-    const Epilogue<Element>& epilogue) {
-  with_rows(rows, [&](auto r) { store_rows<r.value>(stretches, n, strides, y, ldy, half_y, epilogue); });
+    const Rows& rows, const Product& product, Element* y, int64_t ldy, int64_t half_y,
+    const Epilogue<Element>& epilogue, int&) {
+  with_rows(rows.first + rows.second, [&](auto r) { store_rows<r.value>(product, y, ldy, half_y, epilogue); });
 }
 
-void add_tile(
-    int rows, const Stretch* stretches, int64_t n, const TileStrides& strides, bool add, float* to, int64_t ld) {
-  with_rows(rows, [&](auto r) { add_rows<r.value>(stretches, n, strides, add, to, ld); });
+void add_tile(int rows, const Product& product, bool add, float* to, int64_t ld, int&) {
+  with_rows(rows, [&](auto r) { add_rows<r.value>(product, add, to, ld); });
 }
 
 constexpr int kValues = 4 / sizeof(Element);  // values a step: 1 fp32, 2 bf16
@@ -187,6 +226,12 @@ void pack_pixels(const Element* x, int64_t ld, int64_t pixels, int64_t channels,
 }
 
 const ConvKernels<Element>& conv_kernels() {
-  static constexpr ConvKernels<Element> all = {store_tile, add_tile, pack_outer, pack_inner, pack_pixels};
+  static constexpr ConvKernels<Element> all = {
+      .rows = kTileRows, .half = kHalf, .ragged = false, .steps = 1, .depth = kChain, .scratch_bytes = 256 << 10,
+      .dw_parts = 3,  // 11 rows keep the FMAs as busy as 14, and three times 11 is little more than 32
+      .dw_pixels = 256, .dw_bytes = 640 << 10,
+      .store_tile = store_tile, .add_tile = add_tile, .release = nullptr,
+      .pack_outer = pack_outer, .pack_inner = pack_inner, .pack_pixels = pack_pixels,
+      .turn = nullptr, .spread = nullptr};
   return all;
 }

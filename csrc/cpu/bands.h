@@ -1,0 +1,107 @@
+// What our own convolutions share: the axes of a convolution and of its transpose, bands of output rows, tasks
+// on threads, and scratch memory.
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <c10/util/Exception.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <memory>
+
+#include "conv_kernels.h"
+
+namespace resnet_fast::cpu {
+
+template <class T>
+constexpr int64_t kStepValues = 4 / sizeof(T);
+
+template <class T>
+int64_t steps(int64_t values) {
+  return (values + kStepValues<T> - 1) / kStepValues<T>;
+}
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// `total` things in parts of equal size, the first total % parts one larger.
+struct Cut {
+  int64_t parts, total;
+  int64_t begin(int64_t i) const { return i * (total / parts) + std::min(i, total % parts); }
+};
+
+inline int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -ceil_div(-a, b); }
+
+// Scratch memory of this thread, kept between calls; `slot` tells buffers in use at once apart.
+inline char* scratch(int slot, int64_t bytes) {
+  struct Free {
+    void operator()(char* p) const { std::free(p); }
+  };
+  thread_local std::unique_ptr<char, Free> buffers[3];
+  thread_local int64_t sizes[3] = {0, 0, 0};
+  if (sizes[slot] < bytes) {
+    sizes[slot] = ceil_div(bytes, 4096) * 4096;
+    buffers[slot].reset(static_cast<char*>(std::aligned_alloc(64, sizes[slot])));
+    TORCH_CHECK(buffers[slot] != nullptr, "out of memory: ", sizes[slot], " bytes of scratch");
+  }
+  return buffers[slot].get();
+}
+
+// One axis of a convolution or of its transpose: output o and tap r meet input (o·mul + first + r·slope) / div,
+// where that is whole.
+struct Axis {
+  int64_t input, output, taps, mul, div, first, slope;
+
+  bool meets(int64_t o, int64_t r) const { return (o * mul + first + r * slope) % div == 0; }
+  int64_t at(int64_t o, int64_t r) const { return (o * mul + first + r * slope) / div; }
+  int64_t least(int64_t o) const { return floor_div(o * mul + first + std::min<int64_t>(0, (taps - 1) * slope), div); }
+  int64_t most(int64_t o) const { return ceil_div(o * mul + first + std::max<int64_t>(0, (taps - 1) * slope), div); }
+};
+
+inline Axis fprop_axis(int64_t input, int64_t output, const ConvShape& s, int i) {
+  return {input, output, s.taps[i], s.stride[i], 1, -s.padding[i], s.dilation[i]};
+}
+
+inline Axis dgrad_axis(int64_t input, int64_t output, const ConvShape& s, int i) {
+  return {input, output, s.taps[i], 1, s.stride[i], s.padding[i], -s.dilation[i]};
+}
+
+// Output rows [p0, p1) and columns [q0, q1) of one image.
+struct Band {
+  int64_t image, p0, p1, q0, q1;
+};
+
+// f(task) for every task, each on the thread that is free first; which thread runs a task changes nothing.
+template <class F>
+void for_tasks(int64_t tasks, F f) {
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, std::min<int64_t>(tasks, at::get_num_threads()), 1, [&](int64_t begin, int64_t end) {
+    for (; begin < end; ++begin) {
+      for (int64_t task; (task = next.fetch_add(1)) < tasks;) f(task);
+    }
+  });
+}
+
+// The tile registers while a task's tiles are made.
+template <class T>
+struct Tiles {
+  explicit Tiles(const ConvKernels<T>& kernels) : kernels(kernels) {}
+  Tiles(const Tiles&) = delete;
+  ~Tiles() {
+    if (shape != 0) kernels.release();
+  }
+
+  const ConvKernels<T>& kernels;
+  int shape = 0;
+};
+
+// All pixels as one row where a convolution is a plain GEMM.
+inline ConvShape flattened(ConvShape s) {
+  if (s.pointwise()) {
+    s.width = s.columns = s.images * s.height * s.width;
+    s.images = s.height = s.rows = 1;
+  }
+  return s;
+}
+
+}  // namespace resnet_fast::cpu

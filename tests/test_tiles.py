@@ -1,0 +1,68 @@
+"""The own convolution tiles of the CPU: every path of the engine in every instruction set."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import DTYPES, IMPLS
+from judge import judge
+from op_cases import CONVOLUTIONS, Conv, Draw
+
+from resnet_fast import backend
+
+ISAS = ["baseline", "avx2", "avx512", "avx512_bf16", "amx_bf16"]
+TILED = {  # channels and filters in multiples of 32
+    "1x1": Conv((2, 32, 7, 7), 64, (1, 1)),
+    "1x1-many": Conv((1, 96, 31, 37), 32, (1, 1)),
+    "1x1-stride2": Conv((2, 64, 15, 14), 32, (1, 1), (2, 2)),
+    "1x1-padded": Conv((2, 32, 5, 6), 32, (1, 1), padding=(1, 2)),
+    "3x3-7": Conv((2, 64, 7, 7), 32, (3, 3), padding=(1, 1)),
+    "3x3-14": Conv((1, 32, 14, 14), 64, (3, 3), padding=(1, 1)),
+    "3x3-16": Conv((1, 32, 5, 16), 32, (3, 3), padding=(1, 1)),
+    "3x3-28": Conv((1, 32, 9, 28), 32, (3, 3), padding=(1, 1)),
+    "3x3-67": Conv((1, 32, 3, 67), 32, (3, 3), padding=(1, 1)),
+    "3x3-stride2": Conv((2, 32, 14, 14), 32, (3, 3), (2, 2), (1, 1)),
+    "3x3-stride2-odd": Conv((1, 32, 29, 33), 32, (3, 3), (2, 2), (1, 1)),
+    "3x3-stride3": Conv((2, 32, 11, 13), 32, (3, 3), (3, 3), (1, 1)),
+    "3x3-dilated": Conv((2, 32, 9, 12), 32, (3, 3), padding=(2, 2), dilation=(2, 2)),
+    "5x3-mixed": Conv((1, 32, 12, 10), 64, (5, 3), (1, 2), (2, 0), (1, 2)),
+    "2x2": Conv((2, 32, 8, 9), 32, (2, 2), (2, 2)),
+    "one-pixel": Conv((19, 64, 1, 1), 64, (3, 3), padding=(1, 1)),
+    "many-filters": Conv((1, 32, 4, 4), 1056, (1, 1)),
+}
+
+
+
+
+def check(dtype):
+    """Every variant of every convolution op on every shape, NaN in memory that nobody wrote."""
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True)
+    for threads in (2, 1):
+        torch.set_num_threads(threads)
+        for variant, arguments in CONVOLUTIONS.items():
+            for name, conv in TILED.items():
+                torch.manual_seed(0)
+                args = arguments(Draw(DTYPES[dtype], torch.channels_last, "cpu"), conv)
+                judge(IMPLS["native-cpu"], DTYPES[dtype], variant, args, name)
+
+
+@pytest.mark.parametrize(
+    ("isa", "dtype"), [("avx512", "fp32"), ("avx512_bf16", "bf16"), ("amx_bf16", "bf16")]
+)
+def test_tiles(isa, dtype):
+    """In a process of its own, as instruction set and who convolves are asked once in one."""
+    info = backend.build_info()
+    if info is None:
+        pytest.skip("resnet_fast._C is not built")
+    if ISAS.index(isa) > ISAS.index(info["isa_detected"]):
+        pytest.skip(f"this CPU has {info['isa_detected']} at most")
+    run = subprocess.run(
+        [sys.executable, "-c", f"import test_tiles; test_tiles.check({dtype!r})"],
+        cwd=Path(__file__).parent, capture_output=True, text=True,
+        env={**os.environ, "RESNET_FAST_CPU_ISA": isa, "RESNET_FAST_CPU_CONV": "tiles"},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-3000:]
