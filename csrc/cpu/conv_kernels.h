@@ -23,13 +23,13 @@ struct Stretch {
 };
 
 // A tile's sum over its stretches. In a stretch A(row, step) is at a + row·lda + step·a_step bytes in the first
-// half of the tile, at a + half_a + (row − half)·lda + step·a_step in the second; B(step) is at b + step·b_step. With
+// half of the tile, at a + half_a + (row − half)·lda + step·a_step in the second; B(step) is at b + step·kPanelStep. With
 // steps in groups, those of a group follow each other, and a_step is a group's distance from the next over its steps.
 struct Product {
   const char *a, *b;
   const Stretch* stretches;
   int64_t count;
-  int64_t lda, half_a, a_step, b_step;
+  int64_t lda, half_a, a_step;
 };
 
 // What happens to a finished tile: y = relu(sum + shift + residual), each optional.
@@ -55,6 +55,7 @@ struct ConvKernels {
   int steps;              // of a group: stretches are whole groups
   int64_t depth;          // steps of a stretch at the most: one tap after another meets them, while they are in L1
   int64_t scratch_bytes;  // of input that stays in L2 beside a panel and the output
+  int64_t block_bytes;    // of panels that a tile of pixels meets one after another
   int dw_parts;           // tiles of dw that 32 filters are cut into
   int64_t dw_pixels;      // pixels of a block of dw at the most,
   int64_t dw_bytes;       // and bytes of its operands

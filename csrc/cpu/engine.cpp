@@ -167,7 +167,7 @@ Ready<T> prepare(const Problem<T>& c, const Band& band, const Window& w, const I
       const int64_t p0 = band.p0 + row_phase, q0 = band.q0 + column_phase;
       const int64_t height = ceil_div(band.p1 - p0, rows.div), width = ceil_div(band.q1 - q0, columns.div);
       if (height <= 0 || width <= 0) continue;
-      // From the phase's first pixel; the taps of a few steps after each other, while they are in L1.
+      // From the phase's first pixel under its first tap; the taps of a few steps after each other, while they are in L1.
       std::vector<Stretch> stretches;
       for (int64_t i = 0; i < depth; i += kernels.depth) {
         for (int64_t r = 0; r < rows.taps; ++r) {
@@ -179,12 +179,15 @@ Ready<T> prepare(const Problem<T>& c, const Band& band, const Window& w, const I
           }
         }
       }
+      const int64_t origin = stretches.empty() ? 0 : stretches[0].a;
+      for (Stretch& stretch : stretches) stretch.a -= origin;
+      const char* first = in.base + origin;
       const int phase = int(ready.phases.size());
       ready.phases.push_back(std::move(stretches));
       const int64_t y0 = y_image + p0 * y_row + q0 * c.filters;
       const int full = kernels.rows, half = kernels.half;
       const auto add = [&](int64_t p, int64_t q, const Rows& tile, int64_t half_a, int64_t half_y) {
-        ready.tiles.push_back({in.base + p * line + q * lda, y0 + p * rows.div * y_row + q * ready.ldy, half_a,
+        ready.tiles.push_back({first + p * line + q * lda, y0 + p * rows.div * y_row + q * ready.ldy, half_a,
                                half_y, tile, phase});
       };
       const bool pairs = width == half || (kernels.ragged && width < half);
@@ -197,7 +200,7 @@ Ready<T> prepare(const Problem<T>& c, const Band& band, const Window& w, const I
           const int count = int(std::min<int64_t>(full, positions - at));
           // Where the run begins between two rows, y is where the next one begins.
           const int64_t y = y0 + (q < width ? p * y_row + q * ready.ldy : (p + 1) * y_row);
-          ready.tiles.push_back({in.base + at * lda, y, half * lda, 0,
+          ready.tiles.push_back({first + at * lda, y, half * lda, 0,
                                  {half, full - half, count, int(q), int(width), int(w.width())}, phase});
         }
         continue;
@@ -209,8 +212,8 @@ Ready<T> prepare(const Problem<T>& c, const Band& band, const Window& w, const I
           continue;
         }
         for (int64_t i = 0; i < cut.parts; ++i) {
-          const int size = int(cut.begin(i + 1) - cut.begin(i)), first = std::min(size, half);
-          add(p, cut.begin(i), {first, size - first}, half * lda, half * ready.ldy);
+          const int size = int(cut.begin(i + 1) - cut.begin(i)), upper = std::min(size, half);
+          add(p, cut.begin(i), {upper, size - upper}, half * lda, half * ready.ldy);
         }
       }
     }
@@ -218,9 +221,7 @@ Ready<T> prepare(const Problem<T>& c, const Band& band, const Window& w, const I
   return ready;
 }
 
-// Panels of a pointwise convolution that a tile of pixels meets one after another: it is in L1 then, and y is
-// written in long runs. With more taps a tile's window is larger than that, and y's part of the time smaller.
-constexpr int64_t kPanelBlock = 8;
+constexpr int64_t kMostPanels = 8, kFarBytes = 1 << 20, kFarScratch = 5 << 18;
 
 // Ask for [from, to) to be in L2 soon.
 inline void fetch(const void* from, const void* to) {
@@ -254,10 +255,13 @@ void run_bands(const Problem<T>& c, const Band* bands, int64_t count, int64_t pa
     const int64_t k = panel * kTileColumns;
     const Epilogue<T> epilogue = {c.shift ? c.shift + k : nullptr, c.residual ? c.residual + tile.y + k : nullptr, c.relu};
     const Product product = {tile.a, c.panels + panel * panel_bytes, phase.data(), int64_t(phase.size()), band.lda,
-                             tile.half_a, band.a_step, kPanelStep};
+                             tile.half_a, band.a_step};
     kernels.store_tile(tile.rows, product, c.y + tile.y + k, band.ldy, tile.half_y, epilogue, state.shape);
   };
-  const int64_t block = c.rows.taps * c.columns.taps == 1 ? kPanelBlock : 1;
+  // A tile of a pointwise convolution meets a few panels one after another: it is in L1 then, and y is written in
+  // longer runs. With more taps its window is larger than that, and y's part of the time smaller.
+  const bool pointwise = c.rows.taps * c.columns.taps == 1;
+  const int64_t block = pointwise ? std::clamp<int64_t>(kernels.block_bytes / panel_bytes, 1, kMostPanels) : 1;
   for (int64_t first = panel0; first < panel1; first += block) {
     const int64_t last = std::min(first + block, panel1);
     for (const Ready<T>& band : ready) {
@@ -310,12 +314,15 @@ std::vector<Band> cut(const Problem<T>& c) {
   return bands;
 }
 
-// How many small bands share a pass over the panels: as many as fit the scratch, and as many passes for each thread.
+// How many bands share a pass over the panels, as many for each thread: more where the panels do not fit L2 and
+// each pass reads them from farther away.
 template <class T>
 int64_t bands_together(const Problem<T>& c, const std::vector<Band>& bands) {
   const int64_t count = int64_t(bands.size()), threads = at::get_num_threads();
+  const int64_t panels = c.rows.taps * c.columns.taps * c.filters * c.channels * int64_t(sizeof(T));
   const int64_t bytes = input_bytes(c, window(c, bands[0]));
-  const int64_t fits = std::max<int64_t>(1, bytes ? conv_kernels<T>()->scratch_bytes / bytes : 1);
+  const int64_t room = panels > kFarBytes ? kFarScratch : conv_kernels<T>()->scratch_bytes;
+  const int64_t fits = std::max<int64_t>(1, bytes ? room / bytes : 1);
   return ceil_div(count, ceil_div(ceil_div(count, fits), threads) * threads);
 }
 

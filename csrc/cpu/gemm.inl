@@ -2,6 +2,7 @@
 
 constexpr int kTileRows = 14;
 constexpr int kHalf = 7;
+constexpr int kStepBytes = 4;  // from a step of A to the next: of pixels as they lie; kPanelStep where they are packed
 
 inline __attribute__((always_inline)) __m512 multiply_add(__m512i a, __m512i b, __m512 sum) {
 #if defined(RESNET_FAST_AVX512_BF16)
@@ -11,28 +12,23 @@ inline __attribute__((always_inline)) __m512 multiply_add(__m512i a, __m512i b, 
 #endif
 }
 
-// How many of `stretches` one register sums: kChain steps, at least a stretch.
-inline int64_t chain(const Stretch* stretches, int64_t n) {
-  int64_t count = 1;
-  for (int64_t sum = stretches[0].steps; count < n && (sum += stretches[count].steps) <= kChain;) ++count;
-  return count;
-}
-
 // Rows in groups of four or three, at p, p + lda, p + 2·lda, p + 3·lda: x86 address modes of one pointer and
 // two strides. Each half of the tile has two groups.
-template <int kRows>
+// kStep is product.a_step, known here: a register less.
+template <int kRows, int kStep>
 inline __attribute__((always_inline)) void accumulate(
-    const Product& product, const Stretch* stretches, int64_t n, __m512 (&sum)[kRows][2]) {
+    const Product& product, __m512 (&sum)[kRows][2]) {
   constexpr int kGroups = kRows > kHalf + 4 ? 4 : kRows > kHalf ? 3 : kRows > 4 ? 2 : 1;
-  const int64_t lda = product.lda, lda3 = 3 * lda, a_step = product.a_step, b_step = product.b_step;
+  const int64_t lda = product.lda, lda3 = 3 * lda;
   const int64_t half_a = product.half_a, offset[4] = {0, 4 * lda, half_a, half_a + 4 * lda};
-  for (int64_t i = 0; i < n; ++i) {
+  const Stretch* stretches = product.stretches;
+  for (int64_t i = 0; i < product.count; ++i) {
     const char* group[kGroups];
     for (int g = 0; g < kGroups; ++g) group[g] = product.a + stretches[i].a + offset[g];
     const char* b = product.b + stretches[i].b;
     for (int64_t step = stretches[i].steps; step > 0; --step) {
       const __m512i b0 = _mm512_loadu_si512(b), b1 = _mm512_loadu_si512(b + 64);
-      b += b_step;
+      b += kPanelStep;
 #pragma GCC unroll 14
       for (int row = 0; row < kRows; ++row) {
         const int in_half = row % kHalf;
@@ -42,32 +38,7 @@ inline __attribute__((always_inline)) void accumulate(
         sum[row][0] = multiply_add(a, b0, sum[row][0]);
         sum[row][1] = multiply_add(a, b1, sum[row][1]);
       }
-      for (int g = 0; g < kGroups; ++g) group[g] += a_step;
-    }
-  }
-}
-
-// The same in chains whose sums are added, so that the error does not grow with the number of steps.
-template <int kRows>
-inline __attribute__((always_inline)) void accumulate_chains(
-    const Product& product, __m512 (&sum)[kRows][2]) {
-  const int64_t n = product.count;
-  alignas(64) float sums[kRows][kTileColumns];
-  for (int64_t i = 0; i < n;) {
-    const Stretch* from = product.stretches + i;
-    const int64_t count = chain(from, n - i);
-    accumulate<kRows>(product, from, count, sum);
-    const bool first = i == 0, last = i + count == n;
-    i += count;
-    if (first && last) break;
-#pragma GCC unroll 14
-    for (int row = 0; row < kRows; ++row) {
-      for (int half = 0; half < 2; ++half) {
-        float* beside = sums[row] + 16 * half;
-        const __m512 total = first ? sum[row][half] : _mm512_add_ps(_mm512_load_ps(beside), sum[row][half]);
-        if (!last) _mm512_store_ps(beside, total);
-        sum[row][half] = last ? total : _mm512_setzero_ps();
-      }
+      for (int g = 0; g < kGroups; ++g) group[g] += kStep;
     }
   }
 }
@@ -80,40 +51,8 @@ inline __attribute__((always_inline)) void store_lanes(Lanes<float> v, Element* 
 #endif
 }
 
-template <int kRows>
-void store_rows(
-    const Product& product, Element* y, int64_t ldy, int64_t half_y, const Epilogue<Element>& epilogue) {
-  __m512 sum[kRows][2];
-  if (epilogue.residual) {  // on its way while the sum is made
-    for (int row = 0; row < kRows; ++row) {
-      const Element* p = epilogue.residual + row / kHalf * half_y + row % kHalf * ldy;
-      _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0);
-      if (sizeof(Element) == 4) _mm_prefetch(reinterpret_cast<const char*>(p + 16), _MM_HINT_T0);
-    }
-  }
-#pragma GCC unroll 14
-  for (int row = 0; row < kRows; ++row) {
-    sum[row][0] = sum[row][1] = _mm512_setzero_ps();
-  }
-  accumulate_chains<kRows>(product, sum);
-  __m512 shift[2];  // added last: a large one would cost the sum's small digits
-  for (int half = 0; half < 2; ++half) {
-    shift[half] = epilogue.shift ? _mm512_loadu_ps(epilogue.shift + 16 * half) : _mm512_setzero_ps();
-  }
-#pragma GCC unroll 14
-  for (int row = 0; row < kRows; ++row) {
-    for (int half = 0; half < 2; ++half) {
-      Lanes<float> v = {_mm512_add_ps(sum[row][half], shift[half])};
-      const int64_t at = row / kHalf * half_y + row % kHalf * ldy + 16 * half;
-      if (epilogue.residual) v = v + Lanes<float>::load(epilogue.residual + at);
-      if (epilogue.relu) v = v.where(v.positive());
-      store_lanes(v, y + at);
-    }
-  }
-}
-
 // What is there is added last: the error grows with the chain, not with all that was ever summed.
-template <int kRows>
+template <int kRows, int kStep>
 void add_rows(const Product& product, bool add, float* to, int64_t ld) {
   __m512 sum[kRows][2];
 #pragma GCC unroll 14
@@ -122,7 +61,7 @@ void add_rows(const Product& product, bool add, float* to, int64_t ld) {
     if (add) _mm_prefetch(reinterpret_cast<const char*>(to + row * ld + 16), _MM_HINT_T0);
     sum[row][0] = sum[row][1] = _mm512_setzero_ps();
   }
-  accumulate<kRows>(product, product.stretches, product.count, sum);
+  accumulate<kRows, kStep>(product, sum);
 #pragma GCC unroll 14
   for (int row = 0; row < kRows; ++row) {
     for (int half = 0; half < 2; ++half) {
@@ -130,6 +69,64 @@ void add_rows(const Product& product, bool add, float* to, int64_t ld) {
       _mm512_storeu_ps(at, add ? _mm512_add_ps(_mm512_loadu_ps(at), sum[row][half]) : sum[row][half]);
     }
   }
+}
+
+// How many of `stretches` one register sums: kChain steps, at least a stretch.
+inline int64_t chain(const Stretch* stretches, int64_t n) {
+  int64_t count = 0;
+  for (int64_t sum = 0; count < n && (count == 0 || sum + stretches[count].steps <= kChain); ++count) {
+    sum += stretches[count].steps;
+  }
+  return count;
+}
+
+// y of a finished tile; `sum(row, half)` gives it.
+template <int kRows, class F>
+inline __attribute__((always_inline)) void finish(
+    F sum, Element* y, int64_t ldy, int64_t half_y, const Epilogue<Element>& epilogue) {
+  __m512 shift[2];  // added last: a large one would cost the sum's small digits
+  for (int half = 0; half < 2; ++half) {
+    shift[half] = epilogue.shift ? _mm512_loadu_ps(epilogue.shift + 16 * half) : _mm512_setzero_ps();
+  }
+#pragma GCC unroll 14
+  for (int row = 0; row < kRows; ++row) {
+    for (int half = 0; half < 2; ++half) {
+      Lanes<float> v = {_mm512_add_ps(sum(row, half), shift[half])};
+      const int64_t at = row / kHalf * half_y + row % kHalf * ldy + 16 * half;
+      if (epilogue.residual) v = v + Lanes<float>::load(epilogue.residual + at);
+      if (epilogue.relu) v = v.where(v.positive());
+      store_lanes(v, y + at);
+    }
+  }
+}
+
+template <int kRows>
+void store_rows(
+    const Product& product, Element* y, int64_t ldy, int64_t half_y, const Epilogue<Element>& epilogue) {
+  if (epilogue.residual) {  // on its way while the sum is made
+    for (int row = 0; row < kRows; ++row) {
+      const Element* p = epilogue.residual + row / kHalf * half_y + row % kHalf * ldy;
+      _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0);
+      if (sizeof(Element) == 4) _mm_prefetch(reinterpret_cast<const char*>(p + 16), _MM_HINT_T0);
+    }
+  }
+  const int64_t n = product.count, first = chain(product.stretches, n);
+  if (first == n) {
+    __m512 sum[kRows][2];
+#pragma GCC unroll 14
+    for (int row = 0; row < kRows; ++row) sum[row][0] = sum[row][1] = _mm512_setzero_ps();
+    accumulate<kRows, kStepBytes>(product, sum);
+    finish<kRows>([&](int row, int half) { return sum[row][half]; }, y, ldy, half_y, epilogue);
+    return;
+  }
+  alignas(64) float sums[kRows][kTileColumns];
+  Product part = product;
+  for (int64_t i = 0; i < n; i += part.count) {
+    part.stretches = product.stretches + i;
+    part.count = chain(part.stretches, n - i);
+    add_rows<kRows, kStepBytes>(part, i > 0, sums[0], kTileColumns);
+  }
+  finish<kRows>([&](int row, int half) { return _mm512_load_ps(sums[row] + 16 * half); }, y, ldy, half_y, epilogue);
 }
 
 // f(std::integral_constant<int, rows>) for rows in 1..14.
@@ -148,7 +145,7 @@ void store_tile(
 }
 
 void add_tile(int rows, const Product& product, bool add, float* to, int64_t ld, int&) {
-  with_rows(rows, [&](auto r) { add_rows<r.value>(product, add, to, ld); });
+  with_rows(rows, [&](auto r) { add_rows<r.value, kPanelStep>(product, add, to, ld); });
 }
 
 constexpr int kValues = 4 / sizeof(Element);  // values a step: 1 fp32, 2 bf16
@@ -228,6 +225,7 @@ void pack_pixels(const Element* x, int64_t ld, int64_t pixels, int64_t channels,
 const ConvKernels<Element>& conv_kernels() {
   static constexpr ConvKernels<Element> all = {
       .rows = kTileRows, .half = kHalf, .ragged = false, .steps = 1, .depth = kChain, .scratch_bytes = 256 << 10,
+      .block_bytes = 32 << 10,
       .dw_parts = 3,  // 11 rows keep the FMAs as busy as 14, and three times 11 is little more than 32
       .dw_pixels = 256, .dw_bytes = 640 << 10,
       .store_tile = store_tile, .add_tile = add_tile, .release = nullptr,

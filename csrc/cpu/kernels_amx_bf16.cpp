@@ -44,15 +44,15 @@ void release() { _tile_release(); }
 
 template <bool kTwo>
 inline __attribute__((always_inline)) void accumulate(const Product& product) {
-  const int64_t lda = product.lda, b_step = product.b_step, half_a = product.half_a;
+  const int64_t lda = product.lda, half_a = product.half_a;
   for (int64_t i = 0; i < product.count; ++i) {
     const Stretch& stretch = product.stretches[i];
     const char *a = product.a + stretch.a, *b = product.b + stretch.b;
     for (int64_t step = stretch.steps; step > 0; step -= kGroup) {
-      _tile_loadd(6, b, b_step);
+      _tile_loadd(6, b, kPanelStep);
       _tile_loadd(4, a, lda);
       _tile_dpbf16ps(0, 4, 6);
-      _tile_loadd(7, b + 64, b_step);
+      _tile_loadd(7, b + 64, kPanelStep);
       _tile_dpbf16ps(1, 4, 7);
       if constexpr (kTwo) {
         _tile_loadd(5, a + half_a, lda);
@@ -60,7 +60,7 @@ inline __attribute__((always_inline)) void accumulate(const Product& product) {
         _tile_dpbf16ps(3, 5, 7);
       }
       a += kGroup * product.a_step;
-      b += kGroup * b_step;
+      b += kGroup * kPanelStep;
     }
   }
 }
@@ -207,7 +207,7 @@ const ConvKernels<bf16>& conv_kernels() {
   static const ConvKernels<bf16> all = [] {
     ConvKernels<bf16> k = avx512_bf16::conv_kernels();  // for its packing
     k.rows = 2 * kHalf, k.half = kHalf, k.ragged = true, k.steps = kGroup, k.depth = 2 * kGroup;
-    k.scratch_bytes = 512 << 10;
+    k.scratch_bytes = 512 << 10, k.block_bytes = 512 << 10;
     k.dw_parts = 1, k.dw_pixels = 2048, k.dw_bytes = 1 << 20;
     k.store_tile = store_tile, k.add_tile = add_tile, k.release = release, k.turn = turn, k.spread = spread;
     return k;

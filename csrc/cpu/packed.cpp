@@ -184,10 +184,12 @@ PackedConv pack(const Tensor& x, const Tensor& w, const BatchNormTensors& bn, co
 
 bool tiled(const Tensor& x, const Tensor& w, const Geometry& g, bool inference) {
   if (conv_by() == ConvBy::OneDnn) return false;
-  const bool slower = inference && is_intel() && x.scalar_type() == at::kFloat && onednn().takes(x);
-  if (conv_by() == ConvBy::Auto && slower) return false;
   if (g.groups != 1 || format_of(x, &w) != at::MemoryFormat::ChannelsLast) return false;
   const ConvShape s = conv_shape(x, w, g);
+  const bool choose = conv_by() == ConvBy::Auto && inference && is_intel() && x.scalar_type() == at::kFloat;
+  const int64_t pixels = s.images * s.rows * s.columns;
+  const bool streams = s.pointwise() && pixels * (s.channels + s.filters) > s.channels * s.filters;
+  if (choose && onednn().takes(x) && !streams) return false;
   return x.scalar_type() == at::kFloat      ? engine_takes<float>(s)
          : x.scalar_type() == at::kBFloat16 ? engine_takes<bf16>(s)
                                             : false;

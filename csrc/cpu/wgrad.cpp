@@ -160,7 +160,7 @@ at::Tensor engine_wgrad(const ConvShape& shape, const T* x, const FillRow<T>& fi
         for (int64_t i = 0; i < a_panels * parts.parts; ++i) {
           const int64_t part = parts.begin(i % parts.parts), k = i / parts.parts * kTileColumns + part;
           const Product product = {a + i / parts.parts * a_panel + part * lda, plane, row.data(),
-                                   int64_t(row.size()), lda, lda * kernels.half, kPanelStep, kPanelStep};
+                                   int64_t(row.size()), lda, lda * kernels.half, kPanelStep};
           kernels.add_tile(
               int(parts.begin(i % parts.parts + 1) - part), product, add,
               dw + ((k0 + k) * taps + tap) * s.channels + panel * kTileColumns, taps * s.channels, state.shape);
