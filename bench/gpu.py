@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.minutes > 0 or args.batch < 1:
         print("--minutes and --batch: expected positive numbers", file=sys.stderr)
         return 2
-    from resnet_fast.kernels.tiles import slug
+    from resnet_fast.tables import slug
 
     out = args.out or rows.RESULTS / f"{slug(torch.cuda.get_device_name())}.jsonl"
     todo = [step for step in steps(out, args.batch) if args.only in step[0]]

@@ -1,7 +1,8 @@
 """Which implementations are live on this machine, why the others are not, and which one runs.
 
 An implementation is a table of functions named after the ops of `resnet_fast.ops`. `"auto"` takes
-the first live one that supports the op on the tensor's device and dtype; a name asks for exactly
+the first live one that supports the op on the tensor's device and dtype, on a GPU the one that
+measured fastest for the op's arguments where a table says so (`choice`); a name asks for exactly
 that one and raises `RuntimeError` with the reason when it cannot be had.
 """
 
@@ -10,14 +11,14 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import reference
+from . import choice, reference
 
 IMPLS = ("auto", "reference", "native", "triton")
 _NATIVE_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
@@ -136,9 +137,28 @@ def _resolve(op: str, impl: str, device: str, dtype: torch.dtype) -> tuple[str, 
     raise RuntimeError(f"impl={impl!r} cannot run {op}: {why}")
 
 
-def resolve(op: str, impl: str, x: Tensor) -> Callable[..., Any]:
-    """The function that runs `op` on tensors like `x` under `impl`."""
+@functools.cache
+def _live(op: str, device: str, dtype: torch.dtype) -> dict[str, Callable[..., Any]]:
+    """What "auto" chooses among by measurement, in the order of preference: all but the reference.
+
+    The reference is left where nothing else is: on a GPU it is the library's convolutions, which
+    the others take themselves where those are faster.
+    """
+    names = [name for name in preference(device) if refusal(name, op, device, dtype) is None]
+    return {name: _function(name, op) for name in names if name != "reference" or len(names) == 1}
+
+
+def resolve(op: str, impl: str, x: Tensor, args: Sequence[Any] = ()) -> Callable[..., Any]:
+    """The function that runs `op` on x and args under `impl`."""
+    if impl == "auto" and x.device.type == "cuda":
+        live = _live(op, "cuda", x.dtype)
+        return live[choice.pick(op, _gpu(x.device.index), (x, *args), live)]
     return _resolve(op, impl, x.device.type, x.dtype)[1]
+
+
+@functools.cache
+def _gpu(index: int) -> str:
+    return torch.cuda.get_device_name(index)
 
 
 def chosen(op: str, impl: str, device: str, dtype: torch.dtype) -> str:

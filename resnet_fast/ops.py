@@ -35,7 +35,7 @@ def _op(signature: str, returns: str) -> Callable[[Callable[..., Any]], Callable
         LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
 
         def run(x: Tensor, *args: Any) -> Any:
-            return backend.resolve(name, args[-1], x)(x, *args[:-1])
+            return backend.resolve(name, args[-1], x, args[:-1])(x, *args[:-1])
 
         LIBRARY.impl(name, run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"resnet_fast::{name}", fake, lib=LIBRARY)

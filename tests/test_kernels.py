@@ -13,13 +13,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from judge import GRADIENTS, is_floating, outputs
 from op_cases import CONVOLUTIONS, CONVS, POINTWISE, Conv, Draw, op_of, widen
-from test_ops import GRADIENTS, is_floating, outputs
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import resnet_fast
-from resnet_fast import backend, chain, ops, reference
+from resnet_fast import backend, chain, ops, reference, tables
 from resnet_fast.tolerance import assert_close
 
 if importlib.util.find_spec("triton") is None:
@@ -349,7 +349,7 @@ def test_rule():
 @pytest.fixture
 def cache(monkeypatch, tmp_path):
     monkeypatch.setenv("RESNET_FAST_CACHE", str(tmp_path / "user"))
-    monkeypatch.setattr(tiles, "SHIPPED", tmp_path / "shipped")
+    monkeypatch.setattr(tables, "SHIPPED", tmp_path / "shipped")
     monkeypatch.setattr(tiles, "_chosen", {})
     return tmp_path
 
@@ -363,20 +363,21 @@ def chosen(key=("k", 3), configs=((1, 1), (2, 2), (3, 3))):
 
 def test_table_of_tiles(cache):
     """The user's table, then the shipped one, then the rule; a configuration of old is no more."""
-    user = tiles.user_table("interpreter")
+    user = tables.user_table("tiles", "interpreter")
     assert user == cache / "user" / "tiles" / "interpreter.json"
     assert chosen() == (2, 2)
-    tiles.write_entry(cache / "shipped" / "interpreter.json", "kernel", "k 3", (3, 3), 7.0)
+    shipped = tables.shipped_table("tiles", "interpreter")
+    tables.write(shipped, "kernel", "k 3", {"config": [3, 3], "us": 7.0})
     assert chosen() == (3, 3)
-    tiles.write_entry(user, "kernel", "k 3", (1, 1), 5.0)
-    tiles.write_entry(user, "kernel", "other", (2, 2), 5.0)
+    tables.write(user, "kernel", "k 3", {"config": [1, 1], "us": 5.0})
+    tables.write(user, "kernel", "other", {"config": [2, 2], "us": 5.0})
     assert chosen() == (1, 1)
     assert json.loads(user.read_text())["kernel"]["k 3"] == {"config": [1, 1], "us": 5.0}
     assert chosen(configs=((4, 4), (5, 5))) == (5, 5)
     assert chosen(key=("else",)) == (2, 2)
     assert [path.name for path in user.parent.iterdir()] == ["interpreter.json"]
     user.write_text("{")
-    with pytest.raises(RuntimeError, match=r"interpreter\.json is no table of tiles"):
+    with pytest.raises(RuntimeError, match=r"interpreter\.json is no table of measurements"):
         chosen()
 
 
@@ -386,7 +387,7 @@ def test_search(cache, monkeypatch):
     monkeypatch.setattr(tiles, "_microseconds", lambda start, config: times[config])
     monkeypatch.setattr(tiles, "_searches", lambda x: True)
     assert chosen() == (3, 3)
-    table = json.loads(tiles.user_table("interpreter").read_text())
+    table = json.loads(tables.user_table("tiles", "interpreter").read_text())
     assert table == {"kernel": {"k 3": {"config": [3, 3], "us": 4.0}}}
     monkeypatch.setattr(tiles, "_microseconds", None)  # what is written is not timed again
     assert chosen() == (3, 3)
@@ -398,7 +399,7 @@ def test_no_search_unless_asked(monkeypatch):
     assert not tiles._searches(on_gpu)
     monkeypatch.setenv("RESNET_FAST_AUTOTUNE", "1")
     assert tiles._searches(on_gpu) and not tiles._searches(torch.empty(0))
-    assert tiles.slug("NVIDIA H200") == "nvidia-h200"
+    assert tables.slug("NVIDIA H200") == "nvidia-h200"
 
 
 def test_refusals():

@@ -2,32 +2,25 @@
 
 Every kernel has a few configurations. For a kernel, a GPU and a key (shape and dtype) the choice is
 
-1. the user's table, `<cache>/tiles/<gpu>.json`, where <cache> is RESNET_FAST_CACHE or
-   ~/.cache/resnet_fast (XDG_CACHE_HOME is honoured);
-2. the table shipped for the GPU, `kernels/tables/<gpu>.json`;
-3. the kernel's rule: the multiprocessors to fill and the shape, no measuring.
+1. by the tables of kind "tiles" (`resnet_fast.tables`), the user's, then the shipped one:
+   {kernel: {key: {"config": [...], "us": microseconds}}};
+2. by the kernel's rule: the multiprocessors to fill and the shape, no measuring.
 
 `RESNET_FAST_AUTOTUNE=1` measures every configuration once for what is in no table and writes the
-fastest into the user's: {kernel: {key: {"config": [...], "us": microseconds}}}. A configuration
-that a later version no longer has is passed over.
+fastest into the user's. A configuration that a later version no longer has is passed over.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import re
-import tempfile
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import triton
 from torch import Tensor
 
+from .. import tables
 from . import launch
 
-SHIPPED = Path(__file__).parent / "tables"
 _chosen: dict[tuple[Any, ...], tuple[int, ...]] = {}
 
 
@@ -56,20 +49,21 @@ def run(
 
 
 def _choose(kernel, gpu, name, configs, rule, x, start) -> tuple[int, ...]:
-    for table in (user_table(gpu), SHIPPED / f"{slug(gpu)}.json"):
-        entry = read_table(table).get(kernel, {}).get(name)
+    for section in tables.sections("tiles", gpu, kernel):
+        entry = section.get(name)
         if entry is not None and tuple(entry["config"]) in configs:
             return tuple(entry["config"])
     if not _searches(x):
         return configs[rule]
     times = {config: _microseconds(start, config) for config in configs}
     best = min(times, key=times.__getitem__)
-    write_entry(user_table(gpu), kernel, name, best, times[best])
+    entry = {"config": list(best), "us": round(times[best], 3)}
+    tables.write(tables.user_table("tiles", gpu), kernel, name, entry)
     return best
 
 
 def _searches(x: Tensor) -> bool:
-    return os.environ.get("RESNET_FAST_AUTOTUNE") == "1" and x.device.type == "cuda"
+    return tables.searching() and x.device.type == "cuda"
 
 
 def _microseconds(start, config) -> float:
@@ -78,42 +72,6 @@ def _microseconds(start, config) -> float:
         return 1e3 * triton.testing.do_bench(lambda: start(config), quantiles=[0.5])
     except triton.runtime.errors.OutOfResources:
         return float("inf")
-
-
-def slug(gpu: str) -> str:
-    """The name of a GPU as a file's: "NVIDIA H200" → "nvidia-h200"."""
-    return re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
-
-
-def user_table(gpu: str) -> Path:
-    """The user's table for a GPU."""
-    base = os.environ.get("RESNET_FAST_CACHE")
-    if base is None:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "resnet_fast"
-    return Path(base) / "tiles" / f"{slug(gpu)}.json"
-
-
-def read_table(path: Path) -> dict[str, Any]:
-    """The table at `path`; empty where there is none. RuntimeError names a file that is none."""
-    try:
-        text = path.read_text()
-    except FileNotFoundError:
-        return {}
-    try:
-        table = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise RuntimeError(f"{path} is no table of tiles ({error}); delete it") from None
-    return table
-
-
-def write_entry(path: Path, kernel: str, name: str, config: tuple[int, ...], us: float) -> None:
-    """Add or replace one entry of the table at `path`; the file is whole at every moment."""
-    table = read_table(path)
-    table.setdefault(kernel, {})[name] = {"config": list(config), "us": round(us, 3)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".json", delete=False) as file:
-        json.dump(table, file, indent=1, sort_keys=True)
-    os.replace(file.name, path)
 
 
 class Blocks(NamedTuple):

@@ -1,0 +1,72 @@
+"""What was measured on a GPU and is kept: tables in JSON, the user's before the shipped ones.
+
+A table is of one kind and one GPU: {section: {key: entry}}. "tiles" says which tile a Triton kernel
+runs with (`kernels.tiles`), "impls" which implementation an op runs on (`choice`). The user's lie
+in `<cache>/<kind>/<gpu>.json`, where <cache> is RESNET_FAST_CACHE or ~/.cache/resnet_fast
+(XDG_CACHE_HOME is honoured), those that come with the package in `measured/<kind>/<gpu>.json`.
+`RESNET_FAST_AUTOTUNE=1` measures what is in no table and writes it into the user's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+SHIPPED = Path(__file__).parent / "measured"
+
+
+def slug(gpu: str) -> str:
+    """The name of a GPU as a file's: "NVIDIA H200" → "nvidia-h200"."""
+    return re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
+
+
+def user_table(kind: str, gpu: str) -> Path:
+    """The user's table of a kind for a GPU."""
+    base = os.environ.get("RESNET_FAST_CACHE")
+    if base is None:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "resnet_fast"
+    return Path(base) / kind / f"{slug(gpu)}.json"
+
+
+def shipped_table(kind: str, gpu: str) -> Path:
+    """The table of a kind that is shipped for a GPU, there or not."""
+    return SHIPPED / kind / f"{slug(gpu)}.json"
+
+
+def sections(kind: str, gpu: str, section: str) -> Iterator[dict[str, Any]]:
+    """The section of the user's table, then of the shipped one; empty where there is none."""
+    for path in (user_table(kind, gpu), shipped_table(kind, gpu)):
+        yield read(path).get(section, {})
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The table at `path`; empty where there is none. RuntimeError names a file that is none."""
+    try:
+        text = path.read_text()
+    except FileNotFoundError:
+        return {}
+    try:
+        table = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise RuntimeError(f"{path} is no table of measurements ({error}); delete it") from None
+    return table
+
+
+def write(path: Path, section: str, key: str, entry: dict[str, Any]) -> None:
+    """Add or replace one entry of the table at `path`; the file is whole at every moment."""
+    table = read(path)
+    table.setdefault(section, {})[key] = entry
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".json", delete=False) as file:
+        json.dump(table, file, indent=1, sort_keys=True)
+    os.replace(file.name, path)
+
+
+def searching() -> bool:
+    """Whether what is in no table is to be measured."""
+    return os.environ.get("RESNET_FAST_AUTOTUNE") == "1"

@@ -1,0 +1,158 @@
+"""Which implementation "auto" takes on a GPU: by table, by measurement if asked, or the first."""
+
+import json
+
+import pytest
+import torch
+
+from resnet_fast import backend, choice, tables
+
+GPU = "NVIDIA Test 1"
+X = torch.zeros(2, 8, 3, 3).to(memory_format=torch.channels_last)
+W = torch.zeros(4, 8, 1, 1, dtype=torch.bfloat16)
+ARGS = (X, W, None, True, 1e-5, [1, 1])
+
+
+def raises(*args):
+    raise RuntimeError("not this shape")
+
+
+CANDIDATES = {"triton": lambda *args: "triton", "native": lambda *args: "native"}
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("RESNET_FAST_CACHE", str(tmp_path / "user"))
+    monkeypatch.delenv("RESNET_FAST_AUTOTUNE", raising=False)
+    monkeypatch.setattr(tables, "SHIPPED", tmp_path / "shipped")
+    forget(monkeypatch)
+
+
+def forget(monkeypatch):
+    monkeypatch.setattr(choice, "_chosen", {})
+    monkeypatch.setattr(choice, "_written", {})
+
+
+def pick(args=ARGS, candidates=CANDIDATES):
+    return choice.pick("op", GPU, args, candidates)
+
+
+def entry(impl):
+    return {"impl": impl, "us": {impl: 1.0}}
+
+
+def test_no_table_no_search(monkeypatch):
+    """The first, and nothing is timed, looked up twice or written."""
+    monkeypatch.setattr(choice, "_microseconds", None)
+    monkeypatch.setattr(choice, "signature", None)
+    assert pick() == "triton"
+    assert not tables.user_table("impls", GPU).exists()
+
+
+def test_tables(monkeypatch):
+    """The shipped table is believed, the user's before it, a name that cannot run passed over."""
+    key = choice.signature(ARGS)
+    tables.write(tables.shipped_table("impls", GPU), "op", key, entry("native"))
+    assert pick() == "native"
+    assert pick((X[:1], *ARGS[1:])) == "triton", "another shape is another key"
+    assert choice.pick("other", GPU, ARGS, CANDIDATES) == "triton"
+    assert choice.pick("op", "another GPU", ARGS, CANDIDATES) == "triton"
+    tables.write(tables.user_table("impls", GPU), "op", key, entry("triton"))
+    assert pick() == "native", "asked once"
+    forget(monkeypatch)
+    assert pick() == "triton"
+    tables.write(tables.user_table("impls", GPU), "op", key, entry("cudnn"))
+    forget(monkeypatch)
+    assert pick() == "native"
+
+
+def test_search(monkeypatch):
+    """Each candidate timed once, the fastest taken and written down; then nobody is timed."""
+    monkeypatch.setenv("RESNET_FAST_AUTOTUNE", "1")
+    timed = []
+
+    def microseconds(run, args):
+        timed.append(run(*args))
+        return {"triton": 9.0, "native": 4.0004}[timed[-1]]
+
+    monkeypatch.setattr(choice, "_microseconds", microseconds)
+    assert [pick(), pick()] == ["native", "native"]
+    assert timed == ["triton", "native"]
+    table = json.loads(tables.user_table("impls", GPU).read_text())
+    us = {"triton": 9.0, "native": 4.0}
+    assert table == {"op": {choice.signature(ARGS): {"impl": "native", "us": us}}}
+    forget(monkeypatch)
+    monkeypatch.delenv("RESNET_FAST_AUTOTUNE")
+    assert pick() == "native"
+    assert timed == ["triton", "native"]
+
+
+def test_a_candidate_that_refuses(monkeypatch):
+    """What raises is not chosen; where all raise, the first runs and says why."""
+    pytest.importorskip("triton")
+    import triton.testing
+
+    monkeypatch.setenv("RESNET_FAST_AUTOTUNE", "1")
+    monkeypatch.setattr(triton.testing, "do_bench", lambda run, quantiles: run() and 1.0)
+    assert pick(candidates={"triton": raises, "native": CANDIDATES["native"]}) == "native"
+    assert pick(ARGS[:1], {"triton": raises, "native": raises}) == "triton"
+    table = json.loads(tables.user_table("impls", GPU).read_text())
+    assert list(table["op"]) == [choice.signature(ARGS)]
+
+
+def test_no_search_while_a_graph_is_captured(monkeypatch):
+    monkeypatch.setenv("RESNET_FAST_AUTOTUNE", "1")
+    monkeypatch.setattr(choice, "_capturing", lambda: True)
+    monkeypatch.setattr(choice, "_microseconds", None)
+    assert pick() == "triton"
+    assert not choice._chosen, "asked again after the capture"
+
+
+def test_signature():
+    """Whatever an op's time depends on is in the key, and no value."""
+    assert choice.signature(ARGS) == (
+        "float32[2x8x3x3]/nhwc bfloat16[4x8x1x1] None True 1e-05 [1,1]"
+    )
+    different = [
+        (X.contiguous(), *ARGS[1:]), (X.double(), *ARGS[1:]), (X[:1], *ARGS[1:]),
+        (X, W, W, *ARGS[3:]), (*ARGS[:3], False, *ARGS[4:]), (*ARGS[:5], [2, 1]),
+    ]  # fmt: skip
+    assert len({choice.signature(args) for args in (ARGS, *different)}) == 7
+    assert choice.signature((X + 1, *ARGS[1:])) == choice.signature(ARGS)
+
+
+def test_backend_asks(monkeypatch):
+    """`resolve` gives the picked function, on a GPU and under "auto" alone."""
+    asked = []
+
+    def picked(op, gpu, args, candidates):
+        asked.append((op, gpu, len(args), list(candidates)))
+        return "native"
+
+    class OnGpu:
+        device, dtype = torch.device("cuda", 0), torch.float32
+
+    monkeypatch.setattr(choice, "pick", picked)
+    monkeypatch.setattr(backend, "_live", lambda op, device, dtype: CANDIDATES)
+    monkeypatch.setattr(backend, "_gpu", lambda index: GPU)
+    assert backend.resolve("bn_act", "auto", OnGpu(), (1, 2)) is CANDIDATES["native"]
+    assert asked == [("bn_act", GPU, 3, ["triton", "native"])]
+    assert backend.resolve("bn_stats", "reference", torch.zeros(2, 2, 2, 2)) is not None
+    assert len(asked) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device")
+def test_on_a_gpu(monkeypatch):
+    """A search among what is live here, and the op's result is the chosen one's."""
+    from resnet_fast import ops, reference
+
+    monkeypatch.setenv("RESNET_FAST_AUTOTUNE", "1")
+    x = torch.randn(2, 64, 8, 8, device="cuda")
+    y, _ = ops.add_relu(x, x, False, "auto")
+    torch.testing.assert_close(y, reference.add_relu(x, x, False)[0])
+    live = backend._live("add_relu", "cuda", torch.float32)
+    if len(live) > 1:
+        table = tables.read(tables.user_table("impls", torch.cuda.get_device_name()))
+        (found,) = table["add_relu"].values()
+        assert set(found["us"]) == set(live) and found["impl"] in live
