@@ -150,46 +150,50 @@ struct Ready {
   int64_t lda, a_step, ldy;
 };
 
+// What the pixels of a phase meet, from its first pixel, (p0, q0), at in.base: the taps of a few steps one after
+// another, while what they read is in L1.
+template <class T>
+std::vector<Stretch> stretches_of(const Problem<T>& c, const Input& in, int64_t a_step, int64_t p0, int64_t q0) {
+  const Axis &rows = c.rows, &columns = c.columns;
+  const int64_t depth = steps<T>(c.channels), most = conv_kernels<T>()->depth;
+  std::vector<Stretch> stretches;
+  for (int64_t i = 0; i < depth; i += most) {
+    for (int64_t r = 0; r < rows.taps; ++r) {
+      for (int64_t s = 0; s < columns.taps && rows.meets(p0, r); ++s) {
+        if (!columns.meets(q0, s)) continue;
+        const int64_t at = (rows.at(p0, r) - in.row0) * in.pitch + (columns.at(q0, s) - in.column0) * in.pixel;
+        const int64_t tap = (r * columns.taps + s) * depth;
+        stretches.push_back({at + i * a_step, (tap + i) * kPanelStep, std::min(most, depth - i)});
+      }
+    }
+  }
+  return stretches;
+}
+
 // Tiles of the rows of pixels: every row in tiles of its own, or two short rows in the halves of one tile; or, where
 // x is laid out in groups and rows follow each other at the stride of pixels, runs of pixels across the rows.
 template <class T>
 Ready<T> prepare(const Problem<T>& c, const Band& band, const Window& w, const Input& in) {
   const ConvKernels<T>& kernels = *conv_kernels<T>();
   const Axis &rows = c.rows, &columns = c.columns;
-  const int64_t depth = steps<T>(c.channels), tap_bytes = depth * kPanelStep, y_row = columns.output * c.filters;
-  const int64_t y_image = band.image * rows.output * y_row, line = rows.mul * in.pitch;
-  Ready<T> ready;
-  const int64_t lda = columns.mul * in.pixel;
-  ready.lda = lda, ready.a_step = in.group / kernels.steps, ready.ldy = columns.div * c.filters;
+  const int64_t y_row = columns.output * c.filters, ldy = columns.div * c.filters;
+  const int64_t lda = columns.mul * in.pixel, line = rows.mul * in.pitch;
+  const int full = kernels.rows, half = kernels.half;
+  Ready<T> ready = {{}, {}, lda, in.group / kernels.steps, ldy};
 
   for (int64_t row_phase = 0; row_phase < rows.div; ++row_phase) {
     for (int64_t column_phase = 0; column_phase < columns.div; ++column_phase) {
       const int64_t p0 = band.p0 + row_phase, q0 = band.q0 + column_phase;
       const int64_t height = ceil_div(band.p1 - p0, rows.div), width = ceil_div(band.q1 - q0, columns.div);
       if (height <= 0 || width <= 0) continue;
-      // From the phase's first pixel under its first tap; the taps of a few steps after each other, while they are in L1.
-      std::vector<Stretch> stretches;
-      for (int64_t i = 0; i < depth; i += kernels.depth) {
-        for (int64_t r = 0; r < rows.taps; ++r) {
-          for (int64_t s = 0; s < columns.taps && rows.meets(p0, r); ++s) {
-            if (!columns.meets(q0, s)) continue;
-            const int64_t at = (rows.at(p0, r) - in.row0) * in.pitch + (columns.at(q0, s) - in.column0) * in.pixel;
-            stretches.push_back({at + i * ready.a_step, (r * columns.taps + s) * tap_bytes + i * kPanelStep,
-                                 std::min(kernels.depth, depth - i)});
-          }
-        }
-      }
+      std::vector<Stretch> stretches = stretches_of(c, in, ready.a_step, p0, q0);
       const int64_t origin = stretches.empty() ? 0 : stretches[0].a;
-      for (Stretch& stretch : stretches) stretch.a -= origin;
+      for (Stretch& stretch : stretches) stretch.a -= origin;  // from where a tile begins to read
       const char* first = in.base + origin;
+      const int64_t y0 = (band.image * rows.output + p0) * y_row + q0 * c.filters;
       const int phase = int(ready.phases.size());
       ready.phases.push_back(std::move(stretches));
-      const int64_t y0 = y_image + p0 * y_row + q0 * c.filters;
-      const int full = kernels.rows, half = kernels.half;
-      const auto add = [&](int64_t p, int64_t q, const Rows& tile, int64_t half_a, int64_t half_y) {
-        ready.tiles.push_back({first + p * line + q * lda, y0 + p * rows.div * y_row + q * ready.ldy, half_a,
-                               half_y, tile, phase});
-      };
+
       const bool pairs = width == half || (kernels.ragged && width < half);
       const Cut cut = {ceil_div(width, full), width};
       const int64_t positions = (height - 1) * w.width() + width;
@@ -199,12 +203,16 @@ Ready<T> prepare(const Problem<T>& c, const Band& band, const Window& w, const I
           const int64_t p = at / w.width(), q = at % w.width();
           const int count = int(std::min<int64_t>(full, positions - at));
           // Where the run begins between two rows, y is where the next one begins.
-          const int64_t y = y0 + (q < width ? p * y_row + q * ready.ldy : (p + 1) * y_row);
-          ready.tiles.push_back({first + at * lda, y, half * lda, 0,
-                                 {half, full - half, count, int(q), int(width), int(w.width())}, phase});
+          const int64_t y = y0 + (q < width ? p * y_row + q * ldy : (p + 1) * y_row);
+          const Rows tile = {half, full - half, count, int(q), int(width), int(w.width())};
+          ready.tiles.push_back({first + at * lda, y, half * lda, 0, tile, phase});
         }
         continue;
       }
+      const auto add = [&](int64_t p, int64_t q, const Rows& tile, int64_t half_a, int64_t half_y) {
+        const int64_t y = y0 + p * rows.div * y_row + q * ldy;
+        ready.tiles.push_back({first + p * line + q * lda, y, half_a, half_y, tile, phase});
+      };
       for (int64_t p = 0; p < height; ++p) {
         if (pairs && p + 1 < height) {
           add(p, 0, {int(width), int(width)}, line, rows.div * y_row);
@@ -213,7 +221,7 @@ Ready<T> prepare(const Problem<T>& c, const Band& band, const Window& w, const I
         }
         for (int64_t i = 0; i < cut.parts; ++i) {
           const int size = int(cut.begin(i + 1) - cut.begin(i)), upper = std::min(size, half);
-          add(p, cut.begin(i), {upper, size - upper}, half * lda, half * ready.ldy);
+          add(p, cut.begin(i), {upper, size - upper}, half * lda, half * ldy);
         }
       }
     }
@@ -221,6 +229,8 @@ Ready<T> prepare(const Problem<T>& c, const Band& band, const Window& w, const I
   return ready;
 }
 
+// Panels that a tile of a pointwise convolution meets at the most; filters too large to stay in L2; and the room for
+// bands that share a pass over those, beside a panel.
 constexpr int64_t kMostPanels = 8, kFarBytes = 1 << 20, kFarScratch = 5 << 18;
 
 // Ask for [from, to) to be in L2 soon.
