@@ -66,8 +66,8 @@ def test_the_fused_net_follows_the_plain_one(data, impl):
 def test_a_wrong_gradient_breaks_the_claim(data, monkeypatch):
     resolve = backend.resolve
 
-    def wrong(name, impl, x):
-        right = resolve(name, impl, x)
+    def wrong(name, *args):
+        right = resolve(name, *args)
         if name != "bn_act_bwd_reduce":
             return right
         return lambda *args: (right(*args)[0] * 1.001, *right(*args)[1:])
@@ -216,8 +216,8 @@ def test_a_wrong_op_fails_the_demo(short, tmp_path, capsys, monkeypatch):
     pytest.importorskip("matplotlib")
     resolve = backend.resolve
 
-    def wrong(name, impl, x):
-        right = resolve(name, impl, x)
+    def wrong(name, *args):
+        right = resolve(name, *args)
         return (lambda *args: right(*args) * 2) if name == "conv_bn_act" else right
 
     monkeypatch.setattr(backend, "resolve", wrong)

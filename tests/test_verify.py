@@ -62,8 +62,8 @@ def replace_op(monkeypatch, op, wrong):
     """Every implementation of `op` gives `wrong(results, args)` instead of its results."""
     resolve = backend.resolve
 
-    def resolve_wrong(name, impl, x):
-        right = resolve(name, impl, x)
+    def resolve_wrong(name, *args):
+        right = resolve(name, *args)
         return (lambda *args: wrong(right(*args), args)) if name == op else right
 
     monkeypatch.setattr(backend, "resolve", resolve_wrong)

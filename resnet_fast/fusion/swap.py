@@ -123,7 +123,8 @@ class RunReLU(Swapped):
     def forward(self, input):
         if not isinstance(input, Unfinished):
             return super().forward(input)
-        work = input._replace(relu=True)
+        # Not by _replace, which the compiler of torch 2.6 does not trace.
+        work = Unfinished(input.x, input.conv, input.norm, relu=True)
         return work if self._fused_plan and not hooked(self) else work.finish(self._fused_impl)
 
 
