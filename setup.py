@@ -68,6 +68,7 @@ class Machine:
     torch_cuda: str | None = None  # torch.version.cuda
     cuda_home: str | None = None
     toolkit: str | None = None  # the version nvcc reports
+    cuda_header: bool = True  # cuda_runtime.h in the toolkit
     cuda_sources: bool = False
     cutlass: tuple[str, ...] = ()  # the folders of its headers
     compiler: str | None = None  # first line of `$CXX --version`
@@ -121,6 +122,14 @@ def cutlass_headers() -> tuple[str, ...]:
     return ()
 
 
+def has_cuda_header(home: Path) -> bool:
+    """Whether a toolkit's headers are where torch looks for them, or conda's compilers do."""
+    return any(
+        (folder / "cuda_runtime.h").exists()
+        for folder in (home / "include", *home.glob("targets/*/include"))
+    )
+
+
 def probe(requested: str) -> Machine:
     """Look around. `none` looks at nothing, so that it works without torch and a compiler."""
     if requested == "none":
@@ -141,6 +150,7 @@ def probe(requested: str) -> Machine:
         torch_cuda=torch.version.cuda,
         cuda_home=CUDA_HOME,
         toolkit=first_line_of([str(nvcc), "--version"], r"release (\S+),") if nvcc else None,
+        cuda_header=bool(CUDA_HOME) and has_cuda_header(Path(CUDA_HOME)),
         cuda_sources=any((ROOT / "csrc" / "cuda").glob("*.cu")),
         cutlass=cutlass_headers(),
         compiler=first_line_of([*shlex.split(cxx), "--version"]),
@@ -168,6 +178,11 @@ def missing_for_cuda(machine: Machine) -> str | None:
         return "no CUDA toolkit found (put nvcc on PATH or set CUDA_HOME)"
     if machine.toolkit is None:
         return f"no CUDA toolkit at CUDA_HOME={machine.cuda_home}: bin/nvcc does not run"
+    if not machine.cuda_header:
+        return (
+            f"no include/cuda_runtime.h at CUDA_HOME={machine.cuda_home}: where nvcc is a wrapper, "
+            "set CUDA_HOME to the toolkit"
+        )
     if machine.toolkit.split(".")[0] != machine.torch_cuda.split(".")[0]:
         return f"the toolkit is CUDA {machine.toolkit}, torch was built for {machine.torch_cuda}"
     if not machine.cuda_sources:

@@ -67,6 +67,9 @@ def native():
             "auto", replace(CUDA, toolkit="12.4"), "cpu", "built for 13.0", id="auto-other-major"
         ),
         pytest.param(
+            "auto", replace(CUDA, cuda_header=False), "cpu", "set CUDA_HOME", id="auto-nvcc-wrapper"
+        ),
+        pytest.param(
             "auto", replace(CUDA, cuda_sources=False), "cpu", "no .cu sources", id="auto-no-cu"
         ),
         pytest.param(
@@ -99,6 +102,14 @@ def test_resolves(requested, machine, mode, why):
 def test_unmet_request_is_an_error(requested, machine, message):
     with pytest.raises(build.BuildError, match=re.escape(message)):
         build.resolve(requested, machine)
+
+
+@pytest.mark.parametrize("folder", ["include", "targets/x86_64-linux/include"])
+def test_cuda_header(tmp_path, folder):
+    assert not build.has_cuda_header(tmp_path)
+    (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / folder / "cuda_runtime.h").touch()
+    assert build.has_cuda_header(tmp_path)
 
 
 def test_report_states_the_facts(monkeypatch):
