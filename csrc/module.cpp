@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <mutex>
 #include <set>
 #include <sstream>
@@ -48,7 +49,11 @@ py::dict build_info() {
   info["pybind11_version"] = std::to_string(PYBIND11_VERSION_MAJOR) + "." +
                              std::to_string(PYBIND11_VERSION_MINOR) + "." +
                              std::to_string(PYBIND11_VERSION_PATCH);
-  info["isas"] = split(RESNET_FAST_ISAS, ' ');
+  std::vector<std::string> isas = split(RESNET_FAST_ISAS, ' ');
+#if !RESNET_FAST_HAS_AMX  // a compiler that does not know it
+  isas.erase(std::remove(isas.begin(), isas.end(), "amx_bf16"), isas.end());
+#endif
+  info["isas"] = isas;
   info["isa_detected"] = resnet_fast::isa_name(resnet_fast::detected_isa());
   info["isa_active"] = resnet_fast::isa_name(resnet_fast::active_isa());
 #if defined(_OPENMP)

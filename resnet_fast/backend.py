@@ -162,7 +162,7 @@ def _gpu(index: int) -> str:
 
 
 def chosen(op: str, impl: str, device: str, dtype: torch.dtype) -> str:
-    """The name of the implementation that `resolve` takes."""
+    """The name of the implementation that `resolve` takes unless a table of `choice` differs."""
     return _resolve(op, impl, device, dtype)[0]
 
 

@@ -82,11 +82,15 @@ def _measure(
 
 def _microseconds(run: Callable[..., Any], args: Sequence[Any]) -> float:
     """Median time of run(*args); infinite where it does not take these arguments."""
+    import triton.errors
     import triton.testing
 
     try:
-        return 1e3 * triton.testing.do_bench(lambda: run(*args), quantiles=[0.5])
-    except (RuntimeError, ValueError):
+        with torch.cuda.device_of(args[0]):
+            return 1e3 * triton.testing.do_bench(lambda: run(*args), quantiles=[0.5])
+    except torch.OutOfMemoryError:  # of this moment, not of this candidate
+        raise
+    except (RuntimeError, ValueError, triton.errors.TritonError):
         return float("inf")
 
 

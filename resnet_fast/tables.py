@@ -29,7 +29,8 @@ def user_table(kind: str, gpu: str) -> Path:
     """The user's table of a kind for a GPU."""
     base = os.environ.get("RESNET_FAST_CACHE")
     if base is None:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "resnet_fast"
+        home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        base = Path(home) / "resnet_fast"
     return Path(base) / kind / f"{slug(gpu)}.json"
 
 
@@ -45,10 +46,10 @@ def sections(kind: str, gpu: str, section: str) -> Iterator[dict[str, Any]]:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The table at `path`; empty where there is none. RuntimeError names a file that is none."""
+    """The table at `path`; empty where none can be read. RuntimeError names a file that is none."""
     try:
         text = path.read_text()
-    except FileNotFoundError:
+    except OSError:  # none there, or a home that is no folder or not ours
         return {}
     try:
         table = json.loads(text)

@@ -11,7 +11,7 @@ from conftest import DTYPES, IMPLS
 from judge import judge
 from op_cases import CONVOLUTIONS, Conv, Draw
 
-from resnet_fast import backend
+from resnet_fast import backend, ops
 
 ISAS = ["baseline", "avx2", "avx512", "avx512_bf16", "amx_bf16"]
 TILED = {  # channels and filters in multiples of 32
@@ -66,3 +66,26 @@ def test_tiles(isa, dtype):
         env={**os.environ, "RESNET_FAST_CPU_ISA": isa, "RESNET_FAST_CPU_CONV": "tiles"},
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-3000:]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_pixels_that_no_tap_meets(dtype):
+    """NaN in rows that a strided convolution passes over shows nowhere."""
+    if backend.build_info() is None:
+        pytest.skip("resnet_fast._C is not built")
+    x = torch.randn(1, 32, 9, 9).to(dtype).contiguous(memory_format=torch.channels_last)
+    x[:, :, 1::2] = float("nan")
+    w, geometry = torch.randn(32, 32, 1, 1), ([2, 2], [0, 0], [1, 1], 1)
+    z = ops.conv_fprop(x, w, None, None, False, *geometry, "native")[0]
+    nothing = [None] * 13
+    dw = ops.conv_bprop(z, w, x, *nothing, *geometry, False, True, "native")[1]
+    assert torch.isfinite(z).all() and torch.isfinite(dw).all()
+
+
+def test_no_filters():
+    if backend.build_info() is None:
+        pytest.skip("resnet_fast._C is not built")
+    x = torch.randn(2, 32, 5, 5).to(memory_format=torch.channels_last)
+    with pytest.raises(RuntimeError, match="weight"):
+        ops.conv_fprop(x, torch.randn(0, 32, 3, 3), None, None, True, [1, 1], [1, 1], [1, 1], 1,
+                       "native")  # fmt: skip

@@ -40,9 +40,12 @@ inline char* scratch(int slot, int64_t bytes) {
   thread_local std::unique_ptr<char, Free> buffers[3];
   thread_local int64_t sizes[3] = {0, 0, 0};
   if (sizes[slot] < bytes) {
-    sizes[slot] = ceil_div(bytes, 4096) * 4096;
-    buffers[slot].reset(static_cast<char*>(std::aligned_alloc(64, sizes[slot])));
-    TORCH_CHECK(buffers[slot] != nullptr, "out of memory: ", sizes[slot], " bytes of scratch");
+    const int64_t size = ceil_div(bytes, 4096) * 4096;
+    buffers[slot].reset();
+    sizes[slot] = 0;
+    buffers[slot].reset(static_cast<char*>(std::aligned_alloc(64, size)));
+    TORCH_CHECK(buffers[slot] != nullptr, "out of memory: ", size, " bytes of scratch");
+    sizes[slot] = size;
   }
   return buffers[slot].get();
 }

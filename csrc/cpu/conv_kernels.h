@@ -15,7 +15,7 @@ namespace resnet_fast {
 
 constexpr int kTileColumns = 32;
 constexpr int64_t kPanelStep = kTileColumns * 4;  // bytes a step of B
-constexpr int64_t kChain = 256;                   // steps of one sum; longer ones are sums of sums
+constexpr int64_t kChain = 256;                   // steps of one sum of gemm.inl; longer ones are sums of sums
 
 // One stretch of the sum: `steps` steps, `a` and `b` bytes from where a product's begin.
 struct Stretch {

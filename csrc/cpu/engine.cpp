@@ -76,12 +76,11 @@ Window window(const Problem<T>& c, const Band& band) {
   return w;
 }
 
-// Bytes from one group of steps of a laid out band to the next, where they are apart: pixels that tiles read past
-// the end, and an odd number of cache lines, so that groups do not share cache sets.
+// Bytes from one group of steps of a laid out band to the next, where they are apart: an odd number of cache lines,
+// so that groups do not share cache sets.
 template <class T>
 int64_t group_pitch(const Window& w) {
-  const ConvKernels<T>& kernels = *conv_kernels<T>();
-  return ((w.height() * w.width() + kernels.rows) | 1) * kernels.steps * 4;
+  return ((w.height() * w.width()) | 1) * conv_kernels<T>()->steps * 4;
 }
 
 template <class T>
@@ -201,10 +200,10 @@ Ready<T> prepare(const Problem<T>& c, const Band& band, const Window& w, const I
       if (runs && ceil_div(positions, full) <= (pairs ? ceil_div(height, 2) : height * cut.parts)) {
         for (int64_t at = 0; at < positions; at += full) {
           const int64_t p = at / w.width(), q = at % w.width();
-          const int count = int(std::min<int64_t>(full, positions - at));
+          const int count = int(std::min<int64_t>(full, positions - at)), upper = std::min(count, half);
           // Where the run begins between two rows, y is where the next one begins.
           const int64_t y = y0 + (q < width ? p * y_row + q * ldy : (p + 1) * y_row);
-          const Rows tile = {half, full - half, count, int(q), int(width), int(w.width())};
+          const Rows tile = {upper, count - upper, count, int(q), int(width), int(w.width())};
           ready.tiles.push_back({first + at * lda, y, half * lda, 0, tile, phase});
         }
         continue;
@@ -375,7 +374,7 @@ void run(const Problem<T>& c) {
 template <class T>
 bool engine_takes(const ConvShape& s) {
   return conv_kernels<T>() != nullptr && s.channels % kTileColumns == 0 && s.filters % kTileColumns == 0 &&
-         s.images * s.rows * s.columns > 0;
+         s.channels * s.filters * s.images * s.rows * s.columns > 0;
 }
 
 template <class T>

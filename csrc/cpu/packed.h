@@ -12,8 +12,8 @@
 namespace resnet_fast::cpu {
 
 // Whether our own tiles run it: NHWC, one group, float or bf16, a CPU and channel counts that engine_takes.
-// In fp32 inference on Intel oneDNN measures faster, but for pointwise convolutions of more pixels than filters: they
-// are as fast, and with a residual faster (ResNet-50). RESNET_FAST_CPU_CONV decides otherwise.
+// In fp32 inference on Intel oneDNN measures faster, but for pointwise convolutions whose pixels outweigh their
+// filters: they are as fast, and with a residual faster (ResNet-50). RESNET_FAST_CPU_CONV decides otherwise.
 bool tiled(const Tensor& x, const Tensor& w, const Geometry& geometry, bool inference = false);
 
 struct BatchNormTensors {

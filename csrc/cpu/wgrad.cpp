@@ -90,6 +90,8 @@ at::Tensor engine_wgrad(const ConvShape& shape, const T* x, const FillRow<T>& fi
   const int64_t count = int64_t(blocks.size()), lanes = std::clamp<int64_t>(ceil_div(threads, chunks), 1, count);
   const at::Tensor sums = empty({lanes, size}, at::kFloat, at::MemoryFormat::Contiguous);
   const Cut parts = {kernels.dw_parts, kTileColumns};
+  std::vector<bool> met(rows.mul);  // rows of x by their remainder by the stride
+  for (int64_t r = 0; r < rows.taps; ++r) met[r * rows.slope % rows.mul] = true;
   // A as B has it, [step][32], or turned, [group][32][steps of a group].
   const int64_t lda = 4 * group_steps;
 
@@ -131,8 +133,12 @@ at::Tensor engine_wgrad(const ConvShape& shape, const T* x, const FillRow<T>& fi
       clear(to + place.steps * kPanelStep, a_panels, a_panel, (place.whole_steps - place.steps) * kPanelStep);
       const int64_t row0 = rows.least(band.p0), row1 = row0 + place.rows_of_phase * rows.mul;
       for (int64_t i = row0; i < row1; ++i) {
+        const int64_t phase = (i - row0) % rows.mul, at = place.row + phase * place.rows_of_phase + (i - row0) / rows.mul;
+        if (!met[phase]) {  // by no tap: not read, but for the zeros that end a band
+          if (group_steps > 1) clear(b + at * row_bytes, s.taps[1] * panels, b_panel, row_bytes);
+          continue;
+        }
         const T* values = input_row(s, x, fill, band.image, i, column0, column1, line);
-        const int64_t at = place.row + (i - row0) % rows.mul * place.rows_of_phase + (i - row0) / rows.mul;
         for (int64_t tap = 0; tap < s.taps[1]; ++tap) {
           kernels.pack_pixels(
               values + tap * columns.slope * s.channels, columns.mul * s.channels, pixels, s.channels,
