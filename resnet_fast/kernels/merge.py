@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .lanes import sum_rows
-from .launch import launch
+from .launch import all_registers, launch
 
 BLOCK_S, BLOCK_C = 64, 32
 TILES_A_SPLIT = 256
@@ -207,7 +207,7 @@ def fold(partial: Tensor, out: Tensor, per_fold: int | None = None) -> None:
     block = min(512, max(32, triton.next_power_of_2(size)))
     launch(
         fold_kernel, (triton.cdiv(size, block), triton.cdiv(count, per_fold), groups),
-        partial, out, count, per_fold, size, 8, block, num_warps=4,
+        partial, out, count, per_fold, size, 8, block, num_warps=4, **all_registers(partial),
     )  # fmt: skip
 
 
