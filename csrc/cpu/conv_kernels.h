@@ -23,8 +23,9 @@ struct Stretch {
 };
 
 // A tile's sum over its stretches. In a stretch A(row, step) is at a + row·lda + step·a_step bytes in the first
-// half of the tile, at a + half_a + (row − half)·lda + step·a_step in the second; B(step) is at b + step·kPanelStep. With
-// steps in groups, those of a group follow each other, and a_step is a group's distance from the next over its steps.
+// half of the tile, at a + half_a + (row − half)·lda + step·a_step in the second; B(step) is at b + step·kPanelStep.
+// With steps in groups, those of a group follow each other, and a_step is a group's distance from the next over its
+// steps.
 struct Product {
   const char *a, *b;
   const Stretch* stretches;
@@ -40,12 +41,12 @@ struct Epilogue {
   bool relu;
 };
 
-// How much of a tile there is: rows of its first half and of its second. Where `pitch` is given, its first `count`
-// rows are a run across lines of `pitch` positions, from position `column` of one: rows at positions from `width`
-// on are none of y, whose rows follow each other without them.
+// How much of a tile there is: rows of its first half and of its second. Where `pitch` is given, they are a run
+// across lines of `pitch` positions, from position `column` of one: rows at positions from `width` on are none of y,
+// whose rows follow each other without them.
 struct Rows {
   int first, second;
-  int count = 0, column = 0, width = 0, pitch = 0;
+  int column = 0, width = 0, pitch = 0;
 };
 
 template <class T>

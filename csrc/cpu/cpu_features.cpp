@@ -17,8 +17,7 @@
 namespace resnet_fast {
 namespace {
 
-constexpr Isa kIsas[] = {Isa::Baseline, Isa::AVX2, Isa::AVX512, Isa::AVX512_BF16,
-                         Isa::AMX_BF16};
+constexpr Isa kIsas[] = {Isa::Baseline, Isa::AVX2, Isa::AVX512, Isa::AVX512_BF16, Isa::AMX_BF16};
 
 #if RESNET_FAST_X86_64
 // Two flags that older compilers cannot name in __builtin_cpu_supports. They say nothing of the

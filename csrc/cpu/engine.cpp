@@ -203,7 +203,7 @@ Ready<T> prepare(const Problem<T>& c, const Band& band, const Window& w, const I
           const int count = int(std::min<int64_t>(full, positions - at)), upper = std::min(count, half);
           // Where the run begins between two rows, y is where the next one begins.
           const int64_t y = y0 + (q < width ? p * y_row + q * ldy : (p + 1) * y_row);
-          const Rows tile = {upper, count - upper, count, int(q), int(width), int(w.width())};
+          const Rows tile = {upper, count - upper, int(q), int(width), int(w.width())};
           ready.tiles.push_back({first + at * lda, y, half * lda, 0, tile, phase});
         }
         continue;

@@ -13,8 +13,7 @@ inline __attribute__((always_inline)) __m512 multiply_add(__m512i a, __m512i b, 
 }
 
 // Rows in groups of four or three, at p, p + lda, p + 2·lda, p + 3·lda: x86 address modes of one pointer and
-// two strides. Each half of the tile has two groups.
-// kStep is product.a_step, known here: a register less.
+// two strides. Each half of the tile has two groups. kStep is product.a_step, known here: a register less.
 template <int kRows, int kStep>
 inline __attribute__((always_inline)) void accumulate(
     const Product& product, __m512 (&sum)[kRows][2]) {
@@ -223,13 +222,15 @@ void pack_pixels(const Element* x, int64_t ld, int64_t pixels, int64_t channels,
 }
 
 const ConvKernels<Element>& conv_kernels() {
-  static constexpr ConvKernels<Element> all = {
-      .rows = kTileRows, .half = kHalf, .ragged = false, .steps = 1, .depth = kChain, .scratch_bytes = 256 << 10,
-      .block_bytes = 32 << 10,
-      .dw_parts = 3,  // 11 rows keep the FMAs as busy as 14, and three times 11 is little more than 32
-      .dw_pixels = 256, .dw_bytes = 640 << 10,
-      .store_tile = store_tile, .add_tile = add_tile, .release = nullptr,
-      .pack_outer = pack_outer, .pack_inner = pack_inner, .pack_pixels = pack_pixels,
-      .turn = nullptr, .spread = nullptr};
+  static const ConvKernels<Element> all = [] {
+    ConvKernels<Element> k = {};
+    k.rows = kTileRows, k.half = kHalf, k.ragged = false, k.steps = 1, k.depth = kChain;
+    k.scratch_bytes = 256 << 10, k.block_bytes = 32 << 10;
+    k.dw_parts = 3;  // 11 rows keep the FMAs as busy as 14, and three times 11 is little more than 32
+    k.dw_pixels = 256, k.dw_bytes = 640 << 10;
+    k.store_tile = store_tile, k.add_tile = add_tile;
+    k.pack_outer = pack_outer, k.pack_inner = pack_inner, k.pack_pixels = pack_pixels;
+    return k;
+  }();
   return all;
 }

@@ -91,7 +91,7 @@ struct Finisher {
   void run(const Rows& rows, const float* sum) const {
     int column = rows.column;
     int64_t at = 0;
-    for (int i = 0; i < rows.count; ++i, sum += kTileColumns) {
+    for (int i = 0; i < rows.first + rows.second; ++i, sum += kTileColumns) {
       if (column < rows.width) {
         row(sum, at);
         at += ldy;

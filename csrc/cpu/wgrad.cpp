@@ -118,8 +118,8 @@ at::Tensor engine_wgrad(const ConvShape& shape, const T* x, const FillRow<T>& fi
     const int64_t a_panels = width / kTileColumns, copy = panels * b_panel;
     T* line = reinterpret_cast<T*>(scratch(0, (column1 - column0) * s.channels * int64_t(sizeof(T))));
     char *a = scratch(1, a_panels * a_panel), *b = scratch(2, s.taps[1] * copy);
-    const auto clear = [&](char* at, int64_t count, int64_t panel_bytes, int64_t bytes) {
-      for (int64_t i = 0; i < count && bytes > 0; ++i) std::memset(at + i * panel_bytes, 0, bytes);
+    const auto clear = [&](char* at, int64_t n, int64_t panel_bytes, int64_t bytes) {
+      for (int64_t i = 0; i < n && bytes > 0; ++i) std::memset(at + i * panel_bytes, 0, bytes);
     };
 
     for (size_t j = 0; j < block.size(); ++j) {
