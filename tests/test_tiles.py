@@ -1,6 +1,8 @@
 """The own convolution tiles of the CPU: every path of the engine in every instruction set."""
 
 import os
+import platform
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -36,11 +38,11 @@ TILED = {  # channels and filters in multiples of 32
 
 
 
-def check(dtype):
+def check(dtype, *counts):
     """Every variant of every convolution op on every shape, NaN in memory that nobody wrote."""
     torch.utils.deterministic.fill_uninitialized_memory = True
     torch.use_deterministic_algorithms(True)
-    for threads in (2, 1):
+    for threads in counts:
         torch.set_num_threads(threads)
         for variant, arguments in CONVOLUTIONS.items():
             for name, conv in TILED.items():
@@ -49,11 +51,8 @@ def check(dtype):
                 judge(IMPLS["native-cpu"], DTYPES[dtype], variant, args, name)
 
 
-@pytest.mark.parametrize(
-    ("isa", "dtype"), [("avx512", "fp32"), ("avx512_bf16", "bf16"), ("amx_bf16", "bf16")]
-)
-def test_tiles(isa, dtype):
-    """In a process of its own, as instruction set and who convolves are asked once in one."""
+def check_in_process(isa, dtype, *counts, **env):
+    """`check` in a process of its own: instruction set and who convolves are asked once in one."""
     info = backend.build_info()
     if info is None:
         pytest.skip("resnet_fast._C is not built")
@@ -61,11 +60,33 @@ def test_tiles(isa, dtype):
     if isa not in isas or isas.index(isa) > isas.index(info["isa_detected"]):
         pytest.skip(f"this CPU has {info['isa_detected']} at most")
     run = subprocess.run(
-        [sys.executable, "-c", f"import test_tiles; test_tiles.check({dtype!r})"],
+        [sys.executable, "-c", f"import test_tiles; test_tiles.check({dtype!r}, *{counts})"],
         cwd=Path(__file__).parent, capture_output=True, text=True,
-        env={**os.environ, "RESNET_FAST_CPU_ISA": isa, "RESNET_FAST_CPU_CONV": "tiles"},
+        env={**os.environ, "RESNET_FAST_CPU_ISA": isa, "RESNET_FAST_CPU_CONV": "tiles", **env},
     )  # fmt: skip
-    assert run.returncode == 0, run.stderr[-3000:]
+    assert run.returncode == 0, (run.returncode, run.stderr[-3000:])
+
+
+EACH = pytest.mark.parametrize(
+    ("isa", "dtype"), [("avx512", "fp32"), ("avx512_bf16", "bf16"), ("amx_bf16", "bf16")]
+)
+
+
+@EACH
+def test_tiles(isa, dtype):
+    check_in_process(isa, dtype, 2, 1)
+
+
+@EACH
+def test_tiles_read_no_further(isa, dtype, tmp_path):
+    """The same with a page behind their scratch memory that stops who reads past it."""
+    compiler = shutil.which("cc")
+    if compiler is None or platform.libc_ver()[0] != "glibc":
+        pytest.skip("guard pages need a C compiler and glibc")
+    guard = tmp_path / "guard.so"
+    source = Path(__file__).parent / "guard_pages.c"
+    subprocess.run([compiler, "-O1", "-shared", "-fPIC", source, "-o", guard], check=True)
+    check_in_process(isa, dtype, 2, LD_PRELOAD=str(guard))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

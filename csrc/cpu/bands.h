@@ -40,7 +40,7 @@ inline char* scratch(int slot, int64_t bytes) {
   thread_local std::unique_ptr<char, Free> buffers[3];
   thread_local int64_t sizes[3] = {0, 0, 0};
   if (sizes[slot] < bytes) {
-    const int64_t size = ceil_div(bytes, 4096) * 4096;
+    const int64_t size = ceil_div(bytes, 64) * 64;
     buffers[slot].reset();
     sizes[slot] = 0;
     buffers[slot].reset(static_cast<char*>(std::aligned_alloc(64, size)));
