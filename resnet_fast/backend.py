@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from . import choice, reference
+from .layout import memory_format
 
 IMPLS = ("auto", "reference", "native", "triton")
 _NATIVE_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
@@ -150,10 +152,40 @@ def _live(op: str, device: str, dtype: torch.dtype) -> dict[str, Callable[..., A
 
 def resolve(op: str, impl: str, x: Tensor, args: Sequence[Any] = ()) -> Callable[..., Any]:
     """The function that runs `op` on x and args under `impl`."""
-    if impl == "auto" and x.device.type == "cuda":
+    if x.device.type != "cuda":
+        return _resolve(op, impl, x.device.type, x.dtype)[1]
+    why = unsuited(op, x, args)
+    if impl == "auto":
         live = _live(op, "cuda", x.dtype)
-        return live[choice.pick(op, _gpu(x.device.index), (x, *args), live)]
-    return _resolve(op, impl, x.device.type, x.dtype)[1]
+        if why is not None:
+            live = {name: run for name, run in live.items() if name != "native"}
+        if live:
+            return live[choice.pick(op, _gpu(x.device.index), (x, *args), live)]
+        impl = "reference"
+    elif impl == "native" and why is not None:
+        raise RuntimeError(f"impl='native' cannot run {op}: {why}")
+    return _resolve(op, impl, "cuda", x.dtype)[1]
+
+
+def unsuited(op: str, x: Tensor, args: Sequence[Any]) -> str | None:
+    """Why CUTLASS, native's convolution in inference, has no kernel for these arguments, or None.
+
+    Asked of 16-bit channels_last tensors in one group, which are its own; what else native
+    convolves is cuDNN's in any case. RESNET_FAST_CUDA_CONV=auto gives cuDNN these too.
+    """
+    if op != "conv_bn_act" or x.dtype.itemsize != 2:
+        return None
+    filters, channels = args[0].shape[:2]
+    fits = filters % 8 == 0 and (channels % 8 == 0 or channels < 8)  # a stem's are padded
+    if fits or channels != x.size(1) or memory_format(x, args[0]) != torch.channels_last:
+        return None
+    asked = os.environ.get("RESNET_FAST_CUDA_CONV", "cutlass")
+    if asked != "cutlass" or (build_info() or {}).get("cutlass") != "built in":
+        return None
+    return (
+        f"w: CUTLASS takes channels and filters that are multiples of 8, got {channels} channels "
+        f"and {filters} filters; use impl='auto', or RESNET_FAST_CUDA_CONV=auto for cuDNN"
+    )
 
 
 @functools.cache

@@ -142,6 +142,64 @@ def test_backend_asks(monkeypatch):
     assert len(asked) == 1
 
 
+class OnGpu:
+    """A CPU tensor that says it lies on a GPU."""
+
+    device = torch.device("cuda", 0)
+
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+    def __getattr__(self, name):
+        return getattr(self.tensor, name)
+
+
+@pytest.mark.parametrize(
+    ("channels", "filters", "change", "why"),
+    [
+        (16, 24, {}, None),
+        (3, 64, {}, None),  # a stem is padded
+        (12, 16, {}, "12 channels and 16 filters"),
+        (16, 20, {}, "16 channels and 20 filters"),
+        (16, 20, {"groups": 2}, None),  # cuDNN's in any case, as are the next three
+        (16, 20, {"layout": torch.contiguous_format}, None),
+        (16, 20, {"dtype": torch.float32}, None),
+        (16, 20, {"cutlass": "not there"}, None),
+        (16, 20, {"asked": "auto"}, None),
+        (16, 20, {"asked": "cudnn"}, None),
+        (16, 20, {"asked": "cutlass"}, "multiples of 8"),
+    ],
+)
+def test_channels_that_cutlass_does_not_take(channels, filters, change, why, monkeypatch):
+    """An error that says so where native was asked for by name; "auto" goes elsewhere."""
+    layout, dtype = change.get("layout", torch.channels_last), change.get("dtype", torch.bfloat16)
+    x = torch.zeros(2, channels, 4, 4, dtype=dtype).contiguous(memory_format=layout)
+    w = torch.zeros(filters, channels // change.get("groups", 1), 3, 3)
+    w = w.contiguous(memory_format=layout)
+    monkeypatch.delenv("RESNET_FAST_CUDA_CONV", raising=False)
+    if "asked" in change:
+        monkeypatch.setenv("RESNET_FAST_CUDA_CONV", change["asked"])
+    built = {"cutlass": change.get("cutlass", "built in")}
+    monkeypatch.setattr(backend, "build_info", lambda: built)
+    monkeypatch.setattr(backend, "_gpu", lambda index: GPU)
+    monkeypatch.setattr(backend, "_resolve", lambda op, impl, device, dtype: (impl, impl))
+    live = {"native": "native"}
+    monkeypatch.setattr(backend, "_live", lambda op, device, dtype: live)
+
+    def resolve(impl, op="conv_bn_act"):
+        return backend.resolve(op, impl, OnGpu(x), (w, None))
+
+    assert resolve("native", "conv_fprop") == "native" and resolve("reference") == "reference"
+    if why is None:
+        assert resolve("native") == resolve("auto") == "native"
+        return
+    with pytest.raises(RuntimeError, match=f"impl='native' cannot run conv_bn_act: w: .*{why}"):
+        resolve("native")
+    assert resolve("auto") == "reference"
+    live = {"triton": "triton", "native": "native"}
+    assert resolve("auto") == "triton"
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device")
 def test_on_a_gpu(monkeypatch):
