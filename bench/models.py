@@ -18,11 +18,11 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench import gate, memory, rows, step, table, timing
@@ -226,12 +226,14 @@ def _measure(
 def _step(
     provider: Provider, plain: nn.Module, case: Case, batches: Sequence[tuple[Tensor, Tensor]]
 ) -> timing.Step:
-    """One step on input i of the rotation; returns the logits."""
+    """One step on input i of the rotation."""
+    from resnet_fast import graph, graph_step
+
     module = provider.build(plain, case, batches[0][0])
     graphs = case.device.type == "cuda"
     captured = case.graph and not provider.graphs_itself
     if captured and case.mode == "infer":
-        replay = step.capture(partial(step.infer, module), batches[0][:1], module)
+        replay = graph(module, batches[0][0])
         return lambda i: replay(batches[i % len(batches)][0])
     if case.mode == "infer":
 
@@ -241,20 +243,16 @@ def _step(
             return step.infer(module, batches[i % len(batches)][0])
 
         return infer
-    sgd = case.optimizer == "sgd"
-    optimizer = torch.optim.SGD(module.parameters(), lr=1e-3, momentum=0.9) if sgd else None
+    dtype, optimizer = step.DTYPES[case.dtype], step.optimizer_of(module, case)
     if captured:
-
-        def once(x: Tensor, target: Tensor) -> Tensor:
-            return step.train(module, x, target, step.DTYPES[case.dtype], optimizer)[0]
-
-        replay_step = step.capture(once, batches[0], module, optimizer)
+        narrow = dtype if dtype != torch.float32 else None
+        replay_step = graph_step(module, F.cross_entropy, optimizer, *batches[0], autocast=narrow)
         return lambda i: replay_step(*batches[i % len(batches)])
 
     def train(i: int) -> Tensor:
         if graphs:
             torch.compiler.cudagraph_mark_step_begin()
-        return step.train(module, *batches[i % len(batches)], step.DTYPES[case.dtype], optimizer)[0]
+        return step.train(module, *batches[i % len(batches)], dtype, optimizer)[0]
 
     return train
 

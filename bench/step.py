@@ -8,7 +8,6 @@ narrower; an SGD update too when asked for.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -81,42 +80,13 @@ def infer(module: nn.Module, x: Tensor) -> Tensor:
         return module(x)
 
 
-def capture(
-    run: Callable[..., Tensor],
-    example: Sequence[Tensor],
-    module: nn.Module,
-    optimizer: torch.optim.Optimizer | None = None,
-) -> Callable[..., Tensor]:
-    """`run(*example)` of `module` as a CUDA graph: copies its arguments in, replays, gives y.
-
-    y is overwritten by the next call. The runs that warm up before leave parameters, buffers and
-    the optimizer's momentum as they were.
-    """
-    inputs = [t.clone(memory_format=torch.preserve_format) for t in example]
-    before = {name: value.clone() for name, value in module.state_dict().items()}
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # what is compiled or tuned at first must not be captured
-        for _ in range(3):
-            run(*inputs)
-    torch.cuda.current_stream().wait_stream(stream)
-    module.load_state_dict(before)
-    if optimizer is not None:
-        for state in optimizer.state.values():
-            for value in state.values():
-                if isinstance(value, Tensor):
-                    value.zero_()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y = run(*inputs)
-
-    def replay(*values: Tensor) -> Tensor:
-        for to, value in zip(inputs, values, strict=True):
-            to.copy_(value)
-        graph.replay()
-        return y
-
-    return replay
+def optimizer_of(module: nn.Module, case: Case) -> torch.optim.Optimizer | None:
+    """The case's optimizer; on a GPU its rate is a tensor, so that a graph takes its update in."""
+    if case.optimizer == "none":
+        return None
+    gpu = case.device.type == "cuda"
+    rate = torch.tensor(1e-3, device=case.device) if gpu else 1e-3
+    return torch.optim.SGD(module.parameters(), rate, momentum=0.9, fused=gpu)
 
 
 def train(

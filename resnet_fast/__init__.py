@@ -4,6 +4,7 @@ __version__ = "0.1.0"
 
 from . import cpu
 from .backend import empty_cache
+from .capture import graph, graph_step
 from .functional import add_relu, bn_act, conv_bn_act
 from .fuse import explain, fuse, unfuse
 from .models import ResNet, create_model, list_models
@@ -25,6 +26,8 @@ __all__ = [
     "empty_cache",
     "explain",
     "fuse",
+    "graph",
+    "graph_step",
     "list_models",
     "unfuse",
 ]
