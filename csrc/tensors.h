@@ -39,6 +39,12 @@ struct Geometry {
   int64_t groups;
 };
 
+// The tensors of a normalization in inference; all missing where there is none.
+struct BatchNorm {
+  OptTensor weight, bias, running_mean, running_var;
+  double eps;
+};
+
 ConvShape conv_shape(const Tensor& x, const Tensor& w, const Geometry& geometry);
 
 // One function an op; each raises for the first operand that does not fit. Activations are dense, in a dtype

@@ -7,6 +7,7 @@ ways. He et al. 2015 (arXiv:1512.03385); 2016 (arXiv:1603.05027, full pre-activa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -17,7 +18,10 @@ SHORTCUTS = ("identity", "projection", "zero_pad", "none")
 
 
 class Parts(NamedTuple):
-    """The children of a block as a chain (`resnet_fast.chain`): n convolutions, n + 1 norms."""
+    """The children of a block as a chain (`resnet_fast.chain`): n convolutions, n + 1 norms.
+
+    One more shortcut than a chain has: "zero_pad", whose tensor is made of x (`zero_pad`).
+    """
 
     convs: tuple[nn.Conv2d, ...]
     norms: tuple[nn.BatchNorm2d | None, ...]
@@ -27,6 +31,11 @@ class Parts(NamedTuple):
     projection_norm: nn.BatchNorm2d | None = None
     pool: nn.MaxPool2d | None = None
 
+    @property
+    def stride(self) -> int:
+        """Of the whole chain."""
+        return math.prod(conv.stride[0] for conv in self.convs)
+
 
 class ChainBlock(nn.Module):
     """A module whose children form a chain; `parts` names them, `forward` runs them one by one."""
@@ -35,13 +44,9 @@ class ChainBlock(nn.Module):
         """The chain's children, in order."""
         raise NotImplementedError
 
-    def shortcut_of(self, x: Tensor) -> Tensor | None:
-        """The shortcut's tensor where it is neither x, nor a projection, nor absent."""
-        return None
-
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """y of `resnet_fast.chain`, by ordinary calls of the children."""
-        return run_plain(self.parts(), x, self.shortcut_of(x) if residual is None else residual)
+        return run_plain(self.parts(), x, residual)
 
 
 def run_plain(parts: Parts, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -60,15 +65,17 @@ def run_plain(parts: Parts, x: Tensor, residual: Tensor | None = None) -> Tensor
             residual = parts.projection_norm(residual)
     elif parts.shortcut == "identity":
         residual = x
+    elif parts.shortcut == "zero_pad" and residual is None:
+        residual = zero_pad(x, parts)
     h = h if residual is None else h + residual
     h = F.relu(h) if parts.relu else h
     return h if parts.pool is None else parts.pool(h)
 
 
-def zero_pad(x: Tensor, channels: int, stride: int) -> Tensor:
+def zero_pad(x: Tensor, parts: Parts) -> Tensor:
     """Option A of He et al. 2015 (section 3.3): every stride-th pixel, zeros in new channels."""
-    x = x[:, :, ::stride, ::stride]
-    return F.pad(x, (0, 0, 0, 0, 0, channels - x.size(1)))
+    x = x[:, :, :: parts.stride, :: parts.stride]
+    return F.pad(x, (0, 0, 0, 0, 0, parts.convs[-1].out_channels - x.size(1)))
 
 
 class ConvBNAct2d(ChainBlock):
@@ -202,15 +209,8 @@ class ResidualBlock(ChainBlock):
         convs = tuple(getattr(self, f"conv{i}") for i in numbers)
         norms = tuple(getattr(self, f"bn{i}") for i in numbers)
         norms = (*norms, None) if self.preactivation else (None, *norms)
-        shortcut, projection = self.shortcut, (None, None)
-        if shortcut == "projection":
-            projection = self._projection()
-        elif shortcut == "zero_pad":
-            shortcut = "residual"
-        return Parts(convs, norms, not self.preactivation, shortcut, *projection)
-
-    def shortcut_of(self, x: Tensor) -> Tensor | None:
-        return zero_pad(x, self.out_channels, self.stride) if self.shortcut == "zero_pad" else None
+        projection = self._projection() if self.shortcut == "projection" else (None, None)
+        return Parts(convs, norms, not self.preactivation, self.shortcut, *projection)
 
     def extra_repr(self) -> str:
         return f"shortcut={self.shortcut!r}"

@@ -186,7 +186,7 @@ def run_chain(
     Raises: as `conv_bn_act`.
     """
     if chain.convs or (residual is not None and residual.dtype != x.dtype):
-        x, residual = _autocast(x), None if residual is None else _autocast(residual)
+        x, residual = autocast(x), None if residual is None else autocast(residual)
     counts = check_chain(chain, x, *tensors, residual)
     weight = tensors.convs[0].weight if tensors.convs else None
     fmt = memory_format(x, weight)
@@ -260,7 +260,7 @@ def _wants_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def _autocast(x: Tensor) -> Tensor:
+def autocast(x: Tensor) -> Tensor:
     """x in autocast's dtype where autocast is on for its device (double stays double).
 
     As in PyTorch, convolutions ask for it; a normalization or an addition alone takes what it gets.

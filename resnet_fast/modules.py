@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from . import blocks
 from .autograd.chain import Tensors
-from .blocks import Parts
+from .blocks import Parts, zero_pad
 from .chain import Chain, Conv, ConvParams, Norm, NormParams, Pool
 from .checks import check_impl, pair
 from .functional import Running, global_avg_pool, run_chain
+from .inference import infer
 
 
 def run_fused(
@@ -27,8 +28,14 @@ def run_fused(
 ) -> Tensor:
     """The chain of `parts` on x [N,C,H,W] by `resnet_fast.functional.run_chain`.
 
-    `residual` is added where the shortcut is "residual" (or "none", which it then replaces).
+    `residual`, where it is given, is the shortcut. In inference by `resnet_fast.inference` if that
+    takes it.
     """
+    if residual is None:
+        y = infer((parts,), x, impl)
+        if y is not None:
+            return y
+        residual = zero_pad(x, parts) if parts.shortcut == "zero_pad" else None
     shortcut = "residual" if residual is not None else parts.shortcut
     convs, norms = parts.convs, (*parts.norms, parts.projection_norm)
     if parts.projection is not None:
@@ -132,8 +139,6 @@ class Fused:
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """y of the block, x and y [N,C,H,W]; `residual` is added before the last ReLU."""
-        if residual is None:
-            residual = self.shortcut_of(x)
         return run_fused(
             self.parts(), x, residual, impl=self.impl, keep_activations=self.keep_activations
         )

@@ -8,6 +8,7 @@
 #include <tuple>
 #include <vector>
 
+#include "../chains.h"
 #include "engine.h"
 #include "memory.h"
 #include "norm.h"
@@ -234,18 +235,42 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bprop(
   return {dx, dw, sum_dx, sum_dx_xhat};
 }
 
+Tensor conv_bn_act_over(
+    const Tensor& x, const Tensor& w, const OptTensor& bias, const BatchNorm& norm, const OptTensor& residual,
+    bool relu, const Geometry& geometry, bool over) {
+  check_conv_bn_act(
+      x, w, bias, norm.weight, norm.bias, norm.running_mean, norm.running_var, residual, geometry);
+  const PackedConv packed = pack(x, w, bias, norm, geometry);
+  const auto format = format_of(x, &w);
+  const OptTensor beside = residual ? OptTensor(residual->contiguous(format)) : residual;
+  return run_packed(x, w, packed, beside, relu, geometry, over).contiguous(format);
+}
+
 Tensor conv_bn_act(
     const Tensor& x, const Tensor& w, const OptTensor& bias, const OptTensor& bn_weight, const OptTensor& bn_bias,
     const OptTensor& running_mean, const OptTensor& running_var, const OptTensor& residual, bool relu, double eps,
     IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, int64_t groups) {
   const at::AutoDispatchBelowADInplaceOrView guard;
-  const Geometry geometry = {stride, padding, dilation, groups};
-  check_conv_bn_act(x, w, bias, bn_weight, bn_bias, running_mean, running_var, residual, geometry);
-  const BatchNormTensors bn = {bias, bn_weight, bn_bias, running_mean, running_var, eps};
-  const PackedConv packed = pack(x, w, bn, geometry);
-  const auto format = format_of(x, &w);
-  const OptTensor beside = residual ? OptTensor(residual->contiguous(format)) : residual;
-  return run_packed(x, w, packed, beside, relu, geometry).contiguous(format);
+  const BatchNorm norm = {bn_weight, bn_bias, running_mean, running_var, eps};
+  return conv_bn_act_over(x, w, bias, norm, residual, relu, {stride, padding, dilation, groups}, false);
+}
+
+struct ChainOps {
+  static Tensor norm_relu(const Tensor& x, const BatchNorm& norm) {
+    const auto wide = accumulate_type(x);
+    const auto [scale, shift, rstd] = bn_finalize(
+        norm.running_mean->to(wide), norm.running_var->to(wide), 1, norm.weight, norm.bias, norm.eps);
+    return activate(x, scale, shift);
+  }
+  static constexpr auto conv_bn_act = conv_bn_act_over;
+  static Tensor max_pool(const Tensor& x, IntArrayRef kernel, IntArrayRef stride, IntArrayRef padding) {
+    return std::get<0>(bn_relu_max_pool(x, {}, {}, kernel, stride, padding, false));
+  }
+};
+
+Tensor infer_chains(const Tensor& x, const TensorList& tensors, IntArrayRef program, at::ArrayRef<double> eps) {
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  return resnet_fast::infer_chains<ChainOps>(x, tensors, program, eps);
 }
 
 }  // namespace
@@ -254,6 +279,7 @@ TORCH_LIBRARY_IMPL(resnet_fast_native, CPU, m) {
   m.impl("conv_fprop", &conv_fprop);
   m.impl("conv_bprop", &conv_bprop);
   m.impl("conv_bn_act", &conv_bn_act);
+  m.impl("infer_chains", &infer_chains);
 }
 
 }  // namespace resnet_fast::cpu

@@ -28,9 +28,16 @@ auto dispatch(const Tensor& x, const char* op, F f) {
 
 std::tuple<Tensor, Tensor> bn_stats(const Tensor& x);
 
+std::tuple<Tensor, Tensor, Tensor> bn_finalize(
+    const Tensor& mean, const Tensor& m2, int64_t count, const OptTensor& weight, const OptTensor& bias, double eps);
+
 std::tuple<Tensor, Tensor> bn_act(
     const Tensor& z, const Tensor& scale, const Tensor& shift, const OptTensor& residual,
     const OptTensor& res_scale, const OptTensor& res_shift, bool relu, bool save_mask);
+
+std::tuple<Tensor, Tensor> bn_relu_max_pool(
+    const Tensor& z, const OptTensor& scale, const OptTensor& shift, at::IntArrayRef kernel, at::IntArrayRef stride,
+    at::IntArrayRef padding, bool save_index);
 
 Tensor bn_act_bwd_apply(
     const Tensor& dy, const OptTensor& mask, const OptTensor& a, const OptTensor& z, const OptTensor& mean,

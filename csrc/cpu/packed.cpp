@@ -79,15 +79,15 @@ std::unordered_map<Key, Entry, KeyHash>& cache() {
   return *entries;
 }
 
-std::vector<Tensor> sources(const Tensor& w, const BatchNormTensors& bn) {
+std::vector<Tensor> sources(const Tensor& w, const OptTensor& bias, const BatchNorm& bn) {
   std::vector<Tensor> all = {w};
-  for (const OptTensor* t : {&bn.conv_bias, &bn.weight, &bn.bias, &bn.running_mean, &bn.running_var}) {
+  for (const OptTensor* t : {&bias, &bn.weight, &bn.bias, &bn.running_mean, &bn.running_var}) {
     if (t->has_value()) all.push_back(**t);
   }
   return all;
 }
 
-Key make_key(const Tensor& x, const Tensor& w, const BatchNormTensors& bn, const Geometry& g) {
+Key make_key(const Tensor& x, const Tensor& w, const OptTensor& bias, const BatchNorm& bn, const Geometry& g) {
   Key key = {reinterpret_cast<int64_t>(w.const_data_ptr()), int64_t(x.scalar_type()), g.groups,
              int64_t(x.is_contiguous(at::MemoryFormat::ChannelsLast)), int64_t(std::llround(bn.eps * 1e15)),
              at::get_num_threads()};
@@ -96,7 +96,7 @@ Key make_key(const Tensor& x, const Tensor& w, const BatchNormTensors& bn, const
   for (const at::IntArrayRef part : {w.sizes(), w.strides(), g.stride, g.padding, g.dilation}) {
     key.insert(key.end(), part.begin(), part.end());
   }
-  for (const OptTensor* t : {&bn.conv_bias, &bn.weight, &bn.bias, &bn.running_mean, &bn.running_var}) {
+  for (const OptTensor* t : {&bias, &bn.weight, &bn.bias, &bn.running_mean, &bn.running_var}) {
     key.push_back(t->has_value() ? reinterpret_cast<int64_t>((*t)->const_data_ptr()) : 0);
   }
   return key;
@@ -105,12 +105,13 @@ Key make_key(const Tensor& x, const Tensor& w, const BatchNormTensors& bn, const
 // oneDNN's fused convolutions, registered by ATen; absent where ATen was built without oneDNN.
 struct OneDnn {
   using Scalars = c10::List<std::optional<at::Scalar>>;
-  std::optional<c10::OperatorHandle> plain, binary, reorder;
+  std::optional<c10::OperatorHandle> plain, binary, binary_over, reorder;
 
   OneDnn() {
     auto& dispatcher = c10::Dispatcher::singleton();
     plain = dispatcher.findSchema({"mkldnn::_convolution_pointwise", ""});
     binary = dispatcher.findSchema({"mkldnn::_convolution_pointwise", "binary"});
+    binary_over = dispatcher.findSchema({"mkldnn::_convolution_pointwise_", "binary"});
     reorder = dispatcher.findSchema({"mkldnn::_reorder_convolution_weight", ""});
   }
   // No filters to speak of, no pixels, or double: ATen's ordinary convolution.
@@ -132,10 +133,10 @@ Tensor call(const c10::OperatorHandle& op, std::vector<c10::IValue> stack) {
 
 std::vector<int64_t> list(at::IntArrayRef values) { return values.vec(); }
 
-PackedConv make(const Tensor& x, const Tensor& w, const BatchNormTensors& bn, const Geometry& g) {
+PackedConv make(const Tensor& x, const Tensor& w, const OptTensor& bias, const BatchNorm& bn, const Geometry& g) {
   const at::ScalarType wide = accumulate_type(x);
   Tensor weight = w.to(wide), shift;
-  if (bn.conv_bias) shift = bn.conv_bias->to(wide);
+  if (bias) shift = bias->to(wide);
   if (bn.running_mean) {
     const Tensor rstd = (bn.running_var->to(wide) + bn.eps).rsqrt();
     const Tensor scale = bn.weight ? bn.weight->to(wide) * rstd : rstd;
@@ -160,12 +161,13 @@ PackedConv make(const Tensor& x, const Tensor& w, const BatchNormTensors& bn, co
 
 }  // namespace
 
-PackedConv pack(const Tensor& x, const Tensor& w, const BatchNormTensors& bn, const Geometry& geometry) {
-  const std::vector<Tensor> tensors = sources(w, bn);
+PackedConv pack(
+    const Tensor& x, const Tensor& w, const OptTensor& bias, const BatchNorm& bn, const Geometry& geometry) {
+  const std::vector<Tensor> tensors = sources(w, bias, bn);
   for (const Tensor& t : tensors) {
-    if (t.is_inference()) return make(x, w, bn, geometry);  // it has no version counter to watch
+    if (t.is_inference()) return make(x, w, bias, bn, geometry);  // it has no version counter to watch
   }
-  const Key key = make_key(x, w, bn, geometry);
+  const Key key = make_key(x, w, bias, bn, geometry);
   const std::lock_guard<std::mutex> lock(mutex());
   auto& entries = cache();
   if (const auto found = entries.find(key); found != entries.end()) {
@@ -178,7 +180,7 @@ PackedConv pack(const Tensor& x, const Tensor& w, const BatchNormTensors& bn, co
   if (entries.size() >= kMaxEntries) entries.clear();
   Entry entry;
   for (const Tensor& t : tensors) entry.witnesses.push_back(witness(t));
-  entry.packed = make(x, w, bn, geometry);
+  entry.packed = make(x, w, bias, bn, geometry);
   return entries.emplace(key, std::move(entry)).first->second.packed;
 }
 
@@ -200,9 +202,10 @@ namespace {
 template <class T>
 Tensor run_panels(
     const Tensor& x, const Tensor& w, const PackedConv& packed, const OptTensor& residual, bool relu,
-    const Geometry& g) {
+    const Geometry& g, bool over) {
   const ConvShape s = conv_shape(x, w, g);
-  const Tensor y = empty({s.images, s.filters, s.rows, s.columns}, x.options(), at::MemoryFormat::ChannelsLast);
+  const Tensor y = over ? *residual : empty({s.images, s.filters, s.rows, s.columns}, x.options(),
+                                            at::MemoryFormat::ChannelsLast);
   engine_fprop<T>(
       s, data<T>(x), {}, packed.weight, packed.shift.defined() ? packed.shift.const_data_ptr<float>() : nullptr,
       data<T>(residual), relu, static_cast<T*>(y.data_ptr()), {});
@@ -213,10 +216,9 @@ Tensor run_panels(
 
 Tensor run_packed(
     const Tensor& x, const Tensor& w, const PackedConv& packed, const OptTensor& residual, bool relu,
-    const Geometry& g) {
+    const Geometry& g, bool over) {
   if (packed.panels) {
-    return x.scalar_type() == at::kFloat ? run_panels<float>(x, w, packed, residual, relu, g)
-                                         : run_panels<bf16>(x, w, packed, residual, relu, g);
+    return (x.scalar_type() == at::kFloat ? run_panels<float> : run_panels<bf16>)(x, w, packed, residual, relu, g, over);
   }
   const c10::IValue bias = packed.shift.defined() ? c10::IValue(packed.shift) : c10::IValue();
   if (!onednn().takes(x)) {
@@ -235,6 +237,10 @@ Tensor run_packed(
                                       g.groups, "none", OneDnn::Scalars(), none});
     y.add_(*residual);
     return relu ? y.relu_() : y;
+  }
+  if (residual && over && onednn().binary_over) {
+    return call(*onednn().binary_over, {*residual, x, packed.weight, bias, list(g.padding), list(g.stride),
+                                        list(g.dilation), g.groups, "add", none, relu_name, OneDnn::Scalars(), none});
   }
   if (residual) {
     return call(*onednn().binary, {x, *residual, packed.weight, bias, list(g.padding), list(g.stride),

@@ -16,11 +16,6 @@ namespace resnet_fast::cpu {
 // filters: they are as fast, and with a residual faster (ResNet-50). RESNET_FAST_CPU_CONV decides otherwise.
 bool tiled(const Tensor& x, const Tensor& w, const Geometry& geometry, bool inference = false);
 
-struct BatchNormTensors {
-  OptTensor conv_bias, weight, bias, running_mean, running_var;
-  double eps;
-};
-
 // Filters times scale and the shift: as panels of engine.h with an fp32 shift, or in x's dtype and oneDNN's
 // blocked layout where it has one.
 struct PackedConv {
@@ -32,12 +27,14 @@ struct PackedConv {
 // The packed form of these very tensors for inputs like x: from the cache while every one of them has its
 // storage, version counter and a sample of its values unchanged, else made and cached. (A single value written
 // past the version counter, through `.data` or a NumPy view, can go unseen until clear_packed.)
-PackedConv pack(const Tensor& x, const Tensor& w, const BatchNormTensors& bn, const Geometry& geometry);
+PackedConv pack(
+    const Tensor& x, const Tensor& w, const OptTensor& bias, const BatchNorm& norm, const Geometry& geometry);
 
-// relu(conv(x) + shift + residual) in one call; w tells the filters' shape and memory order.
+// relu(conv(x) + shift + residual) in one call; w tells the filters' shape and memory order. With `over` the
+// result may be written over the residual, which then is what is given.
 Tensor run_packed(
     const Tensor& x, const Tensor& w, const PackedConv& packed, const OptTensor& residual, bool relu,
-    const Geometry& geometry);
+    const Geometry& geometry, bool over);
 
 // Drop every packed filter; how many there were.
 int64_t clear_packed();

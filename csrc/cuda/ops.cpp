@@ -10,6 +10,7 @@
 #include <string>
 #include <tuple>
 
+#include "../chains.h"
 #include "../checks.h"
 #include "../tensors.h"
 #include "norm.h"
@@ -367,14 +368,15 @@ Tensor eight_channels(const Tensor& t) {
   return wide;
 }
 
-// relu(scale·conv(x, w) + shift + residual) in one launch; an undefined tensor where the kernels do not take it.
+// relu(scale·conv(x, w) + shift + residual) in one launch, `over` the residual where that is allowed; an undefined
+// tensor where the kernels do not take it.
 Tensor fused_conv(
     const Tensor& x, const Tensor& w, const Tensor& scale, const Tensor& shift, const OptTensor& residual, bool relu,
-    const Geometry& g) {
+    const Geometry& g, bool over) {
   const c10::cuda::CUDAGuard guard(x.device());
   const ConvShape s = conv_shape(x, w, g);
-  const Tensor y =
-      at::empty({s.images, s.filters, s.rows, s.columns}, x.options().memory_format(at::MemoryFormat::ChannelsLast));
+  const auto options = x.options().memory_format(at::MemoryFormat::ChannelsLast);
+  const Tensor y = over ? *residual : at::empty({s.images, s.filters, s.rows, s.columns}, options);
   ConvForward k = {};
   k.dtype = x.scalar_type() == at::kHalf ? Dtype::kHalf : Dtype::kBFloat16;
   k.x = x.const_data_ptr(), k.w = w.const_data_ptr(), k.residual = residual ? residual->const_data_ptr() : nullptr;
@@ -402,27 +404,23 @@ Tensor fused_conv(
 // scale and shift of the norm after a convolution with a bias: bn_finalize of the running statistics, whose mean
 // is moved by the bias.
 std::tuple<Tensor, Tensor> folded(
-    const Tensor& x, int64_t filters, const OptTensor& bias, const OptTensor& bn_weight, const OptTensor& bn_bias,
-    const OptTensor& running_mean, const OptTensor& running_var, double eps) {
+    const Tensor& x, int64_t channels, const OptTensor& bias, const BatchNorm& norm) {
   const auto type = accumulate_type(x);
-  if (!running_mean) {
-    const Tensor one = empty_vector(x, filters).fill_(1);
+  if (!norm.running_mean) {
+    const Tensor one = empty_vector(x, channels).fill_(1);
     return {one, bias ? bias->to(type) : at::zeros_like(one)};
   }
-  const Tensor mean = running_mean->to(type);
-  auto [scale, shift, rstd] =
-      bn_finalize(bias ? mean - bias->to(type) : mean, running_var->to(type), 1, bn_weight, bn_bias, eps);
+  const Tensor mean = norm.running_mean->to(type);
+  auto [scale, shift, rstd] = bn_finalize(
+      bias ? mean - bias->to(type) : mean, norm.running_var->to(type), 1, norm.weight, norm.bias, norm.eps);
   return {scale, shift};
 }
 
-Tensor conv_bn_act(
-    const Tensor& x, const Tensor& w, const OptTensor& bias, const OptTensor& bn_weight, const OptTensor& bn_bias,
-    const OptTensor& running_mean, const OptTensor& running_var, const OptTensor& residual, bool relu, double eps,
-    IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, int64_t groups) {
-  const at::AutoDispatchBelowADInplaceOrView below;
-  const Geometry g = {stride, padding, dilation, groups};
-  check_conv_bn_act(x, w, bias, bn_weight, bn_bias, running_mean, running_var, residual, g);
-  const auto [scale, shift] = folded(x, w.size(0), bias, bn_weight, bn_bias, running_mean, running_var, eps);
+Tensor conv_bn_act_over(
+    const Tensor& x, const Tensor& w, const OptTensor& bias, const BatchNorm& norm, const OptTensor& residual,
+    bool relu, const Geometry& g, bool over) {
+  check_conv_bn_act(x, w, bias, norm.weight, norm.bias, norm.running_mean, norm.running_var, residual, g);
+  const auto [scale, shift] = folded(x, w.size(0), bias, norm);
   const auto format = format_of(x, &w);
   const OptTensor beside = residual ? OptTensor(residual->contiguous(format)) : residual;
 #if defined(RESNET_FAST_WITH_CUTLASS)
@@ -432,14 +430,39 @@ Tensor conv_bn_act(
       y = refused(x, w, why);
     } else {
       const Tensor in = x.contiguous(format), filters = filters_for(x, w);
-      y = x.size(1) < 8 ? fused_conv(eight_channels(in), eight_channels(filters), scale, shift, beside, relu, g)
-                        : fused_conv(in, filters, scale, shift, beside, relu, g);
+      y = x.size(1) < 8 ? fused_conv(eight_channels(in), eight_channels(filters), scale, shift, beside, relu, g, over)
+                        : fused_conv(in, filters, scale, shift, beside, relu, g, over);
     }
     if (y.defined()) return y;
   }
 #endif
   return std::get<0>(
       bn_act_unchecked("conv_bn_act", library_conv(x, w, g), scale, shift, beside, {}, {}, relu, false));
+}
+
+Tensor conv_bn_act(
+    const Tensor& x, const Tensor& w, const OptTensor& bias, const OptTensor& bn_weight, const OptTensor& bn_bias,
+    const OptTensor& running_mean, const OptTensor& running_var, const OptTensor& residual, bool relu, double eps,
+    IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, int64_t groups) {
+  const at::AutoDispatchBelowADInplaceOrView below;
+  const BatchNorm norm = {bn_weight, bn_bias, running_mean, running_var, eps};
+  return conv_bn_act_over(x, w, bias, norm, residual, relu, {stride, padding, dilation, groups}, false);
+}
+
+struct ChainOps {
+  static Tensor norm_relu(const Tensor& x, const BatchNorm& norm) {
+    const auto [scale, shift] = folded(x, x.size(1), {}, norm);
+    return std::get<0>(bn_act(x, scale, shift, {}, {}, {}, true, false));
+  }
+  static constexpr auto conv_bn_act = conv_bn_act_over;
+  static Tensor max_pool(const Tensor& x, IntArrayRef kernel, IntArrayRef stride, IntArrayRef padding) {
+    return std::get<0>(bn_relu_max_pool(x, {}, {}, kernel, stride, padding, false));
+  }
+};
+
+Tensor infer_chains(const Tensor& x, const TensorList& tensors, IntArrayRef program, at::ArrayRef<double> eps) {
+  const at::AutoDispatchBelowADInplaceOrView below;
+  return resnet_fast::infer_chains<ChainOps>(x, tensors, program, eps);
 }
 
 }  // namespace
@@ -459,6 +482,7 @@ TORCH_LIBRARY_IMPL(resnet_fast_native, CUDA, m) {
   m.impl("conv_fprop", &conv_fprop);
   m.impl("conv_bprop", &conv_bprop);
   m.impl("conv_bn_act", &conv_bn_act);
+  m.impl("infer_chains", &infer_chains);
 }
 
 }  // namespace resnet_fast::cuda::ops

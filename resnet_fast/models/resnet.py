@@ -9,6 +9,7 @@ Children carry torchvision's names in torchvision's order, so state dicts load b
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 
 from ..blocks import Parts, ResidualBlock, run_plain
 from ..checks import check_impl
-from ..modules import PLAIN, Fused, GlobalAvgPool2d, ends_chain, run_fused
+from ..inference import infer
+from ..modules import PLAIN, Fused, GlobalAvgPool2d, ends_chain, hooked, run_fused
 
 STEMS = ("imagenet", "cifar")
 
@@ -137,14 +139,34 @@ class ResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits [N, num_classes] of x [N, in_channels, H, W]."""
-        pool = self.maxpool if ends_chain(self.maxpool) else None
-        x = self._run(Parts((self.conv1,), (None, self.bn1), True, "none", pool=pool), x)
-        x = x if pool is not None else self.maxpool(x)
-        for i in range(1, self.stages + 1):
-            x = getattr(self, f"layer{i}")(x)
+        x = self._stages(x)
         if hasattr(self, "bn_last"):
             x = self._run(Parts((), (self.bn_last,), True, "none"), x)
         return self.fc(torch.flatten(self.avgpool(x), 1))
+
+    def _stages(self, x: Tensor) -> Tensor:
+        """What the last block gives; in inference in one native call where that is the same."""
+        pool = self.maxpool if ends_chain(self.maxpool) else None
+        stem = Parts((self.conv1,), (None, self.bn1), True, "none", pool=pool)
+        stages = [getattr(self, f"layer{i}") for i in range(1, self.stages + 1)]
+        if self.fused and (pool is not None or type(self.maxpool) is nn.Identity):
+            blocks = [block for stage in stages for block in stage]
+            if not any(map(hooked, (self.maxpool, *stages))) and all(map(self._absorbs, blocks)):
+                parts = (block.parts() for block in blocks)
+                y = infer(itertools.chain((stem,), parts), x, self.impl)
+                if y is not None:
+                    return y
+        x = self._run(stem, x)
+        x = x if pool is not None else self.maxpool(x)
+        for stage in stages:
+            x = stage(x)
+        return x
+
+    def _absorbs(self, block: nn.Module) -> bool:
+        """Whether to run `block` is to run its chain, by this net's implementation."""
+        ours = isinstance(block, Fused) and type(block).forward is Fused.forward
+        plain_call = not hooked(block) and "forward" not in vars(block)
+        return ours and plain_call and block.impl == self.impl
 
     def switch(self, fused: bool) -> None:
         """Run stem and pooling fused by `self.impl`, or plain; blocks are modules of their own."""

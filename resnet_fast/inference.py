@@ -1,0 +1,107 @@
+"""Several chains one after another in a single native call, where only inference is asked for.
+
+`native.infer_chains` (csrc/chains.h) runs a block, or all of a ResNet up to its pooling, without
+Python and without a dispatcher between the convolutions, and adds a shortcut in place where nobody
+else reads it. It is a shorter way to the same bits: whatever it does not take (a gradient, batch
+statistics, a trace, another implementation, operands that do not fit) goes the ordinary way through
+`functional.run_chain`, op by op, which also has the better errors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from . import backend
+from .blocks import Parts
+from .functional import autocast
+from .layout import memory_format
+
+SHORTCUTS = ("none", "identity", "projection", "zero_pad")  # csrc/chains.h numbers them
+NO_NORM = (None,) * 4
+
+
+def infer(chains: Iterable[Parts], x: Tensor, impl: str) -> Tensor | None:
+    """y of `chains` on x [N,C,H,W], each on the result of the one before; None where it must not.
+
+    It must not where a gradient could be wanted, a norm would use the batch's statistics, somebody
+    looks on (a compiler, a tracer, a dispatch mode), or `impl` is not native for x.
+    """
+    if type(x) is not Tensor or x.dim() != 4 or _watched():
+        return None
+    program: list[int] = []
+    tensors: list[Tensor | None] = []
+    eps: list[float] = []
+    for parts in chains:
+        if not _write(parts, program, tensors, eps):
+            return None
+    x = autocast(x)
+    if not tensors or not _native(x, impl, tensors):
+        return None
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors)):
+        return None
+    x = x.contiguous(memory_format=memory_format(x, tensors[0]))
+    try:
+        return backend.native_ops().infer_chains(x, tensors, program, eps)
+    except (RuntimeError, ValueError, TypeError, IndexError):
+        return None  # the ordinary way names the argument
+
+
+def _watched() -> bool:
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+    )
+
+
+def _native(x: Tensor, impl: str, tensors: list[Tensor | None]) -> bool:
+    """Whether native runs all of it by `impl`: its device and dtype, on a GPU also its channels."""
+    try:
+        chosen = backend.chosen("conv_bn_act", impl, x.device.type, x.dtype)
+    except RuntimeError:
+        return False
+    if chosen != "native" or not hasattr(backend.native_ops(), "infer_chains"):
+        return False
+    filters = (t for t in tensors if t is not None and t.dim() == 4)
+    return x.device.type != "cuda" or not any(
+        backend.unsuited("conv_bn_act", x, (w,)) for w in filters
+    )
+
+
+def _write(
+    parts: Parts, program: list[int], tensors: list[Tensor | None], eps: list[float]
+) -> bool:
+    """Append a chain in the order of csrc/chains.h; False where it is not one for inference."""
+    n = len(parts.convs)
+    if n == 0 or parts.shortcut not in SHORTCUTS:
+        return False
+    pool, projects = parts.pool, parts.projection is not None
+    pads = parts.stride if parts.shortcut == "zero_pad" else 0
+    program += (n, SHORTCUTS.index(parts.shortcut), parts.relu, pool is not None, pads)
+    for conv in (*parts.convs, parts.projection) if projects else parts.convs:
+        if isinstance(conv.padding, str) or conv.padding_mode != "zeros":
+            return False
+        program += (*conv.stride, *conv.padding, *conv.dilation, conv.groups)
+        tensors += (conv.weight, conv.bias)
+    norms = (*parts.norms, parts.projection_norm)
+    for i, norm in enumerate(norms):
+        if norm is None:
+            biased = 0 < i <= n and parts.convs[i - 1].bias is not None
+            if biased or (i > n and projects and parts.projection.bias is not None):
+                return False
+            tensors += NO_NORM
+            eps.append(0.0)
+            continue
+        if norm.training or norm.running_mean is None or not isinstance(norm, nn.BatchNorm2d):
+            return False
+        tensors += (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+        eps.append(norm.eps)
+    if pool is not None:
+        for size in (pool.kernel_size, pool.stride, pool.padding):
+            program += (size, size) if isinstance(size, int) else size
+    return True

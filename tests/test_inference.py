@@ -1,0 +1,247 @@
+"""Whole nets and blocks in one native call: the same bits as op by op, and when it steps aside."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import resnet_fast
+from resnet_fast import backend, inference
+from resnet_fast.blocks import Parts
+
+NETS = {
+    "bottlenecks": ("Bottleneck", {}),
+    "basic, zero-pad": ("BasicBlock", {"shortcut": "zero_pad"}),
+    "projections": ("BasicBlock", {"shortcut": "projection"}),
+    "plain": ("BasicBlock", {"shortcut": "none"}),
+    "pre-activation": ("PreActBottleneck", {}),
+    "pre-activation, zero-pad": ("PreActBasicBlock", {"shortcut": "zero_pad"}),
+    "groups": ("Bottleneck", {"groups": 4, "width_per_group": 16}),
+    "dilation": ("Bottleneck", {"replace_stride_with_dilation": [True]}),
+    "one channel": ("BasicBlock", {"planes": 1}),
+}
+
+
+def net(name, dtype=torch.float32, layout=torch.channels_last, impl="auto", **options):
+    block, more = NETS[name]
+    torch.manual_seed(1)
+    options = {"planes": 32, "stem": "imagenet", "impl": impl, **more, **options}
+    model = resnet_fast.ResNet(getattr(resnet_fast, block), [2, 2], 10, **options)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.2)
+            module.running_var.uniform_(0.5, 1.5)
+    return model.eval().to(dtype, memory_format=layout)
+
+
+def image(dtype=torch.float32, layout=torch.channels_last, n=3):
+    return torch.randn(n, 3, 37, 46).to(dtype).contiguous(memory_format=layout)
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """What `inference.infer` gave, call by call."""
+    given = []
+
+    def watched(*args):
+        given.append(inference.infer(*args))
+        return given[-1]
+
+    monkeypatch.setattr(resnet_fast.modules, "infer", watched)
+    monkeypatch.setattr(resnet_fast.models.resnet, "infer", watched)
+    return given
+
+
+def op_by_op(monkeypatch, run):
+    with monkeypatch.context() as patch:
+        patch.setattr(resnet_fast.modules, "infer", lambda *args: None)
+        patch.setattr(resnet_fast.models.resnet, "infer", lambda *args: None)
+        return run()
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_same_bits(impl, dtype, layout, name, asked, monkeypatch):
+    """One call for all of the net before its pooling; x is as it was."""
+    if impl.name != "native" or impl.device != "cpu":
+        pytest.skip("the call is native's, and here it is run on the CPU")
+    impl.need(dtype, "conv_bn_act")
+    model, x = net(name, dtype, layout, impl.name), image(dtype, layout)
+    before = x.clone()
+    with torch.inference_mode():
+        y = model(x)
+        assert torch.equal(y, op_by_op(monkeypatch, lambda: model(x)))
+        assert asked[0] is not None and torch.equal(x, before)
+        head = 2 if hasattr(model, "bn_last") else 1
+        assert len(asked) == head, "nothing but the head is left"
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_a_block_alone(name, asked, monkeypatch):
+    """A block by itself; its input is the caller's, and a residual that is given is added."""
+    block = net(name).layer2[0]
+    x = torch.randn(2, block.conv1.in_channels, 9, 12).contiguous(memory_format=torch.channels_last)
+    before = x.clone()
+    with torch.no_grad():
+        y = block(x)
+        assert torch.equal(y, op_by_op(monkeypatch, lambda: block(x)))
+        assert asked.pop() is not None and torch.equal(x, before)
+        if block.downsample is None:
+            block(x, torch.ones_like(y))
+            assert not asked, "with a residual it is not asked"
+
+
+def hook_block(model):
+    model.layer2[1].register_forward_hook(lambda module, args, y: y * 2)
+
+
+def hook_stage(model):
+    model.layer1.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
+
+
+def own_forward(model):
+    model.layer1[0].forward = lambda x: x[:, :1].expand(-1, 128, -1, -1)
+
+
+def another_impl(model):
+    model.layer1[1].impl = "reference"
+
+
+def train_a_norm(model):
+    model.layer2[0].bn2.train()
+
+
+def no_statistics(model):
+    model.layer1[0].bn1.running_mean = model.layer1[0].bn1.running_var = None
+
+
+def a_pool_of_another_kind(model):
+    model.maxpool = torch.nn.AvgPool2d(2)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [hook_block, hook_stage, own_forward, another_impl, train_a_norm, no_statistics,
+     a_pool_of_another_kind],
+)  # fmt: skip
+def test_it_steps_aside(change, asked, monkeypatch):
+    """Where a net is more than its chains, the result is what its modules give one by one."""
+    model, x = net("bottlenecks"), image()
+    with torch.no_grad():
+        plain = model(x)
+        change(model)
+        asked.clear()
+        y = model(x)
+        assert not torch.equal(y, plain) or change is another_impl
+        whole = net("bottlenecks").layer2[1].out_channels
+        assert asked[0] is None or asked[0].size(1) < whole, "the stem, or a block, alone"
+        torch.testing.assert_close(y, op_by_op(monkeypatch, lambda: model(x)))
+
+
+class Ops(TorchDispatchMode):
+    """The ops that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_gradients_and_modes(asked):
+    """Where a gradient is wanted, or a dispatch mode looks on: op by op."""
+    model, x = net("bottlenecks"), image()
+    assert model(x).requires_grad
+    with torch.no_grad(), Ops() as ops:
+        model(x)
+    assert asked and all(given is None for given in asked)
+    assert sum("conv_bn_act" in name for name in ops.names) == 15
+    model.requires_grad_(False)
+    model(x)
+    assert asked[-1] is not None, "nothing wants a gradient"
+
+
+def test_compilers_see_the_ops():
+    """`torch.compile` and `torch.export` get a graph of ops, not one that hides them."""
+    model, x = net("bottlenecks"), image()
+    seen = []
+
+    def backend(graph, example):
+        seen.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    with torch.no_grad():
+        y = torch.compile(model, fullgraph=True, backend=backend)(x)
+        exported = torch.export.export(model, (x,))
+    seen += [str(node.target) for node in exported.graph.nodes]
+    assert sum("conv_bn_act" in name for name in seen) == 2 * 15
+    assert not any("infer_chains" in name for name in seen)
+    torch.testing.assert_close(y, model(x))
+
+
+def test_autocast(monkeypatch):
+    model, x = net("bottlenecks"), image()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        y = model(x)
+        assert y.dtype == torch.bfloat16
+        assert torch.equal(y, op_by_op(monkeypatch, lambda: model(x)))
+
+
+@pytest.mark.parametrize(
+    ("change", "names"),
+    [
+        (lambda model, x: (model, x[:, :2]), "weight: expected 2 input channels"),
+        (lambda model, x: (model.double(), x), "weight: expected x's dtype"),
+        (lambda model, x: (model, x[0]), "x: expected 4 dimensions"),
+    ],
+)
+def test_errors_are_those_of_the_ordinary_way(change, names):
+    model, x = change(net("bottlenecks"), image())
+    with torch.no_grad(), pytest.raises(ValueError, match=names):
+        model(x)
+
+
+def test_weights_that_change(monkeypatch):
+    """Packed filters follow, as op by op."""
+    model, x = net("bottlenecks"), image()
+    with torch.no_grad():
+        before = model(x)
+        model.layer1[0].conv2.weight.mul_(1.5)
+        model.layer2[1].bn1.running_var.add_(1)
+        after = model(x)
+        assert not torch.equal(before, after)
+        assert torch.equal(after, op_by_op(monkeypatch, lambda: model(x)))
+
+
+CONV = torch.nn.Conv2d(3, 4, 1, bias=False)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda tensors, program, eps: program.pop(),
+        lambda tensors, program, eps: tensors.pop(),
+        lambda tensors, program, eps: tensors.append(None),
+        lambda tensors, program, eps: eps.pop(),
+        lambda tensors, program, eps: program.__setitem__(0, 0),
+        lambda tensors, program, eps: program.__setitem__(0, 10**12),
+        lambda tensors, program, eps: program.__setitem__(0, 2**62),
+        lambda tensors, program, eps: tensors.__setitem__(0, None),
+        lambda tensors, program, eps: tensors.__setitem__(0, torch.zeros(4)),
+        lambda tensors, program, eps: program.__setitem__(1, 3),
+        lambda tensors, program, eps: program.__setitem__(1, 1),
+    ],
+)
+def test_a_program_that_is_none(spoil):
+    """An error, whatever the lists hold."""
+    if backend.native_module()[0] is None:
+        pytest.skip("native is not built")
+    tensors, program, eps = [], [], []
+    parts = Parts((CONV,), (None, torch.nn.BatchNorm2d(4).eval()), True, "none")
+    assert inference._write(parts, program, tensors, eps)
+    run, x = torch.ops.resnet_fast_native.infer_chains, torch.randn(2, 3, 5, 5)
+    with torch.no_grad():
+        assert run(x, tensors, program, eps).shape == (2, 4, 5, 5)
+        spoil(tensors, program, eps)
+        with pytest.raises((ValueError, RuntimeError), match=r"infer_chains|conv_bn_act"):
+            run(x, tensors, program, eps)
