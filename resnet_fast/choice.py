@@ -3,8 +3,10 @@
 Where several can run an op, the tables of kind "impls" (`resnet_fast.tables`) say which was fastest
 on this GPU at these shapes: {op: {key: {"impl": name, "us": {name: microseconds}}}}. The key names
 every argument: dtype, shape and memory order of a tensor, the value of anything else. What is in no
-table goes to the first in `backend.preference`, without a search; RESNET_FAST_AUTOTUNE=1 measures
-it once, outside the capture of a CUDA graph, and keeps what it found.
+table goes to the one that a rule fitted to it predicts to be fastest (`rule`), where too little was
+measured for that to the first in `backend.preference`; never by a search. RESNET_FAST_AUTOTUNE=1
+measures what is in no table once, outside the capture of a CUDA graph, and keeps what it found;
+`resnet-fast tune` does so for a model.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import tables
+from . import rule, tables
 
 _chosen: dict[tuple[str, str, str], str] = {}
 _written: dict[tuple[str, str], bool] = {}
@@ -32,10 +34,14 @@ def pick(
     place = (op, gpu, key)
     if place not in _chosen:
         name = _look_up(op, gpu, key, candidates)
-        if name is None and tables.searching():
-            if _capturing():
+        if name is None:
+            tables.missed("impls", gpu, op, key)
+            if not tables.searching():
+                name = _predict(op, gpu, args, candidates)
+            elif _capturing():
                 return first
-            name = _measure(op, gpu, key, args, candidates)
+            else:
+                name = _measure(op, gpu, key, args, candidates)
         _chosen[place] = name or first
     return _chosen[place]
 
@@ -43,6 +49,12 @@ def pick(
 def signature(args: Sequence[Any]) -> str:
     """The arguments of an op as a key: what its time depends on, and no value of a tensor."""
     return " ".join(map(_part, args))
+
+
+def forget() -> None:
+    """Ask the tables again: they have changed."""
+    _chosen.clear()
+    _written.clear()
 
 
 def _part(value: Any) -> str:
@@ -68,6 +80,19 @@ def _look_up(op: str, gpu: str, key: str, candidates: Mapping[str, Any]) -> str 
     return None
 
 
+def _predict(
+    op: str, gpu: str, args: Sequence[Any], candidates: Mapping[str, Any]
+) -> str | None:
+    """By the rule fitted to the first table with enough measurements."""
+    dtype = _part(args[0]).partition("[")[0]
+    for section in tables.sections("impls", gpu, op):
+        if section:
+            name = rule.fastest(section, dtype, rule.work(op, args), list(candidates))
+            if name is not None:
+                return name
+    return None
+
+
 def _measure(
     op: str, gpu: str, key: str, args: Sequence[Any], candidates: Mapping[str, Any]
 ) -> str:
@@ -75,7 +100,8 @@ def _measure(
     best = min(times, key=times.__getitem__)
     us = {name: round(time, 3) for name, time in times.items() if time != float("inf")}
     if us:
-        tables.write(tables.user_table("impls", gpu), op, key, {"impl": best, "us": us})
+        entry = {"impl": best, "us": us, **rule.work(op, args)._asdict()}
+        tables.write(tables.user_table("impls", gpu), op, key, entry)
         _written[op, gpu] = True
     return best
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "env": ("resnet_fast.env", "versions, hardware, which implementations are live and why"),
+    "tune": ("resnet_fast.tune", "measure on this GPU what runs a model fastest, and keep it"),
     "verify": ("resnet_fast.verify", "compare ops, blocks and models with plain PyTorch in fp64"),
 }
 

@@ -13,11 +13,13 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 SHIPPED = Path(__file__).parent / "measured"
+_watches: list[Callable[[str, str, str, str], None]] = []
 
 
 def slug(gpu: str) -> str:
@@ -71,3 +73,19 @@ def write(path: Path, section: str, key: str, entry: dict[str, Any]) -> None:
 def searching() -> bool:
     """Whether what is in no table is to be measured."""
     return os.environ.get("RESNET_FAST_AUTOTUNE") == "1"
+
+
+def missed(kind: str, gpu: str, section: str, key: str) -> None:
+    """Say that no table has this entry: whoever is `watching` hears of it."""
+    for watch in _watches:
+        watch(kind, gpu, section, key)
+
+
+@contextmanager
+def watching(watch: Callable[[str, str, str, str], None]) -> Iterator[None]:
+    """Within it watch(kind, gpu, section, key) is called for every entry that no table has."""
+    _watches.append(watch)
+    try:
+        yield
+    finally:
+        _watches.remove(watch)

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from resnet_fast import backend, choice, reference, tables
+from resnet_fast import backend, choice, reference, rule, tables
 
 GPU = "NVIDIA Test 1"
 X = torch.zeros(2, 8, 3, 3).to(memory_format=torch.channels_last)
@@ -25,6 +25,7 @@ def cache(monkeypatch, tmp_path):
     monkeypatch.setenv("RESNET_FAST_CACHE", str(tmp_path / "user"))
     monkeypatch.delenv("RESNET_FAST_AUTOTUNE", raising=False)
     monkeypatch.setattr(tables, "SHIPPED", tmp_path / "shipped")
+    monkeypatch.setattr(rule, "work", lambda op, args: rule.Work(10, 20))  # of an op that is none
     forget(monkeypatch)
 
 
@@ -80,7 +81,8 @@ def test_search(monkeypatch):
     assert timed == ["triton", "native"]
     table = json.loads(tables.user_table("impls", GPU).read_text())
     us = {"triton": 9.0, "native": 4.0}
-    assert table == {"op": {choice.signature(ARGS): {"impl": "native", "us": us}}}
+    found = {"impl": "native", "us": us, "bytes": 10, "flop": 20}
+    assert table == {"op": {choice.signature(ARGS): found}}
     forget(monkeypatch)
     monkeypatch.delenv("RESNET_FAST_AUTOTUNE")
     assert pick() == "native"

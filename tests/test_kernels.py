@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from judge import GRADIENTS, is_floating, outputs
-from op_cases import CONVOLUTIONS, CONVS, POINTWISE, Conv, Draw, op_of, widen
+from op_cases import CONVOLUTIONS, CONVS, EMPTY_CONV, POINTWISE, Conv, Draw, op_of, widen
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -140,7 +140,7 @@ GRADIENT_SHAPES = {name: conv for name, conv in CONV_SHAPES.items() if name != "
 
 def with_plan(monkeypatch, plan, tma):
     """conv_bprop by `plan`, its kernels by descriptors where they can or by pointers."""
-    monkeypatch.setattr(conv_train, "_asked", lambda plans: (plan,))
+    monkeypatch.setattr(conv_train, "asked_plans", lambda plans: (plan,))
     if not tma:
         for module in (conv_dgrad, conv_wgrad):
             monkeypatch.setattr(module, "refuse_tma", lambda *_: "by pointers")
@@ -239,6 +239,20 @@ def test_asking_for_a_plan(monkeypatch):
     assert sum("convolution_backward" in call for call in launches.calls) == 1
     with pytest.raises(ValueError, match="RESNET_FAST_TRITON_CONV: expected auto, fused or libr"):
         kernels_of("cudnn")
+
+
+@pytest.mark.parametrize("variant", [v for v in CONVOLUTIONS if op_of(v) == "conv_bn_act"])
+def test_inference_by_the_library(monkeypatch, variant):
+    """Its convolution and one pass of ours, whatever is there of norm, bias and residual."""
+    monkeypatch.setenv("RESNET_FAST_TRITON_CONV", "library")
+    for layout in (torch.channels_last, torch.contiguous_format):
+        args = CONVOLUTIONS[variant](Draw(torch.float32, layout, DEVICE), CONVS["3x3-stride2"])
+        with monkeypatch.context() as patch, Launches(patch) as launches:
+            judge("conv_bn_act", args, variant, lambda args=args: kernels.conv_bn_act(*args))
+        assert not any("conv" in name for name in launches.kernels)
+        assert launches.kernels.count("bn_act_kernel") == 1
+        empty = CONVOLUTIONS[variant](Draw(torch.float32, layout, DEVICE), EMPTY_CONV)
+        assert kernels.conv_bn_act(*empty).numel() == 0
 
 
 def test_sums_of_many_tiles():

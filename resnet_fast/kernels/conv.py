@@ -7,11 +7,16 @@ load and before they store: `conv_tma` on tiles that descriptors move, `conv_poi
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..chain import Conv
 from ..layout import memory_format
-from .conv_plan import Fusion, refuse_tma
+from ..reference import stats_dtype
+from . import tiles
+from .bn_act import bn_act
+from .bn_finalize import bn_finalize
+from .conv_plan import FUSED, LIBRARY, Fusion, asked_plans, key, refuse_tma
 from .conv_pointers import by_pointers
 from .conv_tma import by_descriptors
 
@@ -58,9 +63,38 @@ def conv_bn_act(
     dilation: list[int],
     groups: int,
 ) -> Tensor:
-    """`reference.conv_bn_act` in one launch (two when the filters are wider than x)."""
+    """`reference.conv_bn_act` in one launch (two when the filters are wider than x).
+
+    Or by the library's convolution and one pass over what it gives, where a table says that this is
+    faster, or RESNET_FAST_TRITON_CONV=library asks for it; the rule is one launch.
+    """
     fusion = Fusion(
         bias, bn_weight, bn_bias, running_mean, running_var, eps=eps, residual=residual, relu=relu
     )
     conv = Conv(tuple(stride), tuple(padding), tuple(dilation), groups)
-    return conv_fused(x, w.to(x.dtype), conv, fusion)[0]
+    y = None
+
+    def start(plan: tuple[int, ...]) -> None:
+        nonlocal y
+        run = _by_library if plan == LIBRARY else _by_us
+        y = run(x, w.to(x.dtype), conv, fusion)
+
+    tiles.run("conv_bn_act", key(x, w, conv, fusion), asked_plans((FUSED, LIBRARY)), 0, x, start)
+    return y
+
+
+def _by_us(x: Tensor, w: Tensor, conv: Conv, fusion: Fusion) -> Tensor:
+    return conv_fused(x, w, conv, fusion)[0]
+
+
+def _by_library(x: Tensor, w: Tensor, conv: Conv, f: Fusion) -> Tensor:
+    """The library's convolution; then normalization, addition and ReLU in one pass over it."""
+    z = F.conv2d(x, w, None, *conv.args()).contiguous(memory_format=memory_format(x, w))
+    wide = stats_dtype(x)
+    if f.mean is None:
+        scale = torch.ones(w.size(0), dtype=wide, device=x.device)
+        shift = torch.zeros_like(scale) if f.bias is None else f.bias.to(wide)
+    else:
+        mean = f.mean.to(wide) if f.bias is None else f.mean.to(wide) - f.bias.to(wide)
+        scale, shift, _ = bn_finalize(mean, f.var.to(wide), 1, f.bn_weight, f.bn_bias, f.eps)
+    return bn_act(z, scale, shift, f.residual, None, None, f.relu, False)[0]

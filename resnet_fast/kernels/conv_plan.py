@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -35,6 +36,7 @@ DOUBLE_CONFIGS = ((64, 64, 64, 8, 2), (32, 32, 64, 8, 2))
 DGRAD_CONFIGS = ((128, 128, 64, 8, 3), (128, 64, 64, 8, 3), (64, 64, 64, 4, 3), (64, 32, 64, 4, 3))
 WGRAD_CONFIGS = ((128, 128, 64, 8, 3), (128, 64, 64, 8, 3), (64, 64, 64, 4, 3), (64, 32, 64, 4, 3))
 DOUBLE_WGRAD_CONFIGS = ((32, 32, 256, 8, 2),)
+FUSED, LIBRARY = (1,), (0,)  # plans of a convolution forward: one launch, or the library and passes
 Configs = tuple[tuple[int, ...], ...]
 
 
@@ -96,6 +98,16 @@ class Below(NamedTuple):
 
 
 NOTHING = Below()
+
+
+def asked_plans(plans: Configs) -> Configs:
+    """Those of `plans` that RESNET_FAST_TRITON_CONV leaves: the first are ours, the last is not."""
+    asked = os.environ.get("RESNET_FAST_TRITON_CONV", "auto")
+    if asked not in ("auto", "fused", "library"):
+        raise ValueError(f"RESNET_FAST_TRITON_CONV: expected auto, fused or library, got {asked!r}")
+    if asked == "library":
+        return plans[-1:]
+    return plans if asked == "auto" else tuple(plan for plan in plans if all(plan[-2:]))
 
 
 def refuse_tma(x: Tensor, w: Tensor, conv: Conv, *beside: Tensor | None) -> str | None:

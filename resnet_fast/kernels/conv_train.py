@@ -10,7 +10,6 @@ ours wherever they can, =library for the library's.
 
 from __future__ import annotations
 
-import os
 from typing import NamedTuple
 
 import torch
@@ -29,10 +28,13 @@ from .bn_stats import bn_stats
 from .conv import conv_fused
 from .conv_dgrad import conv_dgrad
 from .conv_plan import (
+    FUSED,
+    LIBRARY,
     NOTHING,
     Above,
     Below,
     Fusion,
+    asked_plans,
     gradient_key,
     key,
     refuse_gradients,
@@ -45,7 +47,6 @@ from .merge import merge_sums, merge_tiles
 
 CONFIGS = ((4096, 4, 8), (2048, 8, 4), (4096, 2, 8), (2048, 4, 8))
 # elements of a tile, programs a multiprocessor, warps
-FUSED, LIBRARY = (1,), (0,)  # plans of conv_fprop
 
 
 class Plan(NamedTuple):
@@ -61,16 +62,6 @@ class Plan(NamedTuple):
 
 
 PLANS = (Plan(1, 1, 1), Plan(0, 1, 1), Plan(0, 1, 0), Plan(0, 0, 1), Plan(0, 0, 0))
-
-
-def _asked(plans: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], ...]:
-    """Those of `plans` that RESNET_FAST_TRITON_CONV leaves: the first are ours, the last is not."""
-    asked = os.environ.get("RESNET_FAST_TRITON_CONV", "auto")
-    if asked not in ("auto", "fused", "library"):
-        raise ValueError(f"RESNET_FAST_TRITON_CONV: expected auto, fused or library, got {asked!r}")
-    if asked == "library":
-        return plans[-1:]
-    return plans if asked == "auto" else tuple(plan for plan in plans if all(plan[-2:]))
 
 
 @triton.jit
@@ -156,7 +147,7 @@ def conv_fprop(
         else:
             result = _fused_fprop(x, w, conv, fusion)
 
-    plans = _asked((FUSED, LIBRARY))
+    plans = asked_plans((FUSED, LIBRARY))
     rule = plans.index(LIBRARY) if len(plans) > 1 and by_library(x, w, conv) else 0
     tiles.run("conv_fprop", key(x, w, conv, fusion), plans, rule, x, start)
     return result
@@ -229,7 +220,7 @@ def conv_bprop(
     if x.numel() == 0 or dy.numel() == 0 or refuse_gradients(x, w, conv) is not None:
         start(PLANS[-1])
     else:
-        plans = _asked(PLANS if _masks_on_load(x) else PLANS[1:])
+        plans = asked_plans(PLANS if _masks_on_load(x) else PLANS[1:])
         best = by_rule(x, w, conv)
         rule = plans.index(best) if best in plans else 0
         needs = f"{'dx' * need_dx}{'dw' * need_dw}"

@@ -48,11 +48,18 @@ def run(
     start(_chosen[place])
 
 
+def forget() -> None:
+    """Ask the tables again: they have changed."""
+    _chosen.clear()
+
+
 def _choose(kernel, gpu, name, configs, rule, x, start) -> tuple[int, ...]:
     for section in tables.sections("tiles", gpu, kernel):
         entry = section.get(name)
         if entry is not None and tuple(entry["config"]) in configs:
             return tuple(entry["config"])
+    if len(configs) > 1:
+        tables.missed("tiles", gpu, kernel, name)
     if not _searches(x):
         return configs[rule]
     times = {config: _microseconds(start, config) for config in configs}

@@ -1,0 +1,179 @@
+"""`resnet-fast tune`: measure for a model what no table says yet, keep it, say what it gained.
+
+For every model, batch, dtype and mode its step runs once by the choices that are there, to learn
+which shapes no table has; those are measured, implementations and tiles (`choice`,
+`kernels.tiles`), into the user's tables; the step is timed before and after. The tables are found
+from then on by every process of this user.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from . import backend, choice, tables
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MODES = ("infer", "train")
+
+
+@dataclass(frozen=True)
+class Gain:
+    """A step before and after, in milliseconds, and how many entries the tables gained."""
+
+    before: float
+    after: float
+    entries: int
+
+    def __str__(self) -> str:
+        ratio = self.before / self.after
+        return (
+            f"{self.entries} measured, {self.before:.2f} ms a step before, {self.after:.2f} after "
+            f"({ratio:.2f}x)"
+        )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `resnet-fast tune`; comma lists are checked item by item."""
+    from .models import list_models
+
+    add = parser.add_argument
+    add("--model", type=_words(list_models()), required=True, metavar="NAME,…")
+    add("--batch", type=_numbers, required=True, metavar="N,…")
+    add("--dtype", type=_words(DTYPES), default=["bf16"], metavar="bf16,fp16,fp32")
+    add("--mode", type=_words(MODES), default=list(MODES), metavar="infer,train")
+    add("--image-size", type=_numbers, default=[224], metavar="N,…")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Tune what was asked for; 0, or 2 without a GPU."""
+    if not torch.cuda.is_available():
+        print(
+            "resnet-fast tune: error: torch.cuda.is_available() is False here; on a CPU there is "
+            "one implementation and nothing to choose",
+            file=sys.stderr,
+        )
+        return 2
+    gpu = torch.cuda.get_device_name()
+    for model in args.model:
+        for mode in args.mode:
+            for dtype in args.dtype:
+                for size in args.image_size:
+                    for batch in args.batch:
+                        step = step_of(model, mode, DTYPES[dtype], batch, size)
+                        title = f"{model} {mode} {dtype} batch {batch} at {size}"
+                        print(f"{title}: {tune(step, milliseconds, title)}", flush=True)
+    for kind in ("impls", "tiles"):
+        print(f"{kind}: {tables.user_table(kind, gpu)}")
+    return 0
+
+
+def tune(step: Callable[[], object], time: Callable[[Callable[[], object]], float], title: str = "",
+         ) -> Gain:  # fmt: skip
+    """Measure what `step` misses in the tables; time(step) before and after."""
+    before = time(step)
+    missing = _missing(step)
+    with _searching(), tqdm(total=len(missing), desc=title, unit="shape", disable=None) as bar:
+        found: set[tuple[str, ...]] = set()
+
+        def measured(*entry: str) -> None:
+            if entry not in found:
+                found.add(entry)
+                bar.total = max(bar.total, len(found))  # candidates have tiles of their own
+                bar.update()
+
+        _forget()
+        with tables.watching(measured):
+            step()
+    _forget()
+    return Gain(before, time(step), len(found))
+
+
+def _missing(step: Callable[[], object]) -> set[tuple[str, ...]]:
+    missing: set[tuple[str, ...]] = set()
+    _forget()
+    with tables.watching(lambda *entry: missing.add(entry)):
+        step()
+    return missing
+
+
+def _forget() -> None:
+    choice.forget()
+    kernels, _ = backend.triton_module()
+    if kernels is not None:
+        kernels.tiles.forget()
+
+
+@contextmanager
+def _searching() -> Iterator[None]:
+    before = os.environ.get("RESNET_FAST_AUTOTUNE")
+    os.environ["RESNET_FAST_AUTOTUNE"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["RESNET_FAST_AUTOTUNE"]
+        else:
+            os.environ["RESNET_FAST_AUTOTUNE"] = before
+
+
+def step_of(
+    model: str, mode: str, dtype: torch.dtype, batch: int, size: int, device: str = "cuda"
+) -> Callable[[], object]:
+    """A step of inference, or of training without an optimizer, on noise."""
+    from .models import create_model
+
+    net = create_model(model).to(device, memory_format=torch.channels_last)
+    x = torch.randn(batch, 3, size, size, device=device).to(memory_format=torch.channels_last)
+    if mode == "infer":
+        net, x = net.eval().to(dtype), x.to(dtype)
+
+        def infer() -> torch.Tensor:
+            with torch.inference_mode():
+                return net(x)
+
+        return infer
+    target = torch.zeros(batch, dtype=torch.long, device=device)
+    narrow = dtype != torch.float32
+
+    def train() -> torch.Tensor:
+        net.zero_grad(set_to_none=True)
+        with torch.autocast(device, dtype if narrow else torch.bfloat16, enabled=narrow):
+            loss = F.cross_entropy(net(x), target)
+        loss.backward()
+        return loss
+
+    return train
+
+
+def milliseconds(step: Callable[[], object]) -> float:
+    """Median time of a step."""
+    from torch.utils.benchmark import Timer
+
+    return 1e3 * Timer("step()", globals={"step": step}).blocked_autorange(min_run_time=1.0).median
+
+
+def _words(choices: Sequence[str]) -> Callable[[str], list[str]]:
+    def parse(text: str) -> list[str]:
+        for word in text.split(","):
+            if word not in choices:
+                expected = ", ".join(choices)
+                raise argparse.ArgumentTypeError(f"expected some of {expected}; got {word!r}")
+        return list(dict.fromkeys(text.split(",")))
+
+    return parse
+
+
+def _numbers(text: str) -> list[int]:
+    for word in text.split(","):
+        if not word.isdecimal() or int(word) < 1:
+            raise argparse.ArgumentTypeError(f"expected positive integers, got {text!r}")
+    return list(dict.fromkeys(map(int, text.split(","))))
