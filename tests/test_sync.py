@@ -331,6 +331,21 @@ def test_compiled(processes):
     judge(found, module, x, dy)
 
 
+def copied(rank, model):
+    """The classes of an unfused copy's norms; that and a fused one have the model's processes."""
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(model, first_two())
+    fused = resnet_fast.fuse(model)
+    plain = resnet_fast.unfuse(fused)
+    norms = [[m for m in tree.modules() if hasattr(m, "process_group")] for tree in (fused, plain)]
+    assert all(norm.process_group is first_two() for norm in (*norms[0], *norms[1]))
+    return [type(norm) for norm in norms[1]]
+
+
+def test_a_copy_keeps_its_processes(processes):
+    """`fuse` and `unfuse` of a model with a `process_group`, which cannot be copied."""
+    assert processes.run(copied, stem()) == [[nn.SyncBatchNorm]] * WORLD
+
+
 class TestInOneProcess:
     """Without torch.distributed: as nn.BatchNorm2d."""
 
