@@ -1,10 +1,10 @@
-"""Several processes of one torch.distributed group, over gloo on the CPU, that run what they get.
+"""Several processes of one torch.distributed group that run what they get.
 
 They start once and serve many tests: most of their cost is the import of torch.
 """
 
 import datetime
-import multiprocessing
+import multiprocessing.connection
 import pickle
 import traceback
 
@@ -15,14 +15,17 @@ PATIENCE = 120  # seconds until a process counts as lost
 
 
 class Processes:
-    """`count` processes of the default group; `run` calls a function in all of them at once."""
+    """`count` processes of the default group; `run` calls a function in all of them at once.
 
-    def __init__(self, count, folder):
+    backend: "gloo", or "nccl" with a GPU for each.
+    """
+
+    def __init__(self, count, folder, backend="gloo"):
         context = multiprocessing.get_context("spawn")  # a fork would inherit OpenMP's threads
         self.pipes, self.started = [], []
         for rank in range(count):
             ours, theirs = context.Pipe()
-            args = (rank, count, f"file://{folder}/store", theirs)
+            args = (rank, count, backend, f"file://{folder}/store", theirs)
             process = context.Process(target=_serve, args=args, daemon=True)
             process.start()
             theirs.close()
@@ -57,10 +60,12 @@ class Processes:
             process.join()
 
 
-def _serve(rank, count, store, pipe):
+def _serve(rank, count, backend, store, pipe):
     torch.set_num_threads(1)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
     dist.init_process_group(
-        "gloo", init_method=store, rank=rank, world_size=count,
+        backend, init_method=store, rank=rank, world_size=count,
         timeout=datetime.timedelta(seconds=PATIENCE),
     )  # fmt: skip
     while True:

@@ -226,12 +226,10 @@ class Counting:
 
 def collectives(rank, module, impl, x, mode):
     """How many a forward pass makes, and its backward pass."""
+    group = first_two() if mode == "two" else None
     if mode == "alone":
-        groups = [dist.new_group([r]) for r in range(WORLD)]
-        module = synchronized(module, impl, groups[rank])
-    else:
-        module = synchronized(module, impl)
-    module.train(mode != "eval")
+        group = [dist.new_group([r]) for r in range(WORLD)][rank]
+    module = synchronized(module, impl, group).train(mode != "eval")
     with Counting() as forward:
         y = module(x)
     with Counting() as backward:
@@ -241,13 +239,13 @@ def collectives(rank, module, impl, x, mode):
 
 @IMPLS
 @pytest.mark.parametrize(
-    ("mode", "expected"), [("train", (4, 4)), ("eval", (0, 0)), ("alone", (0, 0))]
+    ("mode", "taking_part"), [("train", 3), ("two", 2), ("eval", 0), ("alone", 0)]
 )
-def test_one_collective_a_norm_and_none_without_need(processes, mode, expected, impl):
-    """In evaluation, and in a group of one process, nothing is exchanged."""
+def test_one_collective_a_norm_and_none_without_need(processes, mode, taking_part, impl):
+    """In evaluation, alone in a group, and outside of it a process exchanges nothing."""
     module = resnet_fast.Bottleneck(8, 4, 2)
     found = processes.run(collectives, module, impl, torch.randn(2, 8, 5, 5), mode)
-    assert found == [expected] * WORLD
+    assert found == [(4, 4)] * taking_part + [(0, 0)] * (WORLD - taking_part)
 
 
 def outcome(rank, impl, sizes):
@@ -319,11 +317,12 @@ def test_training_in_parallel(processes, impl):
 
 def compiled_step(rank, module, impl, x, dy):
     module = synchronized(module, impl)
-    run = torch.compile(module, backend="aot_eager")
+    run = torch.compile(module, backend="aot_eager", fullgraph=True)
     return twins.module_step(module, x[part(rank, (3, 2, 3))], dy[part(rank, (3, 2, 3))], run=run)
 
 
 def test_compiled(processes):
+    """The collectives are in the graph."""
     module = resnet_fast.Bottleneck(8, 4, 2).double()
     x = torch.randn(8, 8, 6, 5, dtype=torch.float64)
     dy = torch.randn_like(module(x))
@@ -344,6 +343,28 @@ def copied(rank, model):
 def test_a_copy_keeps_its_processes(processes):
     """`fuse` and `unfuse` of a model with a `process_group`, which cannot be copied."""
     assert processes.run(copied, stem()) == [[nn.SyncBatchNorm]] * WORLD
+
+
+def step_on_gpu(rank, module, x, dy, sizes):
+    module = synchronized(module.double(), "auto").to(f"cuda:{rank}")
+    own = part(rank, sizes)
+    found = twins.module_step(module, x[own].double().cuda(), dy[own].double().cuda())
+    return {name: value.cpu() for name, value in found.items()}
+
+
+@pytest.mark.gpu
+def test_on_gpus(tmp_path):
+    """The same by NCCL, a GPU a process."""
+    gpus = torch.cuda.device_count()
+    if gpus < 2 or not dist.is_nccl_available():
+        pytest.skip("NCCL and two GPUs are needed")
+    started = Processes(2, tmp_path, "nccl")
+    module, x, dy = draw("Bottleneck-projection", 8)
+    try:
+        found = started.run(step_on_gpu, module, x, dy, (3, 5))
+    finally:
+        started.close()
+    judge(together(found), module, x, dy)
 
 
 class TestInOneProcess:
