@@ -15,8 +15,8 @@ Backward, one all-reduce: Σdy and Σdy·xhat over all values, from which dz = a
 follows. The gradients of weight and bias stay the process's own sums, for DistributedDataParallel
 to average as it does all others: so does `torch.nn.SyncBatchNorm`.
 
-The count is a tensor and stays on the device: the host waits for it only where it has no more than
-one value a channel itself.
+The count travels with them, rounded from 2²⁴ values on as they are, and stays on the device: the
+host waits for it only in a process that has no more than one value a channel itself.
 """
 
 from __future__ import annotations
