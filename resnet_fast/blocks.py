@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 SHORTCUTS = ("identity", "projection", "zero_pad", "none")
+NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
 
 class Parts(NamedTuple):
@@ -24,11 +25,11 @@ class Parts(NamedTuple):
     """
 
     convs: tuple[nn.Conv2d, ...]
-    norms: tuple[nn.BatchNorm2d | None, ...]
+    norms: tuple[nn.BatchNorm2d | nn.SyncBatchNorm | None, ...]
     relu: bool
     shortcut: str
     projection: nn.Conv2d | None = None
-    projection_norm: nn.BatchNorm2d | None = None
+    projection_norm: nn.BatchNorm2d | nn.SyncBatchNorm | None = None
     pool: nn.MaxPool2d | None = None
 
     @property
@@ -130,7 +131,8 @@ class ResidualBlock(ChainBlock):
             `shortcut` says.
         groups, base_width: cardinality and width (ResNeXt, arXiv:1611.05431; Wide ResNet).
         dilation: of the 3×3 convolutions.
-        norm_layer: callable giving an `nn.BatchNorm2d` for a channel count; None is that class.
+        norm_layer: callable giving an `nn.BatchNorm2d` or `nn.SyncBatchNorm` for a channel count;
+            None is the first.
         shortcut: "identity", "projection", "zero_pad" (option A: no parameters), "none" (a plain
             net's block), or None: a projection where stride or channels change, else the identity.
 
@@ -162,8 +164,11 @@ class ResidualBlock(ChainBlock):
         norm_layer = norm_layer or nn.BatchNorm2d
         self.depth = self._build(inplanes, stride, groups, dilation, norm_layer)
         for i in range(1, self.depth + 1):
-            if not isinstance(getattr(self, f"bn{i}"), nn.BatchNorm2d):
-                raise ValueError("norm_layer: expected a callable that gives an nn.BatchNorm2d")
+            if not isinstance(getattr(self, f"bn{i}"), NORMS):
+                raise ValueError(
+                    "norm_layer: expected a callable that gives an nn.BatchNorm2d or "
+                    "nn.SyncBatchNorm"
+                )
         changes = stride != 1 or inplanes != self.out_channels
         if shortcut is None:
             shortcut = "projection" if changes or downsample is not None else "identity"
@@ -195,12 +200,12 @@ class ResidualBlock(ChainBlock):
     def _build(self, inplanes, stride, groups, dilation, norm_layer) -> int:
         raise NotImplementedError
 
-    def _projection(self) -> tuple[nn.Conv2d, nn.BatchNorm2d | None]:
+    def _projection(self) -> tuple[nn.Conv2d, nn.BatchNorm2d | nn.SyncBatchNorm | None]:
         bare = not isinstance(self.downsample, nn.Sequential)
         layers = [self.downsample] if bare else self.downsample
-        kinds = (nn.Conv2d,) if self.preactivation else (nn.Conv2d, nn.BatchNorm2d)
+        kinds = (nn.Conv2d,) if self.preactivation else (nn.Conv2d, NORMS)
         if len(layers) != len(kinds) or not all(map(isinstance, layers, kinds)):
-            names = ", ".join(kind.__name__ for kind in kinds)
+            names = "Conv2d" if self.preactivation else "Conv2d, BatchNorm2d or SyncBatchNorm"
             raise ValueError(f"downsample: expected ({names}), got {self.downsample}")
         return layers[0], None if self.preactivation else layers[1]
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -120,10 +120,19 @@ class Pool:
 
 @dataclass(frozen=True)
 class Norm:
-    """One normalization: its eps, and whose statistics it uses, the batch's or the running ones."""
+    """One normalization: its eps, and whose statistics it uses, the batch's or the running ones.
+
+    group: the `torch.distributed.ProcessGroup` whose batches count as one, None for this process's
+    own (`resnet_fast.autograd.sync.group_of` gives either). It goes with the batch's statistics.
+    """
 
     eps: float = 1e-5
     batch_stats: bool = True
+    group: Any = None
+
+    def __post_init__(self) -> None:
+        if self.group is not None and not self.batch_stats:
+            raise ValueError("group: expected None of a norm with running statistics")
 
 
 class ConvParams(NamedTuple):

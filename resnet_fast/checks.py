@@ -38,7 +38,7 @@ def check_chain(
     """Check the tensors of a chain against each other; M, the values a channel, of every norm.
 
     Raises ValueError for a wrong shape, dtype, device, geometry, missing statistics, or a batch
-    normalization over one value a channel.
+    normalization over one value a channel (one over several processes looks for itself).
     """
     check_impl(chain.impl)
     if x.dim() != 4:
@@ -78,7 +78,7 @@ def check_chain(
                 raise ValueError("bias: a convolution's bias is only taken before a normalization")
             continue
         _check_norm(norms[i], shape[1], x, needs_running=not norm.batch_stats)
-        if norm.batch_stats and counts[-1] == 1:
+        if norm.batch_stats and norm.group is None and counts[-1] == 1:
             raise ValueError(
                 f"x: expected more than 1 value per channel when training, got input size {shape}"
             )

@@ -42,17 +42,19 @@ def update_running(
     params: NormParams,
     mean: Tensor,
     m2: Tensor,
-    count: int,
+    count: int | Tensor,
     conv_bias: Tensor | None,
 ) -> None:
     """running = (1 − momentum)·running + momentum·batch in place, the variance unbiased.
 
     mean, m2: of the convolution's raw output, `count` values a channel; its bias moves the mean.
+    count: a number, or a tensor of one that is positive.
     """
     if running.num_batches_tracked is not None:
         running.num_batches_tracked.add_(1)
     running_mean, running_var = params.running_mean, params.running_var
-    if running_mean is None or running_var is None or count == 0:
+    empty = not isinstance(count, Tensor) and count == 0
+    if running_mean is None or running_var is None or empty:
         return
     if conv_bias is not None:
         mean = mean + conv_bias.detach().to(mean.dtype)
@@ -201,10 +203,14 @@ def run_chain(
     for i, norm in enumerate(chain.all_norms):
         if norm is not None and norm.batch_stats:
             mean, m2, *statistics = statistics
+            count = counts[i]
+            if norm.group is not None:
+                total, *statistics = statistics
+                count = total if count > 0 or total > 0 else 0  # who has values need not look
             follow, params = running[i], tensors.norms[i]
             if follow is not None:
                 conv_bias = tensors.convs[i - 1].bias if i > 0 else None
-                update_running(follow, params, mean, m2, counts[i], conv_bias)
+                update_running(follow, params, mean, m2, count, conv_bias)
     return y
 
 

@@ -27,8 +27,9 @@ def fuse(model: nn.Module, *, impl: str = "auto", inplace: bool = False) -> nn.M
 
     Recognized by dataflow, whatever the classes are called: residual blocks (basic, bottleneck,
     ResNeXt, wide, pre-activation; shortcut identity, projection or any child called on x), chains
-    of Conv2d, BatchNorm2d and ReLU in a `Sequential` and in other forwards. Our own modules and
-    models are switched to their fused forward. All else is left alone. Fusing again starts anew.
+    of Conv2d, BatchNorm2d or SyncBatchNorm, and ReLU in a `Sequential` and in other forwards. Our
+    own modules and models are switched to their fused forward. All else is left alone. Fusing again
+    starts anew.
 
     Hooks: those of a fused module run as ever. A module inside it that would no longer be called,
     or be called with something else, must have none: where it has, the surrounding chain is left
@@ -143,4 +144,6 @@ def _prepare(model: nn.Module, inplace: bool) -> nn.Module:
     for module in _checked(model).modules():
         for values in (module._parameters, module._buffers, vars(module)):
             memo |= {id(value): value for value in values.values() if isinstance(value, Tensor)}
+        if isinstance(module, nn.SyncBatchNorm):  # its processes cannot be copied
+            memo[id(module.process_group)] = module.process_group
     return copy.deepcopy(model, memo)

@@ -12,10 +12,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import backend
-from .blocks import Parts
+from .blocks import NORMS, Parts
 from .functional import autocast
 from .layout import memory_format
 
@@ -97,7 +97,7 @@ def _write(
             tensors += NO_NORM
             eps.append(0.0)
             continue
-        if norm.training or norm.running_mean is None or not isinstance(norm, nn.BatchNorm2d):
+        if norm.training or norm.running_mean is None or not isinstance(norm, NORMS):
             return False
         tensors += (norm.weight, norm.bias, norm.running_mean, norm.running_var)
         eps.append(norm.eps)

@@ -3,6 +3,8 @@
 Each is an ordinary `nn.Module` with ordinary `nn.Conv2d` and `nn.BatchNorm2d` children that hold
 the parameters and running statistics; only `forward` differs, so children's own hooks do not run.
 Statistics follow each BatchNorm child's own `training` flag: `bn.eval()` freezes that one.
+An `nn.SyncBatchNorm` in the place of an `nn.BatchNorm2d` shares them, in training, with the other
+processes of its `process_group`, on every device (`resnet_fast.autograd.sync`).
 """
 
 from __future__ import annotations
@@ -11,7 +13,8 @@ from torch import Tensor, nn
 
 from . import blocks
 from .autograd.chain import Tensors
-from .blocks import Parts, zero_pad
+from .autograd.sync import group_of
+from .blocks import NORMS, Parts, zero_pad
 from .chain import Chain, Conv, ConvParams, Norm, NormParams, Pool
 from .checks import check_impl, pair
 from .functional import Running, global_avg_pool, run_chain
@@ -97,21 +100,25 @@ def ends_chain(module: nn.Module) -> bool:
     return True
 
 
-def _rule(norm: nn.BatchNorm2d | None) -> Norm | None:
+def _rule(norm: nn.BatchNorm2d | nn.SyncBatchNorm | None) -> Norm | None:
     if norm is None:
         return None
-    if not isinstance(norm, nn.BatchNorm2d):  # nn.SyncBatchNorm is none
-        raise ValueError(f"norm: expected nn.BatchNorm2d, got {type(norm).__name__}")
-    return Norm(norm.eps, norm.training or norm.running_mean is None)
+    if not isinstance(norm, NORMS):
+        raise ValueError(
+            f"norm: expected nn.BatchNorm2d or nn.SyncBatchNorm, got {type(norm).__name__}"
+        )
+    shares = isinstance(norm, nn.SyncBatchNorm) and norm.training
+    group = group_of(norm.process_group) if shares else None
+    return Norm(norm.eps, norm.training or norm.running_mean is None, group)
 
 
-def _params(norm: nn.BatchNorm2d | None) -> NormParams:
+def _params(norm: nn.BatchNorm2d | nn.SyncBatchNorm | None) -> NormParams:
     if norm is None:
         return NormParams()
     return NormParams(norm.weight, norm.bias, norm.running_mean, norm.running_var)
 
 
-def _running(norm: nn.BatchNorm2d) -> Running | None:
+def _running(norm: nn.BatchNorm2d | nn.SyncBatchNorm) -> Running | None:
     if not (norm.training and norm.track_running_stats):
         return None
     momentum = norm.momentum

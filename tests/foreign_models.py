@@ -291,6 +291,9 @@ MODELS = {
         lambda: ResNet(Bottleneck, 8, groups=4, width=16), (2, 3, 16, 16), BOTTLENECKS,
     ),
     "wide": (lambda: ResNet(Bottleneck, width=128), (2, 3, 16, 16), BOTTLENECKS),
+    "sync-batch-norm": (
+        lambda: nn.SyncBatchNorm.convert_sync_batchnorm(ResNet()), (2, 3, 16, 16), BASICS,
+    ),
     "identities": (
         WithIdentities, (2, 4, 8, 8), {"(model)": f"WithIdentities: {BASIC} + x relu"},
     ),
@@ -471,9 +474,6 @@ LEFT_ALONE = {
     "transposed": (
         lambda: basic(conv2=nn.ConvTranspose2d(4, 4, 3, padding=1)), "conv2", "ConvTranspose2d",
     ),
-    "sync-batch-norm": (
-        lambda: basic(bn2=nn.SyncBatchNorm(4)), "(model)", "bn2 is of class SyncBatchNorm",
-    ),
     "group-norm": (lambda: basic(bn2=nn.GroupNorm(2, 4)), "conv2", "bn2, which is of class Group"),
     "instance-norm": (lambda: basic(bn2=nn.InstanceNorm2d(4)), "(model)", "class InstanceNorm2d"),
     "relu6": (lambda: basic(relu=nn.ReLU6()), "(model)", "relu is of class ReLU6"),
@@ -511,5 +511,5 @@ LEFT_ALONE = {
 # Those that can be copied, and run in plain PyTorch on one tensor with the same result twice.
 RUNS = [name for name in LEFT_ALONE if name not in (
     "lazy", "no-named-input", "untraced-list", "replaced-forward", "dropout", "module-dropout",
-    "two-inputs", "sync-batch-norm", "in-place-input", "pruned",
+    "two-inputs", "in-place-input", "pruned",
 )]  # fmt: skip

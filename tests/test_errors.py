@@ -124,6 +124,7 @@ BUILDS = {  # constructions that do not fit
     "chain-projection-norm": (
         lambda: Chain((Conv(),), (None, Norm()), projection_norm=Norm()), "projection_norm: expect",
     ),
+    "norm-group": (lambda: Norm(batch_stats=False, group=object()), "group: expected None"),
     "chain-relu": (lambda: Chain((Conv(),), (None, None)), "relu: expected"),
 }  # fmt: skip
 

@@ -21,7 +21,7 @@ from resnet_fast.fusion.swap import Unfinished
 
 def randomize(model):
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d) and module.affine:
+        if isinstance(module, blocks.NORMS) and module.affine:
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.normal_(module.bias)
             nn.init.normal_(module.running_mean)
@@ -104,6 +104,27 @@ class TestWhatIsFused:
         model = fuse(net)
         close(model(x), plain(x))
         close(dict(model.named_buffers()), dict(plain.named_buffers()))
+
+    def test_a_norm_of_any_dimensions_is_fused_for_four(self):
+        """SyncBatchNorm is PyTorch's for all inputs: what was BatchNorm1d stays right."""
+
+        class Block(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.norm, self.relu = nn.SyncBatchNorm(4), nn.ReLU()
+
+            def forward(self, x):
+                return self.relu(self.norm(x))
+
+        class Run(Block):
+            def forward(self, x):
+                return 2 * super().forward(x)
+
+        for model in (Block(), Run(), nn.Sequential(nn.SyncBatchNorm(4), nn.ReLU())):
+            randomize(model)
+            assert "norm relu" in str(fused(fuse(model)))
+            for shape in ((3, 4), (3, 4, 5), (2, 4, 3, 3), (2, 4, 3, 3, 2)):
+                assert_same_mathematics(copy.deepcopy(model), torch.randn(shape).double())
 
     def test_an_argument_beyond_the_traced_one_runs_the_original(self, net):
         class Scaled(Basic):
@@ -320,7 +341,7 @@ class TestChangedLater:
 
     def test_a_run_with_another_norm_says_what_to_do(self, net):
         model = fuse(net)
-        model.bn1 = nn.SyncBatchNorm(4).double()
+        model.bn1 = nn.InstanceNorm2d(4).double()
         with pytest.raises(AttributeError, match=r"replaced, or .* alone; use resnet_fast.unfuse"):
             model(torch.randn(IMAGE, dtype=torch.float64))
         fuse(model, inplace=True)

@@ -10,6 +10,9 @@ pool it also makes the gradient before it); then each `conv_bprop` forms
 dz = a·dy + b·(z − mean) + c on load, computes dx and dw, masks dx by the ReLU recomputed from the
 stored h and sums it for the norm below (`reference.conv_bprop`).
 
+A norm with a `Norm.group` shares its statistics and these sums with other processes (`sync`). All
+must come by the same collectives, so there the sums are made whoever wants a gradient.
+
 Saved: x, the filters, one raw output h a convolution, four vectors a norm, the join's bit mask (or
 the index of each of its windows' maxima).
 Not saved: anything after a ReLU (unless `Chain.keep_activations`).
@@ -26,6 +29,7 @@ from .. import ops
 from ..chain import Chain, ConvParams, Norm, NormParams
 from ..layout import memory_format
 from ..reference import stats_dtype
+from . import sync
 
 DOUBLE_BACKWARD = (
     "resnet_fast: the backward of a fused chain is not differentiable (create_graph=True); "
@@ -34,12 +38,16 @@ DOUBLE_BACKWARD = (
 
 
 class Affine(NamedTuple):
-    """A norm made ready: y = scale·z + shift, xhat = (z − mean)·rstd; all None without a norm."""
+    """A norm made ready: y = scale·z + shift, xhat = (z − mean)·rstd; all None without a norm.
+
+    count [1]: of a norm with a group, the values a channel in all its processes, at least 1.
+    """
 
     scale: Tensor | None = None
     shift: Tensor | None = None
     mean: Tensor | None = None
     rstd: Tensor | None = None
+    count: Tensor | None = None
 
 
 class Tensors(NamedTuple):
@@ -73,11 +81,13 @@ def _ready(
     A convolution's bias cancels in batch statistics; with running ones it moves their mean.
     """
     if norm.batch_stats:
-        mean, m2 = stats
-        scale, shift, rstd = ops.bn_finalize(
-            mean, m2, values_per_channel(h), p.weight, p.bias, norm.eps, impl
-        )
-        return Affine(scale, shift, mean, rstd)
+        mean, m2, *shared = stats
+        count, total = values_per_channel(h), None
+        if shared:  # a tensor, where the op takes a number: it gets the variance and 1
+            total = shared[0].clamp(min=1)
+            m2, count = m2 / total, 1
+        scale, shift, rstd = ops.bn_finalize(mean, m2, count, p.weight, p.bias, norm.eps, impl)
+        return Affine(scale, shift, mean, rstd, total)
     mean = p.running_mean.to(stats_dtype(h))
     if conv_bias is not None:
         mean = mean - conv_bias.to(mean.dtype)
@@ -91,7 +101,8 @@ class ChainFunction(torch.autograd.Function):
 
     x [N,C,H,W] dense in NCHW or channels_last; residual like y or None (only for the shortcut
     "residual"). y has x's format. `statistics` holds mean and m2 of every norm with batch
-    statistics, in chain order, the projection's last; they carry no gradient.
+    statistics, in chain order, the projection's last, and after them the count of one with a
+    group; they carry no gradient.
     """
 
     @staticmethod
@@ -101,12 +112,14 @@ class ChainFunction(torch.autograd.Function):
         fmt = memory_format(x, convs[0].weight if n else None)
         statistics: list[Tensor] = []
 
-        def ready(i: int, h: Tensor, stats: tuple[Tensor, Tensor] | None) -> Affine:
+        def ready(i: int, h: Tensor, stats: tuple[Tensor, ...] | None) -> Affine:
             norm = chain.all_norms[i]
             if norm is None:
                 return Affine()
             if norm.batch_stats:
                 stats = ops.bn_stats(h, impl) if stats is None else stats
+                if norm.group is not None:
+                    stats = sync.merge_moments(*stats, values_per_channel(h), norm.group)
                 statistics.extend(stats)
             conv_bias = None if i == 0 else convs[i - 1].bias
             return _ready(norm, norms[i], conv_bias, h, stats, impl)
@@ -199,7 +212,8 @@ class _Backward:
         self.weights, self.hs = saved[2 : 2 + convs], saved[2 + convs : 3 + convs + n]
         self.acts = saved[3 + convs + n : 3 + convs + 2 * n]
         flat = saved[3 + convs + 2 * n :]
-        self.affines = [Affine(*flat[4 * i : 4 * i + 4]) for i in range(norms)]
+        size = len(Affine._fields)
+        self.affines = [Affine(*flat[size * i : size * (i + 1)]) for i in range(norms)]
         needs, dtypes = ctx.needs_input_grad, ctx.dtypes
         self.need_x, self.need_residual = needs[1], needs[2]
         self.need_conv = [needs[3 + 2 * i : 5 + 2 * i] for i in range(convs)]
@@ -216,9 +230,14 @@ class _Backward:
         return norm is not None and (norm.batch_stats or any(self.need_norm[i]) or bias)
 
     def flows_below(self, j: int) -> bool:
-        """Whether anything under convolution j (its input norm included) wants a gradient."""
+        """Whether anything under convolution j (its input norm included) wants a gradient.
+
+        So does a norm with a group: other processes may wait for its sums.
+        """
+        norms = self.chain.norms[: j + 1]
+        shared = any(norm is not None and norm.group is not None for norm in norms)
         below = [self.need_norm[i] for i in range(j + 1)] + self.need_conv[:j]
-        return self.need_x or any(any(needs) for needs in below)
+        return shared or self.need_x or any(any(needs) for needs in below)
 
     def through_norm(self, i: int, h: Tensor, sums: Any) -> tuple[Tensor | None, ...]:
         """(a, z, mean, b, c) of `ops.bn_act_bwd_apply` for norm i on h; stores its gradients."""
@@ -229,9 +248,10 @@ class _Backward:
             self._store(i, norm, affine, sums)
         if not norm.batch_stats:
             return affine.scale, None, None, None, None
-        b, c = ops.bn_bwd_finalize(
-            *sums, affine.scale, affine.rstd, values_per_channel(h), self.impl
-        )
+        count = values_per_channel(h)
+        if norm.group is not None:
+            sums, count = sync.mean_sums(*sums, affine.count, norm.group), 1
+        b, c = ops.bn_bwd_finalize(*sums, affine.scale, affine.rstd, count, self.impl)
         return affine.scale, h, affine.mean, b, c
 
     def _store(self, i: int, norm: Norm, affine: Affine, sums: tuple[Tensor, Tensor]) -> None:

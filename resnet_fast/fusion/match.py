@@ -5,9 +5,9 @@ Two patterns are here (`survey` adds a third):
     block  a whole forward that is one `resnet_fast.chain`, with or without a shortcut
     steps  a `Sequential`: consecutive children that form a chain without a shortcut
 
-where conv is a Conv2d, norm a BatchNorm2d, relu a ReLU (in a block also a call of F.relu or its
-kin); a MaxPool2d may end a chain without a shortcut. What is not the pattern raises `Mismatch` with
-the reason.
+where conv is a Conv2d, norm a BatchNorm2d or SyncBatchNorm, relu a ReLU (in a block also a call of
+F.relu or its kin); a MaxPool2d may end a chain without a shortcut. What is not the pattern raises
+`Mismatch` with the reason.
 """
 
 from __future__ import annotations
@@ -21,12 +21,14 @@ from torch import fx, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils.parametrize import is_parametrized
 
+from ..blocks import NORMS
 from ..modules import hooked, windows_of
 from .dataflow import ADD, ADD_IN_PLACE, Mismatch, is_call, is_layer, label
 
 LAYERS = {  # what a chain is made of, and the methods that make each what it is
     nn.Conv2d: ("forward", "_conv_forward"),
     nn.BatchNorm2d: ("forward", "_check_input_dim"),
+    nn.SyncBatchNorm: ("forward", "_check_input_dim", "_check_non_zero_input_channels"),
     nn.ReLU: ("forward",),
     nn.MaxPool2d: ("forward",),
     nn.Identity: ("forward",),
@@ -113,7 +115,7 @@ def letter(module: nn.Module) -> str:
         return "-"
     if isinstance(module, nn.Conv2d):
         return "c" if module.bias is None else "b"
-    kinds = {nn.BatchNorm2d: "n", nn.ReLU: "r", nn.MaxPool2d: "m"}
+    kinds = {NORMS: "n", nn.ReLU: "r", nn.MaxPool2d: "m"}
     return next((kinds[kind] for kind in kinds if isinstance(module, kind)), "-")
 
 

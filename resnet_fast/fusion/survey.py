@@ -16,6 +16,7 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
+from ..blocks import NORMS
 from ..models import ResNet
 from ..modules import PLAIN, Fused, hooked
 from .dataflow import ADD, Mismatch, is_call, is_layer, label, trace
@@ -160,8 +161,8 @@ class _Walk:
                 if module in self.claimed:
                     continue
                 if isinstance(module, _ConvNd):
-                    norm_of[module] = self.reader(module, nn.BatchNorm2d)
-                elif isinstance(module, nn.BatchNorm2d):
+                    norm_of[module] = self.reader(module, NORMS)
+                elif isinstance(module, NORMS):
                     relu_of[module] = self.reader(module, nn.ReLU)
                 elif isinstance(module, nn.ReLU):
                     pool_of[module] = self.reader(module, nn.MaxPool2d)
@@ -195,7 +196,7 @@ class _Walk:
             if isinstance(module, _ConvNd) and module not in self.claimed and path not in said:
                 self.add(module, type(module).__name__, "no forward that can be traced calls it")
 
-    def reader(self, module: nn.Module, kind: type[nn.Module]) -> nn.Module:
+    def reader(self, module: nn.Module, kind: type | tuple[type, ...]) -> nn.Module:
         """The one module of `kind` that reads, alone, whatever `module` returns; else Mismatch."""
         why = refusal(module)
         if why is not None:

@@ -50,7 +50,7 @@ class FusedBlock(Swapped):
 
     def forward(self, *args, **kwargs):
         plan = self._fused_plan
-        if len(args) != 1 or kwargs or plan is None or not _holds(plan, self):
+        if len(args) != 1 or kwargs or plan is None or not _holds(plan, self, args[0]):
             return super().forward(*args, **kwargs)
         return _run(plan, self, args[0])
 
@@ -63,7 +63,7 @@ class FusedSequential(Swapped):
         if plan is None or plan.names != tuple(self._modules):
             return super().forward(input)
         for names, block in plan.groups:
-            if block is not None and _holds(block, self):
+            if block is not None and _holds(block, self, input):
                 input = _run(block, self, input)
             else:
                 for name in names:
@@ -79,7 +79,7 @@ class Unfinished(NamedTuple):
 
     x: Tensor
     conv: nn.Conv2d | None
-    norm: nn.BatchNorm2d | None
+    norm: nn.BatchNorm2d | nn.SyncBatchNorm | None
     relu: bool = False
 
     def finish(self, impl: str, pool: nn.MaxPool2d | None = None) -> Tensor:
@@ -111,7 +111,7 @@ class RunNorm(Swapped):
     def forward(self, input):
         handed = isinstance(input, Unfinished)
         hands_on = self._fused_plan and not hooked(self)
-        if not handed and not hands_on:
+        if not handed and not (hands_on and input.dim() == 4):  # a SyncBatchNorm takes others too
             return super().forward(input)
         work = Unfinished(input.x, input.conv, self) if handed else Unfinished(input, None, self)
         return work if hands_on else work.finish(self._fused_impl)
@@ -143,8 +143,10 @@ def _child(module: nn.Module, name: str) -> nn.Module:
     return module
 
 
-def _holds(block: Block, module: nn.Module) -> bool:
-    """Whether what `block` absorbs is still of the same classes and without hooks."""
+def _holds(block: Block, module: nn.Module, x: Tensor) -> bool:
+    """Whether x is [N,C,H,W], and what `block` absorbs still of the same classes, without hooks."""
+    if x.dim() != 4:  # a SyncBatchNorm takes others too
+        return False
     for name, cls in block.absorbed:
         child = _child(module, name)
         if type(child) is not cls or hooked(child):

@@ -43,7 +43,8 @@ class ResNet(nn.Module):
             stop the gradient for good).
         groups, width_per_group: cardinality and width of bottlenecks (ResNeXt, Wide ResNet).
         replace_stride_with_dilation: one flag a stage after the first: dilate it instead.
-        norm_layer: callable giving an `nn.BatchNorm2d` for a channel count; None is that class.
+        norm_layer: callable giving an `nn.BatchNorm2d` or `nn.SyncBatchNorm` for a channel count;
+            None is the first.
         shortcut: None (projections where shapes change: option B of He et al. 2015, section 3.3),
             "zero_pad" (option A), "projection" (everywhere: option C), "none" (a plain net).
         stem: "imagenet" (7×7 convolution of stride 2, 3×3 max-pool of stride 2) or "cifar" (3×3
