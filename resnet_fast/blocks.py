@@ -7,7 +7,6 @@ ways. He et al. 2015 (arXiv:1512.03385); 2016 (arXiv:1603.05027, full pre-activa
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -35,7 +34,10 @@ class Parts(NamedTuple):
     @property
     def stride(self) -> int:
         """Of the whole chain."""
-        return math.prod(conv.stride[0] for conv in self.convs)
+        stride = 1
+        for conv in self.convs:  # a compiler does not trace math.prod of a generator
+            stride *= conv.stride[0]
+        return stride
 
 
 class ChainBlock(nn.Module):
