@@ -31,7 +31,8 @@ from torch import Tensor, nn
 
 import resnet_fast
 from bench import rows
-from bench.ceilings import DEVICES, Ceilings, measure, median_ms
+from bench.ceilings import Ceilings, measure, median_ms
+from bench.options import DEVICES
 from bench.step import DTYPES
 from resnet_fast import ops
 from resnet_fast.backend import refusal

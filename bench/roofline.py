@@ -25,8 +25,9 @@ from torch import Tensor, nn
 
 import resnet_fast
 from bench import rows
-from bench.ceilings import DEVICES, Ceilings, measure
+from bench.ceilings import Ceilings, measure
 from bench.layers import layers_of
+from bench.options import DEVICES
 from bench.report import neutral
 from bench.step import DTYPES
 from resnet_fast.blocks import ChainBlock
