@@ -13,6 +13,7 @@ Left out: loss and optimizer, and vectors of one value a channel.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 from collections import Counter
@@ -93,6 +94,7 @@ Pass = tuple[str, str, int, int, float]
 """Mode, name as in `bench.passes`, channels, side, activations moved an image."""
 
 
+@functools.cache
 def _passes(model: str, kind: str, size: int, image: int) -> list[Pass]:
     """The passes over memory around the convolutions, on their way forward and back."""
     found: list[Pass] = []
