@@ -120,12 +120,13 @@ def panels(found: Iterable[rows.Row]) -> list[Panel]:
         curves: dict[str, list[rows.Row]] = {}
         for row in (row for row in own if row["date"] == last):
             curves.setdefault(row["provider"], []).append(row)
-        panel = Panel(axis, mode, dtype, curves, limits_of(own[-1], every))
-        for curve in curves.values():
-            curve.sort(key=lambda row, panel=panel: panel.places.index(panel.place(row)))
-        result.append(
-            Panel(axis, mode, dtype, dict(sorted(curves.items(), key=_order)), panel.limits)
-        )
+        limits = limits_of(own[-1], every)
+        places = Panel(axis, mode, dtype, curves, limits).places
+        ordered = {
+            name: sorted(curve, key=lambda row, axis=axis, at=places: at.index(row[AXES[axis]]))
+            for name, curve in sorted(curves.items(), key=_order)
+        }
+        result.append(Panel(axis, mode, dtype, ordered, limits))
     return result
 
 

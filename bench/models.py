@@ -15,7 +15,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -51,15 +51,23 @@ def _eager(layout: str) -> Callable[[nn.Module, Case, Tensor], nn.Module]:
     return lambda plain, case, x: step.prepare(copy.deepcopy(plain), case, layout)
 
 
-def _compiled(plain: nn.Module, case: Case, x: Tensor) -> nn.Module:
+def compiled(module: nn.Module, case: Case) -> nn.Module:
+    """`module` by torch.compile, as fast as it is made for the case; compiles when first called."""
+    torch._dynamo.reset()  # a second batch size would otherwise compile for dynamic shapes
+    return torch.compile(module, mode="max-autotune" if case.device.type == "cuda" else None)
+
+
+def freezing(case: Case) -> AbstractContextManager:
+    """In inference the first call compiles with parameters as constants where this is in force."""
     import torch._inductor.config as inductor
 
-    torch._dynamo.reset()  # a second batch size would otherwise compile for dynamic shapes
-    mode = "max-autotune" if case.device.type == "cuda" else None
-    module = torch.compile(step.prepare(copy.deepcopy(plain), case, "channels_last"), mode=mode)
-    freezing = inductor.patch(freezing=True) if case.mode == "infer" else nullcontext()
-    with freezing:  # in force while the first call compiles
-        if case.mode == "infer":
+    return inductor.patch(freezing=True) if case.mode == "infer" else nullcontext()
+
+
+def _compiled(plain: nn.Module, case: Case, x: Tensor) -> nn.Module:
+    module = compiled(step.prepare(copy.deepcopy(plain), case, "channels_last"), case)
+    if case.mode == "infer":
+        with freezing(case):
             step.infer(module, x)
     return module
 
@@ -210,6 +218,8 @@ def measure(
         return [], {name: failed.get(name, _reason(error)) for name in providers}
     finally:
         steps.clear()
+        if "torch._dynamo" in sys.modules:  # compiled code and its CUDA graphs keep memory
+            torch._dynamo.reset()
         gc.collect()
         if case.device.type == "cuda":
             torch.cuda.empty_cache()

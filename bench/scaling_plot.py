@@ -18,7 +18,7 @@ from bench.table import LABELS
 COLORS = {"resnet_fast": "#e8590c", "compile": "#4dabf7", "eager": "#8b949e",
           "eager_nchw": "#40c057"}  # fmt: skip
 FLOOR = "#845ef7"
-WIDTH = 74  # of a caption's lines, in characters
+WIDTH = 65  # of a caption's lines, in characters
 
 
 def plot(panels: Sequence[Panel], path: Path) -> None:

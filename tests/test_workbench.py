@@ -165,12 +165,13 @@ def test_the_budget_of_the_gpu_command(capsys):
 
 
 def test_the_steps_of_the_gpu_command(tmp_path):
-    """ResNet-50 and 18: training in two batch sizes; inference in three, two dtypes."""
+    """ResNet-50 and 18: training in two batch sizes; inference in three, two dtypes; the rest."""
     names = [name for name, _, _ in gpu.steps(tmp_path / "rows.jsonl", 256)]
     assert names[:5] == [
         "ceilings", "passes", "layers", "training layers", "resnet50 train bf16 batch 256",
     ]  # fmt: skip
-    assert len(names) == 4 + 2 * 2 + 2 * 2 * 3 and len(set(names)) == len(names)
+    assert names[-2:] == ["first inference", "scaling"]
+    assert len(names) == 4 + 2 * 2 + 2 * 2 * 3 + 2 and len(set(names)) == len(names)
 
 
 def test_shards():
