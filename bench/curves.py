@@ -1,10 +1,8 @@
-"""What rows of `bench.scaling` say: a curve a provider along each axis, their floor, and captions.
+"""Curves from the rows of `bench.scaling`: a panel an axis, a curve a provider, and their floor.
 
 The floor is `bench.roofline`'s: what the bytes and operations of the fused schedule take at the
 limits of the device. It is there for GPUs whose limits are known, by a row of `bench.ceilings` or
 by `roofline.KNOWN`; the tensors of a small batch stay in a CPU's caches, and no copy bounds those.
-A caption is made of figures of its panel alone: fits by least squares over logarithms, shares,
-places where a curve bends or ends.
 """
 
 from __future__ import annotations
@@ -24,8 +22,6 @@ AXES = {"batch": "batch", "resolution": "image_size", "depth": "model"}
 
 ORDER = ("resnet_fast", "compile", "eager", "eager_nchw")
 SATURATED = 0.9  # of the highest rate
-FLAT = 1.25  # times the time of the smallest batch
-ONE = "One point: no growth to read off."
 
 Place = int | str
 """A batch size, pixels a side, or a model's name."""
@@ -33,12 +29,19 @@ Place = int | str
 
 @dataclass(frozen=True)
 class Work:
-    """What a step at one place must do: bytes and operations, least time, memory's part of it."""
+    """What a step at one place must do, and what that takes at the least.
+
+    floor_ms: all launches, each bound by its bytes or its operations; memory_share: the part of it
+    that is bound by bytes. bytes_ms, flops_ms: all bytes, all operations as one. None without
+    known limits.
+    """
 
     bytes: int
     flops: int
     floor_ms: float | None = None
     memory_share: float | None = None
+    bytes_ms: float | None = None
+    flops_ms: float | None = None
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,13 @@ class Panel:
         return next((name for name in self.curves if self.measured(name)), None)
 
     @property
+    def origin(self) -> str:
+        """Device, versions, day and commit of the rows."""
+        row = next(iter(self.curves.values()))[0]
+        commit = f" at {row['git_sha']}" if row["git_sha"] else ""
+        return f"{row['cpu_or_gpu']}, PyTorch {row['torch']}, {row['date'][:10]}{commit}"
+
+    @property
     def title(self) -> str:
         """Mode, dtype, axis and what stayed fixed."""
         row = next(iter(self.curves.values()))[0]
@@ -103,7 +113,8 @@ def work_of(row: rows.Row, limits: Ceilings | None) -> Work:
     floors = {step: step.count * step.floor_ms(limits) for step in steps}
     total = sum(floors.values())
     memory = sum(ms for step, ms in floors.items() if step.bound(limits) == "memory")
-    return Work(moved, flops, total, memory / total)
+    apart = limits.floor_ms(moved, 0), limits.floor_ms(0, flops)
+    return Work(moved, flops, total, memory / total, *apart)
 
 
 def panels(found: Iterable[rows.Row]) -> list[Panel]:
@@ -180,179 +191,24 @@ def line(points: Mapping[float, float]) -> tuple[float, float] | None:
     return y_mean - b * x_mean, b
 
 
-def saturation(rates: Mapping[int, float]) -> int | None:
-    """The first batch at SATURATED of the highest rate; None where that is the largest batch."""
+def saturation(rates: Mapping[int, float]) -> tuple[str, int]:
+    """How rates over ascending batches end, and at which batch.
+
+    "full": from there on within SATURATED of the highest; "rising": only the largest batch is;
+    "falls": the highest one, where the largest is no longer near it.
+    """
     enough = SATURATED * max(rates.values())
-    first = next(batch for batch, rate in rates.items() if rate >= enough)
-    return None if first == list(rates)[-1] else first
+    batches = list(rates)
+    short = [i for i, rate in enumerate(rates.values()) if rate < enough]
+    after = short[-1] + 1 if short else 0
+    if after == len(batches):
+        return "falls", max(rates, key=rates.__getitem__)
+    rising = after == len(batches) - 1
+    return "rising" if rising else "full", batches[after]
 
 
-def rate_caption(panel: Panel) -> str:
-    """What the images/s of a panel say."""
-    if panel.lead is None or len(panel.measured(panel.lead)) < 2:
-        return ONE
-    said = {"batch": _batch_rate, "resolution": _resolution_rate, "depth": _depth_rate}
-    return " ".join((*said[panel.axis](panel), *_floor(panel)))
-
-
-def _batch_rate(panel: Panel) -> list[str]:
-    rates = {
-        name: {batch: row["images_per_s"] for batch, row in panel.measured(name).items()}
-        for name in _drawn(panel)
-    }
-    bends = {name: saturation(curve) for name, curve in rates.items()}
-    said = []
-    full = {name: f"{batch}" for name, batch in bends.items() if batch is not None}
-    if full:
-        share = f"{1 - SATURATED:.0%}"
-        said.append(f"Within {share} of the highest rate from batch {_each(full)}.")
-    rising = {name: f"{list(rates[name])[-1]}" for name, batch in bends.items() if batch is None}
-    if rising:
-        said.append(f"Still rising at batch {_each(rising)}.")
-    times = {batch: row["ms_p50"] for batch, row in panel.measured(panel.lead).items()}
-    first, *_ = times
-    flat = [batch for batch, ms in times.items() if ms <= FLAT * times[first]]
-    if flat[-1] != first:
-        said.append(
-            f"Up to batch {flat[-1]} a step takes at most {FLAT}x its time at {first} "
-            f"({LABELS[panel.lead]}): there it is not the images that cost."
-        )
-    return said
-
-
-def _resolution_rate(panel: Panel) -> list[str]:
-    powers = {
-        name: exponent({size: 1 / r["images_per_s"] for size, r in panel.measured(name).items()})
-        for name in _drawn(panel)
-    }
-    each = _each({name: f"{power:.2f}" for name, power in powers.items()})
-    return [f"Time an image grows as side to the power of {each}; pixels alone give 2."]
-
-
-def _depth_rate(panel: Panel) -> list[str]:
-    first, last = _ends(panel.measured(panel.lead))
-    times = {
-        name: f"{own[first]['images_per_s'] / own[last]['images_per_s']:.1f}x"
-        for name in _drawn(panel)
-        if {first, last} <= (own := panel.measured(name)).keys()
-    }
-    a, b = panel.work[first], panel.work[last]
-    return [
-        f"{last} takes {_each(times)} the time of {first} for {b.flops / a.flops:.1f}x the "
-        f"operations and {b.bytes / a.bytes:.1f}x the bytes."
-    ]
-
-
-def _floor(panel: Panel) -> list[str]:
-    if panel.limits is None:
-        return []
-    own = panel.measured(panel.lead)
-    first, last = _ends(own)
-    share = {p: f"{panel.work[p].floor_ms / own[p]['ms_p50']:.0%}" for p in (first, last)}
-    return [
-        f"{LABELS[panel.lead]} is at {share[first]} of the floor's rate at {_at(panel, first)} "
-        f"and at {share[last]} at {_at(panel, last)}, where "
-        f"{panel.work[last].memory_share:.0%} of the floor is bytes."
-    ]
-
-
-def memory_caption(panel: Panel) -> str:
-    """What the peak memory of a panel says, and where it runs out."""
-    if panel.lead is None or len(panel.measured(panel.lead)) < 2:
-        return " ".join([ONE, *_ends_early(panel)])
-    said = _batch_memory(panel) if panel.axis == "batch" else _memory_growth(panel)
-    return " ".join((*said, *_against_eager(panel), *_ends_early(panel)))
-
-
-def _batch_memory(panel: Panel) -> list[str]:
-    lines = {
-        name: line({batch: row["peak_mb"] for batch, row in panel.measured(name).items()})
-        for name in _drawn(panel)
-    }
-    each = _each({n: f"{max(a, 0):.0f} + {_figure(b)} an image" for n, (a, b) in lines.items()})
-    room = panel.curves[panel.lead][0]["device_mb"]
-    full = {
-        name: f"{math.floor((room - a) / b):,}" for name, (a, b) in lines.items() if room and b > 0
-    }
-    said = [f"MiB: {each}."]
-    if full:
-        said.append(f"So {room / 1024:.0f} GiB last to batch {_each(full)}.")
-    return said
-
-
-def _memory_growth(panel: Panel) -> list[str]:
-    if panel.axis == "resolution":
-        powers = {
-            name: exponent({size: row["peak_mb"] for size, row in panel.measured(name).items()})
-            for name in _drawn(panel)
-        }
-        each = _each({name: f"{power:.2f}" for name, power in powers.items()})
-        return [f"Peak memory grows as side to the power of {each}."]
-    first, last = _ends(panel.measured(panel.lead))
-    times = {
-        name: f"{own[last]['peak_mb'] / own[first]['peak_mb']:.1f}x"
-        for name in _drawn(panel)
-        if {first, last} <= (own := panel.measured(name)).keys()
-    }
-    return [f"{last} needs {_each(times)} the memory of {first}."]
-
-
-def _against_eager(panel: Panel) -> list[str]:
-    if panel.lead == "eager" or "eager" not in panel.curves:
-        return []
-    own, eager = panel.measured(panel.lead), panel.measured("eager")
-    both = [place for place in panel.places if place in own and place in eager]
-    if not both:
-        return []
-    ratio = own[both[-1]]["peak_mb"] / eager[both[-1]]["peak_mb"]
-    return [f"{LABELS[panel.lead]} needs {ratio:.2f}x of eager's at {_at(panel, both[-1])}."]
-
-
-def _ends_early(panel: Panel) -> list[str]:
-    found = {}
-    for name in panel.curves:
-        for place, why in panel.missing(name).items():
-            found.setdefault(why, {}).setdefault(LABELS[name], []).append(_at(panel, place))
-    return [
-        f"{why.capitalize()}: "
-        + "; ".join(f"{name} at {', '.join(places)}" for name, places in each.items())
-        + "."
-        for why, each in found.items()
-    ]
-
-
-def _drawn(panel: Panel) -> list[str]:
-    """Providers with at least two places."""
-    return [name for name in panel.curves if len(panel.measured(name)) > 1]
-
-
-def _each(values: Mapping[str, str]) -> str:
-    """"a (one), b (another)", providers by their labels."""
-    return ", ".join(f"{value} ({LABELS[name]})" for name, value in values.items())
-
-
-def _ends(own: Mapping[Place, rows.Row]) -> tuple[Place, Place]:
-    places = list(own)
-    return places[0], places[-1]
-
-
-def _at(panel: Panel, place: Place) -> str:
-    return {"batch": f"batch {place}", "resolution": f"{place} px"}.get(panel.axis, f"{place}")
-
-
-def _figure(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def text(found: Sequence[Panel]) -> str:
-    """A table a panel, and below it what its pictures' captions say."""
-    return "\n\n".join(
-        "\n".join((panel.title, _table(panel), rate_caption(panel), memory_caption(panel)))
-        for panel in found
-    )
-
-
-def _table(panel: Panel) -> str:
+def table(panel: Panel) -> str:
+    """A line a place and provider."""
     lines = [(panel.axis, "provider", "images/s", "ms", "peak MiB", "vs eager", "% of floor")]
     for place in panel.places:
         for name in panel.curves:
@@ -365,8 +221,13 @@ def _table(panel: Panel) -> str:
                 continue
             ratio = row["speedup_vs_eager"]
             lines.append((
-                f"{place}", LABELS[name], _figure(row["images_per_s"]), f"{row['ms_p50']:.2f}",
+                f"{place}", LABELS[name], figure(row["images_per_s"]), f"{row['ms_p50']:.2f}",
                 f"{row['peak_mb']:.0f}", "–" if ratio is None else f"{ratio:.2f}x",
                 "–" if floor is None else f"{100 * floor / row['ms_p50']:.0f}",
             ))  # fmt: skip
     return columns(lines, left=2)
+
+
+def figure(value: float) -> str:
+    """Three digits, whole numbers from 100 on."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

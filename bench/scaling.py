@@ -4,8 +4,8 @@ One axis is swept while the other two stay at a centre (of `RANGES`, or the midd
 yours that lacks it). Points are measured as `bench.models` measures cases, behind the same gate,
 each axis from its ends inwards, so that a budget that runs out leaves coarse curves and no half
 ones. A provider that runs out of memory beside the others is measured alone; where that fails too
-the row says so and the curve goes on. `bench.curves` reads the rows, `--plot` draws them; with
-`--rows` nothing is measured.
+the row says so and the curve goes on. `bench.curves` reads the rows, `bench.captions` says what
+they show, `--plot` draws them; with `--rows` nothing is measured.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from bench import ceilings, curves, memory, models, roofline, rows, scaling_plot, step
+from bench import captions, ceilings, curves, memory, models, roofline, rows, scaling_plot, step
 from bench.options import device, integers, names, positive
 from bench.step import Case
 
@@ -279,7 +279,9 @@ def show(found: Sequence[rows.Row], picture: Path | None) -> int:
     if not panels:
         print("scaling: no rows of this benchmark", file=sys.stderr)
         return 1
-    print(curves.text(panels))
+    for panel in panels:
+        print(panel.title, curves.table(panel), sep="\n")
+        print(captions.rate_caption(panel), captions.memory_caption(panel), sep="\n", end="\n\n")
     if picture is not None:
         try:
             scaling_plot.plot(panels, picture)

@@ -1,8 +1,9 @@
 """The picture of `python -m bench scaling`: images/s and peak memory against each axis.
 
 A column an axis, two rows a mode and dtype, logarithmic, a colour a provider; under each panel what
-`bench.curves` computed from its figures. Crosses are points that had no memory, the dashed line of
-the rates is the floor's, that of the memory all the device has.
+`bench.captions` says of its figures. Crosses are points that had no memory, dashed is the rate
+that the floor allows, thin what bytes alone and operations alone would, dotted all that the device
+has of memory.
 """
 
 from __future__ import annotations
@@ -11,13 +12,19 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.curves import AXES, Panel, memory_caption, rate_caption
+from bench.captions import memory_caption, rate_caption
+from bench.curves import AXES, Panel
 from bench.report import neutral
 from bench.table import LABELS
 
 COLORS = {"resnet_fast": "#e8590c", "compile": "#4dabf7", "eager": "#8b949e",
           "eager_nchw": "#40c057"}  # fmt: skip
 FLOOR = "#845ef7"
+FLOORS = {
+    "floor_ms": {"linestyle": "--", "linewidth": 1.4, "label": "at most, by bytes and operations"},
+    "bytes_ms": {"linestyle": "-", "linewidth": 0.6, "label": "by bytes alone"},
+    "flops_ms": {"linestyle": "-.", "linewidth": 0.6, "label": "by operations alone"},
+}
 WIDTH = 65  # of a caption's lines, in characters
 
 
@@ -52,8 +59,11 @@ def _plot(panels: Sequence[Panel], path: Path) -> None:
     for axes in grid.flat:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
-    figure.legend(handles.values(), handles, loc="outside upper center", ncols=len(handles),
-                  frameon=False)  # fmt: skip
+    wide = len(axes_names)
+    origin = "; ".join(dict.fromkeys(panel.origin for panel in panels))
+    figure.legend(handles.values(), handles, loc="outside upper center", frameon=False,
+                  ncols=min(len(handles), 2 * wide + wide // 3),
+                  title=textwrap.fill(origin, WIDTH * wide))  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 
@@ -62,9 +72,10 @@ def _rates(axes, panel: Panel) -> None:
     _curves(axes, panel, "images_per_s")
     if panel.limits is not None:
         batches = {panel.place(row): row["batch"] for own in panel.curves.values() for row in own}
-        rates = [1e3 * batches[place] / panel.work[place].floor_ms for place in panel.places]
-        axes.plot(_x(panel, panel.places), rates, color=FLOOR, linestyle="--", linewidth=1.2,
-                  label="at most, by bytes and operations")  # fmt: skip
+        for name, style in FLOORS.items():
+            least = {place: getattr(work, name) for place, work in panel.work.items()}
+            rates = [1e3 * batches[place] / ms for place, ms in least.items()]
+            axes.plot(_x(panel, least), rates, color=FLOOR, **style)
     _finish(axes, panel, "images/s", rate_caption(panel))
     axes.set_title(panel.title, fontsize=9.5, loc="left")
 

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from bench import curves, models, rows, scaling, step
+from bench import captions, curves, models, rows, scaling, step
 from bench.__main__ import main
 
 SMALL = ["--model", "cifar_resnet20", "--mode", "infer", "--seconds", "0.01", "--threads", "1",
@@ -213,25 +213,29 @@ def test_fits():
     assert curves.exponent({2: 12.0, 4: 48.0, 8: 192.0}) == pytest.approx(2)
     assert curves.line({1: 13.0, 2: 16.0, 512: 1546.0}) == pytest.approx((10, 3))
     assert curves.exponent({2: 1.0}) is None and curves.line({2: 1.0}) is None
-    assert curves.saturation({1: 10.0, 2: 91.0, 4: 100.0}) == 2
-    assert curves.saturation({1: 10.0, 2: 60.0, 4: 100.0}) is None
+    assert curves.saturation({1: 10.0, 2: 91.0, 4: 100.0}) == ("full", 2)
+    assert curves.saturation({1: 10.0, 2: 60.0, 4: 100.0}) == ("rising", 4)
+    assert curves.saturation({1: 10.0, 2: 60.0, 4: 50.0}) == ("falls", 2)
+    assert curves.saturation({1: 95.0, 2: 80.0, 4: 95.0, 8: 100.0}) == ("full", 4)
 
 
 def test_captions_of_batches():
     """Where rates saturate, what is flat, MiB an image, where memory ends; all from the rows."""
     (panel,) = curves.panels(BATCHES)
-    said = curves.rate_caption(panel)
+    said = captions.rate_caption(panel)
     assert "Within 10% of the highest rate from batch 8 (resnet_fast)." in said
     assert "Still rising at batch 8 (eager)." in said
     assert "Up to batch 4 a step takes at most 1.25x its time at 1 (resnet_fast)" in said
-    assert curves.memory_caption(panel) == (
+    assert captions.memory_caption(panel) == (
         "MiB: 50 + 10 an image (resnet_fast), 100 + 20 an image (eager). So 1 GiB last to batch 95 "
         "(resnet_fast), 45 (eager). resnet_fast needs 0.50x of eager's at batch 8. "
         "Out of memory: eager at batch 16."
     )
+    (panel,) = curves.panels([row | {"device_mb": 4000.0} for row in BATCHES])
+    assert "So 4 GiB" not in captions.memory_caption(panel)  # 195 and 395 are too far from 16
     other = [row if row["provider"] == "eager" else row | {"images_per_s": 99.0 * row["batch"]}
              for row in BATCHES]  # fmt: skip
-    assert "Still rising at batch 16 (resnet_fast), 8 (eager)." in curves.rate_caption(
+    assert "Still rising at batch 16 (resnet_fast), 8 (eager)." in captions.rate_caption(
         curves.panels(other)[0]
     )
 
@@ -243,22 +247,22 @@ def test_captions_of_resolution_and_depth():
         for size in (32, 64, 128)
     ]  # fmt: skip
     (panel,) = curves.panels(sizes)
-    assert "side to the power of 1.50 (resnet_fast)" in curves.rate_caption(panel)
-    assert "side to the power of 2.00 (resnet_fast)" in curves.memory_caption(panel)
+    assert "side to the power of 1.50 (resnet_fast)" in captions.rate_caption(panel)
+    assert "side to the power of 2.00 (resnet_fast)" in captions.memory_caption(panel)
     deep = [
         point("resnet_fast", model=name, images_per_s=rate, peak_mb=peak, over="depth")
         for name, rate, peak in (("cifar_resnet56", 100.0, 30.0), ("cifar_resnet20", 250.0, 20.0))
     ]
     (panel,) = curves.panels(deep)
     ratio = panel.work["cifar_resnet56"].flops / panel.work["cifar_resnet20"].flops
-    said = curves.rate_caption(panel)
+    said = captions.rate_caption(panel)
     assert "cifar_resnet56 takes 2.5x (resnet_fast) the time of cifar_resnet20 for" in said
     assert f"for {ratio:.1f}x the operations" in said and 3 < ratio < 3.2
-    assert curves.memory_caption(panel) == (
+    assert captions.memory_caption(panel) == (
         "cifar_resnet56 needs 1.5x (resnet_fast) the memory of cifar_resnet20."
     )
     (panel,) = curves.panels(deep[:1])
-    assert curves.rate_caption(panel) == curves.memory_caption(panel) == curves.ONE
+    assert captions.rate_caption(panel) == captions.memory_caption(panel) == captions.ONE
 
 
 def test_the_floor_is_the_limits_of_that_gpu():
@@ -278,8 +282,9 @@ def test_the_floor_is_the_limits_of_that_gpu():
     (panel,) = curves.panels([*BATCHES, *ceilings])
     work, first = panel.work[1], BATCHES[-5]
     assert work.floor_ms >= 1e3 * work.bytes / 1e12 and 0 < work.memory_share <= 1
+    assert max(work.bytes_ms, work.flops_ms) <= work.floor_ms <= work.bytes_ms + work.flops_ms
     said = f"resnet_fast is at {work.floor_ms / first['ms_p50']:.0%} of the floor's rate at batch 1"
-    assert said in curves.rate_caption(panel)
+    assert said in captions.rate_caption(panel)
 
 
 def test_the_newest_run_of_each_axis():
