@@ -208,23 +208,25 @@ def saturation(rates: Mapping[int, float]) -> tuple[str, int]:
 
 
 def table(panel: Panel) -> str:
-    """A line a place and provider."""
-    lines = [(panel.axis, "provider", "images/s", "ms", "peak MiB", "vs eager", "% of floor")]
-    for place in panel.places:
+    """A line a place and provider; the share of the floor where there is one."""
+    floor = panel.limits is not None
+    heads = ("images/s", "ms", "peak MiB", "vs eager", *["% of floor"] * floor)
+    lines = [(panel.axis, "provider", *heads)]
+    for place, work in panel.work.items():
         for name in panel.curves:
-            floor = panel.work[place].floor_ms
             row = panel.measured(name).get(place)
-            if row is None:
-                why = panel.missing(name).get(place)
-                if why is not None:
-                    lines.append((f"{place}", LABELS[name], why, *["–"] * 4))
+            if row is not None:
+                ratio = row["speedup_vs_eager"]
+                cells = [
+                    figure(row["images_per_s"]), f"{row['ms_p50']:.2f}", f"{row['peak_mb']:.0f}",
+                    "–" if ratio is None else f"{ratio:.2f}x",
+                ]  # fmt: skip
+                cells += [f"{100 * work.floor_ms / row['ms_p50']:.0f}"] if floor else []
+            elif place in panel.missing(name):
+                cells = [panel.missing(name)[place], *["–"] * (len(heads) - 1)]
+            else:
                 continue
-            ratio = row["speedup_vs_eager"]
-            lines.append((
-                f"{place}", LABELS[name], figure(row["images_per_s"]), f"{row['ms_p50']:.2f}",
-                f"{row['peak_mb']:.0f}", "–" if ratio is None else f"{ratio:.2f}x",
-                "–" if floor is None else f"{100 * floor / row['ms_p50']:.0f}",
-            ))  # fmt: skip
+            lines.append((f"{place}", LABELS[name], *cells))
     return columns(lines, left=2)
 
 

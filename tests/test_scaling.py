@@ -240,6 +240,17 @@ def test_captions_of_batches():
     )
 
 
+def test_the_table_says_what_failed_and_the_share_of_the_floor():
+    (panel,) = curves.panels(BATCHES)
+    lines = [line.split() for line in curves.table(panel).splitlines()]
+    share = f"{100 * panel.work[1].floor_ms / BATCHES[-5]['ms_p50']:.0f}"
+    assert lines[0][-3:] == ["%", "of", "floor"]
+    assert lines[1] == ["1", "resnet_fast", "195", "5.13", "60", "–", share]
+    assert lines[-1] == ["16", "eager", "out", "of", "memory", *"––––"]
+    (panel,) = curves.panels([row | {"device": "cpu"} for row in BATCHES])
+    assert "floor" not in curves.table(panel)
+
+
 def test_captions_of_resolution_and_depth():
     sizes = [
         point("resnet_fast", image_size=size, images_per_s=1e6 / size**1.5, peak_mb=size**2 / 100,
