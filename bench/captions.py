@@ -10,8 +10,7 @@ import math
 from collections.abc import Mapping
 
 from bench import rows
-from bench.curves import SATURATED, Panel, Place, exponent, figure, line, saturation
-from bench.table import LABELS
+from bench.curves import SATURATED, Panel, Place, exponent, figure, label, line, saturation
 
 FLAT = 1.25  # times the time of the smallest batch
 FAR = 8  # times the largest batch: no line is drawn out further
@@ -48,7 +47,7 @@ def _batch_rate(panel: Panel) -> list[str]:
     if flat[-1] != first:
         said.append(
             f"Up to batch {flat[-1]} a step takes at most {FLAT}x its time at {first} "
-            f"({LABELS[panel.lead]}): there it is not the images that cost."
+            f"({label(panel.lead)}): there it is not the images that cost."
         )
     return said
 
@@ -83,7 +82,7 @@ def _floor(panel: Panel) -> list[str]:
     first, last = _ends(own)
     share = {p: f"{panel.work[p].floor_ms / own[p]['ms_p50']:.0%}" for p in (first, last)}
     return [
-        f"{LABELS[panel.lead]} is at {share[first]} of the floor's rate at {_at(panel, first)} "
+        f"{label(panel.lead)} is at {share[first]} of the floor's rate at {_at(panel, first)} "
         f"and at {share[last]} at {_at(panel, last)}, where "
         f"{panel.work[last].memory_share:.0%} of the floor is bytes."
     ]
@@ -137,14 +136,14 @@ def _against_eager(panel: Panel) -> list[str]:
     if not both:
         return []
     ratio = own[both[-1]]["peak_mb"] / eager[both[-1]]["peak_mb"]
-    return [f"{LABELS[panel.lead]} needs {ratio:.2f}x of eager's at {_at(panel, both[-1])}."]
+    return [f"{label(panel.lead)} needs {ratio:.2f}x of eager's at {_at(panel, both[-1])}."]
 
 
 def _ends_early(panel: Panel) -> list[str]:
     found = {}
     for name in panel.curves:
         for place, why in panel.missing(name).items():
-            found.setdefault(why, {}).setdefault(LABELS[name], []).append(_at(panel, place))
+            found.setdefault(why, {}).setdefault(label(name), []).append(_at(panel, place))
     return [
         f"{why.capitalize()}: "
         + "; ".join(f"{name} at {', '.join(places)}" for name, places in each.items())
@@ -160,7 +159,7 @@ def _drawn(panel: Panel) -> list[str]:
 
 def _each(values: Mapping[str, str]) -> str:
     """"a (one), b (another)", providers by their labels."""
-    return ", ".join(f"{value} ({LABELS[name]})" for name, value in values.items())
+    return ", ".join(f"{value} ({label(name)})" for name, value in values.items())
 
 
 def _ends(own: Mapping[Place, rows.Row]) -> tuple[Place, Place]:

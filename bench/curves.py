@@ -226,8 +226,13 @@ def table(panel: Panel) -> str:
                 cells = [panel.missing(name)[place], *["–"] * (len(heads) - 1)]
             else:
                 continue
-            lines.append((f"{place}", LABELS[name], *cells))
+            lines.append((f"{place}", label(name), *cells))
     return columns(lines, left=2)
+
+
+def label(provider: str) -> str:
+    """A provider's name where people read it."""
+    return LABELS.get(provider, provider)
 
 
 def figure(value: float) -> str:

@@ -32,7 +32,8 @@ MODES = ("infer", "train")
 OPTIMIZERS = ("none", "sgd")
 IMPLS = ("auto", "reference", "native", "triton")
 FAILURES = (RuntimeError, ValueError, TypeError, ImportError, OSError, MemoryError)
-GATE, MEMORY = "gate", "out of memory"
+GATE, MEMORY, GATE_MEMORY = "gate", "out of memory", "out of memory in the gate"
+SHORT = (MEMORY, GATE_MEMORY)
 # how libraries say it that raise something else than torch.OutOfMemoryError
 NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
 
@@ -192,7 +193,7 @@ def measure(
     rounds: int | None = None,
     seconds: float = 20.0,
 ) -> tuple[list[rows.Row], dict[str, str]]:
-    """Rows of one case, and for each provider that gave none why: GATE, MEMORY or its error.
+    """Rows of one case, and why each other provider gave none: GATE, one of SHORT, or its error.
 
     An output that is wrong at full size leaves all of them without rows. Says on stderr what it
     does; rounds and seconds are `timing.interleave`'s.
@@ -257,7 +258,12 @@ def _build(
     if not provider.gated:
         return run, peak, None
     x = inputs[provider.layout][0][0]
-    return run, peak, gate.at_full_size(first[0], plain, case, x)
+    try:
+        return run, peak, gate.at_full_size(first[0], plain, case, x)
+    except FAILURES as error:
+        if _reason(error) == MEMORY:  # its reference is in fp64: the provider itself has room
+            raise MemoryError(GATE_MEMORY) from error
+        raise
 
 
 def _times(
@@ -272,9 +278,11 @@ def _times(
 
 
 def _reason(error: BaseException) -> str:
+    text = str(error)
+    if text == GATE_MEMORY:
+        return GATE_MEMORY
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return MEMORY
-    text = str(error)
     if any(words in text.lower() for words in NO_MEMORY):
         return MEMORY
     return f"{type(error).__name__}: {text.partition(chr(10))[0]}"

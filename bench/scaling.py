@@ -129,12 +129,12 @@ class Sweep:
         if not self.admitted[key]:
             self.failed = True
             return []
-        moved = bytes_of(case)
+        moved = 0 if self.room_mb is None else bytes_of(case)
         if self.room_mb is not None and self.need_mb(case.mode, moved) > self.room_mb:
             why = dict.fromkeys(self.providers, "more than the free memory, by estimate")
             return self._rows([], why, case, over)
         found, why = self._measure(plain, case, self.providers)
-        short = [name for name, reason in why.items() if reason == models.MEMORY]
+        short = [name for name, reason in why.items() if reason in models.SHORT]
         if len(self.providers) > 1:  # together they hold more than one alone
             for name in short:
                 models.say(f"{case}: {name} alone, for want of memory")
@@ -142,10 +142,10 @@ class Sweep:
                 found += more
                 del why[name]
                 why |= again
-        self.failed |= any(reason != models.MEMORY for reason in why.values())
+        self.failed |= any(reason not in models.SHORT for reason in why.values())
         if found and moved >= self.known.get(case.mode, (0, 0))[0]:
             self.known[case.mode] = moved, max(row["peak_mb"] for row in found)
-        why = {name: reason for name, reason in why.items() if reason == models.MEMORY}
+        why = {name: reason for name, reason in why.items() if reason in models.SHORT}
         return self._rows(found, why, case, over)
 
     def need_mb(self, mode: str, moved: float) -> float:

@@ -13,9 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench.captions import memory_caption, rate_caption
-from bench.curves import AXES, Panel
+from bench.curves import AXES, Panel, label
 from bench.report import neutral
-from bench.table import LABELS
 
 COLORS = {"resnet_fast": "#e8590c", "compile": "#4dabf7", "eager": "#8b949e",
           "eager_nchw": "#40c057"}  # fmt: skip
@@ -57,8 +56,8 @@ def _plot(panels: Sequence[Panel], path: Path) -> None:
                 grid[2 * i + 1][column].set_axis_off()
     handles = {}
     for axes in grid.flat:
-        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-            handles.setdefault(label, handle)
+        for handle, said in zip(*axes.get_legend_handles_labels(), strict=True):
+            handles.setdefault(said, handle)
     wide = len(axes_names)
     origin = "; ".join(dict.fromkeys(panel.origin for panel in panels))
     figure.legend(handles.values(), handles, loc="outside upper center", frameon=False,
@@ -93,7 +92,7 @@ def _curves(axes, panel: Panel, figure: str) -> None:
     axes.set_yscale("log")
     for name in panel.curves:
         own = panel.measured(name)
-        style = {"color": COLORS.get(name), "label": LABELS.get(name, name)}
+        style = {"color": COLORS.get(name), "label": label(name)}
         values = [row[figure] for row in own.values()]
         axes.plot(_x(panel, own), values, marker="o", markersize=4, linewidth=1.6, **style)
     edge = 0.03 if figure == "images_per_s" else 0.97
@@ -110,7 +109,7 @@ def _x(panel: Panel, places) -> list[float]:
     return [panel.places.index(p) if panel.axis == "depth" else p for p in places]
 
 
-def _finish(axes, panel: Panel, label: str, caption: str) -> None:
+def _finish(axes, panel: Panel, quantity: str, caption: str) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
     ticks = _x(panel, panel.places)
@@ -131,7 +130,7 @@ def _finish(axes, panel: Panel, label: str, caption: str) -> None:
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.0f}" if y >= 1 else f"{y:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.set_ylabel(label)
+    axes.set_ylabel(quantity)
     axes.grid(alpha=0.25, linewidth=0.6, which="major")
     axes.spines[["top", "right"]].set_visible(False)
     axes.annotate(textwrap.fill(caption, WIDTH), (0, 0), (0, -48), xycoords="axes fraction",

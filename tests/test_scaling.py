@@ -187,6 +187,18 @@ def test_what_has_no_memory_beside_the_others_is_measured_alone(tmp_path, monkey
     assert {row["provider"]: row["failed"] for row in found} == {"eager": None, "resnet_fast": None}
 
 
+def test_a_gate_without_memory_is_not_the_providers_want(tmp_path, monkeypatch):
+    def at_full_size(*args):
+        raise torch.OutOfMemoryError("Tried to allocate 9 GiB")
+
+    monkeypatch.setattr(models.gate, "at_full_size", at_full_size)
+    status, found = measure(tmp_path / "rows.jsonl", "--over", "batch", "--batch", "1",
+                            "--image-size", "32")  # fmt: skip
+    assert status == 0
+    why = {row["provider"]: row["failed"] for row in found}
+    assert why == {"eager": None, "resnet_fast": "out of memory in the gate"}
+
+
 def test_another_failure_is_no_want_of_memory(tmp_path, monkeypatch, capsys):
     short_of_memory(monkeypatch, 9, RuntimeError("no compiler here"))
     status, found = measure(tmp_path / "rows.jsonl", "--over", "batch", "--batch", "2",
