@@ -106,7 +106,8 @@ def run(args: argparse.Namespace) -> int:
                         facts, **case, **took, benchmark="first", mode="infer", caches=caches,
                         layout="channels_last", provider=provider,
                     ))  # fmt: skip
-    print(text(found))
+    if found:
+        print(text(found))
     if args.out is not None and found:
         rows.append(args.out, found)
     return int(failed)

@@ -203,11 +203,26 @@ def within(
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `python -m bench scaling`; what is not given comes from `RANGES`."""
     add = parser.add_argument
+
+    def ranges(name: str) -> str:
+        found = {kind: ",".join(map(str, getattr(r, name))) for kind, r in RANGES.items()}
+        return "; ".join(f"{kind}: {values}" for kind, values in found.items())
+
+    centres = " and ".join(
+        f"{model}, batch {batch}, {size} px on {kind}"
+        for kind, (model, batch, size) in ((kind, r.centre) for kind, r in RANGES.items())
+    )
+    parser.epilog = (
+        f"While one axis is swept the others stay at {centres}, where their lists have it, else at "
+        "the middle of the list."
+    )
     add("--over", type=names(lambda: curves.AXES), default=list(curves.AXES), metavar="AXIS,…",
         help=f"axes to sweep, of {','.join(curves.AXES)} (all)")  # fmt: skip
-    add("--model", type=names(models.model_names), metavar="NAME,…", help="for depth")
-    add("--batch", type=integers, metavar="N,…", help="for batch")
-    add("--image-size", type=integers, metavar="N,…", help="for resolution, at least 32")
+    add("--model", type=names(models.model_names), metavar="NAME,…",
+        help=f"swept by depth ({ranges('models')})")  # fmt: skip
+    add("--batch", type=integers, metavar="N,…", help=f"swept by batch ({ranges('batches')})")
+    add("--image-size", type=integers, metavar="N,…",
+        help=f"swept by resolution, at least 32 ({ranges('sizes')})")  # fmt: skip
     add("--mode", type=names(lambda: models.MODES), default=list(models.MODES),
         metavar="infer,train")  # fmt: skip
     add("--dtype", type=names(lambda: step.DTYPES), metavar="fp32,bf16,fp16",
@@ -254,7 +269,8 @@ def run(args: argparse.Namespace) -> int:
 
     def keep(new: list[rows.Row]) -> list[rows.Row]:
         found.extend(new)
-        rows.append(args.out, new)
+        if new:
+            rows.append(args.out, new)
         return new
 
     dtypes = args.dtype or [ranges.dtype]
