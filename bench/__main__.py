@@ -20,6 +20,8 @@ COMMANDS = {
     "layers": ("bench.layers", "every convolution of a model, fused beside the library's"),
     "passes": ("bench.passes", "every memory-bound op, beside a copy"),
     "roofline": ("bench.roofline", "the least time of every launch of a model, and what it took"),
+    "scaling": ("bench.scaling", "throughput and memory against batch, resolution and depth"),
+    "first": ("bench.first", "from import to the first inference, with empty and warm caches"),
     "gpu": ("bench.gpu", "ceilings, layers and models on a GPU, within a time budget"),
     "table": ("bench.table", "README's table and plots from the rows under bench/results"),
     "demo": ("bench.demo", "verification, a short training and a report in a few minutes"),

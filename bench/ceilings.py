@@ -15,9 +15,8 @@ from pathlib import Path
 import torch
 
 from bench import rows, timing
+from bench.options import DEVICES
 from bench.step import DTYPES
-
-DEVICES = ("cpu", "cuda")
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,9 @@
 
 In the order of what matters most: the machine's ceilings, the memory-bound ops beside a copy, every
 convolution of ResNet-50 beside the library's in inference and in each pass of training, whole
-models in training and inference beside eager and compiled PyTorch. What does not fit in the budget
-is named and left out. Rows go to `bench/results/<gpu>.jsonl`.
+models in training and inference beside eager and compiled PyTorch, the time from import to a first
+inference, and a coarse look at how cost grows. What does not fit in the budget is named and left
+out. Rows go to `bench/results/<gpu>.jsonl`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from bench import ceilings, layers, models, passes, rows
+from bench import ceilings, first, layers, models, passes, rows, scaling
 
 BATCHES = (256, 32, 1)
 TRAIN_BATCHES = (256, 64)
@@ -95,6 +96,11 @@ def steps(out: Path, batch: int) -> list[Step]:
                 options += ["--seconds", "6", *where] + ["--graph"] * (size == 1)
                 name = f"{model} {dtype} batch {size}"
                 todo.append((name, 75 if model == "resnet50" else 45, command(models, options)))
+    todo.append(("first inference", 240, command(first, where)))
+    options = ["--model", "resnet18,resnet50,resnet152", "--image-size", "128,224,448"]
+    options += ["--batch", "1,16,64,256", "--providers", "eager,resnet_fast", "--graph"]
+    options += ["--seconds", "1", "--minutes", "3", *where]
+    todo.append(("scaling", 180, command(scaling, options)))
     return todo
 
 

@@ -17,13 +17,15 @@ the machine's measured limits.
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +33,8 @@ from torch import Tensor, nn
 
 import resnet_fast
 from bench import rows
-from bench.ceilings import DEVICES, Ceilings, measure, median_ms
+from bench.ceilings import Ceilings, measure, median_ms
+from bench.options import DEVICES
 from bench.step import DTYPES
 from resnet_fast import ops
 from resnet_fast.backend import refusal
@@ -98,7 +101,8 @@ class Layer:
         return name + ("+res" if self.residual else "")
 
 
-def layers_of(model: str, image: int = 224) -> dict[Layer, int]:
+@functools.cache
+def layers_of(model: str, image: int = 224) -> Mapping[Layer, int]:
     """Every different convolution of `model` on images of `image` pixels, and how many of each."""
     found: Counter[Layer] = Counter()
 
@@ -121,7 +125,7 @@ def layers_of(model: str, image: int = 224) -> dict[Layer, int]:
             if isinstance(module, nn.Conv2d):
                 module.register_forward_hook(seen)
         net(torch.empty(1, 3, image, image))
-    return dict(found)
+    return MappingProxyType(found)
 
 
 def tensors(

@@ -12,11 +12,10 @@ import argparse
 import copy
 import gc
 import json
-import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,13 +25,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench import gate, memory, rows, step, table, timing
+from bench.options import device, integers, names, positive
 from bench.step import Case
 
 MODES = ("infer", "train")
 OPTIMIZERS = ("none", "sgd")
 IMPLS = ("auto", "reference", "native", "triton")
-DEVICES = ("cpu", "cuda")
-FAILURES = (RuntimeError, ValueError, TypeError, ImportError, OSError)
+FAILURES = (RuntimeError, ValueError, TypeError, ImportError, OSError, MemoryError)
+GATE, MEMORY, GATE_MEMORY = "gate", "out of memory", "out of memory in the gate"
+SHORT = (MEMORY, GATE_MEMORY)
+# how libraries say it that raise something else than torch.OutOfMemoryError
+NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
 
 
 @dataclass(frozen=True)
@@ -49,15 +52,23 @@ def _eager(layout: str) -> Callable[[nn.Module, Case, Tensor], nn.Module]:
     return lambda plain, case, x: step.prepare(copy.deepcopy(plain), case, layout)
 
 
-def _compiled(plain: nn.Module, case: Case, x: Tensor) -> nn.Module:
+def compiled(module: nn.Module, case: Case) -> nn.Module:
+    """`module` by torch.compile, as fast as it is made for the case; compiles when first called."""
+    torch._dynamo.reset()  # a second batch size would otherwise compile for dynamic shapes
+    return torch.compile(module, mode="max-autotune" if case.device.type == "cuda" else None)
+
+
+def freezing(case: Case) -> AbstractContextManager:
+    """In inference the first call compiles with parameters as constants where this is in force."""
     import torch._inductor.config as inductor
 
-    torch._dynamo.reset()  # a second batch size would otherwise compile for dynamic shapes
-    mode = "max-autotune" if case.device.type == "cuda" else None
-    module = torch.compile(step.prepare(copy.deepcopy(plain), case, "channels_last"), mode=mode)
-    freezing = inductor.patch(freezing=True) if case.mode == "infer" else nullcontext()
-    with freezing:  # in force while the first call compiles
-        if case.mode == "infer":
+    return inductor.patch(freezing=True) if case.mode == "infer" else nullcontext()
+
+
+def _compiled(plain: nn.Module, case: Case, x: Tensor) -> nn.Module:
+    module = compiled(step.prepare(copy.deepcopy(plain), case, "channels_last"), case)
+    if case.mode == "infer":
+        with freezing(case):
             step.infer(module, x)
     return module
 
@@ -96,19 +107,19 @@ def plain_model(name: str, image_size: int) -> nn.Module:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `python -m bench models`; comma lists are checked item by item."""
     add = parser.add_argument
-    add("--model", type=_names(model_names), default=["resnet50"], metavar="NAME,…")
-    add("--mode", type=_names(lambda: MODES), default=["infer", "train"], metavar="infer,train")
-    add("--batch", type=_integers, default=[1, 16], metavar="N,…")
-    add("--dtype", type=_names(lambda: step.DTYPES), default=["fp32"], metavar="fp32,bf16,fp16")
-    add("--device", type=_device, default=torch.device("cpu"), metavar="cpu|cuda")
-    add("--providers", type=_names(lambda: PROVIDERS), default=list(PROVIDERS), metavar="NAME,…",
+    add("--model", type=names(model_names), default=["resnet50"], metavar="NAME,…")
+    add("--mode", type=names(lambda: MODES), default=["infer", "train"], metavar="infer,train")
+    add("--batch", type=integers, default=[1, 16], metavar="N,…")
+    add("--dtype", type=names(lambda: step.DTYPES), default=["fp32"], metavar="fp32,bf16,fp16")
+    add("--device", type=device, default=torch.device("cpu"), metavar="cpu|cuda")
+    add("--providers", type=names(lambda: PROVIDERS), default=list(PROVIDERS), metavar="NAME,…",
         help=f"of {', '.join(PROVIDERS)}; eager is channels_last (default: all)")  # fmt: skip
     add("--out", type=Path, metavar="FILE.jsonl", help="append the rows to this file")
-    add("--threads", type=_positive(int), metavar="N", help="CPU threads (default: PyTorch's)")
-    add("--rounds", type=_positive(int), metavar="N", help="exactly N rounds a case")
-    add("--seconds", type=_positive(float), default=20.0, metavar="S",
+    add("--threads", type=positive(int), metavar="N", help="CPU threads (default: PyTorch's)")
+    add("--rounds", type=positive(int), metavar="N", help="exactly N rounds a case")
+    add("--seconds", type=positive(float), default=20.0, metavar="S",
         help=f"time a case for S seconds, at least {timing.MIN_ROUNDS} rounds (20)")  # fmt: skip
-    add("--image-size", type=_positive(int), default=224, metavar="N")
+    add("--image-size", type=positive(int), default=224, metavar="N")
     add("--impl", choices=IMPLS, default="auto", help="implementation that resnet_fast runs")
     add("--optimizer", choices=OPTIMIZERS, default="none", help="update the weights in train")
     add(
@@ -135,13 +146,14 @@ def run(args: argparse.Namespace) -> int:
                      args.graph and args.device.type == "cuda")
                 for batch in args.batch
             ]  # fmt: skip
-            gated = [name for name in args.providers if PROVIDERS[name].gated]
-            if not all(_gate(name, plain, cases[0]) for name in gated):
+            if not admitted(plain, cases[0], args.providers):
                 failed = True
                 continue
             for case in cases:
-                new, whole = _measure(plain, case, args, facts)
-                failed = failed or not whole
+                new, why = measure(
+                    plain, case, args.providers, facts, rounds=args.rounds, seconds=args.seconds
+                )
+                failed = failed or bool(why)
                 measured += new
                 if new and args.out is not None:
                     rows.append(args.out, new)
@@ -152,58 +164,66 @@ def run(args: argparse.Namespace) -> int:
     return int(failed)
 
 
+def admitted(plain: nn.Module, case: Case, providers: Iterable[str]) -> bool:
+    """Whether the gate is green for those of `providers` that must pass it; says what it found."""
+    return all(_gate(name, plain, case) for name in providers if PROVIDERS[name].gated)
+
+
 def _gate(name: str, plain: nn.Module, case: Case) -> bool:
     title = f"{case.model} {case.mode} {case.dtype}"
     try:
         checks = gate.gate(PROVIDERS[name].build, plain, case)
     except FAILURES as error:
-        _say(f"{title}: gate RED, {name} raised {type(error).__name__}: {error}")
+        say(f"{title}: gate RED, {name} raised {type(error).__name__}: {error}")
         return False
     return all([_green(title, name, check) for check in checks])
 
 
 def _green(title: object, name: str, check: gate.Check) -> bool:
-    _say(f"{title}: gate {'green' if check.ok else 'RED'}, {name} {check}")
+    say(f"{title}: gate {'green' if check.ok else 'RED'}, {name} {check}")
     return check.ok
 
 
-def _measure(
-    plain: nn.Module, case: Case, args: argparse.Namespace, facts: Mapping[str, Any]
-) -> tuple[list[rows.Row], bool]:
-    """Rows of one case, and whether every provider gave one."""
+def measure(
+    plain: nn.Module,
+    case: Case,
+    providers: Sequence[str],
+    facts: Mapping[str, Any],
+    *,
+    rounds: int | None = None,
+    seconds: float = 20.0,
+) -> tuple[list[rows.Row], dict[str, str]]:
+    """Rows of one case, and why each other provider gave none: GATE, one of SHORT, or its error.
+
+    An output that is wrong at full size leaves all of them without rows. Says on stderr what it
+    does; rounds and seconds are `timing.interleave`'s.
+    """
     steps: dict[str, timing.Step] = {}
     peaks: dict[str, float] = {}
-    layouts = {PROVIDERS[name].layout for name in args.providers}
-    inputs = {layout: step.inputs(case, layout, step.classes(plain)) for layout in layouts}
-    for name in args.providers:
-        provider, first = PROVIDERS[name], []
-
-        def build(provider: Provider = provider, first: list[Tensor] = first) -> timing.Step:
-            run = _step(provider, plain, case, inputs[provider.layout])
-            first.append(run(0).clone())
-            return run
-
-        start = time.perf_counter()
-        try:
-            steps[name], peaks[name] = memory.peak_of(build, case.device)
-        except FAILURES as error:  # the others go on; the exit status tells
-            _say(f"{case}: {name} raised {type(error).__name__}: {error}")
-            continue
-        _say(f"{case}: {name} built and warm after {time.perf_counter() - start:.1f} s")
-        if provider.gated:
-            x = inputs[provider.layout][0][0]
-            if not _green(case, name, gate.at_full_size(first[0], plain, case, x)):
-                return [], False
-    sync = timing.synchronizer(case.device)
-    fastest = min((timing.warm_up(s, sync) for s in steps.values()), default=0.0)
-    _say(f"{case}: timing {', '.join(steps)}")
-    times = timing.interleave(
-        steps,
-        rounds=args.rounds,
-        seconds=args.seconds,
-        repeats=timing.repeats_for(fastest),
-        sync=sync,
-    )
+    failed: dict[str, str] = {}
+    try:
+        layouts = {PROVIDERS[name].layout for name in providers}
+        inputs = {layout: step.inputs(case, layout, step.classes(plain)) for layout in layouts}
+        for name in providers:
+            try:
+                steps[name], peaks[name], check = _build(name, plain, case, inputs)
+            except FAILURES as error:  # the others go on; the exit status tells
+                failed[name] = _reason(error)
+                say(f"{case}: {name} raised {type(error).__name__}: {error}")
+                continue
+            if check is not None and not _green(case, name, check):
+                return [], dict.fromkeys(providers, GATE)
+        times = _times(steps, case, rounds, seconds)
+    except FAILURES as error:  # no memory for the inputs, or for all of them side by side
+        say(f"{case}: raised {type(error).__name__}: {error}")
+        return [], {name: failed.get(name, _reason(error)) for name in providers}
+    finally:
+        steps.clear()
+        if "torch._dynamo" in sys.modules:  # compiled code and its CUDA graphs keep memory
+            torch._dynamo.reset()
+        gc.collect()
+        if case.device.type == "cuda":
+            torch.cuda.empty_cache()
     new = []
     for name, values in times.items():
         p20, p50, p80 = timing.spread(values)
@@ -216,11 +236,56 @@ def _measure(
             rounds=len(values), impl=case.impl, optimizer=case.optimizer,
             graph=case.graph,
         ))  # fmt: skip
-    steps.clear()
-    gc.collect()
-    if case.device.type == "cuda":
-        torch.cuda.empty_cache()
-    return new, len(new) == len(args.providers)
+    return new, failed
+
+
+def _build(
+    name: str,
+    plain: nn.Module,
+    case: Case,
+    inputs: Mapping[str, Sequence[tuple[Tensor, Tensor]]],
+) -> tuple[timing.Step, float, gate.Check | None]:
+    """The warm step of a provider, its peak memory and the check at full size if it is gated."""
+    provider, first, start = PROVIDERS[name], [], time.perf_counter()
+
+    def build() -> timing.Step:
+        run = _step(provider, plain, case, inputs[provider.layout])
+        first.append(run(0).clone())
+        return run
+
+    run, peak = memory.peak_of(build, case.device)
+    say(f"{case}: {name} built and warm after {time.perf_counter() - start:.1f} s")
+    if not provider.gated:
+        return run, peak, None
+    x = inputs[provider.layout][0][0]
+    try:
+        return run, peak, gate.at_full_size(first[0], plain, case, x)
+    except FAILURES as error:
+        if _reason(error) == MEMORY:  # its reference is in fp64: the provider itself has room
+            raise MemoryError(GATE_MEMORY) from error
+        raise
+
+
+def _times(
+    steps: Mapping[str, timing.Step], case: Case, rounds: int | None, seconds: float
+) -> dict[str, list[float]]:
+    sync = timing.synchronizer(case.device)
+    fastest = min((timing.warm_up(s, sync) for s in steps.values()), default=0.0)
+    say(f"{case}: timing {', '.join(steps)}")
+    return timing.interleave(
+        steps, rounds=rounds, seconds=seconds, repeats=timing.repeats_for(fastest), sync=sync
+    )
+
+
+def _reason(error: BaseException) -> str:
+    text = str(error)
+    if text == GATE_MEMORY:
+        return GATE_MEMORY
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return MEMORY
+    if any(words in text.lower() for words in NO_MEMORY):
+        return MEMORY
+    return f"{type(error).__name__}: {text.partition(chr(10))[0]}"
 
 
 def _step(
@@ -257,43 +322,6 @@ def _step(
     return train
 
 
-def _say(line: str) -> None:
+def say(line: str) -> None:
+    """A line of progress on stderr, at once."""
     print(line, file=sys.stderr, flush=True)
-
-
-def _names(choices: Callable[[], Iterable[str]]) -> Callable[[str], list[str]]:
-    def parse(text: str) -> list[str]:
-        known = list(choices())
-        for word in text.split(","):
-            if word not in known:
-                raise argparse.ArgumentTypeError(
-                    f"expected a comma list of {', '.join(known)}; got {word!r}"
-                )
-        return list(dict.fromkeys(text.split(",")))
-
-    return parse
-
-
-def _positive(kind: type) -> Callable[[str], Any]:
-    def parse(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = 0
-        if not 0 < value < math.inf:
-            raise argparse.ArgumentTypeError(f"expected a positive {kind.__name__}, got {text!r}")
-        return value
-
-    return parse
-
-
-def _integers(text: str) -> list[int]:
-    return list(dict.fromkeys(_positive(int)(word) for word in text.split(",")))
-
-
-def _device(text: str) -> torch.device:
-    if text not in DEVICES:
-        raise argparse.ArgumentTypeError(f"expected one of {', '.join(DEVICES)}; got {text!r}")
-    if text == "cuda" and not torch.cuda.is_available():
-        raise argparse.ArgumentTypeError("expected cpu: torch.cuda.is_available() is False here")
-    return torch.device(text)

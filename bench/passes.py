@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from bench import rows
-from bench.ceilings import DEVICES, Ceilings, measure, median_ms
+from bench.ceilings import Ceilings, measure, median_ms
+from bench.options import DEVICES
 from bench.step import DTYPES
 from resnet_fast import backend, ops
 from resnet_fast.layout import mask_shape

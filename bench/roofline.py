@@ -13,6 +13,7 @@ Left out: loss and optimizer, and vectors of one value a channel.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 from collections import Counter
@@ -25,8 +26,9 @@ from torch import Tensor, nn
 
 import resnet_fast
 from bench import rows
-from bench.ceilings import DEVICES, Ceilings, measure
+from bench.ceilings import Ceilings, measure
 from bench.layers import layers_of
+from bench.options import DEVICES
 from bench.report import neutral
 from bench.step import DTYPES
 from resnet_fast.blocks import ChainBlock
@@ -92,6 +94,7 @@ Pass = tuple[str, str, int, int, float]
 """Mode, name as in `bench.passes`, channels, side, activations moved an image."""
 
 
+@functools.cache
 def _passes(model: str, kind: str, size: int, image: int) -> list[Pass]:
     """The passes over memory around the convolutions, on their way forward and back."""
     found: list[Pass] = []

@@ -40,7 +40,7 @@ class Case:
         return DTYPES[self.dtype] if self.mode == "infer" else torch.float32
 
     def __str__(self) -> str:
-        return f"{self.model} {self.mode} {self.dtype} batch {self.batch}"
+        return f"{self.model} {self.mode} {self.dtype} batch {self.batch}, {self.image_size} px"
 
 
 def prepare(module: nn.Module, case: Case, layout: str) -> nn.Module:

@@ -193,8 +193,12 @@ def text(found: Iterable[rows.Row]) -> str:
             f"{one['images_per_s']:.1f}", *times,
             f"{one['peak_mb']:.0f}", "–" if ratio is None else f"{ratio:.2f}x",
         ))  # fmt: skip
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    left = 5  # names flush left, figures flush right
+    return columns(lines, left=5)
+
+
+def columns(lines: Sequence[Sequence[str]], left: int) -> str:
+    """`lines` of equally many cells in columns: the first `left` flush left, the rest right."""
+    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join(
             cell.ljust(width) if i < left else cell.rjust(width)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import ceilings, gpu, layers, passes, rows
+from bench import ceilings, first, gpu, layers, passes, rows, scaling
 from bench.__main__ import main
 from resnet_fast import backend
 from resnet_fast.chain import Conv
@@ -165,12 +165,27 @@ def test_the_budget_of_the_gpu_command(capsys):
 
 
 def test_the_steps_of_the_gpu_command(tmp_path):
-    """ResNet-50 and 18: training in two batch sizes; inference in three, two dtypes."""
+    """ResNet-50 and 18: training in two batch sizes; inference in three, two dtypes; the rest."""
     names = [name for name, _, _ in gpu.steps(tmp_path / "rows.jsonl", 256)]
     assert names[:5] == [
         "ceilings", "passes", "layers", "training layers", "resnet50 train bf16 batch 256",
     ]  # fmt: skip
-    assert len(names) == 4 + 2 * 2 + 2 * 2 * 3 and len(set(names)) == len(names)
+    assert names[-2:] == ["first inference", "scaling"]
+    assert len(names) == 4 + 2 * 2 + 2 * 2 * 3 + 2 and len(set(names)) == len(names)
+
+
+def test_the_last_steps_ask_for_what_their_commands_know(tmp_path, monkeypatch):
+    """First inference by every provider and scaling in its budget, on the GPU, into one file."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    asked = {}
+    for module in (first, scaling):
+        monkeypatch.setattr(module, "run", lambda args, name=module: asked.setdefault(name, args))
+    path = tmp_path / "rows.jsonl"
+    for _, seconds, step in gpu.steps(path, 256)[-2:]:
+        assert step() in asked.values() and seconds >= 60
+    assert {(args.out, args.device.type) for args in asked.values()} == {(path, "cuda")}
+    assert asked[first].providers == ["eager", "compile", "resnet_fast"]
+    assert 60 * asked[scaling].minutes == gpu.steps(path, 256)[-1][1]
 
 
 def test_shards():
