@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 
 from bench import rows, timing
-from bench.options import DEVICES
 from bench.step import DTYPES
+from resnet_fast.options import DEVICES
 
 
 @dataclass(frozen=True)

@@ -34,12 +34,12 @@ from torch import Tensor, nn
 import resnet_fast
 from bench import rows
 from bench.ceilings import Ceilings, measure, median_ms
-from bench.options import DEVICES
 from bench.step import DTYPES
 from resnet_fast import ops
 from resnet_fast.backend import refusal
 from resnet_fast.blocks import ChainBlock
 from resnet_fast.chain import Conv
+from resnet_fast.options import DEVICES
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench import gate, memory, rows, step, table, timing
-from bench.options import device, integers, names, positive
 from bench.step import Case
+from resnet_fast.options import device, integers, names, positive
 
 MODES = ("infer", "train")
 OPTIMIZERS = ("none", "sgd")

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from bench import rows
 from bench.ceilings import Ceilings, measure, median_ms
-from bench.options import DEVICES
 from bench.step import DTYPES
 from resnet_fast import backend, ops
 from resnet_fast.layout import mask_shape
+from resnet_fast.options import DEVICES
 from resnet_fast.reference import stats_dtype
 
 SHAPES = {  # channels, side: the stem, the ends of a bottleneck and its inside

@@ -28,10 +28,10 @@ import resnet_fast
 from bench import rows
 from bench.ceilings import Ceilings, measure
 from bench.layers import layers_of
-from bench.options import DEVICES
 from bench.report import neutral
 from bench.step import DTYPES
 from resnet_fast.blocks import ChainBlock
+from resnet_fast.options import DEVICES
 
 # bytes/s and 16-bit operations/s that a copy and a large product reach on a device
 KNOWN = {"h200": (4.3e12, 790e12)}

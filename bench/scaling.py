@@ -23,8 +23,8 @@ import torch
 from torch import nn
 
 from bench import captions, ceilings, curves, memory, models, roofline, rows, scaling_plot, step
-from bench.options import device, integers, names, positive
 from bench.step import Case
+from resnet_fast.options import device, integers, names, positive
 
 Value = TypeVar("Value")
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from . import backend, choice, tables
+from .options import integers, names
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MODES = ("infer", "train")
@@ -46,11 +47,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from .models import list_models
 
     add = parser.add_argument
-    add("--model", type=_words(list_models()), required=True, metavar="NAME,…")
-    add("--batch", type=_numbers, required=True, metavar="N,…")
-    add("--dtype", type=_words(DTYPES), default=["bf16"], metavar="bf16,fp16,fp32")
-    add("--mode", type=_words(MODES), default=list(MODES), metavar="infer,train")
-    add("--image-size", type=_numbers, default=[224], metavar="N,…")
+    add("--model", type=names(list_models), required=True, metavar="NAME,…")
+    add("--batch", type=integers, required=True, metavar="N,…")
+    add("--dtype", type=names(DTYPES), default=["bf16"], metavar="bf16,fp16,fp32")
+    add("--mode", type=names(MODES), default=list(MODES), metavar="infer,train")
+    add("--image-size", type=integers, default=[224], metavar="N,…")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -159,21 +160,3 @@ def milliseconds(step: Callable[[], object]) -> float:
     from torch.utils.benchmark import Timer
 
     return 1e3 * Timer("step()", globals={"step": step}).blocked_autorange(min_run_time=1.0).median
-
-
-def _words(choices: Sequence[str]) -> Callable[[str], list[str]]:
-    def parse(text: str) -> list[str]:
-        for word in text.split(","):
-            if word not in choices:
-                expected = ", ".join(choices)
-                raise argparse.ArgumentTypeError(f"expected some of {expected}; got {word!r}")
-        return list(dict.fromkeys(text.split(",")))
-
-    return parse
-
-
-def _numbers(text: str) -> list[int]:
-    for word in text.split(","):
-        if not word.isdecimal() or int(word) < 1:
-            raise argparse.ArgumentTypeError(f"expected positive integers, got {text!r}")
-    return list(dict.fromkeys(map(int, text.split(","))))

@@ -250,7 +250,7 @@ def test_inference_by_the_library(monkeypatch, variant):
         with monkeypatch.context() as patch, Launches(patch) as launches:
             judge("conv_bn_act", args, variant, lambda args=args: kernels.conv_bn_act(*args))
         assert not any("conv" in name for name in launches.kernels)
-        assert launches.kernels.count("bn_act_kernel") == 1
+        assert launches.kernels.count("bn_act_fwd_kernel") == 1
         empty = CONVOLUTIONS[variant](Draw(torch.float32, layout, DEVICE), EMPTY_CONV)
         assert kernels.conv_bn_act(*empty).numel() == 0
 

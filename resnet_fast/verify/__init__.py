@@ -20,15 +20,15 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from .. import backend
+from .. import backend, options
 from ..ops import NAMES
+from ..options import DEVICES
 from . import blocks, models, ops, report
 from .check import DTYPES, LAYOUTS, Check, Setting, Trial
 
 __all__ = ["Check", "add_arguments", "missing", "run", "trials", "verify"]
 
 PARTS = ("ops", "blocks", "models")
-DEVICES = ("cpu", "cuda")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,13 +36,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from ..models import list_models
 
     add = parser.add_argument
-    add("--model", type=_names(list_models()), metavar="NAME,…",
+    add("--model", type=options.names(list_models), metavar="NAME,…",
         help=f"these whole models alone (default: ops, blocks and {models.SMALL})")  # fmt: skip
-    add("--impl", type=_names(backend.IMPLS), default=["auto"], metavar="IMPL,…",
+    add("--impl", type=options.names(backend.IMPLS), default=["auto"], metavar="IMPL,…",
         help=f"of {', '.join(backend.IMPLS)} (default: auto)")  # fmt: skip
-    add("--dtype", type=_names(DTYPES), metavar="DTYPE,…",
+    add("--dtype", type=options.names(DTYPES), metavar="DTYPE,…",
         help=f"of {', '.join(DTYPES)} (default: fp32,bf16; fp32 when --quick)")  # fmt: skip
-    add("--device", type=_names(DEVICES), metavar="cpu,cuda",
+    add("--device", type=options.names(DEVICES), metavar="cpu,cuda",
         help="default: cpu, and cuda where there is one")  # fmt: skip
     add("--json", type=Path, metavar="FILE", help="write every check to this file")
     add("--quick", action="store_true", help="one case of every op and block, no model")
@@ -123,15 +123,3 @@ def verify(work: Sequence[Trial]) -> list[Check]:
             bar.set_postfix_str(str(trial), refresh=False)
             checks += trial.run()
     return checks
-
-
-def _names(choices):
-    def parse(text: str) -> list[str]:
-        words = text.split(",")
-        for word in words:
-            if word not in choices:
-                expected = ", ".join(choices)
-                raise argparse.ArgumentTypeError(f"expected some of {expected}; got {word!r}")
-        return list(dict.fromkeys(words))
-
-    return parse

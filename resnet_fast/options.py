@@ -15,11 +15,11 @@ import torch
 DEVICES = ("cpu", "cuda")
 
 
-def names(choices: Callable[[], Iterable[str]]) -> Callable[[str], list[str]]:
-    """A comma list of what `choices` gives, each once; it is asked when a word is there."""
+def names(choices: Iterable[str] | Callable[[], Iterable[str]]) -> Callable[[str], list[str]]:
+    """A comma list of `choices`, or of what they give when a word is there; each once."""
 
     def parse(text: str) -> list[str]:
-        known = list(choices())
+        known = list(choices() if callable(choices) else choices)
         for word in text.split(","):
             if word not in known:
                 raise argparse.ArgumentTypeError(
