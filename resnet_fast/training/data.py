@@ -6,7 +6,7 @@ Nothing is downloaded. Small sets are tensors in memory; a folder of images is r
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .cifar import read_cifar10
 from .imagefolder import ImageFolder
+from .optional import imported
 from .preprocessing import Preprocessing
 
 DATA = ("digits", "cifar10", "imagefolder", "synthetic")
@@ -59,6 +60,10 @@ class Data:
         """Height and width of an input."""
         return self.preprocessing.size
 
+    def seen_by(self, preprocessing: Preprocessing) -> Data:
+        """The same images for a model that wants them so."""
+        return replace(self, preprocessing=preprocessing)
+
     def count(self, split: str) -> int:
         """Images in `split`, "train" or "test"."""
         return len(self._split(split)[1])
@@ -79,7 +84,12 @@ class Data:
 
 
 def load_data(
-    name: str, path: str | Path | None = None, *, size: int | None = None, seed: int = 0
+    name: str,
+    path: str | Path | None = None,
+    *,
+    size: int | None = None,
+    preprocessing: Preprocessing | None = None,
+    seed: int = 0,
 ) -> Data | ImageFolder:
     """The data set `name`.
 
@@ -89,12 +99,16 @@ def load_data(
         path: of the archive or folder; digits and synthetic have none.
         size: height and width of an input: 16 for digits, 32 for synthetic, 224 for folders unless
             given; CIFAR's is 32.
+        preprocessing: what a trained model wants to see, instead of what the data set gives.
         seed: of a split or of patterns that no file gives.
 
     Raises:
         ValueError: naming the argument or the file that is missing or broken.
-        RuntimeError: naming the package to install.
+        MissingPackage: naming the package to install.
     """
+    if preprocessing is not None:
+        data = load_data(name, path, size=size or preprocessing.size, seed=seed)
+        return data.seen_by(preprocessing.at(data.size))
     if name not in DATA:
         raise ValueError(f"data: expected one of {', '.join(DATA)}; got {name!r}")
     if name in ("cifar10", "imagefolder") and path is None:
@@ -119,19 +133,13 @@ def digits(size: int = 16, seed: int = 0) -> Data:
 
     Bilinear to size × size, in three equal channels. No mirror image: it would be another digit.
     """
-    try:
-        from sklearn.datasets import load_digits
-        from sklearn.model_selection import train_test_split
-    except ImportError as error:
-        why = f"the digits need scikit-learn (pip install scikit-learn): {error}"
-        raise RuntimeError(why) from None
-    images, labels = load_digits(return_X_y=True)
+    sklearn = imported("sklearn.datasets", "digits", "scikit-learn")
+    images, labels = sklearn.load_digits(return_X_y=True)
     x = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 16
     x = F.interpolate(x, (size, size), mode="bilinear", align_corners=False)
     y = torch.tensor(labels)
-    train, test = train_test_split(
-        range(len(y)), test_size=TEST_SHARE, random_state=seed, stratify=labels
-    )
+    split = imported("sklearn.model_selection", "digits", "scikit-learn").train_test_split
+    train, test = split(range(len(y)), test_size=TEST_SHARE, random_state=seed, stratify=labels)
     mean, std = x[train].mean().item(), x[train].std().item()
     x = x.expand(-1, 3, -1, -1)
     preprocessing = Preprocessing(size, size, (mean,) * 3, (std,) * 3)

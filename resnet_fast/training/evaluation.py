@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .distributed import total, world
+from .preprocessing import Preprocessing
 from .recipe import PRECISIONS
 
 
@@ -62,7 +63,7 @@ def evaluate(
     model.eval()
     try:
         for x, y in data.batches(split, indices.split(batch_size), device, workers):
-            x = as_input(x, data, model)
+            x = as_input(x, data.preprocessing, model)
             with autocast(device, precision):
                 logits = model(x)
             logits = at_least_fp32(logits)
@@ -78,10 +79,10 @@ def evaluate(
     return Evaluation(loss, right, five, total(confusion).view(classes, classes).cpu())
 
 
-def as_input(x: Tensor, data: Any, model: nn.Module) -> Tensor:
+def as_input(x: Tensor, preprocessing: Preprocessing, model: nn.Module) -> Tensor:
     """x normalized, in the dtype and memory format of the model's filters."""
     filters = next((p for p in model.parameters() if p.ndim == 4), None)
-    x = data.preprocessing.normalize(x)
+    x = preprocessing.normalize(x)
     if filters is None:
         return x
     last = filters.is_contiguous(memory_format=torch.channels_last)

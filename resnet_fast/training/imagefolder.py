@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import ClassVar
@@ -13,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .preprocessing import imagenet, read_image
+from .preprocessing import Preprocessing, imagenet, read_image
 
 SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"))
 TESTS = ("val", "valid", "test")
@@ -34,14 +35,12 @@ class ImageFolder:
 
     name: ClassVar[str] = "imagefolder"
     augmentation: ClassVar[str] = "resized-crop-flip"
-    channels: ClassVar[int] = 3
     in_memory: ClassVar[bool] = False
 
     def __init__(self, root: Path, size: int = 224, seed: int = 0) -> None:
         if not root.is_dir():
             raise ValueError(f"{root}: no such folder")
         self.preprocessing = imagenet(size)
-        self.size = size
         tests = [root / name for name in TESTS if (root / name).is_dir()]
         if (root / "train").is_dir() and tests:
             self.classes, train = _images(root / "train")
@@ -57,6 +56,20 @@ class ImageFolder:
     @property
     def num_classes(self) -> int:
         return len(self.classes)
+
+    @property
+    def channels(self) -> int:
+        return self.preprocessing.channels
+
+    @property
+    def size(self) -> int:
+        return self.preprocessing.size
+
+    def seen_by(self, preprocessing: Preprocessing) -> ImageFolder:
+        """The same images for a model that wants them so."""
+        other = copy.copy(self)
+        other.preprocessing = preprocessing
+        return other
 
     def count(self, split: str) -> int:
         """Images in `split`, "train" or "test"."""

@@ -142,7 +142,8 @@ class _Run:
             left = order[state.step :]
             for x, y in self.data.batches("train", left, self.device, self.workers):
                 x = augment(self.augmentation, x, self.data.size, self.draws)
-                state.tally[state.step] = self.step(as_input(x, self.data, state.model), y)
+                x = as_input(x, self.data.preprocessing, state.model)
+                state.tally[state.step] = self.step(x, y)
                 state.step += 1
                 bar.update(images)
                 yield state.epoch * len(order) + state.step
@@ -177,8 +178,9 @@ class _Run:
         state, recipe, steps = self.state, self.recipe, self.steps_an_epoch
         tally = state.reduced_tally()  # waits for the device
         trained = time.perf_counter() - self.start
-        for module in {state.model, state.best}:
-            distributed.same_buffers(module)
+        distributed.same_buffers(state.model)
+        if state.averaged is not None:
+            distributed.same_buffers(state.averaged)
         test = evaluate(
             state.best, self.data, device=self.device, precision=recipe.precision,
             workers=self.workers,

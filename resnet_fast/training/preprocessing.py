@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from .optional import imported
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -29,6 +31,10 @@ class Preprocessing:
     def channels(self) -> int:
         return len(self.mean)
 
+    def at(self, size: int) -> Preprocessing:
+        """The same for inputs of another size, `resize` in proportion."""
+        return replace(self, size=size, resize=round(self.resize * size / self.size))
+
     def normalize(self, x: Tensor) -> Tensor:
         """(x − mean) / std of x [N,C,H,W]; bytes count as 255ths. fp32, x's memory format."""
         x = x.float() / 255 if x.dtype == torch.uint8 else x
@@ -47,12 +53,9 @@ def read_image(path: Path, preprocessing: Preprocessing, crop: int | None = None
 
     Raises:
         ValueError: naming the file, for one that is missing or no image.
-        RuntimeError: without Pillow.
+        MissingPackage: without Pillow.
     """
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise RuntimeError(f"images need Pillow (pip install pillow): {error}") from None
+    Image = imported("PIL.Image", "images", "pillow")
     crop = preprocessing.size if crop is None else crop
     mode = "L" if preprocessing.channels == 1 else "RGB"
     try:

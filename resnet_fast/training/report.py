@@ -8,6 +8,7 @@ from pathlib import Path
 
 from .checkpoint import replacing
 from .history import COLUMNS, History
+from .optional import imported
 
 
 class Log:
@@ -64,13 +65,12 @@ class Log:
 
 
 def plot_curves(history: History, path: Path, title: str = "") -> None:
-    """Loss, accuracy and learning rate by epoch as a PNG. RuntimeError without matplotlib."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator, PercentFormatter
-    except ImportError as error:
-        raise RuntimeError(f"curves need matplotlib (pip install matplotlib): {error}") from None
+    """Loss, accuracy and learning rate by epoch as a PNG. MissingPackage without matplotlib."""
+    imported("matplotlib", "curves", "matplotlib")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
+
     figure = Figure(figsize=(10.5, 3.4), layout="constrained")
     FigureCanvasAgg(figure)
     loss, accuracy, rate = figure.subplots(1, 3)
