@@ -21,7 +21,7 @@ from ..training.augment import AUGMENTATIONS
 from ..training.checkpoint import ModelSpec
 from ..training.distributed import processes, world
 from ..training.optional import MissingPackage
-from ..training.recipe import PRECISIONS, PRESETS, SCHEDULES
+from ..training.recipe import PRECISIONS, SCHEDULES, recipe_for
 from ..training.report import plot_curves
 from .shared import add_data, add_where, check_where, refusing
 
@@ -73,7 +73,7 @@ def recipe_of(args: argparse.Namespace) -> Recipe:
     """What was asked for, else what the data set asks for, else `Recipe`'s own."""
     asked = {f.name: getattr(args, f.name) for f in fields(Recipe)}
     asked = {name: value for name, value in asked.items() if value is not None}
-    return Recipe(**{**PRESETS[args.data], **asked})
+    return recipe_for(args.data, **asked)
 
 
 @refusing("train")
@@ -110,7 +110,7 @@ def _announce(data, name: str, model, recipe: Recipe, impl: str, device: torch.d
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     count = world().size
     where = str(device) if count == 1 else f"{count} processes on {device.type}"
-    changed = recipe.as_dict().items() - Recipe(epochs=recipe.epochs).as_dict().items()
+    changed = recipe.as_dict().items() - Recipe().as_dict().items() | {("epochs", recipe.epochs)}
     print(f"data    {data.name}: {counts} images, {data.num_classes} classes, {data.size} px")
     print(f"model   {name}, {millions:.2f} M parameters, impl {impl}, {where}")
     print("recipe  " + ", ".join(f"{key}={value}" for key, value in sorted(changed)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
@@ -89,6 +90,10 @@ def fit(
     with ExitStack() as stack:
         stack.enter_context(_deterministic(recipe.deterministic))
         stack.enter_context(checkpointing(model, recipe.checkpointing))
+        stack.enter_context(warnings.catch_warnings())
+        # The schedule goes on where the scaler leaves out a step, and PyTorch takes that for an
+        # error where it is the first step.
+        warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
         stop = stack.enter_context(stop_signals(keeper is not None))
         log = stack.enter_context(Log(folder if run.here.first else None))
         history = run.state.history

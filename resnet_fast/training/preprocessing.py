@@ -51,6 +51,8 @@ def imagenet(size: int = 224) -> Preprocessing:
 def read_image(path: Path, preprocessing: Preprocessing, crop: int | None = None) -> Tensor:
     """The image as bytes [C, crop, crop], resized and cut from the middle; crop None is `size`.
 
+    The same pixels as torchvision's `Resize` and `CenterCrop` take.
+
     Raises:
         ValueError: naming the file, for one that is missing or no image.
         MissingPackage: without Pillow.
@@ -63,10 +65,9 @@ def read_image(path: Path, preprocessing: Preprocessing, crop: int | None = None
             image = image.convert(mode)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: no image that can be read: {error}") from None
-    scale = preprocessing.resize / min(image.size)
-    width, height = (max(round(side * scale), preprocessing.resize) for side in image.size)
+    width, height = (preprocessing.resize * side // min(image.size) for side in image.size)
     image = image.resize((width, height), Image.Resampling.BILINEAR)
-    left, top = (width - crop) // 2, (height - crop) // 2
+    left, top = round((width - crop) / 2), round((height - crop) / 2)
     image = image.crop((left, top, left + crop, top + crop))
     values = np.asarray(image, dtype=np.uint8)
     return torch.from_numpy(values.reshape(crop, crop, -1).copy()).permute(2, 0, 1)

@@ -80,8 +80,8 @@ class Recipe:
             value = getattr(self, name)
             _expect(name, value, "from 0 to below 1", value is None or 0 <= value < 1)
         _expect("clip", self.clip, "above 0", self.clip is None or self.clip > 0)
-        _expect("warmup", self.warmup, f"below epochs ({self.epochs})",
-                self.warmup == 0 or self.warmup < self.epochs)  # fmt: skip
+        _expect("warmup", self.warmup, f"at most epochs ({self.epochs})",
+                self.warmup <= self.epochs)  # fmt: skip
         for name, choices in {
             "schedule": SCHEDULES, "precision": PRECISIONS, "augment": ("auto", *AUGMENTATIONS),
         }.items():  # fmt: skip
@@ -110,9 +110,22 @@ PRESETS: dict[str, dict[str, Any]] = {
     "digits": {"epochs": 10, "batch_size": 32, "lr": 0.05, "nesterov": True, "warmup": 2.0},
     "cifar10": {},
     "imagefolder": {"epochs": 90, "batch_size": 256, "weight_decay": 1e-4, "warmup": 5.0},
-    "synthetic": {"epochs": 2, "batch_size": 100, "warmup": 0.5},
+    "synthetic": {"epochs": 2, "batch_size": 100, "lr": 0.05},
 }
 """Where a data set asks for other values than `Recipe`'s own."""
+
+WARMUP_SHARE = 0.2
+
+
+def recipe_for(data: str, **asked: Any) -> Recipe:
+    """`asked`, else what the data set asks for, else `Recipe`'s own.
+
+    Unless asked for, the warm-up takes no more than WARMUP_SHARE of the epochs.
+    """
+    values = {"epochs": Recipe.epochs, "warmup": Recipe.warmup, **PRESETS[data], **asked}
+    if "warmup" not in asked:
+        values["warmup"] = min(values["warmup"], WARMUP_SHARE * values["epochs"])
+    return Recipe(**values)
 
 
 def optimizer_of(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:

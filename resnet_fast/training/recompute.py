@@ -51,13 +51,16 @@ def _contexts(block: ResidualBlock):
 
 @contextmanager
 def _still(block: ResidualBlock) -> Iterator[None]:
-    """Within it, the batch is normalized by its own statistics, and no running ones follow."""
+    """Within it, running statistics follow the batch by a momentum of 0, and a copy counts it.
+
+    They are still passed on, since autograd keeps them, and must find as many tensors as before.
+    """
     norms = [m for m in block.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-    norms = [norm for norm in norms if norm.training]
-    for norm in norms:
-        norm.track_running_stats = False
+    before = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms if norm.training]
+    for norm, _, counter in before:
+        norm.momentum, norm.num_batches_tracked = 0.0, counter.clone()
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        for norm, momentum, counter in before:
+            norm.momentum, norm.num_batches_tracked = momentum, counter
