@@ -57,7 +57,6 @@ def metrics(history):
 
 def assert_same(a, b):
     """Two states of tensors and plain values are the same, bit by bit."""
-    assert type(a) is type(b) or isinstance(a, dict) and isinstance(b, dict), (type(a), type(b))
     if isinstance(a, torch.Tensor):
         assert a.dtype == b.dtype
         assert torch.equal(a, b)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -71,6 +72,11 @@ def read(path: Path) -> dict[str, Any]:
 def read_any(path: Path) -> Any:
     """What `torch.save` wrote to `path`: tensors and plain values, nothing that would run code."""
     try:
+        if zipfile.is_zipfile(path):  # torch.load does not look at the checksums
+            with zipfile.ZipFile(path) as archive:
+                torn = archive.testzip()
+            if torn is not None:
+                raise ValueError(f"{torn} in it has another checksum")
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file") from None

@@ -160,7 +160,7 @@ def cifar10(path: Path) -> Data:
 
 
 def synthetic(size: int = 32, seed: int = 0) -> Data:
-    """A smooth pattern a class under noise: learnable in a few epochs, for trials without any file."""
+    """A smooth pattern a class under noise: learnt in a few epochs, for trials without a file."""
     generator = torch.Generator().manual_seed(seed)
     classes, counts = SYNTHETIC["classes"], (SYNTHETIC["train"], SYNTHETIC["test"])
     coarse = torch.rand(classes, 3, 4, 4, generator=generator)
