@@ -152,7 +152,7 @@ def cifar10(path: Path) -> Data:
     classes, train_x, train_y, test_x, test_y = read_cifar10(path)
     levels = torch.arange(256, dtype=torch.float64) / 255
     counts = torch.stack([torch.bincount(c.flatten(), minlength=256) for c in train_x.unbind(1)])
-    share = counts / counts.sum(1, keepdim=True)
+    share = counts.double() / counts.sum(1, keepdim=True)
     mean = share @ levels
     std = (share @ levels.square() - mean.square()).sqrt()
     preprocessing = Preprocessing(32, 32, tuple(mean.tolist()), tuple(std.tolist()))
