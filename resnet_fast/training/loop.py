@@ -67,8 +67,6 @@ def fit(
     """
     device, folder = torch.device(device), None if out is None else Path(out)
     _check(data, recipe, folder, resume)
-    if recipe.sync_bn:
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     fmt = torch.channels_last if recipe.channels_last else torch.contiguous_format
     model.to(device, memory_format=fmt).train()
     run = _Run(model, data, recipe, device, workers, progress)
@@ -130,6 +128,8 @@ class _Run:
         if self.here.size > 1:
             devices = [device] if device.type == "cuda" else None
             self.runner = DistributedDataParallel(self.runner, devices)
+        if recipe.sync_bn:  # in place, and afterwards: on a CPU DDP refuses a converted model
+            nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
     def steps(self) -> Iterator[int]:
         """Train what is left of the running epoch; after each step, how many there have been."""

@@ -105,8 +105,11 @@ def _sizes(path: Path, weights: Mapping[str, Tensor]) -> dict[str, int]:
 
 def _recognize(path: Path, weights: Mapping[str, Tensor], options: Mapping[str, int]) -> str:
     wanted = _shapes(weights)
+    preactivation = "bn_last.weight" in wanted  # which no other net has
     found = []
     for name in list_models():
+        if ("preact" in name) != preactivation:
+            continue
         with torch.device("meta"):
             shapes = _shapes(create_model(name, **options).state_dict())
         if shapes == wanted:
