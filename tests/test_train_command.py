@@ -192,7 +192,6 @@ def test_sigterm_and_resume(tmp_path, trained):
         ("train cifar10 nowhere.tar.gz", "nowhere.tar.gz: no such file or folder"),
         ("train imagefolder nowhere", "nowhere: no such folder"),
         ("train digits --epochs 0", "epochs: expected at least 1, got 0"),
-        ("train digits --model resnet21", "name: expected one of resnet_fast.list_models()"),
         ("train digits --resume nowhere.pt", "nowhere.pt: no such file"),
         ("train digits --batch-size 5000", "batch_size: 5000 is more than the 1437"),
         ("train digits --impl triton", "--impl triton cannot run"),
@@ -214,6 +213,16 @@ def test_what_does_not_fit_is_a_line(trained, capsys, monkeypatch, tmp_path, wor
     assert said.err.startswith(f"resnet-fast {words[0]}: error: ")
     assert says in said.err
     assert said.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["train digits", "eval digits --weights a", "predict a.png"])
+def test_a_model_that_is_not_there_is_named(capsys, command):
+    with pytest.raises(SystemExit) as raised:
+        cli.main([*command.split(), "--model", "resnet21"])
+    assert raised.value.code == 2
+    said = capsys.readouterr().err
+    assert "argument --model: expected one of resnet_fast.list_models(), got 'resnet21'" in said
+    assert "did you mean" in said
 
 
 def test_a_run_is_not_overwritten_and_a_torn_checkpoint_not_used(tmp_path, capsys):

@@ -11,7 +11,7 @@ from typing import Any
 from ..training import Evaluation, evaluate, load_data
 from ..training.recipe import PRECISIONS
 from ..training.weights import load_weights
-from .shared import add_data, add_where, check_where, refusing
+from .shared import add_data, add_where, check_where, model_name, refusing
 
 MATRIX_UP_TO = 20  # classes that fit a line
 
@@ -22,7 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--weights", type=Path, required=True, metavar="FILE",
         help="of resnet-fast train, or a state dict such as torchvision's")  # fmt: skip
-    add("--model", metavar="NAME", help="where the file names none (default: by its keys)")
+    add("--model", type=model_name, metavar="NAME",
+        help="where the file names none (default: by its keys)")  # fmt: skip
     add("--split", choices=("train", "test"), default="test")
     add("--batch-size", type=int, default=256, metavar="N")
     add("--precision", choices=list(PRECISIONS), default="fp32", help="autocast")

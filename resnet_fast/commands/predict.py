@@ -14,7 +14,7 @@ from ..training.evaluation import as_input, at_least_fp32, autocast
 from ..training.preprocessing import read_image
 from ..training.recipe import PRECISIONS
 from ..training.weights import Loaded, load_weights, read_names
-from .shared import add_where, check_where, refusing
+from .shared import add_where, check_where, model_name, refusing
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,7 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--weights", type=Path, required=True, metavar="FILE",
         help="of resnet-fast train, or a state dict such as torchvision's (then preprocessed as "
         "for ImageNet)")  # fmt: skip
-    add("--model", metavar="NAME", help="where the file names none (default: by its keys)")
+    add("--model", type=model_name, metavar="NAME",
+        help="where the file names none (default: by its keys)")  # fmt: skip
     add("--classes", type=Path, metavar="FILE",
         help="their names, one a line (default: the weights' own, else numbers)")  # fmt: skip
     add("--size", type=int, metavar="PX", help="height and width of an input")

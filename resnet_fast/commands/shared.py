@@ -11,6 +11,7 @@ from functools import wraps
 import torch
 
 from .. import backend
+from ..models.registry import check_name
 from ..training.optional import MissingPackage
 from ..verify import missing
 
@@ -39,6 +40,14 @@ def add_data(parser: argparse.ArgumentParser) -> None:
         "folder a class, perhaps under train and val")  # fmt: skip
     add("--size", type=int, metavar="PX",
         help="height and width of an input: digits 16, folders 224, others 32")  # fmt: skip
+
+
+def model_name(text: str) -> str:
+    """A name of `resnet_fast.list_models()`, as a type of argparse."""
+    try:
+        return check_name(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("name: ")) from None
 
 
 def check_where(impl: str, device: str, precision: str) -> None:

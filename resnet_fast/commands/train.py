@@ -23,7 +23,7 @@ from ..training.distributed import processes, world
 from ..training.optional import MissingPackage
 from ..training.recipe import PRECISIONS, SCHEDULES, recipe_for
 from ..training.report import plot_curves
-from .shared import add_data, add_where, check_where, refusing
+from .shared import add_data, add_where, check_where, model_name, refusing
 
 MODELS = {"imagefolder": "resnet18"}
 DEFAULT_MODEL = "cifar_resnet20"
@@ -34,13 +34,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `resnet-fast train`; those of the recipe bear the names of its attributes."""
     add_data(parser)
     add = parser.add_argument
-    add("--model", metavar="NAME",
+    add("--model", type=model_name, metavar="NAME",
         help="default: resnet18 for folders, else cifar_resnet20")  # fmt: skip
     add("--out", type=Path, metavar="DIR", help="default: runs/DATA-MODEL")
     add("--resume", nargs="?", const=True, default=False, metavar="FILE",
         help="go on from the last checkpoint in --out, or from this one")  # fmt: skip
     add_where(parser)
-    recipe = parser.add_argument_group("recipe", "defaults are those of the data set").add_argument
+    recipe = parser.add_argument_group(
+        "recipe", "in brackets what cifar10 takes; other data sets have some values of their own"
+    ).add_argument
     whole, real, switch = {"type": int}, {"type": float}, {"action": argparse.BooleanOptionalAction}
     for flag, options, metavar, what in (
         ("epochs", whole, "N", ""),
@@ -66,7 +68,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("seed", whole, "N", "of weights, order and augmentation"),
     ):  # fmt: skip
         named = {} if metavar is None else {"metavar": metavar}
-        recipe(f"--{flag}", default=None, help=what or None, **options, **named)
+        default = getattr(Recipe, flag.replace("-", "_"))
+        shown = {"True": "yes", "False": "no", "None": "none"}.get(str(default), default)
+        recipe(f"--{flag}", default=None, help=f"{what} ({shown})".lstrip(), **options, **named)
 
 
 def recipe_of(args: argparse.Namespace) -> Recipe:

@@ -35,7 +35,7 @@ def load_weights(
     impl: str = "auto",
     device: str | torch.device = "cpu",
 ) -> Loaded:
-    """The model whose weights are at `path`, in channels_last on `device`.
+    """The model whose weights are at `path`, in fp32 and channels_last on `device`.
 
     Args:
         path: a checkpoint or `model.pt` of `fit`, which says all that is needed, or a plain state
@@ -64,13 +64,14 @@ def load_weights(
         options = _sizes(path, weights)
     if model is None:
         model = _recognize(path, weights, options)
-    net = create_model(model, impl=impl, **options)
+    with torch.device("meta"):  # what would be drawn at random is not wanted
+        net = create_model(model, impl=impl, **options)
     try:
-        net.load_state_dict(weights)
+        net.load_state_dict(weights, assign=True)
     except RuntimeError as error:
         why = " ".join(str(error).split("\n\t")[1:2]).strip()
         raise ValueError(f"model: {path} does not hold the weights of {model}: {why}") from None
-    net.to(device, memory_format=torch.channels_last).eval()
+    net.to(device, torch.float32, memory_format=torch.channels_last).eval()
     return Loaded(net, model, classes, preprocessing)
 
 
