@@ -83,6 +83,21 @@ def test_two_processes_equal_one(ranks):
             assert ours[column] == pytest.approx(alone[column], rel=1e-6), column
 
 
+def test_a_signal_to_one_process_stops_both(ranks, out):
+    """After the same step; what goes on from there ends bit by bit as without it."""
+    first, second = (rank["interrupted"] for rank in ranks)
+    assert Path(first["path"]).name == "epoch-0001-step-000002.pt"
+    assert list(first["weights"]) == list(second["weights"])
+    for rank in ranks:
+        found, whole = rank["interrupted"], rank["norms"]
+        assert found["losses"] == whole["losses"]
+        for key, value in whole["weights"].items():
+            assert torch.equal(found["weights"][key], value), key
+    kept, whole = (checkpoint.read(out / name / "model.pt") for name in ("interrupted", "norms"))
+    for key, value in whole["weights"].items():
+        assert torch.equal(kept["weights"][key], value), key
+
+
 def test_the_test_counts_every_image_once(ranks, out):
     """31 images on two processes; what is kept is the first one's average and statistics."""
     content = checkpoint.read(out / "norms" / "model.pt")

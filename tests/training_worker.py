@@ -13,9 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from training_cases import RECIPE, data, model, without_norms
+from training_cases import RECIPE, STEPS, data, model, without_norms
 
-from resnet_fast.training import fit
+from resnet_fast.training import Interrupted, fit, signals
 from resnet_fast.training.distributed import processes, world
 from resnet_fast.training.loop import _Run
 
@@ -73,7 +73,32 @@ def ranks(out, names=("without norms", "norms")):
                 "weights": net.state_dict(), "losses": history.losses, "epochs": history.epochs,
                 "seen": indices,
             }  # fmt: skip
+        if "norms" in names:
+            found["interrupted"] = interrupted(Path(out, "interrupted"))
         torch.save(found, Path(out, f"rank-{world().rank}.pt"))
+
+
+def interrupted(out):
+    """The case "norms" once more; SIGTERM comes to the second process alone, in step 5."""
+    signals.AGREE_EVERY = 3
+    step = _Run.step
+
+    def signalled(run, x, y):
+        if world().rank == 1 and run.state.epoch * STEPS + run.state.step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(run, x, y)
+
+    net, recipe = cases()["norms"]
+    _Run.step = signalled
+    try:
+        fit(net, data(), recipe, out=out)
+    except Interrupted as stopped:
+        path = str(stopped.path)
+    finally:
+        _Run.step = step
+    net, recipe = cases()["norms"]
+    history = fit(net, data(), recipe, out=out, resume=True)
+    return {"weights": net.state_dict(), "losses": history.losses, "path": path}
 
 
 def synchronized(out):

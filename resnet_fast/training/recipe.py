@@ -124,7 +124,7 @@ def recipe_for(data: str, **asked: Any) -> Recipe:
     """
     values = {"epochs": Recipe.epochs, "warmup": Recipe.warmup, **PRESETS[data], **asked}
     if "warmup" not in asked:
-        values["warmup"] = min(values["warmup"], WARMUP_SHARE * values["epochs"])
+        values["warmup"] = min(values["warmup"], round(WARMUP_SHARE * values["epochs"], 3))
     return Recipe(**values)
 
 
