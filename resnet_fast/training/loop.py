@@ -56,7 +56,8 @@ def fit(
         out: folder for checkpoints, metrics and the final `model.pt`; None writes nothing.
         resume: True goes on from the furthest checkpoint under `out`, or starts where there is
             none; a path from that one. The run then ends as if it had not been interrupted, bit by
-            bit, on equal machines with equal numbers of threads and processes.
+            bit, on equal machines with equal numbers of threads and processes (on a GPU with
+            `recipe.deterministic`).
         spec: how the model is made, for `resnet-fast predict`.
         workers: processes that read images of a folder.
         progress: draw bars where stderr is a terminal.
