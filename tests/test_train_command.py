@@ -24,7 +24,7 @@ from resnet_fast.training import Evaluation, Recipe, evaluate, fit, load_data
 from resnet_fast.training import checkpoint as files
 from resnet_fast.training.checkpoint import ModelSpec
 from resnet_fast.training.history import COLUMNS, History
-from resnet_fast.training.report import plot_curves
+from resnet_fast.training.report import Log, plot_curves
 from resnet_fast.training.weights import load_weights
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -162,26 +162,29 @@ def test_every_option_reaches_the_recipe(monkeypatch, tmp_path):
     assert not torch.equal(seen["net"].conv1.weight, first)
 
 
-def test_sigterm_and_resume(tmp_path, trained):
+def test_sigterm_and_resume(tmp_path):
     """Status 143, a checkpoint, and a second command that ends as if nothing had been."""
-    command = [sys.executable, "-m", "resnet_fast", "train", "digits", *SHORT,
-               "--out", str(tmp_path)]  # fmt: skip
+    words = ["train", "digits", *SHORT, "--epochs", "8", "--out"]  # seconds in which to stop it
+    command = [sys.executable, "-m", "resnet_fast", *words, str(tmp_path / "parts")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env=environment,
     )  # fmt: skip
     for line in process.stdout:
-        if line.startswith("epoch 1/2"):
+        if line.startswith("epoch 1/8"):
             process.send_signal(signal.SIGTERM)
             break
     out, err = process.communicate(timeout=120)
     assert (process.returncode, err) == (128 + signal.SIGTERM, "")
     assert "stopped by SIGTERM" in out
     assert "go on with --resume" in out
-    assert cli.main(["train", "digits", *SHORT, "--out", str(tmp_path), "--resume"]) == 0
-    assert metrics(History(rows(tmp_path))) == metrics(History(rows(trained)))
-    ours, whole = (files.read(out / "model.pt")["weights"] for out in (tmp_path, trained))
+    assert cli.main([*words, str(tmp_path / "parts"), "--resume"]) == 0
+    assert cli.main([*words, str(tmp_path / "whole")]) == 0
+    outs = (tmp_path / "parts", tmp_path / "whole")
+    ours, whole = (metrics(History(rows(out))) for out in outs)
+    assert ours == whole
+    ours, whole = (files.read(out / "model.pt")["weights"] for out in outs)
     assert all(torch.equal(ours[key], value) for key, value in whole.items())
 
 
@@ -266,6 +269,15 @@ def test_tensorboard_where_it_is_installed(tmp_path, monkeypatch):
     written.clear()
     fit(model(), data(), RECIPE, out=tmp_path, resume=True)
     assert written[0] == (tmp_path / "tensorboard", 4)
+
+
+def test_what_diverged_is_still_json(tmp_path):
+    history = History([{**dict.fromkeys(COLUMNS, 1), "train_loss": float("nan")}], [1.0])
+    Log(tmp_path).epoch(history)
+    with open(tmp_path / "metrics.jsonl") as file:
+        (row,) = (json.loads(line, parse_constant=pytest.fail) for line in file)
+    assert row == {**dict.fromkeys(COLUMNS, 1), "train_loss": None}
+    assert ",nan," in (tmp_path / "metrics.csv").read_text()
 
 
 def test_curves_without_matplotlib(tmp_path, capsys, monkeypatch):

@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import shutil
 import sys
 import tarfile
 from dataclasses import replace
@@ -185,6 +186,8 @@ def test_a_folder_without_a_test(folder):
     assert not set(data.files["train"]) & set(data.files["test"])
     assert ImageFolder(folder / "train", 16).files == data.files
     assert ImageFolder(folder / "train", 16, seed=1).files != data.files
+    shutil.rmtree(folder / "val")
+    assert ImageFolder(folder, 16).files == data.files
 
 
 def test_a_net_learns_from_a_folder(folder):
@@ -256,8 +259,18 @@ def test_what_is_missing_from_a_folder_is_named(folder, tmp_path):
     with pytest.raises(ValueError, match="val: its classes are not those of train: 'dog'"):
         load_data("imagefolder", folder)
     (tmp_path / "bare").mkdir()
-    with pytest.raises(ValueError, match="bare: has no folders; expected one a class"):
+    with pytest.raises(ValueError, match=r"bare: expected one folder a class, .* found none"):
         load_data("imagefolder", tmp_path / "bare")
+    picture(tmp_path / "bare" / "val" / "a.png")
+    with pytest.raises(ValueError, match=r"bare: expected one folder a class, .* found val"):
+        load_data("imagefolder", tmp_path / "bare")
+    picture(tmp_path / "bare" / "train" / "b.png")
+    with pytest.raises(ValueError, match="train: expected one folder a class"):
+        load_data("imagefolder", tmp_path / "bare")
+    for name in ("cat", "dog"):
+        picture(tmp_path / "few" / "train" / name / "a.png")
+    with pytest.raises(ValueError, match="few: no class has 5 images, so none is for a test"):
+        load_data("imagefolder", tmp_path / "few")
 
 
 @pytest.mark.parametrize("size", [16, 32])

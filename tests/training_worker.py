@@ -1,7 +1,9 @@
 """Processes of the tests: one that trains until something ends it, and ranks of `torchrun`.
 
-    training_worker.py train OUT    says "step N" after every step; `last STEP KIND` as further
-                                    words: die of SIGKILL there, in a step or while writing
+    training_worker.py train OUT    says "step N" after every step; further words: LAST "step",
+                                    die of SIGKILL in that step; LAST "write", die of it while the
+                                    checkpoint after LAST epochs is written; LAST "wait", go no
+                                    further until SIGTERM comes
     training_worker.py ranks OUT    under torchrun: leaves what it did in OUT/rank-N.pt
     training_worker.py synchronized OUT    the same, of the case with synchronized statistics
 """
@@ -9,6 +11,7 @@
 import os
 import signal
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,6 +30,11 @@ def die():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def told():
+    """Whether the handler of `fit` has seen a signal."""
+    return signal.getsignal(signal.SIGTERM).number
+
+
 def train(out, last=None, kind=None):
     """A run of SAVED into `out`, from where it is."""
     torch.set_num_threads(1)
@@ -38,6 +46,8 @@ def train(out, last=None, kind=None):
         print(f"step {number}", flush=True)
         if kind == "step" and number == int(last):
             die()
+        while kind == "wait" and number == int(last) and not told():
+            time.sleep(0.01)
         return done
 
     def torn(content, file):

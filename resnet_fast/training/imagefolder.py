@@ -1,7 +1,7 @@
 """A folder of images, one folder a class, read while it is used.
 
     ROOT/train/CLASS/*.jpg and ROOT/val/CLASS/*.jpg (or test), or
-    ROOT/CLASS/*.jpg, of which every fifth image of a class is for the test
+    ROOT/train/CLASS/*.jpg or ROOT/CLASS/*.jpg alone: every fifth image of a class is for the test
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ class ImageFolder:
     the rest to the augmentation on the device.
 
     Raises:
-        ValueError: naming the folder that is missing, has no classes, or a class without images.
+        ValueError: naming the folder that is missing, has less than two classes or none of the
+            images, or leaves nothing for the test.
     """
 
     name: ClassVar[str] = "imagefolder"
@@ -41,16 +42,18 @@ class ImageFolder:
         if not root.is_dir():
             raise ValueError(f"{root}: no such folder")
         self.preprocessing = imagenet(size)
-        tests = [root / name for name in TESTS if (root / name).is_dir()]
-        if (root / "train").is_dir() and tests:
-            self.classes, train = _images(root / "train")
+        parted = (root / "train").is_dir()
+        self.classes, train = _images(root / "train" if parted else root)
+        tests = [root / name for name in TESTS if parted and (root / name).is_dir()]
+        if tests:
             classes, test = _images(tests[0])
             if classes != self.classes:
                 odd = sorted(set(classes) ^ set(self.classes))
                 raise ValueError(f"{tests[0]}: its classes are not those of train: {odd[0]!r}")
         else:
-            self.classes, files = _images(root)
-            train, test = _part(files, seed)
+            train, test = _part(train, seed)
+            if not test:
+                raise ValueError(f"{root}: no class has {TEST_EVERY} images, so none is for a test")
         self.files = {"train": train, "test": test}
 
     @property
@@ -123,8 +126,9 @@ def _collate(items: Sequence[tuple[Tensor, int] | str]) -> tuple[Tensor, Tensor]
 
 def _images(root: Path) -> tuple[tuple[str, ...], list[File]]:
     folders = sorted(f for f in root.iterdir() if f.is_dir() and not f.name.startswith("."))
-    if not folders:
-        raise ValueError(f"{root}: has no folders; expected one a class")
+    if len(folders) < 2:
+        found = " and ".join(folder.name for folder in folders) or "none"
+        raise ValueError(f"{root}: expected one folder a class, two at least; found {found}")
     files: list[File] = []
     for label, folder in enumerate(folders):
         found = sorted(f for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES)

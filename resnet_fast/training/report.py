@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from pathlib import Path
 
 from .checkpoint import replacing
@@ -61,7 +62,9 @@ class Log:
             writer.writeheader()
             writer.writerows(history.epochs)
         with replacing(self.folder / "metrics.jsonl", "w") as file:
-            file.writelines(json.dumps(row) + "\n" for row in history.epochs)
+            for row in history.epochs:  # what diverged is null: JSON knows no NaN
+                known = {key: v if math.isfinite(v) else None for key, v in row.items()}
+                file.write(json.dumps(known) + "\n")
 
 
 def plot_curves(history: History, path: Path, title: str = "") -> None:
