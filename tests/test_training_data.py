@@ -178,6 +178,15 @@ def test_a_folder_of_images(folder, workers):
     assert y.item() == 1
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_reading_draws_no_random_numbers(folder, workers):
+    """A run that goes on within an epoch begins to read once more than one that is whole."""
+    data = load_data("imagefolder", folder, size=16)
+    before = torch.get_rng_state()
+    list(data.batches("train", [torch.arange(3)], torch.device("cpu"), workers))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_a_folder_without_a_test(folder):
     """Every fifth of a class is for the test, the same in every run."""
     data = ImageFolder(folder / "train", 16)

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +44,6 @@ class Data:
     train_y: Tensor
     test_x: Tensor
     test_y: Tensor
-    in_memory: ClassVar[bool] = True
 
     @property
     def num_classes(self) -> int:

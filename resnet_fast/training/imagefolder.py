@@ -36,7 +36,6 @@ class ImageFolder:
 
     name: ClassVar[str] = "imagefolder"
     augmentation: ClassVar[str] = "resized-crop-flip"
-    in_memory: ClassVar[bool] = False
 
     def __init__(self, root: Path, size: int = 224, seed: int = 0) -> None:
         if not root.is_dir():
@@ -92,6 +91,7 @@ class ImageFolder:
             collate_fn=_collate,
             num_workers=workers,
             pin_memory=device.type == "cuda",
+            generator=torch.Generator(),  # else every loader draws from the global one
         )
         for batch in loader:
             if isinstance(batch, str):
