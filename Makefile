@@ -15,7 +15,7 @@ GPU_PYTHON ?= python3
 GPU_ARGS ?=
 GPU_JOBS ?= 8
 ARCH ?= sm_80,sm_90,sm_100
-EXTRAS := test,demo,dev
+EXTRAS := test,demo,train,dev
 
 # The torch that is there, as a constraint: nothing that is installed after it may replace it. One
 # that brings its own triton, as CUDA builds do, keeps that too.

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.timing import rotated
+from resnet_fast.training import load_data
 
 MODEL = "cifar_resnet20"
 EPOCHS = 10
@@ -29,7 +30,6 @@ START_LR = 1e-4
 MOMENTUM = 0.9
 WEIGHT_DECAY = 5e-4
 SHIFT = 2  # pixels of 16
-TEST_SHARE = 0.2
 
 
 @dataclass(frozen=True)
@@ -53,22 +53,12 @@ class Curve:
 
 def load(seed: int = 0) -> Digits:
     """The digits, a fifth of them (stratified) for the test. RuntimeError without scikit-learn."""
-    try:
-        from sklearn.datasets import load_digits
-        from sklearn.model_selection import train_test_split
-    except ImportError as error:
-        why = f"the digits need scikit-learn (pip install scikit-learn): {error}"
-        raise RuntimeError(why) from None
-    images, labels = load_digits(return_X_y=True)
-    x = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 16
-    x = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
-    y = torch.tensor(labels)
-    train, test = train_test_split(
-        range(len(y)), test_size=TEST_SHARE, random_state=seed, stratify=labels
+    data = load_data("digits", seed=seed)
+    train, test = (
+        data.preprocessing.normalize(x).contiguous(memory_format=torch.channels_last)
+        for x in (data.train_x, data.test_x)
     )
-    mean, std = x[train].mean(), x[train].std()
-    x = ((x - mean) / std).expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
-    return Digits(x[train], y[train], x[test], y[test])
+    return Digits(train, data.train_y, test, data.test_y)
 
 
 def batches(data: Digits, epochs: int, seed: int = 0) -> Iterator[tuple[Tensor, Tensor]]:

@@ -8,7 +8,8 @@ import pytest
 import torch
 from op_cases import CONVOLUTIONS, CONVS, POINTWISE, Draw
 
-from resnet_fast import choice, cli, reference, rule, tables, tune
+from resnet_fast import choice, cli, reference, rule, tables
+from resnet_fast.commands import tune
 
 GPU = "NVIDIA Test 1"
 

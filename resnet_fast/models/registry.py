@@ -22,6 +22,15 @@ def list_models() -> list[str]:
     return sorted(MODELS)
 
 
+def check_name(name: str) -> str:
+    """`name`; ValueError where no model bears it, the message offers close ones."""
+    if name not in MODELS:
+        close = difflib.get_close_matches(str(name), MODELS, n=3)
+        hint = f"did you mean {' or '.join(close)}?" if close else f"they are {list_models()}"
+        raise ValueError(f"name: expected one of resnet_fast.list_models(), got {name!r}; {hint}")
+    return name
+
+
 def create_model(name: str, **options: Any) -> ResNet:
     """The model `name` with `options` of `ResNet`: num_classes, impl, fused, zero_init_residual, …
 
@@ -30,8 +39,4 @@ def create_model(name: str, **options: Any) -> ResNet:
         TypeError: an unknown option, or one that makes this model what it is (`groups` of a
             ResNeXt, `shortcut` of a plain net).
     """
-    if name not in MODELS:
-        close = difflib.get_close_matches(str(name), MODELS, n=3)
-        hint = f"did you mean {' or '.join(close)}?" if close else f"they are {list_models()}"
-        raise ValueError(f"name: expected one of resnet_fast.list_models(), got {name!r}; {hint}")
-    return MODELS[name](**options)
+    return MODELS[check_name(name)](**options)

@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from . import backend, choice, tables
-from .options import integers, names
+from .. import backend, choice, tables
+from ..options import integers, names
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MODES = ("infer", "train")
@@ -44,7 +44,7 @@ class Gain:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `resnet-fast tune`; comma lists are checked item by item."""
-    from .models import list_models
+    from ..models import list_models
 
     add = parser.add_argument
     add("--model", type=names(list_models), required=True, metavar="NAME,…")
@@ -130,7 +130,7 @@ def step_of(
     model: str, mode: str, dtype: torch.dtype, batch: int, size: int, device: str = "cuda"
 ) -> Callable[[], object]:
     """A step of inference, or of training without an optimizer, on noise."""
-    from .models import create_model
+    from ..models import create_model
 
     net = create_model(model).to(device, memory_format=torch.channels_last)
     x = torch.randn(batch, 3, size, size, device=device).to(memory_format=torch.channels_last)

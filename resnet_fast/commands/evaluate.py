@@ -1,0 +1,119 @@
+"""`resnet-fast eval DATA [PATH] --weights FILE`: top-1, top-5, confusion matrix, every class."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from ..training import Evaluation, evaluate, load_data
+from ..training.recipe import PRECISIONS
+from ..training.weights import load_weights
+from .shared import add_data, add_where, check_where, model_name, refusing
+
+MATRIX_UP_TO = 20  # classes that fit a line
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `resnet-fast eval`."""
+    add_data(parser)
+    add = parser.add_argument
+    add("--weights", type=Path, required=True, metavar="FILE",
+        help="of resnet-fast train, or a state dict such as torchvision's")  # fmt: skip
+    add("--model", type=model_name, metavar="NAME",
+        help="where the file names none (default: by its keys)")  # fmt: skip
+    add("--split", choices=("train", "test"), default="test")
+    add("--batch-size", type=int, default=256, metavar="N")
+    add("--precision", choices=list(PRECISIONS), default="fp32", help="autocast")
+    add("--json", action="store_true", help="one JSON object instead of tables")
+    add_where(parser)
+
+
+@refusing("eval")
+def run(args: argparse.Namespace) -> int:
+    """Evaluate and print; 0, 2 where an argument or file does not fit."""
+    check_where(args.impl, args.device, args.precision)
+    if args.batch_size < 1:
+        raise ValueError(f"batch-size: expected at least 1, got {args.batch_size}")
+    loaded = load_weights(args.weights, args.model, impl=args.impl, device=args.device)
+    data = load_data(
+        args.data, args.path, size=args.size, preprocessing=loaded.preprocessing
+    )
+    if loaded.classes not in (None, data.classes):
+        raise ValueError(f"weights: {args.weights} knows other classes than {args.data}")
+    outputs = loaded.model.fc.out_features
+    if outputs != data.num_classes:
+        raise ValueError(
+            f"weights: {args.weights} has {outputs} classes, {args.data} {data.num_classes}"
+        )
+    found = evaluate(
+        loaded.model, data, device=args.device, batch_size=args.batch_size,
+        precision=args.precision, split=args.split, workers=args.workers,
+    )  # fmt: skip
+    print(json.dumps(document(found, data.classes)) if args.json else text(found, data.classes))
+    return 0
+
+
+def document(found: Evaluation, classes: tuple[str, ...]) -> dict[str, Any]:
+    """All figures as plain values; null where a class has no image, or was never predicted."""
+    counts = found.confusion.sum(1).tolist()
+    rows = zip(classes, counts, found.recall(), found.precision(), strict=True)
+    return {
+        "images": sum(counts),
+        "loss": found.loss,
+        "top1": found.accuracy,
+        "top5": found.top5,
+        "classes": [
+            {"name": name, "images": n, "recall": _known(recall), "precision": _known(precision)}
+            for name, n, recall, precision in rows
+        ],
+        "confusion": found.confusion.tolist(),
+    }
+
+
+def text(found: Evaluation, classes: tuple[str, ...]) -> str:
+    """The figures, every class, and the confusion matrix or, of many classes, its worst cells."""
+    figures = document(found, classes)
+    width = max(len("class"), *map(len, classes))
+    lines = [
+        f"top-1 {found.accuracy:.2%}  top-5 {found.top5:.2%}  loss {found.loss:.4f}"
+        f"  ({figures['images']} images)",
+        "",
+        f"{'class':{width}}  images   recall  precision",
+    ]
+    for row in figures["classes"]:
+        recall, precision = (
+            "-" if row[name] is None else f"{row[name]:.2%}" for name in ("recall", "precision")
+        )
+        lines.append(f"{row['name']:{width}}  {row['images']:6}  {recall:>7}  {precision:>9}")
+    lines.append("")
+    return "\n".join(lines + (_matrix if len(classes) <= MATRIX_UP_TO else _worst)(found, classes))
+
+
+def _matrix(found: Evaluation, classes: tuple[str, ...]) -> list[str]:
+    cells = found.confusion.tolist()
+    width = max(len(str(len(classes) - 1)), *(len(str(n)) for row in cells for n in row)) + 1
+    labels = [str(i) if name == str(i) else f"{i} {name}" for i, name in enumerate(classes)]
+    names = max(map(len, labels))
+    head = "".join(f"{i:{width}}" for i in range(len(classes)))
+    lines = ["confusion: a row a class, a column a prediction", f"{'':{names}}{head}"]
+    for label, row in zip(labels, cells, strict=True):
+        lines.append(f"{label:{names}}" + "".join(f"{n:{width}}" for n in row))
+    return lines
+
+
+def _worst(found: Evaluation, classes: tuple[str, ...], shown: int = 20) -> list[str]:
+    wrong = found.confusion.clone().fill_diagonal_(0).flatten()
+    counts, cells = wrong.topk(min(shown, len(wrong)))
+    lines = ["most often taken for another"]
+    for count, cell in zip(counts.tolist(), cells.tolist(), strict=True):
+        if count:
+            label, prediction = divmod(cell, len(classes))
+            lines.append(f"{count:6}  {classes[label]} as {classes[prediction]}")
+    return lines
+
+
+def _known(value: float) -> float | None:
+    return None if math.isnan(value) else value

@@ -1,0 +1,173 @@
+"""Data sets by name: `load_data("digits" | "cifar10" | "imagefolder" | "synthetic", path)`.
+
+Nothing is downloaded. Small sets are tensors in memory; a folder of images is read as it is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .cifar import read_cifar10
+from .imagefolder import ImageFolder
+from .optional import imported
+from .preprocessing import Preprocessing
+
+DATA = ("digits", "cifar10", "imagefolder", "synthetic")
+TEST_SHARE = 0.2
+SYNTHETIC = {"classes": 10, "train": 2000, "test": 500}
+
+
+@dataclass(frozen=True)
+class Data:
+    """Labelled images in memory.
+
+    Attributes:
+        name: of DATA.
+        classes: the names of the classes, in the order of their labels.
+        preprocessing: how images become inputs; x is not normalized yet.
+        augmentation: what suits these images, of `resnet_fast.training.augment.AUGMENTATIONS`.
+        train_x, test_x: [N,C,H,W], bytes or floats in [0, 1].
+        train_y, test_y: [N], labels.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    preprocessing: Preprocessing
+    augmentation: str
+    train_x: Tensor
+    train_y: Tensor
+    test_x: Tensor
+    test_y: Tensor
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
+    @property
+    def channels(self) -> int:
+        return self.preprocessing.channels
+
+    @property
+    def size(self) -> int:
+        """Height and width of an input."""
+        return self.preprocessing.size
+
+    def seen_by(self, preprocessing: Preprocessing) -> Data:
+        """The same images for a model that wants them so."""
+        return replace(self, preprocessing=preprocessing)
+
+    def count(self, split: str) -> int:
+        """Images in `split`, "train" or "test"."""
+        return len(self._split(split)[1])
+
+    def batches(
+        self, split: str, chosen: Sequence[Tensor], device: torch.device, workers: int = 0
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """(x, y) on `device` for the indices of every batch in `chosen`."""
+        x, y = (t.to(device) for t in self._split(split))
+        for indices in chosen:
+            indices = indices.to(device)
+            yield x[indices], y[indices]
+
+    def _split(self, split: str) -> tuple[Tensor, Tensor]:
+        if split not in ("train", "test"):
+            raise ValueError(f"split: expected 'train' or 'test', got {split!r}")
+        return (self.train_x, self.train_y) if split == "train" else (self.test_x, self.test_y)
+
+
+def load_data(
+    name: str,
+    path: str | Path | None = None,
+    *,
+    size: int | None = None,
+    preprocessing: Preprocessing | None = None,
+    seed: int = 0,
+) -> Data | ImageFolder:
+    """The data set `name`.
+
+    Args:
+        name: "digits" (scikit-learn's 1,797 scans), "cifar10" (the official python archive or the
+            folder in it), "imagefolder" (one folder a class), "synthetic" (patterns under noise).
+        path: of the archive or folder; digits and synthetic have none.
+        size: height and width of an input: 16 for digits, 32 for synthetic, 224 for folders unless
+            given; CIFAR's is 32.
+        preprocessing: what a trained model wants to see, instead of what the data set gives.
+        seed: of a split or of patterns that no file gives.
+
+    Raises:
+        ValueError: naming the argument or the file that is missing or broken.
+        MissingPackage: naming the package to install.
+    """
+    if preprocessing is not None:
+        data = load_data(name, path, size=size or preprocessing.size, seed=seed)
+        return data.seen_by(preprocessing.at(data.size))
+    if name not in DATA:
+        raise ValueError(f"data: expected one of {', '.join(DATA)}; got {name!r}")
+    if name in ("cifar10", "imagefolder") and path is None:
+        raise ValueError(f"path: {name} is read from a file or folder; give its path")
+    if name in ("digits", "synthetic") and path is not None:
+        raise ValueError(f"path: {name} needs none, got {str(path)!r}")
+    if size is not None and size < 8:
+        raise ValueError(f"size: expected at least 8 pixels, got {size}")
+    if name == "digits":
+        return digits(size or 16, seed)
+    if name == "synthetic":
+        return synthetic(size or 32, seed)
+    if name == "imagefolder":
+        return ImageFolder(Path(path), size or 224, seed)
+    if size not in (None, 32):
+        raise ValueError(f"size: CIFAR's images have 32 pixels, got {size}")
+    return cifar10(Path(path))
+
+
+def digits(size: int = 16, seed: int = 0) -> Data:
+    """Scans of 8×8 pixels and 17 grey levels (Alpaydin & Kaynak 1998, UCI), a fifth for the test.
+
+    Bilinear to size × size, in three equal channels. No mirror image: it would be another digit.
+    """
+    sklearn = imported("sklearn.datasets", "digits", "scikit-learn")
+    images, labels = sklearn.load_digits(return_X_y=True)
+    x = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 16
+    x = F.interpolate(x, (size, size), mode="bilinear", align_corners=False)
+    y = torch.tensor(labels)
+    split = imported("sklearn.model_selection", "digits", "scikit-learn").train_test_split
+    train, test = split(range(len(y)), test_size=TEST_SHARE, random_state=seed, stratify=labels)
+    mean, std = x[train].mean().item(), x[train].std().item()
+    x = x.expand(-1, 3, -1, -1)
+    preprocessing = Preprocessing(size, size, (mean,) * 3, (std,) * 3)
+    classes = tuple(map(str, range(10)))
+    return Data("digits", classes, preprocessing, "crop", x[train], y[train], x[test], y[test])
+
+
+def cifar10(path: Path) -> Data:
+    """CIFAR-10 (Krizhevsky 2009): 32×32 colour images of ten classes, as bytes."""
+    classes, train_x, train_y, test_x, test_y = read_cifar10(path)
+    levels = torch.arange(256, dtype=torch.float64) / 255
+    counts = torch.stack([torch.bincount(c.flatten(), minlength=256) for c in train_x.unbind(1)])
+    share = counts.double() / counts.sum(1, keepdim=True)
+    mean = share @ levels
+    std = (share @ levels.square() - mean.square()).sqrt()
+    preprocessing = Preprocessing(32, 32, tuple(mean.tolist()), tuple(std.tolist()))
+    return Data("cifar10", classes, preprocessing, "crop-flip", train_x, train_y, test_x, test_y)
+
+
+def synthetic(size: int = 32, seed: int = 0) -> Data:
+    """A smooth pattern a class under noise: learnt in a few epochs, for trials without a file."""
+    generator = torch.Generator().manual_seed(seed)
+    classes, counts = SYNTHETIC["classes"], (SYNTHETIC["train"], SYNTHETIC["test"])
+    coarse = torch.rand(classes, 3, 4, 4, generator=generator)
+    patterns = F.interpolate(coarse, (size, size), mode="bicubic", align_corners=False)
+    y = torch.arange(sum(counts)) % classes
+    noise = torch.randn(len(y), 3, size, size, generator=generator)
+    x = (patterns[y] + 0.5 * noise).clamp_(0, 1)
+    (train_x, test_x), (train_y, test_y) = x.split(counts), y.split(counts)
+    mean, std = train_x.mean((0, 2, 3)), train_x.std((0, 2, 3))
+    preprocessing = Preprocessing(size, size, tuple(mean.tolist()), tuple(std.tolist()))
+    names = tuple(f"pattern {i}" for i in range(classes))
+    return Data("synthetic", names, preprocessing, "crop", train_x, train_y, test_x, test_y)

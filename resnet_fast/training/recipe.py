@@ -1,0 +1,171 @@
+"""How to train: `Recipe`, the optimizer and the learning rate it asks for."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .augment import AUGMENTATIONS
+
+SCHEDULES = ("cosine", "step", "constant")
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MILESTONES = (0.5, 0.75)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that decides what training computes, given model and data.
+
+    Attributes:
+        epochs: passes over the training images; each leaves out what fills no batch, others each.
+        batch_size: images an optimizer step, over all processes and parts of `accumulate`.
+        lr: learning rate after the warm-up.
+        momentum, nesterov, weight_decay: as `torch.optim.SGD`.
+        decay_norms: whether weight decay holds for normalizations and biases too.
+        schedule: "cosine" to 0 (arXiv:1608.03983), "step" (a tenth after a half and after three
+            quarters, as He et al. 2015), or "constant".
+        warmup: epochs in which the learning rate rises to `lr` (arXiv:1706.02677).
+        label_smoothing: as `nn.CrossEntropyLoss`, in training.
+        ema: decay of a moving average of weights and statistics, or None. It is what is tested.
+        clip: greatest norm of all gradients together, or None.
+        accumulate: parts of a process's batch, one backward pass each before the step. Batch
+            statistics are of a part.
+        augment: of `augment.AUGMENTATIONS`, or "auto": what the data set asks for.
+        precision: "fp32", or autocast in "bf16" or "fp16" (with a gradient scaler).
+        channels_last: memory format of model and images.
+        compile: run the model by `torch.compile`.
+        checkpointing: keep only the inputs of residual blocks and recompute them in the backward
+            pass.
+        sync_bn: batch statistics over all processes.
+        deterministic: refuse operations that do not repeat (`torch.use_deterministic_algorithms`).
+        seed: of the order of images and of their augmentation.
+
+    Raises:
+        ValueError: naming the attribute.
+    """
+
+    epochs: int = 30
+    batch_size: int = 128
+    lr: float = 0.1
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 5e-4
+    decay_norms: bool = True
+    schedule: str = "cosine"
+    warmup: float = 1.0
+    label_smoothing: float = 0.0
+    ema: float | None = None
+    clip: float | None = None
+    accumulate: int = 1
+    augment: str = "auto"
+    precision: str = "fp32"
+    channels_last: bool = True
+    compile: bool = False
+    checkpointing: bool = False
+    sync_bn: bool = False
+    deterministic: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "accumulate"):
+            _expect(name, getattr(self, name), "at least 1", getattr(self, name) >= 1)
+        for name in ("lr", "momentum", "weight_decay", "warmup"):
+            value = getattr(self, name)
+            _expect(name, value, "a number from 0", math.isfinite(value) and value >= 0)
+        for name in ("label_smoothing", "ema"):
+            value = getattr(self, name)
+            _expect(name, value, "from 0 to below 1", value is None or 0 <= value < 1)
+        _expect("clip", self.clip, "above 0", self.clip is None or self.clip > 0)
+        _expect("warmup", self.warmup, f"at most epochs ({self.epochs})",
+                self.warmup <= self.epochs)  # fmt: skip
+        for name, choices in {
+            "schedule": SCHEDULES, "precision": PRECISIONS, "augment": ("auto", *AUGMENTATIONS),
+        }.items():  # fmt: skip
+            value = getattr(self, name)
+            _expect(name, value, f"one of {', '.join(choices)}", value in choices)
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("nesterov: needs a momentum above 0")
+        if self.compile and self.checkpointing:
+            raise ValueError("checkpointing: torch.compile recomputes by itself; leave one out")
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"accumulate: {self.accumulate} parts do not divide batch_size {self.batch_size}"
+            )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What autocast multiplies in."""
+        return PRECISIONS[self.precision]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values; `Recipe(**values)` gives it back."""
+        return asdict(self)
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "digits": {"epochs": 10, "batch_size": 32, "lr": 0.05, "nesterov": True, "warmup": 2.0},
+    "cifar10": {},
+    "imagefolder": {"epochs": 90, "batch_size": 256, "weight_decay": 1e-4, "warmup": 5.0},
+    "synthetic": {"epochs": 2, "batch_size": 100, "lr": 0.05},
+}
+"""Where a data set asks for other values than `Recipe`'s own."""
+
+WARMUP_SHARE = 0.2
+
+
+def recipe_for(data: str, **asked: Any) -> Recipe:
+    """`asked`, else what the data set asks for, else `Recipe`'s own.
+
+    Unless asked for, the warm-up takes no more than WARMUP_SHARE of the epochs.
+    """
+    values = {"epochs": Recipe.epochs, "warmup": Recipe.warmup, **PRESETS[data], **asked}
+    if "warmup" not in asked:
+        values["warmup"] = min(values["warmup"], round(WARMUP_SHARE * values["epochs"], 3))
+    return Recipe(**values)
+
+
+def optimizer_of(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
+    """SGD with momentum; without `decay_norms` vectors (normalizations, biases) do not decay."""
+    groups = [{"params": [p for p in model.parameters() if p.requires_grad]}]
+    if not recipe.decay_norms:
+        parameters = groups[0]["params"]
+        groups = [
+            {"params": [p for p in parameters if p.ndim > 1]},
+            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+    return torch.optim.SGD(
+        groups, recipe.lr, recipe.momentum,
+        weight_decay=recipe.weight_decay, nesterov=recipe.nesterov,
+    )  # fmt: skip
+
+
+def schedule_of(
+    optimizer: torch.optim.Optimizer, recipe: Recipe, steps: int
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """lr · `lr_factor` at every step, for epochs of `steps` steps."""
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: lr_factor(recipe, i, steps))
+
+
+def lr_factor(recipe: Recipe, step: int, steps: int) -> float:
+    """The share of `recipe.lr` for step number `step` (from 0) in epochs of `steps` steps.
+
+    Warm-up of w steps: (step + 1) / w. Then, with t from 0 to 1 over the rest, cosine:
+    (1 + cos πt) / 2; step: 1, 0.1 from a half of all epochs, 0.01 from three quarters.
+    """
+    total, warmup = recipe.epochs * steps, round(recipe.warmup * steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    if recipe.schedule == "cosine":
+        return (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1))) / 2
+    if recipe.schedule == "step":
+        return 0.1 ** sum(step >= share * total for share in MILESTONES)
+    return 1.0
+
+
+def _expect(name: str, value: Any, what: str, holds: bool) -> None:
+    if not holds:
+        raise ValueError(f"{name}: expected {what}, got {value!r}")

@@ -1,0 +1,66 @@
+"""Activation checkpointing of residual blocks (Chen et al. 2016, arXiv:1604.06174).
+
+A block keeps its input alone; the backward pass runs it again. Its normalizations must not count
+the batch twice (pytorch/pytorch#96136): while a block runs again, their running statistics stand
+still.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
+
+from ..blocks import ResidualBlock
+
+
+@contextmanager
+def checkpointing(model: nn.Module, enabled: bool = True) -> Iterator[None]:
+    """Within it, training keeps only the inputs of the model's residual blocks.
+
+    Raises ValueError for a model without any.
+    """
+    blocks = [m for m in model.modules() if isinstance(m, ResidualBlock)] if enabled else []
+    if enabled and not blocks:
+        raise ValueError("checkpointing: the model has no residual block of resnet_fast")
+    for block in blocks:
+        block.forward = partial(_run, block)
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward
+
+
+def _run(block: ResidualBlock, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    forward = partial(type(block).forward, block)
+    if not block.training:
+        return forward(x, residual)
+    contexts = partial(_contexts, block)
+    return checkpoint(forward, x, residual, use_reentrant=False, context_fn=contexts)
+
+
+def _contexts(block: ResidualBlock):
+    """The contexts of `torch.utils.checkpoint`: of the first run, of the second."""
+    return nullcontext(), _still(block)
+
+
+@contextmanager
+def _still(block: ResidualBlock) -> Iterator[None]:
+    """Within it, running statistics follow the batch by a momentum of 0, and a copy counts it.
+
+    They are still passed on, since autograd keeps them, and must find as many tensors as before.
+    """
+    norms = [m for m in block.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    before = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms if norm.training]
+    for norm, _, counter in before:
+        norm.momentum, norm.num_batches_tracked = 0.0, counter.clone()
+    try:
+        yield
+    finally:
+        for norm, momentum, counter in before:
+            norm.momentum, norm.num_batches_tracked = momentum, counter

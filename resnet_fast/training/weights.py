@@ -1,0 +1,126 @@
+"""A model from a file: one of ours, or a plain state dict such as torchvision's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..models import create_model, list_models
+from .checkpoint import FORMAT, CheckpointError, read_any
+from .preprocessing import Preprocessing, imagenet
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model in eval mode, what its outputs are called, and what it wants to see.
+
+    `classes` is None where the file names none.
+    """
+
+    model: nn.Module
+    name: str
+    classes: tuple[str, ...] | None
+    preprocessing: Preprocessing
+
+
+def load_weights(
+    path: str | Path,
+    model: str | None = None,
+    *,
+    impl: str = "auto",
+    device: str | torch.device = "cpu",
+) -> Loaded:
+    """The model whose weights are at `path`, in fp32 and channels_last on `device`.
+
+    Args:
+        path: a checkpoint or `model.pt` of `fit`, which says all that is needed, or a plain state
+            dict with torchvision's keys, which gets ImageNet's preprocessing.
+        model: of `resnet_fast.list_models()`; None takes the file's, or the one whose keys and
+            shapes those of the file are.
+
+    Raises:
+        ValueError: naming the file that is missing, broken or of another model, or `model` where
+            the file fits none or several.
+    """
+    path = Path(path)
+    content = read_any(path)
+    ours = isinstance(content, dict) and content.get("format") == FORMAT
+    weights = content["weights"] if ours else content
+    if not isinstance(weights, dict) or not weights or not _all_tensors(weights):
+        raise CheckpointError(f"{path}: neither a checkpoint of resnet_fast nor a state dict")
+    options: dict[str, Any] = {}
+    classes, preprocessing = None, imagenet()
+    if ours:
+        classes, preprocessing = tuple(content["classes"]), _preprocessing(content)
+        spec = content["spec"]
+        if model is None and spec is not None:
+            model, options = spec["name"], dict(spec["options"])
+    if not options:
+        options = _sizes(path, weights)
+    if model is None:
+        model = _recognize(path, weights, options)
+    with torch.device("meta"):  # what would be drawn at random is not wanted
+        net = create_model(model, impl=impl, **options)
+    try:
+        net.load_state_dict(weights, assign=True)
+    except RuntimeError as error:
+        why = " ".join(str(error).split("\n\t")[1:2]).strip()
+        raise ValueError(f"model: {path} does not hold the weights of {model}: {why}") from None
+    net.to(device, torch.float32, memory_format=torch.channels_last).eval()
+    return Loaded(net, model, classes, preprocessing)
+
+
+def read_names(path: Path) -> tuple[str, ...]:
+    """Class names of a text file, one a line. ValueError naming a file that cannot be read."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: no text file of class names: {error}") from None
+    return tuple(line.strip() for line in lines if line.strip())
+
+
+def _all_tensors(weights: Mapping[Any, Any]) -> bool:
+    return all(isinstance(k, str) and isinstance(v, Tensor) for k, v in weights.items())
+
+
+def _preprocessing(content: Mapping[str, Any]) -> Preprocessing:
+    values = content["preprocessing"]
+    return Preprocessing(
+        values["size"], values["resize"], tuple(values["mean"]), tuple(values["std"])
+    )
+
+
+def _sizes(path: Path, weights: Mapping[str, Tensor]) -> dict[str, int]:
+    """The options of a model that the shapes of its first and last filters say."""
+    try:
+        classes, channels = weights["fc.weight"].size(0), weights["conv1.weight"].size(1)
+    except KeyError as error:
+        raise ValueError(f"{path}: has no {error}, as every ResNet has") from None
+    return {"num_classes": classes, "in_channels": channels}
+
+
+def _recognize(path: Path, weights: Mapping[str, Tensor], options: Mapping[str, int]) -> str:
+    wanted = _shapes(weights)
+    preactivation = "bn_last.weight" in wanted  # which no other net has
+    found = []
+    for name in list_models():
+        if ("preact" in name) != preactivation:
+            continue
+        with torch.device("meta"):
+            shapes = _shapes(create_model(name, **options).state_dict())
+        if shapes == wanted:
+            found.append(name)
+    if len(found) != 1:
+        of = " and ".join(found) or "no model of resnet_fast.list_models()"
+        raise ValueError(f"model: the keys and shapes in {path} are those of {of}; give its name")
+    return found[0]
+
+
+def _shapes(weights: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    """Shapes by key, without the counters that files from before PyTorch 0.4.1 lack."""
+    return {k: v.shape for k, v in weights.items() if not k.endswith("num_batches_tracked")}

@@ -1,0 +1,474 @@
+"""`resnet-fast train`, `eval` and `predict`: what they write, print and refuse."""
+
+import csv
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import types
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from training_cases import RECIPE, data, metrics, model
+
+import resnet_fast
+from resnet_fast import cli
+from resnet_fast.commands import evaluate as eval_command
+from resnet_fast.commands import train as train_command
+from resnet_fast.training import Evaluation, Recipe, evaluate, fit, load_data
+from resnet_fast.training import checkpoint as files
+from resnet_fast.training.checkpoint import ModelSpec
+from resnet_fast.training.history import COLUMNS, History
+from resnet_fast.training.report import Log, plot_curves
+from resnet_fast.training.weights import load_weights
+
+ROOT = Path(__file__).resolve().parents[1]
+SHORT = ["--size", "8", "--epochs", "2", "--batch-size", "256"]
+GOAL = 0.98
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The nets are so small that more threads mostly wait for each other."""
+    pytest.importorskip("sklearn")
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(2)
+
+
+def rows(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folder of a short run by the command."""
+    pytest.importorskip("sklearn")
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("short")
+    assert cli.main(["train", "digits", *SHORT, "--out", str(out)]) == 0
+    return out
+
+
+@pytest.mark.slow
+def test_resnet20_reads_digits(tmp_path, capsys):
+    """98% of the test scans, fused and by the reference, along one curve."""
+    for impl in ("auto", "reference"):
+        out = tmp_path / impl
+        assert cli.main(["train", "digits", "--impl", impl, "--out", str(out)]) == 0
+        assert rows(out)[-1]["test_accuracy"] >= GOAL
+    auto, reference = (files.read_last(tmp_path / impl / "checkpoints")[1]["training"]["history"]
+                       for impl in ("auto", "reference"))  # fmt: skip
+    assert auto["losses"][:5] == pytest.approx(reference["losses"][:5], rel=1e-3)
+    for ours, plain in zip(auto["epochs"], reference["epochs"], strict=True):
+        assert ours["lr"] == plain["lr"]
+    last, plain = auto["epochs"][-1], reference["epochs"][-1]
+    assert last["test_accuracy"] == pytest.approx(plain["test_accuracy"], abs=0.015)
+    assert last["train_loss"] == pytest.approx(plain["train_loss"], abs=0.05)
+    capsys.readouterr()
+    words = ["eval", "digits", "--weights", str(tmp_path / "auto" / "model.pt"), "--json"]
+    assert cli.main(words) == 0
+    assert json.loads(capsys.readouterr().out)["top1"] == pytest.approx(last["test_accuracy"])
+
+
+def test_what_a_run_writes(trained):
+    names = {path.name for path in trained.iterdir()} - {"tensorboard"}
+    assert names == {"checkpoints", "model.pt", "metrics.csv", "metrics.jsonl", "curves.png"}
+    found = rows(trained)
+    assert [row["epoch"] for row in found] == [1, 2]
+    assert all(list(row) == list(COLUMNS) for row in found)
+    with open(trained / "metrics.csv", newline="") as file:
+        table = list(csv.DictReader(file))
+    assert [{k: float(v) for k, v in row.items()} for row in table] == found
+    assert (trained / "curves.png").read_bytes().startswith(b"\x89PNG")
+    content = files.read(trained / "model.pt")
+    assert content["spec"] == {
+        "name": "cifar_resnet20", "options": {"num_classes": 10, "in_channels": 3}
+    }  # fmt: skip
+    assert content["classes"] == [str(i) for i in range(10)]
+    assert content["preprocessing"]["size"] == 8
+    recipe = Recipe(**content["recipe"])
+    assert (recipe.epochs, recipe.batch_size, recipe.lr) == (2, 256, 0.05)
+    assert "training" not in content
+
+
+def test_one_line_an_epoch(tmp_path, capsys):
+    assert cli.main(["train", "digits", *SHORT, "--out", str(tmp_path)]) == 0
+    said = capsys.readouterr()
+    assert said.err == ""  # no bars where there is no terminal
+    lines = [line for line in said.out.splitlines() if line.startswith("epoch")]
+    for line, row in zip(lines, rows(tmp_path), strict=True):
+        assert line.startswith(f"epoch {row['epoch']}/2")
+        for word in ("train loss", "test loss", "accuracy", "lr", "images/s", "left"):
+            assert word in line
+        assert f"{row['test_accuracy']:.2%}" in line
+    assert "cifar_resnet20, 0.27 M parameters" in said.out
+    assert "curves.png" in said.out.splitlines()[-1]
+
+
+def test_bars_on_a_terminal(tmp_path, monkeypatch, capsys):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    assert cli.main(["train", "digits", *SHORT, "--out", str(tmp_path)]) == 0
+    for word in ("epoch 1/2", "epoch 2/2", "images/s", "<00:0", "/1280"):
+        assert word in terminal.getvalue()
+
+
+def test_every_option_reaches_the_recipe(monkeypatch, tmp_path):
+    """As it was given, and with the data set's value where it was not."""
+    asked = {
+        "epochs": 7, "batch_size": 50, "lr": 0.2, "momentum": 0.8, "nesterov": False,
+        "weight_decay": 0.1, "decay_norms": False, "schedule": "step", "warmup": 3.0,
+        "label_smoothing": 0.2, "ema": 0.5, "clip": 2.0, "accumulate": 5, "augment": "none",
+        "precision": "bf16", "channels_last": False, "checkpointing": True,
+        "sync_bn": True, "deterministic": True, "seed": 9,
+    }  # fmt: skip
+    words = []
+    for name, value in asked.items():
+        flag = name.replace("_", "-")
+        words += [f"--{'' if value else 'no-'}{flag}"] if isinstance(value, bool) else [
+            f"--{flag}", str(value)
+        ]  # fmt: skip
+    seen = {}
+
+    def caught(net, data, recipe, **options):
+        seen.update(recipe=recipe, net=net, **options)
+        return History([dict.fromkeys(COLUMNS, 1.0)], [1.0])
+
+    monkeypatch.setattr(train_command, "fit", caught)
+    monkeypatch.setattr(train_command, "plot_curves", lambda *a: None)
+    words = ["train", "digits", "--impl", "reference", "--out", str(tmp_path), *words]
+    assert cli.main(words) == 0
+    assert asdict(seen["recipe"]) == {**asked, "compile": False}
+    assert seen["net"].layer1[0].impl == "reference"
+    assert (seen["out"], seen["resume"]) == (tmp_path, False)
+    assert cli.main(["train", "digits", "--compile", "--resume"]) == 0
+    assert seen["recipe"].compile
+    assert seen["recipe"].nesterov  # the digits' own
+    assert (seen["out"], seen["resume"]) == (Path("runs/digits-cifar_resnet20"), True)
+    first = seen["net"].conv1.weight
+    assert cli.main(["train", "digits"]) == 0
+    assert torch.equal(seen["net"].conv1.weight, first)
+    assert cli.main(["train", "digits", "--seed", "1"]) == 0
+    assert not torch.equal(seen["net"].conv1.weight, first)
+
+
+def test_sigterm_and_resume(tmp_path):
+    """Status 143, a checkpoint, and a second command that ends as if nothing had been."""
+    words = ["train", "digits", *SHORT, "--epochs", "5", "--out"]  # seconds in which to stop it
+    command = [sys.executable, "-m", "resnet_fast", *words, str(tmp_path / "parts")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=environment,
+    )  # fmt: skip
+    for line in process.stdout:
+        if line.startswith("epoch 1/5"):
+            process.send_signal(signal.SIGTERM)
+            break
+    out, err = process.communicate(timeout=120)
+    assert (process.returncode, err) == (128 + signal.SIGTERM, "")
+    assert "stopped by SIGTERM" in out
+    assert "go on with --resume" in out
+    assert cli.main([*words, str(tmp_path / "parts"), "--resume"]) == 0
+    assert cli.main([*words, str(tmp_path / "whole")]) == 0
+    outs = (tmp_path / "parts", tmp_path / "whole")
+    ours, whole = (metrics(History(rows(out))) for out in outs)
+    assert ours == whole
+    ours, whole = (files.read(out / "model.pt")["weights"] for out in outs)
+    assert all(torch.equal(ours[key], value) for key, value in whole.items())
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("train cifar10", "path: cifar10 is read from a file or folder"),
+        ("train cifar10 nowhere.tar.gz", "nowhere.tar.gz: no such file or folder"),
+        ("train imagefolder nowhere", "nowhere: no such folder"),
+        ("train digits --epochs 0", "epochs: expected at least 1, got 0"),
+        ("train digits --resume nowhere.pt", "nowhere.pt: no such file"),
+        ("train digits --batch-size 5000", "batch_size: 5000 is more than the 1437"),
+        ("train digits --impl triton", "--impl triton cannot run"),
+        ("eval digits --weights nowhere.pt", "nowhere.pt: no such file"),
+        ("predict a.png --weights nowhere.pt", "nowhere.pt: no such file"),
+        ("predict a.png --weights {trained}/model.pt", "a.png: no image that can be read"),
+        ("predict a.png --weights {trained}/metrics.csv", "metrics.csv: truncated, or no check"),
+        ("predict a.png --weights {trained}/model.pt --top 0", "top: expected at least 1"),
+        ("predict a.png --weights {trained}/model.pt --classes nowhere", "nowhere: no text file"),
+        ("predict a.png --weights {trained}/model.pt --model resnet18", "model: "),
+    ],
+)
+def test_what_does_not_fit_is_a_line(trained, capsys, monkeypatch, tmp_path, words, says):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    words = words.format(trained=trained).split()
+    assert cli.main(words) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith(f"resnet-fast {words[0]}: error: ")
+    assert says in said.err
+    assert said.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["train digits", "eval digits --weights a", "predict a.png"])
+def test_a_model_that_is_not_there_is_named(capsys, command):
+    with pytest.raises(SystemExit) as raised:
+        cli.main([*command.split(), "--model", "resnet21"])
+    assert raised.value.code == 2
+    said = capsys.readouterr().err
+    assert "argument --model: expected one of resnet_fast.list_models(), got 'resnet21'" in said
+    assert "did you mean" in said
+
+
+def test_a_run_is_not_overwritten_and_a_torn_checkpoint_not_used(tmp_path, capsys):
+    words = ["train", "digits", *SHORT, "--out", str(tmp_path)]
+    assert cli.main(words) == 0
+    assert cli.main(words) == 2
+    assert f"out: {tmp_path} holds the checkpoints of another run" in capsys.readouterr().err
+    first, last = files.checkpoints(tmp_path / "checkpoints")
+    last.write_bytes(last.read_bytes()[:1000])
+    assert cli.main([*words, "--resume"]) == 2
+    said = capsys.readouterr().err
+    assert f"{last}: truncated" in said
+    assert f"--resume {first}" in said
+    assert cli.main([*words, "--resume", str(first)]) == 0
+
+
+def test_tensorboard_where_it_is_installed(tmp_path, monkeypatch):
+    written = []
+
+    class SummaryWriter:
+        def __init__(self, folder, purge_step):
+            written.append((Path(folder), purge_step))
+
+        def add_scalar(self, name, value, step):
+            written.append((name, value, step))
+
+        def flush(self):
+            pass
+
+        def close(self):
+            written.append("closed")
+
+    module = types.SimpleNamespace(SummaryWriter=SummaryWriter)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    history = fit(model(), data(), RECIPE, out=tmp_path)
+    begun, *figures, closed = written
+    assert begun == (tmp_path / "tensorboard", 1)
+    assert closed == "closed"
+    wanted = [(k, row[k], row["epoch"]) for row in history.epochs for k in COLUMNS[1:]]
+    assert figures == wanted
+    written.clear()
+    fit(model(), data(), RECIPE, out=tmp_path, resume=True)
+    assert written[0] == (tmp_path / "tensorboard", 4)
+
+
+def test_what_diverged_is_still_json(tmp_path):
+    history = History([{**dict.fromkeys(COLUMNS, 1), "train_loss": float("nan")}], [1.0])
+    Log(tmp_path).epoch(history)
+    with open(tmp_path / "metrics.jsonl") as file:
+        (row,) = (json.loads(line, parse_constant=pytest.fail) for line in file)
+    assert row == {**dict.fromkeys(COLUMNS, 1), "train_loss": None}
+    assert ",nan," in (tmp_path / "metrics.csv").read_text()
+
+
+def test_curves_without_matplotlib(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert cli.main(["train", "digits", *SHORT, "--out", str(tmp_path)]) == 0
+    assert "no curves.png: curves need matplotlib (pip install" in capsys.readouterr().out
+    assert not (tmp_path / "curves.png").exists()
+
+
+def test_curves_of_one_epoch(tmp_path):
+    pytest.importorskip("matplotlib")
+    history = History([dict.fromkeys(COLUMNS, 1)], [3.0, 2.0])
+    plot_curves(history, tmp_path / "curves.png", "one epoch")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_eval_says_what_evaluate_finds(trained, capsys):
+    weights = str(trained / "model.pt")
+    assert cli.main(["eval", "digits", "--weights", weights, "--json", "--split", "train"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    loaded = load_weights(weights)
+    wanted = evaluate(loaded.model, load_data("digits", size=8), split="train")
+    assert found["images"] == 1437
+    assert found["top1"] == wanted.accuracy
+    assert found["top5"] == wanted.top5
+    assert found["loss"] == pytest.approx(wanted.loss)
+    assert found["confusion"] == wanted.confusion.tolist()
+    assert [row["images"] for row in found["classes"]] == wanted.confusion.sum(1).tolist()
+    last = sorted((trained / "checkpoints").iterdir())[-1]
+    assert cli.main(["eval", "digits", "--weights", str(last)]) == 0
+    assert f"top-1 {rows(trained)[-1]['test_accuracy']:.2%}" in capsys.readouterr().out
+
+
+def test_tables_of_an_evaluation():
+    confusion = torch.tensor([[3, 1, 0], [0, 0, 2], [0, 0, 0]])
+    found = Evaluation(0.5, 0.5, 1.0, confusion)
+    text = eval_command.text(found, ("cat", "dog", "a long name"))
+    assert text.splitlines() == [
+        "top-1 50.00%  top-5 100.00%  loss 0.5000  (6 images)",
+        "",
+        "class        images   recall  precision",
+        "cat               4   75.00%    100.00%",
+        "dog               2    0.00%      0.00%",
+        "a long name       0        -      0.00%",
+        "",
+        "confusion: a row a class, a column a prediction",
+        "              0 1 2",
+        "0 cat         3 1 0",
+        "1 dog         0 0 2",
+        "2 a long name 0 0 0",
+    ]
+    many = torch.zeros(21, 21, dtype=torch.int64)
+    many[3, 4], many[5, 5], many[2, 1] = 2, 9, 7
+    names = tuple(f"c{i}" for i in range(21))
+    text = eval_command.text(Evaluation(0.5, 0.5, 1.0, many), names)
+    assert text.splitlines()[-3:] == [
+        "most often taken for another",
+        "     7  c2 as c1",
+        "     2  c3 as c4",
+    ]
+
+
+def test_eval_refuses_other_classes(trained, capsys):
+    weights = str(trained / "model.pt")
+    assert cli.main(["eval", "synthetic", "--weights", weights]) == 2
+    assert "knows other classes than synthetic" in capsys.readouterr().err
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Three images of other shapes and modes."""
+    image = pytest.importorskip("PIL.Image")
+    rng = np.random.default_rng(0)
+    paths = []
+    for i, (shape, mode) in enumerate([((90, 70, 3), "RGB"), ((64, 99, 3), "RGB"),
+                                       ((80, 80), "L")]):  # fmt: skip
+        paths.append(tmp_path / f"{i}.png")
+        image.fromarray(rng.integers(256, size=shape, dtype=np.uint8), mode).save(paths[-1])
+    return paths
+
+
+def test_predict_by_hand_from_a_state_dict(tmp_path, pictures, capsys):
+    """A file such as torchvision's: Pillow, ImageNet's constants and the plain net, written out."""
+    from PIL import Image
+
+    torch.manual_seed(0)
+    plain = resnet_fast.create_model("resnet18", fused=False)
+    for module in plain.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 2)
+    torch.save(plain.state_dict(), tmp_path / "resnet18-f37072fd.pth")
+    words = ["predict", *map(str, pictures), "--weights", str(tmp_path / "resnet18-f37072fd.pth")]
+    assert cli.main([*words, "--size", "56", "--json", "--batch-size", "2"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [one["image"] for one in found] == list(map(str, pictures))
+    mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+    for one, path in zip(found, pictures, strict=True):
+        image = Image.open(path).convert("RGB")
+        width, height = (int(64 * side / min(image.size)) for side in image.size)
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
+        left, top = round((width - 56) / 2), round((height - 56) / 2)
+        values = np.asarray(image.crop((left, top, left + 56, top + 56))) / 255
+        x = torch.from_numpy((values - mean) / std).permute(2, 0, 1)[None].float()
+        with torch.no_grad():
+            shares = plain.eval()(x)[0].softmax(0)
+        values, labels = shares.topk(5)
+        assert [row["class"] for row in one["top"]] == labels.tolist()
+        assert [row["name"] for row in one["top"]] == list(map(str, labels.tolist()))
+        probabilities = [row["probability"] for row in one["top"]]
+        assert probabilities == pytest.approx(values.tolist(), rel=1e-4)
+
+
+def test_predict_with_names(trained, pictures, tmp_path, capsys):
+    words = ["predict", str(pictures[0]), "--weights", str(trained / "model.pt"), "--top", "3"]
+    assert cli.main(words) == 0
+    own = capsys.readouterr().out.splitlines()
+    assert own[0] == str(pictures[0])
+    assert len(own) == 4
+    names = tmp_path / "names.txt"
+    names.write_text("".join(f"digit {i}\n" for i in range(10)))
+    assert cli.main([*words, "--classes", str(names)]) == 0
+    given = capsys.readouterr().out.splitlines()
+    assert given[1:] == [line[:11] + "digit " + line[11:] for line in own[1:]]
+    names.write_text("one\n")
+    assert cli.main([*words, "--classes", str(names)]) == 2
+    assert f"classes: {names} has 1 names" in capsys.readouterr().err
+
+
+def test_a_digit_from_a_file_is_read(tmp_path, capsys):
+    """From a picture as large as a person would give; by a net that knows digits."""
+    image = pytest.importorskip("PIL.Image")
+    digits = load_data("digits", size=8)
+    torch.manual_seed(0)
+    net = resnet_fast.create_model("cifar_resnet20")
+    recipe = Recipe(epochs=3, batch_size=64, lr=0.05, warmup=1.0, augment="none")
+    fit(net, digits, recipe, out=tmp_path, spec=ModelSpec("cifar_resnet20"))
+    predicted = evaluate(net, digits).confusion
+    right = predicted.diag().argmax().item()
+    index = int((digits.test_y == right).nonzero()[0])
+    values = (digits.test_x[index, 0].numpy() * 255).round().astype(np.uint8)
+    image.fromarray(values).resize((200, 200), image.Resampling.BOX).save(tmp_path / "digit.png")
+    with torch.no_grad():
+        x = digits.preprocessing.normalize(digits.test_x[index : index + 1])
+        wanted = net.eval()(x).argmax().item()
+    words = ["predict", str(tmp_path / "digit.png"), "--weights", str(tmp_path / "model.pt")]
+    assert cli.main([*words, "--json"]) == 0
+    (one,) = json.loads(capsys.readouterr().out)
+    assert one["top"][0]["name"] == str(wanted)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnext50_32x4d", "wide_resnet50_2"])
+def test_torchvisions_files_are_recognized(tmp_path, name):
+    """By keys and shapes, also those from before `num_batches_tracked`."""
+    with torch.device("meta"):
+        weights = resnet_fast.create_model(name, num_classes=7).state_dict()
+    old = {k: torch.zeros(v.shape) for k, v in weights.items() if "tracked" not in k}
+    torch.save(old, tmp_path / "weights.pth", _use_new_zipfile_serialization=name != "resnet18")
+    loaded = load_weights(tmp_path / "weights.pth")
+    assert (loaded.name, loaded.model.fc.out_features) == (name, 7)
+    assert loaded.classes is None
+    assert (loaded.preprocessing.size, loaded.preprocessing.resize) == (224, 256)
+
+
+@pytest.mark.parametrize(
+    ("weights", "says"),
+    [
+        (lambda: resnet_fast.create_model("cifar_resnet20").state_dict(),
+         "are those of cifar_resnet20 and plain_cifar_resnet20; give its name"),
+        (lambda: {"fc.weight": torch.zeros(3, 4), "conv1.weight": torch.zeros(4, 3, 3, 3)},
+         "are those of no model"),
+        (lambda: {"weight": torch.zeros(3)}, "has no 'fc.weight', as every ResNet has"),
+        (lambda: [torch.zeros(3)], "neither a checkpoint of resnet_fast nor a state dict"),
+        (lambda: {}, "neither a checkpoint of resnet_fast nor a state dict"),
+    ],
+    ids=["ambiguous", "unknown", "other", "list", "empty"],
+)  # fmt: skip
+def test_weights_that_tell_no_model(tmp_path, weights, says):
+    path = tmp_path / "weights.pth"
+    torch.save(weights(), path)
+    with pytest.raises(ValueError, match=says) as raised:
+        load_weights(path)
+    assert str(path) in str(raised.value)
+
+
+def test_a_model_of_another_kind_is_named(tmp_path):
+    path = tmp_path / "weights.pth"
+    torch.save(resnet_fast.create_model("cifar_resnet20").state_dict(), path)
+    loaded = load_weights(path, "cifar_resnet20")
+    assert loaded.name == "cifar_resnet20"
+    with pytest.raises(ValueError, match=f"model: {path} does not hold the weights of resnet18"):
+        load_weights(path, "resnet18")
+    with pytest.raises(ValueError, match="did you mean"):
+        load_weights(path, "resnet-18")
