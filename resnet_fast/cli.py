@@ -13,8 +13,8 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "env": ("resnet_fast.env", "versions, hardware, which implementations are live and why"),
-    "tune": ("resnet_fast.commands.tune", "measure on this GPU what runs a model fastest, and keep it"),
     "verify": ("resnet_fast.verify", "compare ops, blocks and models with plain PyTorch in fp64"),
+    "tune": ("resnet_fast.commands.tune", "measure on a GPU what runs a model fastest; keep it"),
     "train": ("resnet_fast.commands.train", "train a model on one machine or many"),
     "eval": ("resnet_fast.commands.evaluate", "how well a trained model reads a data set"),
     "predict": ("resnet_fast.commands.predict", "the classes of images"),
