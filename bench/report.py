@@ -1,23 +1,19 @@
-"""The demo's page: one HTML file that needs nothing else, readable on a phone, light or dark.
-
-Pictures are PNG with a transparent ground and grey text, so that they suit either; they are in the
-page as base64 and lie beside it as files too.
-"""
+"""The demo's page and its pictures: `resnet_fast.page` with what the demo found."""
 
 from __future__ import annotations
 
-import base64
 import html
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from bench import digits, rows, table
+from resnet_fast import page
+from resnet_fast.page import neutral
 from resnet_fast.verify import Check
 from resnet_fast.verify import report as checks_report
 
-GREY, PLAIN, FUSED, THIRD = "#8b949e", "#8b949e", "#e8590c", "#4dabf7"
-COLORS = {"plain": PLAIN, "fused": FUSED, "plain NCHW": THIRD}
+COLORS = dict(zip(("plain", "fused", "plain NCHW"), page.COLORS, strict=False))
 LABELS = {
     "plain": "plain PyTorch",
     "fused": "resnet_fast",
@@ -41,13 +37,11 @@ def write(
     pictures = {"training.png": lambda path: plot_training(curves, path)}
     if measured:
         pictures["throughput.png"] = lambda path: neutral(table.plot_throughput, measured, path)
-    images = {}
     for name, draw in pictures.items():
         draw(out / name)
-        images[name] = base64.b64encode((out / name).read_bytes()).decode()
-    page = _page(environment, checks, curves, measured, claims, facts, images)
     path = out / "report.html"
-    path.write_text(page, encoding="utf-8")
+    text = _page(environment, checks, curves, measured, claims, facts, out)
+    path.write_text(text, encoding="utf-8")
     return path
 
 
@@ -93,50 +87,23 @@ def _smooth(values: Sequence[float]) -> list[float]:
     return [sum(span) / len(span) for span in spans]
 
 
-def neutral(draw, *arguments: Any) -> None:
-    """draw(*arguments) with grey text and lines on a transparent ground."""
-    try:
-        import matplotlib
-        from cycler import cycler
-    except ImportError as error:
-        raise RuntimeError(f"pictures need matplotlib (pip install matplotlib): {error}") from None
-    grey = dict.fromkeys(
-        ("text.color", "axes.labelcolor", "axes.edgecolor", "axes.titlecolor", "xtick.color",
-         "ytick.color", "grid.color", "legend.labelcolor"), GREY,
-    )  # fmt: skip
-    clear = {"figure.facecolor": "none", "axes.facecolor": "none", "savefig.transparent": True}
-    colors = {"axes.prop_cycle": cycler(color=[PLAIN, FUSED, THIRD, "#845ef7"])}
-    with matplotlib.rc_context({**grey, **clear, **colors, "font.size": 9}):
-        draw(*arguments)
-
-
-def _page(environment, checks, curves, measured, claims, facts, images) -> str:
+def _page(environment, checks, curves, measured, claims, facts, out) -> str:
     ok = all(held for _, held in claims)
     machine = f"{facts['cpu_or_gpu']}, {facts['threads']} threads, PyTorch {facts['torch']}"
     sections = [
         _tiles(checks, curves, measured),
-        f'<section><h2>What holds</h2><ul class="claims">{_claims(claims)}</ul></section>',
-        _training(curves, images["training.png"]),
+        f'<section><h2>What holds</h2>{page.claims(claims)}</section>',
+        _training(curves, out / "training.png"),
     ]
     if measured:
-        sections.append(_throughput(measured, images["throughput.png"]))
+        sections.append(_throughput(measured, out / "throughput.png"))
     sections.append(_verification(checks))
     sections.append(
         "<section><h2>Environment</h2><details><summary>resnet-fast env</summary>"
         f"<pre>{html.escape(environment)}</pre></details></section>"
     )
     commit = f", commit <code>{html.escape(facts['git_sha'])}</code>" if facts["git_sha"] else ""
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>resnet_fast: demo</title>
-<style>{STYLE}</style>
-</head>
-<body>
-<header>
+    body = f"""<header>
 <h1>resnet_fast <span class="badge {"good" if ok else "bad"}">{"ok" if ok else "failed"}</span></h1>
 <p>Fused residual networks for PyTorch, checked and measured on this machine:
 {html.escape(machine)}. <span class="quiet">{html.escape(facts["date"])}{commit}</span></p>
@@ -145,10 +112,8 @@ def _page(environment, checks, curves, measured, claims, facts, images) -> str:
 {"".join(sections)}
 </main>
 <footer>Made by <code>python -m bench demo</code>. The rows are in <code>throughput.jsonl</code>,
-the checks in <code>verify.json</code>, beside this page.</footer>
-</body>
-</html>
-"""
+the checks in <code>verify.json</code>, beside this page.</footer>"""
+    return page.document("resnet_fast: demo", body)
 
 
 def _tiles(checks, curves, measured) -> str:
@@ -169,18 +134,7 @@ def _tiles(checks, curves, measured) -> str:
     return f'<section class="tiles">{"".join(cells)}</section>'
 
 
-def _claims(claims: Sequence[tuple[str, bool]]) -> str:
-    return "".join(
-        f'<li class="{"good" if held else "bad"}">{html.escape(text)}</li>' for text, held in claims
-    )
-
-
-def _picture(data: str, alt: str) -> str:
-    image = f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{data}">'
-    return f'<div class="scroll">{image}</div>'
-
-
-def _training(curves: Mapping[str, digits.Curve], image: str) -> str:
+def _training(curves: Mapping[str, digits.Curve], image: Path) -> str:
     lines = [("", "loss, last epoch", "test accuracy", "ms a step")]
     for name, curve in curves.items():
         last = curve.losses[-(len(curve.losses) // max(len(curve.accuracies), 1)) :]
@@ -193,11 +147,11 @@ def _training(curves: Mapping[str, digits.Curve], image: str) -> str:
 resnet_fast and with plain PyTorch. The losses are equal up to rounding at first. Training
 multiplies any difference, so later they part, as two runs of plain PyTorch do that differ in memory
 format alone (right).</p>
-{_picture(image, "Training loss, test accuracy, and the distance between the losses")}
-{_table(lines)}</section>"""
+{page.picture(image, "Training loss, test accuracy, and the distance between the losses")}
+{page.table(lines)}</section>"""
 
 
-def _throughput(measured: Sequence[rows.Row], image: str) -> str:
+def _throughput(measured: Sequence[rows.Row], image: Path) -> str:
     lines = [("model", "mode", "batch", "provider", "images/s", "ms", "peak MiB", "vs eager")]
     for one in measured:
         ratio = one["speedup_vs_eager"]
@@ -210,8 +164,8 @@ def _throughput(measured: Sequence[rows.Row], image: str) -> str:
     return f"""<section><h2>Throughput</h2>
 <p>Medians of interleaved rounds, fp32, 224 pixels; eager is PyTorch in channels_last. A short run:
 <code>python -m bench models</code> measures longer and beside <code>torch.compile</code>.</p>
-{_picture(image, "Throughput of resnet_fast and eager PyTorch")}
-<details><summary>All figures</summary>{_table(lines, left=4)}</details></section>"""
+{page.picture(image, "Throughput of resnet_fast and eager PyTorch")}
+<details><summary>All figures</summary>{page.table(lines, left=4)}</details></section>"""
 
 
 def _verification(checks: Sequence[Check]) -> str:
@@ -247,56 +201,3 @@ def _verdict(row: checks_report.Row) -> str:
         "ok" if row.ok else f"<b>FAIL</b> {html.escape(verdict.why)}",
     ]  # fmt: skip
     return f'<tr class="{"good" if row.ok else "bad"}"><td>{"<td>".join(cells)}</tr>'
-
-
-def _table(lines: Sequence[Sequence[str]], left: int = 1) -> str:
-    """A table whose first line is the header and whose first `left` columns are words."""
-    out = []
-    for number, line in enumerate(lines):
-        tag = "th" if number == 0 else "td"
-        cells = "".join(
-            f"<{tag}{'' if i < left else ' class=n'}>{html.escape(cell)}</{tag}>"
-            for i, cell in enumerate(line)
-        )
-        out.append(f"<tr>{cells}</tr>")
-    return f'<div class="scroll"><table>{"".join(out)}</table></div>'
-
-
-STYLE = """
-:root { color-scheme: light dark; --line: #8884; --soft: #8881; --good: #2b8a3e; --bad: #e03131;
-  --accent: #e8590c }
-@media (prefers-color-scheme: dark) { :root { --good: #51cf66; --bad: #ff6b6b; --accent: #ff922b } }
-* { box-sizing: border-box }
-body { font: 16px/1.55 system-ui, sans-serif; max-width: 62rem; margin: 0 auto;
-  padding: 1.5rem 1rem 3rem }
-h1 { font-size: 1.9rem; margin: 0 } h2 { font-size: 1.2rem; margin: 2.4rem 0 .4rem }
-p { margin: .4rem 0 .8rem; max-width: 46rem }
-code, pre { font: .85em/1.5 ui-monospace, monospace }
-.quiet, footer { opacity: .65; font-size: .9rem } footer { margin-top: 3rem }
-.badge { font-size: .9rem; vertical-align: middle; padding: .15em .7em; border-radius: 1em;
-  border: 1px solid }
-.badge.good, .good b { color: var(--good) } .badge.bad, .bad b { color: var(--bad) }
-.tiles { display: grid; gap: .8rem; margin-top: 1.4rem;
-  grid-template-columns: repeat(auto-fit, minmax(10.5rem, 1fr)) }
-.tiles div { background: var(--soft); border: 1px solid var(--line); border-radius: .7rem;
-  padding: .8rem 1rem }
-.tiles b { display: block; font-size: 1.7rem; line-height: 1.2; color: var(--accent) }
-.tiles span { font-size: .85rem; opacity: .8 }
-.claims { list-style: none; padding: 0; margin: 0 }
-.claims li { padding: .2rem 0 .2rem 1.7rem; position: relative }
-.claims li::before { position: absolute; left: .2rem; font-weight: 700 }
-.claims .good::before { content: "\\2713"; color: var(--good) }
-.claims .bad::before { content: "\\2717"; color: var(--bad) }
-img { width: 100%; min-width: 40rem; height: auto; margin: .6rem 0 }
-details { border: 1px solid var(--line); border-radius: .5rem; padding: .45rem .8rem;
-  margin: .5rem 0 }
-summary { cursor: pointer } pre { overflow-x: auto; white-space: pre }
-.scroll { overflow-x: auto }
-table { border-collapse: collapse; font-size: .85rem; margin: .5rem 0; min-width: 60% }
-th, td { text-align: left; padding: .25rem .7rem .25rem 0; border-bottom: 1px solid var(--line);
-  white-space: nowrap; font-variant-numeric: tabular-nums }
-th { font-weight: 600; opacity: .75 } .n { text-align: right }
-.verify { font-size: .8rem } .verify td, .verify th { padding-right: .55rem }
-.verify td:nth-child(5) { white-space: normal; min-width: 12rem }
-meter { width: 4rem; height: .8rem }
-"""

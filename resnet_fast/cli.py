@@ -18,6 +18,7 @@ COMMANDS = {
     "train": ("resnet_fast.commands.train", "train a model on one machine or many"),
     "eval": ("resnet_fast.commands.evaluate", "how well a trained model reads a data set"),
     "predict": ("resnet_fast.commands.predict", "the classes of images"),
+    "experiment": ("resnet_fast.commands.experiment", "the experiments of residual learning"),
 }
 
 

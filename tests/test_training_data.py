@@ -18,7 +18,7 @@ from resnet_fast.training import fit, load_data
 from resnet_fast.training.augment import AUGMENTATIONS, Draws, augment
 from resnet_fast.training.cifar import FOLDER, META, TEST, TRAIN
 from resnet_fast.training.imagefolder import ImageFolder
-from resnet_fast.training.optional import MissingPackage
+from resnet_fast.optional import MissingPackage
 from resnet_fast.training.preprocessing import Preprocessing, imagenet, read_image
 
 NAMES = [b"airplane", b"automobile", b"bird", b"cat", b"deer",

@@ -12,7 +12,7 @@ import torch
 
 from .. import backend
 from ..models.registry import check_name
-from ..training.optional import MissingPackage
+from ..optional import MissingPackage
 from ..verify import missing
 
 REFUSED = 2  # the exit status of argparse

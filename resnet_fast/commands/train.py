@@ -20,7 +20,7 @@ from ..training import History, Interrupted, Recipe, fit, load_data
 from ..training.augment import AUGMENTATIONS
 from ..training.checkpoint import ModelSpec
 from ..training.distributed import processes, world
-from ..training.optional import MissingPackage
+from ..optional import MissingPackage
 from ..training.recipe import PRECISIONS, SCHEDULES, recipe_for
 from ..training.report import plot_curves
 from .shared import add_data, add_where, check_where, model_name, refusing

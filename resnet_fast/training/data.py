@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .cifar import read_cifar10
 from .imagefolder import ImageFolder
-from .optional import imported
+from ..optional import imported
 from .preprocessing import Preprocessing
 
 DATA = ("digits", "cifar10", "imagefolder", "synthetic")

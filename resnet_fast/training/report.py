@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .checkpoint import replacing
 from .history import COLUMNS, History
-from .optional import imported
+from ..optional import imported
 
 
 class Log:

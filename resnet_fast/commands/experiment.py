@@ -1,0 +1,50 @@
+"""`resnet-fast experiment NAME`: one experiment of `resnet_fast.experiments`, told and written."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import time
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from ..experiments import EXPERIMENTS
+from .shared import check_where, refusing
+
+DEFAULT_OUT = Path("build/experiments")
+
+
+def load(name: str) -> ModuleType:
+    """The module of the experiment `name`."""
+    return importlib.import_module(f"resnet_fast.experiments.{name.replace('-', '_')}")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """One sub-command an experiment, with its options."""
+    from ..experiments.options import add_common
+
+    names = parser.add_subparsers(dest="experiment", required=True, metavar="NAME")
+    for name, summary in EXPERIMENTS.items():
+        one = names.add_parser(name, help=summary, description=summary)
+        add_common(one)
+        load(name).add_arguments(one)
+
+
+@refusing("experiment")
+def run(args: argparse.Namespace) -> int:
+    """Run the experiment; 0, or 2 where it cannot run. A claim that fails is a finding too."""
+    from ..experiments import findings
+    from ..experiments.options import settings
+
+    name, start = args.experiment, time.perf_counter()
+    out = args.out or DEFAULT_OUT / name
+    check_where(args.impl, args.device, "fp32")
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    found = load(name).run(args)
+    print(findings.text(found))
+    path = findings.write(found, name, settings(args), out)
+    print(f"\n{path}, after {time.perf_counter() - start:.0f} s")
+    return 0

@@ -1,0 +1,111 @@
+"""Blocks that are nearly right, and run without any complaint: they only train worse.
+
+ReLU before the addition: relu(F(x)) + x can only add, so values grow from block to block, and no
+block can take back what one before it has added (He et al. 2016, arXiv:1603.05027, fig. 4c).
+
+No normalization: with He initialization F(x) is as large as x, so the signal's variance doubles in
+every block (Zhang et al. 2019, arXiv:1901.09321).
+
+They exist for this experiment alone: subclasses whose children are those of the right block.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import add_relu, blocks, modules
+from ..blocks import Parts, zero_pad
+from . import compare, nets
+from .findings import Claim, Findings
+from .options import add_depth
+
+RIGHT, EARLY, BARE = "right", "ReLU before the addition", "no normalization"
+
+ABOUT = """\
+Three nets with zero-pad shortcuts, equal in all but a line of their blocks. Right: relu(F(x) + \
+x). ReLU before the addition: relu(F(x)) + x. No normalization: relu(F(x) + x), where F is two \
+convolutions with a ReLU between.
+
+Nothing crashes, shapes fit and the loss may even fall, which is why such a mistake lives long. \
+What gives it away is a comparison with the right net."""
+
+
+class EarlyReLU:
+    """Mixin: y = relu(F(x)) + shortcut(x). The chain of F has no shortcut; the sum is outside."""
+
+    def parts(self) -> Parts:
+        return super().parts()._replace(shortcut="none", projection=None, projection_norm=None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + zero_pad(x, self.parts())
+
+
+class PlainEarlyReLU(EarlyReLU, blocks.BasicBlock):
+    """In plain PyTorch."""
+
+
+class FusedEarlyReLU(EarlyReLU, modules.BasicBlock):
+    """On the fused chain."""
+
+
+class PlainNoNorm(blocks.BasicBlock):
+    """y = relu(conv2(relu(conv1(x))) + shortcut(x)); the block's norms lie idle."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv2(F.relu(self.conv1(x)))
+        return F.relu(h + zero_pad(x, self.parts()))
+
+
+class FusedNoNorm(modules.BasicBlock):
+    """The same with the fused addition and ReLU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv2(F.relu(self.conv1(x)))
+        return add_relu(h, zero_pad(x, self.parts()), impl=self.impl)
+
+
+BLOCKS = {
+    RIGHT: (blocks.BasicBlock, modules.BasicBlock),
+    EARLY: (PlainEarlyReLU, FusedEarlyReLU),
+    BARE: (PlainNoNorm, FusedNoNorm),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `resnet-fast experiment bugs`."""
+    add_depth(parser, 32)
+    compare.add_training(parser, digits_size=8, epochs=12, repeats=2)
+
+
+def run(args: argparse.Namespace) -> Findings:
+    """Train the three nets."""
+    data = compare.data_of(args)
+
+    def build(name: str):
+        return lambda: nets.net(
+            args.depth, "zero_pad", block=BLOCKS[name][args.impl != "reference"],
+            num_classes=data.num_classes, in_channels=data.channels, planes=args.planes,
+            impl=args.impl,
+        )  # fmt: skip
+
+    runs = compare.compare({name: build(name) for name in BLOCKS}, data, args)
+    return Findings(
+        "Two mistakes", ABOUT, _claims(runs), compare.table(runs, "block"), compare.figures(runs),
+        lambda figure: compare.draw_pair(figure, runs),
+    )  # fmt: skip
+
+
+def _claims(runs: compare.Runs) -> list[Claim]:
+    loss = {name: compare.course(found, "train_loss") for name, found in runs.items()}
+    right = {name: compare.last(found, "test_accuracy") for name, found in runs.items()}
+    return [
+        Claim(
+            f"{name}: training loss, mean of all epochs, {loss[name]:.3f} (right: "
+            f"{loss[RIGHT]:.3f}), test accuracy {right[name]:.1%} (right: {right[RIGHT]:.1%})",
+            not loss[name] <= loss[RIGHT],  # NaN, of a net that diverged, is worse too
+        )
+        for name in (EARLY, BARE)
+    ]

@@ -1,0 +1,159 @@
+"""What an experiment found, and how it is told: a table, JSON, a PNG and a page."""
+
+from __future__ import annotations
+
+import datetime
+import html
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import __version__, cpu, page
+
+DPI = 144
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One sentence, and whether this run bears it out."""
+
+    text: str
+    holds: bool
+
+    def __str__(self) -> str:
+        return f"{'yes' if self.holds else 'NO '}  {self.text}"
+
+
+@dataclass(frozen=True)
+class Findings:
+    """All that one run of an experiment has to say.
+
+    Attributes:
+        title: a heading.
+        about: what was done and why, paragraphs parted by empty lines.
+        claims: what the experiment is there to show.
+        table: lines of cells, the first one the header; the first column holds words.
+        figures: every number behind table and picture, as plain values.
+        draw: draws the picture into a matplotlib figure.
+        size: of the picture, in inches.
+    """
+
+    title: str
+    about: str
+    claims: Sequence[Claim]
+    table: Sequence[Sequence[str]]
+    figures: Mapping[str, Any]
+    draw: Callable[[Any], None]
+    size: tuple[float, float] = (10.5, 3.6)
+
+
+def text(findings: Findings) -> str:
+    """The table and the claims, for a terminal."""
+    widths = [max(map(len, column)) for column in zip(*findings.table, strict=True)]
+    lines = [
+        "  ".join(
+            cell.rjust(width) if place else cell.ljust(width)
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in findings.table
+    ]
+    return "\n".join([*lines, "", *map(str, findings.claims)])
+
+
+def write(findings: Findings, name: str, settings: Mapping[str, Any], out: Path) -> Path:
+    """OUT/figures.json, OUT/NAME.png and OUT/index.html; the page's path.
+
+    RuntimeError without matplotlib; the figures are written all the same.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    facts = {
+        "experiment": name,
+        "date": datetime.date.today().isoformat(),
+        "resnet_fast": __version__,
+        "torch": str(torch.__version__),
+        "machine": _machine(settings.get("device", "cpu")),
+        "settings": dict(settings),
+    }
+    record = {
+        **facts,
+        "claims": [{"text": claim.text, "holds": claim.holds} for claim in findings.claims],
+        "figures": findings.figures,
+    }
+    source = json.dumps(_plain(record), indent=1, allow_nan=False)
+    (out / "figures.json").write_text(source + "\n", encoding="utf-8")
+    path = out / f"{name}.png"
+    page.neutral(_picture, findings, path)
+    page_path = out / "index.html"
+    page_path.write_text(_page(findings, facts, path), encoding="utf-8")
+    return page_path
+
+
+def _machine(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    threads = torch.get_num_threads()
+    return f"{cpu.name()}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def _plain(value: Any) -> Any:
+    """`value` with null for what JSON does not have, such as the loss of a net that diverged."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, Path) else value
+
+
+def _picture(findings: Findings, path: Path) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=findings.size, layout="constrained")
+    FigureCanvasAgg(figure)
+    findings.draw(figure)
+    figure.savefig(path, dpi=DPI)
+
+
+def plain_axes(*axes: Any, counts: bool = False) -> None:
+    """A light grid, no frame, a legend where lines are labelled; `counts`: x is whole numbers."""
+    from matplotlib.ticker import MaxNLocator
+
+    for one in axes:
+        if counts:
+            one.xaxis.set_major_locator(MaxNLocator(integer=True))
+        one.spines[["top", "right"]].set_visible(False)
+        one.grid(alpha=0.25, linewidth=0.6)
+        one.title.set_fontsize(10)
+        if one.get_legend_handles_labels()[0]:
+            one.legend(frameon=False, fontsize=8, loc="best")
+
+
+def _page(findings: Findings, facts: Mapping[str, Any], path: Path) -> str:
+    paragraphs = "".join(f"<p>{html.escape(part)}</p>" for part in findings.about.split("\n\n"))
+    claims = page.claims([(claim.text, claim.holds) for claim in findings.claims])
+    claims = f"<section><h2>What holds</h2>{claims}</section>" if findings.claims else ""
+    settings = [("setting", "value"), *((k, str(v)) for k, v in facts["settings"].items())]
+    return page.document(
+        f"resnet_fast: {findings.title}",
+        f"""<header>
+<h1>{html.escape(findings.title)}</h1>
+<p class="quiet">{html.escape(facts["machine"])}, PyTorch
+{html.escape(facts["torch"])}, resnet_fast {facts["resnet_fast"]}, {facts["date"]}</p>
+</header>
+<main>
+<section>{paragraphs}</section>
+{claims}
+<section><h2>Figures</h2>{page.picture(path, findings.title)}{page.table(findings.table)}</section>
+<section><h2>Settings</h2><details><summary>of this run</summary>{page.table(settings)}</details>
+</section>
+</main>
+<footer>Made by <code>resnet-fast experiment {facts["experiment"]}</code>. Every number is in
+<code>figures.json</code> beside this page.</footer>""",
+    )

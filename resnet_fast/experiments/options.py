@@ -1,0 +1,61 @@
+"""Command-line options that experiments share."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from .. import backend
+from ..options import positive
+
+NOT_SETTINGS = {"command", "experiment", "out"}
+
+
+def add_common(parser: argparse.ArgumentParser) -> None:
+    """--out, --impl, --device, --seed, --threads."""
+    add = parser.add_argument
+    add("--out", type=Path, metavar="DIR", help="default: build/experiments/NAME")
+    add("--impl", choices=backend.IMPLS, default="auto",
+        help="what runs the blocks; reference is plain PyTorch (default: auto)")  # fmt: skip
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
+    add("--threads", type=positive(int), metavar="N",
+        help="of PyTorch on the CPU (default: PyTorch's own)")  # fmt: skip
+    add("--seed", type=int, default=0, metavar="N",
+        help="of the parameters and the batches (default: 0)")  # fmt: skip
+
+
+def add_count(parser: argparse.ArgumentParser, flag: str, default: int, what: str) -> None:
+    """An option that takes a positive integer."""
+    parser.add_argument(
+        flag, type=positive(int), default=default, metavar="N", help=f"{what} (default: {default})"
+    )
+
+
+def add_depth(parser: argparse.ArgumentParser, default: int) -> None:
+    """--depth, of a net of `nets.net`."""
+    parser.add_argument(
+        "--depth", type=depth, default=default, metavar="N",
+        help=f"layers of the nets, 6n + 2 (default: {default})",
+    )  # fmt: skip
+
+
+def depth(text: str) -> int:
+    """A number of layers 6n + 2, for argparse."""
+    from .nets import blocks_of
+
+    try:
+        blocks_of(int(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return int(text)
+
+
+def depths(text: str) -> list[int]:
+    """ "8,20,32" as such numbers, ascending, for argparse."""
+    return sorted({depth(word) for word in text.split(",")})
+
+
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """What `args` asked for, without what is no setting of the experiment."""
+    return {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
