@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from training_cases import RECIPE, model
 
+from resnet_fast.optional import MissingPackage
 from resnet_fast.training import augment as augmentation
 from resnet_fast.training import fit, load_data
 from resnet_fast.training.augment import AUGMENTATIONS, Draws, augment
 from resnet_fast.training.cifar import FOLDER, META, TEST, TRAIN
 from resnet_fast.training.imagefolder import ImageFolder
-from resnet_fast.optional import MissingPackage
 from resnet_fast.training.preprocessing import Preprocessing, imagenet, read_image
 
 NAMES = [b"airplane", b"automobile", b"bird", b"cat", b"deer",

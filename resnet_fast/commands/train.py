@@ -16,11 +16,11 @@ import torch
 
 from .. import __version__
 from ..models import create_model
+from ..optional import MissingPackage
 from ..training import History, Interrupted, Recipe, fit, load_data
 from ..training.augment import AUGMENTATIONS
 from ..training.checkpoint import ModelSpec
 from ..training.distributed import processes, world
-from ..optional import MissingPackage
 from ..training.recipe import PRECISIONS, SCHEDULES, recipe_for
 from ..training.report import plot_curves
 from .shared import add_data, add_where, check_where, model_name, refusing

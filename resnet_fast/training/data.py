@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..optional import imported
 from .cifar import read_cifar10
 from .imagefolder import ImageFolder
-from ..optional import imported
 from .preprocessing import Preprocessing
 
 DATA = ("digits", "cifar10", "imagefolder", "synthetic")

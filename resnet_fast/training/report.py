@@ -7,9 +7,9 @@ import json
 import math
 from pathlib import Path
 
+from ..optional import imported
 from .checkpoint import replacing
 from .history import COLUMNS, History
-from ..optional import imported
 
 
 class Log:
