@@ -59,6 +59,8 @@ THROUGHOUT = ("bf16", "fp32")
 # Those that are compiled for training too: wide enough for every tile. And those of --quick.
 TRAINED = ("1x1", "1x1/2", "3x3@14+res", "3x3/2")
 QUICK = ("1x1+res", "3x3@14+res", "3x3/2", "7x7/2")
+# And the one that is compiled for one image too, whose grid is so small that GEMM_K is split.
+SMALL = "3x3@7"
 
 
 @dataclass
@@ -228,6 +230,28 @@ def conv_cases(
         start = _vectors(layer.channels, 2, dtype)
         yield f"{name} prologue+stats", partial(fprop, x, w, *start, True, *geometry)
         yield from gradient_cases(name, x, w, y, geometry)
+    if name == SMALL:
+        yield from small_cases(f"{name} N=1", layer, dtype)
+
+
+def small_cases(
+    name: str, layer: Layer, dtype: torch.dtype
+) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """The convolution of `layer` for one image, by both kernels, with all they do besides."""
+    from resnet_fast import kernels
+    from resnet_fast.kernels.conv import conv_fused
+    from resnet_fast.kernels.conv_plan import Fusion
+
+    x_shape, y_shape = layer.shapes(1)
+    x, w, y = (_tensor(shape, dtype) for shape in (x_shape, layer.weight_shape, y_shape))
+    norm = _vectors(layer.filters, 4, dtype)
+    dual = Fusion(None, *norm, *_vectors(layer.filters, 2, dtype), eps=EPS, residual=y)
+    start = dict(zip(("in_scale", "in_shift"), _vectors(layer.channels, 2, dtype), strict=True))
+    training = Fusion(**start, relu=False, stats=True)
+    yield name, partial(kernels.conv_bn_act, x, w, None, *norm, None, True, EPS, *layer.conv.args())
+    for what, fusion in (("dual", dual), ("training", training)):
+        for tma in (None, False):
+            yield f"{name} {what}", partial(conv_fused, x, w, layer.conv, fusion, tma)
 
 
 def gradient_cases(
@@ -298,7 +322,7 @@ def compile_one(kernel: Any, arguments: Any, options: Any, case: str, target: An
     blocks = [
         f"{p.name.lower().removeprefix('block_').removeprefix('box_')}{a}"
         for p, a in zip(kernel.params, arguments, strict=True)
-        if p.name.startswith(("BLOCK_", "BOX_"))
+        if p.name.startswith(("BLOCK_", "BOX_")) or (p.name == "SPLIT" and a > 1)
     ]
     config = " ".join(blocks) + "".join(
         f" {short}{options[key]}"

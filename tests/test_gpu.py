@@ -164,6 +164,95 @@ def test_cuda_graph(impl):
             assert torch.equal(y, net(value))
 
 
+def captured(run):
+    """A CUDA graph of run(), which has run before, and its result."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = run()
+    return graph, y
+
+
+@pytest.fixture
+def forced(monkeypatch):
+    """forced[0] = i: convolutions run with the i-th of `forced[1:]`, their split configurations."""
+    skip_unless("triton", "conv_bn_act", torch.bfloat16)
+    from resnet_fast.kernels import tiles
+
+    state = [0]
+
+    def run(kernel, key, configs, rule, x, start):
+        state[1:] = [config for config in configs if config[-1] > 1]
+        start(state[1:][state[0]] if state[1:] else configs[rule])
+
+    monkeypatch.setattr(tiles, "run", run)
+    return state
+
+
+@pytest.mark.parametrize("tma", [True, False], ids=["descriptors", "pointers"])
+@pytest.mark.parametrize("layer", LAYERS, ids=str)
+def test_splits_of_one_image(layer, tma, forced):
+    """Every split of every tile of one image, against fp64; the same bits again and in a graph."""
+    from resnet_fast.kernels import counters
+    from resnet_fast.kernels.conv import conv_fused
+    from resnet_fast.kernels.conv_plan import Fusion, refuse_tma
+
+    x, w, norm, residual = tensors(layer, 1, torch.bfloat16, torch.device("cuda"))
+    if tma and refuse_tma(x, w, layer.conv, residual) is not None:
+        pytest.skip(f"descriptors: {refuse_tma(x, w, layer.conv, residual)}")
+    args = [x, w, None, *norm, residual, layer.relu, 1e-5, *layer.conv.args()]
+    same, exact = reference.conv_bn_act(*args), reference.conv_bn_act(*widen(args))
+    fusion = Fusion(None, *norm, eps=1e-5, residual=residual, relu=layer.relu)
+
+    def run():
+        return conv_fused(x, w, layer.conv, fusion, tma=tma)[0]
+
+    run()
+    if not forced[1:]:
+        pytest.skip("many tiles, or a short GEMM_K: never split")
+    for i in range(len(forced) - 1):
+        forced[0] = i
+        y = run()
+        assert_close(y, same, exact, f"{layer} {forced[1 + i]}")
+        graph, static = captured(run)
+        for _ in range(20):
+            assert torch.equal(run(), y)
+            static.zero_()
+            graph.replay()
+            assert torch.equal(static, y)
+    torch.cuda.synchronize()
+    assert not any(kept.any() for kept in counters._of_stream.values())
+
+
+def test_splits_at_once(forced):
+    """Two graphs and two eager streams at the same time: no launch counts at another's tiles."""
+    from resnet_fast.kernels.conv import conv_fused
+    from resnet_fast.kernels.conv_plan import Fusion
+
+    layer = LAYERS[-1]
+    assert layer.channels == layer.filters == 512
+    calls, streams = [], [torch.cuda.Stream() for _ in range(4)]
+    forced[0] = -1  # the last configuration: the most parts
+    for _ in streams:
+        x, w, norm, residual = tensors(layer, 1, torch.bfloat16, torch.device("cuda"))
+        fusion = Fusion(None, *norm, eps=1e-5, residual=residual)
+        calls.append(lambda x=x, w=w, fusion=fusion: conv_fused(x, w, layer.conv, fusion)[0])
+    alone = [call() for call in calls]
+    assert forced[-1][-1] == 8
+    graphs = [captured(call) for call in calls[:2]]
+    torch.cuda.synchronize()
+    for _ in range(50):
+        results = []
+        for i, stream in enumerate(streams):
+            with torch.cuda.stream(stream):
+                if i < 2:
+                    graphs[i][0].replay()
+                    results.append(graphs[i][1].clone())
+                else:
+                    results.append(calls[i]())
+        torch.cuda.synchronize()
+        assert all(torch.equal(a, b) for a, b in zip(results, alone, strict=True))
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_two_streams(impl):
     """Two nets at once on two streams give what each gives alone."""

@@ -2,6 +2,7 @@
 
 GEMM_M = N·P·Q output pixels, GEMM_N = K filters, GEMM_K = R·S·C. Two kernels share what they do on
 load and before they store: `conv_tma` on tiles that descriptors move, `conv_pointers` by gathers.
+Where there are few tiles, the programs of one share GEMM_K (`conv_split`).
 """
 
 from __future__ import annotations

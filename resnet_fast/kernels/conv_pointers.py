@@ -22,6 +22,7 @@ from .conv_plan import (
     pick,
     precision,
 )  # fmt: skip
+from .conv_split import SPLITS, Gemm, is_last, meeting_place, share, sum_of_parts, with_splits
 from .launch import all_registers, launch, target
 
 
@@ -41,6 +42,8 @@ def conv_affine_act_kernel(
     in_scale,
     in_shift,
     partial,
+    sums,
+    counters,
     x_sn,
     x_sc,
     x_sh,
@@ -80,6 +83,7 @@ def conv_affine_act_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):
     """y = relu(BN(conv(φ(x), w) + bias) + residual) by gathers: any strides, geometry, groups.
 
@@ -89,7 +93,8 @@ def conv_affine_act_kernel(
     stem has 3), walks GEMM_K = R·S·C without a break; at 0 a step is BLOCK_K channels of one
     filter tap, whose pixels are one vector of offsets.
     Grid: axis 0 one program per BLOCK_M output pixels and BLOCK_N filters, filters fastest; axis 1
-    the groups. Bytes moved: as the descriptor kernel's; masks and offsets are what it costs more.
+    the groups; axis 2 the SPLIT parts of GEMM_K, where it is walked tap by tap (`conv_split`).
+    Bytes moved: as the descriptor kernel's; masks and offsets are what it costs more.
     """
     pid = tl.program_id(0)
     group = tl.program_id(1)
@@ -105,6 +110,7 @@ def conv_affine_act_kernel(
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), acc_dtype)
     if FLAT_CHANNELS > 0:
+        tl.static_assert(SPLIT == 1)
         for i in range(0, R * S * FLAT_CHANNELS, BLOCK_K):
             f = i + tl.arange(0, BLOCK_K)
             c, tap = f % FLAT_CHANNELS, f // FLAT_CHANNELS
@@ -124,7 +130,8 @@ def conv_affine_act_kernel(
             acc = tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc_dtype)
     else:
         c_tiles = tl.cdiv(channels, BLOCK_K)
-        for i in range(R * S * c_tiles):
+        begin, end = share(R * S * c_tiles, tl.program_id(2), SPLIT)
+        for i in range(begin, end):
             tap = i // c_tiles
             c = i % c_tiles * BLOCK_K + tl.arange(0, BLOCK_K)
             r, s = tap // S, tap % S
@@ -140,6 +147,11 @@ def conv_affine_act_kernel(
             b = tl.load(w + at, (c < channels)[:, None] & is_filter[None, :], 0.0)
             acc = tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc_dtype)
 
+    if SPLIT > 1:
+        tile = group * tl.num_programs(0) + pid
+        if not is_last(acc, sums, counters, tile, tl.program_id(2), SPLIT):
+            return
+        acc = sum_of_parts(acc, sums, counters, tile, SPLIT)
     vectors = (bias, bn_weight, bn_bias, mean, var, res_scale, res_shift)
     r_at, y_at = n * r_sn + p * r_sp + q * r_sq, n * y_sn + p * y_sp + q * y_sq
     first, last = group * filters, (group + 1) * filters
@@ -180,7 +192,7 @@ def by_pointers(x: Tensor, w: Tensor, conv: Conv, f: Fusion, y: Tensor) -> Tenso
 
     def start(config: tuple[int, ...]) -> None:
         nonlocal partial
-        block_m, block_n, block_k, warps, stages = config
+        block_m, block_n, block_k, warps, stages, split = config
         block_k = block_k * 2 // x.element_size()
         if not flat_channels:
             block_k = min(block_k, max(16, triton.next_power_of_2(channels)))
@@ -188,17 +200,21 @@ def by_pointers(x: Tensor, w: Tensor, conv: Conv, f: Fusion, y: Tensor) -> Tenso
         boxes = triton.cdiv(pixels, block_m)
         if f.stats:
             partial = x.new_empty(4, boxes, w.size(0), dtype=stats_dtype(x))
+        meeting = meeting_place(x, boxes * k_tiles * conv.groups, block_m, block_n, split)
         launch(
-            conv_affine_act_kernel, (boxes * k_tiles, conv.groups),
-            x, w, f.residual, y, *f.vectors, partial, *x.stride(), *w.stride(), *residual.stride(),
-            *y.stride(), h, width, p, q, pixels, channels, filters, k_tiles, r, s, *conv.stride,
-            *conv.padding, *conv.dilation, f.eps, f.relu,
-            precision(x), flat_channels, block_m, block_n, block_k,
+            conv_affine_act_kernel, (boxes * k_tiles, conv.groups, split),
+            x, w, f.residual, y, *f.vectors, partial, *meeting, *x.stride(), *w.stride(),
+            *residual.stride(), *y.stride(), h, width, p, q, pixels, channels, filters, k_tiles, r,
+            s, *conv.stride, *conv.padding, *conv.dilation, f.eps, f.relu,
+            precision(x), flat_channels, block_m, block_n, block_k, split,
             num_warps=warps, num_stages=stages, **all_registers(x),
         )  # fmt: skip
 
     gpu = target(x)
     configs = eligible(configs, filters, gpu.shared)
     rule = pick(configs, pixels, filters, gpu.multiprocessors)
+    gemm = Gemm(pixels, filters, r * s, channels, conv.groups, x.element_size())
+    splits = () if flat_channels else SPLITS
+    configs, rule = with_splits(configs, rule, gemm, gpu.multiprocessors, splits)
     tiles.run("conv_affine_act", key(x, w, conv, f), configs, rule, x, start)
     return partial

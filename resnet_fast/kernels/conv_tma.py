@@ -12,6 +12,7 @@ from . import tiles
 from .conv_boxes import filter_tiles, input_tiles, output_tiles, walk
 from .conv_epilogue import columns, epilogue, prologue, store_moments
 from .conv_plan import CONFIGS, Fusion, box_of, eligible, key, pick, precision
+from .conv_split import Gemm, is_last, meeting_place, share, sum_of_parts, with_splits
 from .launch import all_registers, launch, target
 
 STORE_N = 64  # columns of a box that is stored
@@ -33,6 +34,8 @@ def conv_affine_act_tma_kernel(
     in_scale,
     in_shift,
     partial,
+    sums,
+    counters,
     N,
     H,
     W,
@@ -59,6 +62,7 @@ def conv_affine_act_tma_kernel(
     BOX_Q: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):
     """y = relu(BN(conv(φ(x), w) + bias) + residual) on tiles moved by tensor descriptors.
 
@@ -69,9 +73,10 @@ def conv_affine_act_tma_kernel(
     for a filter tap (r, s) the input of a box of BOX_N × BOX_P × BOX_Q output pixels is a box too;
     what lies outside arrives as zero, which is the padding, and is dropped where y is stored. No
     pointer, mask or division an element. w is [K, R·S, C], residual and y [N, P, Q, K].
-    Grid: one program per box of pixels and BLOCK_N filters, filters fastest, so that programs that
-    run together share the input in L2.
-    Bytes moved: x from memory once (its R·S·K/BLOCK_N readings hit L2), w, residual and y once.
+    Grid: axis 0 one program per box of pixels and BLOCK_N filters, filters fastest, so that what
+    runs together shares the input in L2; axis 1 the SPLIT parts of GEMM_K (`conv_split`).
+    Bytes moved: x from memory once (its R·S·K/BLOCK_N readings hit L2), w, residual and y once; in
+    parts the sums of each besides, into L2 and out of it.
     """
     pid = tl.program_id(0)
     k0 = pid % k_tiles * BLOCK_N
@@ -84,7 +89,8 @@ def conv_affine_act_tma_kernel(
     n, p, q = n0 + m // BOX_Q // BOX_P, p0 + m // BOX_Q % BOX_P, q0 + m % BOX_Q
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for i in range(R * S * c_tiles):
+    begin, end = share(R * S * c_tiles, tl.program_id(1), SPLIT)
+    for i in range(begin, end):
         tap = i // c_tiles
         c0 = i % c_tiles * BLOCK_K
         h = tap // S * DILATION_H - PAD_H
@@ -102,6 +108,10 @@ def conv_affine_act_tma_kernel(
             a = prologue(a, in_scale, in_shift, c, channels, inside)
         acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
 
+    if SPLIT > 1:
+        if not is_last(acc, sums, counters, pid, tl.program_id(1), SPLIT):
+            return
+        acc = sum_of_parts(acc, sums, counters, pid, SPLIT)
     vectors = (bias, bn_weight, bn_bias, mean, var, res_scale, res_shift)
     parts = columns(acc)
     WIDTH: tl.constexpr = BLOCK_N if BLOCK_N < 64 else 64
@@ -128,7 +138,7 @@ def by_descriptors(x: Tensor, w: Tensor, conv: Conv, f: Fusion, y: Tensor) -> Te
 
     def start(config: tuple[int, ...]) -> None:
         nonlocal partial
-        block_m, block_n, block_k, warps, stages = config
+        block_m, block_n, block_k, warps, stages, split = config
         block_k = block_k * 2 // x.element_size()
         box = box_of(block_m, n, p, q)
         columns = min(block_n, STORE_N)
@@ -143,12 +153,14 @@ def by_descriptors(x: Tensor, w: Tensor, conv: Conv, f: Fusion, y: Tensor) -> Te
         boxes = grid[0] * grid[1] * grid[2]
         if f.stats:
             partial = x.new_empty(4, boxes, k, dtype=torch.float32)
+        programs = boxes * grid[3]
+        meeting = meeting_place(x, programs, block_m, block_n, split)
         launch(
-            conv_affine_act_tma_kernel, (boxes * grid[3],),
-            x_tiles, w_tiles, residual, y_tiles, *f.vectors, partial, n, h, width, p, q, c,
-            k, grid[1], grid[2], grid[3],
+            conv_affine_act_tma_kernel, (programs, split),
+            x_tiles, w_tiles, residual, y_tiles, *f.vectors, partial, *meeting, n, h, width, p, q,
+            c, k, grid[1], grid[2], grid[3],
             triton.cdiv(c, block_k), r, s, stride, *conv.padding, *conv.dilation, f.eps, f.relu,
-            precision(x), *box, block_n, block_k, num_warps=warps, num_stages=stages,
+            precision(x), *box, block_n, block_k, split, num_warps=warps, num_stages=stages,
             **all_registers(x),
         )  # fmt: skip
 
@@ -157,5 +169,7 @@ def by_descriptors(x: Tensor, w: Tensor, conv: Conv, f: Fusion, y: Tensor) -> Te
     widest = CONFIGS[2:] if f.res_scale is not None else CONFIGS[1:] if extras else CONFIGS
     configs = eligible(widest, k, gpu.shared)
     rule = pick(configs, n * p * q, k, gpu.multiprocessors)
+    gemm = Gemm(n * p * q, k, r * s, c, 1, x.element_size())
+    configs, rule = with_splits(configs, rule, gemm, gpu.multiprocessors)
     tiles.run("conv_affine_act_tma", key(x, w, conv, f), configs, rule, x, start)
     return partial

@@ -1,0 +1,302 @@
+"""Split-K: every split against fp64, the same bits in any order of arrival, counters, the rule."""
+
+import contextlib
+import itertools
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from op_cases import CONVOLUTIONS, Conv, Draw
+from test_kernels import DEVICE, ROOT, Launches, judge
+
+from bench.layers import layers_of
+from resnet_fast import chain, kernels
+from resnet_fast.kernels import conv, conv_plan, conv_split, conv_train, counters, launch, tiles
+
+interpreted = pytest.mark.skipif(not launch.INTERPRETING, reason="of the interpreter alone")
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+SHAPES = {  # several tiles, none full; 3, 9 or 18 steps of GEMM_K in bf16, no split divides all
+    "1x1": Conv((1, 168, 7, 5), 72, (1, 1)),
+    "3x3": Conv((2, 16, 6, 7), 40, (3, 3), padding=(1, 1)),
+    "3x3-stride2": Conv((1, 64, 10, 14), 40, (3, 3), (2, 2), (1, 1)),
+    "dilated": Conv((1, 80, 7, 8), 24, (3, 3), padding=(2, 3), dilation=(2, 3)),
+    "grouped": Conv((1, 32, 7, 5), 48, (3, 3), padding=(1, 1), groups=2),
+    "one-pixel": Conv((1, 136, 3, 3), 8, (3, 3)),
+    "empty": Conv((0, 16, 5, 5), 8, (3, 3)),
+}
+
+
+@pytest.fixture
+def large_gpu(monkeypatch):
+    """An interpreter of 132 multiprocessors, that splits as far as there are steps."""
+    monkeypatch.setattr(launch, "INTERPRETER", launch.Target(90, 132, "interpreter"))
+    monkeypatch.setattr(conv_split, "LEAST_STEPS", 1)
+    conv_split.with_splits.cache_clear()
+    yield
+    conv_split.with_splits.cache_clear()
+
+
+@pytest.fixture
+def take(monkeypatch):
+    """take(i): convolutions run with the i-th of their configurations that are split."""
+    taken = []
+
+    def nth(i):
+        def run(kernel, key, configs, rule, x, start):
+            if not kernel.startswith("conv_affine_act"):
+                return start(configs[rule])
+            split = [config for config in configs if config[-1] > 1]
+            taken.append(split[i % len(split)])
+            last[0] = i + 1 >= len(split)
+            start(taken[-1])
+
+        last = [True]
+        monkeypatch.setattr(tiles, "run", run)
+        return last
+
+    nth.taken = taken
+    return nth
+
+
+def call(name, dtype, tma, variant="conv_bn_act:bias-residual"):
+    """Arguments of the op and the same convolution by one of both kernels."""
+    args = CONVOLUTIONS[variant](Draw(dtype, torch.channels_last, DEVICE), SHAPES[name])
+    x, w, bias, weight, shift, mean, var, residual, relu, eps, *geometry = args
+    fusion = conv.Fusion(bias, weight, shift, mean, var, eps=eps, residual=residual, relu=relu)
+    geometry = chain.Conv(*map(tuple, geometry[:3]), geometry[3])
+    if tma and x.numel() and conv_plan.refuse_tma(x, w, geometry, residual) is not None:
+        return args, None
+    return args, lambda: conv.conv_fused(x, w, geometry, fusion, tma=tma)[0]
+
+
+def counted():
+    """All counters that launches have been given."""
+    return torch.cat([kept for kept in counters._of_stream.values()])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tma"),
+    [(torch.float64, False), (torch.float32, False), (torch.float32, True),
+     (torch.float16, False), (torch.float16, True)],
+    ids=["fp64", "fp32", "fp32-descriptors", "fp16", "fp16-descriptors"],
+)  # fmt: skip
+@pytest.mark.parametrize("name", SHAPES)
+def test_every_split(large_gpu, take, name, dtype, tma):
+    """Every split of every tile against fp64; what each leaves is zero counters."""
+    args, run = call(name, dtype, tma)
+    if run is None:
+        assert name == "grouped" or dtype == torch.float32
+        return
+    for i in itertools.count():
+        last = take(i)
+        judge("conv_bn_act", args, f"{name} split {i}", run)
+        if last[0]:
+            break
+    if name == "empty":
+        assert take.taken == []
+        return
+    found = {config[-1] for config in take.taken}
+    assert found >= ({2} if name == "1x1" else {2, 4, 8})
+    assert not counted().any()
+
+
+@pytest.mark.parametrize("tma", [True, False], ids=["descriptors", "pointers"])
+def test_training_forward_of_a_split(large_gpu, take, monkeypatch, tma):
+    """φ on load and the statistics of every tile, which its last program gathers."""
+    monkeypatch.setenv("RESNET_FAST_TRITON_CONV", "fused")
+    draw = Draw(torch.float16, torch.channels_last, DEVICE)
+    args = CONVOLUTIONS["conv_fprop:prologue"](draw, SHAPES["3x3"])
+
+    def fused(*args):
+        return conv.conv_fused(*args, tma=tma)
+
+    monkeypatch.setattr(conv_train, "conv_fused", fused)
+    for i in (0, 4):
+        take(i)
+        judge("conv_fprop", args, f"split {i}", lambda: kernels.conv_fprop(*args))
+    assert [config[-1] for config in take.taken] == [2, 4]
+
+
+@interpreted
+@pytest.mark.parametrize("tma", [True, False], ids=["descriptors", "pointers"])
+def test_same_bits_in_any_order_of_arrival(large_gpu, take, monkeypatch, tma):
+    """The programs of the grid run forwards, backwards and in between: nothing else changes."""
+    from triton.runtime import interpreter
+
+    _, run = call("grouped" if not tma else "3x3", torch.float16, tma)
+    take(5)
+    builder, results = interpreter.interpreter_builder, []
+    place = builder.set_grid_idx
+    for turn in (0, 1, 3):
+
+        def moved(*at, turn=turn):
+            place(*((i + turn) % n if turn < 3 else n - 1 - i
+                    for i, n in zip(at, builder.grid_dim, strict=True)))  # fmt: skip
+
+        monkeypatch.setattr(builder, "set_grid_idx", moved)
+        results.append(run())
+    assert take.taken[0][-1] > 2
+    assert all(torch.equal(result, results[0]) for result in results)
+    assert not counted().any()
+
+
+def test_one_launch(large_gpu, take, monkeypatch):
+    """Counters are zeroed by the kernel and by nothing else."""
+    _, run = call("3x3", torch.float16, True)
+    take(0)
+    run()
+    with Launches(monkeypatch) as launches:
+        run()
+    assert launches.kernels == ["conv_affine_act_tma_kernel"] and launches.calls == []
+
+
+@pytest.fixture
+def no_gpu(monkeypatch):
+    """Counters of a "cuda:0" that has CPU memory, the stream and the capture that it says."""
+    state = SimpleNamespace(stream=1, capturing=False, made=0)
+    device = torch.device("cuda", 0)
+
+    def zeros(of, count):
+        assert of == device and not state.capturing
+        state.made += 1
+        return torch.zeros(count, dtype=torch.int32)
+
+    monkeypatch.setattr(counters, "_of_stream", {})
+    monkeypatch.setattr(counters, "_free", {})
+    monkeypatch.setattr(counters, "_zeros", zeros)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state.capturing)
+    monkeypatch.setattr(
+        torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=state.stream)
+    )
+    state.x = SimpleNamespace(device=device, new_zeros=lambda *a, **k: torch.zeros(*a, **k))
+    return state
+
+
+def share_memory(*given):
+    spans = sorted((t.data_ptr(), t.data_ptr() + 4 * t.numel()) for t in given)
+    return any(a[1] > b[0] for a, b in itertools.pairwise(spans))
+
+
+def test_counters_of_streams_and_captures(no_gpu):
+    """A stream's launches share theirs; another stream has others, a captured launch its own."""
+    first = counters.counters(no_gpu.x, 16)
+    assert counters.counters(no_gpu.x, 64).data_ptr() == first.data_ptr()
+    no_gpu.stream = 2
+    second = counters.counters(no_gpu.x, 16)
+    no_gpu.capturing = True
+    captured = [counters.counters(no_gpu.x, count) for count in (1, 33, 64)]
+    assert [t.numel() for t in captured] == [32, 64, 64]
+    no_gpu.capturing = False
+    larger = counters.counters(no_gpu.x, counters.OF_A_STREAM + 1)
+    assert larger.numel() > counters.OF_A_STREAM
+    assert counters.counters(no_gpu.x, 16).data_ptr() == larger.data_ptr()
+    given = (first, second, *captured, larger)
+    assert not share_memory(*given) and no_gpu.made == 1
+    assert all(t.data_ptr() % 16 == 0 for t in given), "Triton compiles one kernel for all"
+
+
+def test_capture_without_free_counters(no_gpu, monkeypatch):
+    """The captured work makes zeros of its own: before anything ran, and when all are given."""
+    monkeypatch.setattr(counters, "SIZE", counters.OF_A_STREAM + counters.LINE)
+    no_gpu.capturing = True
+    assert counters.counters(no_gpu.x, 16).numel() == 16 and no_gpu.made == 0
+    no_gpu.capturing = False
+    counters.counters(no_gpu.x, 16)
+    no_gpu.capturing = True
+    own, zeroed = (counters.counters(no_gpu.x, 16) for _ in range(2))
+    assert own.numel() == counters.LINE and zeroed.numel() == 16 and no_gpu.made == 1
+    no_gpu.capturing, no_gpu.stream = False, 3
+    counters.counters(no_gpu.x, 16)
+    assert no_gpu.made == 2
+
+
+def test_zeros_are_made_outside_of_what_the_thread_is_in():
+    """Not an inference tensor, and unseen by a mode, as the pool of a graph would be."""
+    with torch.inference_mode():
+        zeros = counters._zeros(torch.device("cpu"), 64)
+    assert not zeros.is_inference() and zeros.dtype == torch.int32 and not zeros.any()
+
+
+def plan(batch, layer):
+    """Configurations of a layer of a bf16 model on an H200, unsplit and split, and the rule's."""
+    (_, c, *_), (n, k, p, q) = layer.shapes(batch)
+    gemm = conv_split.Gemm(n * p * q, k, layer.kernel[0] * layer.kernel[1], c, 1, 2)
+    configs = conv_plan.eligible(conv_plan.CONFIGS[1:], k, 227 << 10)
+    rule = conv_plan.pick(configs, gemm.pixels, k, 132)
+    every, taken = conv_split.with_splits(configs, rule, gemm, 132)
+    return every, rule, taken, [conv_split.microseconds(every[i], gemm, 132) for i in (rule, taken)]
+
+
+def test_rule_of_splits():
+    """Small grids with a long GEMM_K in parts of the same tile, all else as it was."""
+    layers = layers_of("resnet50")
+    split = {}
+    for batch, layer in itertools.product((1, 2, 4, 256), layers):
+        every, rule, taken, times = plan(batch, layer)
+        assert every[taken][:-1] == every[rule][:-1] and every[rule][-1] == 1
+        assert taken == rule or conv_split.WORTH * times[1] <= times[0]
+        if taken != rule:
+            split.setdefault(batch, []).append((str(layer), every[taken][-1], times))
+    assert {batch: [s[:2] for s in found] for batch, found in split.items()} == {
+        1: [("3x3/2 512>512 @14", 8), ("3x3/1 512>512 @7", 8)],
+        2: [("3x3/2 512>512 @14", 4), ("3x3/1 512>512 @7", 4)],
+    }
+    for _, _, (unsplit, parts) in split[1]:  # as README says
+        assert round(unsplit, 1) == 8.0 and round(parts, 1) == 4.2
+
+
+def test_what_is_offered():
+    """No part shorter than LEAST_STEPS, no more parts than the GPU has use for, no wide tiles."""
+    small, large = (plan(batch, layer) for batch, layer in
+                    itertools.product((1, 256), [list(layers_of("resnet50"))[-1]]))  # fmt: skip
+    assert {config[-1] for config in small[0]} == {1, 2, 4, 8}
+    assert all(config[-1] == 1 for config in large[0])
+    for batch, layer in itertools.product((1, 4, 32), layers_of("resnet50")):
+        steps = layer.kernel[0] * layer.kernel[1] * -(-layer.channels // 64)
+        for *tile, split in plan(batch, layer)[0]:
+            n, p, q = batch, *layer.out_size
+            grid = -(-n * p * q // tile[0]) * -(-layer.filters // tile[1])
+            if split > 1:
+                assert tile[1] <= 64 and steps >= 4 * split and grid * split < 2 * 132
+
+
+def test_order_of_memory():
+    """Sums stored, a barrier, the count released and acquired, a barrier, sums from L2: in PTX.
+
+    The interpreter, a program at a time, has no other order; this one is a GPU's.
+    """
+    script = (
+        "import torch\n"
+        "from triton.runtime import driver\n"
+        "from bench import kernels as bench\n"
+        "from resnet_fast.kernels import launch\n"
+        "driver.set_active(bench.OfflineDriver(90))\n"
+        "target = launch.Target(90, 132, 'sm_90')\n"
+        "cases = dict(bench.small_cases('', bench.LAYERS['3x3@7'], torch.bfloat16))\n"
+        "asked = []\n"
+        "with launch.compile_for(target, lambda *what: asked.append(what), every=False):\n"
+        "    cases['']()\n"
+        "(kernel, arguments, options), = asked\n"
+        "print(kernel.warmup(*arguments, grid=(1,), **options).asm['ptx'])\n"
+    )
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    kinds = {
+        "st.global.v4.b32": "store", "bar.sync": "barrier", "ld.global.cg": "load",
+        "atom.global.gpu.acq_rel.add": "count", "ld.global.v": "other",
+    }  # fmt: skip
+    seen = [
+        kind for line in done.stdout.splitlines() for name, kind in kinds.items() if name in line
+    ]
+    count = seen.index("count")
+    before, after = seen[:count], seen[count + 1 :]
+    assert seen.count("count") == 1 and before.count("store") >= 4 and after.count("load") >= 4
+    assert "load" not in before and before[-1] == "barrier" and after[0] == "barrier"
+    assert after.index("load") < after.index("other"), "no sums by way of L1"
