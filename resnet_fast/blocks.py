@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 SHORTCUTS = ("identity", "projection", "zero_pad", "none")
+CONVS, BNS = ("conv1", "conv2", "conv3"), ("bn1", "bn2", "bn3")
 NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
 
@@ -212,9 +213,9 @@ class ResidualBlock(ChainBlock):
         return layers[0], None if self.preactivation else layers[1]
 
     def parts(self) -> Parts:
-        numbers = range(1, self.depth + 1)
-        convs = tuple(getattr(self, f"conv{i}") for i in numbers)
-        norms = tuple(getattr(self, f"bn{i}") for i in numbers)
+        held = self._modules  # asked at every call, where an attribute would cost more
+        convs = tuple([held[name] for name in CONVS[: self.depth]])
+        norms = tuple([held[name] for name in BNS[: self.depth]])
         norms = (*norms, None) if self.preactivation else (None, *norms)
         projection = self._projection() if self.shortcut == "projection" else (None, None)
         return Parts(convs, norms, not self.preactivation, self.shortcut, *projection)

@@ -76,30 +76,44 @@ def _native(x: Tensor, impl: str, tensors: list[Tensor | None]) -> bool:
 def _write(
     parts: Parts, program: list[int], tensors: list[Tensor | None], eps: list[float]
 ) -> bool:
-    """Append a chain in the order of csrc/chains.h; False where it is not one for inference."""
+    """Append a chain in the order of csrc/chains.h; False where it is not one for inference.
+
+    Tensors are taken from where a module keeps them: a plain attribute would cost as much as the
+    rest. One that is kept elsewhere (a parametrized filter) is found by the ordinary way.
+    """
     n = len(parts.convs)
     if n == 0 or parts.shortcut not in SHORTCUTS:
         return False
-    pool, projects = parts.pool, parts.projection is not None
+    pool, convs, norms = parts.pool, parts.convs, (*parts.norms, parts.projection_norm)
+    if parts.projection is not None:
+        convs = (*convs, parts.projection)
     pads = parts.stride if parts.shortcut == "zero_pad" else 0
     program += (n, SHORTCUTS.index(parts.shortcut), parts.relu, pool is not None, pads)
-    for conv in (*parts.convs, parts.projection) if projects else parts.convs:
-        if isinstance(conv.padding, str) or conv.padding_mode != "zeros":
+    for i, conv in enumerate(convs):
+        held = conv._parameters
+        weight, bias = held.get("weight"), held.get("bias")
+        after = norms[i + 1]
+        unusual = isinstance(conv.padding, str) or conv.padding_mode != "zeros"
+        if weight is None or unusual or (bias is not None and after is None):
             return False
-        program += (*conv.stride, *conv.padding, *conv.dilation, conv.groups)
-        tensors += (conv.weight, conv.bias)
-    norms = (*parts.norms, parts.projection_norm)
-    for i, norm in enumerate(norms):
+        program += conv.stride
+        program += conv.padding
+        program += conv.dilation
+        program.append(conv.groups)
+        tensors += (weight, bias)
+    for norm in norms:
         if norm is None:
-            biased = 0 < i <= n and parts.convs[i - 1].bias is not None
-            if biased or (i > n and projects and parts.projection.bias is not None):
-                return False
             tensors += NO_NORM
             eps.append(0.0)
             continue
-        if norm.training or norm.running_mean is None or not isinstance(norm, NORMS):
+        running = norm._buffers
+        mean, var = running.get("running_mean"), running.get("running_var")
+        if norm.training or mean is None or var is None or not isinstance(norm, NORMS):
             return False
-        tensors += (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+        held = norm._parameters
+        if norm.affine and ("weight" not in held or "bias" not in held):
+            return False
+        tensors += (held.get("weight"), held.get("bias"), mean, var)
         eps.append(norm.eps)
     if pool is not None:
         for size in (pool.kernel_size, pool.stride, pool.padding):
