@@ -18,6 +18,7 @@ from . import backend
 from .blocks import NORMS, Parts
 from .functional import autocast
 from .layout import memory_format
+from .ops import watched
 
 SHORTCUTS = ("none", "identity", "projection", "zero_pad")  # csrc/chains.h numbers them
 NO_NORM = (None,) * 4
@@ -29,7 +30,7 @@ def infer(chains: Iterable[Parts], x: Tensor, impl: str) -> Tensor | None:
     It must not where a gradient could be wanted, a norm would use the batch's statistics, somebody
     looks on (a compiler, a tracer, a dispatch mode), or `impl` is not native for x.
     """
-    if type(x) is not Tensor or x.dim() != 4 or _watched():
+    if type(x) is not Tensor or x.dim() != 4 or watched():
         return None
     program: list[int] = []
     tensors: list[Tensor | None] = []
@@ -47,16 +48,6 @@ def infer(chains: Iterable[Parts], x: Tensor, impl: str) -> Tensor | None:
         return backend.native_ops().infer_chains(x, tensors, program, eps)
     except (RuntimeError, ValueError, TypeError, IndexError):
         return None  # the ordinary way names the argument
-
-
-def _watched() -> bool:
-    return (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._len_torch_function_stack() > 0
-        or torch._C._are_functorch_transforms_active()
-    )
 
 
 def _native(x: Tensor, impl: str, tensors: list[Tensor | None]) -> bool:

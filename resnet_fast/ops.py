@@ -9,6 +9,7 @@ be wider than the activations (fp32 parameters beside bf16 activations), channel
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -41,10 +42,32 @@ def _op(signature: str, returns: str) -> Callable[[Callable[..., Any]], Callable
         torch.library.register_fake(f"resnet_fast::{name}", fake, lib=LIBRARY)
         NAMES.append(name)
         op = getattr(torch.ops.resnet_fast, name).default
-        op.__doc__ = f"resnet_fast::{schema}"
-        return op
+
+        @functools.wraps(fake)
+        def call(x: Tensor, *args: Any) -> Any:
+            alone = type(x) is Tensor and not torch.is_grad_enabled() and not watched()
+            return (run if alone else op)(x, *args)
+
+        call.__doc__ = f"resnet_fast::{schema}"
+        return call
 
     return define
+
+
+def watched() -> bool:
+    """Whether somebody wants to see the ops that run: a compiler, a tracer, a profiler, a mode.
+
+    Where nobody does, and no gradient is recorded, a call goes straight to its implementation: the
+    way through the dispatcher and back into Python takes the host longer than most launches.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch.autograd._profiler_enabled()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+    )
 
 
 def _vector(x: Tensor, size: Any) -> Tensor:
