@@ -167,6 +167,12 @@ def resolve(op: str, impl: str, x: Tensor, args: Sequence[Any] = ()) -> Callable
     return _resolve(op, impl, "cuda", x.dtype)[1]
 
 
+def eights(w: Tensor) -> bool:
+    """Whether CUTLASS takes filters w [K,C,R,S]: by 8 channels, a stem's few padded to 8."""
+    filters, channels = w.shape[:2]
+    return filters % 8 == 0 and (channels % 8 == 0 or channels < 8)
+
+
 def unsuited(op: str, x: Tensor, args: Sequence[Any]) -> str | None:
     """Why CUTLASS, native's convolution in inference, has no kernel for these arguments, or None.
 
@@ -176,8 +182,8 @@ def unsuited(op: str, x: Tensor, args: Sequence[Any]) -> str | None:
     if op != "conv_bn_act" or x.dtype.itemsize != 2:
         return None
     filters, channels = args[0].shape[:2]
-    fits = filters % 8 == 0 and (channels % 8 == 0 or channels < 8)  # a stem's are padded
-    if fits or channels != x.size(1) or memory_format(x, args[0]) != torch.channels_last:
+    own = channels == x.size(1) and memory_format(x, args[0]) == torch.channels_last
+    if eights(args[0]) or not own:
         return None
     asked = os.environ.get("RESNET_FAST_CUDA_CONV", "cutlass")
     if asked != "cutlass" or (build_info() or {}).get("cutlass") != "built in":

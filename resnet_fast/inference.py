@@ -51,7 +51,9 @@ def infer(chains: Iterable[Parts], x: Tensor, impl: str) -> Tensor | None:
 
 
 def _native(x: Tensor, impl: str, tensors: list[Tensor | None]) -> bool:
-    """Whether native runs all of it by `impl`: its device and dtype, on a GPU also its channels."""
+    """Whether native runs all of it by `impl`: device and dtype, and on a GPU channels by 8, as
+    others are CUTLASS' to refuse, one op at a time (`backend.unsuited`).
+    """
     try:
         chosen = backend.chosen("conv_bn_act", impl, x.device.type, x.dtype)
     except RuntimeError:
@@ -59,9 +61,7 @@ def _native(x: Tensor, impl: str, tensors: list[Tensor | None]) -> bool:
     if chosen != "native" or not hasattr(backend.native_ops(), "infer_chains"):
         return False
     filters = (t for t in tensors if t is not None and t.dim() == 4)
-    return x.device.type != "cuda" or not any(
-        backend.unsuited("conv_bn_act", x, (w,)) for w in filters
-    )
+    return x.device.type != "cuda" or all(map(backend.eights, filters))
 
 
 def _write(

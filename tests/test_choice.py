@@ -1,11 +1,12 @@
 """Which implementation "auto" takes on a GPU: by table, by measurement if asked, or the first."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from resnet_fast import backend, choice, reference, rule, tables
+from resnet_fast import backend, choice, inference, reference, rule, tables
 
 GPU = "NVIDIA Test 1"
 X = torch.zeros(2, 8, 3, 3).to(memory_format=torch.channels_last)
@@ -200,6 +201,16 @@ def test_channels_that_cutlass_does_not_take(channels, filters, change, why, mon
     assert resolve("auto") == "reference"
     live = {"triton": "triton", "native": "native"}
     assert resolve("auto") == "triton"
+
+
+def test_a_whole_net_has_such_channels(monkeypatch):
+    """Then it goes op by op, so that the op with these channels is refused or goes elsewhere."""
+    x, filters = OnGpu(torch.zeros(2, 3, 8, 8)), torch.zeros(16, 3, 3, 3)
+    monkeypatch.setattr(backend, "chosen", lambda *args: "native")
+    monkeypatch.setattr(backend, "native_ops", lambda: SimpleNamespace(infer_chains=None))
+    for more, fits in ((torch.zeros(24, 16, 1, 1), True), (torch.zeros(20, 16, 1, 1), False)):
+        assert inference._native(x, "native", [filters, None, more]) == fits
+        assert inference._native(x.tensor, "native", [filters, None, more])
 
 
 @pytest.mark.gpu
