@@ -12,7 +12,7 @@ namespace resnet_fast {
 
 using TensorList = c10::List<OptTensor>;
 
-// What a chain adds to its last convolution; the numbers are resnet_fast.functional's SHORTCUTS.
+// What a chain adds to its last convolution; the numbers are SHORTCUTS of resnet_fast/inference.py.
 enum class Shortcut : int64_t { kNone, kIdentity, kProjection, kZeroPad };
 
 // The program's words, one by one; its lists come from Python, which may have got them wrong.
