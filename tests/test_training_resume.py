@@ -41,7 +41,10 @@ def stop_at(monkeypatch):
 
         monkeypatch.setattr(_Run, "step", counted)
 
-    return stop
+    # A shell that starts the tests in the background has them ignore SIGINT.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield stop
+    signal.signal(signal.SIGINT, before)
 
 
 def content(out, name="epoch-0003.pt"):
