@@ -187,3 +187,15 @@ def test_opcheck_bf16(impl, layout, variant):
 
 def test_every_op_has_cases():
     assert {op_of(variant) for variant in [*POINTWISE, *CONVOLUTIONS]} == set(ops.NAMES)
+
+
+def test_past_the_dispatcher(monkeypatch):
+    """Where nobody looks on, an op goes straight to its implementation; else it is dispatched."""
+    x, found = torch.randn(2, 8, 3, 3), object()  # a result that no dispatcher passes on
+    monkeypatch.setattr(backend, "resolve", lambda *args: lambda *args: found)
+    with torch.no_grad():
+        assert ops.global_avg_pool(x, "auto") is found
+        profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
+        for watch in (profiler, torch.enable_grad()):
+            with watch, pytest.raises((RuntimeError, TypeError)):
+                ops.global_avg_pool(x, "auto")

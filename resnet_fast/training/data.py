@@ -16,7 +16,7 @@ from torch import Tensor
 from ..optional import imported
 from .cifar import read_cifar10
 from .imagefolder import ImageFolder
-from .preprocessing import Preprocessing
+from .preprocessing import Inputs, Preprocessing
 
 DATA = ("digits", "cifar10", "imagefolder", "synthetic")
 TEST_SHARE = 0.2
@@ -24,7 +24,7 @@ SYNTHETIC = {"classes": 10, "train": 2000, "test": 500}
 
 
 @dataclass(frozen=True)
-class Data:
+class Data(Inputs):
     """Labelled images in memory.
 
     Attributes:
@@ -44,19 +44,6 @@ class Data:
     train_y: Tensor
     test_x: Tensor
     test_y: Tensor
-
-    @property
-    def num_classes(self) -> int:
-        return len(self.classes)
-
-    @property
-    def channels(self) -> int:
-        return self.preprocessing.channels
-
-    @property
-    def size(self) -> int:
-        """Height and width of an input."""
-        return self.preprocessing.size
 
     def seen_by(self, preprocessing: Preprocessing) -> Data:
         """The same images for a model that wants them so."""

@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .preprocessing import Preprocessing, imagenet, read_image
+from .preprocessing import Inputs, Preprocessing, imagenet, read_image
 
 SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"))
 TESTS = ("val", "valid", "test")
@@ -23,7 +23,7 @@ TEST_EVERY = 5
 File = tuple[Path, int]
 
 
-class ImageFolder:
+class ImageFolder(Inputs):
     """Images by path, with ImageNet's preprocessing at `size`; attributes as of `data.Data`.
 
     Training reads the middle square of the shorter side, `preprocessing.resize` wide, and leaves
@@ -54,18 +54,6 @@ class ImageFolder:
             if not test:
                 raise ValueError(f"{root}: no class has {TEST_EVERY} images, so none is for a test")
         self.files = {"train": train, "test": test}
-
-    @property
-    def num_classes(self) -> int:
-        return len(self.classes)
-
-    @property
-    def channels(self) -> int:
-        return self.preprocessing.channels
-
-    @property
-    def size(self) -> int:
-        return self.preprocessing.size
 
     def seen_by(self, preprocessing: Preprocessing) -> ImageFolder:
         """The same images for a model that wants them so."""

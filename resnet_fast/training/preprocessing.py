@@ -43,6 +43,26 @@ class Preprocessing:
         return (x - mean) / std
 
 
+class Inputs:
+    """Mixin of a data set with `classes` and `preprocessing`: what a model of it looks like."""
+
+    classes: tuple[str, ...]
+    preprocessing: Preprocessing
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
+    @property
+    def channels(self) -> int:
+        return self.preprocessing.channels
+
+    @property
+    def size(self) -> int:
+        """Height and width of an input."""
+        return self.preprocessing.size
+
+
 def imagenet(size: int = 224) -> Preprocessing:
     """ImageNet's: shorter side to 256, the middle 224 × 224 (He et al. 2015, section 3.4)."""
     return Preprocessing(size, round(size * 256 / 224), IMAGENET_MEAN, IMAGENET_STD)
