@@ -281,20 +281,22 @@ void check_conv_bprop(
   check_mask(op, named("x", x), named("residual_mask", residual_mask));
 }
 
-void check_conv_bn_act(
-    const Tensor& x, const Tensor& w, const OptTensor& bias, const OptTensor& bn_weight, const OptTensor& bn_bias,
-    const OptTensor& running_mean, const OptTensor& running_var, const OptTensor& residual, const Geometry& g) {
+void check_batch_norm(const Tensor& x, int64_t channels, const BatchNorm& norm) {
   const char* op = "conv_bn_act";
-  const std::vector<int64_t> output = check_conv(op, x, w, g);
   for (const auto& [name, vector] :
-       {named("bias", bias), named("bn_weight", bn_weight), named("bn_bias", bn_bias),
-        named("running_mean", running_mean), named("running_var", running_var)}) {
+       {named("bias", norm.conv_bias), named("bn_weight", norm.weight), named("bn_bias", norm.bias),
+        named("running_mean", norm.running_mean), named("running_var", norm.running_var)}) {
     if (vector == nullptr) continue;
-    check_channels({op, name, *vector}, w.size(0));
+    check_channels({op, name, *vector}, channels);
     check_floating({op, name, *vector});
     check_same_device({op, name, *vector}, {op, "x", x});
   }
-  check_together(op, {{"running_mean", &running_mean}, {"running_var", &running_var}});
+  check_together(op, {{"running_mean", &norm.running_mean}, {"running_var", &norm.running_var}});
+}
+
+void check_conv_act(const Tensor& x, const Tensor& w, const OptTensor& residual, const Geometry& g) {
+  const char* op = "conv_bn_act";
+  const std::vector<int64_t> output = check_conv(op, x, w, g);
   if (!residual) return;
   check_shape({op, "residual", *residual}, output);
   check_same_dtype({op, "residual", *residual}, {op, "x", x});

@@ -39,10 +39,16 @@ struct Geometry {
   int64_t groups;
 };
 
-// The tensors of a normalization in inference; all missing where there is none.
+// The tensors of a normalization in inference and of the bias that the convolution before it adds; missing where
+// there is none.
 struct BatchNorm {
-  OptTensor weight, bias, running_mean, running_var;
+  OptTensor conv_bias, weight, bias, running_mean, running_var;
   double eps;
+
+  int64_t channels() const {  // 0 where neither is there
+    const OptTensor& vector = running_mean ? running_mean : conv_bias;
+    return vector ? vector->numel() : 0;
+  }
 };
 
 ConvShape conv_shape(const Tensor& x, const Tensor& w, const Geometry& geometry);
@@ -77,8 +83,8 @@ void check_conv_bprop(
     const OptTensor& z, const OptTensor& mean, const OptTensor& b, const OptTensor& c, const OptTensor& in_scale,
     const OptTensor& in_shift, const OptTensor& in_mean, const OptTensor& in_rstd, const OptTensor& in_act,
     const OptTensor& residual, const OptTensor& residual_mask, const Geometry& geometry);
-void check_conv_bn_act(
-    const Tensor& x, const Tensor& w, const OptTensor& bias, const OptTensor& bn_weight, const OptTensor& bn_bias,
-    const OptTensor& running_mean, const OptTensor& running_var, const OptTensor& residual, const Geometry& geometry);
+// conv_bn_act's: first those of its vectors, then its convolution's.
+void check_batch_norm(const Tensor& x, int64_t channels, const BatchNorm& norm);
+void check_conv_act(const Tensor& x, const Tensor& w, const OptTensor& residual, const Geometry& geometry);
 
 }  // namespace resnet_fast

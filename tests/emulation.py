@@ -5,6 +5,7 @@ threads that do not wait for each other. In place of CUTLASS' convolutions there
 that the torch side is tested.
 """
 
+import ctypes
 import fcntl
 import functools
 import hashlib
@@ -33,9 +34,20 @@ def refusal():
     return None
 
 
-@functools.cache
 def ops():
-    """The namespace of the emulated ops; builds them where sources or torch have changed."""
+    """The namespace of the emulated ops."""
+    torch.ops.load_library(_library())
+    return torch.ops.resnet_fast_emulated
+
+
+def launches():
+    """How many of its kernels the emulator has run so far."""
+    return ctypes.CDLL(_library()).emulated_launches()
+
+
+@functools.cache
+def _library():
+    """Builds it where sources or torch have changed."""
     files = [p for folder in (ROOT / "csrc", EMULATOR) for p in folder.rglob("*") if p.is_file()]
     state = hashlib.sha256(" ".join([torch.__version__, *CXX, *FLAGS, *DEFINES]).encode())
     for path in sorted(p for p in files if p.parent != ROOT / "csrc" / "cpu"):
@@ -47,8 +59,7 @@ def ops():
         if not (folder / "done").exists():
             _build(folder)
             (folder / "done").touch()
-    torch.ops.load_library(folder / "emulated.so")
-    return torch.ops.resnet_fast_emulated
+    return folder / "emulated.so"
 
 
 def _build(folder):

@@ -256,14 +256,18 @@ def _bprop(masked=True, batch=True, prologue=True, sums=True, kept=False, more=N
     return make
 
 
-def _infer(bias=False, norm=True, affine=True, residual=False, relu=True, filters=None):
+def _infer(bias=False, norm=True, affine=True, residual=False, relu=True, filters=None, kept=()):
+    """conv_bn_act; `kept`: the dtypes of bias, bn_weight, bn_bias and the running statistics."""
+
     def make(draw, conv):
         k = conv.filters
         vectors = [draw.vector(k), draw.vector(k)] if norm and affine else [None, None]
         running = [draw.vector(k), draw.positive(k)] if norm else [None, None]
+        vectors = [draw.vector(k) if bias else None, *vectors, *running]
+        if kept:
+            vectors = [v.to(dtype) for v, dtype in zip(vectors, kept, strict=True)]
         return [
-            draw.activations(conv.shape), draw.filters(conv, filters),
-            draw.vector(k) if bias else None, *vectors, *running,
+            draw.activations(conv.shape), draw.filters(conv, filters), *vectors,
             draw.activations(conv.out_shape) if residual else None, relu, EPS, *conv.geometry,
         ]  # fmt: skip
 
@@ -289,6 +293,11 @@ CONVOLUTIONS = {  # variant → arguments for (Draw, Conv)
     "conv_bn_act:linear": _infer(relu=False, affine=False),
     "conv_bn_act:no-norm": _infer(norm=False, bias=True),
     "conv_bn_act:bare": _infer(norm=False, relu=False),
+    "conv_bn_act:half-vectors": _infer(bias=True, kept=[torch.float16] * 5),
+    "conv_bn_act:mixed-vectors": _infer(
+        bias=True,
+        kept=[torch.float32, torch.float16, torch.float64, torch.float32, torch.float16],
+    ),
     "conv_bn_act:fp32-filters": _infer(residual=True, filters=torch.float32),
 }
 

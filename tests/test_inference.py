@@ -1,5 +1,6 @@
 """Whole nets and blocks in one native call: the same bits as op by op, and when it steps aside."""
 
+import emulation
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -72,6 +73,30 @@ def test_same_bits(impl, dtype, layout, name, asked, monkeypatch):
         assert asked[0] is not None and torch.equal(x, before)
         head = 2 if hasattr(model, "bn_last") else 1
         assert len(asked) == head, "nothing but the head is left"
+
+
+@pytest.mark.parametrize(("depth", "norms", "folds"), [(2, 13, 1), (16, 69, 2)])
+def test_all_norms_in_a_launch(impl, depth, norms, folds, asked, monkeypatch):
+    """On a GPU a launch beside those of convolutions and pools folds up to 60 norms."""
+    if not impl.emulated:
+        pytest.skip("the emulator counts launches")
+    torch.manual_seed(1)
+    model = resnet_fast.ResNet(
+        resnet_fast.BasicBlock, [1, depth, depth], 10, planes=8, stem="imagenet", impl="native"
+    )
+    model.eval().to(torch.bfloat16, memory_format=torch.channels_last)
+    assert sum(isinstance(m, torch.nn.BatchNorm2d) for m in model.modules()) == norms
+    x = image(torch.bfloat16)
+
+    def run():
+        before = emulation.launches()
+        return model(x), emulation.launches() - before
+
+    with torch.inference_mode():
+        y, launches = run()
+        assert asked.pop() is not None and launches == folds + 2, "and the pools"
+        alone, launches = op_by_op(monkeypatch, run)
+        assert launches == norms + 2 and torch.equal(y, alone)
 
 
 @pytest.mark.parametrize("name", NETS)

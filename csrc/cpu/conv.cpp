@@ -236,11 +236,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bprop(
 }
 
 Tensor conv_bn_act_over(
-    const Tensor& x, const Tensor& w, const OptTensor& bias, const BatchNorm& norm, const OptTensor& residual,
-    bool relu, const Geometry& geometry, bool over) {
-  check_conv_bn_act(
-      x, w, bias, norm.weight, norm.bias, norm.running_mean, norm.running_var, residual, geometry);
-  const PackedConv packed = pack(x, w, bias, norm, geometry);
+    const Tensor& x, const Tensor& w, const BatchNorm& norm, const OptTensor& residual, bool relu,
+    const Geometry& geometry, bool over) {
+  check_conv_act(x, w, residual, geometry);
+  check_batch_norm(x, w.size(0), norm);
+  const PackedConv packed = pack(x, w, norm, geometry);
   const auto format = format_of(x, &w);
   const OptTensor beside = residual ? OptTensor(residual->contiguous(format)) : residual;
   return run_packed(x, w, packed, beside, relu, geometry, over).contiguous(format);
@@ -251,11 +251,13 @@ Tensor conv_bn_act(
     const OptTensor& running_mean, const OptTensor& running_var, const OptTensor& residual, bool relu, double eps,
     IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, int64_t groups) {
   const at::AutoDispatchBelowADInplaceOrView guard;
-  const BatchNorm norm = {bn_weight, bn_bias, running_mean, running_var, eps};
-  return conv_bn_act_over(x, w, bias, norm, residual, relu, {stride, padding, dilation, groups}, false);
+  const BatchNorm norm = {bias, bn_weight, bn_bias, running_mean, running_var, eps};
+  return conv_bn_act_over(x, w, norm, residual, relu, {stride, padding, dilation, groups}, false);
 }
 
 struct ChainOps {
+  // A norm goes into the packed filters, which are kept.
+  static std::vector<BatchNorm> fold(const Tensor&, std::vector<BatchNorm> norms) { return norms; }
   static Tensor norm_relu(const Tensor& x, const BatchNorm& norm) {
     const auto wide = accumulate_type(x);
     const auto [scale, shift, rstd] = bn_finalize(

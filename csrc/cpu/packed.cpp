@@ -79,15 +79,15 @@ std::unordered_map<Key, Entry, KeyHash>& cache() {
   return *entries;
 }
 
-std::vector<Tensor> sources(const Tensor& w, const OptTensor& bias, const BatchNorm& bn) {
+std::vector<Tensor> sources(const Tensor& w, const BatchNorm& bn) {
   std::vector<Tensor> all = {w};
-  for (const OptTensor* t : {&bias, &bn.weight, &bn.bias, &bn.running_mean, &bn.running_var}) {
+  for (const OptTensor* t : {&bn.conv_bias, &bn.weight, &bn.bias, &bn.running_mean, &bn.running_var}) {
     if (t->has_value()) all.push_back(**t);
   }
   return all;
 }
 
-Key make_key(const Tensor& x, const Tensor& w, const OptTensor& bias, const BatchNorm& bn, const Geometry& g) {
+Key make_key(const Tensor& x, const Tensor& w, const BatchNorm& bn, const Geometry& g) {
   Key key = {reinterpret_cast<int64_t>(w.const_data_ptr()), int64_t(x.scalar_type()), g.groups,
              int64_t(x.is_contiguous(at::MemoryFormat::ChannelsLast)), int64_t(std::llround(bn.eps * 1e15)),
              at::get_num_threads()};
@@ -96,7 +96,7 @@ Key make_key(const Tensor& x, const Tensor& w, const OptTensor& bias, const Batc
   for (const at::IntArrayRef part : {w.sizes(), w.strides(), g.stride, g.padding, g.dilation}) {
     key.insert(key.end(), part.begin(), part.end());
   }
-  for (const OptTensor* t : {&bias, &bn.weight, &bn.bias, &bn.running_mean, &bn.running_var}) {
+  for (const OptTensor* t : {&bn.conv_bias, &bn.weight, &bn.bias, &bn.running_mean, &bn.running_var}) {
     key.push_back(t->has_value() ? reinterpret_cast<int64_t>((*t)->const_data_ptr()) : 0);
   }
   return key;
@@ -133,10 +133,10 @@ Tensor call(const c10::OperatorHandle& op, std::vector<c10::IValue> stack) {
 
 std::vector<int64_t> list(at::IntArrayRef values) { return values.vec(); }
 
-PackedConv make(const Tensor& x, const Tensor& w, const OptTensor& bias, const BatchNorm& bn, const Geometry& g) {
+PackedConv make(const Tensor& x, const Tensor& w, const BatchNorm& bn, const Geometry& g) {
   const at::ScalarType wide = accumulate_type(x);
   Tensor weight = w.to(wide), shift;
-  if (bias) shift = bias->to(wide);
+  if (bn.conv_bias) shift = bn.conv_bias->to(wide);
   if (bn.running_mean) {
     const Tensor rstd = (bn.running_var->to(wide) + bn.eps).rsqrt();
     const Tensor scale = bn.weight ? bn.weight->to(wide) * rstd : rstd;
@@ -161,13 +161,12 @@ PackedConv make(const Tensor& x, const Tensor& w, const OptTensor& bias, const B
 
 }  // namespace
 
-PackedConv pack(
-    const Tensor& x, const Tensor& w, const OptTensor& bias, const BatchNorm& bn, const Geometry& geometry) {
-  const std::vector<Tensor> tensors = sources(w, bias, bn);
+PackedConv pack(const Tensor& x, const Tensor& w, const BatchNorm& bn, const Geometry& geometry) {
+  const std::vector<Tensor> tensors = sources(w, bn);
   for (const Tensor& t : tensors) {
-    if (t.is_inference()) return make(x, w, bias, bn, geometry);  // it has no version counter to watch
+    if (t.is_inference()) return make(x, w, bn, geometry);  // it has no version counter to watch
   }
-  const Key key = make_key(x, w, bias, bn, geometry);
+  const Key key = make_key(x, w, bn, geometry);
   const std::lock_guard<std::mutex> lock(mutex());
   auto& entries = cache();
   if (const auto found = entries.find(key); found != entries.end()) {
@@ -180,7 +179,7 @@ PackedConv pack(
   if (entries.size() >= kMaxEntries) entries.clear();
   Entry entry;
   for (const Tensor& t : tensors) entry.witnesses.push_back(witness(t));
-  entry.packed = make(x, w, bias, bn, geometry);
+  entry.packed = make(x, w, bn, geometry);
   return entries.emplace(key, std::move(entry)).first->second.packed;
 }
 

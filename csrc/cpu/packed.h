@@ -27,8 +27,7 @@ struct PackedConv {
 // The packed form of these very tensors for inputs like x: from the cache while every one of them has its
 // storage, version counter and a sample of its values unchanged, else made and cached. (A single value written
 // past the version counter, through `.data` or a NumPy view, can go unseen until clear_packed.)
-PackedConv pack(
-    const Tensor& x, const Tensor& w, const OptTensor& bias, const BatchNorm& norm, const Geometry& geometry);
+PackedConv pack(const Tensor& x, const Tensor& w, const BatchNorm& norm, const Geometry& geometry);
 
 // relu(conv(x) + shift + residual) in one call; w tells the filters' shape and memory order. With `over` the
 // result may be written over the residual, which then is what is given.

@@ -55,6 +55,29 @@ struct FinalizeGradient {
 template <class A>
 cudaError_t bn_bwd_finalize(const FinalizeGradient<A>&, cudaStream_t stream);
 
+// scale and shift of up to kFolds norms in inference, each with the bias of the convolution before it: one launch.
+//   scale = weight/√(var + eps)    shift = bias − (mean − conv_bias)·scale
+// Vectors are in the dtypes that the model keeps them in; a null one is not there, and without a mean there is no
+// norm: 1 and conv_bias. They go to results[first …] and, `folded_size` behind, shift.
+struct Fold {
+  enum Vector { kWeight, kBias, kMean, kVar, kConvBias, kVectors };
+  const void* vectors[kVectors];
+  Dtype dtypes[kVectors];
+  int32_t channels, first;
+  double eps;
+};
+constexpr int64_t folded_size(int64_t channels) { return (channels + 7) / 8 * 8; }  // vectors start at 16 bytes
+
+constexpr int kFolds = 60;  // a kernel's arguments are 4 KB at most
+template <class A>
+struct Folds {
+  Fold of[kFolds];
+  int count;
+  A* results;
+};
+template <class A>
+cudaError_t fold(const Folds<A>&, cudaStream_t stream);
+
 // y[n, c] = mean of x[n, c] over its pixels: one launch.
 template <class T>
 struct GlobalAvgPool {

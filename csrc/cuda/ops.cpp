@@ -6,9 +6,12 @@
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
+#include <cstdint>
 #include <cstdlib>
 #include <string>
 #include <tuple>
+#include <utility>
+#include <vector>
 
 #include "../chains.h"
 #include "../checks.h"
@@ -332,6 +335,82 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bprop(
   return {dx, dw, sum_dx, sum_dx_xhat};
 }
 
+// scale and shift of a norm in inference: a place among those of all norms of a call. Without channels there is no
+// norm, and nothing to add or to scale by.
+struct Folded {
+  Tensor all;
+  int64_t channels = 0, first = 0;
+
+  template <class A>
+  const A* scale() const {
+    return channels > 0 ? static_cast<const A*>(all.const_data_ptr()) + first : nullptr;
+  }
+  template <class A>
+  const A* shift() const {
+    return channels > 0 ? scale<A>() + folded_size(channels) : nullptr;
+  }
+  std::pair<OptTensor, OptTensor> vectors() const {
+    if (channels == 0) return {};
+    return {all.narrow(0, first, channels), all.narrow(0, first + folded_size(channels), channels)};
+  }
+};
+
+Dtype dtype_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case at::kFloat:
+      return Dtype::kFloat;
+    case at::kDouble:
+      return Dtype::kDouble;
+    case at::kBFloat16:
+      return Dtype::kBFloat16;
+    default:
+      return Dtype::kHalf;
+  }
+}
+
+// All norms by one launch for every kFolds of them: launches as small as a norm would take longer than many a
+// convolution of a single image.
+std::vector<Folded> fold(const Tensor& x, const std::vector<BatchNorm>& norms) {
+  std::vector<Folded> folded(norms.size());
+  int64_t size = 0;
+  for (size_t i = 0; i < norms.size(); ++i) {
+    folded[i].channels = norms[i].channels(), folded[i].first = size;
+    size += 2 * folded_size(folded[i].channels);
+  }
+  TORCH_CHECK(size <= INT32_MAX, "conv_bn_act: the norms have over 2^30 channels");
+  if (size == 0) return folded;
+  const c10::cuda::CUDAGuard guard(x.device());
+  const Tensor all = empty_vector(x, size);
+  dispatch("conv_bn_act", all, [&](auto t) {
+    using A = accumulate_t<decltype(t)>;
+    Folds<A> k = {};
+    k.results = out<A>(all);
+    const auto flush = [&] {
+      const cudaError_t error = cuda::fold(k, stream());
+      k.count = 0;
+      return error;
+    };
+    for (size_t i = 0; i < norms.size(); ++i) {
+      if (folded[i].channels == 0) continue;
+      folded[i].all = all;
+      if (k.count == kFolds) {
+        if (const cudaError_t error = flush()) return error;
+      }
+      Fold& to = k.of[k.count++];
+      to.channels = int32_t(folded[i].channels), to.first = int32_t(folded[i].first), to.eps = norms[i].eps;
+      const OptTensor* const from[] = {
+          &norms[i].weight, &norms[i].bias, &norms[i].running_mean, &norms[i].running_var, &norms[i].conv_bias};
+      for (int v = 0; v < Fold::kVectors; ++v) {
+        const bool there = from[v]->has_value();
+        to.vectors[v] = there ? (*from[v])->const_data_ptr() : nullptr;
+        to.dtypes[v] = there ? dtype_of(**from[v]) : Dtype::kFloat;
+      }
+    }
+    return flush();
+  });
+  return folded;
+}
+
 #if defined(RESNET_FAST_WITH_CUTLASS)
 
 // RESNET_FAST_CUDA_CONV: who convolves in inference. By "cutlass" what CUTLASS does not take is an error.
@@ -371,16 +450,16 @@ Tensor eight_channels(const Tensor& t) {
 // relu(scale·conv(x, w) + shift + residual) in one launch, `over` the residual where that is allowed; an undefined
 // tensor where the kernels do not take it.
 Tensor fused_conv(
-    const Tensor& x, const Tensor& w, const Tensor& scale, const Tensor& shift, const OptTensor& residual, bool relu,
-    const Geometry& g, bool over) {
+    const Tensor& x, const Tensor& w, const Folded& norm, const OptTensor& residual, bool relu, const Geometry& g,
+    bool over) {
   const c10::cuda::CUDAGuard guard(x.device());
   const ConvShape s = conv_shape(x, w, g);
   const auto options = x.options().memory_format(at::MemoryFormat::ChannelsLast);
   const Tensor y = over ? *residual : at::empty({s.images, s.filters, s.rows, s.columns}, options);
   ConvForward k = {};
-  k.dtype = x.scalar_type() == at::kHalf ? Dtype::kHalf : Dtype::kBFloat16;
+  k.dtype = dtype_of(x);
   k.x = x.const_data_ptr(), k.w = w.const_data_ptr(), k.residual = residual ? residual->const_data_ptr() : nullptr;
-  k.y = y.data_ptr(), k.scale = data<float>(scale), k.shift = data<float>(shift), k.relu = relu;
+  k.y = y.data_ptr(), k.scale = norm.scale<float>(), k.shift = norm.shift<float>(), k.relu = relu;
   k.n = int32_t(s.images), k.h = int32_t(s.height), k.w_ = int32_t(s.width), k.c = int32_t(s.channels);
   k.k = int32_t(s.filters), k.r = int32_t(s.taps[0]), k.s = int32_t(s.taps[1]);
   k.p = int32_t(s.rows), k.q = int32_t(s.columns);
@@ -401,26 +480,10 @@ Tensor fused_conv(
 
 #endif
 
-// scale and shift of the norm after a convolution with a bias: bn_finalize of the running statistics, whose mean
-// is moved by the bias.
-std::tuple<Tensor, Tensor> folded(
-    const Tensor& x, int64_t channels, const OptTensor& bias, const BatchNorm& norm) {
-  const auto type = accumulate_type(x);
-  if (!norm.running_mean) {
-    const Tensor one = empty_vector(x, channels).fill_(1);
-    return {one, bias ? bias->to(type) : at::zeros_like(one)};
-  }
-  const Tensor mean = norm.running_mean->to(type);
-  auto [scale, shift, rstd] = bn_finalize(
-      bias ? mean - bias->to(type) : mean, norm.running_var->to(type), 1, norm.weight, norm.bias, norm.eps);
-  return {scale, shift};
-}
-
-Tensor conv_bn_act_over(
-    const Tensor& x, const Tensor& w, const OptTensor& bias, const BatchNorm& norm, const OptTensor& residual,
-    bool relu, const Geometry& g, bool over) {
-  check_conv_bn_act(x, w, bias, norm.weight, norm.bias, norm.running_mean, norm.running_var, residual, g);
-  const auto [scale, shift] = folded(x, w.size(0), bias, norm);
+// `over`: y may be written over the residual.
+Tensor conv_bn_act_unchecked(
+    const Tensor& x, const Tensor& w, const Folded& norm, const OptTensor& residual, bool relu, const Geometry& g,
+    bool over) {
   const auto format = format_of(x, &w);
   const OptTensor beside = residual ? OptTensor(residual->contiguous(format)) : residual;
 #if defined(RESNET_FAST_WITH_CUTLASS)
@@ -430,14 +493,16 @@ Tensor conv_bn_act_over(
       y = refused(x, w, why);
     } else {
       const Tensor in = x.contiguous(format), filters = filters_for(x, w);
-      y = x.size(1) < 8 ? fused_conv(eight_channels(in), eight_channels(filters), scale, shift, beside, relu, g, over)
-                        : fused_conv(in, filters, scale, shift, beside, relu, g, over);
+      y = x.size(1) < 8 ? fused_conv(eight_channels(in), eight_channels(filters), norm, beside, relu, g, over)
+                        : fused_conv(in, filters, norm, beside, relu, g, over);
     }
     if (y.defined()) return y;
   }
 #endif
-  return std::get<0>(
-      bn_act_unchecked("conv_bn_act", library_conv(x, w, g), scale, shift, beside, {}, {}, relu, false));
+  const Tensor z = library_conv(x, w, g);
+  const auto [scale, shift] = norm.vectors();
+  if (!scale && !beside && !relu) return z;
+  return std::get<0>(bn_act_unchecked("conv_bn_act", z, scale, shift, beside, {}, {}, relu, false));
 }
 
 Tensor conv_bn_act(
@@ -445,16 +510,30 @@ Tensor conv_bn_act(
     const OptTensor& running_mean, const OptTensor& running_var, const OptTensor& residual, bool relu, double eps,
     IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, int64_t groups) {
   const at::AutoDispatchBelowADInplaceOrView below;
-  const BatchNorm norm = {bn_weight, bn_bias, running_mean, running_var, eps};
-  return conv_bn_act_over(x, w, bias, norm, residual, relu, {stride, padding, dilation, groups}, false);
+  const Geometry geometry = {stride, padding, dilation, groups};
+  check_conv_act(x, w, residual, geometry);
+  const BatchNorm norm = {bias, bn_weight, bn_bias, running_mean, running_var, eps};
+  check_batch_norm(x, w.size(0), norm);
+  return conv_bn_act_unchecked(x, w, fold(x, {norm})[0], residual, relu, geometry, false);
 }
 
 struct ChainOps {
-  static Tensor norm_relu(const Tensor& x, const BatchNorm& norm) {
-    const auto [scale, shift] = folded(x, x.size(1), {}, norm);
-    return std::get<0>(bn_act(x, scale, shift, {}, {}, {}, true, false));
+  static std::vector<Folded> fold(const Tensor& x, const std::vector<BatchNorm>& norms) {
+    for (const BatchNorm& norm : norms) check_batch_norm(x, norm.channels(), norm);
+    return ops::fold(x, norms);
   }
-  static constexpr auto conv_bn_act = conv_bn_act_over;
+  static Tensor norm_relu(const Tensor& x, const Folded& norm) {
+    const auto [scale, shift] = norm.vectors();
+    return std::get<0>(bn_act(x, *scale, *shift, {}, {}, {}, true, false));
+  }
+  static Tensor conv_bn_act(
+      const Tensor& x, const Tensor& w, const Folded& norm, const OptTensor& residual, bool relu, const Geometry& g,
+      bool over) {
+    check_conv_act(x, w, residual, g);
+    TORCH_CHECK(norm.channels == 0 || norm.channels == w.size(0), "infer_chains: `tensors`: expected ", w.size(0),
+                " values in the vectors of a norm, one a filter, got ", norm.channels);
+    return conv_bn_act_unchecked(x, w, norm, residual, relu, g, over);
+  }
   static Tensor max_pool(const Tensor& x, IntArrayRef kernel, IntArrayRef stride, IntArrayRef padding) {
     return std::get<0>(bn_relu_max_pool(x, {}, {}, kernel, stride, padding, false));
   }

@@ -20,6 +20,34 @@ __global__ void bn_finalize_kernel(const Finalize<A> k) {
   k.scale[c] = r.scale, k.shift[c] = r.shift, k.rstd[c] = r.rstd;
 }
 
+__device__ __forceinline__ double value(const Fold& k, Fold::Vector which, int c, double missing) {
+  const void* vector = k.vectors[which];
+  if (vector == nullptr) return missing;
+  switch (k.dtypes[which]) {
+    case Dtype::kFloat: return static_cast<const float*>(vector)[c];
+    case Dtype::kDouble: return static_cast<const double*>(vector)[c];
+    case Dtype::kHalf: return number<float>(static_cast<const fp16*>(vector)[c]);
+    default: return number<float>(static_cast<const bf16*>(vector)[c]);
+  }
+}
+
+// Grid: the channels of the widest norm, and a row of blocks a norm.
+template <class A>
+__global__ void fold_kernel(const Folds<A> all) {
+  const Fold& k = all.of[blockIdx.y];
+  const int64_t c = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (c >= k.channels) return;
+  const double weight = value(k, Fold::kWeight, c, 1.0), bias = value(k, Fold::kBias, c, 0.0);
+  const double conv_bias = value(k, Fold::kConvBias, c, 0.0);
+  AffineCoefficients<A> r = {A(1), A(conv_bias), A(1)};
+  if (k.vectors[Fold::kMean] != nullptr) {
+    const double mean = value(k, Fold::kMean, c, 0.0) - conv_bias;
+    r = finalize<A, double>(mean, value(k, Fold::kVar, c, 1.0), weight, bias, k.eps, [](double v) { return 1.0 / sqrt(v); });
+  }
+  A* const to = all.results + k.first + c;
+  to[0] = r.scale, to[folded_size(k.channels)] = r.shift;
+}
+
 template <class A>
 __global__ void bn_bwd_finalize_kernel(const FinalizeGradient<A> k) {
   const int64_t c = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
@@ -81,6 +109,16 @@ cudaError_t bn_finalize(const Finalize<A>& k, cudaStream_t stream) {
 }
 
 template <class A>
+cudaError_t fold(const Folds<A>& k, cudaStream_t stream) {
+  static_assert(sizeof(Folds<A>) <= 4096);
+  int widest = 0;
+  for (int i = 0; i < k.count; ++i) widest = std::max(widest, k.of[i].channels);
+  if (widest == 0) return cudaSuccess;
+  const dim3 grid(unsigned(ceil_div(widest, kThreads)), unsigned(k.count));
+  return launch(fold_kernel<A>, grid, dim3(kThreads), stream, k);
+}
+
+template <class A>
 cudaError_t bn_bwd_finalize(const FinalizeGradient<A>& k, cudaStream_t stream) {
   return a_thread_a_channel(bn_bwd_finalize_kernel<A>, k, stream);
 }
@@ -105,6 +143,8 @@ cudaError_t global_avg_pool(const GlobalAvgPool<T>& k, cudaStream_t stream) {
 
 template cudaError_t bn_finalize(const Finalize<float>&, cudaStream_t);
 template cudaError_t bn_finalize(const Finalize<double>&, cudaStream_t);
+template cudaError_t fold(const Folds<float>&, cudaStream_t);
+template cudaError_t fold(const Folds<double>&, cudaStream_t);
 template cudaError_t bn_bwd_finalize(const FinalizeGradient<float>&, cudaStream_t);
 template cudaError_t bn_bwd_finalize(const FinalizeGradient<double>&, cudaStream_t);
 #define RESNET_FAST_POOL(T) template cudaError_t global_avg_pool(const GlobalAvgPool<T>&, cudaStream_t);

@@ -64,10 +64,16 @@ def bn_bwd_finalize_kernel(
 
 
 def bn_finalize(
-    mean: Tensor, m2: Tensor, count: int, weight: Tensor | None, bias: Tensor | None, eps: float
+    mean: Tensor,
+    m2: Tensor,
+    count: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`reference.bn_finalize` in one launch."""
-    scale, shift, rstd = (torch.empty_like(mean) for _ in range(3))
+    """`reference.bn_finalize` in one launch; `dtype` of the results, mean's unless it is given."""
+    scale, shift, rstd = (torch.empty_like(mean, dtype=dtype) for _ in range(3))
     channels = mean.numel()
     if channels:
         launch(

@@ -96,6 +96,6 @@ def _by_library(x: Tensor, w: Tensor, conv: Conv, f: Fusion) -> Tensor:
         scale = torch.ones(w.size(0), dtype=wide, device=x.device)
         shift = torch.zeros_like(scale) if f.bias is None else f.bias.to(wide)
     else:
-        mean = f.mean.to(wide) if f.bias is None else f.mean.to(wide) - f.bias.to(wide)
-        scale, shift, _ = bn_finalize(mean, f.var.to(wide), 1, f.bn_weight, f.bn_bias, f.eps)
+        mean = f.mean if f.bias is None else f.mean.to(wide) - f.bias
+        scale, shift, _ = bn_finalize(mean, f.var, 1, f.bn_weight, f.bn_bias, f.eps, wide)
     return bn_act(z, scale, shift, f.residual, None, None, f.relu, False)[0]

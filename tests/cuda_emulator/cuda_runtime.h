@@ -135,6 +135,8 @@ class Block {
   const std::function<void()>* body_ = nullptr;
 };
 
+inline int64_t launches = 0;
+
 }  // namespace emulator
 
 inline void __syncthreads() { emulator::Block::instance().pause(); }
@@ -146,6 +148,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   if (threads == 0 || threads > 1024 || grid.x == 0 || grid.y == 0 || grid.y > 65535 || grid.z != 1) {
     return cudaErrorInvalidConfiguration;
   }
+  ++emulator::launches;
   gridDim = grid, blockDim = block;
   for (unsigned y = 0; y < grid.y; ++y) {
     for (unsigned x = 0; x < grid.x; ++x) {
