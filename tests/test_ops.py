@@ -1,5 +1,8 @@
 """Every op of the contract: each implementation against the fp64 reference, masks, opcheck."""
 
+import resource
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,7 +11,7 @@ from op_cases import CONVOLUTIONS, CONVS, EMPTY, EMPTY_CONV, POINTWISE, SHAPES, 
 
 from resnet_fast import backend, ops, reference
 from resnet_fast.layout import is_channels_last, mask_shape, memory_format
-from resnet_fast.tolerance import MAX_KINK_SHARE, near_kink
+from resnet_fast.tolerance import MAX_KINK_SHARE, assert_close, near_kink
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -199,3 +202,29 @@ def test_past_the_dispatcher(monkeypatch):
         for watch in (profiler, torch.enable_grad()):
             with watch, pytest.raises((RuntimeError, TypeError)):
                 ops.global_avg_pool(x, "auto")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.skipif(sys.platform != "linux", reason="how Linux counts page faults")
+def test_large_results_lie_in_kept_memory(dtype):
+    """A convolution's result that the C library would take from the system at every call."""
+    if backend.refusal("native", "conv_bn_act", "cpu", dtype) is not None:
+        pytest.skip("native is not built")
+    torch.manual_seed(1)
+    w = torch.randn(64, 3, 7, 7).to(dtype, memory_format=torch.channels_last)
+    bias = torch.randn(64).to(dtype)
+    x = torch.randn(4 // dtype.itemsize, 3, 420, 321)
+    x = x.to(dtype, memory_format=torch.channels_last)
+    same = F.conv2d(x, w, bias, padding=3)
+    exact = F.conv2d(x.double(), w.double(), bias.double(), padding=3)
+    args = (x, w, bias, None, None, None, None, None)
+    assert same.nbytes > 32 << 20
+    for relu in (False, True):
+        faults = []
+        for _ in range(3):
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            y = ops.conv_bn_act(*args, relu, 0.0, (1, 1), (3, 3), (1, 1), 1, "native")
+            faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+            assert_close(y, same.relu() if relu else same, exact.relu() if relu else exact)
+            del y
+        assert faults[-1] < same.nbytes / 4096 / 10, faults
