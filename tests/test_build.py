@@ -279,13 +279,13 @@ with torch.no_grad():
 
 
 def test_who_convolves(native):
-    """RESNET_FAST_CPU_CONV: tiles of ours and oneDNN give what the reference gives."""
-    words = ("auto", "tiles", "onednn")
+    """RESNET_FAST_CPU_CONV: ours, by two ways, and oneDNN give what the reference gives."""
+    words = ("auto", "tiles", "winograd", "onednn")
     runs = {word: python("-c", CONV_CODE, RESNET_FAST_CPU_CONV=word) for word in words}
     assert all(run.returncode == 0 for run in runs.values()), [run.stderr for run in runs.values()]
     run = python("-c", CONV_CODE, RESNET_FAST_CPU_CONV="mkl")
     assert run.returncode != 0
-    assert "RESNET_FAST_CPU_CONV=mkl is unknown; use auto | tiles | onednn" in run.stderr
+    assert "CPU_CONV=mkl is unknown; use auto | tiles | winograd | onednn" in run.stderr
 
 
 def test_cutlass_path(tmp_path, monkeypatch):

@@ -25,6 +25,10 @@ TILED = {  # channels and filters in multiples of 32
     "3x3-16": Conv((1, 32, 5, 16), 32, (3, 3), padding=(1, 1)),
     "3x3-28": Conv((1, 32, 9, 28), 32, (3, 3), padding=(1, 1)),
     "3x3-67": Conv((1, 32, 3, 67), 32, (3, 3), padding=(1, 1)),
+    "3x3-unpadded": Conv((3, 64, 8, 5), 96, (3, 3)),
+    "3x3-padded-by-2": Conv((2, 32, 4, 31), 32, (3, 3), padding=(2, 0)),
+    "3x3-long": Conv((2, 544, 3, 3), 32, (3, 3), padding=(1, 1)),
+    "3x3-many": Conv((1, 32, 130, 113), 32, (3, 3), padding=(1, 1)),  # more blocks than tasks
     "3x3-stride2": Conv((2, 32, 14, 14), 32, (3, 3), (2, 2), (1, 1)),
     "3x3-stride2-odd": Conv((1, 32, 29, 33), 32, (3, 3), (2, 2), (1, 1)),
     "3x3-stride3": Conv((2, 32, 11, 13), 32, (3, 3), (3, 3), (1, 1)),
@@ -77,8 +81,17 @@ def test_tiles(isa, dtype):
     check_in_process(isa, dtype, 2, 1)
 
 
-@EACH
-def test_tiles_read_no_further(isa, dtype, tmp_path):
+def test_winograd():
+    """The 3x3 convolutions by Winograd's products, however few tiles they have."""
+    check_in_process("avx512", "fp32", 2, 1, RESNET_FAST_CPU_CONV="winograd")
+
+
+@pytest.mark.parametrize(
+    ("isa", "dtype", "by"),
+    [("avx512", "fp32", "tiles"), ("avx512", "fp32", "winograd"),
+     ("avx512_bf16", "bf16", "tiles"), ("amx_bf16", "bf16", "tiles")],
+)  # fmt: skip
+def test_tiles_read_no_further(isa, dtype, by, tmp_path):
     """The same with a page behind their scratch memory that stops who reads past it."""
     compiler = shutil.which("cc")
     if compiler is None or platform.libc_ver()[0] != "glibc":
@@ -86,7 +99,7 @@ def test_tiles_read_no_further(isa, dtype, tmp_path):
     guard = tmp_path / "guard.so"
     source = Path(__file__).parent / "guard_pages.c"
     subprocess.run([compiler, "-O1", "-shared", "-fPIC", source, "-o", guard], check=True)
-    check_in_process(isa, dtype, 2, LD_PRELOAD=str(guard))
+    check_in_process(isa, dtype, 2, LD_PRELOAD=str(guard), RESNET_FAST_CPU_CONV=by)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

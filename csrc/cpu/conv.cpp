@@ -96,7 +96,7 @@ std::tuple<Tensor, Tensor, Tensor> tiled_fprop(
   BandStatistics<T> statistics({shape_of(z), to});
   const Finish finish = [&](int64_t task, int64_t begin, int64_t end) { statistics.add(task, begin, end); };
   engine_fprop<T>(
-      s, in_scale ? nullptr : data<T>(x), prologue<T>(s, x, in_scale, in_shift), pack_filters<T>(w, false), nullptr,
+      s, in_scale ? nullptr : data<T>(x), prologue<T>(s, x, in_scale, in_shift), pack_filters<T>(s, w, false), nullptr,
       nullptr, false, to, stats ? finish : Finish());
   if (!stats) return {z, empty_vector(x, 0), empty_vector(x, 0)};
   auto [mean, m2] = statistics.result(x);
@@ -163,7 +163,7 @@ std::tuple<Tensor, Tensor, Tensor> tiled_dgrad(
   };
   const bool more = in_scale || residual;
   engine_dgrad<T>(
-      s, data<T>(gradient.dz), gradient.fill, pack_filters<T>(w, true), k.out, more ? finish : Finish());
+      s, data<T>(gradient.dz), gradient.fill, pack_filters<T>(s, w, true), k.out, more ? finish : Finish());
   if (!in_mean) return {dx, empty_vector(x, 0), empty_vector(x, 0)};
   Tensor total[2] = {empty_vector(x, s.channels), empty_vector(x, s.channels)};
   for (size_t task = 1; task < sums.size(); ++task) {

@@ -97,8 +97,9 @@ ConvBy choose_conv() {
   const std::string word = asked == nullptr || *asked == '\0' ? "auto" : asked;
   if (word == "auto") return ConvBy::Auto;
   if (word == "tiles") return ConvBy::Tiles;
+  if (word == "winograd") return ConvBy::Winograd;
   if (word == "onednn") return ConvBy::OneDnn;
-  TORCH_CHECK(false, "RESNET_FAST_CPU_CONV=", word, " is unknown; use auto | tiles | onednn");
+  TORCH_CHECK(false, "RESNET_FAST_CPU_CONV=", word, " is unknown; use auto | tiles | winograd | onednn");
 }
 
 }  // namespace

@@ -37,9 +37,9 @@ Isa detected_isa();
 Isa active_isa();
 
 // Who convolves on a CPU that has tiles of ours: what measures faster, or whom RESNET_FAST_CPU_CONV names.
-enum class ConvBy { Auto, Tiles, OneDnn };
+enum class ConvBy { Auto, Tiles, Winograd, OneDnn };
 
-// From the environment variable, "auto", "tiles" or "onednn"; throws c10::Error for another word.
+// From the environment variable, "auto", "tiles", "winograd" or "onednn"; throws c10::Error for another word.
 ConvBy conv_by();
 
 // Whether the processor says GenuineIntel.

@@ -4,11 +4,13 @@
 
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 #include "bands.h"
 #include "conv_kernels.h"
 #include "cpu_features.h"
+#include "winograd.h"
 
 namespace resnet_fast {
 
@@ -377,8 +379,13 @@ bool engine_takes(const ConvShape& s) {
          s.channels * s.filters * s.images * s.rows * s.columns > 0;
 }
 
+bool by_winograd(const ConvShape& s, bool dgrad) { return winograd_takes(dgrad ? transposed(s) : s); }
+
 template <class T>
-at::Tensor pack_filters(const at::Tensor& w, bool for_dgrad) {
+at::Tensor pack_filters(const ConvShape& shape, const at::Tensor& w, bool for_dgrad) {
+  if constexpr (std::is_same_v<T, float>) {
+    if (by_winograd(shape, for_dgrad)) return winograd_filters(w, for_dgrad);
+  }
   const at::Tensor rows = w.contiguous(at::MemoryFormat::ChannelsLast);  // [K][R·S][C]
   const bool is_float = w.scalar_type() == at::kFloat;
   const int64_t filters = w.size(0), channels = w.size(1), taps = w.size(2) * w.size(3), ld = taps * channels;
@@ -406,6 +413,9 @@ template <class T>
 void engine_fprop(
     const ConvShape& shape, const T* x, const FillRow<T>& fill, const at::Tensor& panels, const float* shift,
     const T* residual, bool relu, T* y, const Finish& finish) {
+  if constexpr (std::is_same_v<T, float>) {
+    if (by_winograd(shape, false)) return winograd(shape, x, fill, panels, shift, residual, relu, y, finish);
+  }
   const ConvShape s = flattened(shape);
   const Problem<T> c = {
       s.images, s.channels, s.filters, fprop_axis(s.height, s.rows, s, 0), fprop_axis(s.width, s.columns, s, 1),
@@ -417,6 +427,11 @@ template <class T>
 void engine_dgrad(
     const ConvShape& shape, const T* dz, const FillRow<T>& fill, const at::Tensor& panels, T* dx,
     const Finish& finish) {
+  if constexpr (std::is_same_v<T, float>) {
+    if (by_winograd(shape, true)) {
+      return winograd(transposed(shape), dz, fill, panels, nullptr, nullptr, false, dx, finish);
+    }
+  }
   const ConvShape s = flattened(shape);
   const Problem<T> c = {
       s.images, s.filters, s.channels, dgrad_axis(s.rows, s.height, s, 0), dgrad_axis(s.columns, s.width, s, 1),
@@ -426,7 +441,7 @@ void engine_dgrad(
 
 #define RESNET_FAST_ENGINE(T)                                                                                     \
   template bool engine_takes<T>(const ConvShape&);                                                                \
-  template at::Tensor pack_filters<T>(const at::Tensor&, bool);                                                   \
+  template at::Tensor pack_filters<T>(const ConvShape&, const at::Tensor&, bool);                                                   \
   template void engine_fprop<T>(                                                                                  \
       const ConvShape&, const T*, const FillRow<T>&, const at::Tensor&, const float*, const T*, bool, T*,          \
       const Finish&);                                                                                             \

@@ -22,9 +22,12 @@ using Finish = std::function<void(int64_t task, int64_t begin, int64_t end)>;
 template <class T>
 bool engine_takes(const ConvShape& shape);
 
-// Filters [K,C,R,S] (float or T) as panels for fprop, or for dgrad.
+// Whether its products are Winograd's (winograd.h), in a convolution of fp32.
+bool by_winograd(const ConvShape& shape, bool dgrad);
+
+// Filters [K,C,R,S] (float or T) as panels for fprop of the shape, or for its dgrad.
 template <class T>
-at::Tensor pack_filters(const at::Tensor& w, bool for_dgrad);
+at::Tensor pack_filters(const ConvShape& shape, const at::Tensor& w, bool for_dgrad);
 
 constexpr int64_t kTasks = 64;  // bands are dealt to at most this many tasks, each with sums of its own
 

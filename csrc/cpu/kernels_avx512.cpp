@@ -7,12 +7,14 @@ RESNET_FAST_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
 #include "../math.h"
 #include "conv_kernels.h"
 #include "kernels.h"
+#include "winograd.h"
 
 namespace resnet_fast::avx512 {
 using Element = float;
 #include "lanes.inl"
 #include "norm.inl"
 #include "gemm.inl"
+#include "winograd.inl"
 }  // namespace resnet_fast::avx512
 RESNET_FAST_TARGET_END
 #endif

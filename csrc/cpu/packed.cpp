@@ -91,8 +91,12 @@ Key make_key(const Tensor& x, const Tensor& w, const BatchNorm& bn, const Geomet
   Key key = {reinterpret_cast<int64_t>(w.const_data_ptr()), int64_t(x.scalar_type()), g.groups,
              int64_t(x.is_contiguous(at::MemoryFormat::ChannelsLast)), int64_t(std::llround(bn.eps * 1e15)),
              at::get_num_threads()};
-  // oneDNN's layout depends on the input's size, our panels do not.
-  if (!tiled(x, w, g, true)) key.insert(key.end(), x.sizes().begin(), x.sizes().end());
+  // oneDNN's layout depends on the input's size; ours on whether the products are Winograd's.
+  if (tiled(x, w, g, true)) {
+    key.push_back(x.scalar_type() == at::kFloat && by_winograd(conv_shape(x, w, g), false));
+  } else {
+    key.insert(key.end(), x.sizes().begin(), x.sizes().end());
+  }
   for (const at::IntArrayRef part : {w.sizes(), w.strides(), g.stride, g.padding, g.dilation}) {
     key.insert(key.end(), part.begin(), part.end());
   }
@@ -148,8 +152,9 @@ PackedConv make(const Tensor& x, const Tensor& w, const BatchNorm& bn, const Geo
     weight = weight * scale.view({-1, 1, 1, 1});
   }
   if (tiled(x, w, g, true)) {
-    const Tensor panels = x.scalar_type() == at::kFloat ? pack_filters<float>(weight, false)
-                                                        : pack_filters<bf16>(weight, false);
+    const ConvShape s = conv_shape(x, w, g);
+    const Tensor panels = x.scalar_type() == at::kFloat ? pack_filters<float>(s, weight, false)
+                                                        : pack_filters<bf16>(s, weight, false);
     return {panels, shift, true};
   }
   weight = weight.to(x.scalar_type());
@@ -192,7 +197,7 @@ bool tiled(const Tensor& x, const Tensor& w, const Geometry& g, bool inference) 
   const bool choose = conv_by() == ConvBy::Auto && inference && is_intel() && x.scalar_type() == at::kFloat;
   const int64_t pixels = s.images * s.rows * s.columns;
   const bool streams = s.pointwise() && pixels * (s.channels + s.filters) > s.channels * s.filters;
-  if (choose && onednn().takes(x) && !streams) return false;
+  if (choose && onednn().takes(x) && !streams && !by_winograd(s, false)) return false;
   return x.scalar_type() == at::kFloat      ? engine_takes<float>(s)
          : x.scalar_type() == at::kBFloat16 ? engine_takes<bf16>(s)
                                             : false;

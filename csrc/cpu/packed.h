@@ -12,8 +12,9 @@
 namespace resnet_fast::cpu {
 
 // Whether our own tiles run it: NHWC, one group, float or bf16, a CPU and channel counts that engine_takes.
-// In fp32 inference on Intel oneDNN measures faster, but for pointwise convolutions whose pixels outweigh their
-// filters: they are as fast, and with a residual faster (ResNet-50). RESNET_FAST_CPU_CONV decides otherwise.
+// In fp32 inference on Intel oneDNN measures faster, but for what goes by Winograd's products and for pointwise
+// convolutions whose pixels outweigh their filters: those are as fast, and with a residual faster (ResNet-50).
+// RESNET_FAST_CPU_CONV decides otherwise.
 bool tiled(const Tensor& x, const Tensor& w, const Geometry& geometry, bool inference = false);
 
 // Filters times scale and the shift: as panels of engine.h with an fp32 shift, or in x's dtype and oneDNN's

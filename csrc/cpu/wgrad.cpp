@@ -3,12 +3,14 @@
 
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 #include "bands.h"
 #include "conv_kernels.h"
 #include "engine.h"
 #include "memory.h"
+#include "winograd.h"
 
 namespace resnet_fast::cpu {
 namespace {
@@ -76,6 +78,9 @@ const T* input_row(
 // in order.
 template <class T>
 at::Tensor engine_wgrad(const ConvShape& shape, const T* x, const FillRow<T>& fill, const T* dz) {
+  if constexpr (std::is_same_v<T, float>) {
+    if (by_winograd(shape, false)) return winograd_wgrad(shape, x, fill, dz);
+  }
   const ConvShape s = flattened(shape);
   const ConvKernels<T>& kernels = *conv_kernels<T>();
   const Axis rows = fprop_axis(s.height, s.rows, s, 0), columns = fprop_axis(s.width, s.columns, s, 1);

@@ -1,0 +1,304 @@
+#include "winograd.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "bands.h"
+#include "conv_kernels.h"
+#include "cpu_features.h"
+#include "memory.h"
+
+namespace resnet_fast::cpu {
+namespace {
+
+const WinogradKernels* kernels() {
+#if RESNET_FAST_X86_64
+  return active_isa() >= Isa::AVX512 ? &avx512::winograd_kernels() : nullptr;
+#else
+  return nullptr;
+#endif
+}
+
+// Rows of tiles, over all images.
+struct Grid {
+  int64_t rows, columns, all;  // of an image, and rows of all images
+
+  explicit Grid(const ConvShape& s) : rows(ceil_div(s.rows, 2)), columns(ceil_div(s.columns, 2)), all(s.images * rows) {}
+};
+
+// Tiles that are transformed, multiplied and transformed back together: enough that the filters, which each block
+// reads, are a small part of what it moves, few enough that its products stay in L2 where filters are few.
+constexpr int64_t kBlockTiles = 112, kLeastTiles = 12;
+
+// Rows of tiles of one image: what they read of x, and what they write of y.
+struct Segment {
+  int64_t image, tile, rows;          // the first tile, counted from the block's, and how many rows
+  int64_t p0, p1, h0, h1;             // rows of y, and those of x that are inside it
+};
+
+std::vector<Segment> segments(const ConvShape& s, const Grid& grid, int64_t first, int64_t last) {
+  std::vector<Segment> all;
+  for (int64_t row = first; row < last;) {
+    const int64_t image = row / grid.rows, in_image = row % grid.rows;
+    const int64_t rows = std::min(last - row, grid.rows - in_image), p0 = 2 * in_image, p1 = p0 + 2 * rows;
+    all.push_back({image, (row - first) * grid.columns, rows, p0, std::min(p1, s.rows),
+                   std::max<int64_t>(0, p0 - s.padding[0]), std::min(s.height, p1 + 2 - s.padding[0])});
+    row += rows;
+  }
+  return all;
+}
+
+// The matrices of products: rows of `width` values, not a multiple of 4 KB apart, where they would share cache sets.
+int64_t pitch_of(int64_t tiles, int64_t width) { return (tiles * width / 16 | 1) * 16; }
+
+// What pixels outside an image point to.
+const float* zeros() {
+  static const std::vector<float> values(kMostWinogradChannels, 0.0f);
+  return values.data();
+}
+
+// f(tile, its patch) for the tiles of a segment; rows of x that there is a prologue for are laid out first.
+template <class F>
+void each_patch(
+    const ConvShape& s, const Grid& grid, const Segment& g, const float* x, const FillRow<float>& fill, F f) {
+  const int64_t line = s.width * s.channels;
+  const float* lines;  // the first row that is read
+  if (x != nullptr) {
+    lines = x + (g.image * s.height + g.h0) * line;
+  } else {
+    auto* filled = reinterpret_cast<float*>(scratch(2, (g.h1 - g.h0) * line * int64_t(sizeof(float))));
+    for (int64_t h = g.h0; h < g.h1; ++h) fill(g.image, h, 0, s.width, filled + (h - g.h0) * line);
+    lines = filled;
+  }
+  const float* rows[4];
+  const float* d[16];
+  int64_t tile = g.tile;
+  for (int64_t p = g.p0; p < g.p0 + 2 * g.rows; p += 2) {
+    for (int64_t i = 0; i < 4; ++i) {
+      const int64_t h = p - s.padding[0] + i;
+      rows[i] = h >= g.h0 && h < g.h1 ? lines + (h - g.h0) * line : nullptr;
+    }
+    for (int64_t q = 0; q < 2 * grid.columns; q += 2) {
+      for (int64_t i = 0; i < 16; ++i) {
+        const int64_t w = q - s.padding[1] + i % 4;
+        d[i] = rows[i / 4] && w >= 0 && w < s.width ? rows[i / 4] + w * s.channels : zeros();
+      }
+      f(tile++, d);
+    }
+  }
+}
+
+// f(tile, where its four pixels are in y) for the tiles of a segment, -1 for those outside.
+template <class F>
+void each_output(const ConvShape& s, const Segment& g, F f) {
+  int64_t tile = g.tile;
+  for (int64_t p = g.p0; p < g.p1; p += 2) {
+    for (int64_t q = 0; q < s.columns; q += 2) {
+      int64_t at[4];
+      for (int64_t i = 0; i < 4; ++i) {
+        const int64_t row = p + i / 2, column = q + i % 2;
+        at[i] = row < s.rows && column < s.columns ? ((g.image * s.rows + row) * s.columns + column) * s.filters : -1;
+      }
+      f(tile++, at);
+    }
+  }
+}
+
+std::vector<Stretch> stretches_of(int64_t steps, int64_t a_step) {
+  const int64_t depth = conv_kernels<float>()->depth;
+  std::vector<Stretch> stretches;
+  for (int64_t i = 0; i < steps; i += depth) stretches.push_back({i * a_step, i * kPanelStep, std::min(depth, steps - i)});
+  return stretches;
+}
+
+// M = V·U, product by product.
+void multiply(
+    const ConvShape& s, int64_t tiles, const float* v, int64_t v_pitch, const char* filters, float* m, int64_t m_pitch) {
+  const ConvKernels<float>& kernels = *conv_kernels<float>();
+  const int64_t lda = s.channels * int64_t(sizeof(float));
+  const std::vector<Stretch> stretches = stretches_of(s.channels, sizeof(float));
+  int shape = 0;
+  for (int64_t i = 0; i < kWinogradProducts; ++i) {
+    for (int64_t k = 0; k < s.filters; k += kTileColumns, filters += s.channels * kPanelStep) {
+      for (int64_t t = 0; t < tiles; t += kernels.rows) {
+        const int rows = int(std::min<int64_t>(kernels.rows, tiles - t)), upper = std::min(rows, kernels.half);
+        const auto* a = reinterpret_cast<const char*>(v + i * v_pitch + t * s.channels);
+        const Product product = {a, filters, stretches.data(), int64_t(stretches.size()), lda, kernels.half * lda,
+                                 int64_t(sizeof(float))};
+        kernels.store_tile({upper, rows - upper}, product, m + i * m_pitch + t * s.filters + k, s.filters,
+                           kernels.half * s.filters, {}, shape);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+bool winograd_takes(const ConvShape& s) {
+  const ConvBy by = conv_by();
+  if (kernels() == nullptr || by == ConvBy::Tiles || by == ConvBy::OneDnn) return false;
+  for (int i = 0; i < 2; ++i) {
+    if (s.taps[i] != 3 || s.stride[i] != 1 || s.dilation[i] != 1 || s.padding[i] > 2) return false;
+  }
+  const Grid grid(s);
+  const bool enough = by == ConvBy::Winograd || grid.all * grid.columns >= kLeastTiles * at::get_num_threads();
+  return engine_takes<float>(s) && std::max(s.channels, s.filters) <= kMostWinogradChannels && enough;
+}
+
+ConvShape transposed(const ConvShape& s) {
+  ConvShape t = s;
+  t.height = s.rows, t.width = s.columns, t.channels = s.filters;
+  t.rows = s.height, t.columns = s.width, t.filters = s.channels;
+  for (int i = 0; i < 2; ++i) t.padding[i] = s.taps[i] - 1 - s.padding[i];
+  return t;
+}
+
+at::Tensor winograd_filters(const at::Tensor& w, bool for_dgrad) {
+  const at::Tensor rows = w.contiguous(at::MemoryFormat::ChannelsLast);  // [K][9][C]
+  const auto* from = rows.const_data_ptr<float>();
+  const int64_t filters = w.size(0), channels = w.size(1), panels = (for_dgrad ? channels : filters) / kTileColumns;
+  const int64_t panel_bytes = (for_dgrad ? filters : channels) * kPanelStep, matrix = panels * panel_bytes;
+  at::Tensor packed = at::empty({kWinogradProducts * matrix + 64}, w.options().dtype(at::kByte));
+  auto* to = reinterpret_cast<char*>(packed.data_ptr<uint8_t>());
+  const auto taps = [&](int64_t k, int64_t c, const float*(&g)[9]) {
+    for (int i = 0; i < 9; ++i) g[i] = from + (k * 9 + (for_dgrad ? 8 - i : i)) * channels + c;
+  };
+  at::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
+    const float* g[9];
+    for (int64_t panel = begin; panel < end; ++panel) {
+      char* first = to + panel * panel_bytes;
+      if (for_dgrad) {  // a filter's 32 channels are a step
+        for (int64_t k = 0; k < filters; ++k) {
+          taps(k, panel * kTileColumns, g);
+          kernels()->filter(g, kTileColumns, reinterpret_cast<float*>(first + k * kPanelStep), matrix / sizeof(float));
+        }
+        continue;
+      }
+      const int64_t pitch = pitch_of(kTileColumns, channels);
+      auto* u = reinterpret_cast<float*>(scratch(0, kWinogradProducts * pitch * int64_t(sizeof(float))));
+      for (int64_t k = 0; k < kTileColumns; ++k) {
+        taps(panel * kTileColumns + k, 0, g);
+        kernels()->filter(g, channels, u + k * channels, pitch);
+      }
+      for (int64_t i = 0; i < kWinogradProducts; ++i) {
+        conv_kernels<float>()->pack_outer(u + i * pitch, true, channels, channels, first + i * matrix);
+      }
+    }
+  });
+  return packed;
+}
+
+void winograd(
+    const ConvShape& s, const float* x, const FillRow<float>& fill, const at::Tensor& filters, const float* shift,
+    const float* residual, bool relu, float* y, const Finish& finish) {
+  const Grid grid(s);
+  const int64_t size = std::max<int64_t>(1, kBlockTiles / grid.columns);
+  const int64_t threads = at::get_num_threads(), blocks = ceil_div(ceil_div(grid.all, size), threads) * threads;
+  const Cut cut = {std::min(blocks, grid.all), grid.all};
+  const int64_t tiles = ceil_div(grid.all, cut.parts) * grid.columns;
+  const int64_t v_pitch = pitch_of(tiles, s.channels), m_pitch = pitch_of(tiles, s.filters);
+  const auto* panels = reinterpret_cast<const char*>(filters.const_data_ptr<uint8_t>());
+
+  const auto run = [&](int64_t task, int64_t block) {
+    const int64_t first = cut.begin(block), last = cut.begin(block + 1);
+    const std::vector<Segment> parts = segments(s, grid, first, last);
+    auto* v = reinterpret_cast<float*>(scratch(0, kWinogradProducts * v_pitch * int64_t(sizeof(float))));
+    auto* m = reinterpret_cast<float*>(scratch(1, kWinogradProducts * m_pitch * int64_t(sizeof(float))));
+    for (const Segment& g : parts) {
+      each_patch(s, grid, g, x, fill, [&](int64_t tile, const float* const(&d)[16]) {
+        kernels()->input(d, s.channels, v + tile * s.channels, v_pitch);
+      });
+    }
+    multiply(s, (last - first) * grid.columns, v, v_pitch, panels, m, m_pitch);
+    for (const Segment& g : parts) {
+      each_output(s, g, [&](int64_t tile, const int64_t(&at)[4]) {
+        float* to[4];
+        const float* beside[4];
+        for (int i = 0; i < 4; ++i) {
+          to[i] = at[i] >= 0 ? y + at[i] : nullptr;
+          beside[i] = at[i] >= 0 && residual ? residual + at[i] : nullptr;
+        }
+        kernels()->output(m + tile * s.filters, m_pitch, s.filters, to, beside, shift, relu);
+      });
+      const int64_t row = g.image * s.rows;
+      if (finish) finish(task, (row + g.p0) * s.columns, (row + g.p1) * s.columns);
+    }
+  };
+  const int64_t tasks = finish ? std::min(cut.parts, kTasks) : cut.parts;
+  for_tasks(tasks, [&](int64_t task) {
+    for (int64_t i = task * cut.parts / tasks; i < (task + 1) * cut.parts / tasks; ++i) run(task, i);
+  });
+}
+
+// For blocks of tiles as of the forward pass: V and M as panels of 32 values, [tile][32], a tile being a step; then
+// U[product][filters][channels] += Mᵀ·V. Tasks and lanes as of engine_wgrad.
+at::Tensor winograd_wgrad(const ConvShape& s, const float* x, const FillRow<float>& fill, const float* dz) {
+  const ConvKernels<float>& tile_kernels = *conv_kernels<float>();
+  const Grid grid(s);
+  const int64_t size = kWinogradProducts * s.filters * s.channels, threads = at::get_num_threads();
+  const bool shared = size > (256 << 10);  // sums that do not fit L2: each thread has filters of its own
+  const int64_t chunk = shared ? ceil_div(s.filters / kTileColumns, threads) * kTileColumns : s.filters;
+  const int64_t chunks = ceil_div(s.filters, chunk), rows = std::max<int64_t>(1, kBlockTiles / grid.columns);
+  const int64_t lanes = std::clamp<int64_t>(ceil_div(threads, chunks), 1, grid.all);
+  const Cut cut = {std::min(ceil_div(ceil_div(grid.all, rows), lanes) * lanes, grid.all), grid.all};
+  const Cut parts = {tile_kernels.dw_parts, kTileColumns};
+  const at::Tensor sums = empty({lanes, kWinogradProducts, s.filters, s.channels}, at::kFloat, at::MemoryFormat::Contiguous);
+
+  const auto run = [&](int64_t block, bool add, int64_t k0, int64_t filters, float* u) {
+    const int64_t first = cut.begin(block), last = cut.begin(block + 1), tiles = (last - first) * grid.columns;
+    const int64_t panel = tiles * kTileColumns, lda = int64_t(sizeof(float));
+    const int64_t v_pitch = pitch_of(tiles, s.channels), m_pitch = pitch_of(tiles, filters);
+    auto* v = reinterpret_cast<float*>(scratch(0, kWinogradProducts * v_pitch * lda));
+    auto* m = reinterpret_cast<float*>(scratch(1, kWinogradProducts * m_pitch * lda));
+    for (const Segment& g : segments(s, grid, first, last)) {
+      each_patch(s, grid, g, x, fill, [&](int64_t tile, const float*(&d)[16]) {
+        for (int64_t c = 0; c < s.channels; c += kTileColumns) {
+          kernels()->input(d, kTileColumns, v + c * tiles + tile * kTileColumns, v_pitch);
+          for (const float*& pixel : d) pixel += kTileColumns;
+        }
+      });
+      each_output(s, g, [&](int64_t tile, const int64_t(&at)[4]) {
+        const float* dy[4];
+        for (int i = 0; i < 4; ++i) dy[i] = at[i] >= 0 ? dz + at[i] + k0 : zeros();
+        for (int64_t k = 0; k < filters; k += kTileColumns) {
+          kernels()->output_gradient(dy, kTileColumns, m + k * tiles + tile * kTileColumns, m_pitch);
+          for (const float*& pixel : dy) pixel += kTileColumns;
+        }
+      });
+    }
+    const std::vector<Stretch> stretches = stretches_of(tiles, kPanelStep);
+    int shape = 0;
+    for (int64_t i = 0; i < kWinogradProducts; ++i) {
+      for (int64_t c = 0; c < s.channels; c += kTileColumns) {
+        const auto* b = reinterpret_cast<const char*>(v + i * v_pitch + c / kTileColumns * panel);
+        for (int64_t j = 0; j < filters / kTileColumns * parts.parts; ++j) {
+          const int64_t part = parts.begin(j % parts.parts), k = j / parts.parts * kTileColumns;
+          const auto* a = reinterpret_cast<const char*>(m + i * m_pitch + k * tiles + part);
+          const Product product = {a, b, stretches.data(), int64_t(stretches.size()), lda, lda * tile_kernels.half,
+                                   kPanelStep};
+          float* to = u + ((i * s.filters + k0 + k + part) * s.channels + c);
+          tile_kernels.add_tile(int(parts.begin(j % parts.parts + 1) - part), product, add, to, s.channels, shape);
+        }
+      }
+    }
+  };
+  for_tasks(lanes * chunks, [&](int64_t task) {
+    const int64_t lane = task / chunks, k0 = task % chunks * chunk, first = lane * cut.parts / lanes;
+    for (int64_t i = first; i < (lane + 1) * cut.parts / lanes; ++i) {
+      run(i, i > first, k0, std::min(chunk, s.filters - k0), sums.data_ptr<float>() + lane * size);
+    }
+  });
+
+  const at::Tensor u = lanes == 1 ? sums[0] : sums.sum(0);
+  const at::Tensor dw = empty({s.filters, 3, 3, s.channels}, at::kFloat, at::MemoryFormat::Contiguous);
+  at::parallel_for(0, s.filters, 8, [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k) {
+      float* to[9];
+      for (int64_t i = 0; i < 9; ++i) to[i] = dw.data_ptr<float>() + (k * 9 + i) * s.channels;
+      kernels()->filter_gradient(u.const_data_ptr<float>() + k * s.channels, s.filters * s.channels, s.channels, to);
+    }
+  });
+  return dw;
+}
+
+}  // namespace resnet_fast::cpu

@@ -1,0 +1,63 @@
+// 3x3 convolutions by Winograd's minimal filtering F(2x2, 3x3), in fp32 (Lavin & Gray 2016, arXiv:1509.09308): the
+// four outputs of a tile by 16 products where the direct way takes 36.
+//   y = Aᵀ[Σ over channels of (G g Gᵀ) ⊙ (Bᵀ d B)]A    d: the tile's 4x4 patch of x, g: a 3x3 filter
+//
+//        1  0 -1  0        1    0    0
+//   Bᵀ = 0  1  1  0    G = 1/2  1/2  1/2    Aᵀ = 1  1  1  0
+//        0 -1  1  0        1/2 -1/2  1/2         0  1 -1 -1
+//        0  1  0 -1        0    0    1
+//
+// The sums have a term a channel, not nine, so that rounding errors come out smaller than those of the direct way.
+// But a tile shares them: infinity in a patch is NaN in all of its tile, and what a value far larger than the others
+// costs in digits, the neighbours in its tile pay too. Larger tiles would save more products and cost digits.
+#pragma once
+
+#include "engine.h"
+
+namespace resnet_fast {
+
+constexpr int kWinogradProducts = 16;
+constexpr int64_t kMostWinogradChannels = 1 << 14;
+
+// The transforms, `channels` at a time (a multiple of 16); one product's values are `pitch` from the next one's.
+struct WinogradKernels {
+  // u = G g Gᵀ, where tap (i, j) of the filter is at g[3·i + j].
+  void (*filter)(const float* const g[9], int64_t channels, float* u, int64_t pitch);
+  // v = Bᵀ d B, where pixel (i, j) of the patch is at d[4·i + j].
+  void (*input)(const float* const d[16], int64_t channels, float* v, int64_t pitch);
+  // y = relu(Aᵀ m A + shift + residual), where pixel (i, j) of y is at y[2·i + j], nullptr outside, and its residual
+  // beside; a null shift or residual is not there.
+  void (*output)(const float* m, int64_t pitch, int64_t channels, float* const y[4], const float* const residual[4],
+                 const float* shift, bool relu);
+  // And their transposes, for dw = Gᵀ[Σ over tiles of (A dy Aᵀ) ⊙ (Bᵀ d B)]G: m = A dy Aᵀ, where pixel (i, j) of dy is
+  // at dy[2·i + j]; and dw = Gᵀ u G, where tap (i, j) is at dw[3·i + j].
+  void (*output_gradient)(const float* const dy[4], int64_t channels, float* m, int64_t pitch);
+  void (*filter_gradient)(const float* u, int64_t pitch, int64_t channels, float* const dw[9]);
+};
+
+namespace avx512 {
+const WinogradKernels& winograd_kernels();
+}
+
+namespace cpu {
+
+// Whether it takes the shape, which is the engine's (channels and filters in panels of 32): 3x3, stride 1, and tiles
+// enough for every thread to make up for filters that are 16/9 as large.
+bool winograd_takes(const ConvShape& shape);
+
+// The shape of which the transpose of `shape`, a dgrad, is a convolution with its filters turned round.
+ConvShape transposed(const ConvShape& shape);
+
+// Filters [K,3,3,C] (of fp32) as the panels of 16 matrices; for dgrad turned round.
+at::Tensor winograd_filters(const at::Tensor& w, bool for_dgrad);
+
+// As engine_fprop; `filters` of winograd_filters.
+void winograd(
+    const ConvShape& shape, const float* x, const FillRow<float>& fill, const at::Tensor& filters, const float* shift,
+    const float* residual, bool relu, float* y, const Finish& finish);
+
+// As engine_wgrad.
+at::Tensor winograd_wgrad(const ConvShape& shape, const float* x, const FillRow<float>& fill, const float* dz);
+
+}  // namespace cpu
+}  // namespace resnet_fast
