@@ -1,6 +1,7 @@
 // Our own NHWC convolutions for CPUs with AVX-512: implicit GEMM in bands of output rows that stay in the
 // L2 cache, so that what comes before a convolution (normalization, ReLU, BN backward) is done as its input
 // is laid out, and what comes after (statistics, ReLU gradient, sums) while its output is still there.
+// 3x3 convolutions of fp32 take Winograd's way where it is faster (winograd.h), likewise in blocks.
 #pragma once
 
 #include <ATen/ATen.h>

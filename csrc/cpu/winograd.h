@@ -8,8 +8,8 @@
 //        0  1  0 -1        0    0    1
 //
 // The sums have a term a channel, not nine, so that rounding errors come out smaller than those of the direct way.
-// But a tile shares them: infinity in a patch is NaN in all of its tile, and what a value far larger than the others
-// costs in digits, the neighbours in its tile pay too. Larger tiles would save more products and cost digits.
+// But a tile shares them: infinity or NaN in a patch is NaN in all of its tile, and what a value far larger than the
+// others costs in digits, the neighbours in its tile pay too. Larger tiles would save more products and cost digits.
 #pragma once
 
 #include "engine.h"
@@ -26,7 +26,7 @@ struct WinogradKernels {
   // v = Bᵀ d B, where pixel (i, j) of the patch is at d[4·i + j].
   void (*input)(const float* const d[16], int64_t channels, float* v, int64_t pitch);
   // y = relu(Aᵀ m A + shift + residual), where pixel (i, j) of y is at y[2·i + j], nullptr outside, and its residual
-  // beside; a null shift or residual is not there.
+  // likewise; a null shift or residual is not there.
   void (*output)(const float* m, int64_t pitch, int64_t channels, float* const y[4], const float* const residual[4],
                  const float* shift, bool relu);
   // And their transposes, for dw = Gᵀ[Σ over tiles of (A dy Aᵀ) ⊙ (Bᵀ d B)]G: m = A dy Aᵀ, where pixel (i, j) of dy is
