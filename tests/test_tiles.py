@@ -86,6 +86,37 @@ def test_winograd():
     check_in_process("avx512", "fp32", 2, 1, RESNET_FAST_CPU_CONV="winograd")
 
 
+ERRORS = """
+import torch
+from resnet_fast import ops
+torch.manual_seed(0)
+x, w = torch.randn(2, 64, 14, 14), torch.randn(64, 64, 3, 3)
+x, w = (t.to(memory_format=torch.channels_last) for t in (x, w))
+run = lambda x: ops.conv_fprop(x, w, None, None, False, [1, 1], [1, 1], [1, 1], 1, "native")[0]
+exact = torch.nn.functional.conv2d(x.double(), w.double(), padding=1)
+print((run(x).double() - exact).pow(2).mean().sqrt().item())
+x[0, 0, 6, 7] = float("inf")
+print((~run(x).isfinite())[0].all(0).nonzero().tolist())
+print((~run(x).isfinite())[0].any(0).nonzero().tolist())
+"""
+
+
+def test_rounding_errors_of_winograd():
+    """Smaller than those of direct products; and an infinity shows where its windows are alone."""
+    info = backend.build_info()
+    if info is None or "avx512" not in info["isas"] or info["isa_detected"] in ("baseline", "avx2"):
+        pytest.skip("the own tiles need AVX-512")
+    found = {}
+    for by in ("tiles", "winograd"):
+        env = {**os.environ, "RESNET_FAST_CPU_CONV": by}
+        run = [sys.executable, "-c", ERRORS]
+        out = subprocess.run(run, check=True, capture_output=True, text=True, env=env).stdout
+        found[by] = out.splitlines()
+    assert 0 < float(found["winograd"][0]) < float(found["tiles"][0])
+    windows = str([[i, j] for i in (5, 6, 7) for j in (6, 7, 8)])
+    assert found["winograd"][1:] == found["tiles"][1:] == [windows, windows]
+
+
 @pytest.mark.parametrize(
     ("isa", "dtype", "by"),
     [("avx512", "fp32", "tiles"), ("avx512", "fp32", "winograd"),

@@ -10,6 +10,7 @@
 #include "bands.h"
 #include "conv_kernels.h"
 #include "cpu_features.h"
+#include "memory.h"
 #include "winograd.h"
 
 namespace resnet_fast {
@@ -391,7 +392,8 @@ at::Tensor pack_filters(const ConvShape& shape, const at::Tensor& w, bool for_dg
   const int64_t filters = w.size(0), channels = w.size(1), taps = w.size(2) * w.size(3), ld = taps * channels;
   const int64_t outer = for_dgrad ? channels : filters, inner = for_dgrad ? filters : channels;
   const int64_t tap_bytes = steps<T>(inner) * kPanelStep;
-  at::Tensor packed = at::empty({outer / kTileColumns * taps * tap_bytes + 64}, w.options().dtype(at::kByte));
+  const int64_t bytes = outer / kTileColumns * taps * tap_bytes + 64;
+  const at::Tensor packed = empty({bytes}, at::kByte, at::MemoryFormat::Contiguous);
   char* to = reinterpret_cast<char*>(packed.data_ptr<uint8_t>());
   const char* from = static_cast<const char*>(rows.const_data_ptr());
   const int64_t size = w.element_size();

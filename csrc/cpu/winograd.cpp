@@ -147,8 +147,10 @@ bool winograd_takes(const ConvShape& s) {
     if (s.taps[i] != 3 || s.stride[i] != 1 || s.dilation[i] != 1 || s.padding[i] > 2) return false;
   }
   const Grid grid(s);
-  const bool enough = by == ConvBy::Winograd || grid.all * grid.columns >= kLeastTiles * at::get_num_threads();
-  return engine_takes<float>(s) && std::max(s.channels, s.filters) <= kMostWinogradChannels && enough;
+  const int64_t threads = at::get_num_threads();  // each has rows of tiles of its own
+  const bool enough = grid.all >= threads && grid.all * grid.columns >= kLeastTiles * threads;
+  return (enough || by == ConvBy::Winograd) && engine_takes<float>(s) &&
+         std::max(s.channels, s.filters) <= kMostWinogradChannels;
 }
 
 ConvShape transposed(const ConvShape& s) {
@@ -164,7 +166,7 @@ at::Tensor winograd_filters(const at::Tensor& w, bool for_dgrad) {
   const auto* from = rows.const_data_ptr<float>();
   const int64_t filters = w.size(0), channels = w.size(1), panels = (for_dgrad ? channels : filters) / kTileColumns;
   const int64_t panel_bytes = (for_dgrad ? filters : channels) * kPanelStep, matrix = panels * panel_bytes;
-  at::Tensor packed = at::empty({kWinogradProducts * matrix + 64}, w.options().dtype(at::kByte));
+  const at::Tensor packed = empty({kWinogradProducts * matrix + 64}, at::kByte, at::MemoryFormat::Contiguous);
   auto* to = reinterpret_cast<char*>(packed.data_ptr<uint8_t>());
   const auto taps = [&](int64_t k, int64_t c, const float*(&g)[9]) {
     for (int i = 0; i < 9; ++i) g[i] = from + (k * 9 + (for_dgrad ? 8 - i : i)) * channels + c;

@@ -8,8 +8,8 @@
 //        0  1  0 -1        0    0    1
 //
 // The sums have a term a channel, not nine, so that rounding errors come out smaller than those of the direct way.
-// But a tile shares them: infinity or NaN in a patch is NaN in all of its tile, and what a value far larger than the
-// others costs in digits, the neighbours in its tile pay too. Larger tiles would save more products and cost digits.
+// An output is made from the pixels of its own window alone, as Aᵀ leaves out the products of the others; only that
+// an infinity in it comes out as NaN. Larger tiles would save more products, but cost digits.
 #pragma once
 
 #include "engine.h"
