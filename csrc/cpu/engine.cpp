@@ -235,6 +235,10 @@ Ready<T> prepare(const Problem<T>& c, const Band& band, const Window& w, const I
 // bands that share a pass over those, beside a panel.
 constexpr int64_t kMostPanels = 8, kFarBytes = 1 << 20, kFarScratch = 5 << 18;
 
+// Bytes of a tile that are fetched in shares, one before each panel, as more at once than the CPU has buffers for
+// would wait for each other. A larger tile is fetched at once: it and a panel do not fit L1, and panels wait anyway.
+constexpr int64_t kSharedFetch = 24 << 10;
+
 // Ask for [from, to) to be in L2 soon.
 inline void fetch(const void* from, const void* to) {
   for (auto* line = static_cast<const char*>(from); line < to; line += 64) __builtin_prefetch(line, 0, 2);
@@ -278,16 +282,20 @@ void run_bands(const Problem<T>& c, const Band* bands, int64_t count, int64_t pa
     const int64_t last = std::min(first + block, panel1);
     for (const Ready<T>& band : ready) {
       for (size_t i = 0; i < band.tiles.size(); ++i) {
-        if (streams && i + 1 < band.tiles.size()) {
-          const Tile& next = band.tiles[i + 1];
-          const int64_t rows = next.rows.first + next.rows.second;
-          if (first == panel0) fetch(next.a, next.a + rows * band.lda);
-          for (int64_t row = 0; c.residual && row < rows; ++row) {
-            const T* at = c.residual + next.y + row * band.ldy;
-            fetch(at + first * kTileColumns, at + last * kTileColumns);
+        const Tile* next = streams && i + 1 < band.tiles.size() ? &band.tiles[i + 1] : nullptr;
+        const int64_t next_rows = next ? next->rows.first + next->rows.second : 0;
+        const Cut shares = {next_rows * band.lda <= kSharedFetch ? last - first : 1, next_rows};
+        for (int64_t panel = first; panel < last; ++panel) {
+          if (const int64_t share = panel - first; next && share < shares.parts) {
+            const int64_t row0 = shares.begin(share), row1 = shares.begin(share + 1);
+            if (first == panel0) fetch(next->a + row0 * band.lda, next->a + row1 * band.lda);
+            for (int64_t row = row0; c.residual && row < row1; ++row) {
+              const T* at = c.residual + next->y + row * band.ldy;
+              fetch(at + first * kTileColumns, at + last * kTileColumns);
+            }
           }
+          multiply(band, band.tiles[i], panel);
         }
-        for (int64_t panel = first; panel < last; ++panel) multiply(band, band.tiles[i], panel);
       }
     }
   }
