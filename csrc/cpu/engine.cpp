@@ -451,7 +451,7 @@ void engine_dgrad(
 
 #define RESNET_FAST_ENGINE(T)                                                                                     \
   template bool engine_takes<T>(const ConvShape&);                                                                \
-  template at::Tensor pack_filters<T>(const ConvShape&, const at::Tensor&, bool);                                                   \
+  template at::Tensor pack_filters<T>(const ConvShape&, const at::Tensor&, bool);                                     \
   template void engine_fprop<T>(                                                                                  \
       const ConvShape&, const T*, const FillRow<T>&, const at::Tensor&, const float*, const T*, bool, T*,          \
       const Finish&);                                                                                             \

@@ -229,6 +229,12 @@ Call sum_and(bool relu) {
   return {"add", c10::IValue(), relu ? c10::IValue("relu") : c10::IValue(), OneDnn::Scalars(), c10::IValue()};
 }
 
+// The fused sum takes plainly channels_last operands only: ATen's fallback for others has no bf16, and older
+// releases cannot describe single pixels or channels to oneDNN.
+bool can_sum(const Tensor& x, const Tensor& other, const Geometry& g) {
+  return g.groups == 1 && !x.is_contiguous() && !other.is_contiguous();
+}
+
 // relu(conv(x) + bias) by oneDNN. The C library takes blocks of over 32 MB from the system at every call; a result
 // of that size is a sum with zeros in memory that we keep (memory.h): to write and to read them costs less than page
 // faults. ResNet-50's stem at batch 16 takes 17 ms so, and 27 ms with the faults.
@@ -237,11 +243,11 @@ Tensor convolve(
   constexpr int64_t kMapped = 32 << 20;
   const ConvShape s = conv_shape(x, w, g);
   const int64_t bytes = s.images * s.rows * s.columns * s.filters * int64_t(x.element_size());
-  const bool plain = g.groups == 1 && !x.is_contiguous() && s.filters > 1 && s.rows * s.columns > 1;
-  if (bytes > kMapped && plain && onednn().binary_over) {
+  if (bytes > kMapped && onednn().binary_over) {
     const Tensor y = empty({s.images, s.filters, s.rows, s.columns}, x.options(), at::MemoryFormat::ChannelsLast);
-    return call(*onednn().binary_over,
-                with_geometry({y.zero_(), x, packed.weight, bias}, g, sum_and(relu)));
+    if (can_sum(x, y, g)) {
+      return call(*onednn().binary_over, with_geometry({y.zero_(), x, packed.weight, bias}, g, sum_and(relu)));
+    }
   }
   return call(*onednn().plain, with_geometry({x, packed.weight, bias}, g,
                                              {relu ? "relu" : "none", OneDnn::Scalars(), c10::IValue()}));
@@ -262,11 +268,7 @@ Tensor run_packed(
     if (residual) y.add_(*residual);
     return relu ? y.relu_() : y;
   }
-  // The fused sum takes plainly channels_last operands only: ATen's fallback for others has no bf16, and
-  // older releases cannot describe single pixels or channels to oneDNN.
-  const bool sums = residual && x.scalar_type() == at::kFloat && g.groups == 1 && !residual->is_contiguous() &&
-                    !x.is_contiguous();
-  if (residual && !sums) {
+  if (residual && !(x.scalar_type() == at::kFloat && can_sum(x, *residual, g))) {
     Tensor y = convolve(x, w, packed, bias, false, g);
     y.add_(*residual);
     return relu ? y.relu_() : y;
