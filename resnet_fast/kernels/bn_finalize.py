@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import launch
+from .sizes import cdiv
 
 BLOCK = 128
 
@@ -77,7 +78,7 @@ def bn_finalize(
     channels = mean.numel()
     if channels:
         launch(
-            bn_finalize_kernel, (triton.cdiv(channels, BLOCK),),
+            bn_finalize_kernel, (cdiv(channels, BLOCK),),
             mean, m2, weight, bias, scale, shift, rstd, channels, max(count, 1), eps, BLOCK,
             num_warps=4,
         )  # fmt: skip
@@ -92,7 +93,7 @@ def bn_bwd_finalize(
     channels = sum_dy.numel()
     if channels:
         launch(
-            bn_bwd_finalize_kernel, (triton.cdiv(channels, BLOCK),),
+            bn_bwd_finalize_kernel, (cdiv(channels, BLOCK),),
             sum_dy, sum_dy_xhat, scale, rstd, b, c, channels, max(count, 1), BLOCK, num_warps=4,
         )  # fmt: skip
     return b, c

@@ -30,6 +30,7 @@ from .conv_plan import (
 from .lanes import relu_gate, row_bits, sum_rows, widen
 from .launch import all_registers, launch, target
 from .merge import merge_sums
+from .sizes import cdiv
 
 STORE_N = 64  # columns of a box that is stored
 
@@ -188,11 +189,9 @@ def conv_dgrad(
         nonlocal partial
         block_m, block_n, block_k, warps, stages = config
         block_k = block_k * 2 // x.element_size()
-        rows, cols = triton.cdiv(h, stride), triton.cdiv(width, stride)
+        rows, cols = cdiv(h, stride), cdiv(width, stride)
         box = box_of(block_m, n, rows, cols)
-        grid = [
-            triton.cdiv(*pair) for pair in zip((n, rows, cols, c), (*box, block_n), strict=True)
-        ]
+        grid = [cdiv(*pair) for pair in zip((n, rows, cols, c), (*box, block_n), strict=True)]
         boxes = grid[0] * grid[1] * grid[2] * stride * stride
         if below.mean is not None:
             partial = x.new_empty(2, boxes, c, dtype=dtype)
@@ -212,7 +211,7 @@ def conv_dgrad(
             conv_dgrad_kernel, (boxes * grid[3],),
             *moved, above.mask, above.a, above.mean, above.b, above.c, below.scale, below.shift,
             below.mean, below.residual_mask, partial, n, h, width, p, q, c, k, grid[1], grid[2],
-            grid[3], triton.cdiv(k, block_k), r, s, stride, *conv.padding, *conv.dilation,
+            grid[3], cdiv(k, block_k), r, s, stride, *conv.padding, *conv.dilation,
             precision(x), tl.float64 if dtype == torch.float64 else tl.float32, tma, *box, block_n,
             block_k, num_warps=warps, num_stages=stages, **all_registers(x),
         )  # fmt: skip

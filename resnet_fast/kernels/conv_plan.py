@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from ..chain import Conv
 from ..layout import memory_format
 from .launch import target
+from .sizes import cdiv, next_power_of_2
 
 # GEMM_M, GEMM_N, GEMM_K of a tile (GEMM_K in 2-byte elements), warps, stages of the pipeline
 CONFIGS = (
@@ -150,6 +151,7 @@ def precision(x: Tensor) -> str:
     return "ieee" if exact or x.dtype == torch.float64 else "tf32"
 
 
+@functools.cache
 def box_of(block_m: int, n: int, p: int, q: int) -> tuple[int, int, int]:
     """Sides (powers of two, product `block_m`) of the box that covers N × P × Q in fewest boxes.
 
@@ -159,7 +161,7 @@ def box_of(block_m: int, n: int, p: int, q: int) -> tuple[int, int, int]:
     boxes = [(block_m // (bp * bq), bp, bq) for bq in powers for bp in powers if bp * bq <= block_m]
 
     def cost(box: tuple[int, int, int]) -> tuple[int, int, int]:
-        count = triton.cdiv(n, box[0]) * triton.cdiv(p, box[1]) * triton.cdiv(q, box[2])
+        count = cdiv(n, box[0]) * cdiv(p, box[1]) * cdiv(q, box[2])
         return count, -box[2], -box[1]
 
     return min((box for box in boxes if max(box) <= 256), key=cost)
@@ -168,7 +170,7 @@ def box_of(block_m: int, n: int, p: int, q: int) -> tuple[int, int, int]:
 def eligible(configs: Configs, filters: int, shared: int) -> Configs:
     """Those of `configs` no wider than the filters need, whose stages fit in `shared` bytes."""
     narrowest = min(config[1] for config in configs)
-    width = max(narrowest, triton.next_power_of_2(filters))
+    width = max(narrowest, next_power_of_2(filters))
     return tuple(
         config
         for config in configs
@@ -218,7 +220,7 @@ def wgrad_configs(x: Tensor, w: Tensor, tma: bool, above: Above) -> Configs:
     # Addresses of two pieces beside the widest tile's sums are more registers than there are.
     configs = WGRAD_CONFIGS[1:] if pieces > 1 and not tma else WGRAD_CONFIGS
     configs = eligible(configs, w.size(1), target(x).shared)
-    tallest = max(64, triton.next_power_of_2(w.size(0)))
+    tallest = max(64, next_power_of_2(w.size(0)))
     fits = tuple(
         config
         for config in configs
@@ -240,7 +242,7 @@ def gradient_key(x: Tensor, w: Tensor, conv: Conv, above: Above, below: Below) -
 def pick(configs: Configs, pixels: int, filters: int, processors: int) -> int:
     """The rule: the first tile whose grid fills the GPU, else the last, which is the smallest."""
     for i, config in enumerate(configs):
-        if triton.cdiv(pixels, config[0]) * triton.cdiv(filters, config[1]) >= processors:
+        if cdiv(pixels, config[0]) * cdiv(filters, config[1]) >= processors:
             return i
     return len(configs) - 1
 

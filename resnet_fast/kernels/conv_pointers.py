@@ -24,6 +24,7 @@ from .conv_plan import (
 )  # fmt: skip
 from .conv_split import SPLITS, Gemm, is_last, meeting_place, share, sum_of_parts, with_splits
 from .launch import all_registers, launch, target
+from .sizes import cdiv, next_power_of_2
 
 
 @triton.jit
@@ -195,9 +196,9 @@ def by_pointers(x: Tensor, w: Tensor, conv: Conv, f: Fusion, y: Tensor) -> Tenso
         block_m, block_n, block_k, warps, stages, split = config
         block_k = block_k * 2 // x.element_size()
         if not flat_channels:
-            block_k = min(block_k, max(16, triton.next_power_of_2(channels)))
-        k_tiles = triton.cdiv(filters, block_n)
-        boxes = triton.cdiv(pixels, block_m)
+            block_k = min(block_k, max(16, next_power_of_2(channels)))
+        k_tiles = cdiv(filters, block_n)
+        boxes = cdiv(pixels, block_m)
         if f.stats:
             partial = x.new_empty(4, boxes, w.size(0), dtype=stats_dtype(x))
         meeting = meeting_place(x, boxes * k_tiles * conv.groups, block_m, block_n, split)

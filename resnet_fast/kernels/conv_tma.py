@@ -14,6 +14,7 @@ from .conv_epilogue import columns, epilogue, prologue, store_moments
 from .conv_plan import CONFIGS, Fusion, box_of, eligible, key, pick, precision
 from .conv_split import Gemm, is_last, meeting_place, share, sum_of_parts, with_splits
 from .launch import all_registers, launch, target
+from .sizes import cdiv
 
 STORE_N = 64  # columns of a box that is stored
 
@@ -149,7 +150,7 @@ def by_descriptors(x: Tensor, w: Tensor, conv: Conv, f: Fusion, y: Tensor) -> Te
         if residual is not None:
             residual = output_tiles(residual, (n, p, q, k), box, columns)
         sizes, blocks = (n, p, q, k), (*box, block_n)
-        grid = [triton.cdiv(*pair) for pair in zip(sizes, blocks, strict=True)]
+        grid = [cdiv(*pair) for pair in zip(sizes, blocks, strict=True)]
         boxes = grid[0] * grid[1] * grid[2]
         if f.stats:
             partial = x.new_empty(4, boxes, k, dtype=torch.float32)
@@ -159,7 +160,7 @@ def by_descriptors(x: Tensor, w: Tensor, conv: Conv, f: Fusion, y: Tensor) -> Te
             conv_affine_act_tma_kernel, (programs, split),
             x_tiles, w_tiles, residual, y_tiles, *f.vectors, partial, *meeting, n, h, width, p, q,
             c, k, grid[1], grid[2], grid[3],
-            triton.cdiv(c, block_k), r, s, stride, *conv.padding, *conv.dilation, f.eps, f.relu,
+            cdiv(c, block_k), r, s, stride, *conv.padding, *conv.dilation, f.eps, f.relu,
             precision(x), *box, block_n, block_k, split, num_warps=warps, num_stages=stages,
             **all_registers(x),
         )  # fmt: skip

@@ -28,6 +28,7 @@ from .conv_plan import (
 )
 from .launch import all_registers, launch, target
 from .merge import fold
+from .sizes import cdiv
 
 PROGRAMS = 2  # a multiprocessor, that the splits are cut for
 
@@ -146,14 +147,11 @@ def conv_wgrad(
         block_m, block_n, block_k, warps, stages = config
         block_k = block_k * 2 // x.element_size()
         box = box_of(block_k, n, p, q)
-        grid = [
-            triton.cdiv(*pair)
-            for pair in zip((n, p, q, k, c), (*box, block_m, block_n), strict=True)
-        ]
+        grid = [cdiv(*pair) for pair in zip((n, p, q, k, c), (*box, block_m, block_n), strict=True)]
         boxes, programs = grid[0] * grid[1] * grid[2], grid[3] * grid[4] * r * s
         splits = max(1, min(boxes, PROGRAMS * gpu.multiprocessors // programs))
-        per_split = triton.cdiv(boxes, splits)
-        splits = triton.cdiv(boxes, per_split)
+        per_split = cdiv(boxes, splits)
+        splits = cdiv(boxes, per_split)
         partial = x.new_empty(splits, k * r * s * c, dtype=dtype)
         moved = [dy, above.z, x]
         if tma:

@@ -9,6 +9,7 @@ from torch import Tensor
 from . import tiles
 from .lanes import sum_rows, widen
 from .launch import launch
+from .sizes import cdiv
 
 CONFIGS = ((64, 4), (128, 4), (64, 2))  # channels of a tile, warps
 BLOCK_P = 16
@@ -53,7 +54,7 @@ def global_avg_pool(x: Tensor) -> Tensor:
     def start(config: tuple[int, ...]) -> None:
         block_c, warps = config
         launch(
-            global_avg_pool_kernel, (n, triton.cdiv(channels, block_c)),
+            global_avg_pool_kernel, (n, cdiv(channels, block_c)),
             x, y, x.stride(0), x.stride(1), x.stride(3), channels, height * width, BLOCK_P,
             block_c, num_warps=warps,
         )  # fmt: skip

@@ -14,6 +14,7 @@ from . import tiles
 from .lanes import element_offsets, sum_rows, widen
 from .launch import INTERPRETING, launch
 from .merge import merge_sums
+from .sizes import cdiv
 
 CONFIGS = ((1024, 4), (2048, 8), (512, 4), (512, 2))  # elements of a tile, warps
 BWD_CONFIGS = ((1024, 16, 4), (2048, 8, 8), (1024, 8, 4), (1024, 16, 8))
@@ -220,7 +221,7 @@ def bn_relu_max_pool(
     """`reference.bn_relu_max_pool` in one launch."""
     fmt, channels = memory_format(z), z.size(1)
     size = Pool(tuple(kernel), tuple(stride), tuple(padding)).output_shape(z.shape)
-    y = z.new_empty(size).to(memory_format=fmt)
+    y = torch.empty(size, dtype=z.dtype, device=z.device, memory_format=fmt)
     index = torch.empty_like(y, dtype=torch.uint8) if save_index else None
     nothing = z.new_empty(0, dtype=torch.uint8)
     if y.numel() == 0:
@@ -260,7 +261,7 @@ def max_pool_bwd(
     if x.numel() == 0:
         return dx, *(x.new_zeros(sums, dtype=stats_dtype(x)) for _ in range(2))
     count, channels_last = x.numel() // channels, fmt == torch.channels_last
-    windows = triton.cdiv(kernel[0], stride[0]) * triton.cdiv(kernel[1], stride[1])
+    windows = cdiv(kernel[0], stride[0]) * cdiv(kernel[1], stride[1])
     partial = None
 
     def start(config: tuple[int, ...]) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .lanes import sum_rows
 from .launch import all_registers, launch
+from .sizes import cdiv, next_power_of_2
 
 BLOCK_S, BLOCK_C = 64, 32
 TILES_A_SPLIT = 256
@@ -183,12 +184,12 @@ def merge_tiles(partial: Tensor) -> tuple[Tensor, Tensor]:
     _, count, channels = partial.shape
     mean, m2 = partial.new_empty(channels), partial.new_empty(channels)
     while True:
-        splits = triton.cdiv(count, TILES_A_SPLIT)
+        splits = cdiv(count, TILES_A_SPLIT)
         moments = partial.new_empty(4, splits, channels)
         last = splits == 1
         out = (moments[0], mean, moments[2], m2) if last else tuple(moments)
         launch(
-            merge_tiles_kernel, (splits, triton.cdiv(channels, BLOCK_C)),
+            merge_tiles_kernel, (splits, cdiv(channels, BLOCK_C)),
             partial, *out, count, TILES_A_SPLIT, channels, BLOCK_S, BLOCK_C, num_warps=4,
         )  # fmt: skip
         if last:
@@ -204,9 +205,9 @@ def fold(partial: Tensor, out: Tensor, per_fold: int | None = None) -> None:
     count, size = partial.shape[-2:]
     groups = partial.numel() // max(1, count * size)
     per_fold = per_fold or count
-    block = min(512, max(32, triton.next_power_of_2(size)))
+    block = min(512, max(32, next_power_of_2(size)))
     launch(
-        fold_kernel, (triton.cdiv(size, block), triton.cdiv(count, per_fold), groups),
+        fold_kernel, (cdiv(size, block), cdiv(count, per_fold), groups),
         partial, out, count, per_fold, size, 8, block, num_warps=4, **all_registers(partial),
     )  # fmt: skip
 
@@ -215,12 +216,12 @@ def merge_sums(partial: Tensor, rstd: Tensor, res_rstd: Tensor | None) -> tuple[
     """Three sums [C] from partial [2 or 3, splits, C], xhat's factors applied; one may be empty."""
     sums, splits, channels = partial.shape
     if splits > SUMS_AT_ONCE:
-        folds = partial.new_empty(sums, triton.cdiv(splits, TILES_A_SPLIT), channels)
+        folds = partial.new_empty(sums, cdiv(splits, TILES_A_SPLIT), channels)
         fold(partial, folds, TILES_A_SPLIT)
         return merge_sums(folds, rstd, res_rstd)
     out = [partial.new_empty(channels if i < sums else 0) for i in range(3)]
     launch(
-        merge_sums_kernel, (sums, triton.cdiv(channels, BLOCK_C)),
+        merge_sums_kernel, (sums, cdiv(channels, BLOCK_C)),
         partial, rstd, res_rstd, *out, splits, channels, BLOCK_S, BLOCK_C, num_warps=4,
     )  # fmt: skip
     return tuple(out)
@@ -231,7 +232,7 @@ def merge_moments(partial: Tensor, count: int, split: int) -> tuple[Tensor, Tens
     splits, channels = partial.size(0) // 2, partial.size(1)
     mean, m2 = partial.new_empty(channels), partial.new_empty(channels)
     launch(
-        merge_moments_kernel, (triton.cdiv(channels, BLOCK_C),),
+        merge_moments_kernel, (cdiv(channels, BLOCK_C),),
         partial, mean, m2, splits, channels, count, split, BLOCK_S, BLOCK_C, num_warps=4,
     )  # fmt: skip
     return mean, m2

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .. import tables
 from . import launch
+from .sizes import cdiv, next_power_of_2
 
 _chosen: dict[tuple[Any, ...], tuple[int, ...]] = {}
 
@@ -89,7 +90,7 @@ class Blocks(NamedTuple):
 
     def grid(self, rows: int, inner: int) -> tuple[int, int]:
         """Programs over a tensor of `rows` × `inner`."""
-        return triton.cdiv(rows, self.r), triton.cdiv(inner, self.i)
+        return cdiv(rows, self.r), cdiv(inner, self.i)
 
 
 def pointwise(elements: int, inner: int, x: Tensor) -> Blocks:
@@ -98,7 +99,7 @@ def pointwise(elements: int, inner: int, x: Tensor) -> Blocks:
     `elements` are of 2 bytes: wider ones are fewer, so that a tile takes as many registers.
     """
     elements = 2 * elements // x.element_size()
-    i = min(max(8, triton.next_power_of_2(inner)), 512)
+    i = min(max(8, next_power_of_2(inner)), 512)
     return Blocks(max(1, elements // i), i)
 
 
@@ -107,7 +108,7 @@ def pixels(elements: int, channels: int, channels_last: bool, x: Tensor) -> Bloc
 
     In NHWC a tile is up to 64 channels wide, in NCHW 8 planes: neighbours stay together.
     """
-    c = min(max(8, triton.next_power_of_2(channels)), 64 if channels_last else 8)
+    c = min(max(8, next_power_of_2(channels)), 64 if channels_last else 8)
     return Blocks(max(8, 2 * elements // x.element_size() // c), c)
 
 
@@ -121,7 +122,7 @@ class Split(NamedTuple):
 
     def grid(self, channels: int) -> tuple[int, int]:
         """Programs for `channels`."""
-        return self.splits, triton.cdiv(channels, self.c)
+        return self.splits, cdiv(channels, self.c)
 
 
 def reduction(
@@ -129,7 +130,7 @@ def reduction(
 ) -> Split:
     """Tiles of `pixels`, `per_processor` programs a multiprocessor of x's GPU."""
     m, c = pixels(elements, channels, channels_last, x)
-    wanted = per_processor * launch.target(x).multiprocessors // triton.cdiv(channels, c)
-    all_tiles = triton.cdiv(count, m)
-    tiles = triton.cdiv(all_tiles, max(1, wanted))
-    return Split(triton.cdiv(all_tiles, tiles), tiles, m, c)
+    wanted = per_processor * launch.target(x).multiprocessors // cdiv(channels, c)
+    all_tiles = cdiv(count, m)
+    tiles = cdiv(all_tiles, max(1, wanted))
+    return Split(cdiv(all_tiles, tiles), tiles, m, c)
