@@ -198,3 +198,8 @@ class Chain:
     def all_norms(self) -> tuple[Norm | None, ...]:
         """The chain's norms, then the projection's."""
         return (*self.norms, self.projection_norm)
+
+    @property
+    def shared(self) -> bool:
+        """Whether a norm shares its statistics with other processes."""
+        return any(norm is not None and norm.group is not None for norm in self.all_norms)

@@ -6,16 +6,16 @@ running statistics. Layout: x in NCHW or channels_last; the result keeps x's for
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import ops
+from . import ops, replay
 from .autograd import ChainFunction
-from .autograd.chain import Tensors
+from .autograd.chain import Tensors, unflatten
 from .chain import Chain, Conv, ConvParams, Norm, NormParams
 from .checks import check_chain, pair
 from .layout import memory_format
@@ -37,32 +37,52 @@ class Running(NamedTuple):
     num_batches_tracked: Tensor | None = None
 
 
-def update_running(
-    running: Running,
-    params: NormParams,
-    mean: Tensor,
-    m2: Tensor,
-    count: int | Tensor,
-    conv_bias: Tensor | None,
-) -> None:
+class Batch(NamedTuple):
+    """What a norm saw: mean and m2 [C] of a convolution's raw output, `count` values a channel, a
+    number or a tensor of one that is positive. The convolution's bias moves the mean.
+    """
+
+    mean: Tensor
+    m2: Tensor
+    count: int | Tensor
+    conv_bias: Tensor | None
+
+
+def update_running(norms: Sequence[tuple[Running, NormParams, Batch]]) -> None:
     """running = (1 − momentum)·running + momentum·batch in place, the variance unbiased.
 
-    mean, m2: of the convolution's raw output, `count` values a channel; its bias moves the mean.
-    count: a number, or a tensor of one that is positive.
+    Of all norms of a chain at once: a GPU gets a launch for what would be one a norm.
     """
-    if running.num_batches_tracked is not None:
-        running.num_batches_tracked.add_(1)
-    running_mean, running_var = params.running_mean, params.running_var
-    empty = not isinstance(count, Tensor) and count == 0
-    if running_mean is None or running_var is None or empty:
-        return
-    if conv_bias is not None:
-        mean = mean + conv_bias.detach().to(mean.dtype)
-    factor = running.momentum
-    if factor is None:
-        factor = 1.0 / running.num_batches_tracked.to(running_mean.dtype)
-    running_mean.lerp_(mean.to(running_mean.dtype), factor)
-    running_var.lerp_((m2 / (count - 1)).to(running_var.dtype), factor)
+    tracked = [r.num_batches_tracked for r, *_ in norms if r.num_batches_tracked is not None]
+    if tracked:
+        torch._foreach_add_(tracked, 1)
+    norms = [norm for norm in norms if norm[1].running_mean is not None and not _empty(norm[2])]
+    for momentum in dict.fromkeys(running.momentum for running, *_ in norms):
+        same = [norm for norm in norms if norm[0].momentum == momentum]
+        statistics = [t for _, params, _ in same for t in params[2:]]
+        batches = [t for pair in _mean_and_variance([batch for *_, batch in same]) for t in pair]
+        batches = [t.to(s.dtype) for t, s in zip(batches, statistics, strict=True)]
+        if momentum is not None:
+            torch._foreach_lerp_(statistics, batches, momentum)
+            continue
+        seen = [running.num_batches_tracked for running, *_ in same for _ in range(2)]
+        for s, t, n in zip(statistics, batches, seen, strict=True):
+            s.lerp_(t, 1.0 / n.to(s.dtype))
+
+
+def _mean_and_variance(batches: Sequence[Batch]) -> Iterator[tuple[Tensor, Tensor]]:
+    m2s, degrees = [b.m2 for b in batches], [b.count - 1 for b in batches]
+    if any(isinstance(degree, Tensor) for degree in degrees):
+        variances = [m2 / degree for m2, degree in zip(m2s, degrees, strict=True)]
+    else:
+        variances = torch._foreach_div(m2s, degrees)
+    for batch, variance in zip(batches, variances, strict=True):
+        mean, bias = batch.mean, batch.conv_bias
+        yield (mean if bias is None else mean + bias.detach().to(mean.dtype)), variance
+
+
+def _empty(batch: Batch) -> bool:
+    return not isinstance(batch.count, Tensor) and batch.count == 0
 
 
 def conv_bn_act(
@@ -198,8 +218,9 @@ def run_chain(
     batch_stats = any(norm is not None and norm.batch_stats for norm in chain.all_norms)
     flat = tensors.flat()
     if not batch_stats and not _wants_gradient(x, residual, *flat):
-        return _infer(chain, x, tensors, residual)
+        return replay.run(_infer, (chain,), (x, residual, *flat))
     y, *statistics = ChainFunction.apply(chain, x, residual, *flat)
+    follow = []
     for i, norm in enumerate(chain.all_norms):
         if norm is not None and norm.batch_stats:
             mean, m2, *statistics = statistics
@@ -207,19 +228,22 @@ def run_chain(
             if norm.group is not None:
                 total, *statistics = statistics
                 count = total if count > 0 or total > 0 else 0  # who has values need not look
-            follow, params = running[i], tensors.norms[i]
-            if follow is not None:
+            if running[i] is not None:
                 conv_bias = tensors.convs[i - 1].bias if i > 0 else None
-                update_running(follow, params, mean, m2, count, conv_bias)
+                batch = Batch(mean, m2, count, conv_bias)
+                follow.append((running[i], tensors.norms[i], batch))
+    if follow:
+        update_running(follow)
     return y
 
 
-def _infer(chain: Chain, x: Tensor, tensors: Tensors, residual: Tensor | None) -> Tensor:
+def _infer(chain: Chain, x: Tensor, residual: Tensor | None, *flat: Tensor | None) -> Tensor:
     """The chain with running statistics and no gradient: one launch a convolution.
 
     The norm and ReLU after a convolution are its epilogue; only a norm before the first
     convolution (pre-activation) and a pool are launches of their own.
     """
+    tensors = unflatten(chain, flat)
     n, impl = len(chain.convs), chain.impl
     h, start = x, chain.norms[0]
 

@@ -23,6 +23,7 @@ from .reference import stats_dtype
 
 LIBRARY = torch.library.Library("resnet_fast", "DEF")
 NAMES: list[str] = []
+IMPLEMENTATIONS: dict[Any, Callable[..., Any]] = {}  # of an operator, what runs it
 _WINDOWS = "int[2] kernel, int[2] stride, int[2] padding"
 _GEOMETRY = "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups"
 
@@ -42,6 +43,7 @@ def _op(signature: str, returns: str) -> Callable[[Callable[..., Any]], Callable
         torch.library.register_fake(f"resnet_fast::{name}", fake, lib=LIBRARY)
         NAMES.append(name)
         op = getattr(torch.ops.resnet_fast, name).default
+        IMPLEMENTATIONS[op] = run
 
         @functools.wraps(fake)
         def call(x: Tensor, *args: Any) -> Any:
@@ -82,8 +84,8 @@ def _like(x: Tensor, save_mask: bool) -> tuple[Tensor, Tensor]:
 def _conv_output(x: Tensor, w: Tensor, stride: Any, padding: Any, dilation: Any) -> Tensor:
     conv = Conv(stride, padding, dilation)
     size = [conv.output_size(x.size(2 + i), w.size(2 + i), i) for i in (0, 1)]
-    out = x.new_empty((x.size(0), w.size(0), *size))
-    return out.to(memory_format=memory_format(x, w))
+    size, fmt = (x.size(0), w.size(0), *size), memory_format(x, w)
+    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=fmt)
 
 
 @_op("bn_stats(Tensor x)", "(Tensor mean, Tensor m2)")
@@ -151,7 +153,7 @@ def bn_act_bwd_apply(dy, mask, a, z, mean, b, c, residual, impl):
 )
 def bn_relu_max_pool(z, scale, shift, kernel, stride, padding, save_index, impl):
     size = Pool(tuple(kernel), tuple(stride), tuple(padding)).output_shape(z.shape)
-    y = z.new_empty(size).to(memory_format=memory_format(z))
+    y = torch.empty(size, dtype=z.dtype, device=z.device, memory_format=memory_format(z))
     index = torch.empty_like(y, dtype=torch.uint8)
     return y, index if save_index else index.new_empty(0)
 

@@ -75,6 +75,11 @@ def searching() -> bool:
     return os.environ.get("RESNET_FAST_AUTOTUNE") == "1"
 
 
+def unsettled() -> bool:
+    """Whether a look into the tables may do more than look: search, or say what is missing."""
+    return bool(_watches) or searching()
+
+
 def missed(kind: str, gpu: str, section: str, key: str) -> None:
     """Say that no table has this entry: whoever is `watching` hears of it."""
     for watch in _watches:

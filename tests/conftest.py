@@ -16,7 +16,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from resnet_fast import backend
+from resnet_fast import backend, replay
 
 DTYPES = {
     "fp32": torch.float32,
@@ -158,6 +158,12 @@ def poisoned_memory():
     yield
     torch.use_deterministic_algorithms(False)
     torch.utils.deterministic.fill_uninitialized_memory = filled
+
+
+@pytest.fixture(autouse=True)
+def no_programs():
+    """What a test before this one had recorded, with what it had patched, is replayed by none."""
+    replay.forget()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -40,8 +40,6 @@ TILED = {  # channels and filters in multiples of 32
 }
 
 
-
-
 def check(dtype, *counts):
     """Every variant of every convolution op on every shape, NaN in memory that nobody wrote."""
     torch.utils.deterministic.fill_uninitialized_memory = True

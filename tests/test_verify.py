@@ -95,8 +95,8 @@ def raising(results, args):
 def bias_running_variance(monkeypatch):
     update = functional.update_running
 
-    def biased(running, params, mean, m2, count, conv_bias):
-        update(running, params, mean, m2 * (count - 1) / count, count, conv_bias)
+    def biased(norms):
+        update([(*ours, b._replace(m2=b.m2 * (b.count - 1) / b.count)) for *ours, b in norms])
 
     monkeypatch.setattr(functional, "update_running", biased)
 

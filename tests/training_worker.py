@@ -1,11 +1,11 @@
 """Processes of the tests: one that trains until something ends it, and ranks of `torchrun`.
 
-    training_worker.py train OUT    says "step N" after every step; further words: LAST "step",
-                                    die of SIGKILL in that step; LAST "write", die of it while the
-                                    checkpoint after LAST epochs is written; LAST "wait", go no
-                                    further until SIGTERM comes
-    training_worker.py ranks OUT    under torchrun: leaves what it did in OUT/rank-N.pt
-    training_worker.py synchronized OUT    the same, of the case with synchronized statistics
+training_worker.py train OUT    says "step N" after every step; further words: LAST "step",
+                                die of SIGKILL in that step; LAST "write", die of it while the
+                                checkpoint after LAST epochs is written; LAST "wait", go no
+                                further until SIGTERM comes
+training_worker.py ranks OUT    under torchrun: leaves what it did in OUT/rank-N.pt
+training_worker.py synchronized OUT    the same, of the case with synchronized statistics
 """
 
 import os

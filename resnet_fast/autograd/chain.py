@@ -20,12 +20,13 @@ Not saved: anything after a ReLU (unless `Chain.keep_activations`).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import ops
+from .. import ops, replay
 from ..chain import Chain, ConvParams, Norm, NormParams
 from ..layout import memory_format
 from ..reference import stats_dtype
@@ -96,6 +97,87 @@ def _ready(
     return Affine(scale, shift, mean, rstd)
 
 
+def _run(
+    function: Callable[..., Any], chain: Chain, fixed: tuple[Any, ...], *tensors: Tensor | None
+) -> Any:
+    """function(chain, *fixed, *tensors), replayed unless it talks with other processes."""
+    if chain.shared:
+        return function(chain, *fixed, *tensors)
+    return replay.run(function, (chain, *fixed), tensors)
+
+
+def _forward(
+    chain: Chain, x: Tensor, residual: Tensor | None, *flat: Tensor | None
+) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor | None, ...]]:
+    """y, the statistics and what the backward pass reads, of `ChainFunction`."""
+    convs, norms = unflatten(chain, flat)
+    n, impl = len(chain.convs), chain.impl
+    fmt = memory_format(x, convs[0].weight if n else None)
+    statistics: list[Tensor] = []
+
+    def ready(i: int, h: Tensor, stats: tuple[Tensor, ...] | None) -> Affine:
+        norm = chain.all_norms[i]
+        if norm is None:
+            return Affine()
+        if norm.batch_stats:
+            stats = ops.bn_stats(h, impl) if stats is None else stats
+            if norm.group is not None:
+                stats = sync.merge_moments(*stats, values_per_channel(h), norm.group)
+            statistics.extend(stats)
+        conv_bias = None if i == 0 else convs[i - 1].bias
+        return _ready(norm, norms[i], conv_bias, h, stats, impl)
+
+    def convolve(i: int, h: Tensor, affine: Affine) -> tuple[Tensor, Affine]:
+        """Convolution i of (convs, projection) on φ(h), and the norm after it made ready."""
+        norm = chain.all_norms[i + 1]
+        z, mean, m2 = ops.conv_fprop(
+            h, convs[i].weight, affine.scale, affine.shift,
+            norm is not None and norm.batch_stats, *chain.all_convs[i].args(), impl,
+        )  # fmt: skip
+        z = z.contiguous(memory_format=fmt)  # a single channel on the way fits either format
+        return z, ready(i + 1, z, (mean, m2))
+
+    hs, acts, affines = [x], [], [ready(0, x, None)]
+    for j in range(n):
+        h, affine, act = hs[j], affines[j], None
+        if chain.keep_activations and affine.scale is not None:
+            act = _activate(h, affine, impl)
+            h, affine = act, Affine()
+        z, after = convolve(j, h, affine)
+        acts.append(act)
+        hs.append(z)
+        affines.append(after)
+
+    shortcut, through = x if chain.shortcut == "identity" else residual, Affine()
+    if chain.projection is not None:
+        kept = acts[0] is not None
+        shortcut, through = convolve(n, acts[0] if kept else x, Affine() if kept else affines[0])
+
+    last, mask = affines[n], None
+    if chain.pool is not None:
+        y, mask = ops.bn_relu_max_pool(
+            hs[n], last.scale, last.shift, *chain.pool.args(), True, impl
+        )
+        y = y.contiguous(memory_format=fmt)
+    elif last.scale is not None:
+        y, mask = ops.bn_act(
+            hs[n], last.scale, last.shift, shortcut, through.scale, through.shift,
+            chain.relu, chain.relu, impl,
+        )  # fmt: skip
+    elif chain.relu:
+        y, mask = ops.add_relu(hs[n], shortcut, True, impl)
+    else:
+        y = hs[n] if shortcut is None else hs[n] + shortcut
+    saved = (
+        mask if chain.relu else None,
+        shortcut if chain.projection is not None else None,
+        *(c.weight for c in convs), *hs[:n],
+        hs[n] if last.scale is not None else None,  # the backward pass of a norm reads it
+        *acts, *(t for affine in (*affines, through) for t in affine),
+    )  # fmt: skip
+    return y, tuple(statistics), saved
+
+
 class ChainFunction(torch.autograd.Function):
     """y, *statistics = ChainFunction.apply(chain, x, residual, *Tensors.flat()).
 
@@ -107,75 +189,10 @@ class ChainFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, chain, x, residual, *flat):
-        convs, norms = unflatten(chain, flat)
-        n, impl = len(chain.convs), chain.impl
-        fmt = memory_format(x, convs[0].weight if n else None)
-        statistics: list[Tensor] = []
-
-        def ready(i: int, h: Tensor, stats: tuple[Tensor, ...] | None) -> Affine:
-            norm = chain.all_norms[i]
-            if norm is None:
-                return Affine()
-            if norm.batch_stats:
-                stats = ops.bn_stats(h, impl) if stats is None else stats
-                if norm.group is not None:
-                    stats = sync.merge_moments(*stats, values_per_channel(h), norm.group)
-                statistics.extend(stats)
-            conv_bias = None if i == 0 else convs[i - 1].bias
-            return _ready(norm, norms[i], conv_bias, h, stats, impl)
-
-        def convolve(i: int, h: Tensor, affine: Affine) -> tuple[Tensor, Affine]:
-            """Convolution i of (convs, projection) on φ(h), and the norm after it made ready."""
-            norm = chain.all_norms[i + 1]
-            z, mean, m2 = ops.conv_fprop(
-                h, convs[i].weight, affine.scale, affine.shift,
-                norm is not None and norm.batch_stats, *chain.all_convs[i].args(), impl,
-            )  # fmt: skip
-            z = z.contiguous(memory_format=fmt)  # a single channel on the way fits either format
-            return z, ready(i + 1, z, (mean, m2))
-
-        hs, acts, affines = [x], [], [ready(0, x, None)]
-        for j in range(n):
-            h, affine, act = hs[j], affines[j], None
-            if chain.keep_activations and affine.scale is not None:
-                act = _activate(h, affine, impl)
-                h, affine = act, Affine()
-            z, after = convolve(j, h, affine)
-            acts.append(act)
-            hs.append(z)
-            affines.append(after)
-
-        shortcut, through = x if chain.shortcut == "identity" else residual, Affine()
-        if chain.projection is not None:
-            kept = acts[0] is not None
-            shortcut, through = convolve(
-                n, acts[0] if kept else x, Affine() if kept else affines[0]
-            )
-
-        last, mask = affines[n], None
-        if chain.pool is not None:
-            y, mask = ops.bn_relu_max_pool(
-                hs[n], last.scale, last.shift, *chain.pool.args(), True, impl
-            )
-            y = y.contiguous(memory_format=fmt)
-        elif last.scale is not None:
-            y, mask = ops.bn_act(
-                hs[n], last.scale, last.shift, shortcut, through.scale, through.shift,
-                chain.relu, chain.relu, impl,
-            )  # fmt: skip
-        elif chain.relu:
-            y, mask = ops.add_relu(hs[n], shortcut, True, impl)
-        else:
-            y = hs[n] if shortcut is None else hs[n] + shortcut
-        ctx.chain, ctx.format = chain, fmt
-        keeps_last = last.scale is not None  # its backward reads h[n]
-        ctx.dtypes = [None if t is None else t.dtype for t in flat]
-        ctx.save_for_backward(
-            mask if chain.relu else None,
-            shortcut if chain.projection is not None else None,
-            *(c.weight for c in convs), *hs[:n], hs[n] if keeps_last else None, *acts,
-            *(t for affine in (*affines, through) for t in affine),
-        )  # fmt: skip
+        y, statistics, saved = _run(_forward, chain, (), x, residual, *flat)
+        ctx.chain, ctx.format = chain, memory_format(x, flat[0] if chain.convs else None)
+        ctx.dtypes = tuple(None if t is None else t.dtype for t in flat)
+        ctx.save_for_backward(*saved)
         ctx.mark_non_differentiable(*statistics)
         ctx.set_materialize_grads(False)
         return (y, *statistics)
@@ -186,7 +203,8 @@ class ChainFunction(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError(DOUBLE_BACKWARD)
-        return _Backward(ctx).run(dy)
+        fixed = ctx.format, ctx.needs_input_grad, ctx.dtypes
+        return _run(_backward, ctx.chain, fixed, dy, *ctx.saved_tensors)
 
 
 def _activate(h: Tensor, affine: Affine, impl: str) -> Tensor:
@@ -194,18 +212,35 @@ def _activate(h: Tensor, affine: Affine, impl: str) -> Tensor:
     return ops.bn_act(h, affine.scale, affine.shift, None, None, None, True, False, impl)[0]
 
 
+def _backward(
+    chain: Chain,
+    fmt: torch.memory_format,
+    needs: tuple[bool, ...],
+    dtypes: tuple[torch.dtype | None, ...],
+    dy: Tensor,
+    *saved: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """The gradients of `ChainFunction`'s arguments."""
+    return _Backward(chain, fmt, needs, dtypes, saved).run(dy)
+
+
 class _Backward:
     """The backward pass of one chain, from the join down; norms and convs are numbered as in
     `Chain.all_norms` and `Chain.all_convs`, the projection last.
     """
 
-    def __init__(self, ctx) -> None:
-        self.chain = chain = ctx.chain
-        self.impl, self.format = chain.impl, ctx.format
+    def __init__(
+        self,
+        chain: Chain,
+        fmt: torch.memory_format,
+        needs: tuple[bool, ...],
+        dtypes: tuple[torch.dtype | None, ...],
+        saved: tuple[Tensor | None, ...],
+    ) -> None:
+        self.chain, self.impl, self.format = chain, chain.impl, fmt
         self.n = n = len(chain.convs)
         self.dy_masked: Tensor | None = None
         convs, norms = len(chain.all_convs), n + 2
-        saved = ctx.saved_tensors
         mask, self.z_p = saved[:2]
         pools = chain.pool is not None
         self.relu_mask, self.index = (None, mask) if pools else (mask, None)
@@ -214,7 +249,6 @@ class _Backward:
         flat = saved[3 + convs + 2 * n :]
         size = len(Affine._fields)
         self.affines = [Affine(*flat[size * i : size * (i + 1)]) for i in range(norms)]
-        needs, dtypes = ctx.needs_input_grad, ctx.dtypes
         self.need_x, self.need_residual = needs[1], needs[2]
         self.need_conv = [needs[3 + 2 * i : 5 + 2 * i] for i in range(convs)]
         self.need_norm = [needs[3 + 2 * convs + 4 * i :][:2] for i in range(norms)]

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from .. import backend, choice, tables
+from .. import backend, choice, replay, tables
 from ..options import integers, names
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -107,6 +107,7 @@ def _missing(step: Callable[[], object]) -> set[tuple[str, ...]]:
 
 
 def _forget() -> None:
+    replay.forget()
     choice.forget()
     kernels, _ = backend.triton_module()
     if kernels is not None:

@@ -20,9 +20,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import program
 from ..reference import stats_dtype
 from .conv_plan import Configs
 from .counters import counters
+from .sizes import cdiv
 
 SPLITS = (2, 4, 8)
 LEAST_STEPS = 4  # of GEMM_K that a part has: fewer do not fill the pipeline
@@ -91,7 +93,7 @@ def meeting_place(
     if split == 1:
         return None, None
     sums = x.new_empty(tiles, split, block_m, block_n, dtype=stats_dtype(x))
-    return sums, counters(x, tiles)
+    return sums, program.step(counters, x, tiles)
 
 
 class Gemm(NamedTuple):
@@ -109,12 +111,12 @@ class Gemm(NamedTuple):
 
     def tiles(self, config: tuple[int, ...]) -> int:
         """Of the output."""
-        columns = triton.cdiv(self.filters, config[1]) * self.groups
-        return triton.cdiv(self.pixels, config[0]) * columns
+        columns = cdiv(self.filters, config[1]) * self.groups
+        return cdiv(self.pixels, config[0]) * columns
 
     def steps(self, config: tuple[int, ...]) -> int:
         """Of GEMM_K, of which a configuration has its length in 2-byte elements."""
-        return self.taps * triton.cdiv(self.channels, config[2] * 2 // self.size)
+        return self.taps * cdiv(self.channels, config[2] * 2 // self.size)
 
 
 @functools.lru_cache(4096)
@@ -161,7 +163,7 @@ def microseconds(config: tuple[int, ...], gemm: Gemm, processors: int) -> float:
     """
     block_m, block_n, block_k, *_, split = config
     tiles = gemm.tiles(config)
-    steps = triton.cdiv(tiles * split, processors) * triton.cdiv(gemm.steps(config), split)
+    steps = cdiv(tiles * split, processors) * cdiv(gemm.steps(config), split)
     filters = gemm.filters * gemm.groups * gemm.taps * gemm.channels * gemm.size
     time = steps * (block_m + block_n) * block_k * 2 / PROCESSOR_BANDWIDTH
     time = max(time, filters / MEMORY_BANDWIDTH)

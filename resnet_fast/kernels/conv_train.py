@@ -226,10 +226,10 @@ def conv_bprop(
         needs = f"{'dx' * need_dx}{'dw' * need_dw}"
         where = (*gradient_key(x, w, conv, above, below), needs)
         tiles.run("conv_bprop", where, plans, rule, x, start)
-    empty = x.new_empty(0, dtype=stats_dtype(x))
+    empty = [x.new_empty(0, dtype=stats_dtype(x)) for _ in range(2)]
     dx = dx if need_dx else x.new_empty(0)
     dw = dw.to(w.dtype) if need_dw else w.new_empty(0)
-    return dx, dw, *((empty, empty.clone()) if sums is None else sums)
+    return dx, dw, *(empty if sums is None else sums)
 
 
 def by_rule(x: Tensor, w: Tensor, conv: Conv) -> Plan:

@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import program
+
 INTERPRETING = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
@@ -86,12 +88,27 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
     if _compiling is not None:
         _compiling[1](kernel, args, options)
         return
+    start = functools.partial(_start, kernel, grid, args, options)
     device = _device(args)
     if device.type != "cuda" or device.index == torch.cuda.current_device():
-        kernel[grid](*args, **options)
+        program.launched(start, args)
         return
     with torch.cuda.device(device):
-        kernel[grid](*args, **options)
+        program.launched(start, args)
+
+
+def _start(
+    kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]
+) -> Callable[..., None]:
+    """kernel[grid](*args, **options); gives what launches it on other arguments of their kind.
+
+    On a GPU that is what Triton compiled: it looks at no argument anew, which takes the host longer
+    than the launch.
+    """
+    compiled = kernel[grid](*args, **options)
+    if compiled is None:  # the interpreter
+        return functools.partial(kernel[grid], **options)
+    return compiled[(*grid, 1, 1)[:3]]
 
 
 def _device(args: tuple[Any, ...]) -> torch.device:

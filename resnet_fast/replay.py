@@ -1,0 +1,77 @@
+"""A chain that has run for such tensors before is run by its recorded steps.
+
+Checks, the choice of an implementation, of a plan and of tiles, and Triton's look at each argument
+depend on the chain and on dtypes, shapes, strides and alignment, not on values; on a GPU they take
+the host several times as long as the launches that come of them. So the first call for a kind of
+tensors is recorded (`resnet_fast.program`), and the next ones replay it: the same launches in the
+same order on the same bits. A capture of a CUDA graph sees no difference.
+
+Whoever looks on (a compiler, a tracer, a profiler, a dispatch mode), searches tiles, or waits for
+what no table has, gets the ordinary way; so does what a program cannot be made of.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import ops, tables
+from .program import Program, record
+
+DEVICES = {"cuda"}  # elsewhere a launch takes longer than all decisions
+MOST = 1024  # programs; a full table starts over
+PLAIN = (Tensor, nn.Parameter)
+SETTINGS = ("RESNET_FAST_TRITON_CONV", "RESNET_FAST_CUDA_CONV")
+_programs: dict[Hashable, Program | None] = {}
+
+
+def run(
+    function: Callable[..., Any], fixed: Sequence[Hashable], tensors: Sequence[Tensor | None]
+) -> Any:
+    """function(*fixed, *tensors), by its program where there is one.
+
+    function: of a chain's tensors, the first of which is no None. It may depend on `fixed` and on
+    dtypes, shapes, strides and alignment, but on no value, and on nothing else that changes.
+    """
+    key = _key(function, fixed, tensors)
+    if key is None:
+        return function(*fixed, *tensors)
+    if key not in _programs:
+        if len(_programs) >= MOST:
+            _programs.clear()
+        result, _programs[key] = record(
+            lambda *tensors: function(*fixed, *tensors), tensors, ops.IMPLEMENTATIONS
+        )
+        return result
+    program = _programs[key]
+    return function(*fixed, *tensors) if program is None else program(tensors)
+
+
+def forget() -> None:
+    """Record anew: what decides has changed."""
+    _programs.clear()
+
+
+def _key(
+    function: Callable[..., Any], fixed: Sequence[Hashable], tensors: Sequence[Tensor | None]
+) -> Hashable | None:
+    """What the steps of the function depend on; None where it must run the ordinary way."""
+    device = tensors[0].device
+    if device.type not in DEVICES or ops.watched() or tables.unsettled():
+        return None
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        return None
+    key = [function, *fixed, device.index, torch.backends.cudnn.allow_tf32]
+    key += map(os.environ.get, SETTINGS)
+    for t in tensors:
+        if t is None:
+            key.append(None)
+            continue
+        if type(t) not in PLAIN or t.device != device:
+            return None
+        key += (t.dtype, t.shape, t.stride(), t.data_ptr() % 16)
+    return tuple(key)

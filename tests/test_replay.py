@@ -1,0 +1,341 @@
+"""Chains run by their recorded steps: the same bits as run anew, and when they must not be."""
+
+import contextlib
+import copy
+import gc
+import weakref
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import resnet_fast
+from resnet_fast import chain, ops, program, replay, tables
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+BLOCKS = {
+    "conv": lambda **o: resnet_fast.ConvBNAct2d(8, 16, 3, **o),
+    "basic": lambda **o: resnet_fast.BasicBlock(16, 16, **o),
+    "bottleneck": lambda **o: resnet_fast.Bottleneck(16, 8, 2, **o),
+    "pre-activation": lambda **o: resnet_fast.PreActBottleneck(16, 8, 2, **o),
+    "kept activations": lambda **o: resnet_fast.Bottleneck(32, 8, keep_activations=True, **o),
+}
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """The programs that were recorded, in order; the CPU's chains are replayed as a GPU's."""
+    programs = []
+
+    def noted(*args):
+        result, steps = program.record(*args)
+        programs.append(steps)
+        return result, steps
+
+    monkeypatch.setattr(replay, "record", noted)
+    monkeypatch.setattr(replay, "DEVICES", {"cpu", "cuda"})
+    replay.forget()
+    yield programs
+    replay.forget()
+
+
+@contextlib.contextmanager
+def anew():
+    """Within it nothing is replayed."""
+    before, replay.DEVICES = replay.DEVICES, set()
+    try:
+        yield
+    finally:
+        replay.DEVICES = before
+
+
+def inputs(module, device, n=2, size=(6, 5), dtype=torch.float32):
+    channels = next(p for p in module.parameters() if p.dim() == 4).size(1)
+    x = torch.randn(n, channels, *size, dtype=dtype).to(memory_format=torch.channels_last)
+    return x.to(device).requires_grad_()
+
+
+def step(module, x):
+    """Everything that a step gives: y, gradients, running statistics."""
+    module.zero_grad()
+    x = x.detach().requires_grad_()
+    y = module(x)
+    y.backward(torch.cos(y.detach()))
+    return [y.detach(), x.grad, *(p.grad for p in module.parameters()), *module.buffers()]
+
+
+def block_of(kind, impl, **options):
+    module = BLOCKS[kind](impl=impl.name, **options).to(impl.device)
+    return module.to(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_training(impl, kind, recorded):
+    """Three steps, each on other data; the second and third are replayed."""
+    impl.need(torch.float32, *ops.NAMES)
+    module = block_of(kind, impl)
+    again = copy.deepcopy(module)
+    for i in range(3):
+        x = inputs(module, impl.device)
+        given = step(module, x)
+        with anew():
+            expected = step(again, x)
+        assert all(torch.equal(a, b) for a, b in zip(given, expected, strict=True)), i
+        assert len(recorded) == 2 and None not in recorded, "forward and backward, once"
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_inference(impl, kind, recorded):
+    impl.need(torch.float32, *ops.NAMES)
+    module = block_of(kind, impl).eval()
+    with torch.no_grad():
+        for _ in range(3):
+            x = inputs(module, impl.device)
+            given = infer(module, x)
+            with anew():
+                assert torch.equal(given, infer(module, x))
+    assert len(recorded) == 1 and None not in recorded
+
+
+def infer(module, x):
+    """module(x), chain by chain."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(resnet_fast.modules, "infer", lambda *args: None)
+        return module(x)
+
+
+def test_autocast(impl, recorded):
+    """Filters are cast in the program, anew in each run."""
+    narrow = torch.float16 if impl.interpreted else torch.bfloat16
+    impl.need(narrow, *ops.NAMES)
+    module = block_of("basic", impl)
+    again = copy.deepcopy(module)
+    for _ in range(2):
+        with torch.no_grad():
+            for p, q in zip(module.parameters(), again.parameters(), strict=True):
+                q.copy_(p.mul_(0.9))
+        x = inputs(module, impl.device)
+        with torch.autocast(impl.device, narrow):
+            given = step(module, x)
+            with anew():
+                expected = step(again, x)
+        assert all(torch.equal(a, b) for a, b in zip(given, expected, strict=True))
+    assert len(recorded) == 2
+
+
+def test_what_a_program_is_known_by(recorded, monkeypatch):
+    """Whatever a chain's steps depend on makes another program."""
+    module = resnet_fast.BasicBlock(8, 8, impl="reference").eval()
+
+    def programs(x=None, **size):
+        before = len(recorded)
+        with torch.no_grad():
+            infer(module, inputs(module, "cpu", **size) if x is None else x)
+        return len(recorded) - before
+
+    assert programs() == 1 and programs() == 0
+    assert programs(n=3) == 1 and programs(size=(5, 6)) == 1 and programs() == 0
+    assert programs(torch.randn(2, 8, 6, 5)) == 1, "NCHW"
+    buffer = torch.randn(2 * 8 * 30 + 1)
+    assert programs(buffer[1:].view(2, 6, 5, 8).permute(0, 3, 1, 2)) == 1, "alignment"
+    module.bn1.eps = 1e-3
+    assert programs() == 1
+    monkeypatch.setenv("RESNET_FAST_TRITON_CONV", "library")
+    assert programs() == 1
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", not torch.backends.cudnn.allow_tf32)
+    assert programs() == 1
+    module.double()
+    assert programs(dtype=torch.float64) == 1
+    replay.forget()
+    assert programs(dtype=torch.float64) == 1
+
+
+def test_full_table_starts_over(recorded, monkeypatch):
+    monkeypatch.setattr(replay, "MOST", 2)
+    module = resnet_fast.BasicBlock(8, 8, impl="reference").eval()
+    for n in (1, 2, 3, 3, 1):
+        with torch.no_grad():
+            infer(module, inputs(module, "cpu", n=n))
+    assert len(recorded) == 4 and len(replay._programs) == 2
+
+
+class Onlooker(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("who", ["mode", "profiler", "search", "watch", "subclass"])
+def test_ordinary_way(who, recorded, monkeypatch):
+    """Who looks on sees every op; a search measures; a subclass has its own ideas."""
+    module = resnet_fast.BasicBlock(8, 8, impl="reference").eval()
+    x = inputs(module, "cpu").detach()
+    around = contextlib.nullcontext()
+    if who == "mode":
+        around = Onlooker()
+    elif who == "profiler":
+        around = torch.profiler.profile()
+    elif who == "search":
+        monkeypatch.setenv("RESNET_FAST_AUTOTUNE", "1")
+    elif who == "watch":
+        around = tables.watching(lambda *what: None)
+    else:
+        x = x.as_subclass(type("Other", (torch.Tensor,), {}))
+    with torch.no_grad(), around:
+        infer(module, x)
+    assert not recorded
+
+
+def test_same_tensor_twice(recorded):
+    """x as its own residual is not known from another one: no program."""
+    x, other = (torch.randn(2, 8, 6, 5) for _ in range(2))
+    for _ in range(2):
+        y = resnet_fast.add_relu(x, x, impl="reference")
+        assert torch.equal(y, torch.relu(x + x))
+    assert recorded == [None]
+    assert torch.equal(resnet_fast.add_relu(x, other, impl="reference"), torch.relu(x + other))
+
+
+def test_error_is_recorded_by_nobody(recorded):
+    module = resnet_fast.BasicBlock(8, 8, impl="reference").eval()
+    with torch.no_grad(), pytest.raises(ValueError, match="weight: expected 7 input channels"):
+        module(torch.randn(2, 7, 6, 5))
+    assert not recorded and not replay._programs
+
+
+def test_shared_statistics_are_not_replayed(recorded, monkeypatch):
+    """Collectives are no steps of a program."""
+    norms = (None, chain.Norm(group=object()))
+    assert chain.Chain((chain.Conv(),), norms).shared
+    asked = []
+    monkeypatch.setattr(replay, "run", lambda *args: asked.append(args))
+    from resnet_fast.autograd.chain import _run
+
+    assert _run(lambda c, x: x, chain.Chain((chain.Conv(),), norms), (), 3) == 3 and not asked
+
+
+def record(function, *tensors):
+    return program.record(function, tensors, {})
+
+
+def test_program_on_other_tensors():
+    """Memory, views, calls with lists, numbers and names; results in any nesting."""
+
+    class Pair(NamedTuple):
+        first: torch.Tensor
+        second: object
+
+    def function(x, w, nothing):
+        assert nothing is None
+        y = torch.empty_like(x).copy_(x)
+        rows = torch.cat([y[0], w], dim=0)
+        y.mul_(2).add_(w, alpha=3)
+        low, high = torch.aminmax(rows)
+        return Pair(y, [rows.sum(), 7, None, {"x": x}]), (low, high)
+
+    result, steps = record(function, torch.randn(3, 4), torch.randn(4), None)
+    assert type(result[0]) is Pair
+    x, w = torch.randn(3, 4), torch.randn(4)
+    (y, (total, seven, none, named)), extremes = steps([x, w, None])
+    rows = torch.cat([x[0], w])
+    torch.testing.assert_close(y, 2 * x + 3 * w)
+    torch.testing.assert_close(total, rows.sum())
+    assert seven == 7 and none is None and named["x"] is x
+    assert torch.equal(torch.stack(extremes), torch.stack([rows.min(), rows.max()]))
+    other, _ = steps([x, w, None])
+    assert other.first.data_ptr() != y.data_ptr()
+
+
+@pytest.mark.parametrize("what", ["value", "stranger", "twice", "named"])
+def test_no_program(what):
+    """Of what looks at a value, or at tensors that no step knows."""
+    known = torch.ones(3)
+
+    def function(x, y):
+        if what == "value":
+            return x * x.sum().item()
+        if what == "stranger":
+            return x + known
+        if what == "named":
+            return torch.add(x, y, out=torch.empty(3))
+        return x + y
+
+    x = torch.ones(3)
+    result, steps = record(function, x, x if what == "twice" else torch.ones(3))
+    assert result.shape == (3,) and steps is None
+
+
+def test_step_has_tensors_of_its_own():
+    """What `program.step` runs is one step, and no stranger to those that follow."""
+    kept, asked = torch.arange(3.0), []
+
+    def counters(x, count):
+        asked.append(count)
+        return kept[:count]
+
+    def function(x):
+        return x + program.step(counters, x, 3)
+
+    assert torch.equal(function(torch.ones(3)), kept + 1) and asked == [3]
+    _, steps = record(function, torch.ones(3))
+    kept += 5
+    assert torch.equal(steps([torch.zeros(3)]), kept) and asked == [3, 3, 3]
+
+
+def test_launches_are_steps():
+    """Launches of kernels, with descriptors of tensors among their arguments."""
+
+    class Descriptor:
+        def __init__(self, base, shape):
+            self.base, self.shape = base, shape
+
+    def kernel(described, out, factor, nothing):
+        assert nothing is None and described.shape == [2, 3]
+        out.copy_(described.base * factor)
+
+    def function(x):
+        out = torch.empty_like(x)
+        args = (Descriptor(x, [2, 3]), out, 2.0, None)
+
+        def start():
+            kernel(*args)
+            return kernel
+
+        program.launched(start, args)
+        return out
+
+    x = torch.randn(2, 3)
+    assert torch.equal(function(x), 2 * x)
+    result, steps = record(function, x)
+    assert torch.equal(result, 2 * x)
+    x = torch.randn(2, 3)
+    assert torch.equal(steps([x]), 2 * x)
+
+
+def test_memory_goes_with_its_last_use():
+    """A program keeps no tensor, and one that runs keeps none longer than its steps need."""
+    seen = []
+
+    def watch(x):
+        gc.collect()
+        seen.append([ref() is not None for ref in refs])
+        refs.append(weakref.ref(x))
+        return x.new_zeros(2)
+
+    refs = []
+
+    def function(x):
+        for _ in range(4):
+            x = program.step(watch, x) + 1
+        return x
+
+    _, steps = record(function, torch.ones(2))
+    seen.clear()
+    refs.clear()
+    ours = torch.ones(2)
+    last = steps([ours])
+    assert seen == [[], [True], [True, False], [True, False, False]], "the first is ours"
+    last = weakref.ref(last)
+    gc.collect()
+    assert last() is None
