@@ -52,8 +52,8 @@ class Call:
             if not name.startswith("bn"):
                 self.tensors[name] = value.to(dtype).float()
 
-    def make(self, dtype, device="cpu"):
-        """The tensors as leaves of `dtype`, and the running statistics.
+    def make(self, dtype, device=None):
+        """The tensors as leaves of `dtype`, and the running statistics; by default where they are.
 
         What belongs to the normalization is fp32 (fp64 for double), as PyTorch's wants it.
         """
@@ -70,7 +70,7 @@ class Call:
         """y by `module`'s function: the package's, or `twins`'."""
         return getattr(module, self.function)(**leaves, **running, **self.options, impl=impl)
 
-    def step(self, module, dtype, impl=None, device="cpu"):
+    def step(self, module, dtype, impl=None, device=None):
         """`twins.step` in `dtype`; dy is drawn at the first call and kept."""
         leaves, running = self.make(dtype, device)
         if self.dy is None:

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 # Before torch loads OpenMP: over a few elements its threads mostly wait for each other, and where
@@ -83,7 +84,9 @@ def impl(request, monkeypatch):
     if request.param.name == "native":  # cuDNN for channels that CUTLASS does not take
         monkeypatch.setenv("RESNET_FAST_CUDA_CONV", "auto")
     if not request.param.emulated:
-        yield request.param
+        on_gpu = request.param.device == "cuda"  # then all that a test draws is there
+        with torch.device("cuda") if on_gpu else nullcontext():
+            yield request.param
         return
     ops = emulation.ops()
     monkeypatch.setattr(backend, "native_ops", lambda: ops)

@@ -187,6 +187,17 @@ def test_ordinary_way(who, recorded, monkeypatch):
     assert not recorded
 
 
+def test_default_device_looks_at_nothing(recorded):
+    """`torch.set_default_device` is a mode of PyTorch's, that keeps nobody from the short ways."""
+    module = resnet_fast.BasicBlock(8, 8, impl="reference").eval()
+    with torch.no_grad(), torch.device("cpu"):
+        assert not ops.watched()
+        infer(module, inputs(module, "cpu"))
+        assert len(recorded) == 1
+        with torch.overrides.BaseTorchFunctionMode():
+            assert ops.watched()
+
+
 def test_same_tensor_twice(recorded):
     """x as its own residual is not known from another one: no program."""
     x, other = (torch.randn(2, 8, 6, 5) for _ in range(2))

@@ -63,7 +63,8 @@ def batches(images: int, batch_size: int, seed: int, epoch: int, here: World) ->
     sampler = DistributedSampler(range(images), here.size, here.rank, shuffle=True, seed=seed)
     sampler.set_epoch(epoch)
     own = batch_size // here.size
-    order = torch.tensor(list(sampler), dtype=torch.int64)
+    with torch.device("cpu"):  # whatever torch.set_default_device says
+        order = torch.tensor(list(sampler), dtype=torch.int64)
     return list(order[: images // batch_size * own].split(own))
 
 

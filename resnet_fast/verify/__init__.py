@@ -118,7 +118,8 @@ def trials(
 def verify(work: Sequence[Trial]) -> list[Check]:
     """Run the cases, with a progress bar on stderr where that is a terminal."""
     checks = []
-    with tqdm(work, desc="verify", unit="case", leave=False, disable=None) as bar:
+    bar = tqdm(work, desc="verify", unit="case", leave=False, disable=None)
+    with bar, torch.device("cpu"):  # cases are drawn there, whatever torch.set_default_device says
         for trial in bar:
             bar.set_postfix_str(str(trial), refresh=False)
             checks += trial.run()
