@@ -37,7 +37,13 @@ DEPS := $(VENV)/.resnet_fast-deps
 BUILT := build/stamps/$(subst /,_,$(abspath $(VENV)))-$(or $(RESNET_FAST_BUILD),auto)
 NATIVE := setup.py $(shell find csrc -type f)
 
-.PHONY: help setup env verify test lint demo bench gpu kernels cuda-check clean distclean
+CUDA_HOME ?= /usr/local/cuda
+DRY := $(CURDIR)/build/dry_gpu/libcuda.so.1
+# Errors of memory beyond these 8 GiB come of sizes that are values; more would be the machine's.
+ON_DRY_GPU = env LD_PRELOAD=$(DRY) LD_LIBRARY_PATH=$(dir $(DRY)) TRITON_LIBCUDA_PATH=$(dir $(DRY)) \
+  TRITON_CACHE_DIR=$(dir $(DRY))triton DRY_GPU_GIB=8 PYTHONPATH=tests:. $(GPU_PYTHON)
+
+.PHONY: help setup env verify test lint demo bench gpu dry-gpu kernels cuda-check clean distclean
 
 help:
 	@echo "make test    run the tests (PYTEST_ARGS=..., TEST_JOBS=processes)"
@@ -45,6 +51,7 @@ help:
 	@echo "make demo    verify, train and measure; writes build/demo/report.html"
 	@echo "make bench   benchmarks of ops and of ResNet-50; writes build/bench"
 	@echo "make gpu     on a GPU machine: build, tests, measurements (GPU_PYTHON=, GPU_JOBS=, GPU_ARGS=...)"
+	@echo "make dry-gpu the host's part of the GPU tests, by a CUDA build of PyTorch without a GPU"
 	@echo "make kernels compile every Triton kernel without a GPU (ARCH=sm_90,...)"
 	@echo "make cuda-check  compile every CUDA kernel without a GPU, by nvcc"
 	@echo "make verify  compare every op, block and model with the fp64 reference (VERIFY_ARGS=...)"
@@ -108,6 +115,17 @@ gpu:
 	  --shard {}/$(GPU_JOBS) $(PYTEST_ARGS) >build/gpu/tests-{}.log 2>&1; \
 	  status=$$?; tail -n 12 build/gpu/tests-{}.log; exit $$status'
 	$(GPU_PYTHON) -m bench gpu $(GPU_ARGS)
+
+# Without a GPU: all that happens on the host for one, by a CUDA build of PyTorch (tests/dry_gpu).
+dry-gpu: $(DRY)
+	RESNET_FAST_BUILD=cuda CUDA_HOME=$(CUDA_HOME) $(GPU_PYTHON) setup.py build_ext --inplace
+	$(ON_DRY_GPU) -m pytest -p dry_gpu.plugin -m gpu -q $(PYTEST_ARGS)
+	$(ON_DRY_GPU) -m dry_gpu host
+
+$(DRY): tests/dry_gpu/runtime.cpp
+	@mkdir -p $(@D)
+	nvcc -O2 -std=c++17 -shared -cudart none -Xcompiler -fPIC $< -o $@ -ldl -Xlinker -soname=libcuda.so.1
+	@ln -sf $(notdir $(DRY)) $(@D)/libcuda.so
 
 # Every CUDA kernel, by nvcc.
 cuda-check: $(DEPS)

@@ -21,6 +21,7 @@ COMMANDS = {
     "passes": ("bench.passes", "every memory-bound op, beside a copy"),
     "roofline": ("bench.roofline", "the least time of every launch of a model, and what it took"),
     "scaling": ("bench.scaling", "throughput and memory against batch, resolution and depth"),
+    "host": ("bench.host", "what a call costs the host on a GPU, and how much it launches"),
     "first": ("bench.first", "from import to the first inference, with empty and warm caches"),
     "gpu": ("bench.gpu", "ceilings, layers and models on a GPU, within a time budget"),
     "table": ("bench.table", "README's table and plots from the rows under bench/results"),

@@ -1,10 +1,10 @@
 """`python -m bench gpu`: what a GPU does with this package, in one command and a time budget.
 
-In the order of what matters most: the machine's ceilings, the memory-bound ops beside a copy, every
-convolution of ResNet-50 beside the library's in inference and in each pass of training, whole
-models in training and inference beside eager and compiled PyTorch, the time from import to a first
-inference, and a coarse look at how cost grows. What does not fit in the budget is named and left
-out. Rows go to `bench/results/<gpu>.jsonl`.
+In the order of what matters most: the machine's ceilings, the memory-bound ops beside a copy, what
+calls cost the host, every convolution of ResNet-50 beside the library's in inference and in each
+pass of training, whole models in training and inference beside eager and compiled PyTorch, the time
+from import to a first inference, and a coarse look at how cost grows. What does not fit in the
+budget is named and left out. Rows go to `bench/results/<gpu>.jsonl`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from bench import ceilings, first, layers, models, passes, rows, scaling
+from bench import ceilings, first, host, layers, models, passes, rows, scaling
 
 BATCHES = (256, 32, 1)
 TRAIN_BATCHES = (256, 64)
@@ -78,6 +78,7 @@ def steps(out: Path, batch: int) -> list[Step]:
     todo: list[Step] = [
         ("ceilings", 20, command(ceilings, where)),
         ("passes", 30, command(passes, each)),
+        ("host", 30, command(host, ["--out", str(out)])),
         ("layers", 60, command(layers, each)),
         ("training layers", 120, command(layers, [*each, "--mode", "fprop,dgrad,wgrad"])),
     ]
@@ -93,7 +94,7 @@ def steps(out: Path, batch: int) -> list[Step]:
             for size in BATCHES:
                 options = ["--model", model, "--mode", "infer", "--batch", str(size)]
                 options += ["--dtype", dtype, "--providers", "eager,compile,resnet_fast"]
-                options += ["--seconds", "6", *where] + ["--graph"] * (size == 1)
+                options += ["--seconds", "6", "--graph", *where]
                 name = f"{model} {dtype} batch {size}"
                 todo.append((name, 75 if model == "resnet50" else 45, command(models, options)))
     todo.append(("first inference", 240, command(first, where)))

@@ -38,7 +38,7 @@ def pick(
             tables.missed("impls", gpu, op, key)
             if not tables.searching():
                 name = _predict(op, gpu, args, candidates)
-            elif _capturing():
+            elif tables.capturing():
                 return first
             else:
                 name = _measure(op, gpu, key, args, candidates)
@@ -109,16 +109,11 @@ def _measure(
 def _microseconds(run: Callable[..., Any], args: Sequence[Any]) -> float:
     """Median time of run(*args); infinite where it does not take these arguments."""
     import triton.errors
-    import triton.testing
 
     try:
         with torch.cuda.device_of(args[0]):
-            return 1e3 * triton.testing.do_bench(lambda: run(*args), quantiles=[0.5])
+            return tables.microseconds(lambda: run(*args))
     except torch.OutOfMemoryError:  # of this moment, not of this candidate
         raise
     except (RuntimeError, ValueError, triton.errors.TritonError):
         return float("inf")
-
-
-def _capturing() -> bool:
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

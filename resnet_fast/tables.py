@@ -18,6 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 SHIPPED = Path(__file__).parent / "measured"
 _watches: list[Callable[[str, str, str, str], None]] = []
 
@@ -73,6 +75,23 @@ def write(path: Path, section: str, key: str, entry: dict[str, Any]) -> None:
 def searching() -> bool:
     """Whether what is in no table is to be measured."""
     return os.environ.get("RESNET_FAST_AUTOTUNE") == "1"
+
+
+def capturing() -> bool:
+    """Whether a CUDA graph is being captured, in which nothing can be measured."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def microseconds(run: Callable[[], Any]) -> float:
+    """Median time of run() on the current GPU, by a CUDA graph: without what the host does for it,
+    which takes longer than most launches. Not while a graph is captured.
+    """
+    import triton.testing
+
+    torch.cuda.synchronize()  # it measures on another stream
+    time = triton.testing.do_bench_cudagraph(run, return_mode="median")
+    torch.cuda.synchronize()
+    return 1e3 * time
 
 
 def unsettled() -> bool:

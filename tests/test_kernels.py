@@ -406,6 +406,17 @@ def test_search(cache, monkeypatch):
     assert chosen() == (3, 3)
 
 
+def test_no_search_while_a_graph_is_captured(cache, monkeypatch):
+    """The rule's configuration runs, and the next time is asked anew."""
+    with monkeypatch.context() as patch:
+        patch.setattr(tiles, "_searches", lambda x: True)
+        patch.setattr(tables, "capturing", lambda: True)
+        patch.setattr(tiles, "_microseconds", None)
+        assert chosen() == (2, 2)
+        assert not tiles._chosen and not tables.user_table("tiles", "interpreter").exists()
+    assert chosen() == (2, 2) and tiles._chosen
+
+
 def test_no_search_unless_asked(monkeypatch):
     on_gpu = SimpleNamespace(device=torch.device("cuda"))
     monkeypatch.delenv("RESNET_FAST_AUTOTUNE", raising=False)

@@ -4,12 +4,14 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from bench import ceilings, first, gpu, layers, passes, rows, scaling
+from bench import ceilings, first, gpu, host, layers, passes, rows, scaling
 from bench.__main__ import main
+from bench.step import Case
 from resnet_fast import backend
 from resnet_fast.chain import Conv
 
@@ -167,11 +169,11 @@ def test_the_budget_of_the_gpu_command(capsys):
 def test_the_steps_of_the_gpu_command(tmp_path):
     """ResNet-50 and 18: training in two batch sizes; inference in three, two dtypes; the rest."""
     names = [name for name, _, _ in gpu.steps(tmp_path / "rows.jsonl", 256)]
-    assert names[:5] == [
-        "ceilings", "passes", "layers", "training layers", "resnet50 train bf16 batch 256",
+    assert names[:6] == [
+        "ceilings", "passes", "host", "layers", "training layers", "resnet50 train bf16 batch 256",
     ]  # fmt: skip
     assert names[-2:] == ["first inference", "scaling"]
-    assert len(names) == 4 + 2 * 2 + 2 * 2 * 3 + 2 and len(set(names)) == len(names)
+    assert len(names) == 5 + 2 * 2 + 2 * 2 * 3 + 2 and len(set(names)) == len(names)
 
 
 def test_the_last_steps_ask_for_what_their_commands_know(tmp_path, monkeypatch):
@@ -203,3 +205,43 @@ def test_shards():
     assert sorted([*parts[0], *parts[1]]) == sorted(whole) and len(whole) > 4
     assert abs(len(parts[0]) - len(parts[1])) <= 1
     assert "expected I/N with 0 <= I < N, got '2/2'" in collected("--shard", "2/2")[1].stderr
+
+
+def test_host_needs_a_gpu(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["host"]) == 2
+    assert "torch.cuda.is_available() is False here" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["host", "--providers", "compile"])
+
+
+def test_host_rows(monkeypatch):
+    """Providers take turns; the first three of a provider's calls are no part of its times."""
+    clock, calls = iter(range(1000)), []
+    monkeypatch.setattr(host.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: calls.append("wait"))
+    monkeypatch.setattr(host, "launches", lambda run: 3 if run is steps["auto"] else 0)
+    steps = {name: lambda name=name: calls.append(name) for name in ("eager", "auto")}
+    args = SimpleNamespace(rounds=4, dtype="bf16", image_size=64)
+    found = host.measured(rows.facts(torch.device("cpu")), "resnet18 train", 2, args, steps)
+    assert calls[:8] == ["wait", "eager", "wait", "auto", "wait", "auto", "wait", "eager"]
+    assert calls.count("eager") == calls.count("auto") == 7
+    assert [(row["provider"], row["launches"], row["ms_p50"]) for row in found] == [
+        ("eager", 0, 1000.0), ("auto", 3, 1000.0),
+    ]  # fmt: skip
+    assert {row["model"] for row in found} == {"resnet18"}
+    lines = host.text(found).splitlines()
+    assert lines[1].split() == ["resnet18", "train", "2", "eager", "1000000", "0", "-"]
+    assert lines[2].split()[-2:] == ["3", "333333.3"]
+
+
+def test_host_steps_of_a_model():
+    """A step a provider that is to be had, in both modes."""
+    plain = host.models.plain_model("cifar_resnet20", 32)
+    for mode in host.models.MODES:
+        case = Case("cifar_resnet20", mode, 2, "fp32", torch.device("cpu"), 32)
+        steps = host.whole(plain, case, ["eager", "reference", "auto"])
+        assert list(steps) == ["eager", "reference", "auto"]
+        results = [steps[name]() for name in steps]
+        logits = [r if mode == "infer" else r[0] for r in results]
+        torch.testing.assert_close(logits[1], logits[0], rtol=1e-3, atol=1e-3)

@@ -6,8 +6,9 @@ Every kernel has a few configurations. For a kernel, a GPU and a key (shape and 
    {kernel: {key: {"config": [...], "us": microseconds}}};
 2. by the kernel's rule: the multiprocessors to fill and the shape, no measuring.
 
-`RESNET_FAST_AUTOTUNE=1` measures every configuration once for what is in no table and writes the
-fastest into the user's. A configuration that a later version no longer has is passed over.
+`RESNET_FAST_AUTOTUNE=1` measures every configuration once for what is in no table, outside the
+capture of a CUDA graph, and writes the fastest into the user's. A configuration that a later
+version no longer has is passed over.
 """
 
 from __future__ import annotations
@@ -44,6 +45,9 @@ def run(
     gpu = launch.target(x).name
     place = (kernel, gpu, configs, *key)
     if place not in _chosen:
+        if _searches(x) and tables.capturing():
+            start(configs[rule])  # what cannot be measured now may be later
+            return
         name = " ".join(str(part).removeprefix("torch.") for part in key)
         _chosen[place] = _choose(kernel, gpu, name, configs, rule, x, start)
     start(_chosen[place])
@@ -77,7 +81,7 @@ def _searches(x: Tensor) -> bool:
 def _microseconds(start, config) -> float:
     """Median time of one launch; infinite where the GPU has not the shared memory for it."""
     try:
-        return 1e3 * triton.testing.do_bench(lambda: start(config), quantiles=[0.5])
+        return tables.microseconds(lambda: start(config))
     except triton.runtime.errors.OutOfResources:
         return float("inf")
 
