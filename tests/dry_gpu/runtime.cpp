@@ -506,6 +506,7 @@ API CUresult cuFuncGetAttribute(int* v, CUfunction_attribute a, CUfunction) {
   return CUDA_SUCCESS;
 }
 API CUresult cuFuncSetAttribute(CUfunction f, CUfunction_attribute a, int value) {
+  if (a > CU_FUNC_ATTRIBUTE_CLUSTER_SCHEDULING_POLICY_PREFERENCE) return CUDA_ERROR_INVALID_VALUE;  // of a later CUDA
   if (a != CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES) return CUDA_SUCCESS;
   auto& function = *reinterpret_cast<Function*>(f);
   if (value > kOptinShared) {
@@ -536,6 +537,16 @@ API CUresult cuPointerGetAttribute(void* to, CUpointer_attribute a, CUdeviceptr 
     return CUDA_ERROR_INVALID_VALUE;
   }
   return *static_cast<CUdeviceptr*>(to) = p, CUDA_SUCCESS;
+}
+API CUresult cuPointerGetAttributes(unsigned n, CUpointer_attribute* a, void** to, CUdeviceptr p) {
+  for (unsigned i = 0; i < n; ++i) {
+    if (const CUresult error = cuPointerGetAttribute(to[i], a[i], p)) return error;
+  }
+  return CUDA_SUCCESS;
+}
+API CUresult cuStreamIsCapturing(CUstream s, CUstreamCaptureStatus* status) {
+  const bool on = capture != 0 && stream_of(reinterpret_cast<cudaStream_t>(s)).capture == capture;
+  return *status = on ? CU_STREAM_CAPTURE_STATUS_ACTIVE : CU_STREAM_CAPTURE_STATUS_NONE, CUDA_SUCCESS;
 }
 SUCCEEDS(cuInit)
 SUCCEEDS(cuCtxSetCurrent)
