@@ -65,7 +65,8 @@ def _key(
         return None
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         return None
-    key = [function, *fixed, device.index, torch.backends.cudnn.allow_tf32]
+    autocast = torch.is_autocast_enabled(device.type)
+    key = [function, *fixed, device.index, torch.backends.cudnn.allow_tf32, autocast]
     key += map(os.environ.get, SETTINGS)
     for t in tensors:
         if t is None:
