@@ -174,6 +174,13 @@ def two_threads():
     torch.set_num_threads(2)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_tf32():
+    """fp32 is fp32 on a GPU too: how two libraries round to tf32 differs by more than it does."""
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
 @pytest.fixture(autouse=True)
 def same_seed():
     torch.manual_seed(0)

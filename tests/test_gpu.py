@@ -29,19 +29,11 @@ def skip_unless(impl, op, dtype):
         pytest.skip(f"{impl}: {reason}")
 
 
-@pytest.fixture
-def tf32_off():
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    yield
-    torch.backends.cudnn.allow_tf32 = before
-
-
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32],
                          ids=["bf16", "fp16", "fp32"])  # fmt: skip
 @pytest.mark.parametrize("layer", LAYERS, ids=str)
-def test_layers_of_resnet50(layer, dtype, impl, tf32_off):
+def test_layers_of_resnet50(layer, dtype, impl):
     """conv + BN (+ residual) + ReLU at the size of the model, against fp64."""
     skip_unless(impl, "conv_bn_act", dtype)
     x, w, norm, residual = tensors(layer, 4, dtype, torch.device("cuda"))
@@ -63,7 +55,7 @@ def training_args(variant, layer, dtype, device="cuda", n=4):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32],
                          ids=["bf16", "fp16", "fp32"])  # fmt: skip
 @pytest.mark.parametrize("layer", LAYERS, ids=str)
-def test_training_layers_of_resnet50(layer, dtype, plan, tf32_off, monkeypatch):
+def test_training_layers_of_resnet50(layer, dtype, plan, monkeypatch):
     """fprop with prologue and statistics, dgrad and wgrad with all that surrounds them."""
     skip_unless("triton", "conv_bprop", dtype)
     if dtype == torch.float32 and plan == "fused" and layer.kernel == (7, 7):
@@ -79,12 +71,12 @@ def test_training_layers_of_resnet50(layer, dtype, plan, tf32_off, monkeypatch):
 
 
 @pytest.mark.parametrize("layer", LAYERS[1:5], ids=str)
-def test_tf32_is_pytorchs_to_allow(layer):
-    """With the flag on, errors are tf32's and no more; the test above ran with it off."""
+def test_tf32_is_pytorchs_to_allow(layer, monkeypatch):
+    """With the flag on, errors are tf32's and no more; all other tests run with it off."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     skip_unless("triton", "conv_bn_act", torch.float32)
     x, w, norm, residual = tensors(layer, 2, torch.float32, torch.device("cuda"))
     args = [x, w, None, *norm, residual, layer.relu, 1e-5, *layer.conv.args()]
-    assert torch.backends.cudnn.allow_tf32
     same, exact = reference.conv_bn_act(*args), reference.conv_bn_act(*widen(args))
     verdict = compare(ops.conv_bn_act(*args, "triton"), same, exact)
     error = (ops.conv_bn_act(*args, "triton").double() - exact).norm() / exact.norm()

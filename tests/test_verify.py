@@ -46,6 +46,21 @@ def test_whole_models_pass(impl, dtype, name):
     assert len(gradients) == len(LAYOUTS) * (parameters + 1)
 
 
+def test_the_machines_settings_are_put_back(monkeypatch):
+    """Cases run in fp32 proper and on the CPU's draws; afterwards all is as it was."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    seen = []
+
+    class Case:
+        def run(self):
+            seen.append((torch.backends.cudnn.allow_tf32, torch.empty(1).device.type))
+            raise KeyboardInterrupt
+
+    with torch.device("meta"), pytest.raises(KeyboardInterrupt):
+        verify.verify([Case()])
+    assert seen == [(False, "cpu")] and torch.backends.cudnn.allow_tf32
+
+
 def test_every_op_and_every_block_is_there():
     trials = list(verify.trials(parts=["ops", "blocks"]))
     assert {t.what for t in trials if t.part == "ops"} == set(ops.NAMES)

@@ -138,7 +138,8 @@ def merge_tiles_kernel(
 ):
     """Of moments of `tiles` tiles [4, tiles, C] those of splits of tiles_per_split: [4, splits, C].
 
-    Rows are n, mean, what the mean's rounding left, and m2. With p the first tile's mean,
+    Rows are n, mean, what the mean's rounding left, and m2; of all tiles together mean and m2 are
+    all that is wanted, and out_n and out_rest are None. With p the first tile's mean,
     d = (mean_t − p) + rest_t: μ = Σ n·d/Σ n, m2 = Σ m2_t + Σ n·(d − μ)² (Chan et al. 1979).
     Grid: one program per split and BLOCK_C channels. Bytes moved: partial twice, the second time
     out of L2.
@@ -173,10 +174,11 @@ def merge_tiles_kernel(
         m2 += tl.where(inside, own + tl.load(at, inside, 0.0) * d * d, 0.0)
     mean = pivot + mu
     at = split * channels + c
-    tl.store(out_n + at, total, is_channel)
     tl.store(out_mean + at, mean, is_channel)
-    tl.store(out_rest + at, pivot - mean + mu, is_channel)
     tl.store(out_m2 + at, sum_rows(m2), is_channel)
+    if out_n is not None:
+        tl.store(out_n + at, total, is_channel)
+        tl.store(out_rest + at, pivot - mean + mu, is_channel)
 
 
 def merge_tiles(partial: Tensor) -> tuple[Tensor, Tensor]:
@@ -185,9 +187,9 @@ def merge_tiles(partial: Tensor) -> tuple[Tensor, Tensor]:
     mean, m2 = partial.new_empty(channels), partial.new_empty(channels)
     while True:
         splits = cdiv(count, TILES_A_SPLIT)
-        moments = partial.new_empty(4, splits, channels)
         last = splits == 1
-        out = (moments[0], mean, moments[2], m2) if last else tuple(moments)
+        moments = None if last else partial.new_empty(4, splits, channels)
+        out = (None, mean, None, m2) if last else tuple(moments)
         launch(
             merge_tiles_kernel, (splits, cdiv(channels, BLOCK_C)),
             partial, *out, count, TILES_A_SPLIT, channels, BLOCK_S, BLOCK_C, num_warps=4,

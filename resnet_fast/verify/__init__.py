@@ -15,6 +15,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -119,8 +120,19 @@ def verify(work: Sequence[Trial]) -> list[Check]:
     """Run the cases, with a progress bar on stderr where that is a terminal."""
     checks = []
     bar = tqdm(work, desc="verify", unit="case", leave=False, disable=None)
-    with bar, torch.device("cpu"):  # cases are drawn there, whatever torch.set_default_device says
+    # Cases are drawn on the CPU, whatever torch.set_default_device says.
+    with bar, torch.device("cpu"), _without_tf32():
         for trial in bar:
             bar.set_postfix_str(str(trial), refresh=False)
             checks += trial.run()
     return checks
+
+
+@contextmanager
+def _without_tf32() -> Iterator[None]:
+    """fp32 is fp32 on a GPU: how two libraries round to tf32 differs by more than it does."""
+    before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
