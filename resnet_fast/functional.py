@@ -59,7 +59,7 @@ def update_running(norms: Sequence[tuple[Running, NormParams, Batch]]) -> None:
     norms = [norm for norm in norms if norm[1].running_mean is not None and not _empty(norm[2])]
     for momentum in dict.fromkeys(running.momentum for running, *_ in norms):
         same = [norm for norm in norms if norm[0].momentum == momentum]
-        statistics = [t for _, params, _ in same for t in params[2:]]
+        statistics = [t for _, p, _ in same for t in (p.running_mean, p.running_var)]
         batches = [t for pair in _mean_and_variance([batch for *_, batch in same]) for t in pair]
         batches = [t.to(s.dtype) for t, s in zip(batches, statistics, strict=True)]
         if momentum is not None:

@@ -31,6 +31,8 @@ def refusal():
         return f"no C++ compiler: {CXX[0]}"
     if os.uname().sysname != "Linux":
         return "the emulator is written for Linux"
+    if not torch._C._GLIBCXX_USE_CXX11_ABI:
+        return "torch has the standard library's old strings (releases before 2.7)"
     return None
 
 
