@@ -18,7 +18,7 @@ from . import backend
 from .blocks import NORMS, Parts
 from .functional import autocast
 from .layout import memory_format
-from .ops import watched
+from .ops import traced
 
 SHORTCUTS = ("none", "identity", "projection", "zero_pad")  # csrc/chains.h numbers them
 NO_NORM = (None,) * 4
@@ -30,7 +30,7 @@ def infer(chains: Iterable[Parts], x: Tensor, impl: str) -> Tensor | None:
     It must not where a gradient could be wanted, a norm would use the batch's statistics, somebody
     looks on (a compiler, a tracer, a dispatch mode), or `impl` is not native for x.
     """
-    if type(x) is not Tensor or x.dim() != 4 or watched():
+    if type(x) is not Tensor or x.dim() != 4 or traced():
         return None
     program: list[int] = []
     tensors: list[Tensor | None] = []

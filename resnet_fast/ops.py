@@ -58,15 +58,19 @@ def _op(signature: str, returns: str) -> Callable[[Callable[..., Any]], Callable
 
 
 def watched() -> bool:
-    """Whether somebody wants to see the ops that run: a compiler, a tracer, a profiler, a mode.
+    """Whether somebody wants to see the ops that run: a compiler, a tracer, a mode, a profiler.
 
     Where nobody does, and no gradient is recorded, a call goes straight to its implementation: the
     way through the dispatcher and back into Python takes the host longer than most launches.
     """
+    return traced() or torch.autograd._profiler_enabled()
+
+
+def traced() -> bool:
+    """Whether somebody makes something of the ops that run: a compiler, a tracer, a mode."""
     return (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
-        or torch.autograd._profiler_enabled()
         or torch._C._len_torch_dispatch_stack() > 0
         or (torch._C._len_torch_function_stack() > 0 and _function_modes())
         or torch._C._are_functorch_transforms_active()

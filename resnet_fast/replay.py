@@ -4,10 +4,11 @@ Checks, the choice of an implementation, of a plan and of tiles, and Triton's lo
 depend on the chain and on dtypes, shapes, strides and alignment, not on values; on a GPU they take
 the host several times as long as the launches that come of them. So the first call for a kind of
 tensors is recorded (`resnet_fast.program`), and the next ones replay it: the same launches in the
-same order on the same bits. A capture of a CUDA graph sees no difference.
+same order on the same bits. A capture of a CUDA graph sees no difference; a profile shows the
+replay by name, and its launches.
 
-Whoever looks on (a compiler, a tracer, a profiler, a dispatch mode), searches tiles, or waits for
-what no table has, gets the ordinary way; so does what a program cannot be made of.
+Whoever makes something of the ops (a compiler, a tracer, a dispatch mode), searches tiles, or waits
+for what no table has, gets the ordinary way; so does what a program cannot be made of.
 """
 
 from __future__ import annotations
@@ -48,7 +49,12 @@ def run(
         )
         return result
     program = _programs[key]
-    return function(*fixed, *tensors) if program is None else program(tensors)
+    if program is None:
+        return function(*fixed, *tensors)
+    if torch.autograd._profiler_enabled():
+        with torch.profiler.record_function(f"resnet_fast::replay{function.__name__}"):
+            return program(tensors)
+    return program(tensors)
 
 
 def forget() -> None:
@@ -61,7 +67,7 @@ def _key(
 ) -> Hashable | None:
     """What the steps of the function depend on; None where it must run the ordinary way."""
     device = tensors[0].device
-    if device.type not in DEVICES or ops.watched() or tables.unsettled():
+    if device.type not in DEVICES or ops.traced() or tables.unsettled():
         return None
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         return None

@@ -168,7 +168,7 @@ class Onlooker(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("who", ["mode", "profiler", "search", "watch", "subclass"])
+@pytest.mark.parametrize("who", ["mode", "search", "watch", "subclass"])
 def test_ordinary_way(who, recorded, monkeypatch):
     """Who looks on sees every op; a search measures; a subclass has its own ideas."""
     module = resnet_fast.BasicBlock(8, 8, impl="reference").eval()
@@ -176,8 +176,6 @@ def test_ordinary_way(who, recorded, monkeypatch):
     around = contextlib.nullcontext()
     if who == "mode":
         around = Onlooker()
-    elif who == "profiler":
-        around = torch.profiler.profile()
     elif who == "search":
         monkeypatch.setenv("RESNET_FAST_AUTOTUNE", "1")
     elif who == "watch":
@@ -187,6 +185,16 @@ def test_ordinary_way(who, recorded, monkeypatch):
     with torch.no_grad(), around:
         infer(module, x)
     assert not recorded
+
+
+def test_a_profile_shows_the_replay(recorded):
+    """By name, around the calls that it makes; the first run by its ops."""
+    module = resnet_fast.BasicBlock(8, 8, impl="reference").eval()
+    for names in ({"resnet_fast::conv_bn_act"}, {"resnet_fast::replay_infer", "aten::convolution"}):
+        with torch.no_grad(), torch.profiler.profile() as profile:
+            infer(module, inputs(module, "cpu"))
+        assert names <= {event.key for event in profile.key_averages()}
+    assert len(recorded) == 1
 
 
 def test_default_device_looks_at_nothing(recorded):
