@@ -176,9 +176,14 @@ def two_threads():
 
 @pytest.fixture(scope="session", autouse=True)
 def no_tf32():
-    """fp32 is fp32 on a GPU too: how two libraries round to tf32 differs by more than it does."""
-    torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cuda.matmul.allow_tf32 = False
+    """fp32 is fp32 on a GPU too: how two libraries round to tf32 differs by more than it does.
+
+    In the interpreter, which multiplies in fp32 whatever is allowed, the flag stays as it is: with
+    it convolutions in fp32 go by descriptors.
+    """
+    if torch.cuda.is_available():
+        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cuda.matmul.allow_tf32 = False
 
 
 @pytest.fixture(autouse=True)

@@ -53,6 +53,12 @@ def judge(op, args, what, run):
             assert_close(*results, f"{what} result {i}", gradient=op in GRADIENTS)
 
 
+@pytest.fixture(autouse=True)
+def tf32(monkeypatch):
+    """Descriptors take fp32 where tf32 is allowed."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+
+
 @pytest.fixture
 def choose(monkeypatch):
     """choose(i): every kernel runs with configuration i of those it could, modulo their number."""
