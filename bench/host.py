@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import ctypes
 import sys
 import time
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+import resnet_fast
 from bench import models, rows, step, timing
 from bench.step import Case
 from resnet_fast import backend, ops
@@ -102,8 +102,6 @@ def whole(plain: nn.Module, case: Case, providers: list[str]) -> Steps:
         if name == "eager":
             module = copy.deepcopy(plain)
         else:
-            import resnet_fast
-
             refusal = backend.refusal(name, "bn_act", x.device.type, x.dtype)
             if name != "auto" and refusal is not None:
                 continue
@@ -147,11 +145,6 @@ def measured(
 
 def launches(run: Callable[[], object]) -> int:
     """What run() puts on the device: kernels, copies, memory cleared."""
-    count = getattr(ctypes.CDLL(None), "dry_launches", None)  # of tests/dry_gpu, where it stands in
-    if count is not None:
-        before = count()
-        run()
-        return count() - before
     activities = [torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities, acc_events=True) as profile:
         run()

@@ -60,13 +60,13 @@ def update_running(norms: Sequence[tuple[Running, NormParams, Batch]]) -> None:
     for momentum in dict.fromkeys(running.momentum for running, *_ in norms):
         same = [norm for norm in norms if norm[0].momentum == momentum]
         statistics = [t for _, p, _ in same for t in (p.running_mean, p.running_var)]
-        batches = [t for pair in _mean_and_variance([batch for *_, batch in same]) for t in pair]
-        batches = [t.to(s.dtype) for t, s in zip(batches, statistics, strict=True)]
+        values = [t for pair in _mean_and_variance([batch for *_, batch in same]) for t in pair]
+        values = [t.to(s.dtype) for t, s in zip(values, statistics, strict=True)]
         if momentum is not None:
-            torch._foreach_lerp_(statistics, batches, momentum)
+            torch._foreach_lerp_(statistics, values, momentum)
             continue
         seen = [running.num_batches_tracked for running, *_ in same for _ in range(2)]
-        for s, t, n in zip(statistics, batches, seen, strict=True):
+        for s, t, n in zip(statistics, values, seen, strict=True):
             s.lerp_(t, 1.0 / n.to(s.dtype))
 
 

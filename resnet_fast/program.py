@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -147,13 +146,14 @@ class _Recorder(TorchDispatchMode):
         func: Callable[..., Any],
         args: tuple[Any, ...],
         result: Any,
-        kwargs: Mapping[str, Any] = MappingProxyType({}),
+        kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        operands, options = self._placed((list(args), dict(kwargs)))
+        """Note func(*args, **kwargs), which gave `result`; gives it back."""
+        operands, options = self._placed((list(args), dict(kwargs or {})))
         several = isinstance(result, (tuple, list))
         results = list(result) if several else [result]
         if _places(options) or not all(isinstance(t, Tensor) or t is None for t in results):
-            self._fits = False  # a number is looked at
+            self._fits = False  # a tensor goes by name, or a number is looked at
             return result
         same = isinstance(result, Tensor) and result in self._place
         if same and not _mutates(func):
