@@ -53,6 +53,10 @@ def update_running(norms: Sequence[tuple[Running, NormParams, Batch]]) -> None:
 
     Of all norms of a chain at once: a GPU gets a launch for what would be one a norm.
     """
+    if len({id(params.running_mean) for _, params, _ in norms}) < len(norms):
+        for norm in norms:  # one norm in two places follows both, one after the other
+            update_running([norm])
+        return
     tracked = [r.num_batches_tracked for r, *_ in norms if r.num_batches_tracked is not None]
     if tracked:
         torch._foreach_add_(tracked, 1)

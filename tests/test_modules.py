@@ -306,3 +306,25 @@ def test_empty_batch(impl, layout, name, training):
     expected, actual = twins.module_step(plain, x), twins.module_step(module, x)
     for key, value in expected.items():
         torch.testing.assert_close(actual[key], value, rtol=0, atol=0, msg=key)
+
+
+def test_one_norm_in_two_places(impl, monkeypatch):
+    """Its statistics follow both batches in turn: a launch of several would have them race."""
+    impl.need(torch.float32, *OPS)
+    lengths, lerp = [], torch._foreach_lerp_
+
+    def counted(statistics, *args):
+        lengths.append(len(statistics))
+        lerp(statistics, *args)
+
+    monkeypatch.setattr(torch, "_foreach_lerp_", counted)
+    module = BasicBlock(8, 8, impl=impl.name)
+    module.bn2 = module.bn1
+    module.to(impl.device, memory_format=torch.channels_last)
+    plain = twins.plain(module)
+    x = torch.randn(3, 8, 5, 4, device=impl.device).to(memory_format=torch.channels_last)
+    module(x)
+    plain(x)
+    assert lengths == [2, 2] and module.bn1.num_batches_tracked == 2
+    torch.testing.assert_close(module.bn1.running_mean, plain.bn1.running_mean)
+    torch.testing.assert_close(module.bn1.running_var, plain.bn1.running_var)
