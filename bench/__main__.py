@@ -15,6 +15,8 @@ from types import ModuleType
 COMMANDS = {
     "models": ("bench.models", "throughput and peak memory of whole models"),
     "kernels": ("bench.kernels", "compile every Triton kernel without a GPU: registers, spills"),
+    "compile": ("bench.compile", "compile the kernels of a model's steps into Triton's cache"),
+    "estimate": ("bench.estimate", "what every launch of a step takes, estimated without a GPU"),
     "cuda": ("bench.cuda", "compile every CUDA kernel without a GPU: registers, spills"),
     "ceilings": ("bench.ceilings", "the machine's limits: a copy and a matmul, measured"),
     "layers": ("bench.layers", "every convolution of a model, fused beside the library's"),
@@ -23,7 +25,7 @@ COMMANDS = {
     "scaling": ("bench.scaling", "throughput and memory against batch, resolution and depth"),
     "host": ("bench.host", "what a call costs the host on a GPU, and how much it launches"),
     "first": ("bench.first", "from import to the first inference, with empty and warm caches"),
-    "gpu": ("bench.gpu", "ceilings, layers and models on a GPU, within a time budget"),
+    "gpu": ("bench.gpu", "what a GPU checks and measures, in stages and within a time budget"),
     "table": ("bench.table", "README's table and plots from the rows under bench/results"),
     "demo": ("bench.demo", "verification, a short training and a report in a few minutes"),
 }

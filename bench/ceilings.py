@@ -1,7 +1,8 @@
 """`python -m bench ceilings`: what the machine can do at most, measured: copying and multiplying.
 
 Everything else is a share of these: bytes over the copy's bytes/s, operations over the matmul's.
-The copy reads and writes 1 GiB each (256 MiB on a CPU); the product is of two square matrices.
+The copy reads and writes 1 GiB each (256 MiB on a CPU); the product is of two square matrices. On
+CUDA also what a small launch takes in a graph, which is the least time of a kernel.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 
 from bench import rows, timing
 from bench.step import DTYPES
+from resnet_fast import graph_timing
 from resnet_fast.options import DEVICES
 
 
@@ -23,12 +25,13 @@ from resnet_fast.options import DEVICES
 class Ceilings:
     """Measured limits of a device: bytes/s of a copy (read plus written), operations/s of a matmul.
 
-    dtype: of the matmul.
+    dtype: of the matmul. launch_us: a launch in a CUDA graph that does nearly nothing, where known.
     """
 
     bytes_per_s: float
     flops_per_s: float
     dtype: str
+    launch_us: float | None = None
 
     def floor_ms(self, moved: float, flops: float) -> float:
         """No launch that moves `moved` bytes and does `flops` operations takes less."""
@@ -45,7 +48,17 @@ def measure(device: torch.device, dtype: str) -> Ceilings:
     a, b = (torch.randn(side, side, device=device).to(DTYPES[dtype]) for _ in range(2))
     copy_ms = best_ms(lambda: target.copy_(source), device)
     matmul_ms = best_ms(lambda: a @ b, device)
-    return Ceilings(2 * size / copy_ms * 1e3, 2 * side**3 / matmul_ms * 1e3, dtype)
+    launch_us = small_launch_us(device) if cuda else None
+    return Ceilings(2 * size / copy_ms * 1e3, 2 * side**3 / matmul_ms * 1e3, dtype, launch_us)
+
+
+def small_launch_us(device: torch.device, launches: int = 1000, samples: int = 20) -> float:
+    """Microseconds a launch of a graph of `launches` additions to one element, the median."""
+    one = torch.zeros(1, device=device)
+    one.add_(1)
+    graph = graph_timing.captured(lambda: one.add_(1), launches)
+    times = [graph_timing.elapsed_ms(graph.replay) for _ in range(samples)]
+    return 1e3 * statistics.median(times) / launches
 
 
 def best_ms(run, device: torch.device, samples: int = 10) -> float:
@@ -54,35 +67,28 @@ def best_ms(run, device: torch.device, samples: int = 10) -> float:
 
 
 def median_ms(run, device: torch.device, samples: int = 20) -> float:
-    """The median of `samples` samples."""
-    return statistics.median(sample_ms(run, device, samples))
+    """The median of `samples` samples, with a cold L2 cache on CUDA (`graph_timing.cold_ms`)."""
+    return statistics.median(sample_ms(run, device, samples, cold=True))
 
 
-def sample_ms(run, device: torch.device, samples: int) -> list[float]:
+def sample_ms(run, device: torch.device, samples: int, cold: bool = False) -> list[float]:
     """Milliseconds of `run`, `samples` times, each over enough repeats to be told from noise.
 
     On CUDA the repeats are one graph between two events, so that what is timed is the GPU: Python
-    takes longer to launch than most layers take to run.
+    takes longer to launch than most layers take to run. cold: there also without what the last
+    repeat left in L2.
     """
     sync = timing.synchronizer(device)
-    repeats = timing.repeats_for(timing.warm_up(lambda i: run(), sync))
+    fastest = timing.warm_up(lambda i: run(), sync)
+    if cold and device.type == "cuda":
+        return graph_timing.cold_ms(run, samples)
+    repeats = timing.repeats_for(fastest)
     if device.type != "cuda":
         repeats = min(repeats, 20)
         times = timing.interleave({"": lambda i: run()}, rounds=samples, repeats=repeats)
         return times[""]
-    found, graph = [], torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(repeats):
-            run()
-    graph.replay()  # the first is slower
-    for _ in range(samples):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        found.append(start.elapsed_time(end) / repeats)
-    return found
+    graph = graph_timing.captured(run, repeats)
+    return [graph_timing.elapsed_ms(graph.replay) / repeats for _ in range(samples)]
 
 
 def row(facts: rows.Row, found: Ceilings) -> rows.Row:
@@ -90,6 +96,7 @@ def row(facts: rows.Row, found: Ceilings) -> rows.Row:
     return rows.layer_row(
         facts, benchmark="ceilings", dtype=found.dtype, provider="torch",
         gb_per_s=found.bytes_per_s / 1e9, tflop_per_s=found.flops_per_s / 1e12,
+        launch_us=found.launch_us,
     )  # fmt: skip
 
 
@@ -110,6 +117,7 @@ def run(args: argparse.Namespace) -> int:
     print(
         f"{rows.device_name(device)}: copy {found.bytes_per_s / 1e9:.0f} GB/s, "
         f"{args.dtype} matmul {found.flops_per_s / 1e12:.2f} TFLOP/s"
+        + ("" if found.launch_us is None else f", {found.launch_us:.2f} us a small launch")
     )
     if args.out is not None:
         rows.append(args.out, [row(rows.facts(device), found)])

@@ -15,11 +15,8 @@ import multiprocessing
 import os
 import re
 import sys
-import tempfile
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,8 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.compile import Compiled, OfflineDriver, compile_one
 from bench.layers import Layer
-from bench.machine_code import Code, tool, write
+from bench.machine_code import write
 from resnet_fast.chain import Conv
 
 DTYPES = {
@@ -61,32 +59,6 @@ TRAINED = ("1x1", "1x1/2", "3x3@14+res", "3x3/2")
 QUICK = ("1x1+res", "3x3@14+res", "3x3/2", "7x7/2")
 # And the one that is compiled for one image too, whose grid is so small that GEMM_K is split.
 SMALL = "3x3@7"
-
-
-@dataclass
-class Compiled(Code):
-    """What became of one kernel at one configuration."""
-
-    case: str = ""
-    config: str = ""
-
-
-class OfflineDriver:
-    """Triton's driver where there is no GPU: a target to compile for, nothing to launch on."""
-
-    def __init__(self, capability: int) -> None:
-        self.capability = capability
-
-    def get_current_target(self) -> Any:
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", self.capability, 32)
-
-    def get_current_device(self) -> int:
-        return self.capability  # kernels are cached by device: one a target
-
-    def get_current_stream(self, device: int | None = None) -> int:
-        return 0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -174,7 +146,7 @@ def compile_all(arch: int, dtype: str, quick: bool, only: str = "") -> Iterator[
 
         with launch.compile_for(target, sink, every=not quick and dtype in THROUGHOUT):
             start()
-        for kernel, arguments, options in asked:
+        for kernel, _, arguments, options in asked:
             name = kernel.fn.__name__.removesuffix("_kernel")
             constants = tuple(a for a in arguments if not isinstance(a, Tensor))
             key = (name, str(constants), str(options))
@@ -314,52 +286,6 @@ def norm_cases(dtype: torch.dtype, channels_last: bool) -> dict[str, Callable[[]
             "dgrad": partial(dgrad_epilogue, x, y, a, b, c, d, z, mask),
         }.items()
     }
-
-
-def compile_one(kernel: Any, arguments: Any, options: Any, case: str, target: Any) -> Compiled:
-    """Compile one launch and read its machine code."""
-    name = kernel.fn.__name__.removesuffix("_kernel")
-    blocks = [
-        f"{p.name.lower().removeprefix('block_').removeprefix('box_')}{a}"
-        for p, a in zip(kernel.params, arguments, strict=True)
-        if p.name.startswith(("BLOCK_", "BOX_")) or (p.name == "SPLIT" and a > 1)
-    ]
-    config = " ".join(blocks) + "".join(
-        f" {short}{options[key]}"
-        for key, short in (("num_warps", "w"), ("num_stages", "s"))
-        if key in options
-    )
-    result = Compiled(name, target.name, case=case, config=config)
-    begin = time.perf_counter()
-    try:
-        compiled = kernel.warmup(*arguments, grid=(1,), **options)
-    except Exception as error:  # whatever the compiler raises is the row's verdict
-        result.failure = f"does not compile: {str(error).strip().splitlines()[-1]}"
-        return result
-    result.seconds = time.perf_counter() - begin
-    read_code(result, compiled.asm["cubin"])
-    result.shared = compiled.metadata.shared  # what a launch asks for; the code has none of its own
-    half = not case.startswith("fp64") and "ieee" not in arguments
-    if result.local:
-        result.failure = f"spills {result.local} bytes a thread"
-    elif (
-        target.capability == 90
-        and name.startswith("conv")
-        and half
-        and "HGMMA" not in result.tensor_cores
-    ):
-        result.failure = "the convolution has no HGMMA"
-    elif result.shared > target.shared:
-        result.failure = f"{result.shared} bytes of shared memory, more than a block may have"
-    return result
-
-
-def read_code(result: Compiled, cubin: bytes) -> None:
-    """Fill in what the machine code of a cubin of one kernel shows."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(cubin)
-        result.read(tool("cuobjdump", "--dump-resource-usage", path), tool("nvdisasm", path))
 
 
 HEADER = (

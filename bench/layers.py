@@ -226,11 +226,7 @@ def train(mode: str) -> Callable[[Layer, int, torch.dtype, torch.device, str], R
                 dz, h, w, None, *geometry[:3], False, [0, 0], geometry[3], [*need, False]
             )[mode == "wgrad"]
 
-        if mode == "dgrad":
-            with torch.enable_grad():
-                leaf = h.detach().requires_grad_()
-                out = F.conv2d(leaf.relu(), w, None, *geometry)
-                out = F.batch_norm(out, None, None, weight, bias, True, 0.0, EPS)
+        norm_backward = batch_norm_backward(z, weight, bias) if mode == "dgrad" else None
 
         def unfused() -> Tensor:
             if mode == "fprop":
@@ -238,7 +234,7 @@ def train(mode: str) -> Callable[[Layer, int, torch.dtype, torch.device, str], R
                 F.batch_norm(u, None, None, weight, bias, True, 0.0, EPS).relu_()
                 return u
             if mode == "dgrad":
-                return torch.autograd.grad(out, leaf, dy, retain_graph=True)[0]
+                return torch.ops.aten.threshold_backward(backward(norm_backward(dy)), h, 0)
             return backward(dz)
 
         dz = (_affine(dy.float(), a, c) + _affine(z.float() - mean.view(-1, 1, 1), b)).to(dtype)
@@ -252,6 +248,24 @@ def train(mode: str) -> Callable[[Layer, int, torch.dtype, torch.device, str], R
         return found
 
     return runs
+
+
+def batch_norm_backward(z: Tensor, weight: Tensor, bias: Tensor) -> Callable[[Tensor], Tensor]:
+    """dz of dy, as autograd takes it after F.batch_norm in training: by cuDNN or by PyTorch.
+
+    The forward pass runs here. An autograd graph would run its backward on the stream of its
+    forward, which may not be the one that a CUDA graph captures.
+    """
+    aten, cudnn = torch.ops.aten, torch.backends.cudnn.enabled
+    _, mean, rstd, reserve, which = aten._batch_norm_impl_index(
+        z, weight, bias, None, None, True, 0.0, EPS, cudnn
+    )
+
+    def backward(dy: Tensor) -> Tensor:
+        saved = mean, rstd, True, EPS, [True, False, False], reserve
+        return aten._batch_norm_impl_index_backward(which, z, dy, weight, None, None, *saved)[0]
+
+    return backward
 
 
 def _affine(x: Tensor, scale: Tensor, shift: Tensor | None = None) -> Tensor:
@@ -270,13 +284,11 @@ def layer_rows(
     with torch.no_grad():
         runs = make(layer, n, DTYPES[dtype], device, impl)
         found, expected = runs["resnet_fast"]().float(), runs["torch"]().float()
-        error = ((found - expected).norm() / expected.norm()).item()
+        error = difference(found, expected)
         # gradients: a ReLU's input made anew may have the other sign where it is nearly zero
         allowed = max(16 * torch.finfo(DTYPES[dtype]).eps, 1e-3 * (mode in MODES[2:]))
         if not error <= allowed:
-            raise RuntimeError(
-                f"{layer} {mode}: fused and unfused differ by {error:.2e} of the norm"
-            )
+            raise RuntimeError(f"fused and unfused differ by {error:.2e} of the norm")
         del found, expected
         times = {name: median_ms(run, device) for name, run in runs.items()}
     size = DTYPES[dtype].itemsize
@@ -290,6 +302,11 @@ def layer_rows(
         )
         for name, ms in times.items()
     ]  # fmt: skip
+
+
+def difference(found: Tensor, expected: Tensor) -> float:
+    """‖found − expected‖ / ‖expected‖."""
+    return ((found - expected).norm() / expected.norm()).item()
 
 
 def text(found: list[rows.Row]) -> str:
@@ -337,7 +354,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure every layer and print the table; 1 where a result was wrong, 2 without a device."""
+    """Measure every layer and print the table; 1 where a layer failed, 2 without a device.
+
+    A layer's rows are appended when it is done; the layers after one that failed still run.
+    """
     if args.device == "cuda" and not torch.cuda.is_available():
         print("--device: expected cpu, torch.cuda.is_available() is False here", file=sys.stderr)
         return 2
@@ -352,19 +372,15 @@ def run(args: argparse.Namespace) -> int:
     torch.backends.cudnn.benchmark = True
     facts = {**rows.facts(device), "model": args.model, "image_size": args.image_size}
     limits = measure(device, args.dtype)
-    found: list[rows.Row] = []
-    try:
-        for mode in args.mode.split(","):
-            for layer, count in layers_of(args.model, args.image_size).items():
-                if mode == "dgrad" and layer.channels < 16:
-                    continue  # nobody asks for the gradient of an image
-                found += layer_rows(
+    done = rows.Collection("layers", args.out)
+    for mode in args.mode.split(","):
+        for layer, count in layers_of(args.model, args.image_size).items():
+            if mode == "dgrad" and layer.channels < 16:
+                continue  # nobody asks for the gradient of an image
+            with done.part(f"{layer} {mode}"):
+                done.add(layer_rows(
                     layer, count, args.batch, args.dtype, args.impl, mode, limits, facts
-                )
-    except RuntimeError as error:
-        print(f"layers: {error}", file=sys.stderr)
-        return 1
-    print(text(found))
-    if args.out is not None:
-        rows.append(args.out, found)
-    return 0
+                ))  # fmt: skip
+    if done.found:
+        print(text(done.found))
+    return done.status()

@@ -65,14 +65,13 @@ def passes(x: Tensor) -> dict[str, Pass]:
     }
 
 
-def shape_rows(
-    name: str, n: int, dtype: str, limits: Ceilings, facts: rows.Row
-) -> list[rows.Row]:
+def measure_shape(
+    done: rows.Collection, name: str, n: int, dtype: str, limits: Ceilings, facts: rows.Row
+) -> None:
     """Time every pass at one shape by every live implementation."""
     device = torch.device(facts["device"])
     channels, side = SHAPES[name]
     x = torch.randn(n, channels, side, side, device=device).to(DTYPES[dtype])
-    found = []
     for what, (op, args, activations) in passes(
         x.contiguous(memory_format=torch.channels_last)
     ).items():
@@ -80,18 +79,18 @@ def shape_rows(
         moved = int(activations * x.numel() * x.element_size())
         for impl in IMPLS[device.type]:
             if backend.refusal(impl, op, device.type, x.dtype) is None:
-                gate(f"{what} at {name} by {impl}", partial(run, *args), impl)
-                ms = median_ms(partial(run, *args, impl), device)
-                share = 100 * limits.floor_ms(moved, 0) / ms
-                found.append(rows.layer_row(
-                    facts, benchmark="passes", mode=what, batch=n, dtype=dtype,
-                    layout="channels_last", provider=impl, impl=impl, ms_p50=ms, layer=name,
-                    gb_per_s=moved / ms / 1e6, percent_of_floor=share,
-                ))  # fmt: skip
-    return found
+                with done.part(f"{what} at {name} by {impl}"):
+                    gate(partial(run, *args), impl)
+                    ms = median_ms(partial(run, *args, impl), device)
+                    share = 100 * limits.floor_ms(moved, 0) / ms
+                    done.add([rows.layer_row(
+                        facts, benchmark="passes", mode=what, batch=n, dtype=dtype,
+                        layout="channels_last", provider=impl, impl=impl, ms_p50=ms, layer=name,
+                        gb_per_s=moved / ms / 1e6, percent_of_floor=share,
+                    )])  # fmt: skip
 
 
-def gate(what: str, run: Callable[[str], Any], impl: str) -> None:
+def gate(run: Callable[[str], Any], impl: str) -> None:
     """Raise RuntimeError unless `impl` gives what the reference does, up to rounding."""
     results = [run(name) for name in (impl, "reference")]
     for ours, theirs in zip(*([r] if isinstance(r, Tensor) else r for r in results), strict=True):
@@ -99,7 +98,7 @@ def gate(what: str, run: Callable[[str], Any], impl: str) -> None:
             continue
         error = ((ours.float() - theirs.float()).norm() / theirs.float().norm()).item()
         if not error <= 16 * max(torch.finfo(ours.dtype).eps, 1e-6):
-            raise RuntimeError(f"{what}: differs from the reference by {error:.2e} of the norm")
+            raise RuntimeError(f"differs from the reference by {error:.2e} of the norm")
 
 
 def text(found: list[rows.Row]) -> str:
@@ -127,7 +126,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure and print; 1 where a result was wrong, 2 for a bad argument."""
+    """Measure and print; 1 where a pass failed, 2 for a bad argument.
+
+    The rows of a pass are appended when it is done; the passes after one that failed still run.
+    """
     if args.device == "cuda" and not torch.cuda.is_available():
         print("--device: expected cpu, torch.cuda.is_available() is False here", file=sys.stderr)
         return 2
@@ -141,15 +143,11 @@ def run(args: argparse.Namespace) -> int:
         return 2
     device = torch.device(args.device)
     facts, limits = rows.facts(device), measure(device, args.dtype)
-    found: list[rows.Row] = []
-    try:
-        with torch.no_grad():
-            for name in names:
-                found += shape_rows(name, args.batch, args.dtype, limits, facts)
-    except RuntimeError as error:
-        print(f"passes: {error}", file=sys.stderr)
-        return 1
-    print(text(found))
-    if args.out is not None:
-        rows.append(args.out, found)
-    return 0
+    done = rows.Collection("passes", args.out)
+    with torch.no_grad():
+        for name in names:
+            with done.part(name):
+                measure_shape(done, name, args.batch, args.dtype, limits, facts)
+    if done.found:
+        print(text(done.found))
+    return done.status()

@@ -7,7 +7,9 @@ import importlib.metadata
 import json
 import platform
 import subprocess
-from collections.abc import Iterable, Mapping
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ FIELDS = (
 )  # fmt: skip
 EXTRA_FIELDS = ("image_size", "rounds", "isa", "impl", "optimizer", "graph", "resnet_fast")
 
-LAYER_FIELDS = ("layer", "launches", "gb_per_s", "tflop_per_s", "percent_of_floor")
+LAYER_FIELDS = ("layer", "launches", "gb_per_s", "tflop_per_s", "percent_of_floor", "launch_us")
 POINT_FIELDS = ("over", "failed", "device_mb")
 FIRST_FIELDS = ("caches", "import_torch_s", "import_s", "build_s", "first_s", "total_s")
 
@@ -154,6 +156,35 @@ def append(path: Path, rows: Iterable[Row]) -> None:
     with path.open("a") as file:
         for one in rows:
             file.write(json.dumps(one) + "\n")
+
+
+class Collection:
+    """The rows of a run. They are appended to `out` as they come: a later error loses none."""
+
+    def __init__(self, command: str, out: Path | None) -> None:
+        self.command, self.out = command, out
+        self.found: list[Row] = []
+        self.failed: list[str] = []
+
+    def add(self, more: list[Row]) -> None:
+        """Rows of a part that is done."""
+        if self.out is not None:
+            append(self.out, more)
+        self.found += more
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Within it an error ends this part alone."""
+        try:
+            yield
+        except Exception as error:
+            self.failed.append(f"{name}: {type(error).__name__}: {error}")
+
+    def status(self) -> int:
+        """Name on stderr what failed; 1 where something did."""
+        for line in self.failed:
+            print(f"{self.command}: {line}", file=sys.stderr)
+        return int(bool(self.failed))
 
 
 def read(paths: Iterable[Path]) -> list[Row]:

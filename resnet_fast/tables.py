@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import statistics
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,7 +21,10 @@ from typing import Any
 
 import torch
 
+from .graph_timing import cold_ms
+
 SHIPPED = Path(__file__).parent / "measured"
+ROUNDS = 10  # of a measurement
 _watches: list[Callable[[str, str, str, str], None]] = []
 
 
@@ -83,15 +87,10 @@ def capturing() -> bool:
 
 
 def microseconds(run: Callable[[], Any]) -> float:
-    """Median time of run() on the current GPU, by a CUDA graph: without what the host does for it,
-    which takes longer than most launches. Not while a graph is captured.
+    """Median time of run() on the current GPU as in a model: without the host, with a cold L2
+    cache (`graph_timing`). Not while a graph is captured.
     """
-    import triton.testing
-
-    torch.cuda.synchronize()  # it measures on another stream
-    time = triton.testing.do_bench_cudagraph(run, return_mode="median")
-    torch.cuda.synchronize()
-    return 1e3 * time
+    return 1e3 * statistics.median(cold_ms(run, ROUNDS))
 
 
 def unsettled() -> bool:

@@ -138,6 +138,26 @@ def test_tune(monkeypatch, capsys):
     assert "RESNET_FAST_AUTOTUNE" not in tune.os.environ
 
 
+@pytest.mark.parametrize("before", [False, True])
+def test_cudnn_searches_while_a_model_is_tuned(monkeypatch, before):
+    """In every step and timing; afterwards, and after an error, it is as it was."""
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", before)
+    seen = []
+
+    def step():
+        seen.append(torch.backends.cudnn.benchmark)
+
+    def milliseconds(step):
+        step()
+        return 1.0
+
+    tune.tune(step, milliseconds)
+    assert len(seen) == 4 and all(seen) and torch.backends.cudnn.benchmark is before
+    with pytest.raises(ZeroDivisionError):
+        tune.tune(step, lambda step: 1 / 0)
+    assert torch.backends.cudnn.benchmark is before
+
+
 @pytest.mark.parametrize("mode", tune.MODES)
 def test_steps(mode):
     """The steps that are tuned are a model's."""

@@ -79,23 +79,27 @@ def run(args: argparse.Namespace) -> int:
 
 def tune(step: Callable[[], object], time: Callable[[Callable[[], object]], float], title: str = "",
          ) -> Gain:  # fmt: skip
-    """Measure what `step` misses in the tables; time(step) before and after."""
-    before = time(step)
-    missing = _missing(step)
-    with _searching(), tqdm(total=len(missing), desc=title, unit="shape", disable=None) as bar:
-        found: set[tuple[str, ...]] = set()
+    """Measure what `step` misses in the tables; time(step) before and after.
 
-        def measured(*entry: str) -> None:
-            if entry not in found:
-                found.add(entry)
-                bar.total = max(bar.total, len(found))  # candidates have tiles of their own
-                bar.update()
+    cuDNN searches for its fastest algorithms meanwhile (`torch.backends.cudnn.benchmark`).
+    """
+    with _cudnn_benchmark():
+        before = time(step)
+        missing = _missing(step)
+        with _searching(), tqdm(total=len(missing), desc=title, unit="shape", disable=None) as bar:
+            found: set[tuple[str, ...]] = set()
 
+            def measured(*entry: str) -> None:
+                if entry not in found:
+                    found.add(entry)
+                    bar.total = max(bar.total, len(found))  # candidates have tiles of their own
+                    bar.update()
+
+            _forget()
+            with tables.watching(measured):
+                step()
         _forget()
-        with tables.watching(measured):
-            step()
-    _forget()
-    return Gain(before, time(step), len(found))
+        return Gain(before, time(step), len(found))
 
 
 def _missing(step: Callable[[], object]) -> set[tuple[str, ...]]:
@@ -112,6 +116,16 @@ def _forget() -> None:
     kernels, _ = backend.triton_module()
     if kernels is not None:
         kernels.tiles.forget()
+
+
+@contextmanager
+def _cudnn_benchmark() -> Iterator[None]:
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 @contextmanager

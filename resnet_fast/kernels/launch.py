@@ -86,7 +86,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
     if INTERPRETING:
         options.pop("maxnreg", None)  # what the interpreter does not know
     if _compiling is not None:
-        _compiling[1](kernel, args, options)
+        _compiling[1](kernel, grid, args, options)
         return
     start = functools.partial(_start, kernel, grid, args, options)
     device = _device(args)
@@ -121,7 +121,7 @@ def _device(args: tuple[Any, ...]) -> torch.device:
 
 @contextmanager
 def compile_for(chosen: Target, sink: Callable[..., None], every: bool = True) -> Iterator[None]:
-    """Within it launchers hand (kernel, args, options) to `sink` in place of launching.
+    """Within it launchers hand (kernel, grid, args, options) to `sink` in place of launching.
 
     every: once for each configuration of a kernel, else for the one that its rule picks.
     """

@@ -1,0 +1,218 @@
+"""`python -m bench compile`: compile every kernel of a model's steps, without a GPU, in parallel.
+
+Triton keeps what it compiled in TRITON_CACHE_DIR, so a later run of the same step, here or on a GPU
+machine that was given the folder, compiles nothing: the key is the kernel's source, its arguments'
+kinds, the GPU architecture and Triton itself (the same wheel, so the same Python version). A line a
+kernel says whether the cache had it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import sass
+from bench.launches import Launch, launches_of
+from bench.machine_code import Code, tool
+from bench.models import MODES, model_names
+from bench.step import DTYPES, Case
+from resnet_fast.options import integers, names, positive
+
+CAPABILITY, MULTIPROCESSORS = 90, 132  # Hopper
+
+
+@dataclass
+class Compiled(Code):
+    """What became of one kernel at one configuration.
+
+    code: the `Launch.code` that it serves. cached: whether Triton's cache had it.
+    """
+
+    case: str = ""
+    config: str = ""
+    code: tuple[Any, ...] = ()
+    cached: bool = False
+    sass: sass.Sass | None = None
+
+
+class OfflineDriver:
+    """Triton's driver where there is no GPU: a target to compile for, nothing to launch on."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return self.capability  # kernels are cached by device: one a target
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+
+def hopper() -> Any:
+    """The target of an H100 or H200."""
+    from resnet_fast.kernels.launch import Target
+
+    return Target(CAPABILITY, MULTIPROCESSORS, "NVIDIA H200")
+
+
+def compile_launches(launches: Iterable[Launch], target: Any, jobs: int) -> Iterator[Compiled]:
+    """Every distinct kernel of `launches`, compiled for `target` by `jobs` processes, as they end.
+
+    Processes of their own: the driver that stands for the GPU must not meet a real one.
+    Convolutions come first, as they take longest.
+    """
+    distinct = {one.code: one for one in launches if one.kernel is not None}
+    todo = sorted(distinct.values(), key=lambda one: not one.name.startswith("conv"))
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(max(1, min(jobs, len(todo))), mp_context=context) as pool:
+        asked = [
+            pool.submit(
+                _compile, one.kernel.fn.__module__, one.name, list(one.arguments.values()),
+                one.options, target, one.code,
+            )
+            for one in todo
+        ]  # fmt: skip
+        for future in as_completed(asked):
+            yield future.result()
+
+
+def _compile(
+    module: str, name: str, arguments: list[Any], options: dict[str, Any], target: Any, code: Any
+) -> Compiled:
+    """In a process of the pool, which a kernel reaches by its name."""
+    from triton.runtime import driver
+
+    driver.set_active(OfflineDriver(target.capability))
+    kernel = getattr(importlib.import_module(module), name)
+    result = compile_one(kernel, arguments, options, "", target, True)
+    result.code = code
+    return result
+
+
+def compile_one(
+    kernel: Any, arguments: Any, options: Any, case: str, target: Any, sections: bool = False
+) -> Compiled:
+    """Compile one launch for the active driver's target and read its machine code.
+
+    sections: count its instructions too (`bench.sass`).
+    """
+    from triton import knobs
+
+    name = kernel.fn.__name__.removesuffix("_kernel")
+    blocks = [
+        f"{p.name.lower().removeprefix('block_').removeprefix('box_')}{a}"
+        for p, a in zip(kernel.params, arguments, strict=True)
+        if p.name.startswith(("BLOCK_", "BOX_")) or (p.name == "SPLIT" and a > 1)
+    ]
+    config = " ".join(blocks) + "".join(
+        f" {short}{options[key]}"
+        for key, short in (("num_warps", "w"), ("num_stages", "s"))
+        if key in options
+    )
+    result = Compiled(name, target.name, case=case, config=config, cached=True)
+
+    def heard(*, cache_hit: bool, **_: Any) -> None:
+        result.cached = cache_hit
+
+    begin = time.perf_counter()
+    before, knobs.compilation.listener = knobs.compilation.listener, heard
+    try:
+        compiled = kernel.warmup(*arguments, grid=(1,), **options)
+    except Exception as error:  # whatever the compiler raises is the row's verdict
+        result.failure = f"does not compile: {str(error).strip().splitlines()[-1]}"
+        return result
+    finally:
+        knobs.compilation.listener = before
+    result.seconds = time.perf_counter() - begin
+    read_code(result, compiled.asm["cubin"], sections)
+    result.shared = compiled.metadata.shared  # what a launch asks for; the code has none of its own
+    half = not case.startswith("fp64") and "ieee" not in arguments
+    if result.local:
+        result.failure = f"spills {result.local} bytes a thread"
+    elif (
+        target.capability == 90
+        and name.startswith("conv")
+        and half
+        and "HGMMA" not in result.tensor_cores
+    ):
+        result.failure = "the convolution has no HGMMA"
+    elif result.shared > target.shared:
+        result.failure = f"{result.shared} bytes of shared memory, more than a block may have"
+    return result
+
+
+def read_code(result: Compiled, cubin: bytes, sections: bool = False) -> None:
+    """Fill in what the machine code of a cubin of one kernel shows."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        disassembly = tool("nvdisasm", path)
+        result.read(tool("cuobjdump", "--dump-resource-usage", path), disassembly)
+    if sections:
+        result.sass = sass.read(disassembly)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `python -m bench compile`."""
+    add_case_arguments(parser)
+    parser.add_argument("--arch", choices=["sm_90"], default="sm_90")
+
+
+def add_case_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options that say which steps, and how many processes compile."""
+    add = parser.add_argument
+    add("--model", type=names(model_names), default=["resnet50"], metavar="NAME,…")
+    add("--mode", type=names(lambda: MODES), default=["train", "infer"], metavar="train,infer")
+    add("--batch", type=integers, default=[256, 1], metavar="N,…",
+        help="batch 1 is of inference alone")  # fmt: skip
+    add("--dtype", choices=list(DTYPES), default="bf16")
+    add("--image-size", type=positive(int), default=224, metavar="N")
+    add("--jobs", type=positive(int), default=os.cpu_count(), metavar="N",
+        help="processes that compile")  # fmt: skip
+
+
+def cases(args: argparse.Namespace) -> list[Case]:
+    """The steps that were asked for."""
+    return [
+        Case(model, mode, batch, args.dtype, torch.device("cuda"), args.image_size)
+        for model in args.model
+        for mode in args.mode
+        for batch in args.batch
+        if mode == "infer" or batch > 1
+    ]
+
+
+def run(args: argparse.Namespace) -> int:
+    """Compile and print; 1 where a kernel does not compile, spills or misses the tensor cores."""
+    begin, done = time.perf_counter(), []
+    try:
+        target = hopper()
+        launches = [one for case in cases(args) for one in launches_of(case, target)]
+    except (ImportError, ValueError) as error:
+        print(f"compile: {error}", file=sys.stderr)
+        return 2
+    for one in compile_launches(launches, target, args.jobs):
+        done.append(one)
+        said = one.failure or ("hit" if one.cached else f"{one.seconds:.1f} s")
+        print(f"{one.kernel:24} {one.config:40} {said}", flush=True)
+    hits, failed = sum(one.cached for one in done), sum(bool(one.failure) for one in done)
+    seconds = time.perf_counter() - begin
+    print(f"{len(done)} kernels, {hits} from the cache, {failed} failed, {seconds:.0f} s")
+    return int(failed > 0)

@@ -1,0 +1,466 @@
+"""`python -m bench estimate`: what each launch of a model's step takes on a GPU, without the GPU.
+
+An estimate, not a measurement: it orders kernels and changes of kernels where no GPU is at hand.
+Every launch is found by the package's own launchers (`bench.launches`) and compiled
+(`bench.compile`), and its SASS is read (`bench.sass`). For a launch of P programs
+
+    time = max(bytes / bandwidth, FLOP / rate, T / clock) + gap
+
+and at least that of a small launch. T is the cycles of the busiest multiprocessor, which runs
+n = ceil(P / multiprocessors) programs, o of them at a time (by registers, shared memory, threads):
+
+    T = max(n · busiest pipe of a program, ceil(n / o) · one program alone)
+    one program alone = first load + before + trips · loop + dependent load + after
+
+A section takes its busiest pipe: issue (a warp instruction a cycle and scheduler), MIO (shuffles
+and shared memory), LSU (global memory) or the tensor cores; a loop that waits for its matrix
+products takes them and what it does not issue meanwhile one after the other. With o = 1 the
+prologue and the epilogue of every tile are thus exposed ("latency"), with more they overlap with
+other programs. A launch's floor is the larger of its first two terms, every tensor moved once. Not
+modelled: L2 bandwidth, bank conflicts, barriers, cold instruction caches, and PyTorch's own kernels
+beyond their floor. "Small" are launches beside the convolutions that move less than L2 holds.
+
+Source: Williams, Waterman & Patterson 2009, "Roofline", CACM 52(4); `GPUS` names its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from bench import rows
+from bench.compile import Compiled, add_case_arguments, cases, compile_launches, hopper
+from bench.launches import Launch, launches_of
+from bench.sass import Section
+from bench.step import Case
+
+SCHEDULERS = 4  # of a multiprocessor
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up."""
+    return -(-a // b)
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What the clock knows of a GPU. Rates a second, latencies and times of launches in µs.
+
+    shared: bytes of a multiprocessor, of which each program takes 1 KiB more than it asks for.
+    """
+
+    name: str
+    bytes_per_s: float
+    flops_per_s: float
+    multiprocessors: int = 132
+    clock: float = 1.755e9
+    registers: int = 65536
+    shared: int = 228 << 10
+    threads: int = 2048
+    programs: int = 32
+    l2: int = 50 << 20
+    first_load_us: float = 1.0
+    load_us: float = 0.8
+    l2_load_us: float = 0.3
+    gap_us: float = 1.0
+    small_us: float = 2.5
+
+    def floor_us(self, moved: float, flops: float) -> float:
+        """No launch that moves `moved` bytes and does `flops` operations takes less."""
+        return 1e6 * max(moved / self.bytes_per_s, flops / self.flops_per_s)
+
+    def resident(self, registers: int, shared: int, warps: int) -> int:
+        """Programs of `warps` warps that a multiprocessor runs at a time."""
+        a_warp = max(256, cdiv(32 * registers, 256) * 256)
+        by_registers = self.registers // SCHEDULERS // a_warp * SCHEDULERS // warps
+        by_shared = self.shared // (shared + 1024)
+        return max(1, min(by_registers, by_shared, self.threads // (32 * warps), self.programs))
+
+
+# H200: what a copy reaches of the data sheet's 4.8 TB/s, and a 16-bit product of its 989 TFLOP/s;
+# H100 SXM: the same share of its 3.35 TB/s. Clock: boost under load. Limits of a multiprocessor:
+# CUDA programming guide, compute capability 9.0. Latencies on Hopper, rounded: a first TMA load, a
+# load from memory, a load from L2 (where a launch moves less than L2 holds). A small launch in a
+# CUDA graph: 2 to 2.5 µs. `--calibrate` replaces what `bench ceilings` measures.
+GPUS = {
+    "h200": Gpu("h200", 4.3e12, 790e12),
+    "h100": Gpu("h100", 3.0e12, 790e12),
+}
+
+
+def _gemm_steps(a: Mapping[str, Any]) -> int:
+    return cdiv(a["R"] * a["S"] * a["c_tiles"], a["SPLIT"])
+
+
+def _pointer_steps(a: Mapping[str, Any]) -> int:
+    if a["FLAT_CHANNELS"]:
+        return cdiv(a["R"] * a["S"] * a["FLAT_CHANNELS"], a["BLOCK_K"])
+    return cdiv(a["R"] * a["S"] * cdiv(a["channels"], a["BLOCK_K"]), a["SPLIT"])
+
+
+def _dgrad_steps(a: Mapping[str, Any]) -> int:
+    taps = cdiv(a["R"], a["STRIDE"]) * cdiv(a["S"], a["STRIDE"])
+    if a["STRIDE"] == 2:  # the mean over the four parities
+        taps = a["R"] * a["S"] / 4
+    return math.ceil(taps * a["k_tiles"])
+
+
+# Trips of the main loop, by the kernel's parameters; kernels that are not here have no loop.
+TRIPS: dict[str, Callable[[Mapping[str, Any]], int]] = {
+    "conv_affine_act_tma_kernel": _gemm_steps,
+    "conv_affine_act_kernel": _pointer_steps,
+    "conv_dgrad_kernel": _dgrad_steps,
+    "conv_wgrad_kernel": lambda a: a["boxes_per_split"],
+    "bn_stats_kernel": lambda a: a["tiles_per_split"],
+    "bn_act_bwd_reduce_kernel": lambda a: a["tiles_per_split"],
+    "dgrad_epilogue_kernel": lambda a: a["tiles_per_split"],
+    "max_pool_bwd_kernel": lambda a: a["tiles_per_split"],
+    "bn_relu_max_pool_kernel": lambda a: cdiv(a["R"] * a["S"], a["AT_ONCE"]),
+    "global_avg_pool_kernel": lambda a: cdiv(a["pixels"], a["BLOCK_P"]),
+    "merge_sums_kernel": lambda a: cdiv(a["splits"], a["BLOCK_S"]),
+    "merge_moments_kernel": lambda a: cdiv(a["splits"], a["BLOCK_S"]),
+    "merge_tiles_kernel": lambda a: cdiv(min(a["tiles"], a["tiles_per_split"]), a["BLOCK_S"]),
+    "fold_kernel": lambda a: cdiv(min(a["count"], a["per_fold"]), a["BLOCK_S"]),
+}
+
+
+def moved(one: Launch) -> int:
+    """Bytes of a launch: each tensor once. A 1x1 of stride 2 reads one pixel of four."""
+    total = sum(t.numel() * t.element_size() for t in one.tensors)
+    a = one.arguments
+    if one.name in ("conv_affine_act_tma_kernel", "conv_wgrad_kernel") and a["STRIDE"] == 2:
+        if a["R"] == a["S"] == 1:
+            x = getattr(a["x"], "base", a["x"])
+            total -= x.numel() * x.element_size() * 3 // 4
+    return total
+
+
+def flops(one: Launch) -> int:
+    """Floating point operations of a convolution, 2 a multiply-add; of other kernels none."""
+    a = one.arguments
+    if one.kernel is None:
+        return one.flops
+    if not one.name.startswith("conv"):
+        return 0
+    taps = a["R"] * a["S"]
+    if one.name == "conv_affine_act_kernel":
+        return 2 * a["pixels"] * one.grid[1] * a["filters"] * taps * a["channels"]
+    return 2 * a["N"] * a["P"] * a["Q"] * a["filters"] * taps * a["channels"]
+
+
+@dataclass(frozen=True)
+class Cycles:
+    """Cycles of a multiprocessor for one program: its busiest pipe in all, and alone."""
+
+    busiest: float
+    alone: float
+    pipe: str
+
+
+def program(code: Compiled, warps: int, trips: int, load_us: float, gpu: Gpu) -> Cycles:
+    """Of a kernel whose loop makes `trips` trips; load_us: of a load that something waits for."""
+    s, share = code.sass, warps / SCHEDULERS
+
+    def pipes(section: Section) -> dict[str, float]:
+        return {
+            "issue": section.issue * share,
+            "MIO": section.mio * warps,
+            "LSU": section.lsu * warps,
+            "tensor": section.tensor * share,
+        }
+
+    before, loop, after = map(pipes, (s.before, s.loop, s.after))
+    total = {name: before[name] + trips * loop[name] + after[name] for name in loop}
+    pipe = max(total, key=total.__getitem__)
+    trip = max(loop.values())
+    if s.waits:
+        exposed = (s.loop.issue - s.hidden) * share
+        trip = max(exposed + max(loop["tensor"], s.hidden * share), loop["MIO"], loop["LSU"])
+    if s.loop.lsu and not s.pipelined:
+        trip += load_us * 1e-6 * gpu.clock
+    latency = gpu.first_load_us + load_us * s.loads_after
+    alone = latency * 1e-6 * gpu.clock + max(before.values()) + trips * trip + max(after.values())
+    return Cycles(total[pipe], alone, pipe)
+
+
+def entry(one: Launch, code: Compiled | None, mode: str, gpu: Gpu) -> dict[str, Any]:
+    """The row of a launch: what it is, what its code says, and its time."""
+    size, work = moved(one), flops(one)
+    floor = gpu.floor_us(size, work)
+    found: dict[str, Any] = {
+        "kernel": one.name, "count": one.count, "grid": list(one.grid), "family": family(one, mode),
+        "registers": None, "spilled_bytes": None, "shared_bytes": None, "programs_per_sm": None,
+        "mb": size / 1e6, "gflop": work / 1e9, "floor_us": floor,
+    }  # fmt: skip
+    time, bound = floor, "memory" if floor > gpu.floor_us(0, work) else "compute"
+    if code is not None:
+        if code.failure:
+            raise RuntimeError(f"{one.name} {code.config}: {code.failure}")
+        warps = one.options.get("num_warps", 4)
+        trips = TRIPS[one.name](one.arguments) if one.name in TRIPS else 1
+        if code.sass.loop.issue and one.name not in TRIPS:
+            raise RuntimeError(f"{one.name}: its loop has no entry in bench.estimate.TRIPS")
+        programs = math.prod(one.grid)
+        resident = gpu.resident(code.registers, code.shared, warps)
+        each, at_once = cdiv(programs, gpu.multiprocessors), gpu.multiprocessors * resident
+        load_us = gpu.load_us if size > gpu.l2 else gpu.l2_load_us
+        cycles = program(code, warps, trips, load_us, gpu)
+        busy, alone = each * cycles.busiest, cdiv(each, resident) * cycles.alone
+        took = 1e6 * max(busy, alone) / gpu.clock
+        if took > time:
+            time, bound = took, cycles.pipe if busy >= alone else "latency"
+        found |= {
+            "config": code.config, "warps": warps,
+            "registers": code.registers, "spilled_bytes": code.local, "shared_bytes": code.shared,
+            "programs_per_sm": resident, "waves": programs / at_once,
+            "last_wave_idle": 1 - programs / (at_once * cdiv(programs, at_once)),
+            "trips": trips, "waits": code.sass.waits,
+            "instructions": [s.issue for s in (code.sass.before, code.sass.loop, code.sass.after)],
+            "mio": [s.mio for s in (code.sass.before, code.sass.loop, code.sass.after)],
+            "tensor_cycles": code.sass.loop.tensor or code.sass.before.tensor,
+            "barriers": [s.barriers for s in (code.sass.before, code.sass.loop, code.sass.after)],
+        }  # fmt: skip
+    if time + gpu.gap_us < gpu.small_us:
+        bound = "launch"
+    if found["family"] in ("pass", "library") and size < gpu.l2:
+        found["family"] = "small"
+    found["estimate_us"], found["bound"] = max(time + gpu.gap_us, gpu.small_us), bound
+    return found
+
+
+def family(one: Launch, mode: str) -> str:
+    """Which kernels a launch is summed with: passes of training, or kinds of convolution."""
+    a = one.arguments
+    if one.kernel is None:
+        return "library"
+    if one.name in ("conv_dgrad_kernel", "conv_wgrad_kernel"):
+        return one.name[len("conv_") : -len("_kernel")]
+    if not one.name.startswith("conv"):
+        return "pass"
+    if mode == "train":
+        return "fprop"
+    filters = f"{a['R']}x{a['S']}"
+    return filters if a["residual"] is None else f"{filters} + residual"
+
+
+def estimate(
+    case: Case, gpu: str | Gpu = "h200", jobs: int = 1, compiled: Iterable[Compiled] | None = None
+) -> dict[str, Any]:
+    """The clock's answer for one step: totals and a row a distinct launch, slowest first.
+
+    compiled: what `compile_launches` gave for these launches, where it is at hand.
+
+    Raises:
+        RuntimeError: a kernel that does not compile or spills, or one whose loop has no trips here.
+        KeyError: an unknown GPU. Also as `launches_of`.
+    """
+    import triton
+
+    gpu = GPUS[gpu] if isinstance(gpu, str) else gpu
+    launches = launches_of(case, hopper())
+    found = compile_launches(launches, hopper(), jobs) if compiled is None else compiled
+    codes = {one.code: one for one in found}
+    entries = [
+        entry(one, codes[one.code] if one.kernel else None, case.mode, gpu) for one in launches
+    ]
+    entries.sort(key=lambda one: -one["count"] * one["estimate_us"])
+    total = sum(one["count"] * one["estimate_us"] for one in entries) / 1e3
+    return {
+        "model": case.model, "mode": case.mode, "batch": case.batch, "dtype": case.dtype,
+        "image_size": case.image_size, "gpu": gpu.name, "what": "estimate, not a measurement",
+        "triton": triton.__version__, "git_sha": rows.git_sha(), "total_ms": total,
+        "floor_ms": sum(one["count"] * one["floor_us"] for one in entries) / 1e3,
+        "images_per_s": 1e3 * case.batch / total,
+        "launches": [{k: _rounded(v) for k, v in one.items()} for one in entries],
+    }  # fmt: skip
+
+
+def _rounded(value: Any) -> Any:
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def families(report: Mapping[str, Any]) -> dict[str, tuple[int, float, float]]:
+    """Launches, milliseconds and floor of each family of kernels, slowest first."""
+    found: dict[str, tuple[int, float, float]] = {}
+    for one in report["launches"]:
+        n, ms, floor = found.get(one["family"], (0, 0.0, 0.0))
+        count = one["count"]
+        ms, floor = ms + count * one["estimate_us"] / 1e3, floor + count * one["floor_us"] / 1e3
+        found[one["family"]] = n + count, ms, floor
+    return dict(sorted(found.items(), key=lambda item: -item[1][1]))
+
+
+def title(report: Mapping[str, Any]) -> str:
+    """What the report is of, and its totals."""
+    return (
+        f"{report['model']} {report['mode']} {report['dtype']} batch {report['batch']} on "
+        f"{report['gpu']}, ESTIMATE: {report['total_ms']:.2f} ms, {report['images_per_s']:,.0f} "
+        f"images/s, floor {report['floor_ms']:.2f} ms (Triton {report['triton']})"
+    )
+
+
+def text(report: Mapping[str, Any]) -> str:
+    """A line a launch, slowest first; then what each family of kernels loses against its floor."""
+    lines = [
+        title(report),
+        f"{'kernel':20} {'n':>3} {'programs':>9} {'tile':31} {'regs':>4} {'KiB':>5} {'/SM':>3} "
+        f"{'waves':>6} {'idle':>4} {'trips':>5} {'before+loop+after':>17} {'MIO':>14} {'wait':4} "
+        f"{'MB':>6} {'GFLOP':>6} {'us':>7} {'floor':>7} {'share':>5} bound",
+    ]
+    lines += [line(one) for one in report["launches"] if one["family"] != "small"]
+    lines += ["", "small launches, all of a kernel together"]
+    small: dict[str, tuple[int, float]] = {}
+    for one in report["launches"]:
+        if one["family"] == "small":
+            n, us = small.get(one["kernel"], (0, 0.0))
+            small[one["kernel"]] = n + one["count"], us + one["count"] * one["estimate_us"]
+    for name, (n, us) in sorted(small.items(), key=lambda item: -item[1][1]):
+        lines.append(f"{name.removesuffix('_kernel'):28} {n:3d} {us:8.1f} us")
+    head = f"{'family':14} {'launches':>8} {'ms':>7} {'floor':>7} {'lost':>7} {'share':>5}"
+    lines += ["", f"ESTIMATE by family\n{head}"]
+    for name, (count, ms, floor) in families(report).items():
+        lines.append(
+            f"{name:14} {count:8d} {ms:7.2f} {floor:7.2f} {ms - floor:7.2f} {floor / ms:5.0%}"
+        )
+    return "\n".join(lines)
+
+
+def line(one: Mapping[str, Any]) -> str:
+    """A launch in the table."""
+    code = ""
+    if one["registers"] is not None:
+        parts, mio = ("+".join(map(str, one[name])) for name in ("instructions", "mio"))
+        code = (
+            f"{math.prod(one['grid']):9d} {one['config'][:31]:31} {one['registers']:4d} "
+            f"{one['shared_bytes'] / 1024:5.0f} {one['programs_per_sm']:3d} {one['waves']:6.1f} "
+            f"{one['last_wave_idle']:4.0%} {one['trips']:5d} {parts:>17} {mio:>14} "
+            f"{'yes' if one['waits'] else ''}"
+        )
+    return (
+        f"{one['kernel'].removesuffix('_kernel')[:20]:20} {one['count']:3d} {code:108} "
+        f"{one['mb']:6.0f} {one['gflop']:6.0f} {one['estimate_us']:7.1f} {one['floor_us']:7.1f} "
+        f"{one['floor_us'] / one['estimate_us']:5.0%} {one['bound']}"
+    )
+
+
+def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """What became of the total and of each family, and of the launches whose sum changed by 1%."""
+    lines = [
+        f"ESTIMATE {old['total_ms']:.2f} -> {new['total_ms']:.2f} ms "
+        f"({old['total_ms'] / new['total_ms']:.3f}x)"
+    ]
+    before, after = families(old), families(new)
+    for name in dict.fromkeys((*before, *after)):
+        (n, a, _), (m, b, _) = (side.get(name, (0, 0.0, 0.0)) for side in (before, after))
+        lines.append(f"{name:10} {n:4d} -> {m:4d} launches {a:8.2f} -> {b:8.2f} ms")
+    sums = [
+        {_name(one): one["count"] * one["estimate_us"] for one in side["launches"]}
+        for side in (old, new)
+    ]
+    every = dict.fromkeys((*sums[0], *sums[1]))
+    changed = [(name, *(side.get(name, 0.0) for side in sums)) for name in every]
+    for name, a, b in sorted(changed, key=lambda item: -abs(item[1] - item[2])):
+        if abs(a - b) > 0.01 * max(a, b):
+            lines.append(f"  {name:60} {a:8.1f} -> {b:8.1f} us")
+    return "\n".join(lines)
+
+
+def _name(one: Mapping[str, Any]) -> str:
+    grid = "x".join(map(str, one["grid"]))
+    return f"{one['kernel']} {grid} {one.get('config', '')} {one['mb']:.4g} MB"
+
+
+def calibrated(gpu: Gpu, found: Iterable[rows.Row]) -> Gpu:
+    """`gpu` with the newest measured ceilings in place of its table's.
+
+    Only what a row of `bench ceilings` of a GPU holds is taken: the copy's bytes/s, the product's
+    FLOP/s, the time of a small launch. ValueError where there is no such row.
+    """
+    own = [row for row in found if row["benchmark"] == "ceilings" and row["device"] == "cuda"]
+    if not own:
+        raise ValueError("--calibrate: expected a row of `bench ceilings` of a GPU, found none")
+    newest = max(own, key=lambda row: row["date"])
+    known = {
+        "name": newest["cpu_or_gpu"],
+        "bytes_per_s": newest["gb_per_s"] and 1e9 * newest["gb_per_s"],
+        "flops_per_s": newest["tflop_per_s"] and 1e12 * newest["tflop_per_s"],
+        "small_us": newest.get("launch_us"),
+    }
+    return replace(gpu, **{name: value for name, value in known.items() if value})
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The reports in a file that `--json` wrote. ValueError names a file that is not one."""
+    try:
+        found = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not the JSON of bench estimate: {error}") from None
+    whole = isinstance(found, list) and all(
+        isinstance(one, dict) and {"model", "mode", "batch", "launches"} <= one.keys()
+        for one in found
+    )
+    if not whole:
+        raise ValueError(f"{path}: expected a list of estimates, as --json writes it")
+    return found
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `python -m bench estimate`."""
+    add_case_arguments(parser)
+    add = parser.add_argument
+    add("--gpu", choices=list(GPUS), default="h200")
+    add("--json", type=Path, metavar="FILE", help="write the estimates here too")
+    add("--compare", type=Path, metavar="OLD.json", help="what changed since an earlier --json")
+    add("--calibrate", type=Path, metavar="ROWS.jsonl",
+        help="bandwidth, rate and small launches by measured `bench ceilings` rows")  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> int:
+    """Estimate and print; 1 where a kernel has no estimate, 2 for a bad argument."""
+    gpu = GPUS[args.gpu]
+    try:
+        if args.calibrate is not None:
+            gpu = calibrated(gpu, rows.read([args.calibrate]))
+        old = [] if args.compare is None else read(args.compare)
+    except (ValueError, OSError) as error:
+        print(f"estimate: {error}", file=sys.stderr)
+        return 2
+    reports, status = [], 0
+    for case in cases(args):
+        try:
+            report = estimate(case, gpu, args.jobs)
+        except (ImportError, ValueError) as error:
+            print(f"estimate: {error}", file=sys.stderr)
+            return 2
+        except RuntimeError as error:
+            print(f"estimate: {case}: {error}", file=sys.stderr)
+            status = 1
+            continue
+        reports.append(report)
+        before = next((one for one in old if _of(one) == _of(report)), None)
+        print(text(report) if before is None else f"{title(report)}\n{compare(before, report)}")
+        print(flush=True)
+    if args.json is not None:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(_lines(reports))
+    return status
+
+
+def _of(report: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(report[name] for name in ("model", "mode", "batch", "dtype", "gpu"))
+
+
+def _lines(reports: Sequence[Mapping[str, Any]]) -> str:
+    """The reports as JSON, a line a launch, so that a change shows in a diff."""
+    parts = []
+    for report in reports:
+        head = json.dumps({k: v for k, v in report.items() if k != "launches"}, indent=1)
+        launches = ",\n  ".join(json.dumps(one) for one in report["launches"])
+        parts.append(f'{head[:-2]},\n "launches": [\n  {launches}\n ]\n}}')
+    return "[\n" + ",\n".join(parts) + "\n]\n"

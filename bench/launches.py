@@ -1,0 +1,202 @@
+"""Every launch of a model's step, found on any machine.
+
+The model runs on meta tensors under `launch.compile_for`: the package's own launchers choose
+kernels, tiles and grids for a GPU that need not be there, and what they would launch is listed,
+with the operators of PyTorch between them. Nothing is computed and nothing is compiled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils.flop_counter import flop_registry
+
+import resnet_fast
+from bench.step import DTYPES, Case
+from resnet_fast import ops
+from resnet_fast.layout import memory_format
+from resnet_fast.program import MEMORY
+
+aten = torch.ops.aten
+NO_LAUNCH = MEMORY | {aten.as_strided_.default}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """`count` equal launches.
+
+    kernel: a Triton kernel, or None for an operator of PyTorch (name: "aten.…"), whose grid is not
+    known. arguments: by the kernel's parameters; of an operator its tensors. flops: of an operator.
+    """
+
+    name: str
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    kernel: Any = None
+    options: dict[str, Any] = field(default_factory=dict)
+    flops: int = 0
+    count: int = 1
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The tensors that it reads or writes, those of descriptors among them, each once."""
+        found = [getattr(value, "base", value) for value in self.arguments.values()]
+        return list({id(t): t for t in found if isinstance(t, Tensor)}.values())
+
+    @property
+    def code(self) -> tuple[Any, ...]:
+        """What the compiled code depends on: launches of one code are compiled once.
+
+        Triton compiles anew for an integer that is 1, a multiple of 16 or wider than 32 bits.
+        """
+        parts: list[Any] = [self.name, *sorted(self.options.items())]
+        for parameter in () if self.kernel is None else self.kernel.params:
+            value = self.arguments[parameter.name]
+            if isinstance(value, int) and not parameter.is_constexpr:
+                value = (value == 1, value % 16 == 0, value >= 2**31)
+            parts.append(_kind(value))
+        return tuple(map(str, parts))
+
+    @property
+    def key(self) -> str:
+        """What two equal launches share: code, grid and every argument but a tensor's place."""
+        return str((self.code, self.grid, [(n, _shape(v)) for n, v in self.arguments.items()]))
+
+
+def _kind(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.dtype
+    if isinstance(getattr(value, "base", None), Tensor):
+        return value.base.dtype, *value.block_shape
+    return value
+
+
+def _shape(value: Any) -> Any:
+    base = getattr(value, "base", value)
+    return (*base.shape, base.dtype) if isinstance(base, Tensor) else value
+
+
+def launches_of(case: Case, target: Any) -> list[Launch]:
+    """The launches of one step of `case` on `target` (`kernels.launch.Target`), in order of first
+    appearance, equal ones counted.
+
+    Inference or training as in `bench.step`, by the Triton kernels; RESNET_FAST_TRITON_CONV is
+    honoured. In training the classifier's parameters are taken as already cast by autocast, and an
+    optimizer's update is left out. Raises as `launches_by`.
+    """
+    return launches_by(lambda: _step(case), target)
+
+
+def launches_by(run: Callable[[], object], target: Any) -> list[Launch]:
+    """The launches of `run()`, which calls the package's ops on meta tensors.
+
+    Raises:
+        ImportError: without Triton.
+        ValueError: where Triton interprets its kernels, which then have no launches.
+    """
+    from resnet_fast.kernels import launch
+
+    if launch.INTERPRETING:
+        raise ValueError("TRITON_INTERPRET is set: unset it, interpreted kernels are not compiled")
+    found: dict[str, Launch] = {}
+
+    def add(one: Launch) -> None:
+        key = one.key
+        found[key] = replace(one, count=found[key].count + 1) if key in found else one
+
+    def sink(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: Any) -> None:
+        names = [parameter.name for parameter in kernel.params]
+        arguments = dict(zip(names, _outlines(args), strict=True))
+        add(Launch(kernel.fn.__name__, tuple(grid), arguments, kernel, dict(options)))
+
+    with launch.compile_for(target, sink, every=False), _Operators(add):
+        run()
+    return list(found.values())
+
+
+def _step(case: Case) -> None:
+    """A step on meta tensors."""
+    dtype = DTYPES[case.dtype]
+    with _disable_current_modes(), torch.device("meta"):  # making a model launches nothing
+        net = resnet_fast.create_model(case.model, impl="triton")
+        x = torch.empty(case.batch, 3, case.image_size, case.image_size)
+        target = torch.zeros(case.batch, dtype=torch.long)
+        net = net.to(memory_format=torch.channels_last).train(case.mode == "train")
+        x = x.contiguous(memory_format=torch.channels_last)
+        if case.mode == "infer":
+            net, x = net.to(dtype), x.to(dtype)
+        else:
+            net.fc.to(dtype)
+    if case.mode == "infer":
+        with torch.inference_mode():
+            net(x)
+        return
+    loss = F.cross_entropy(net(x.to(dtype)).float(), target)
+    loss.backward()
+
+
+class _Operators(TorchDispatchMode):
+    """Sends the package's ops to their Triton launchers and lists what PyTorch itself launches."""
+
+    def __init__(self, add: Any) -> None:
+        super().__init__()
+        self._add = add
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        from resnet_fast import kernels
+
+        kwargs = kwargs or {}
+        if func in ops.IMPLEMENTATIONS:
+            with self:
+                return kernels.OPS[func._schema.name.partition("::")[2]](*args[:-1])
+        if func._can_decompose():
+            with self:
+                return func.decompose(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if func is aten.convolution.default:  # cuDNN keeps channels_last, the meta kernel does not
+            result = result.contiguous(memory_format=memory_format(args[0], args[1]))
+        if func not in NO_LAUNCH and not func.is_view:
+            tensors = _tensors((args, tuple(kwargs.values()), result))
+            count = flop_registry.get(func.overloadpacket)
+            flops = 0 if count is None else count(*args, **kwargs, out_val=result)
+            name = str(func).rpartition(".")[0]
+            named = {str(i): t for i, t in enumerate(_outlines(tensors))}
+            if tensors:
+                self._add(Launch(name, (), named, flops=flops))
+        return result
+
+
+def _outlines(values: Sequence[Any]) -> list[Any]:
+    """`values` with other tensors of the same shapes, the same one for the same.
+
+    A tensor that is held here would not be a gradient that autograd takes over: it would copy it.
+    """
+    known: dict[int, Tensor] = {}
+
+    def outline(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            if id(value) not in known:
+                known[id(value)] = torch.empty_strided(
+                    value.size(), value.stride(), dtype=value.dtype, device="meta"
+                )
+            return known[id(value)]
+        if isinstance(getattr(value, "base", None), Tensor):
+            return replace(value, base=outline(value.base))
+        return value
+
+    with _disable_current_modes():
+        return [outline(value) for value in values]
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [t for v in value for t in _tensors(v)]
+    return []

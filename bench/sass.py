@@ -1,0 +1,170 @@
+"""What a warp of a kernel executes, read from its SASS: instructions by pipe, around the main loop.
+
+`read` takes what `nvdisasm` prints of one kernel and counts the instructions of the hot path: those
+from the entry to the last EXIT. What follows it is cold (retries of a barrier, slow paths of a
+division). The main loop is the loop with tensor-core instructions; a kernel without them has all
+its loops counted as one. A branch inside of a section counts both of its ways.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+TENSOR = ("HGMMA", "HMMA", "DMMA", "IMMA", "QGMMA")
+MIO = ("SHFL", "LDS", "STS", "LDSM", "STSM", "ATOMS", "MOVM")
+LSU = ("LDG", "STG", "LDGSTS", "ATOM", "ATOMG", "RED", "LDL", "STL", "UTMALDG", "UTMASTG")
+LOADS = ("LDG", "LDGSTS", "UTMALDG")
+SPIN = 6  # instructions: a shorter loop around a barrier's TRYWAIT only waits
+
+_LINE = re.compile(r"^\s+/\*(?P<at>[0-9a-f]{4,})\*/\s+(?P<text>[^;]*);")
+_LABEL = re.compile(r"^(\.L_x_\d+):")
+_PREDICATE = re.compile(r"^@!?U?P\w+\s+")
+_SHAPE = re.compile(r"^(?:HGMMA|QGMMA)\.64x(\d+)x")
+
+
+@dataclass(frozen=True)
+class Section:
+    """Instructions that one warp executes once.
+
+    issue: all of them. mio: shuffles and shared memory. lsu: global memory. tensor: cycles of the
+    tensor cores of a multiprocessor for four warps (a warpgroup). barriers: of the whole program.
+    """
+
+    issue: int = 0
+    mio: int = 0
+    lsu: int = 0
+    tensor: int = 0
+    barriers: int = 0
+    opcodes: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass(frozen=True)
+class Sass:
+    """A kernel's sections.
+
+    waits: whether the loop waits for its matrix products before it goes on (`wait_group 0`).
+    hidden: instructions of the loop that are issued while its products run: those between a product
+    and the next such wait; all of them where there is none. pipelined: whether its loads are
+    asynchronous (TMA or cp.async). loads_after: whether what follows the loop loads from memory.
+    """
+
+    before: Section
+    loop: Section
+    after: Section
+    hidden: int
+    waits: bool
+    pipelined: bool
+    loads_after: bool
+
+
+def read(disassembly: str) -> Sass:
+    """The sections of the one kernel in what `nvdisasm` prints."""
+    code, labels = _instructions(disassembly)
+    if not code:
+        raise ValueError("disassembly: expected the instructions of a kernel, found none")
+    end = max((i for i, text in enumerate(code) if _opcode(text) == "EXIT"), default=len(code) - 1)
+    code = code[: end + 1]
+    loops = _loops(code, labels)
+    multiplying = [loop for loop in loops if _tensor(code[slice(*loop)])]
+    main = loops
+    if multiplying:
+        main = [max(multiplying, key=lambda loop: _tensor(code[slice(*loop)]))]
+    inside = [i for begin, stop in main for i in range(begin, stop)]
+    first = main[0][0] if main else len(code)
+    within = set(inside)
+    before = [i for i in range(first) if i not in within]
+    after = [i for i in range(first, len(code)) if i not in within]
+    if not main:  # straight on: what follows the last product is the epilogue
+        last = max((i for i, text in enumerate(code) if _opcode(text) in TENSOR), default=-1) + 1
+        before, after = list(range(last)), list(range(last, len(code)))
+    hidden, waits = _hidden([code[i] for i in inside])
+    parts = [[code[i] for i in part] for part in (before, inside, after)]
+    loading = {_opcode(text) for text in parts[1 if main else 0]}
+    return Sass(
+        *map(_section, parts), hidden, waits,
+        pipelined=bool(loading & {"LDGSTS", "UTMALDG"}) or "LDG" not in loading,
+        loads_after=_tensor(code) > 0 and any(_opcode(text) in LOADS for text in parts[2]),
+    )  # fmt: skip
+
+
+def _instructions(disassembly: str) -> tuple[list[str], dict[str, int]]:
+    """Instructions in order, predicates and all, and the place that each label names."""
+    code: list[str] = []
+    labels: dict[str, int] = {}
+    for line in disassembly.splitlines():
+        if label := _LABEL.match(line):
+            labels[label[1]] = len(code)
+        elif (found := _LINE.match(line)) and not found["text"].startswith("."):
+            code.append(found["text"].strip())
+    return code, labels
+
+
+def _opcode(text: str) -> str:
+    return _PREDICATE.sub("", text).partition(" ")[0].partition(".")[0]
+
+
+def _loops(code: Sequence[str], labels: dict[str, int]) -> list[tuple[int, int]]:
+    """Outermost loops as [begin, stop): branches back, but not those that wait for a barrier."""
+    found = []
+    for i, text in enumerate(code):
+        target = re.search(r"`\((\.L_x_\d+)\)", text)
+        if _opcode(text) != "BRA" or target is None:
+            continue
+        begin = labels[target[1]]
+        spins = i - begin < SPIN and any("TRYWAIT" in code[j] for j in range(begin, i))
+        if begin < i and not spins:
+            found.append((begin, i + 1))
+    found.sort(key=lambda loop: (loop[0], -loop[1]))
+    outermost: list[tuple[int, int]] = []
+    for loop in found:
+        if not outermost or loop[0] >= outermost[-1][1]:
+            outermost.append(loop)
+    return outermost
+
+
+def _section(code: Sequence[str]) -> Section:
+    opcodes = Counter(_opcode(text) for text in code)
+    return Section(
+        issue=len(code),
+        mio=sum(opcodes[name] for name in MIO),
+        lsu=sum(_words(text) for text in code if _opcode(text) in LSU),
+        tensor=_tensor(code),
+        barriers=opcodes["BAR"],
+        opcodes=opcodes,
+    )
+
+
+def _words(text: str) -> int:
+    """Cycles of the load-store unit for a warp: 128 bytes each. A bulk copy is one."""
+    name = _PREDICATE.sub("", text).partition(" ")[0]
+    width = re.search(r"\.(64|128)\b", name)
+    return int(width[1]) // 32 if width else 1
+
+
+def _tensor(code: Sequence[str]) -> int:
+    """Cycles: wgmma 64xN takes N/2 (4096 dense 16-bit FLOP a cycle), four warps' mma 16x8x16 8."""
+    total = 0
+    for text in code:
+        name = _PREDICATE.sub("", text)
+        if shape := _SHAPE.match(name):
+            total += int(shape[1]) // 2
+        elif _opcode(text) in TENSOR:
+            total += 8
+    return total
+
+
+def _hidden(loop: Sequence[str]) -> tuple[int, bool]:
+    """Instructions that are issued while products run, and whether the loop waits for them."""
+    products = [_opcode(text) == "HGMMA" for text in loop]
+    waits = [re.search(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x0", text) is not None for text in loop]
+    if not any(products) or not any(waits):
+        return len(loop), False
+    hidden, running = 0, False
+    for turn in range(2):  # the first only tells whether a product runs when the loop begins anew
+        for product, wait in zip(products, waits, strict=True):
+            running = (running or product) and not wait
+            hidden += running and turn
+    return hidden, True

@@ -1,0 +1,396 @@
+"""The clock: every launch of a step, what its SASS says, and the time that is estimated from it."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import estimate, rows, sass
+from bench.__main__ import main
+from bench.compile import Compiled
+from bench.estimate import GPUS, Gpu
+from bench.launches import Launch
+from bench.sass import Sass, Section
+
+ROOT = Path(__file__).resolve().parent.parent
+H200 = GPUS["h200"]
+REQUIRED = {
+    "kernel", "count", "grid", "registers", "shared_bytes", "programs_per_sm", "estimate_us",
+    "floor_us", "bound",
+}  # fmt: skip
+
+
+def disassembly(text):
+    """Instructions and labels of `text` as nvdisasm prints them."""
+    lines, at = ["\t.section\t.text.kernel", "        /*0000*/ \t.byte\t0x00, 0x01"], 0
+    for line in filter(None, map(str.strip, text.splitlines())):
+        if line.endswith(":"):
+            lines.append(line)
+            continue
+        lines.append(f"        /*{at:04x}*/                   {line} ;  /* 0x000000000000781c */")
+        lines.append("                                                 /* 0x003fde0003f8e870 */")
+        at += 16
+    return "\n".join(lines)
+
+
+GEMM = """
+    S2R R0, SR_TID.X
+    UTMALDG.4D [UR8], [UR4]
+.L_x_5:
+    SYNCS.PHASECHK.TRANS64.TRYWAIT P1, [UR8], RZ
+    @!P1 BRA `(.L_x_5)
+.L_x_0:
+    LDSM.16.M88.4 R88, [R16]
+    HGMMA.64x128x16.F32.BF16 R24, R88, gdesc[UR8], R24, gsb0
+    IADD3 R1, R1, 1, RZ
+    IADD3 R2, R2, 1, RZ
+    {wait}
+    BAR.SYNC.DEFER_BLOCKING 0x0
+    UTMALDG.4D [UR8], [UR4]
+    @P0 BRA `(.L_x_0)
+    SHFL.BFLY PT, R3, R3, 0x10, 0x1f
+    STS.128 [R4], R8
+    LDG.E.128 R8, [R2.64]
+    BAR.SYNC.DEFER_BLOCKING 0x0
+    STG.E.64 [R2.64], R8
+    EXIT
+.L_x_9:
+    SHFL.BFLY PT, R3, R3, 0x10, 0x1f
+    BRA `(.L_x_0)
+    RET.REL.NODEC R2
+"""
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_sections_of_a_gemm(waits):
+    """Around the loop with tensor cores, without spinning on a barrier and without cold code."""
+    wait = f"WARPGROUP.DEPBAR.LE gsb0, 0x{0 if waits else 1}"
+    found = sass.read(disassembly(GEMM.replace("{wait}", wait)))
+    assert (found.before.issue, found.loop.issue, found.after.issue) == (4, 8, 6)
+    assert (found.before.mio, found.loop.mio, found.after.mio) == (0, 1, 2)
+    assert (found.before.lsu, found.loop.lsu, found.after.lsu) == (1, 1, 4 + 2)
+    assert found.loop.tensor == 64 and found.before.tensor == found.after.tensor == 0
+    assert (found.loop.barriers, found.after.barriers) == (1, 1)
+    assert found.pipelined and found.loads_after and found.waits == waits
+    assert found.hidden == (3 if waits else 8)
+
+
+def test_products_that_run_into_the_next_trip_are_hidden_there():
+    loop = """
+    .L_x_0:
+        IADD3 R1, R1, 1, RZ
+        WARPGROUP.DEPBAR.LE gsb0, 0x0
+        FADD R3, R3, R3
+        HGMMA.64x256x16.F32.BF16 R24, gdesc[UR4], R24, gsb0
+        @P0 BRA `(.L_x_0)
+        EXIT
+    """
+    found = sass.read(disassembly(loop))
+    assert found.waits and found.hidden == 3 and found.loop.tensor == 128
+
+
+def test_straight_code_ends_its_prologue_with_the_last_product():
+    found = sass.read(disassembly("""
+        LDG.E R2, [R2.64]
+        HGMMA.64x64x16.F32.BF16 R24, gdesc[UR4], R24
+        HGMMA.64x64x16.F32.BF16 R24, gdesc[UR4], R24, gsb0
+        FADD R3, R3, R3
+        EXIT
+    """))  # fmt: skip
+    assert (found.before.issue, found.loop.issue, found.after.issue) == (3, 0, 2)
+    assert found.before.tensor == 64 and not found.loads_after
+
+
+def test_all_loops_of_a_kernel_without_tensor_cores():
+    """Nested ones count once, with the outermost; their loads are waited for."""
+    found = sass.read(disassembly("""
+    .L_x_0:
+        LDG.E.64 R2, [R2.64]
+    .L_x_1:
+        FADD R3, R3, R3
+        @P1 BRA `(.L_x_1)
+        @P0 BRA `(.L_x_0)
+        MOV R1, R1
+    .L_x_2:
+        LDG.E R2, [R2.64]
+        @P0 BRA `(.L_x_2)
+        EXIT
+    """))  # fmt: skip
+    assert (found.before.issue, found.loop.issue, found.after.issue) == (0, 6, 2)
+    assert found.loop.lsu == 3 and not found.pipelined and not found.waits
+
+
+def test_disassembly_without_instructions_is_an_error():
+    with pytest.raises(ValueError, match="disassembly: expected the instructions"):
+        sass.read("nothing")
+
+
+@pytest.mark.parametrize(
+    ("registers", "shared", "warps", "programs"),
+    [(168, 32768, 8, 1), (128, 32768, 8, 2), (128, 113 << 10, 8, 2), (128, 114 << 10, 8, 1),
+     (64, 0, 4, 8), (32, 0, 4, 16), (16, 0, 1, 32), (255, 227 << 10, 8, 1)],
+)  # fmt: skip
+def test_programs_of_a_multiprocessor(registers, shared, warps, programs):
+    """65,536 registers, 228 KiB with one kept for each program, 2,048 threads, 32 programs."""
+    assert H200.resident(registers, shared, warps) == programs
+
+
+class Parameter:
+    def __init__(self, name, is_constexpr):
+        self.name, self.is_constexpr = name, is_constexpr
+
+
+class Kernel:
+    params = (Parameter("x", False), Parameter("count", False), Parameter("BLOCK", True))
+
+
+def a_launch(programs, size=1 << 20, name="bn_act_fwd_kernel"):
+    x = torch.empty(size, dtype=torch.bfloat16, device="meta")
+    return Launch(name, (programs,), {"x": x, "count": 32, "BLOCK": 8}, Kernel, {"num_warps": 8})
+
+
+def compiled(registers=168, loop=0, after=2000, mio=0, waits=False, trips_hidden=0, tensor=0):
+    parts = Section(100), Section(loop, tensor=tensor), Section(after, mio=mio)
+    return Compiled(
+        "k", "sm_90", registers, shared=32768,
+        sass=Sass(*parts, trips_hidden, waits, True, False),
+    )  # fmt: skip
+
+
+def of(one, code, gpu=H200, mode="train"):
+    return estimate.entry(one, code, mode, gpu)
+
+
+def test_a_tile_alone_exposes_its_prologue_and_epilogue():
+    """One program a multiprocessor: each takes its first load and all of its code, in turn."""
+    found = of(a_launch(132 * 10), compiled())
+    a_tile = 1.0 + 2 * (100 + 2000) / 1755
+    assert found["programs_per_sm"] == 1 and found["bound"] == "latency"
+    assert found["estimate_us"] == pytest.approx(10 * a_tile + H200.gap_us)
+
+
+def test_two_programs_overlap():
+    """Two hide each other's loads: what is left is the issue slots of both."""
+    found = of(a_launch(132 * 10), compiled(registers=128))
+    assert found["programs_per_sm"] == 2 and found["bound"] == "issue"
+    assert found["estimate_us"] == pytest.approx(10 * 2 * 2100 / 1755 + H200.gap_us)
+    assert found["waves"] == 5 and found["last_wave_idle"] == 0
+
+
+def test_the_last_wave_is_a_whole_one():
+    some, more = (of(a_launch(132 * 10 + i), compiled())["estimate_us"] for i in (0, 1))
+    assert more == pytest.approx(some * 1.1, rel=0.01)
+
+
+def test_shuffles_bind_a_statistics_epilogue():
+    """578 + 204 + 219 instructions of MIO a warp, eight warps: 4.5 us a tile, as by hand."""
+    found = of(a_launch(132), compiled(mio=578 + 204 + 219))
+    assert found["estimate_us"] - H200.gap_us - 1.0 - 200 / 1755 == pytest.approx(4.56, abs=0.01)
+
+
+def test_a_loop_that_waits_for_its_products_adds_them_up():
+    one = dataclasses.replace(a_launch(132), name="fold_kernel")
+    one.arguments.update(per_fold=800, BLOCK_S=8)
+    one.arguments["count"] = 800
+    free = of(one, compiled(loop=300, tensor=256))
+    bound = of(one, compiled(loop=300, tensor=256, waits=True, trips_hidden=50))
+    assert free["trips"] == bound["trips"] == 100
+    assert bound["estimate_us"] - free["estimate_us"] == pytest.approx(
+        100 * (2 * 250 + 512 - 600) / 1755
+    )
+
+
+def test_bytes_bind_where_the_code_is_short():
+    found = of(a_launch(132, 1 << 30), compiled(after=10))
+    assert found["bound"] == "memory" and found["mb"] == pytest.approx(2147.5, abs=0.1)
+    assert found["estimate_us"] == pytest.approx(2**31 / 4.3e6 + 1)
+    assert found["floor_us"] == pytest.approx(2**31 / 4.3e6)
+
+
+def test_a_small_launch_takes_what_a_small_launch_takes():
+    found = of(a_launch(1, 64), compiled(after=10))
+    assert (found["estimate_us"], found["bound"], found["family"]) == (2.5, "launch", "small")
+
+
+def test_a_loop_without_trips_is_an_error():
+    one = dataclasses.replace(a_launch(1), name="new_kernel")
+    with pytest.raises(RuntimeError, match="new_kernel: its loop has no entry"):
+        of(one, compiled(loop=10))
+    failed = dataclasses.replace(compiled(), failure="spills 8 bytes a thread")
+    with pytest.raises(RuntimeError, match="spills 8 bytes"):
+        of(a_launch(1), failed)
+
+
+def ceilings_row(**values):
+    given = {
+        "benchmark": "ceilings", "device": "cuda", "date": "2026-01-01", "cpu_or_gpu": "NVIDIA X",
+        "gb_per_s": 4000.0, "tflop_per_s": 700.0, "launch_us": 2.1, **values,
+    }  # fmt: skip
+    return rows.layer_row({}, **given)
+
+
+def test_measured_ceilings_replace_the_tables():
+    found = [ceilings_row(), ceilings_row(date="2026-02-01", tflop_per_s=750.0, launch_us=None)]
+    gpu = estimate.calibrated(H200, found)
+    assert gpu == dataclasses.replace(
+        H200, name="NVIDIA X", bytes_per_s=4e12, flops_per_s=750e12, small_us=2.5
+    )
+    for none in ([], [ceilings_row(device="cpu")], [ceilings_row(benchmark="layers")]):
+        with pytest.raises(ValueError, match="--calibrate: expected a row"):
+            estimate.calibrated(H200, none)
+
+
+def test_bad_files_are_named(tmp_path, capsys):
+    bad = tmp_path / "bad.json"
+    for text, said in (("{", "not the JSON"), ('[{"model": 1}]', "expected a list of estimates")):
+        bad.write_text(text)
+        assert main(["estimate", "--compare", str(bad)]) == 2
+        assert f"{bad}: {said}" in capsys.readouterr().err
+    assert main(["estimate", "--calibrate", str(tmp_path / "none.jsonl")]) == 2
+    assert "none.jsonl" in capsys.readouterr().err
+
+
+def offline(*arguments, **settings):
+    """`python -m bench` where Triton compiles: without the interpreter that the tests set."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, "-m", "bench", *arguments], cwd=ROOT, env={**env, **settings},
+        capture_output=True, text=True,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    pytest.importorskip("triton")
+    return tmp_path_factory.mktemp("triton")
+
+
+OF_A_SMALL_NET = ("--model", "cifar_resnet20", "--image-size", "32", "--jobs", "1")
+
+
+@pytest.fixture(scope="module")
+def small(cache):
+    """The estimate of a small net, by a cache that was empty."""
+    out = cache / "old.json"
+    done = offline(
+        "estimate", *OF_A_SMALL_NET, "--mode", "infer", "--batch", "64", "--json", str(out),
+        TRITON_CACHE_DIR=str(cache),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout, json.loads(out.read_text())
+
+
+def test_the_report(small):
+    """All that the JSON promises, sums that are the launches', and the word estimate."""
+    said, (report,) = small
+    assert {"model", "mode", "batch", "dtype", "gpu", "total_ms", "floor_ms"} <= report.keys()
+    assert report["what"] == "estimate, not a measurement" and "ESTIMATE" in said
+    launches = report["launches"]
+    assert all(REQUIRED <= one.keys() for one in launches)
+    total = sum(one["count"] * one["estimate_us"] for one in launches) / 1e3
+    assert report["total_ms"] == pytest.approx(total, rel=1e-3)
+    assert report["images_per_s"] == pytest.approx(64e3 / total, rel=1e-3)
+    assert all(one["estimate_us"] >= max(one["floor_us"], 2.5) for one in launches)
+    convs = [one for one in launches if one["kernel"].startswith("conv")]
+    assert sum(one["count"] for one in convs) == 19  # every convolution, one launch
+    assert all(one["tensor_cycles"] > 0 and one["registers"] > 0 for one in convs)
+
+
+def test_compiled_once_and_compared(small, cache):
+    """A warm cache compiles nothing, and the same code has the same estimate."""
+    env = {"TRITON_CACHE_DIR": str(cache)}
+    step = (*OF_A_SMALL_NET, "--mode", "infer", "--batch", "64")
+    done = offline("compile", *step, **env)
+    kernels = len(done.stdout.splitlines()) - 1
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{kernels} kernels, {kernels} from the cache, 0 failed" in done.stdout
+    done = offline("estimate", *step, "--compare", str(cache / "old.json"), **env)
+    assert done.returncode == 0 and "(1.000x)" in done.stdout and " us" not in done.stdout
+
+
+def test_commands_say_why_they_cannot(cache):
+    for command in ("compile", "estimate"):
+        done = offline(command, *OF_A_SMALL_NET, "--batch", "2", TRITON_INTERPRET="1")
+        assert done.returncode == 2 and "TRITON_INTERPRET is set" in done.stderr
+
+
+LAUNCHES = """
+import json, torch
+from bench.compile import hopper
+from bench.launches import launches_of
+from bench.estimate import flops, moved
+from bench.step import Case
+for mode, batch in (("train", 256), ("infer", 256), ("infer", 1)):
+    case = Case("resnet50", mode, batch, "bf16", torch.device("cuda"))
+    found = launches_of(case, hopper())
+    print(json.dumps([[one.name, one.count, flops(one), moved(one)] for one in found]))
+    print(len({one.code for one in found if one.kernel}))
+"""
+
+
+@pytest.fixture(scope="module")
+def launches():
+    """Launches of ResNet-50 in training and inference: [name, count, FLOP, bytes] each."""
+    pytest.importorskip("triton")
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", LAUNCHES], cwd=ROOT, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    return dict(zip(("train", "infer", "one"), lines[::2], strict=True)), lines[1::2]
+
+
+def test_launches_of_resnet50(launches):
+    """Every convolution in each pass by a kernel, but the stem, which is cuDNN's in training."""
+    found, distinct = launches
+    counts = {mode: Counter() for mode in found}
+    for mode, own in found.items():
+        for name, count, *_ in own:
+            counts[mode][name] += count
+    train = counts["train"]
+    for name in ("conv_affine_act_tma_kernel", "conv_dgrad_kernel", "conv_wgrad_kernel"):
+        assert train[name] == 52, name
+    assert train["aten.convolution"] == train["aten.convolution_backward"] == 1
+    assert train["aten.clone"] <= 1, "no gradient and no output is copied"
+    for mode in ("infer", "one"):
+        assert counts[mode]["conv_affine_act_tma_kernel"] == 52
+        assert counts[mode]["conv_affine_act_kernel"] == 1
+        assert sum(counts[mode].values()) == 56
+    assert distinct[0] > distinct[1] > 0
+
+
+def test_operations_of_resnet50(launches):
+    """Forward 4.09 G multiply-adds an image, backward twice that but for the image's gradient."""
+    found, _ = launches
+    forward = sum(count * work for name, count, work, _ in found["infer"])
+    assert forward / 256 == pytest.approx(2 * 4.09e9, rel=0.01)
+    step = sum(count * work for name, count, work, _ in found["train"])
+    assert step == pytest.approx(3 * forward, rel=0.03)
+    moved = sum(count * size for _, count, _, size in found["train"]) / 256
+    assert 262e6 < moved < 1.15 * 262e6  # the ideal schedule's and what is made again
+
+
+def test_committed_estimates_tell_kernels_apart():
+    """Rows under bench/results/estimates are whole, and called estimates."""
+    files = sorted((ROOT / "bench" / "results" / "estimates").glob("*.json"))
+    assert files
+    for path in files:
+        reports = estimate.read(path)
+        for report in reports:
+            assert report["what"] == "estimate, not a measurement"
+            assert all(REQUIRED <= one.keys() for one in report["launches"])
+            bounds = {one["bound"] for one in report["launches"]}
+            assert bounds <= {"memory", "compute", "latency", "launch", "issue", "MIO", "LSU",
+                              "tensor"}  # fmt: skip
+
+
+def test_a_gpu_has_a_floor():
+    assert Gpu("x", 1e12, 1e15).floor_us(2e6, 1e9) == 2.0
+    assert Gpu("x", 1e12, 1e15).floor_us(1e6, 3e9) == 3.0
