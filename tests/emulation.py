@@ -5,6 +5,7 @@ threads that do not wait for each other. In place of CUTLASS' convolutions there
 that the torch side is tested.
 """
 
+import contextlib
 import ctypes
 import fcntl
 import functools
@@ -45,6 +46,17 @@ def ops():
 def launches():
     """How many of its kernels the emulator has run so far."""
     return ctypes.CDLL(_library()).emulated_launches()
+
+
+@contextlib.contextmanager
+def splits(count):
+    """Every reduction makes `count` partial results a channel."""
+    emulate = ctypes.CDLL(_library()).emulate_splits
+    emulate(ctypes.c_int64(count))
+    try:
+        yield
+    finally:
+        emulate(ctypes.c_int64(0))
 
 
 @functools.cache

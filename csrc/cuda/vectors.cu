@@ -59,12 +59,12 @@ __global__ void bn_bwd_finalize_kernel(const FinalizeGradient<A> k) {
 
 // y[n, c] = Σ over pixels of x[n, c] / pixels, summed in A.
 //
-// Grid: a column of walk.h's channels, and an image of them; the block's rows share its pixels and meet once.
-// Bytes moved: x once.
+// Grid: a column of walk.h's channels, and an image of them; the block's rows share its pixels, a thread
+// has the loads of up to four places in flight, and the rows meet once. Bytes moved: x once.
 template <class T, bool NHWC, bool WHOLE>
 __global__ void __launch_bounds__(kThreads) global_avg_pool_kernel(const GlobalAvgPool<T> k, int64_t first_image) {
   using A = accumulate_t<T>;
-  constexpr int kLanes = NHWC ? kOctet : 1;
+  constexpr int kLanes = NHWC ? kOctet : 1, kTogether = kAtOnce<T, 1>;
   struct alignas(16) Sums {
     A v[kLanes];
   };
@@ -75,14 +75,22 @@ __global__ void __launch_bounds__(kThreads) global_avg_pool_kernel(const GlobalA
   const int64_t octets = NHWC ? (channels + kOctet - 1) / kOctet : (pixels + kOctet - 1) / kOctet;
   const int64_t places = NHWC ? (column < octets ? pixels : 0) : octets;
   Sums mine = {};
-#pragma unroll 4
-  for (int64_t p = threadIdx.y; p < places; p += blockDim.y) {
-    Spot spot;
-    spot.element = NHWC ? (image * pixels + p) * channels + channel : (image * channels + channel) * pixels + p * kOctet;
-    spot.count = int(min(int64_t(kOctet), NHWC ? channels - channel : pixels - p * kOctet));
-    const Octet<T> x = load<WHOLE>(k.x, spot);
+  for (int64_t first = threadIdx.y; first < places; first += kTogether * blockDim.y) {
+    Spot spots[kTogether];
+    Octet<T> x[kTogether];
 #pragma unroll
-    for (int i = 0; i < kOctet; ++i) mine.v[NHWC ? i : 0] += x[i];
+    for (int j = 0; j < kTogether; ++j) {
+      const int64_t p = first + j * blockDim.y, left = NHWC ? channels - channel : pixels - p * kOctet;
+      spots[j].element = NHWC ? (image * pixels + p) * channels + channel : (image * channels + channel) * pixels + p * kOctet;
+      spots[j].count = p < places ? int(min(int64_t(kOctet), left)) : 0;
+      if (spots[j].count != 0) x[j] = load<WHOLE>(k.x, spots[j]);
+    }
+#pragma unroll
+    for (int j = 0; j < kTogether; ++j) {
+      if (spots[j].count == 0) continue;
+#pragma unroll
+      for (int i = 0; i < kOctet; ++i) mine.v[NHWC ? i : 0] += x[j][i];
+    }
   }
   const Sums all = merge_down(mine, [](Sums a, const Sums& b) {
 #pragma unroll
