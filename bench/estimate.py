@@ -220,11 +220,9 @@ def entry(one: Launch, code: Compiled | None, mode: str, gpu: Gpu) -> dict[str, 
             "registers": code.registers, "spilled_bytes": code.local, "shared_bytes": code.shared,
             "programs_per_sm": resident, "waves": programs / at_once,
             "last_wave_idle": 1 - programs / (at_once * cdiv(programs, at_once)),
-            "trips": trips, "waits": code.sass.waits,
-            "instructions": [s.issue for s in (code.sass.before, code.sass.loop, code.sass.after)],
-            "mio": [s.mio for s in (code.sass.before, code.sass.loop, code.sass.after)],
-            "tensor_cycles": code.sass.loop.tensor or code.sass.before.tensor,
-            "barriers": [s.barriers for s in (code.sass.before, code.sass.loop, code.sass.after)],
+            "trips": trips, "waits": code.sass.waits, "program_us": 1e6 * cycles.alone / gpu.clock,
+            "before": code.sass.before.pipes, "loop": code.sass.loop.pipes,
+            "after": code.sass.after.pipes,
         }  # fmt: skip
     if time + gpu.gap_us < gpu.small_us:
         bound = "launch"
@@ -335,7 +333,9 @@ def line(one: Mapping[str, Any]) -> str:
     """A launch in the table."""
     code = ""
     if one["registers"] is not None:
-        parts, mio = ("+".join(map(str, one[name])) for name in ("instructions", "mio"))
+        sections = [one[name] for name in ("before", "loop", "after")]
+        parts = "+".join(str(sum(s.values()) - s["barriers"]) for s in sections)
+        mio = "+".join(str(s["mio"]) for s in sections)
         code = (
             f"{math.prod(one['grid']):9d} {one['config'][:31]:31} {one['registers']:4d} "
             f"{one['shared_bytes'] / 1024:5.0f} {one['programs_per_sm']:3d} {one['waves']:6.1f} "

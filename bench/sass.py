@@ -29,8 +29,9 @@ _SHAPE = re.compile(r"^(?:HGMMA|QGMMA)\.64x(\d+)x")
 class Section:
     """Instructions that one warp executes once.
 
-    issue: all of them. mio: shuffles and shared memory. lsu: global memory. tensor: cycles of the
-    tensor cores of a multiprocessor for four warps (a warpgroup). barriers: of the whole program.
+    issue: all of them. mio: shuffles and shared memory. lsu: cycles of global memory, 128 bytes
+    each. tensor: cycles of a multiprocessor's tensor cores for four warps (a warpgroup). barriers:
+    of the whole program.
     """
 
     issue: int = 0
@@ -39,6 +40,13 @@ class Section:
     tensor: int = 0
     barriers: int = 0
     opcodes: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def pipes(self) -> dict[str, int]:
+        """How many of the instructions go to which pipe; barriers among the ALU's."""
+        kinds = {"tensor": TENSOR, "mio": MIO, "lsu": LSU}
+        found = {kind: sum(self.opcodes[o] for o in own) for kind, own in kinds.items()}
+        return {**found, "alu": self.issue - sum(found.values()), "barriers": self.barriers}
 
 
 @dataclass(frozen=True)

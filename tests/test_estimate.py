@@ -77,6 +77,7 @@ def test_sections_of_a_gemm(waits):
     assert (found.before.lsu, found.loop.lsu, found.after.lsu) == (1, 1, 4 + 2)
     assert found.loop.tensor == 64 and found.before.tensor == found.after.tensor == 0
     assert (found.loop.barriers, found.after.barriers) == (1, 1)
+    assert found.loop.pipes == {"tensor": 1, "mio": 1, "lsu": 1, "alu": 5, "barriers": 1}
     assert found.pipelined and found.loads_after and found.waits == waits
     assert found.hidden == (3 if waits else 8)
 
@@ -299,7 +300,8 @@ def test_the_report(small):
     assert all(one["estimate_us"] >= max(one["floor_us"], 2.5) for one in launches)
     convs = [one for one in launches if one["kernel"].startswith("conv")]
     assert sum(one["count"] for one in convs) == 19  # every convolution, one launch
-    assert all(one["tensor_cycles"] > 0 and one["registers"] > 0 for one in convs)
+    assert all(one["loop"]["tensor"] + one["before"]["tensor"] > 0 for one in convs)
+    assert all(one["registers"] > 0 and one["programs_per_sm"] > 0 for one in convs)
 
 
 def test_compiled_once_and_compared(small, cache):

@@ -400,6 +400,23 @@ def test_table_of_tiles(cache):
         chosen()
 
 
+def test_what_is_compiled_is_what_would_run(cache):
+    """A table's configuration for the target, else the rule's; all of them where all are asked."""
+    target = launch.Target(90, 132, "interpreter")
+    user = tables.user_table("tiles", "interpreter")
+    with launch.compile_for(target, print, every=False):
+        assert chosen() == (2, 2)
+        tables.write(user, "kernel", "k 3", {"config": [3, 3], "us": 7.0})
+        assert chosen() == (3, 3)
+        assert not tiles._chosen
+    with launch.compile_for(launch.Target(90, 132, "another"), print, every=False):
+        assert chosen() == (2, 2)
+    started = []
+    with launch.compile_for(target, print):
+        tiles.run("kernel", ("k", 3), ((1, 1), (2, 2)), 1, torch.empty(0), started.append)
+    assert started == [(1, 1), (2, 2)]
+
+
 def test_search(cache, monkeypatch):
     """Every configuration timed once, the fastest taken and written down."""
     times = {(1, 1): 9.0, (2, 2): float("inf"), (3, 3): 4.0}

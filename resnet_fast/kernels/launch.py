@@ -123,7 +123,8 @@ def _device(args: tuple[Any, ...]) -> torch.device:
 def compile_for(chosen: Target, sink: Callable[..., None], every: bool = True) -> Iterator[None]:
     """Within it launchers hand (kernel, grid, args, options) to `sink` in place of launching.
 
-    every: once for each configuration of a kernel, else for the one that its rule picks.
+    every: once for each configuration of a kernel, else for the one that would run: a table's, or
+    the one that its rule picks.
     """
     global _compiling
     before, _compiling = _compiling, (chosen, sink, every)

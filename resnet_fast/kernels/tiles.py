@@ -38,18 +38,20 @@ def run(
 
     configs[rule] is the rule's. `start` must give the same results when it is called repeatedly.
     """
-    if launch.compiling():
-        for config in configs if launch.compiling() == "every" else (configs[rule],):
+    if launch.compiling() == "every":
+        for config in configs:
             start(config)
         return
     gpu = launch.target(x).name
+    if launch.compiling():
+        start(_measured(kernel, gpu, _name(key), configs) or configs[rule])
+        return
     place = (kernel, gpu, configs, *key)
     if place not in _chosen:
         if _searches(x) and tables.capturing():
             start(configs[rule])  # what cannot be measured now may be later
             return
-        name = " ".join(str(part).removeprefix("torch.") for part in key)
-        _chosen[place] = _choose(kernel, gpu, name, configs, rule, x, start)
+        _chosen[place] = _choose(kernel, gpu, _name(key), configs, rule, x, start)
     start(_chosen[place])
 
 
@@ -58,11 +60,24 @@ def forget() -> None:
     _chosen.clear()
 
 
-def _choose(kernel, gpu, name, configs, rule, x, start) -> tuple[int, ...]:
+def _name(key: Sequence[Any]) -> str:
+    """The key in a table."""
+    return " ".join(str(part).removeprefix("torch.") for part in key)
+
+
+def _measured(kernel, gpu, name, configs) -> tuple[int, ...] | None:
+    """The configuration that a table has for this key, unless it is one of an older version."""
     for section in tables.sections("tiles", gpu, kernel):
         entry = section.get(name)
         if entry is not None and tuple(entry["config"]) in configs:
             return tuple(entry["config"])
+    return None
+
+
+def _choose(kernel, gpu, name, configs, rule, x, start) -> tuple[int, ...]:
+    measured = _measured(kernel, gpu, name, configs)
+    if measured is not None:
+        return measured
     if len(configs) > 1:
         tables.missed("tiles", gpu, kernel, name)
     if not _searches(x):
