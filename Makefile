@@ -14,6 +14,8 @@ VERIFY_ARGS ?=
 GPU_PYTHON ?= python3
 GPU_ARGS ?=
 GPU_JOBS ?= 8
+GPU_SECONDS ?= 540
+OUT ?= build/gpu
 ARCH ?= sm_80,sm_90,sm_100
 EXTRAS := test,demo,train,dev
 
@@ -40,18 +42,23 @@ NATIVE := setup.py $(shell find csrc -type f)
 CUDA_HOME ?= /usr/local/cuda
 DRY := $(CURDIR)/build/dry_gpu/libcuda.so.1
 # Errors of memory beyond these 8 GiB come of sizes that are values; more would be the machine's.
+# Batch 256 needs a GPU's memory, of which nothing is written.
 ON_DRY_GPU = env LD_PRELOAD=$(DRY) LD_LIBRARY_PATH=$(dir $(DRY)) TRITON_LIBCUDA_PATH=$(dir $(DRY)) \
   TRITON_CACHE_DIR=$(dir $(DRY))triton DRY_GPU_GIB=8 PYTHONPATH=tests:. $(GPU_PYTHON)
+ON_LARGE_DRY_GPU = $(subst GIB=8,GIB=139,$(ON_DRY_GPU))
 
-.PHONY: help setup env verify test lint demo bench gpu dry-gpu kernels cuda-check clean distclean
+.PHONY: help setup env verify test lint demo bench gpu gpu-test gpu-sanitize dry-gpu kernels \
+  cuda-check clean distclean
 
 help:
 	@echo "make test    run the tests (PYTEST_ARGS=..., TEST_JOBS=processes)"
 	@echo "make lint    ruff"
 	@echo "make demo    verify, train and measure; writes build/demo/report.html"
 	@echo "make bench   benchmarks of ops and of ResNet-50; writes build/bench"
-	@echo "make gpu     on a GPU machine: build, tests, measurements (GPU_PYTHON=, GPU_JOBS=, GPU_ARGS=...)"
-	@echo "make dry-gpu the host's part of the GPU tests, by a CUDA build of PyTorch without a GPU"
+	@echo "make gpu     on a GPU machine: build, checks and measurements in 9 minutes (GPU_ARGS=...)"
+	@echo "make gpu-test      there: the GPU tests, in shards; make gpu-sanitize: under compute-sanitizer"
+	@echo "             (GPU_PYTHON=, GPU_JOBS=, GPU_SECONDS=, OUT=folder of the results, PYTEST_ARGS=)"
+	@echo "make dry-gpu the host's part of both, by a CUDA build of PyTorch without a GPU"
 	@echo "make kernels compile every Triton kernel without a GPU (ARCH=sm_90,...)"
 	@echo "make cuda-check  compile every CUDA kernel without a GPU, by nvcc"
 	@echo "make verify  compare every op, block and model with the fp64 reference (VERIFY_ARGS=...)"
@@ -105,22 +112,30 @@ bench: $(BUILT)
 	  --device cpu --providers eager_nchw,eager,compile,resnet_fast \
 	  --out build/bench/models.jsonl
 
-# On a machine with an NVIDIA GPU, offline: with the interpreter whose packages are installed. Tests run
-# in shards at once, as most of their time is the compilation of kernels; measurements run alone.
+# On a machine with an NVIDIA GPU, offline: with the interpreter whose packages are installed.
+# RESNET_FAST_BUILD=none builds nothing: Triton's kernels need no build.
+GPU_BUILD = $(GPU_PYTHON) setup.py build_ext --inplace
+SHARDS = $(GPU_PYTHON) tests/shards.py --out $(OUT) --jobs $(GPU_JOBS) --seconds $(GPU_SECONDS)
+
 gpu:
-	RESNET_FAST_BUILD=auto $(GPU_PYTHON) setup.py build_ext --inplace
-	@mkdir -p build/gpu
-	@echo "$(GPU_PYTHON) -m pytest -m gpu, $(GPU_JOBS) shards at once; build/gpu/tests-*.log"
-	@seq 0 $$(($(GPU_JOBS) - 1)) | xargs -P $(GPU_JOBS) -I{} sh -c '$(GPU_PYTHON) -m pytest -m gpu -q \
-	  --shard {}/$(GPU_JOBS) $(PYTEST_ARGS) >build/gpu/tests-{}.log 2>&1; \
-	  status=$$?; tail -n 12 build/gpu/tests-{}.log; exit $$status'
-	$(GPU_PYTHON) -m bench gpu $(GPU_ARGS)
+	$(GPU_BUILD)
+	$(GPU_PYTHON) -m bench gpu $(if $(filter --out% --resume%,$(GPU_ARGS)),,--out $(OUT)) $(GPU_ARGS)
+
+gpu-test:
+	$(GPU_BUILD)
+	$(SHARDS) tests -m "gpu and not sanitizer" $(PYTEST_ARGS)
+
+gpu-sanitize:
+	$(GPU_BUILD)
+	$(SHARDS) sanitizer -m sanitizer $(PYTEST_ARGS)
 
 # Without a GPU: all that happens on the host for one, by a CUDA build of PyTorch (tests/dry_gpu).
 dry-gpu: $(DRY)
 	RESNET_FAST_BUILD=cuda CUDA_HOME=$(CUDA_HOME) $(GPU_PYTHON) setup.py build_ext --inplace
-	$(ON_DRY_GPU) -m pytest -p dry_gpu.plugin -m gpu -q $(PYTEST_ARGS)
+	$(ON_DRY_GPU) -m pytest -p dry_gpu.plugin -m "gpu and not sanitizer" -q $(PYTEST_ARGS)
 	$(ON_DRY_GPU) -m dry_gpu host
+	rm -rf $(dir $(DRY))run
+	$(ON_LARGE_DRY_GPU) -m dry_gpu gpu --out $(dir $(DRY))run --budget 7200
 
 $(DRY): tests/dry_gpu/runtime.cpp
 	@mkdir -p $(@D)

@@ -111,10 +111,17 @@ def condition(plain: nn.Module, image_size: int, seed: int = 0) -> nn.Module:
 
 
 def gate(
-    build: Callable[[nn.Module, Case, Tensor], nn.Module], plain: nn.Module, case: Case
+    build: Callable[[nn.Module, Case, Tensor], nn.Module],
+    plain: nn.Module,
+    case: Case,
+    full: bool = False,
 ) -> list[Check]:
-    """Checks of the candidate that `build` makes from `plain` (fp32 on the CPU) at reduced size."""
-    case = replace(case, batch=GATE_BATCH, image_size=min(case.image_size, GATE_SIZE))
+    """Checks of the candidate that `build` makes from `plain` (fp32 on the CPU) at reduced size.
+
+    full: at the case's own, where there is memory for a step in fp64.
+    """
+    if not full:
+        case = replace(case, batch=GATE_BATCH, image_size=min(case.image_size, GATE_SIZE))
     dtype = DTYPES[case.dtype]
     generator = torch.Generator().manual_seed(1)
     size = (case.batch, 3, case.image_size, case.image_size)

@@ -1,116 +1,500 @@
-"""`python -m bench gpu`: what a GPU does with this package, in one command and a time budget.
+"""`python -m bench gpu`: what a GPU does with this package, in stages and within a time budget.
 
-In the order of what matters most: the machine's ceilings, the memory-bound ops beside a copy, what
-calls cost the host, every convolution of ResNet-50 beside the library's in inference and in each
-pass of training, whole models in training and inference beside eager and compiled PyTorch, the time
-from import to a first inference, and a coarse look at how cost grows. What does not fit in the
-budget is named and left out. Rows go to `bench/results/<gpu>.jsonl`.
+In the order of what matters most; `bench.stages` runs them, each in a process of its own:
+
+    machine          versions, whether Triton's cache is warm, the machine's ceilings
+    compile          every kernel of the stages below, in parallel; the clock's predictions from it
+    correct          what is timed, against fp64 (`bench.correct`)
+    models           whole models: resnet_fast and eager, in CUDA graphs, in turns
+    profile          kernel times of three replays, beside the clock's prediction
+    library          the models with the library's convolutions (RESNET_FAST_TRITON_CONV=library)
+    layers           every convolution alone, in inference and in each pass of training
+    passes           the memory-bound ops beside a copy
+    compile_default  the models once more, beside torch.compile in its default mode
+    compile_max      and beside its max-autotune
+
+The folder that `--out` names has it all: stages.json, rows.jsonl, profile.json, estimates.json,
+log.txt, summary.txt. `--resume` goes on with what is missing in such a folder.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
+import signal
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from bench import ceilings, first, host, layers, models, passes, rows, scaling
+from bench import ceilings, correct, layers, models, passes, profile, rows, stages, step, table
+from bench.stages import Context, Outcome, Stage
+from bench.step import Case
+from resnet_fast.options import names, positive
 
-BATCHES = (256, 32, 1)
-TRAIN_BATCHES = (256, 64)
+BUDGET = 540.0
+OUT = Path("build/gpu")
+ESTIMATES, PROFILE = "estimates.json", "profile.json"
+PLAN = "RESNET_FAST_TRITON_CONV"
+# Imported before the stages are forked: neither of them touches CUDA.
+PRELOAD = ("torch", "triton", "resnet_fast.kernels", "bench.gpu")
+SECONDS = 6.0  # a case is timed for
+GPUS = ("h200", "h100")  # the clock's names
+HEADLINE = "models and their checks"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured: whole models in `cases`, their layers at `batch`."""
+
+    cases: tuple[Case, ...]
+    batch: int = 256
+
+    @property
+    def first(self) -> Case:
+        """Whose model, dtype, device and image size the layers are of."""
+        return self.cases[0]
+
+
+def headline(device: torch.device) -> tuple[Case, ...]:
+    """ResNet-50 in bf16: training and inference at batch 256, inference of one image."""
+    case = partial(Case, "resnet50", dtype="bf16", device=device, graph=True)
+    return (
+        case(mode="train", batch=256, optimizer="sgd"),
+        case(mode="infer", batch=256),
+        case(mode="infer", batch=1),
+    )
+
+
+def stages_of(plan: Plan) -> list[Stage]:
+    """The stages with their limits in seconds, most important first."""
+    table = (
+        ("machine", 60, 5, machine),
+        ("compile", 120, 10, compile_kernels),
+        ("correct", 90, 20, correctness),
+        ("models", 120, 20, whole_models),
+        ("profile", 45, 15, profiles),
+        ("library", 60, 20, library),
+        ("layers", 120, 20, single_layers),
+        ("passes", 30, 10, single_passes),
+        ("compile_default", 150, 60, partial(beside, "compile_default")),
+        ("compile_max", 400, 90, partial(beside, "compile")),
+    )
+    return [Stage(name, limit, partial(run, plan), least) for name, limit, least, run in table]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `python -m bench gpu`."""
-    parser.add_argument("--minutes", type=float, default=7.0, help="budget (7)")
-    parser.add_argument("--batch", type=int, default=256, help="of the layers (256)")
-    parser.add_argument("--only", default="", help="steps whose name contains this")
-    parser.add_argument("--out", type=Path, metavar="FILE.jsonl",
-                        help="append rows here (bench/results/<gpu>.jsonl)")  # fmt: skip
+    add, every = parser.add_argument, [stage.name for stage in stages_of(Plan(()))]
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--out", type=Path, default=OUT, metavar="DIR",
+                       help=f"a folder without a run, for the results ({OUT})")  # fmt: skip
+    where.add_argument("--resume", type=Path, metavar="DIR",
+                       help="go on with what is missing in this folder")  # fmt: skip
+    add("--budget", type=positive(float), default=BUDGET, metavar="SECONDS",
+        help=f"for all stages ({BUDGET:.0f}); the limits of stages grow with more")  # fmt: skip
+    add("--only", type=names(every), default=[], metavar="STAGE,…", help=f"of {', '.join(every)}")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the steps that fit; 1 when one failed, 2 without a GPU."""
+    """Run the stages that fit; 1 when one failed, 2 without a GPU or with another run's folder."""
     if not torch.cuda.is_available():
         print("gpu: torch.cuda.is_available() is False here", file=sys.stderr)
         return 2
-    if not args.minutes > 0 or args.batch < 1:
-        print("--minutes and --batch: expected positive numbers", file=sys.stderr)
+    out = args.resume or args.out
+    if args.resume is None and (out / stages.RECORD).exists():
+        print(f"--out: {out} holds a run: --resume {out} goes on with it", file=sys.stderr)
         return 2
-    from resnet_fast.tables import slug
-
-    out = args.out or rows.RESULTS / f"{slug(torch.cuda.get_device_name())}.jsonl"
-    todo = [step for step in steps(out, args.batch) if args.only in step[0]]
-    return run_steps(todo, 60 * args.minutes)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the stage that runs ends too
+    return measure(Plan(headline(torch.device("cuda"))), out, args.budget, args.only)
 
 
-Step = tuple[str, float, Callable[[], int]]
-"""Name, seconds it is expected to take, what runs it and gives an exit status."""
-
-
-def run_steps(
-    todo: list[Step], seconds: float, clock: Callable[[], float] = time.perf_counter
-) -> int:
-    """Run in order what is expected to end within `seconds`; 1 when one gave another status."""
-    start, failed = clock(), []
-    for name, expected, step in todo:
-        left = seconds - (clock() - start)
-        if expected > left:
-            print(f"gpu: left out {name}: {expected:.0f} s, {left:.0f} s left", flush=True)
-            continue
-        print(f"gpu: {name}", flush=True)
-        begin = clock()
-        if step() != 0:
-            failed.append(name)
-        print(f"gpu: {name} took {clock() - begin:.0f} s", flush=True)
-    for name in failed:
-        print(f"gpu: FAILED {name}", flush=True)
-    return int(bool(failed))
-
-
-def steps(out: Path, batch: int) -> list[Step]:
-    """The steps, most important first."""
-    where = ["--device", "cuda", "--out", str(out)]
-    each = [*where, "--batch", str(batch)]
-    todo: list[Step] = [
-        ("ceilings", 20, command(ceilings, where)),
-        ("passes", 30, command(passes, each)),
-        ("host", 30, command(host, ["--out", str(out)])),
-        ("layers", 60, command(layers, each)),
-        ("training layers", 120, command(layers, [*each, "--mode", "fprop,dgrad,wgrad"])),
+def measure(plan: Plan, out: Path, budget: float = BUDGET, only: Sequence[str] = ()) -> int:
+    """Run the stages of `plan` and print the summary; 1 when one failed."""
+    grown = max(1.0, budget / BUDGET)
+    todo = [
+        Stage(stage.name, grown * stage.seconds, stage.run, stage.least)
+        for stage in stages_of(plan)
     ]
-    for model in ("resnet50", "resnet18"):
-        for size in TRAIN_BATCHES:
-            options = ["--model", model, "--mode", "train", "--batch", str(size), "--dtype", "bf16"]
-            options += ["--providers", "eager,compile,resnet_fast", "--optimizer", "sgd", "--graph"]
-            name = f"{model} train bf16 batch {size}"
-            seconds = 90 if model == "resnet50" else 60
-            todo.append((name, seconds, command(models, [*options, "--seconds", "8", *where])))
-    for dtype in ("bf16", "fp16"):
-        for model in ("resnet50", "resnet18"):
-            for size in BATCHES:
-                options = ["--model", model, "--mode", "infer", "--batch", str(size)]
-                options += ["--dtype", dtype, "--providers", "eager,compile,resnet_fast"]
-                options += ["--seconds", "6", "--graph", *where]
-                name = f"{model} {dtype} batch {size}"
-                todo.append((name, 75 if model == "resnet50" else 45, command(models, options)))
-    todo.append(("first inference", 240, command(first, where)))
-    options = ["--model", "resnet18,resnet50,resnet152", "--image-size", "128,224,448"]
-    options += ["--batch", "1,16,64,256", "--providers", "eager,resnet_fast", "--graph"]
-    options += ["--seconds", "1", "--minutes", "3", *where]
-    todo.append(("scaling", 180, command(scaling, options)))
-    return todo
+    stages.preload(PRELOAD)
+    found = stages.run_stages(
+        todo, out, budget, only=only, summarize=partial(summary, plan, out),
+        say=partial(print, flush=True),
+    )  # fmt: skip
+    print(f"\n{summary(plan, out, found)}")
+    return int(any(outcome.status == stages.FAILED for outcome in found))
 
 
-def command(module, options: list[str]) -> Callable[[], int]:
-    """A call of `module`'s command with `options`."""
+def machine(plan: Plan, context: Context) -> str:
+    """Versions, the cache of kernels, and the ceilings."""
+    from resnet_fast import env
 
-    def call() -> int:
-        parser = argparse.ArgumentParser(prog=f"python -m {module.__name__}")
-        module.add_arguments(parser)
-        return module.run(parser.parse_args(options))
+    cache = one_kernel(plan)
+    print(f"TRITON_CACHE_DIR={os.environ.get('TRITON_CACHE_DIR', '')}: {cache}", flush=True)
+    print(json.dumps(env.collect()))
+    facts = rows.facts(plan.first.device)
+    found = ceilings.measure(plan.first.device, plan.first.dtype)
+    context.append([ceilings.row(facts, found)])
+    copied, products = found.bytes_per_s / 1e9, found.flops_per_s / 1e12
+    return f"Triton's cache: {cache}; copy {copied:.0f} GB/s, matmul {products:.0f} TFLOP/s"
 
-    return call
+
+def one_kernel(plan: Plan) -> str:
+    """Whether Triton's cache has the first kernel of the last case: a word on the whole of it."""
+    from bench.compile import compile_launches
+    from bench.launches import launches_of
+
+    target = target_of(plan.first.device)
+    launches = (one for one in launches_of(plan.cases[-1], target) if one.kernel is not None)
+    (done,) = compile_launches([next(launches)], target, 1)
+    if done.failure and done.failure.startswith("does not compile"):
+        raise RuntimeError(f"{done.kernel}: {done.failure}")
+    return "hit" if done.cached else f"miss, {done.seconds:.1f} s a kernel"
+
+
+def target_of(device: torch.device) -> Any:
+    """What kernels are chosen for: the GPU that `device` is."""
+    from resnet_fast.kernels import launch
+
+    return launch.target(torch.empty(0, device=device))
+
+
+def compile_kernels(plan: Plan, context: Context) -> str:
+    """Compile what the stages will launch, so that none of them waits for a compiler."""
+    from bench.compile import compile_launches
+
+    target, jobs = target_of(plan.first.device), len(os.sched_getaffinity(0))
+    done: dict[tuple[Any, ...], Any] = {}
+    for what, launches in wanted(plan, target):
+        new = [one for one in launches if one.kernel is not None and one.code not in done]
+        context.need(5, what)
+        for one in compile_launches(new, target, jobs) if new else ():
+            done[one.code] = one
+            said = one.failure or ("hit" if one.cached else f"{one.seconds:.1f} s")
+            print(f"{one.kernel:24} {one.config:40} {said}", flush=True)
+        if what == HEADLINE:
+            estimates(plan, context, list(done.values()))
+    hits, failed = sum(one.cached for one in done.values()), []
+    for one in done.values():
+        if one.failure:
+            failed.append(f"{one.kernel} {one.config}: {one.failure}")
+    if failed:
+        raise RuntimeError(f"{len(failed)} of {len(done)} kernels: {failed[0]}")
+    return f"{len(done)} kernels, {hits} of them from the cache"
+
+
+def wanted(plan: Plan, target: Any) -> Iterator[tuple[str, list[Any]]]:
+    """(what for, launches): those of the headline first, then those of its other stages."""
+    from bench.launches import launches_by, launches_of
+
+    meta = torch.device("meta")
+    found = [one for case in plan.cases for one in launches_of(case, target)]
+    yield HEADLINE, found + launches_by(partial(correct.on, meta, plan.cases), target)
+    with asked("library"):
+        found = [one for case in plan.cases for one in launches_of(case, target)]
+    for mode, layer, _ in layers_in(plan):
+        run = partial(layer_on_meta, plan, mode, layer)
+        for how in ("auto",) if mode == "infer" else ("fused", "library"):
+            with asked(how):
+                found += launches_by(run, target)
+    yield "library and layers", found
+
+
+def layer_on_meta(plan: Plan, mode: str, layer: layers.Layer) -> None:
+    """What the stage `layers` runs of ours, on meta tensors."""
+    make = layers.infer if mode == "infer" else layers.train(mode)
+    dtype = step.DTYPES[plan.first.dtype]
+    make(layer, plan.batch, dtype, torch.device("meta"), plan.first.impl)["resnet_fast"]()
+
+
+def estimates(plan: Plan, context: Context, compiled: list[Any]) -> None:
+    """Write what the clock predicts for each case from the compiled code: estimates."""
+    from bench.estimate import estimate
+
+    gpu, found = clock_of(rows.device_name(plan.first.device)), []
+    for case in plan.cases:
+        try:
+            found.append(estimate(case, gpu, compiled=compiled))
+        except (RuntimeError, KeyError) as error:  # no reason not to measure
+            print(f"{case}: no estimate: {type(error).__name__}: {error}")
+    (context.out / ESTIMATES).write_text(json.dumps(found) + "\n")
+
+
+def clock_of(name: str) -> str:
+    """The clock's name of the GPU `name`; "h200" for one that it does not know."""
+    return next((gpu for gpu in GPUS if gpu in name.lower()), GPUS[0])
+
+
+@contextmanager
+def asked(how: str) -> Iterator[None]:
+    """RESNET_FAST_TRITON_CONV=how."""
+    before = os.environ.get(PLAN)
+    os.environ[PLAN] = how
+    try:
+        yield
+    finally:
+        os.environ.pop(PLAN)
+        if before is not None:
+            os.environ[PLAN] = before
+
+
+def estimate_of(out: Path, case: Case) -> dict[str, Any] | None:
+    """The prediction for `case` in the folder, where it has one."""
+    try:
+        found = json.loads((out / ESTIMATES).read_text())
+    except FileNotFoundError:
+        return None
+    keys = ("model", "mode", "batch", "dtype")
+    return next((one for one in found if all(one[k] == getattr(case, k) for k in keys)), None)
+
+
+def correctness(plan: Plan, context: Context) -> str:
+    """Every check of `bench.correct`, up to one that loses the GPU."""
+    torch.backends.cudnn.allow_tf32 = False
+    count, failed = 0, []
+    for what, check in correct.checks(plan.cases):
+        context.need(3, what)
+        try:
+            wrong = check()
+        except Exception as error:
+            if "CUDA error" in str(error):
+                raise RuntimeError(f"{what}: {error}") from error
+            wrong = [f"{type(error).__name__}: {error}"]
+        count += 1
+        print(f"{what}: {'; '.join(wrong) or 'ok'}")
+        if wrong:
+            failed.append(f"{what}: {wrong[0]}")
+    split = correct.splits()
+    if failed:
+        raise RuntimeError(f"{len(failed)} of {count} checks failed: {failed[0]}")
+    return f"{count} checks, {split} convolutions by split-K"
+
+
+def whole_models(plan: Plan, context: Context) -> str:
+    """Ours and eager, each in a CUDA graph; gated here unless `correct` was green."""
+    return timed(plan, context, ("eager", "resnet_fast"))
+
+
+def library(plan: Plan, context: Context) -> str:
+    """The same with the library's convolutions: rows of provider "library"."""
+    with asked("library"):
+        return timed(plan, context, ("resnet_fast",), name="library")
+
+
+def beside(compiled: str, plan: Plan, context: Context) -> str:
+    """The models beside torch.compile, all in turns."""
+    return timed(plan, context, ("eager", "resnet_fast", compiled), least=30)
+
+
+def timed(
+    plan: Plan,
+    context: Context,
+    providers: Sequence[str],
+    name: str = "",
+    least: float = 15,
+) -> str:
+    """Time every case that the folder has no rows of from this stage.
+
+    name: that the rows give as their provider, in place of PROVIDERS' own. `correct` has looked at
+    the plan that runs by default: at another one the timed output is looked at here.
+    """
+    torch.backends.cudnn.benchmark = True
+    checked = not name and "correct" in context.ok
+    had = [row for row in context.rows() if row["stage"] == context.name]
+    told, failed, ours = [], [], name or providers[-1]
+    for case in plan.cases:
+        if any(same_case(row, case) for row in had):
+            continue
+        context.need(least, str(case))
+        plain = models.plain_model(case.model, case.image_size)
+        if not (checked or name) and not models.admitted(plain, case, providers):
+            failed.append(f"{case}: gate")
+            continue
+        facts = rows.facts(case.device)
+        seconds = min(SECONDS, context.left() / 3)
+        new, why = models.measure(plain, case, providers, facts, seconds=seconds, check=not checked)
+        new = [row | {"provider": name or row["provider"]} for row in new]
+        context.append(new)
+        print(table.text(new) if new else "no rows", flush=True)
+        failed += [f"{case}: {provider}: {reason}" for provider, reason in why.items()]
+        told += [f"{row['images_per_s']:.0f}" for row in new if row["provider"] == ours]
+    if failed:
+        raise RuntimeError("; ".join(failed))
+    return f"{', '.join(told)} images/s by {ours}" if told else ""
+
+
+def same_case(row: rows.Row, case: Case) -> bool:
+    """Whether a row is of `case`."""
+    keys = ("model", "mode", "batch", "dtype", "image_size")
+    return row["benchmark"] == "models" and all(row[key] == getattr(case, key) for key in keys)
+
+
+def profiles(plan: Plan, context: Context) -> str:
+    """Kernel times of ours, then of eager while time lasts."""
+    torch.backends.cudnn.benchmark = True
+    path, found = context.out / PROFILE, []
+    for provider in ("resnet_fast", "eager"):
+        for case in plan.cases:
+            context.need(8, f"{provider} {case}")
+            plain = models.plain_model(case.model, case.image_size)
+            layout = models.PROVIDERS[provider].layout
+            batches = step.inputs(case, layout, step.classes(plain))
+            run = models.step_of(models.PROVIDERS[provider], plain, case, batches)
+            for i in range(2):
+                run(i)
+            guess = estimate_of(context.out, case) if provider == "resnet_fast" else None
+            one = profile.summary(profile.recorded(run), guess)
+            of = {key: getattr(case, key) for key in ("model", "mode", "batch", "dtype")}
+            device = rows.device_name(case.device)
+            found.append({**of, "provider": provider, "device": device, **one})
+            path.write_text(json.dumps(stages.finite(found), indent=1) + "\n")
+            print(f"{provider} {case}\n{profile.text(one)}", flush=True)
+            del run, batches
+            torch.cuda.empty_cache()
+    return f"{len(found)} steps in {PROFILE}"
+
+
+def layers_in(plan: Plan) -> Iterator[tuple[str, layers.Layer, int]]:
+    """(mode, layer, how many of it), inference first."""
+    for mode in layers.MODES:
+        for layer, count in layers.layers_of(plan.first.model, plan.first.image_size).items():
+            if mode != "dgrad" or layer.channels >= 16:  # the gradient of an image is not asked for
+                yield mode, layer, count
+
+
+class Kept(rows.Collection):
+    """Rows that are appended to a stage's file as they come."""
+
+    def __init__(self, context: Context) -> None:
+        super().__init__(context.name, None)
+        self.context = context
+
+    def add(self, more: list[rows.Row]) -> None:
+        self.context.append(more)
+        super().add(more)
+
+    def check(self, after: str) -> None:
+        """Raise where the GPU is lost, or where no time is left for what comes next."""
+        if self.failed and ("CUDA error" in self.failed[-1] or self.context.left() < 3):
+            self.end()
+        self.context.need(3, after)
+
+    def end(self) -> None:
+        """Print what failed, and raise where something did."""
+        print(*self.failed, sep="\n", flush=True)
+        if self.failed:
+            raise RuntimeError(f"{len(self.failed)} failed: {self.failed[0]}")
+
+
+def single_layers(plan: Plan, context: Context) -> str:
+    """Every layer in every mode, its rows at once."""
+    case, done = plan.first, Kept(context)
+    facts, limits = setting(plan, context)
+    had = {(row["mode"], row["layer"]) for row in context.rows() if row["stage"] == context.name}
+    for mode, layer, count in layers_in(plan):
+        if (mode, str(layer)) in had:
+            continue
+        done.check(f"{mode} of {layer}")
+        with done.part(f"{mode} of {layer}"):
+            found = layers.layer_rows(
+                layer, count, plan.batch, case.dtype, case.impl, mode, limits, facts
+            )
+            done.add(found)
+            print(layers.text(found), flush=True)
+    done.end()
+    return totals([row for row in context.rows() if row["stage"] == context.name])
+
+
+def totals(found: Sequence[rows.Row]) -> str:
+    """Milliseconds of all layers of each mode, ours and PyTorch's."""
+    parts = []
+    for mode in dict.fromkeys(row["mode"] for row in found):
+        of = [row for row in found if row["mode"] == mode and row["ms_p50"] is not None]
+        ms = [
+            sum(row["ms_p50"] * row["launches"] for row in of if row["provider"] == provider)
+            for provider in ("resnet_fast", "torch")
+        ]
+        if of:
+            parts.append(f"{mode} {ms[0]:.2f} ms, torch {ms[1]:.2f}")
+    return "; ".join(parts)
+
+
+def single_passes(plan: Plan, context: Context) -> str:
+    """The memory-bound ops at every shape, their rows at once."""
+    case, done = plan.first, Kept(context)
+    facts, limits = setting(plan, context)
+    had = {row["layer"] for row in context.rows() if row["stage"] == context.name}
+    with torch.no_grad():
+        for name in passes.SHAPES:
+            if name not in had:
+                done.check(name)
+                with done.part(name):
+                    passes.measure_shape(done, name, plan.batch, case.dtype, limits, facts)
+    if done.found:
+        print(passes.text(done.found), flush=True)
+    done.end()
+    found = [row for row in context.rows() if row["stage"] == context.name]
+    shares = [row["percent_of_floor"] for row in found if row["percent_of_floor"] is not None]
+    return f"{min(shares):.0f} to {max(shares):.0f}% of a copy" if shares else ""
+
+
+def setting(plan: Plan, context: Context) -> tuple[rows.Row, ceilings.Ceilings]:
+    """The facts of a layer's rows, and the ceilings: those that `machine` measured, or new ones."""
+    case = plan.first
+    torch.backends.cudnn.benchmark = True
+    facts = {**rows.facts(case.device), "model": case.model, "image_size": case.image_size}
+    for row in context.rows():
+        if row["benchmark"] == "ceilings" and row["gb_per_s"] is not None:
+            measured = 1e9 * row["gb_per_s"], 1e12 * row["tflop_per_s"]
+            return facts, ceilings.Ceilings(*measured, row["dtype"])
+    return facts, ceilings.measure(case.device, case.dtype)
+
+
+def summary(plan: Plan, out: Path, outcomes: Sequence[Outcome]) -> str:
+    """One table of images/s, with the clock's estimates, and one of the stages."""
+    found = stages.read_rows(out)
+    lines = []
+    for row in found[-1:]:
+        versions = f"torch {row['torch']}, Triton {row['triton']}, CUDA {row['cuda']}"
+        lines += [f"{row['cpu_or_gpu']}, {versions}, commit {row['git_sha']}", ""]
+    return "\n".join([*lines, throughput(plan, out, found), "", progress(outcomes)])
+
+
+def throughput(plan: Plan, out: Path, found: Sequence[rows.Row]) -> str:
+    """Images/s of each provider a case: the newest rows; the last column is no measurement."""
+    rated = [row for row in found if row["benchmark"] == "models"]
+    providers = list(dict.fromkeys(("resnet_fast", "eager", *(r["provider"] for r in rated))))
+    lines = [["images/s", *providers, "vs eager", "estimate"]]
+    for case in plan.cases:
+        own = {row["provider"]: row for row in rated if same_case(row, case)}
+        ours = own.get("resnet_fast", {})
+        guess, ratio = estimate_of(out, case), ours.get("speedup_vs_eager")
+        lines.append([
+            f"{case.model} {case.mode} {case.dtype} {case.batch}",
+            *(number(own.get(name, {}).get("images_per_s")) for name in providers),
+            "-" if ratio is None else f"{ratio:.2f}x",
+            "-" if guess is None else f"~{guess['images_per_s']:.0f}",
+        ])  # fmt: skip
+    note = "~: an estimate of the clock for resnet_fast, not measured"
+    return f"{table.columns(lines, left=1)}\n{note}"
+
+
+def number(value: float | None) -> str:
+    """Images/s, or a dash."""
+    return "-" if value is None else f"{value:.0f}"
+
+
+def progress(outcomes: Sequence[Outcome], width: int = 100) -> str:
+    """A line a stage: status, seconds, limit, why."""
+    lines = [["stage", "status", "why", "s", "limit"]]
+    for one in outcomes:
+        took = f"{one.seconds:.0f}" if one.seconds else ""
+        lines.append([one.name, one.status, one.why, took, f"{one.limit:.0f}" if one.limit else ""])
+    shown = [[name, status, s, limit, why] for name, status, why, s, limit in lines]
+    return "\n".join(line[:width].rstrip() for line in table.columns(shown, left=5).splitlines())

@@ -83,15 +83,16 @@ class Layer:
         """Bytes that a mode must move, `size` an element: each tensor it reads or writes once.
 
         infer: x, filters, residual, y. fprop: x, filters, z. dgrad: dy, z, filters, x, dx. wgrad:
-        dy, z, x, dw.
+        dy, z, x, dw. A 1x1 convolution reads of x only the pixels that its stride meets.
         """
         x, y = (torch.Size(shape).numel() for shape in self.shapes(n))
         w = torch.Size(self.weight_shape).numel()
+        read = y // self.filters * self.channels if self.kernel == (1, 1) else x
         moved = {
-            "infer": x + w + y * (1 + self.residual),
-            "fprop": x + w + y,
+            "infer": read + w + y * (1 + self.residual),
+            "fprop": read + w + y,
             "dgrad": 2 * y + w + 2 * x,
-            "wgrad": 2 * y + w + x,
+            "wgrad": 2 * y + w + read,
         }
         return size * moved[mode]
 

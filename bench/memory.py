@@ -7,7 +7,8 @@ CPU: every allocation and release that passes PyTorch's CPU allocator (`torch.pr
 `profile_memory`), integrated in order of time; oneDNN's reorders and scratchpads come through the
 same allocator. It is exact and repeatable where the process's resident size is neither: glibc
 keeps freed pages and the compiler's own memory would be counted. CUDA: the caching allocator's
-own peak, over the steps that follow the first one (which compiles and tunes).
+own peak, over the steps that follow the first one (which compiles and tunes), or what it still
+holds after them where that is more: the pool of a CUDA graph, whose tensors are not counted.
 """
 
 from __future__ import annotations
@@ -76,7 +77,8 @@ def integrate(changes: Iterable[tuple[int, int, int]], start: int, end: int) -> 
 
 def _peak_cuda(build):
     torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
+    torch.cuda.empty_cache()
+    before, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
     step = build()
     step(0)
     gc.collect()
@@ -85,7 +87,9 @@ def _peak_cuda(build):
     for i in range(1, WARM_UPS + 1):  # the second step of a CUDA-graph provider records its graph
         step(i)
     torch.cuda.synchronize()
-    return step, (torch.cuda.max_memory_allocated() - before) / MIB
+    peak = torch.cuda.max_memory_allocated() - before
+    torch.cuda.empty_cache()
+    return step, max(peak, torch.cuda.memory_reserved() - reserved) / MIB
 
 
 def device_mb(device: torch.device) -> float | None:

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,10 +53,17 @@ def _eager(layout: str) -> Callable[[nn.Module, Case, Tensor], nn.Module]:
     return lambda plain, case, x: step.prepare(copy.deepcopy(plain), case, layout)
 
 
-def compiled(module: nn.Module, case: Case) -> nn.Module:
-    """`module` by torch.compile, as fast as it is made for the case; compiles when first called."""
+def compiled(module: nn.Module, case: Case, best: bool = True) -> nn.Module:
+    """`module` by torch.compile; compiles when first called.
+
+    best: as fast as it is made for the case, which takes minutes on a GPU. Else the default mode,
+    as "reduce-overhead" where the case asks for a CUDA graph: that is the same code in one.
+    """
     torch._dynamo.reset()  # a second batch size would otherwise compile for dynamic shapes
-    return torch.compile(module, mode="max-autotune" if case.device.type == "cuda" else None)
+    default = "reduce-overhead" if case.graph else None
+    return torch.compile(
+        module, mode="max-autotune" if best and case.device.type == "cuda" else default
+    )
 
 
 def freezing(case: Case) -> AbstractContextManager:
@@ -65,8 +73,8 @@ def freezing(case: Case) -> AbstractContextManager:
     return inductor.patch(freezing=True) if case.mode == "infer" else nullcontext()
 
 
-def _compiled(plain: nn.Module, case: Case, x: Tensor) -> nn.Module:
-    module = compiled(step.prepare(copy.deepcopy(plain), case, "channels_last"), case)
+def _compiled(plain: nn.Module, case: Case, x: Tensor, best: bool = True) -> nn.Module:
+    module = compiled(step.prepare(copy.deepcopy(plain), case, "channels_last"), case, best)
     if case.mode == "infer":
         with freezing(case):
             step.infer(module, x)
@@ -85,8 +93,12 @@ PROVIDERS: dict[str, Provider] = {
     "eager_nchw": Provider(_eager("nchw"), "nchw"),
     "eager": Provider(_eager("channels_last"), "channels_last"),
     "compile": Provider(_compiled, "channels_last", graphs_itself=True),
+    "compile_default": Provider(
+        partial(_compiled, best=False), "channels_last", graphs_itself=True
+    ),
     "resnet_fast": Provider(_resnet_fast, "channels_last", gated=True),
 }
+USUAL = ("eager_nchw", "eager", "compile", "resnet_fast")
 
 
 def model_names() -> list[str]:
@@ -112,8 +124,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch", type=integers, default=[1, 16], metavar="N,…")
     add("--dtype", type=names(lambda: step.DTYPES), default=["fp32"], metavar="fp32,bf16,fp16")
     add("--device", type=device, default=torch.device("cpu"), metavar="cpu|cuda")
-    add("--providers", type=names(lambda: PROVIDERS), default=list(PROVIDERS), metavar="NAME,…",
-        help=f"of {', '.join(PROVIDERS)}; eager is channels_last (default: all)")  # fmt: skip
+    add("--providers", type=names(lambda: PROVIDERS), default=list(USUAL), metavar="NAME,…",
+        help=f"of {', '.join(PROVIDERS)}; eager is channels_last (default: all but "
+             "compile_default)")  # fmt: skip
     add("--out", type=Path, metavar="FILE.jsonl", help="append the rows to this file")
     add("--threads", type=positive(int), metavar="N", help="CPU threads (default: PyTorch's)")
     add("--rounds", type=positive(int), metavar="N", help="exactly N rounds a case")
@@ -192,11 +205,13 @@ def measure(
     *,
     rounds: int | None = None,
     seconds: float = 20.0,
+    check: bool = True,
 ) -> tuple[list[rows.Row], dict[str, str]]:
     """Rows of one case, and why each other provider gave none: GATE, one of SHORT, or its error.
 
-    An output that is wrong at full size leaves all of them without rows. Says on stderr what it
-    does; rounds and seconds are `timing.interleave`'s.
+    An output that is wrong at full size leaves all of them without rows; check=False where that has
+    been looked at already. Says on stderr what it does; rounds and seconds are
+    `timing.interleave`'s.
     """
     steps: dict[str, timing.Step] = {}
     peaks: dict[str, float] = {}
@@ -206,12 +221,12 @@ def measure(
         inputs = {layout: step.inputs(case, layout, step.classes(plain)) for layout in layouts}
         for name in providers:
             try:
-                steps[name], peaks[name], check = _build(name, plain, case, inputs)
+                steps[name], peaks[name], full = _build(name, plain, case, inputs, check)
             except FAILURES as error:  # the others go on; the exit status tells
                 failed[name] = _reason(error)
                 say(f"{case}: {name} raised {type(error).__name__}: {error}")
                 continue
-            if check is not None and not _green(case, name, check):
+            if full is not None and not _green(case, name, full):
                 return [], dict.fromkeys(providers, GATE)
         times = _times(steps, case, rounds, seconds)
     except FAILURES as error:  # no memory for the inputs, or for all of them side by side
@@ -244,18 +259,19 @@ def _build(
     plain: nn.Module,
     case: Case,
     inputs: Mapping[str, Sequence[tuple[Tensor, Tensor]]],
+    check: bool,
 ) -> tuple[timing.Step, float, gate.Check | None]:
-    """The warm step of a provider, its peak memory and the check at full size if it is gated."""
+    """The warm step of a provider, its peak memory, and if it is gated the `check` at full size."""
     provider, first, start = PROVIDERS[name], [], time.perf_counter()
 
     def build() -> timing.Step:
-        run = _step(provider, plain, case, inputs[provider.layout])
+        run = step_of(provider, plain, case, inputs[provider.layout])
         first.append(run(0).clone())
         return run
 
     run, peak = memory.peak_of(build, case.device)
     say(f"{case}: {name} built and warm after {time.perf_counter() - start:.1f} s")
-    if not provider.gated:
+    if not (provider.gated and check):
         return run, peak, None
     x = inputs[provider.layout][0][0]
     try:
@@ -288,18 +304,18 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {text.partition(chr(10))[0]}"
 
 
-def _step(
+def step_of(
     provider: Provider, plain: nn.Module, case: Case, batches: Sequence[tuple[Tensor, Tensor]]
 ) -> timing.Step:
-    """One step on input i of the rotation."""
+    """One step on input i of the rotation; gives its logits."""
     from resnet_fast import graph, graph_step
 
     module = provider.build(plain, case, batches[0][0])
     graphs = case.device.type == "cuda"
     captured = case.graph and not provider.graphs_itself
     if captured and case.mode == "infer":
-        replay = graph(module, batches[0][0])
-        return lambda i: replay(batches[i % len(batches)][0])
+        recorded = graph(module, batches[0][0])
+        return lambda i: recorded(batches[i % len(batches)][0])
     if case.mode == "infer":
 
         def infer(i: int) -> Tensor:
@@ -311,8 +327,19 @@ def _step(
     dtype, optimizer = step.DTYPES[case.dtype], step.optimizer_of(module, case)
     if captured:
         narrow = dtype if dtype != torch.float32 else None
-        replay_step = graph_step(module, F.cross_entropy, optimizer, *batches[0], autocast=narrow)
-        return lambda i: replay_step(*batches[i % len(batches)])
+        kept: list[Tensor] = []
+
+        def loss(logits: Tensor, target: Tensor) -> Tensor:
+            kept[:] = [logits.detach()]  # the recorded call's, which each replay writes
+            return F.cross_entropy(logits, target)
+
+        replay_step = graph_step(module, loss, optimizer, *batches[0], autocast=narrow)
+
+        def replay(i: int) -> Tensor:
+            replay_step(*batches[i % len(batches)])
+            return kept[0]
+
+        return replay
 
     def train(i: int) -> Tensor:
         if graphs:

@@ -1,13 +1,13 @@
 """`python -m bench roofline`: the least time that a model's steps can take, and what they took.
 
-A step is one launch of the fused schedule: a convolution in one of the modes of `bench.layers`, or
-a pass over memory of `bench.passes`. It moves each of its tensors once, so it cannot take less than
-its bytes at the bandwidth of a copy, nor than its operations at the rate of a large product
-(Williams, Waterman & Patterson 2009, "Roofline", CACM 52(4)). The sum of these floors bounds the
-images/s of the whole model. It needs no device; with rows of `layers` and `passes` (--rows) of the
-same model, batch and dtype each step also says what it took and by whom.
-
-Left out: loss and optimizer, and vectors of one value a channel.
+Two schedules, and where they differ. What runs: every launch of the Triton kernels on a GPU, in
+`bench.floors`. The ideal schedule: every tensor of a fused block once, a convolution in one of the
+modes of `bench.layers` or a pass over memory of `bench.passes`; loss, optimizer and vectors of one
+value a channel are left out. A launch takes at least its bytes at the bandwidth of a copy and its
+operations at the rate of a large product. The sum of these floors, an estimate and no measurement,
+bounds the images/s of the whole model. It needs no device, and Triton for what runs. With rows of
+`layers` and `passes` (--rows) of the same model, batch and dtype each step of the ideal schedule
+also says what it took and by whom.
 """
 
 from __future__ import annotations
@@ -18,60 +18,31 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import resnet_fast
-from bench import rows
+from bench import roofline_plot, rows
 from bench.ceilings import Ceilings, measure
+from bench.compile import hopper
+from bench.estimate import GPUS
+from bench.floors import PARTS, Schedules, Step, kind_of, launched, total
 from bench.layers import layers_of
-from bench.report import neutral
-from bench.step import DTYPES
+from bench.step import DTYPES, Case
 from resnet_fast.blocks import ChainBlock
 from resnet_fast.options import DEVICES
 
 # bytes/s and 16-bit operations/s that a copy and a large product reach on a device
-KNOWN = {"h200": (4.3e12, 790e12)}
+KNOWN = {name: (gpu.bytes_per_s, gpu.flops_per_s) for name, gpu in GPUS.items()}
 MODES = {"infer": ("infer",), "train": ("fprop", "dgrad", "wgrad")}
-KINDS = {"1x1": "#e8590c", "3x3": "#4dabf7", "other filters": "#845ef7", "passes": "#8b949e"}
-
-
-@dataclass(frozen=True)
-class Step:
-    """A launch that a pass over the model makes `count` times; bytes and flops are of one.
-
-    ms and provider: what it took, where rows say so.
-    """
-
-    mode: str
-    name: str
-    kind: str
-    count: int
-    bytes: int
-    flops: int
-    ms: float | None = None
-    provider: str = ""
-
-    @property
-    def intensity(self) -> float:
-        """Operations a byte."""
-        return self.flops / self.bytes
-
-    def floor_ms(self, limits: Ceilings) -> float:
-        """The least that one launch takes."""
-        return limits.floor_ms(self.bytes, self.flops)
-
-    def bound(self, limits: Ceilings) -> str:
-        """Which limit that is."""
-        memory = self.bytes / limits.bytes_per_s >= self.flops / limits.flops_per_s
-        return "memory" if memory else "compute"
 
 
 def steps_of(model: str, kind: str, n: int, size: int, image: int = 224) -> list[Step]:
-    """The steps of inference or training ("infer", "train") of `model` on n images.
+    """The ideal schedule of inference or training ("infer", "train") of `model` on n images.
 
     size: bytes an element. In the order in which they first come, forward before backward.
     """
@@ -80,10 +51,8 @@ def steps_of(model: str, kind: str, n: int, size: int, image: int = 224) -> list
         for layer, count in layers_of(model, image).items():
             if mode == "dgrad" and layer.channels < 16:
                 continue  # nobody asks for the gradient of an image
-            filters = f"{layer.kernel[0]}x{layer.kernel[1]}"
-            shape = filters if filters in KINDS else "other filters"
             moved = layer.bytes(n, size, mode)
-            found[Step(mode, str(layer), shape, 1, moved, layer.flops(n))] += count
+            found[Step(mode, str(layer), kind_of(layer.kernel), 1, moved, layer.flops(n))] += count
     for mode, name, channels, side, values in _passes(model, kind, size, image):
         step = Step(mode, f"{name} {channels}@{side}", "passes", 1, int(n * values * size), 0)
         found[step] += 1
@@ -171,33 +140,74 @@ def measured(steps: Iterable[Step], found: Iterable[rows.Row]) -> list[Step]:
 
 def text(steps: Sequence[Step], limits: Ceilings, n: int) -> str:
     """A line a step, the costliest first, then what all of them take at the least."""
-    floors = {step: step.count * step.floor_ms(limits) for step in steps}
-    total = sum(floors.values())
+    whole = total(steps, limits).ms
     lines = [
-        f"{'mode':6} {'step':32} {'n':>2} {'MB':>8} {'GFLOP':>8} {'FLOP/B':>7} {'floor ms':>9} "
+        f"{'mode':6} {'step':32} {'n':>3} {'MB':>8} {'GFLOP':>8} {'FLOP/B':>7} {'floor ms':>9} "
         f"{'share':>6} {'bound':8} {'ms':>8} {'% floor':>8} provider"
     ]
-    for step in sorted(steps, key=floors.__getitem__, reverse=True):
+    shown = _gathered(steps)
+    for step in sorted(shown, key=lambda one: -one.count * one.floor_ms(limits)):
         floor = step.floor_ms(limits)
         took = "" if step.ms is None else f"{step.ms:.4f}"
         share = "" if step.ms is None else f"{100 * floor / step.ms:.0f}"
         lines.append(
-            f"{step.mode:6} {step.name:32} {step.count:2d} {step.bytes / 1e6:8.1f} "
+            f"{step.mode:6} {step.name:32} {step.count:3d} {step.bytes / 1e6:8.1f} "
             f"{step.flops / 1e9:8.1f} {step.intensity:7.1f} {floor:9.4f} "
-            f"{floors[step] / total:6.1%} {step.bound(limits):8} {took:>8} {share:>8} "
+            f"{step.count * floor / whole:6.1%} {step.bound(limits):8} {took:>8} {share:>8} "
             f"{step.provider}".rstrip()
         )
     lines.append(summary(steps, limits, n))
     return "\n".join(lines)
 
 
+def _gathered(steps: Sequence[Step]) -> list[Step]:
+    """`steps` with launches of one name as one step of their mean."""
+    groups: dict[tuple[str, str], list[Step]] = {}
+    for step in steps:
+        groups.setdefault((step.mode, step.name), []).append(step)
+    found = []
+    for own in groups.values():
+        count = sum(step.count for step in own)
+        moved, flops = (
+            sum(step.count * getattr(step, field) for step in own) // count
+            for field in ("bytes", "flops")
+        )
+        found.append(own[0] if len(own) == 1 else replace(
+            own[0], count=count, bytes=moved, flops=flops
+        ))  # fmt: skip
+    return found
+
+
+def comparison(found: Schedules, limits: Ceilings) -> str:
+    """A line a part of the step: what runs, the ideal schedule, and the difference."""
+    head = f"{'launches':>8} {'GB':>7} {'floor ms':>8}"
+    lines = [
+        f"{'':13} {'what runs':>25}   {'ideal schedule':>25}   {'difference':>16}",
+        f"{'part':13} {head}   {head}   {'GB':>7} {'floor ms':>8}",
+    ]
+    for part in (*PARTS, None):
+        runs, ideal = (total(steps, limits, part) for steps in found)
+        if runs.launches or ideal.launches:
+            sides = [f"{one.launches:8d} {one.bytes / 1e9:7.2f} {one.ms:8.3f}"
+                     for one in (runs, ideal)]  # fmt: skip
+            more = f"{(runs.bytes - ideal.bytes) / 1e9:+7.2f} {runs.ms - ideal.ms:+8.3f}"
+            lines.append(f"{part or 'all':13} {'   '.join((*sides, more))}")
+    small = [step for step in found.runs if step.part == "vectors"]
+    if limits.launch_us and len(small) > 1:
+        ms = sum(s.count * max(s.floor_ms(limits), limits.launch_us / 1e3) for s in small)
+        lines.append(
+            f"vectors: with {limits.launch_us:.1f} us for each launch in a CUDA graph {ms:.2f} ms, "
+            f"where these floors have {total(small, limits).ms:.2f} ms"
+        )
+    return "\n".join(lines)
+
+
 def summary(steps: Sequence[Step], limits: Ceilings, n: int) -> str:
     """All the floors together, and the time of what was measured."""
-    total = sum(step.count * step.floor_ms(limits) for step in steps)
-    moved = sum(step.count * step.bytes for step in steps)
+    all_of_it = total(steps, limits)
     said = (
-        f"{sum(step.count for step in steps)} launches move {moved / n / 1e6:.0f} MB an image: "
-        f"at least {total:.2f} ms, no more than {1e3 * n / total:,.0f} images/s"
+        f"{all_of_it.launches} launches move {all_of_it.bytes / n / 1e6:.0f} MB an image: "
+        f"at least {all_of_it.ms:.2f} ms, no more than {1e3 * n / all_of_it.ms:,.0f} images/s"
     )
     known = [step for step in steps if step.ms is not None]
     if known:
@@ -205,72 +215,6 @@ def summary(steps: Sequence[Step], limits: Ceilings, n: int) -> str:
         least = sum(step.count * step.floor_ms(limits) for step in known)
         said += f"; {len(known)} of {len(steps)} steps measured: {took:.2f} ms, floor {least:.2f}"
     return said
-
-
-def plot(found: dict[str, Sequence[Step]], limits: Ceilings, title: str, path: Path) -> None:
-    """A roofline a kind of pass ("infer", "train") with the steps on it; PNG at `path`.
-
-    An area is a step's share of the floors' sum. Measured steps are full below the roof, at the
-    rate that they reached; the others are hollow on it. Passes multiply nothing: their place is at
-    the left, those that are not measured in one circle. RuntimeError without matplotlib.
-    """
-    neutral(_plot, found, limits, title, path)
-
-
-def _plot(found, limits, title, path) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import NullFormatter, ScalarFormatter
-
-    figure = Figure(figsize=(10.5, 4.4), layout="constrained")
-    FigureCanvasAgg(figure)
-    left, right = 3.0, 4000.0
-    ridge = limits.flops_per_s / limits.bytes_per_s
-    panels = figure.subplots(1, len(found), sharey=True, squeeze=False)[0]
-    for axes, (kind, steps) in zip(panels, found.items(), strict=True):
-        roof = [left, ridge, right]
-        rates = [min(limits.flops_per_s, x * limits.bytes_per_s) / 1e12 for x in roof]
-        axes.plot(roof, rates, color="#8b949e", linewidth=1.5, zorder=1)
-        total = sum(step.count * step.floor_ms(limits) for step in steps)
-        for shape, color in KINDS.items():
-            for filled in (False, True):
-                own = [s for s in steps if s.kind == shape and (s.ms is not None) == filled]
-                x = [max(s.intensity, left * 1.4) for s in own]
-                times = [s.ms if filled else s.floor_ms(limits) for s in own]
-                y = [i * s.bytes / t / 1e9 for s, i, t in zip(own, x, times, strict=True)]
-                area = [2500 * s.count * s.floor_ms(limits) / total for s in own]
-                if own and shape == "passes" and not filled:
-                    x, y, area = x[:1], y[:1], [sum(area)]
-                axes.scatter(
-                    x, y, area, alpha=0.75, zorder=2, linewidth=1.2, edgecolors=color,
-                    facecolors=color if filled else "none",
-                )  # fmt: skip
-        shares = Counter()
-        for step in steps:
-            shares[step.kind] += step.count * step.floor_ms(limits) / total
-        for shape, color in KINDS.items():
-            if shares[shape]:
-                label = f"{shape}: {shares[shape]:.0%} of the least time"
-                axes.scatter([], [], 50, color=color, label=label, alpha=0.75)
-        axes.set(xscale="log", yscale="log", xlabel="operations a byte", xlim=(left, right))
-        axes.set_ylim(top=1.35 * limits.flops_per_s / 1e12)
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_formatter(ScalarFormatter())
-            axis.set_minor_formatter(NullFormatter())
-        axes.set_title({"infer": "inference", "train": "training"}[kind], fontsize=10)
-        axes.legend(frameon=False, fontsize=8, loc="lower right")
-        axes.grid(alpha=0.25, linewidth=0.6, which="major")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.text(right, rates[1] * 1.08, f"{limits.flops_per_s / 1e12:.3g} TFLOP/s ",
-                  fontsize=8, ha="right", va="bottom")  # fmt: skip
-        axes.annotate(
-            f"{limits.bytes_per_s / 1e12:.2g} TB/s",
-            (ridge / 15, ridge / 15 * limits.bytes_per_s / 1e12), (-8, 4),
-            textcoords="offset points", ha="right", fontsize=8,
-        )  # fmt: skip
-    panels[0].set_ylabel("TFLOP/s")
-    figure.suptitle(title, fontsize=10)
-    figure.savefig(path, dpi=160)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -290,34 +234,73 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print a table a mode; 2 for a bad argument."""
+    """Print the tables of each mode; 2 for a bad argument."""
     try:
         kinds, limits = _asked(args), _limits(args)
-        found = [row for row in rows.read(args.rows) if _fits(row, args)]
+        rows_found = [row for row in rows.read(args.rows) if _fits(row, args)]
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
     size = DTYPES[args.dtype].itemsize
-    steps = {
-        kind: measured(steps_of(args.model, kind, args.batch, size, args.image_size), found)
-        for kind in kinds
+    found: dict[str, Schedules] = {}
+    for kind in kinds:
+        steps = steps_of(args.model, kind, args.batch, size, args.image_size)
+        runs, why = _runs(args, kind)
+        found[kind] = own = Schedules(runs, measured(steps, rows_found))
+        title = f"{args.model}, {kind}, {args.dtype}, batch {args.batch}"
+        on = f"{limits.bytes_per_s / 1e12:.3g} TB/s, {limits.flops_per_s / 1e12:.3g} TFLOP/s"
+        if own.runs is None:
+            print(f"{title}: what runs is not listed: {why}\n")
+        else:
+            print(f"{title}: what runs, floors at {on} (estimate)")
+            print(text(own.runs, limits, args.batch), end="\n\n")
+        print(f"{title}: ideal schedule, every tensor of a fused block once, at {on} (estimate)")
+        print(text(own.ideal, limits, args.batch), end="\n\n")
+        if own.runs is not None:
+            print(f"{title}: what runs beside the ideal schedule (estimate)")
+            print(comparison(own, limits), end="\n\n")
+    return 0 if args.out is None else _write(args, found, limits)
+
+
+def _runs(args: argparse.Namespace, kind: str) -> tuple[list[Step] | None, str]:
+    """What runs, or why that is not known."""
+    if args.limits == "cpu":
+        return None, "the launches are those of a GPU, and --limits is cpu"
+    case = Case(args.model, kind, args.batch, args.dtype, torch.device("cuda"), args.image_size)
+    try:
+        return launched(case, _target(args.limits)), ""
+    except ImportError as error:
+        return None, f"Triton is needed ({error})"
+    except RuntimeError as error:
+        return None, str(error)
+
+
+def _target(limits: str) -> Any:
+    """The GPU that launches are made for: a Hopper, or the one that is here."""
+    if limits != "cuda":
+        return hopper()
+    from resnet_fast.kernels.launch import target
+
+    return target(torch.empty(0, device="cuda"))
+
+
+def _write(args: argparse.Namespace, found: dict[str, Schedules], limits: Ceilings) -> int:
+    """roofline.json, a list each of what runs and of the ideal schedule a mode, and the picture."""
+    args.out.mkdir(parents=True, exist_ok=True)
+    listed = {
+        kind: {
+            name: None if steps is None else [asdict(step) for step in steps]
+            for name, steps in own._asdict().items()
+        }
+        for kind, own in found.items()
     }
-    for kind, own in steps.items():
-        print(f"{args.model}, {kind}, {args.dtype}, batch {args.batch}")
-        print(text(own, limits, args.batch), end="\n\n")
-    if args.out is not None:
-        args.out.mkdir(parents=True, exist_ok=True)
-        title = (
-            f"{args.model}, {args.dtype}, batch {args.batch}, {args.image_size} px: "
-            "every launch of the fused schedule (area: its share of the least time)"
-        )
-        listed = {kind: [asdict(step) for step in own] for kind, own in steps.items()}
-        (args.out / "roofline.json").write_text(json.dumps(listed, indent=1))
-        try:
-            plot(steps, limits, title, args.out / "roofline.png")
-        except RuntimeError as error:
-            print(error, file=sys.stderr)
-            return 1
+    (args.out / "roofline.json").write_text(json.dumps(listed, indent=1))
+    title = f"{args.model}, {args.dtype}, batch {args.batch}, {args.image_size} px on {args.limits}"
+    try:
+        roofline_plot.plot(found, limits, args.batch, title, args.out / "roofline.png")
+    except RuntimeError as error:
+        print(error, file=sys.stderr)
+        return 1
     return 0
 
 
@@ -343,7 +326,7 @@ def _fits(row: rows.Row, args: argparse.Namespace) -> bool:
 
 def _limits(args: argparse.Namespace) -> Ceilings:
     if args.limits in KNOWN:
-        return Ceilings(*KNOWN[args.limits], args.dtype)
+        return Ceilings(*KNOWN[args.limits], args.dtype, GPUS[args.limits].small_us)
     if args.limits not in DEVICES:
         names = ", ".join((*KNOWN, *DEVICES))
         raise ValueError(f"--limits: expected one of {names}, got {args.limits!r}")

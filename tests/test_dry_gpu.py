@@ -124,6 +124,48 @@ def test_rules_of_a_capture(gpu):
     assert gpu.cudaGraphLaunch(runnable, s) == 0 and gpu.dry_launches() == 3
 
 
+def test_user_objects_of_graphs(gpu):
+    """A graph's destructor runs when the graph and every executable of it are gone."""
+    s, graph, runnable, other = stream(gpu), c_void_p(), c_void_p(), c_void_p()
+    gone, active = [], c_int()
+    destructor = ctypes.CFUNCTYPE(None, c_void_p)(gone.append)
+    ids = []
+    for i in (1, 2):
+        assert gpu.cudaStreamBeginCapture(s, 0) == 0
+        inside, number, held = c_void_p(), c_uint64(), c_void_p()
+        info = byref(active), byref(number), byref(inside), None, None
+        assert gpu.cuStreamGetCaptureInfo_v2(s, *info) == 0 and active.value == 1
+        assert gpu.cuUserObjectCreate(byref(held), c_void_p(i), destructor, 1, 1) == 0
+        assert gpu.cuGraphRetainUserObject(inside, held, 1, 1) == 0
+        assert gpu.cudaStreamEndCapture(s, byref(graph)) == 0
+        ids.append(number.value)
+        for executable in (runnable, other)[: 3 - i]:
+            gpu.cudaGraphInstantiateWithFlags(byref(executable), graph, c_uint64(0))
+        assert gpu.cudaGraphDestroy(graph) == 0 and not gone
+        if i == 1:
+            assert gpu.cudaGraphExecDestroy(runnable) == 0 and not gone
+            assert gpu.cudaGraphExecDestroy(other) == 0 and gone.pop() == 1
+    assert gpu.cudaGraphExecDestroy(runnable) == 0 and gone.pop() == 2
+    assert ids[0] != ids[1]
+    assert gpu.cuStreamGetCaptureInfo_v2(s, *info) == 0 and active.value == 0
+
+
+def test_products_run_on_the_stream_of_their_handle(gpu):
+    """Of that handle alone; a cublasLt product runs on the stream that it is given."""
+    s, handle, other, graph = stream(gpu), c_void_p(), c_void_p(), c_void_p()
+    for h in (handle, other):
+        assert gpu.cublasCreate_v2(byref(h)) == 0
+    assert gpu.cublasSetStream_v2(handle, s) == 0
+    assert gpu.cudaStreamBeginCapture(s, 0) == 0
+    assert gpu.cublasSgemm_v2(handle) == 0 and gpu.cublasSgemm_v2(other) != 0
+    # In PyTorch 2.14 a cublasLt handle is one of cuBLAS whose stream nothing has set.
+    before = [other, *[None] * 13, ctypes.c_size_t(0)]
+    assert gpu.cublasLtMatmul(*before, s) == 0 and gpu.cublasLtMatmul(*before, None) != 0
+    assert gpu.cudaStreamEndCapture(s, byref(graph)) == 0
+    assert gpu.dry_errors() == 2
+    assert [gpu.dry_name(i) for i in range(2)] == [b"cublasSgemm_v2", b"cublasLtMatmul"]
+
+
 def encode(gpu, address, dims, strides, box, swizzle=NO_SWIZZLE):
     room = (ctypes.c_char * 256)()
     aligned = (ctypes.addressof(room) + 127) // 128 * 128

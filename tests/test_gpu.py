@@ -1,9 +1,11 @@
 """On an NVIDIA GPU: every layer of ResNet-50 in every dtype, CUDA graphs, streams, devices."""
 
 import copy
+import gc
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -12,8 +14,9 @@ from op_cases import CONVOLUTIONS, Conv, Draw, op_of, widen
 pytest.importorskip("triton")
 
 import resnet_fast
+from bench import ceilings, layers
 from bench.layers import layers_of, tensors
-from resnet_fast import ops, reference
+from resnet_fast import ops, reference, tables
 from resnet_fast.tolerance import assert_close, compare
 
 pytestmark = [
@@ -22,6 +25,7 @@ pytestmark = [
 ]
 LAYERS = list(layers_of("resnet50"))
 IMPLS = ("triton", "native")
+SANITIZED = 8  # parts of what runs under compute-sanitizer, each in a test of its own
 
 
 def skip_unless(impl, op, dtype):
@@ -165,6 +169,29 @@ def captured(run):
     return graph, y
 
 
+@pytest.mark.parametrize("mode", layers.MODES)
+def test_layers_can_be_timed(mode, monkeypatch):
+    """Every provider of `bench layers` can be captured, alone and behind a write of L2's size."""
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    skip_unless("triton", "conv_bprop", torch.bfloat16)
+    make = layers.infer if mode == "infer" else layers.train(mode)
+    device = torch.device("cuda")
+    with torch.no_grad():
+        runs = make(LAYERS[3], 2, torch.bfloat16, device, "auto")
+        for name, run in runs.items():
+            assert min(ceilings.sample_ms(run, device, 2, cold=True)) > 0, name
+    assert ceilings.small_launch_us(device) > 0
+
+
+def test_a_copy_is_slower_with_a_cold_cache():
+    """8 MiB read and 8 written: by memory, not by an L2 cache that holds both."""
+    x, device = torch.randn(1 << 21, device="cuda"), torch.device("cuda")
+    y = torch.empty_like(x)
+    hot = ceilings.best_ms(lambda: y.copy_(x), device)
+    assert 1e3 * ceilings.median_ms(lambda: y.copy_(x), device) > 1.1e3 * hot
+    assert tables.microseconds(lambda: y.copy_(x)) > 1.1e3 * hot
+
+
 @pytest.fixture
 def forced(monkeypatch):
     """forced[0] = i: convolutions run with the i-th of `forced[1:]`, their split configurations."""
@@ -214,6 +241,43 @@ def test_splits_of_one_image(layer, tma, forced):
             assert torch.equal(static, y)
     torch.cuda.synchronize()
     assert not any(kept.any() for kept in counters._of_stream.values())
+
+
+def test_counters_of_a_graph(forced):
+    """200 captured calls take one set of counters, and it comes back when the graph is gone."""
+    from resnet_fast.kernels import counters
+    from resnet_fast.kernels.conv import conv_fused
+    from resnet_fast.kernels.conv_plan import Fusion
+
+    layer = LAYERS[-1]
+    x, w, norm, residual = tensors(layer, 1, torch.bfloat16, torch.device("cuda"))
+    fusion = Fusion(None, *norm, eps=1e-5, residual=residual)
+
+    def run():
+        return conv_fused(x, w, layer.conv, fusion)[0]
+
+    def sets(before):
+        new = [own for number, own in counters._captured.items() if number not in before]
+        return [kept.data_ptr() for own in new for _, kept in own.taken]
+
+    alone = run()
+    before = set(counters._captured)
+    graph, results = captured(lambda: [run() for _ in range(200)])
+    (first,) = sets(before)
+    graph.replay()
+    assert all(torch.equal(y, alone) for y in results)
+    again, y = captured(run)
+    assert len({first, *sets(before)}) == 2, "another graph has another set"
+    del graph, results
+    gc.collect()
+    torch.cuda.synchronize()
+    limit = time.monotonic() + 10  # the driver destroys user objects in a thread of its own
+    while first in sets(before) and time.monotonic() < limit:
+        counters._return_ended()
+    assert len(sets(before)) == 1 and first not in sets(before)
+    assert first in [piece.data_ptr() for piece in counters._free[x.device]]
+    again.replay()
+    assert torch.equal(y, alone)
 
 
 def test_splits_at_once(forced):
@@ -305,13 +369,16 @@ def test_whole_models():
         assert_close(net(x), plain(x), exact, "logits", rms=True)
 
 
+@pytest.mark.sanitizer
 @pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="no compute-sanitizer")
+@pytest.mark.parametrize("part", range(SANITIZED), ids=lambda part: f"{part} of {SANITIZED}")
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
-def test_compute_sanitizer(tool):
-    """The native kernels under NVIDIA's checkers, in a process of their own."""
+def test_compute_sanitizer(tool, part):
+    """A part of the native kernels' tests under NVIDIA's checkers, in a process of their own."""
     skip_unless("native", "bn_act", torch.bfloat16)
     tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_ops.py"]
     chosen = "native-cuda and bf16 and channels_last and (test_pointwise or test_convolution)"
     command = ["compute-sanitizer", f"--tool={tool}", "--error-exitcode=9", *tests, "-k", chosen]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=540)
+    command += ["--shard", f"{part}/{SANITIZED}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]

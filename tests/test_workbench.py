@@ -1,15 +1,18 @@
 """Ceilings, layers and the budget of a GPU run: the logic of those commands, on a CPU."""
 
+import inspect
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import shards
 import torch
 
-from bench import ceilings, first, gpu, host, layers, passes, rows, scaling
+from bench import ceilings, host, layers, passes, rows
 from bench.__main__ import main
 from bench.step import Case
 from resnet_fast import backend
@@ -78,6 +81,82 @@ def test_a_wrong_layer_is_not_timed(monkeypatch, capsys, mode):
     assert "fused and unfused differ by 1.0" in capsys.readouterr().err
 
 
+def untimed(monkeypatch, module):
+    """The commands without their clock."""
+    limits = ceilings.Ceilings(1e9, 1e12, "fp32")
+    monkeypatch.setattr(module, "measure", lambda device, dtype: limits)
+    monkeypatch.setattr(module, "median_ms", lambda run, device: 1.0)
+
+
+def test_a_layer_that_fails_costs_no_other(monkeypatch, tmp_path, capsys):
+    """Rows of a layer are written before the next one runs; the end names those that failed."""
+    path, right, written = tmp_path / "rows.jsonl", layers.layer_rows, []
+
+    def failing(layer, *args):
+        written.append(len(rows.read([path])) if path.exists() else 0)
+        if len(written) == 2:
+            raise MemoryError("no room")
+        return right(layer, *args)
+
+    monkeypatch.setattr(layers, "layer_rows", failing)
+    untimed(monkeypatch, layers)
+    assert main(["layers", "--model", "cifar_resnet20", "--image-size", "32", "--batch", "1",
+                 "--dtype", "fp32", "--out", str(path)]) == 1  # fmt: skip
+    shapes = list(layers.layers_of("cifar_resnet20", 32))
+    assert written == [0, 3, *range(3, 3 * len(shapes) - 3, 3)]
+    out, err = capsys.readouterr()
+    assert err == f"layers: {shapes[1]} infer: MemoryError: no room\n"
+    assert str(shapes[-1]) in out and len(rows.read([path])) == 3 * (len(shapes) - 1)
+
+
+def closure(function):
+    """What a function has from outside, by name."""
+    return inspect.getclosurevars(function).nonlocals
+
+
+def held(function):
+    """Tensors that a call would use: of closures and arguments, and of the functions among them."""
+    if isinstance(function, partial):
+        inside = [function.func, *function.args]
+    else:
+        inside = closure(function).values() if inspect.isfunction(function) else []
+    found = []
+    for value in inside:
+        for one in value if isinstance(value, (list, tuple)) else [value]:
+            found += [one] if torch.is_tensor(one) else held(one)
+    return found
+
+
+@pytest.mark.parametrize("mode", layers.MODES)
+def test_no_autograd_graph_is_timed(mode):
+    """A CUDA graph captures another stream than that of a forward pass made before."""
+    layer = layers.Layer(24, 6, 6, 16, (3, 3), Conv((2, 2), (1, 1)))
+    make = layers.infer if mode == "infer" else layers.train(mode)
+    with torch.no_grad():
+        runs = make(layer, 2, torch.float32, torch.device("cpu"), "reference")
+    for name, run in runs.items():
+        tensors = held(run)
+        assert len(tensors) >= 2, name
+        assert not any(t.requires_grad for t in tensors), name
+        with torch.enable_grad():
+            assert not run().requires_grad
+
+
+def test_dgrad_by_pytorchs_ops_is_autograds():
+    """The backward pass of relu, convolution and normalization, bit by bit."""
+    torch.manual_seed(0)
+    layer = layers.Layer(24, 6, 6, 16, (3, 3), Conv((2, 2), (1, 1)))
+    with torch.no_grad():
+        run = layers.train("dgrad")(layer, 2, torch.float32, torch.device("cpu"), "auto")["torch"]
+    outer = closure(run)
+    w = closure(outer["backward"])["w"]
+    weight, bias = closure(outer["norm_backward"])["weight"], torch.zeros(16)
+    leaf = outer["h"].clone().requires_grad_()
+    z = torch.nn.functional.conv2d(leaf.relu(), w, None, *layer.conv.args())
+    out = torch.nn.functional.batch_norm(z, None, None, weight, bias, True, 0.0, layers.EPS)
+    assert torch.equal(run(), torch.autograd.grad(out, leaf, outer["dy"])[0])
+
+
 def small_passes(monkeypatch):
     monkeypatch.setattr(passes, "SHAPES", {"small": (24, 5)})
     return ["passes", "--batch", "2", "--dtype", "fp32", "--shape", "small"]
@@ -113,7 +192,34 @@ def test_a_wrong_pass_is_not_timed(capsys, monkeypatch):
 
     monkeypatch.setattr(passes.ops, "bn_stats", wrong)
     assert main(small_passes(monkeypatch)) == 1
-    assert "statistics at small by native: differs" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "passes: statistics at small by native: RuntimeError: differs" in err
+    assert err.count("\n") == 1
+
+
+def test_a_pass_that_fails_costs_no_other(tmp_path, monkeypatch, capsys):
+    """Nor does a shape whose tensors cannot be made."""
+    if backend.native_module()[0] is None:
+        pytest.skip(backend.native_module()[1])
+    path, right = tmp_path / "rows.jsonl", passes.passes
+    options = small_passes(monkeypatch)
+    monkeypatch.setattr(passes, "SHAPES", {"none": (25, 5), "small": (24, 5)})
+    options[options.index("--shape") + 1] = "none,small"
+
+    def made(x):
+        if x.size(1) == 25:
+            raise torch.OutOfMemoryError("no room")
+        return {"bad": ("bn_stats", [], 1), **right(x)}
+
+    monkeypatch.setattr(passes, "passes", made)
+    untimed(monkeypatch, passes)
+    assert main([*options, "--out", str(path)]) == 1
+    assert len(rows.read([path])) == 13
+    err = capsys.readouterr().err
+    assert err.startswith(
+        "passes: none: OutOfMemoryError: no room\npasses: bad at small by native:"
+    )
+    assert err.count("passes: ") == 2
 
 
 def test_ceilings_command(tmp_path, capsys):
@@ -121,6 +227,7 @@ def test_ceilings_command(tmp_path, capsys):
     assert main(["ceilings", "--dtype", "fp32", "--out", str(path)]) == 0
     (row,) = [json.loads(line) for line in path.read_text().splitlines()]
     assert row["benchmark"] == "ceilings" and row["gb_per_s"] > 0.1 and row["tflop_per_s"] > 1e-3
+    assert row["launch_us"] is None, "of CUDA graphs"
     assert "GB/s" in capsys.readouterr().out
 
 
@@ -142,54 +249,6 @@ def test_bad_values(capsys):
         rows.layer_row({}, nonsense=1)
 
 
-def test_the_budget_of_the_gpu_command(capsys):
-    """What cannot end in time is left out by name, what is shorter still runs; failures tell."""
-    now, ran = [0.0], []
-
-    def step(name, took, status=0):
-        def run():
-            ran.append(name)
-            now[0] += took
-            return status
-
-        return run
-
-    todo = [
-        ("first", 5.0, step("first", 6.0)),
-        ("long", 9.0, step("long", 9.0)),
-        ("short", 2.0, step("short", 2.0, status=1)),
-    ]
-    assert gpu.run_steps(todo, 10.0, clock=lambda: now[0]) == 1
-    assert ran == ["first", "short"]
-    out = capsys.readouterr().out
-    assert "left out long: 9 s, 4 s left" in out and "FAILED short" in out
-    assert gpu.run_steps(todo[:1], 10.0 + now[0], clock=lambda: now[0]) == 0
-
-
-def test_the_steps_of_the_gpu_command(tmp_path):
-    """ResNet-50 and 18: training in two batch sizes; inference in three, two dtypes; the rest."""
-    names = [name for name, _, _ in gpu.steps(tmp_path / "rows.jsonl", 256)]
-    assert names[:6] == [
-        "ceilings", "passes", "host", "layers", "training layers", "resnet50 train bf16 batch 256",
-    ]  # fmt: skip
-    assert names[-2:] == ["first inference", "scaling"]
-    assert len(names) == 5 + 2 * 2 + 2 * 2 * 3 + 2 and len(set(names)) == len(names)
-
-
-def test_the_last_steps_ask_for_what_their_commands_know(tmp_path, monkeypatch):
-    """First inference by every provider and scaling in its budget, on the GPU, into one file."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    asked = {}
-    for module in (first, scaling):
-        monkeypatch.setattr(module, "run", lambda args, name=module: asked.setdefault(name, args))
-    path = tmp_path / "rows.jsonl"
-    for _, seconds, step in gpu.steps(path, 256)[-2:]:
-        assert step() in asked.values() and seconds >= 60
-    assert {(args.out, args.device.type) for args in asked.values()} == {(path, "cuda")}
-    assert asked[first].providers == ["eager", "compile", "resnet_fast"]
-    assert 60 * asked[scaling].minutes == gpu.steps(path, 256)[-1][1]
-
-
 def test_shards():
     """Every test is in one shard of two, and only there."""
 
@@ -205,6 +264,37 @@ def test_shards():
     assert sorted([*parts[0], *parts[1]]) == sorted(whole) and len(whole) > 4
     assert abs(len(parts[0]) - len(parts[1])) <= 1
     assert "expected I/N with 0 <= I < N, got '2/2'" in collected("--shard", "2/2")[1].stderr
+
+
+def test_a_shard_that_fails_hides_no_other(tmp_path, monkeypatch, capsys):
+    """Every shard's output is kept, one that crashes or hangs is named; no tests are no failure."""
+
+    def start(log, i, jobs, options):
+        code = [
+            "print('== 3 passed ==')",
+            "print('FAILED tests/test_a.py::test_b - no'); print('1 failed'); raise SystemExit(1)",
+            "import os; print('half', flush=True); os.abort()",
+            "raise SystemExit(5)",
+            "import time; print('slow', flush=True); time.sleep(600)",
+        ][i]
+        with open(log, "w") as file:
+            command = [sys.executable, "-c", code]
+            return subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
+
+    monkeypatch.setattr(shards, "start", start)
+    assert shards.run(tmp_path, "wide", 5, 4.0, []) == 1
+    assert (tmp_path / "wide.txt").read_text().splitlines() == [
+        "shard 0/5: status 0: 3 passed",
+        "shard 1/5: status 1: 1 failed",
+        "FAILED tests/test_a.py::test_b - no",
+        "shard 2/5: status -6: half",
+        "shard 3/5: status 5: no output",
+        "shard 4/5: out of time: slow",
+    ]
+    log = (tmp_path / "wide.log").read_text()
+    assert all(f"=== shard {i}/5" in log for i in range(5)) and "3 passed" in log
+    assert "FAILED tests/test_a.py" in capsys.readouterr().out
+    assert shards.run(tmp_path, "few", 1, 20.0, []) == 0
 
 
 def test_host_needs_a_gpu(capsys, monkeypatch):

@@ -36,9 +36,6 @@ PROCESSOR_BANDWIDTH, MEMORY_BANDWIDTH = 1.1e5, 4.3e6
 MEETING = 2.0
 WORTH = 1.25  # times as fast as unsplit by the estimate: less is not taken unmeasured
 
-# Sums on their way to the last program at once: enough to hide L2, and they fit its registers.
-IN_FLIGHT: tl.constexpr = tl.constexpr(16384)
-
 
 @triton.jit
 def share(steps, part, SPLIT: tl.constexpr):
@@ -76,6 +73,8 @@ def sum_of_parts(acc, sums, counters, tile, SPLIT: tl.constexpr):
 
     From L2 (.cg), which all multiprocessors share: L1 may hold what was there before.
     """
+    # Sums on their way at once: enough to hide L2, and they fit the program's registers.
+    IN_FLIGHT: tl.constexpr = 16384
     MANY: tl.constexpr = IN_FLIGHT // (acc.shape[0] * acc.shape[1])
     AT_ONCE: tl.constexpr = MANY if MANY < SPLIT else SPLIT
     total = tl.zeros_like(acc)

@@ -1,9 +1,11 @@
-"""What every kernel does to a tile: wide types, one-rounding affine maps, ReLU, bits of masks."""
+"""What every kernel does to a tile: wide types, one-rounding affine maps, ReLU, bits of masks.
+
+A helper reads no global: in Triton up to 3.6 the cache key of a kernel would depend on whether that
+helper had its own before, and what was compiled in another order would be compiled again.
+"""
 
 import triton
 import triton.language as tl
-
-BITS: tl.constexpr = tl.constexpr(8)
 
 
 @triton.jit
@@ -31,15 +33,15 @@ def sum_rows(x):
 @triton.jit
 def pack_bits(on):
     """Booleans [R, I] → uint8 [R, I / 8]: element i is bit i % 8 of byte i // 8."""
-    bits = on.to(tl.int32).reshape(on.shape[0], on.shape[1] // BITS, BITS)
-    return tl.sum(bits << tl.arange(0, BITS)[None, None, :], axis=2).to(tl.uint8)
+    bits = on.to(tl.int32).reshape(on.shape[0], on.shape[1] // 8, 8)
+    return tl.sum(bits << tl.arange(0, 8)[None, None, :], axis=2).to(tl.uint8)
 
 
 @triton.jit
 def unpack_bits(mask):
     """uint8 [R, B] → booleans [R, 8·B], the inverse of `pack_bits`."""
-    bits = (mask.to(tl.int32)[:, :, None] >> tl.arange(0, BITS)[None, None, :]) & 1
-    return bits.reshape(mask.shape[0], mask.shape[1] * BITS) != 0
+    bits = (mask.to(tl.int32)[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
+    return bits.reshape(mask.shape[0], mask.shape[1] * 8) != 0
 
 
 @triton.jit
@@ -64,25 +66,25 @@ def mask_bits(
     In NHWC the tile's bytes are loaded once and spread; in NCHW a lane reads its pixel's byte.
     """
     if CHANNELS_LAST:
-        width = tl.cdiv(channels, BITS)
-        byte = c0 // BITS + tl.arange(0, BLOCK_C // BITS)[None, :]
+        width = tl.cdiv(channels, 8)
+        byte = c0 // 8 + tl.arange(0, BLOCK_C // 8)[None, :]
         inside = (m0 + lane < count) & (byte < width)
         return unpack_bits(tl.load(mask + (m0 * width + (lane * width + byte)), inside, 0))
     else:
         c = c0 + tl.arange(0, BLOCK_C)[None, :]
-        width = tl.cdiv(pixels, BITS)
+        width = tl.cdiv(pixels, 8)
         n, p = m0 // pixels, (m0 % pixels).to(tl.int32) + lane
-        at = (p // pixels * channels + c) * width + p % pixels // BITS
+        at = (p // pixels * channels + c) * width + p % pixels // 8
         inside = (m0 + lane < count) & (c < channels)
         bits = tl.load(mask + (n * channels * width + at), inside, 0).to(tl.int32)
-        return (bits >> (p % pixels % BITS)) & 1 != 0
+        return (bits >> (p % pixels % 8)) & 1 != 0
 
 
 @triton.jit
 def row_bits(mask, row, inside, first, inner, WIDTH: tl.constexpr):
     """Bits of a ReLU mask at rows [M, 1] (int64), elements from `first`: booleans [M, WIDTH]."""
-    width = tl.cdiv(inner, BITS)
-    byte = first // BITS + tl.arange(0, WIDTH // BITS)[None, :]
+    width = tl.cdiv(inner, 8)
+    byte = first // 8 + tl.arange(0, WIDTH // 8)[None, :]
     return unpack_bits(tl.load(mask + (row * width + byte), inside & (byte < width), 0))
 
 

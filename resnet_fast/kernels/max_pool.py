@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..chain import MOST_POSITIONS, Pool
+from ..chain import Pool
 from ..layout import memory_format
 from ..reference import stats_dtype
 from . import tiles
@@ -21,7 +21,6 @@ BWD_CONFIGS = ((1024, 16, 4), (2048, 8, 8), (1024, 8, 4), (1024, 16, 8))
 # elements of a tile, programs a multiprocessor, warps
 REGISTERS = 128  # a thread may have: left to itself ptxas spills for the sake of occupancy
 MOST_AT_ONCE = 16
-NONE: tl.constexpr = tl.constexpr(MOST_POSITIONS)  # the code of a window that ReLU closed
 
 
 @triton.jit
@@ -95,7 +94,7 @@ def bn_relu_max_pool_kernel(
         a, b = tl.load(scale + c, is_channel, 0.0), tl.load(shift + c, is_channel, 0.0)
     wide: tl.constexpr = tl.float64 if z.dtype.element_ty == tl.float64 else tl.float32
     best = tl.zeros((BLOCK_M, BLOCK_C), wide)
-    code = tl.full((BLOCK_M, BLOCK_C), NONE, tl.int32)
+    code = tl.full((BLOCK_M, BLOCK_C), 255, tl.int32)  # MOST_POSITIONS: of a window ReLU closed
     for p0 in range(0, R * S, AT_ONCE):
         for i in tl.static_range(AT_ONCE):
             p = p0 + i
@@ -115,7 +114,7 @@ def _from_window(
 ):
     """g, and dy of window (p, q) where its index names the pixel at row r and column s of it."""
     exists = is_element & (p >= 0) & (p < rows) & (q >= 0) & (q < columns) & (r < R) & (s < S)
-    chosen = tl.load(index + at, exists, NONE).to(tl.int32) == r * S + s
+    chosen = tl.load(index + at, exists, 255).to(tl.int32) == r * S + s
     return g + tl.where(exists & chosen, widen(tl.load(dy + at, exists, 0.0)), 0.0)
 
 

@@ -1,19 +1,13 @@
-"""`python -m dry_gpu COMMAND ...`: `python -m bench COMMAND ...` on the dry GPU."""
+"""`python -m dry_gpu COMMAND ...`: `python -m bench COMMAND ...` on the dry GPU.
+
+`gpu` has the clock's estimates where times would stand; `host` times the host, which is real.
+"""
 
 import sys
 
-import dry_gpu
-from bench import host
+from bench import gpu
 from bench.__main__ import main
+from dry_gpu import untimed
 
-
-def launches(run):
-    """As `bench.host.launches`, by the runtime's count: there is nothing that a profiler sees."""
-    before = dry_gpu.runtime().dry_launches()
-    run()
-    return dry_gpu.runtime().dry_launches() - before
-
-
-dry_gpu.install()
-host.launches = launches
+gpu.PRELOAD += (untimed.__name__,)  # in the processes of its stages too
 sys.exit(main(sys.argv[1:]))

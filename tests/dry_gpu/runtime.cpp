@@ -20,6 +20,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <map>
+#include <memory>
 #include <mutex>
 #include <set>
 #include <string>
@@ -49,8 +50,9 @@ struct Event {
   std::chrono::steady_clock::time_point when;
   unsigned long long capture = 0;
 };
-struct Graph {
+struct Graph {  // or an executable of one
   long nodes = 0;
+  std::vector<std::shared_ptr<void>> held = {};  // user objects; a copy holds them too
 };
 
 // Never destroyed: libraries still call while the process ends.
@@ -63,11 +65,10 @@ T& forever() {
 std::mutex lock;
 std::atomic<long> launches{0}, errors{0}, descriptors{0};
 unsigned long long capture = 0, captures = 0;  // the capture that is on, and how many there were
-long captured = 0;
+Graph* filled = nullptr;  // by the capture that is on
 size_t used = 0;
 thread_local int device = 0;
 thread_local cudaError_t last_error = cudaSuccess;
-thread_local cudaStream_t blas_stream = nullptr;
 
 int number(const char* name, int otherwise) {
   const char* text = std::getenv(name);
@@ -114,8 +115,8 @@ cudaError_t not_in_capture(const char* what) {
 
 void count(const char* name) {
   ++launches;
-  captured += capture != 0;
   const std::lock_guard<std::mutex> guard(lock);
+  if (capture != 0) ++filled->nodes;
   names().push_back(name);
 }
 
@@ -422,10 +423,10 @@ API cudaError_t cudaStreamWaitEvent(cudaStream_t s, cudaEvent_t e, unsigned) {
 API cudaError_t cudaStreamBeginCapture(cudaStream_t s, cudaStreamCaptureMode) {
   if (is_legacy(s)) return failed(cudaErrorStreamCaptureUnsupported, "a capture of the legacy stream");
   capture = stream_of(s).capture = ++captures;
-  return captured = 0, cudaSuccess;
+  return filled = new Graph, cudaSuccess;
 }
 API cudaError_t cudaStreamEndCapture(cudaStream_t s, cudaGraph_t* graph) {
-  *graph = reinterpret_cast<cudaGraph_t>(new Graph{captured});
+  *graph = reinterpret_cast<cudaGraph_t>(filled);
   return capture = stream_of(s).capture = 0, cudaSuccess;
 }
 API cudaError_t cudaStreamGetCaptureInfo(cudaStream_t s, cudaStreamCaptureStatus* status, unsigned long long* id,
@@ -434,7 +435,7 @@ API cudaError_t cudaStreamGetCaptureInfo(cudaStream_t s, cudaStreamCaptureStatus
   const bool on = capture != 0 && stream_of(s).capture == capture;
   *status = on ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
   if (id != nullptr) *id = on ? capture : 0;
-  if (graph != nullptr) *graph = reinterpret_cast<cudaGraph_t>(&forever<Graph>());
+  if (graph != nullptr) *graph = on ? reinterpret_cast<cudaGraph_t>(filled) : nullptr;
   if (nodes != nullptr) *nodes = nullptr;
   if (edges != nullptr) *edges = nullptr;
   if (size != nullptr) *size = 0;
@@ -471,10 +472,12 @@ API cudaError_t cudaGraphLaunch(cudaGraphExec_t graph, cudaStream_t) {
 API cudaError_t cudaGraphGetNodes(cudaGraph_t graph, cudaGraphNode_t*, size_t* n) {
   return *n = reinterpret_cast<Graph*>(graph)->nodes, cudaSuccess;
 }
+API cudaError_t cudaGraphDestroy(cudaGraph_t graph) { return delete reinterpret_cast<Graph*>(graph), cudaSuccess; }
+API cudaError_t cudaGraphExecDestroy(cudaGraphExec_t graph) {
+  return delete reinterpret_cast<Graph*>(graph), cudaSuccess;
+}
 SUCCEEDS(cudaStreamDestroy)
 SUCCEEDS(cudaEventSynchronize)
-SUCCEEDS(cudaGraphDestroy)
-SUCCEEDS(cudaGraphExecDestroy)
 SUCCEEDS(cudaGraphDebugDotPrint)
 
 // The driver, as Triton and the descriptors of CUTLASS need it.
@@ -547,6 +550,29 @@ API CUresult cuPointerGetAttributes(unsigned n, CUpointer_attribute* a, void** t
 API CUresult cuStreamIsCapturing(CUstream s, CUstreamCaptureStatus* status) {
   const bool on = capture != 0 && stream_of(reinterpret_cast<cudaStream_t>(s)).capture == capture;
   return *status = on ? CU_STREAM_CAPTURE_STATUS_ACTIVE : CU_STREAM_CAPTURE_STATUS_NONE, CUDA_SUCCESS;
+}
+API CUresult cuStreamGetCaptureInfo_v2(CUstream s, CUstreamCaptureStatus* status, cuuint64_t* id, CUgraph* graph,
+                                       const CUgraphNode**, size_t*) {
+  unsigned long long number = 0;
+  cudaStreamCaptureStatus found;
+  cudaStreamGetCaptureInfo(reinterpret_cast<cudaStream_t>(s), &found, &number, reinterpret_cast<cudaGraph_t*>(graph),
+                           nullptr, nullptr, nullptr);
+  if (id != nullptr) *id = number;
+  return *status = static_cast<CUstreamCaptureStatus>(found), CUDA_SUCCESS;
+}
+// A user object is a shared pointer with its destructor; the handle is the creator's reference, the only one.
+API CUresult cuUserObjectCreate(CUuserObject* object, void* p, CUhostFn destroy, unsigned references, unsigned flags) {
+  if (references != 1 || flags != CU_USER_OBJECT_NO_DESTRUCTOR_SYNC) return CUDA_ERROR_INVALID_VALUE;
+  return *object = reinterpret_cast<CUuserObject>(new std::shared_ptr<void>(p, destroy)), CUDA_SUCCESS;
+}
+API CUresult cuUserObjectRelease(CUuserObject object, unsigned references) {
+  if (references != 1) return CUDA_ERROR_INVALID_VALUE;
+  return delete reinterpret_cast<std::shared_ptr<void>*>(object), CUDA_SUCCESS;
+}
+API CUresult cuGraphRetainUserObject(CUgraph graph, CUuserObject object, unsigned references, unsigned flags) {
+  if (references != 1) return CUDA_ERROR_INVALID_VALUE;
+  reinterpret_cast<Graph*>(graph)->held.push_back(*reinterpret_cast<std::shared_ptr<void>*>(object));
+  return flags == CU_GRAPH_USER_OBJECT_MOVE ? cuUserObjectRelease(object, 1) : CUDA_SUCCESS;
 }
 SUCCEEDS(cuInit)
 SUCCEEDS(cuCtxSetCurrent)
@@ -621,17 +647,22 @@ API CUresult cuGetProcAddress_v2(const char* name, void** f, int, cuuint64_t, CU
   return cudaGetDriverEntryPointByVersion(name, f, 0, 0, nullptr) ? CUDA_ERROR_NOT_FOUND : CUDA_SUCCESS;
 }
 
-// cuBLAS: products are launches that are counted.
+// cuBLAS: products are launches that are counted, on the stream of their handle, which is what a handle
+// holds. cublasLt asks no handle: its products are given their stream.
 #define PRODUCT(name) \
-  API int name(...) { return launch(#name, {1}, {1}, 0, 0, blas_stream); }
+  API int name(const cudaStream_t* handle, ...) { return launch(#name, {1}, {1}, 0, 0, *handle); }
 #define HANDLE(name) \
   API int name(void** handle, ...) { return *handle = std::calloc(1, 256), 0; }
-API int cublasSetStream_v2(void*, cudaStream_t s) { return blas_stream = s, 0; }
+API int cublasSetStream_v2(cudaStream_t* handle, cudaStream_t s) { return *handle = s, 0; }
 API int cublasGetMathMode(void*, int* mode) { return *mode = 0; }
 API int cublasGetPointerMode_v2(void*, int* mode) { return *mode = 0; }
 API size_t cublasLtGetVersion() { return 130100; }
 API int cublasLtMatmulAlgoGetHeuristic(void*, void*, void*, void*, void*, void*, void*, int, void* result, int* n) {
   return std::memset(result, 0, 64), *n = 1, 0;
+}
+API int cublasLtMatmul(void*, void*, const void*, const void*, void*, const void*, void*, const void*, const void*, void*,
+                       void*, void*, const void*, void*, size_t, cudaStream_t s) {
+  return launch("cublasLtMatmul", {1}, {1}, 0, 0, s);
 }
 HANDLE(cublasCreate_v2)
 HANDLE(cublasLtCreate)
@@ -650,7 +681,6 @@ PRODUCT(cublasDgemv_v2)
 PRODUCT(cublasDotEx)
 PRODUCT(cublasSdot_v2)
 PRODUCT(cublasDdot_v2)
-PRODUCT(cublasLtMatmul)
 SUCCEEDS(cublasDestroy_v2)
 SUCCEEDS(cublasSetWorkspace_v2)
 SUCCEEDS(cublasSetMathMode)
