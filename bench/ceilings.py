@@ -66,7 +66,7 @@ def best_ms(run, device: torch.device, samples: int = 10) -> float:
     return min(sample_ms(run, device, samples))
 
 
-def median_ms(run, device: torch.device, samples: int = 20) -> float:
+def median_ms(run, device: torch.device, samples: int = 11) -> float:
     """The median of `samples` samples, with a cold L2 cache on CUDA (`graph_timing.cold_ms`)."""
     return statistics.median(sample_ms(run, device, samples, cold=True))
 

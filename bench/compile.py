@@ -172,7 +172,8 @@ def read_code(result: Compiled, cubin: bytes, sections: bool = False) -> None:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `python -m bench compile`."""
     add_case_arguments(parser)
-    parser.add_argument("--arch", choices=["sm_90"], default="sm_90")
+    parser.add_argument("--stages", action="store_true",
+                        help="also what else the stages of `bench gpu` launch")  # fmt: skip
 
 
 def add_case_arguments(parser: argparse.ArgumentParser) -> None:
@@ -205,6 +206,11 @@ def run(args: argparse.Namespace) -> int:
     try:
         target = hopper()
         launches = [one for case in cases(args) for one in launches_of(case, target)]
+        if args.stages:
+            from bench import gpu
+
+            plan = gpu.Plan(gpu.headline(torch.device("cuda")))
+            launches += [one for _, found in gpu.wanted(plan, target) for one in found]
     except (ImportError, ValueError) as error:
         print(f"compile: {error}", file=sys.stderr)
         return 2

@@ -13,8 +13,9 @@ n = ceil(P / multiprocessors) programs, o of them at a time (by registers, share
     one program alone = first load + before + trips · loop + dependent load + after
 
 A section takes its busiest pipe: issue (a warp instruction a cycle and scheduler), MIO (shuffles
-and shared memory), LSU (global memory) or the tensor cores; a loop that waits for its matrix
-products takes them and what it does not issue meanwhile one after the other. With o = 1 the
+and shared memory, an instruction a cycle of any width), LSU (global memory) or the tensor cores. A
+loop that waits for its matrix products takes them and what it does not issue meanwhile one after
+the other; one whose loads are not asynchronous waits for a load in every trip. With o = 1 the
 prologue and the epilogue of every tile are thus exposed ("latency"), with more they overlap with
 other programs. A launch's floor is the larger of its first two terms, every tensor moved once. Not
 modelled: L2 bandwidth, bank conflicts, barriers, cold instruction caches, and PyTorch's own kernels
@@ -53,6 +54,7 @@ class Gpu:
     """What the clock knows of a GPU. Rates a second, latencies and times of launches in µs.
 
     shared: bytes of a multiprocessor, of which each program takes 1 KiB more than it asks for.
+    calibrated: the card whose measured ceilings these are; empty where they are the table's.
     """
 
     name: str
@@ -70,6 +72,7 @@ class Gpu:
     l2_load_us: float = 0.3
     gap_us: float = 1.0
     small_us: float = 2.5
+    calibrated: str = ""
 
     def floor_us(self, moved: float, flops: float) -> float:
         """No launch that moves `moved` bytes and does `flops` operations takes less."""
@@ -271,7 +274,8 @@ def estimate(
     total = sum(one["count"] * one["estimate_us"] for one in entries) / 1e3
     return {
         "model": case.model, "mode": case.mode, "batch": case.batch, "dtype": case.dtype,
-        "image_size": case.image_size, "gpu": gpu.name, "what": "estimate, not a measurement",
+        "image_size": case.image_size, "gpu": gpu.name, "calibrated": gpu.calibrated,
+        "what": "estimate, not a measurement",
         "triton": triton.__version__, "git_sha": rows.git_sha(), "total_ms": total,
         "floor_ms": sum(one["count"] * one["floor_us"] for one in entries) / 1e3,
         "images_per_s": 1e3 * case.batch / total,
@@ -298,7 +302,8 @@ def title(report: Mapping[str, Any]) -> str:
     """What the report is of, and its totals."""
     return (
         f"{report['model']} {report['mode']} {report['dtype']} batch {report['batch']} on "
-        f"{report['gpu']}, ESTIMATE: {report['total_ms']:.2f} ms, {report['images_per_s']:,.0f} "
+        f"{report['calibrated'] or report['gpu']}, ESTIMATE: {report['total_ms']:.2f} ms, "
+        f"{report['images_per_s']:,.0f} "
         f"images/s, floor {report['floor_ms']:.2f} ms (Triton {report['triton']})"
     )
 
@@ -379,20 +384,22 @@ def _name(one: Mapping[str, Any]) -> str:
 def calibrated(gpu: Gpu, found: Iterable[rows.Row]) -> Gpu:
     """`gpu` with the newest measured ceilings in place of its table's.
 
-    Only what a row of `bench ceilings` of a GPU holds is taken: the copy's bytes/s, the product's
-    FLOP/s, the time of a small launch. ValueError where there is no such row.
+    Only what a row of `bench ceilings` of a GPU in 16 bits holds is taken: the copy's bytes/s, the
+    product's FLOP/s, the time of a small launch. ValueError where there is no such row.
     """
-    own = [row for row in found if row["benchmark"] == "ceilings" and row["device"] == "cuda"]
+    kind = "ceilings", "cuda"
+    own = [row for row in found if (row["benchmark"], row["device"]) == kind]
+    own = [row for row in own if row["dtype"] in ("bf16", "fp16") and row["gb_per_s"]]
     if not own:
-        raise ValueError("--calibrate: expected a row of `bench ceilings` of a GPU, found none")
+        raise ValueError(
+            "--calibrate: expected a row of `bench ceilings` of a GPU in bf16 or fp16, found none"
+        )
     newest = max(own, key=lambda row: row["date"])
-    known = {
-        "name": newest["cpu_or_gpu"],
-        "bytes_per_s": newest["gb_per_s"] and 1e9 * newest["gb_per_s"],
-        "flops_per_s": newest["tflop_per_s"] and 1e12 * newest["tflop_per_s"],
-        "small_us": newest.get("launch_us"),
-    }
-    return replace(gpu, **{name: value for name, value in known.items() if value})
+    return replace(
+        gpu, calibrated=newest["cpu_or_gpu"], bytes_per_s=1e9 * newest["gb_per_s"],
+        flops_per_s=1e12 * newest["tflop_per_s"],
+        small_us=newest.get("launch_us") or gpu.small_us,
+    )  # fmt: skip
 
 
 def read(path: Path) -> list[dict[str, Any]]:

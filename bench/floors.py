@@ -94,16 +94,7 @@ def kind_of(filters: tuple[int, ...]) -> str:
 
 
 def launched(case: Case, target: Any) -> list[Step]:
-    """The launches of one step of `case` on `target` (`kernels.launch.Target`), each as a step.
-
-    Raises:
-        ImportError: without Triton.
-        RuntimeError: under TRITON_INTERPRET, where other launches are made.
-    """
-    from resnet_fast.kernels import INTERPRETING
-
-    if INTERPRETING:
-        raise RuntimeError("TRITON_INTERPRET is set")
+    """The launches of one step of `case`, each as a step. Raises as `launches_of`."""
     weights = {layer.weight_shape for layer in layers_of(case.model, case.image_size)}
     return [_step(one, case, weights) for one in launches_of(case, target)]
 

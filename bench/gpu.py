@@ -4,10 +4,11 @@ In the order of what matters most; `bench.stages` runs them, each in a process o
 
     machine          versions, whether Triton's cache is warm, the machine's ceilings
     compile          every kernel of the stages below, in parallel; the clock's predictions from it
-    correct          what is timed, against fp64 (`bench.correct`)
+    correct_infer    what is timed, against fp64 (`bench.correct`): inference
+    correct_train    and training
     models           whole models: resnet_fast and eager, in CUDA graphs, in turns
     profile          kernel times of three replays, beside the clock's prediction
-    library          the models with the library's convolutions (RESNET_FAST_TRITON_CONV=library)
+    library          the models with cuDNN's convolutions (RESNET_FAST_TRITON_CONV=library)
     layers           every convolution alone, in inference and in each pass of training
     passes           the memory-bound ops beside a copy
     compile_default  the models once more, beside torch.compile in its default mode
@@ -22,11 +23,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,8 @@ from resnet_fast.options import names, positive
 BUDGET = 540.0
 OUT = Path("build/gpu")
 ESTIMATES, PROFILE = "estimates.json", "profile.json"
-PLAN = "RESNET_FAST_TRITON_CONV"
+PROFILED = ("model", "mode", "batch", "dtype", "provider")  # what tells its steps apart
+LOST = re.compile(r"CUDA error|Triton Error \[CUDA\]")  # no later call of the process succeeds
 # Imported before the stages are forked: neither of them touches CUDA.
 PRELOAD = ("torch", "triton", "resnet_fast.kernels", "bench.gpu")
 SECONDS = 6.0  # a case is timed for
@@ -77,12 +79,13 @@ def stages_of(plan: Plan) -> list[Stage]:
     table = (
         ("machine", 60, 5, machine),
         ("compile", 120, 10, compile_kernels),
-        ("correct", 90, 20, correctness),
+        ("correct_infer", 45, 15, partial(correctness, "infer")),
+        ("correct_train", 75, 20, partial(correctness, "train")),
         ("models", 120, 20, whole_models),
         ("profile", 45, 15, profiles),
         ("library", 60, 20, library),
-        ("layers", 120, 20, single_layers),
-        ("passes", 30, 10, single_passes),
+        ("layers", 240, 20, single_layers),
+        ("passes", 45, 10, single_passes),
         ("compile_default", 150, 60, partial(beside, "compile_default")),
         ("compile_max", 400, 90, partial(beside, "compile")),
     )
@@ -98,12 +101,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     where.add_argument("--resume", type=Path, metavar="DIR",
                        help="go on with what is missing in this folder")  # fmt: skip
     add("--budget", type=positive(float), default=BUDGET, metavar="SECONDS",
-        help=f"for all stages ({BUDGET:.0f}); the limits of stages grow with more")  # fmt: skip
+        help=f"for all stages ({BUDGET:.0f}); limits grow where it has more than all")  # fmt: skip
     add("--only", type=names(every), default=[], metavar="STAGE,…", help=f"of {', '.join(every)}")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the stages that fit; 1 when one failed, 2 without a GPU or with another run's folder."""
+    """Run the stages that fit; 1 when one failed, 2 without a GPU or for another run's folder."""
     if not torch.cuda.is_available():
         print("gpu: torch.cuda.is_available() is False here", file=sys.stderr)
         return 2
@@ -111,17 +114,23 @@ def run(args: argparse.Namespace) -> int:
     if args.resume is None and (out / stages.RECORD).exists():
         print(f"--out: {out} holds a run: --resume {out} goes on with it", file=sys.stderr)
         return 2
+    for row in stages.read_rows(out):
+        here = rows.device_name(torch.device("cuda")), rows.git_sha()
+        there = row["cpu_or_gpu"], row["git_sha"]
+        if there != here:
+            said = " at ".join(map(str, there))
+            print(f"--resume: {out} holds rows of {said}, this is {here[0]} at {here[1]}: "
+                  "give a new --out", file=sys.stderr)  # fmt: skip
+            return 2
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the stage that runs ends too
     return measure(Plan(headline(torch.device("cuda"))), out, args.budget, args.only)
 
 
 def measure(plan: Plan, out: Path, budget: float = BUDGET, only: Sequence[str] = ()) -> int:
     """Run the stages of `plan` and print the summary; 1 when one failed."""
-    grown = max(1.0, budget / BUDGET)
-    todo = [
-        Stage(stage.name, grown * stage.seconds, stage.run, stage.least)
-        for stage in stages_of(plan)
-    ]
+    todo = stages_of(plan)
+    asked = sum(stage.seconds for stage in todo if not only or stage.name in only)
+    todo = [replace(stage, seconds=max(1.0, budget / asked) * stage.seconds) for stage in todo]
     stages.preload(PRELOAD)
     found = stages.run_stages(
         todo, out, budget, only=only, summarize=partial(summary, plan, out),
@@ -196,18 +205,18 @@ def wanted(plan: Plan, target: Any) -> Iterator[tuple[str, list[Any]]]:
     meta = torch.device("meta")
     found = [one for case in plan.cases for one in launches_of(case, target)]
     yield HEADLINE, found + launches_by(partial(correct.on, meta, plan.cases), target)
-    with asked("library"):
+    with layers.convolving("library"):
         found = [one for case in plan.cases for one in launches_of(case, target)]
     for mode, layer, _ in layers_in(plan):
         run = partial(layer_on_meta, plan, mode, layer)
         for how in ("auto",) if mode == "infer" else ("fused", "library"):
-            with asked(how):
+            with layers.convolving(how):
                 found += launches_by(run, target)
     yield "library and layers", found
 
 
 def layer_on_meta(plan: Plan, mode: str, layer: layers.Layer) -> None:
-    """What the stage `layers` runs of ours, on meta tensors."""
+    """What the stage `layers` runs of resnet_fast, on meta tensors."""
     make = layers.infer if mode == "infer" else layers.train(mode)
     dtype = step.DTYPES[plan.first.dtype]
     make(layer, plan.batch, dtype, torch.device("meta"), plan.first.impl)["resnet_fast"]()
@@ -223,25 +232,12 @@ def estimates(plan: Plan, context: Context, compiled: list[Any]) -> None:
             found.append(estimate(case, gpu, compiled=compiled))
         except (RuntimeError, KeyError) as error:  # no reason not to measure
             print(f"{case}: no estimate: {type(error).__name__}: {error}")
-    (context.out / ESTIMATES).write_text(json.dumps(found) + "\n")
+    stages.replace_file(context.out / ESTIMATES, json.dumps(found) + "\n")
 
 
 def clock_of(name: str) -> str:
     """The clock's name of the GPU `name`; "h200" for one that it does not know."""
     return next((gpu for gpu in GPUS if gpu in name.lower()), GPUS[0])
-
-
-@contextmanager
-def asked(how: str) -> Iterator[None]:
-    """RESNET_FAST_TRITON_CONV=how."""
-    before = os.environ.get(PLAN)
-    os.environ[PLAN] = how
-    try:
-        yield
-    finally:
-        os.environ.pop(PLAN)
-        if before is not None:
-            os.environ[PLAN] = before
 
 
 def estimate_of(out: Path, case: Case) -> dict[str, Any] | None:
@@ -254,16 +250,18 @@ def estimate_of(out: Path, case: Case) -> dict[str, Any] | None:
     return next((one for one in found if all(one[k] == getattr(case, k) for k in keys)), None)
 
 
-def correctness(plan: Plan, context: Context) -> str:
-    """Every check of `bench.correct`, up to one that loses the GPU."""
+def correctness(mode: str, plan: Plan, context: Context) -> str:
+    """Every check of `bench.correct` of the cases in `mode`, up to one that loses the GPU."""
     torch.backends.cudnn.allow_tf32 = False
     count, failed = 0, []
-    for what, check in correct.checks(plan.cases):
+    for what, check in correct.checks([case for case in plan.cases if case.mode == mode]):
+        if failed and context.left() < 3:
+            break
         context.need(3, what)
         try:
             wrong = check()
         except Exception as error:
-            if "CUDA error" in str(error):
+            if LOST.search(str(error)):
                 raise RuntimeError(f"{what}: {error}") from error
             wrong = [f"{type(error).__name__}: {error}"]
         count += 1
@@ -277,13 +275,13 @@ def correctness(plan: Plan, context: Context) -> str:
 
 
 def whole_models(plan: Plan, context: Context) -> str:
-    """Ours and eager, each in a CUDA graph; gated here unless `correct` was green."""
+    """resnet_fast and eager, each in a CUDA graph; checked here unless `correct_*` were green."""
     return timed(plan, context, ("eager", "resnet_fast"))
 
 
 def library(plan: Plan, context: Context) -> str:
-    """The same with the library's convolutions: rows of provider "library"."""
-    with asked("library"):
+    """The same with cuDNN's convolutions: rows of provider "library"."""
+    with layers.convolving("library"):
         return timed(plan, context, ("resnet_fast",), name="library")
 
 
@@ -299,34 +297,40 @@ def timed(
     name: str = "",
     least: float = 15,
 ) -> str:
-    """Time every case that the folder has no rows of from this stage.
+    """Time every case of which the folder lacks rows of this stage.
 
-    name: that the rows give as their provider, in place of PROVIDERS' own. `correct` has looked at
-    the plan that runs by default: at another one the timed output is looked at here.
+    name: that the rows give as their provider, in place of PROVIDERS' own. The stages `correct_*`
+    have looked at the plan that runs by default: the output of another one is looked at here, and
+    so is what they found wrong or did not come to.
     """
     torch.backends.cudnn.benchmark = True
-    checked = not name and "correct" in context.ok
     had = [row for row in context.rows() if row["stage"] == context.name]
-    told, failed, ours = [], [], name or providers[-1]
+    told, failed = [], []
     for case in plan.cases:
-        if any(same_case(row, case) for row in had):
+        there = {row["provider"] for row in had if same_case(row, case)}
+        if there >= ({name} if name else set(providers)):
             continue
+        if failed and context.left() < least:
+            break
         context.need(least, str(case))
         plain = models.plain_model(case.model, case.image_size)
-        if not (checked or name) and not models.admitted(plain, case, providers):
-            failed.append(f"{case}: gate")
-            continue
+        if not name and f"correct_{case.mode}" not in context.ok:
+            wrong = correct.of_model(plain, case)
+            if wrong:
+                failed.append(f"{case}: {wrong[0]}")
+                continue
         facts = rows.facts(case.device)
         seconds = min(SECONDS, context.left() / 3)
-        new, why = models.measure(plain, case, providers, facts, seconds=seconds, check=not checked)
+        new, why = models.measure(plain, case, providers, facts, seconds=seconds, check=bool(name))
         new = [row | {"provider": name or row["provider"]} for row in new]
         context.append(new)
         print(table.text(new) if new else "no rows", flush=True)
         failed += [f"{case}: {provider}: {reason}" for provider, reason in why.items()]
-        told += [f"{row['images_per_s']:.0f}" for row in new if row["provider"] == ours]
+        last = name or providers[-1]
+        told += [f"{row['images_per_s']:.0f}" for row in new if row["provider"] == last]
     if failed:
         raise RuntimeError("; ".join(failed))
-    return f"{', '.join(told)} images/s by {ours}" if told else ""
+    return f"{', '.join(told)} images/s by {name or providers[-1]}" if told else ""
 
 
 def same_case(row: rows.Row, case: Case) -> bool:
@@ -336,11 +340,16 @@ def same_case(row: rows.Row, case: Case) -> bool:
 
 
 def profiles(plan: Plan, context: Context) -> str:
-    """Kernel times of ours, then of eager while time lasts."""
+    """Kernel times of resnet_fast, then of eager while time lasts; what is there stays."""
     torch.backends.cudnn.benchmark = True
-    path, found = context.out / PROFILE, []
+    path = context.out / PROFILE
+    found = json.loads(path.read_text()) if path.exists() else []
+    there = {tuple(one[key] for key in PROFILED) for one in found}
     for provider in ("resnet_fast", "eager"):
         for case in plan.cases:
+            of = {**{key: getattr(case, key) for key in PROFILED[:-1]}, "provider": provider}
+            if tuple(of.values()) in there:
+                continue
             context.need(8, f"{provider} {case}")
             plain = models.plain_model(case.model, case.image_size)
             layout = models.PROVIDERS[provider].layout
@@ -350,10 +359,8 @@ def profiles(plan: Plan, context: Context) -> str:
                 run(i)
             guess = estimate_of(context.out, case) if provider == "resnet_fast" else None
             one = profile.summary(profile.recorded(run), guess)
-            of = {key: getattr(case, key) for key in ("model", "mode", "batch", "dtype")}
-            device = rows.device_name(case.device)
-            found.append({**of, "provider": provider, "device": device, **one})
-            path.write_text(json.dumps(stages.finite(found), indent=1) + "\n")
+            found.append({**of, "device": rows.device_name(case.device), **one})
+            stages.replace_file(path, json.dumps(stages.finite(found), indent=1) + "\n")
             print(f"{provider} {case}\n{profile.text(one)}", flush=True)
             del run, batches
             torch.cuda.empty_cache()
@@ -381,7 +388,7 @@ class Kept(rows.Collection):
 
     def check(self, after: str) -> None:
         """Raise where the GPU is lost, or where no time is left for what comes next."""
-        if self.failed and ("CUDA error" in self.failed[-1] or self.context.left() < 3):
+        if self.failed and (LOST.search(self.failed[-1]) or self.context.left() < 3):
             self.end()
         self.context.need(3, after)
 
@@ -412,7 +419,7 @@ def single_layers(plan: Plan, context: Context) -> str:
 
 
 def totals(found: Sequence[rows.Row]) -> str:
-    """Milliseconds of all layers of each mode, ours and PyTorch's."""
+    """Milliseconds of all layers of each mode, resnet_fast's and PyTorch's."""
     parts = []
     for mode in dict.fromkeys(row["mode"] for row in found):
         of = [row for row in found if row["mode"] == mode and row["ms_p50"] is not None]
@@ -429,13 +436,17 @@ def single_passes(plan: Plan, context: Context) -> str:
     """The memory-bound ops at every shape, their rows at once."""
     case, done = plan.first, Kept(context)
     facts, limits = setting(plan, context)
-    had = {row["layer"] for row in context.rows() if row["stage"] == context.name}
+    keys = ("layer", "mode", "provider")
+    own = [row for row in context.rows() if row["stage"] == context.name]
+    had = {tuple(row[key] for key in keys) for row in own}
     with torch.no_grad():
         for name in passes.SHAPES:
-            if name not in had:
-                done.check(name)
-                with done.part(name):
-                    passes.measure_shape(done, name, plan.batch, case.dtype, limits, facts)
+            timed = passes.measurements(name, plan.batch, case.dtype, limits, facts)
+            for what, impl, run in timed:
+                if (name, what, impl) not in had:
+                    done.check(f"{what} at {name}")
+                    with done.part(f"{what} at {name} by {impl}"):
+                        done.add([run()])
     if done.found:
         print(passes.text(done.found), flush=True)
     done.end()
@@ -467,7 +478,7 @@ def summary(plan: Plan, out: Path, outcomes: Sequence[Outcome]) -> str:
 
 
 def throughput(plan: Plan, out: Path, found: Sequence[rows.Row]) -> str:
-    """Images/s of each provider a case: the newest rows; the last column is no measurement."""
+    """Images/s of each provider a case: the newest rows; the last column is an estimate."""
     rated = [row for row in found if row["benchmark"] == "models"]
     providers = list(dict.fromkeys(("resnet_fast", "eager", *(r["provider"] for r in rated))))
     lines = [["images/s", *providers, "vs eager", "estimate"]]

@@ -21,7 +21,8 @@ import functools
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -146,6 +147,7 @@ def tensors(
 
 
 EPS = 1e-5
+PLAN = "RESNET_FAST_TRITON_CONV"
 MODES = ("infer", "fprop", "dgrad", "wgrad")
 Runs = dict[str, Callable[[], Tensor]]
 
@@ -212,15 +214,9 @@ def train(mode: str) -> Callable[[Layer, int, torch.dtype, torch.device, str], R
             )  # fmt: skip
             return grads[mode == "wgrad"]
 
-        def asked(what: str) -> Tensor:
-            before = os.environ.get("RESNET_FAST_TRITON_CONV")
-            os.environ["RESNET_FAST_TRITON_CONV"] = what
-            try:
+        def asked(how: str) -> Tensor:
+            with convolving(how):
                 return fused()
-            finally:
-                os.environ.pop("RESNET_FAST_TRITON_CONV")
-                if before is not None:
-                    os.environ["RESNET_FAST_TRITON_CONV"] = before
 
         def backward(dz: Tensor) -> Tensor:
             return torch.ops.aten.convolution_backward(
@@ -249,6 +245,19 @@ def train(mode: str) -> Callable[[Layer, int, torch.dtype, torch.device, str], R
         return found
 
     return runs
+
+
+@contextmanager
+def convolving(how: str) -> Iterator[None]:
+    """RESNET_FAST_TRITON_CONV=how."""
+    before = os.environ.get(PLAN)
+    os.environ[PLAN] = how
+    try:
+        yield
+    finally:
+        os.environ.pop(PLAN)
+        if before is not None:
+            os.environ[PLAN] = before
 
 
 def batch_norm_backward(z: Tensor, weight: Tensor, bias: Tensor) -> Callable[[Tensor], Tensor]:
@@ -377,7 +386,7 @@ def run(args: argparse.Namespace) -> int:
     for mode in args.mode.split(","):
         for layer, count in layers_of(args.model, args.image_size).items():
             if mode == "dgrad" and layer.channels < 16:
-                continue  # nobody asks for the gradient of an image
+                continue  # the gradient of an image is not asked for
             with done.part(f"{layer} {mode}"):
                 done.add(layer_rows(
                     layer, count, args.batch, args.dtype, args.impl, mode, limits, facts

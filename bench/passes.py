@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -65,29 +65,34 @@ def passes(x: Tensor) -> dict[str, Pass]:
     }
 
 
-def measure_shape(
-    done: rows.Collection, name: str, n: int, dtype: str, limits: Ceilings, facts: rows.Row
-) -> None:
-    """Time every pass at one shape by every live implementation."""
+def measurements(
+    name: str, n: int, dtype: str, limits: Ceilings, facts: rows.Row
+) -> Iterator[tuple[str, str, Callable[[], rows.Row]]]:
+    """(pass, implementation, what times it and gives its row) of every live one at a shape."""
     device = torch.device(facts["device"])
     channels, side = SHAPES[name]
     x = torch.randn(n, channels, side, side, device=device).to(DTYPES[dtype])
     for what, (op, args, activations) in passes(
         x.contiguous(memory_format=torch.channels_last)
     ).items():
-        run = getattr(ops, op)
+        run = partial(getattr(ops, op), *args)
         moved = int(activations * x.numel() * x.element_size())
         for impl in IMPLS[device.type]:
             if backend.refusal(impl, op, device.type, x.dtype) is None:
-                with done.part(f"{what} at {name} by {impl}"):
-                    gate(partial(run, *args), impl)
-                    ms = median_ms(partial(run, *args, impl), device)
-                    share = 100 * limits.floor_ms(moved, 0) / ms
-                    done.add([rows.layer_row(
-                        facts, benchmark="passes", mode=what, batch=n, dtype=dtype,
-                        layout="channels_last", provider=impl, impl=impl, ms_p50=ms, layer=name,
-                        gb_per_s=moved / ms / 1e6, percent_of_floor=share,
-                    )])  # fmt: skip
+                given = {**facts, "mode": what, "batch": n, "dtype": dtype, "layer": name}
+                yield what, impl, partial(measured, run, impl, moved, limits, given)
+
+
+def measured(
+    run: Callable[[str], Any], impl: str, moved: int, limits: Ceilings, facts: rows.Row
+) -> rows.Row:
+    """The row of a pass that moves `moved` bytes, by one implementation."""
+    gate(run, impl)
+    ms = median_ms(partial(run, impl), torch.device(facts["device"]))
+    return rows.layer_row(
+        facts, benchmark="passes", layout="channels_last", provider=impl, impl=impl, ms_p50=ms,
+        gb_per_s=moved / ms / 1e6, percent_of_floor=100 * limits.floor_ms(moved, 0) / ms,
+    )  # fmt: skip
 
 
 def gate(run: Callable[[str], Any], impl: str) -> None:
@@ -147,7 +152,9 @@ def run(args: argparse.Namespace) -> int:
     with torch.no_grad():
         for name in names:
             with done.part(name):
-                measure_shape(done, name, args.batch, args.dtype, limits, facts)
+                for what, impl, run in measurements(name, args.batch, args.dtype, limits, facts):
+                    with done.part(f"{what} at {name} by {impl}"):
+                        done.add([run()])
     if done.found:
         print(text(done.found))
     return done.status()

@@ -1,7 +1,7 @@
 """What a step's kernels take on a GPU, by PyTorch's profiler, beside what the clock predicts.
 
 Kernels are told apart by name and grid: launches of one kernel at other sizes differ. `by_name`
-adds them up and puts the clock's prediction beside (`bench.estimate`: an estimate, no measurement),
+adds them up and puts the clock's prediction beside (`bench.estimate`: not a measurement),
 for the kernels that the clock knows by name.
 """
 

@@ -50,7 +50,7 @@ def steps_of(model: str, kind: str, n: int, size: int, image: int = 224) -> list
     for mode in MODES[kind]:
         for layer, count in layers_of(model, image).items():
             if mode == "dgrad" and layer.channels < 16:
-                continue  # nobody asks for the gradient of an image
+                continue  # the gradient of an image is not asked for
             moved = layer.bytes(n, size, mode)
             found[Step(mode, str(layer), kind_of(layer.kernel), 1, moved, layer.flops(n))] += count
     for mode, name, channels, side, values in _passes(model, kind, size, image):
@@ -271,7 +271,7 @@ def _runs(args: argparse.Namespace, kind: str) -> tuple[list[Step] | None, str]:
         return launched(case, _target(args.limits)), ""
     except ImportError as error:
         return None, f"Triton is needed ({error})"
-    except RuntimeError as error:
+    except ValueError as error:  # interpreted kernels
         return None, str(error)
 
 

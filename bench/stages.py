@@ -128,9 +128,13 @@ def run_stages(
     def note(outcome: Outcome) -> None:
         found[outcome.name] = outcome
         text = json.dumps({"stages": [asdict(one) for one in found.values()]}, indent=1)
-        _replace(out / RECORD, text + "\n")
+        replace_file(out / RECORD, text + "\n")
         if summarize is not None:
-            _replace(out / SUMMARY, summarize(list(found.values())) + "\n")
+            try:
+                text = summarize(list(found.values()))
+            except (ValueError, KeyError) as error:  # a row that was cut: no reason to stop
+                text = f"no summary: {error}"
+            replace_file(out / SUMMARY, text + "\n")
 
     for stage in stages:
         if found[stage.name].status == OK or (only and stage.name not in only):
@@ -273,7 +277,7 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def _replace(path: Path, text: str) -> None:
+def replace_file(path: Path, text: str) -> None:
     """Write the file as a whole: a reader, or a machine that stops, finds the old or the new."""
     part = path.with_name(path.name + ".part")
     part.write_text(text)

@@ -16,6 +16,7 @@ from bench.step import Case
 from resnet_fast import ops
 
 CPU = torch.device("cpu")
+CHECKED = frozenset({"correct_infer", "correct_train"})
 CASE = partial(Case, "cifar_resnet20", dtype="fp32", device=CPU, image_size=32, graph=False)
 PLAN = gpu.Plan((CASE(mode="train", batch=2, optimizer="sgd"), CASE(mode="infer", batch=1)), 1)
 
@@ -39,8 +40,8 @@ def test_the_stages():
     table = gpu.stages_of(gpu.Plan(gpu.headline(torch.device("cuda"))))
     names = [stage.name for stage in table]
     assert names == [
-        "machine", "compile", "correct", "models", "profile", "library", "layers", "passes",
-        "compile_default", "compile_max",
+        "machine", "compile", "correct_infer", "correct_train", "models", "profile", "library",
+        "layers", "passes", "compile_default", "compile_max",
     ]  # fmt: skip
     assert sum(stage.seconds for stage in table[: names.index("layers")]) <= gpu.BUDGET
     assert all(stage.least < stage.seconds for stage in table)
@@ -82,38 +83,58 @@ def test_a_run(tmp_path, capsys):
     assert gpu.measure(gpu.Plan(()), tmp_path, 600.0, ["models"]) == 1, "it has failed before"
 
 
-def test_models_are_gated_unless_they_were_checked(tmp_path, quick, monkeypatch):
-    """After a green `correct` no second reference in fp64 is run; else the gate is."""
+def test_a_folder_of_another_gpu_or_commit(tmp_path, capsys, monkeypatch):
+    """Rows of two of them in one table would mislead."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu.signal, "signal", lambda *args: None)
+    monkeypatch.setattr(gpu, "measure", lambda *args: 0)
+    monkeypatch.setattr(rows, "device_name", lambda device: "NVIDIA H200")
+    monkeypatch.setattr(rows, "git_sha", lambda: "abc")
+    facts = {"cpu_or_gpu": "NVIDIA H200", "git_sha": "abc", "stage": "machine"}
+    row = {name: None for name in rows.FIELDS} | facts
+    rows.append(tmp_path / stages.ROWS, [row])
+    assert main(["gpu", "--resume", str(tmp_path)]) == 0
+    rows.append(tmp_path / stages.ROWS, [row | {"cpu_or_gpu": "NVIDIA H100"}])
+    assert main(["gpu", "--resume", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert "holds rows of NVIDIA H100 at abc, this is NVIDIA H200 at abc" in said
+
+
+def test_models_are_checked_once(tmp_path, quick, monkeypatch):
+    """After green `correct_*` no second reference in fp64 is run; else it is here."""
     gated = []
-    monkeypatch.setattr(models, "admitted", lambda *args: gated.append(args[1].mode) or True)
+    monkeypatch.setattr(correct, "of_model", lambda plain, case: gated.append(case.mode) or [])
     monkeypatch.setattr(models.gate, "at_full_size", lambda *args: 1 / 0)
-    assert "images/s by resnet_fast" in gpu.whole_models(PLAN, context(tmp_path, ok={"correct"}))
+    assert "images/s by resnet_fast" in gpu.whole_models(PLAN, context(tmp_path, ok=CHECKED))
     assert not gated
     own = stages.read_rows(tmp_path)
     assert [(row["mode"], row["provider"]) for row in own] == [
         ("train", "eager"), ("train", "resnet_fast"), ("infer", "eager"), ("infer", "resnet_fast"),
     ]  # fmt: skip
-    assert gpu.whole_models(PLAN, context(tmp_path, ok={"correct"})) == "", "nothing is missing"
+    assert gpu.whole_models(PLAN, context(tmp_path, ok=CHECKED)) == "", "nothing is missing"
     assert len(stages.read_rows(tmp_path)) == 4
-    monkeypatch.setattr(models, "admitted", lambda *args: gated.append(args[1].mode))
-    with pytest.raises(RuntimeError, match="gate"):
+    gpu.whole_models(PLAN, context(tmp_path / "half", ok={"correct_infer"}))
+    assert gated == ["train"]
+    monkeypatch.setattr(correct, "of_model", lambda plain, case: [f"{case.mode} is wrong"])
+    with pytest.raises(RuntimeError, match=r"train is wrong; .*infer is wrong"):
         gpu.whole_models(PLAN, context(tmp_path / "other"))
-    assert gated == ["train", "infer"]
+    assert stages.read_rows(tmp_path / "other") == []
 
 
 def test_the_librarys_rows_are_named(tmp_path, quick, monkeypatch):
     """Another plan has another name in the rows, and its output is looked at."""
-    monkeypatch.setenv(gpu.PLAN, "fused")
+    plan = gpu.layers.PLAN
+    monkeypatch.setenv(plan, "fused")
     seen = []
     measure = models.measure
 
     def watched(*args, **options):
-        seen.append((os.environ[gpu.PLAN], options["check"]))
+        seen.append((os.environ[plan], options["check"]))
         return measure(*args, **options)
 
     monkeypatch.setattr(models, "measure", watched)
-    gpu.library(PLAN, context(tmp_path, "library", ok={"correct"}))
-    assert seen == [("library", True)] * 2 and os.environ[gpu.PLAN] == "fused"
+    gpu.library(PLAN, context(tmp_path, "library", ok=CHECKED))
+    assert seen == [("library", True)] * 2 and os.environ[plan] == "fused"
     assert {row["provider"] for row in stages.read_rows(tmp_path)} == {"library"}
 
 
@@ -126,9 +147,61 @@ def test_a_case_that_fails_leaves_the_others(tmp_path, quick, monkeypatch):
     provider = replace(models.PROVIDERS["resnet_fast"], build=broken)
     monkeypatch.setitem(models.PROVIDERS, "resnet_fast", provider)
     with pytest.raises(RuntimeError, match=r"train.*no kernel$"):
-        gpu.whole_models(PLAN, context(tmp_path, ok={"correct"}))
+        gpu.whole_models(PLAN, context(tmp_path, ok=CHECKED))
     own = [(row["mode"], row["provider"]) for row in stages.read_rows(tmp_path)]
     assert own == [("train", "eager"), ("infer", "eager"), ("infer", "resnet_fast")]
+    with pytest.raises(RuntimeError, match=r"train.*no kernel$"):
+        gpu.whole_models(PLAN, context(tmp_path, ok=CHECKED))
+    again = [(row["mode"], row["provider"]) for row in stages.read_rows(tmp_path)]
+    assert again == [*own, ("train", "eager")], "a second call tries what failed, and that alone"
+
+
+def test_a_stage_that_is_late_names_what_failed(tmp_path, quick, monkeypatch):
+    """What was wrong before the time was up is the stage's verdict, and not the time."""
+    late = context(tmp_path)
+    monkeypatch.setattr(correct, "of_model", lambda plain, case: vars(late).update(deadline=0) or
+                        ["wrong"])  # fmt: skip
+    with pytest.raises(RuntimeError, match=r"train.*: wrong$"):
+        gpu.whole_models(PLAN, late)
+    checks = [("a", lambda: vars(late).update(deadline=0) or ["bad"]), ("b", lambda: [])]
+    monkeypatch.setattr(correct, "checks", lambda cases: checks)
+    vars(late).update(deadline=time.monotonic() + 600)
+    with pytest.raises(RuntimeError, match=r"^1 of 1 checks failed: a: bad$"):
+        gpu.correctness("train", PLAN, late)
+
+
+def test_profiles_that_are_there_stay(tmp_path, monkeypatch):
+    event = {"name": "conv", "ts": 0.0, "dur": 4.0}
+    monkeypatch.setattr(profile, "recorded", lambda run: [event])
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    one = gpu.Plan(PLAN.cases[1:], 1)
+    assert gpu.profiles(one, context(tmp_path, "profile")) == "2 steps in profile.json"
+    before = json.loads((tmp_path / gpu.PROFILE).read_text())
+    monkeypatch.setattr(profile, "recorded", lambda run: [event | {"dur": 9.0}])
+    assert gpu.profiles(PLAN, context(tmp_path, "profile")) == "4 steps in profile.json"
+    assert json.loads((tmp_path / gpu.PROFILE).read_text())[:2] == before
+
+
+def test_passes_go_on_where_they_ended(tmp_path, monkeypatch):
+    limits = gpu.ceilings.Ceilings(1e9, 1e12, "fp32")
+    monkeypatch.setattr(gpu.ceilings, "measure", lambda *args: limits)
+    monkeypatch.setattr(gpu.passes, "SHAPES", {"small 16@4": (16, 4)})
+    failing, real, ran = ["sums"], gpu.passes.measured, []
+
+    def measured(run, impl, moved, limits, facts):
+        ran.append(facts["mode"])
+        if facts["mode"] in failing:
+            raise RuntimeError("no")
+        return real(run, impl, moved, limits, facts)
+
+    monkeypatch.setattr(gpu.passes, "measured", measured)
+    monkeypatch.setattr(gpu.passes, "median_ms", lambda run, device: 1.0)
+    with pytest.raises(RuntimeError, match="1 failed: sums at small"):
+        gpu.single_passes(PLAN, context(tmp_path, "passes"))
+    failing.clear()
+    everything = len(ran)
+    assert "of a copy" in gpu.single_passes(PLAN, context(tmp_path, "passes"))
+    assert ran[everything:] == ["sums"]
 
 
 def test_layers_go_on_where_they_ended(tmp_path, quick, monkeypatch):
@@ -214,13 +287,13 @@ def test_correctness_names_what_failed(tmp_path, monkeypatch):
     todo = [check("a", []), check("b", ["bad", "worse"]), check("c", "no"), check("d", [])]
     monkeypatch.setattr(correct, "checks", lambda cases: todo)
     with pytest.raises(RuntimeError, match=r"^2 of 4 checks failed: b: bad$"):
-        gpu.correctness(PLAN, context(tmp_path))
+        gpu.correctness("train", PLAN, context(tmp_path))
     todo[1:1] = [check("e", "CUDA error: an illegal address")]
     with pytest.raises(RuntimeError, match=r"^e: CUDA error: an illegal"):
-        gpu.correctness(PLAN, context(tmp_path))
+        gpu.correctness("train", PLAN, context(tmp_path))
     assert ran == ["a", "b", "c", "d", "a", "e"]
     with pytest.raises(OutOfTime, match="left out a"):
-        gpu.correctness(PLAN, context(tmp_path, seconds=0.0))
+        gpu.correctness("infer", PLAN, context(tmp_path, seconds=0.0))
 
 
 ESTIMATE = {
@@ -276,7 +349,7 @@ def test_the_summary(tmp_path):
     (tmp_path / gpu.ESTIMATES).write_text(json.dumps([ESTIMATE]))
     outcomes = [
         Outcome("machine", OK, 8.2, 30, "a cache: hit"),
-        Outcome("correct", FAILED, 71, 90, "1 of 70 checks failed: " + "x" * 200),
+        Outcome("correct_train", FAILED, 71, 90, "1 of 70 checks failed: " + "x" * 200),
         Outcome("models", LATE, 120, 120),
         Outcome("layers"),
     ]

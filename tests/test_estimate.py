@@ -231,7 +231,7 @@ def test_a_loop_without_trips_is_an_error():
 def ceilings_row(**values):
     given = {
         "benchmark": "ceilings", "device": "cuda", "date": "2026-01-01", "cpu_or_gpu": "NVIDIA X",
-        "gb_per_s": 4000.0, "tflop_per_s": 700.0, "launch_us": 2.1, **values,
+        "gb_per_s": 4000.0, "tflop_per_s": 700.0, "launch_us": 2.1, "dtype": "bf16", **values,
     }  # fmt: skip
     return rows.layer_row({}, **given)
 
@@ -240,9 +240,10 @@ def test_measured_ceilings_replace_the_tables():
     found = [ceilings_row(), ceilings_row(date="2026-02-01", tflop_per_s=750.0, launch_us=None)]
     gpu = estimate.calibrated(H200, found)
     assert gpu == dataclasses.replace(
-        H200, name="NVIDIA X", bytes_per_s=4e12, flops_per_s=750e12, small_us=2.5
+        H200, calibrated="NVIDIA X", bytes_per_s=4e12, flops_per_s=750e12, small_us=2.5
     )
-    for none in ([], [ceilings_row(device="cpu")], [ceilings_row(benchmark="layers")]):
+    others = ({"device": "cpu"}, {"benchmark": "layers"}, {"dtype": "fp32"}, {"gb_per_s": None})
+    for none in ([], *([ceilings_row(**other)] for other in others)):
         with pytest.raises(ValueError, match="--calibrate: expected a row"):
             estimate.calibrated(H200, none)
 
@@ -388,18 +389,23 @@ def test_operations_of_resnet50(launches):
     assert 255e6 < moved < 1.2 * 255e6  # the ideal schedule's and what is made again
 
 
-def test_committed_estimates_tell_kernels_apart():
-    """Rows under bench/results/estimates are whole, and called estimates."""
+def test_committed_estimates(launches):
+    """Whole, called estimates, and of the launches that the package makes now."""
     files = sorted((ROOT / "bench" / "results" / "estimates").glob("*.json"))
     assert files
     for path in files:
-        reports = estimate.read(path)
-        for report in reports:
-            assert report["what"] == "estimate, not a measurement"
+        reports = {(one["mode"], one["batch"]): one for one in estimate.read(path)}
+        for key, name in ((("train", 256), "train"), (("infer", 256), "infer"),
+                          (("infer", 1), "one")):  # fmt: skip
+            report = reports[key]
+            assert report["what"] == "estimate, not a measurement" and not report["calibrated"]
             assert all(REQUIRED <= one.keys() for one in report["launches"])
-            bounds = {one["bound"] for one in report["launches"]}
-            assert bounds <= {"memory", "compute", "latency", "launch", "issue", "MIO", "LSU",
-                              "tensor"}  # fmt: skip
+            counts, now = Counter(), Counter()
+            for one in report["launches"]:
+                counts[one["kernel"]] += one["count"]
+            for kernel, count, *_ in launches[0][name]:
+                now[kernel] += count
+            assert counts == now, f"{path.name}: renew it (CONTRIBUTING.md)"
 
 
 def test_a_gpu_has_a_floor():
