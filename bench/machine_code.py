@@ -1,6 +1,6 @@
 """What a compiled kernel's machine code says: registers, spills, tensor-core instructions, loads.
 
-Read by the tools that Triton carries, which need no GPU; for Triton's kernels (`bench.kernels`)
+Read by the tools that Triton carries, which need no GPU; for Triton's kernels (`bench.compile`)
 and for those of csrc/cuda (`bench.cuda`).
 """
 

@@ -4,7 +4,7 @@ Two schedules, and where they differ. What runs: every launch of the Triton kern
 `bench.floors`. The ideal schedule: every tensor of a fused block once, a convolution in one of the
 modes of `bench.layers` or a pass over memory of `bench.passes`; loss, optimizer and vectors of one
 value a channel are left out. A launch takes at least its bytes at the bandwidth of a copy and its
-operations at the rate of a large product. The sum of these floors, an estimate and no measurement,
+operations at the rate of a large product. The sum of these floors, an estimate,
 bounds the images/s of the whole model. It needs no device, and Triton for what runs. With rows of
 `layers` and `passes` (--rows) of the same model, batch and dtype each step of the ideal schedule
 also says what it took and by whom.

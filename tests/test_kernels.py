@@ -582,13 +582,17 @@ def test_net_equals_its_plain_twin():
         assert_close(net(x), plain(x), plain.double()(x.double()), "logits")
 
 
-def run_offline(*arguments):
-    """`python -m bench kernels` with the compiler in place of the interpreter."""
+def compiling(*arguments):
+    """Python with the compiler in place of the interpreter."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     return subprocess.run(
-        [sys.executable, "-m", "bench", "kernels", *arguments],
-        cwd=ROOT, env=env, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        [sys.executable, *arguments], cwd=ROOT, env=env, capture_output=True, text=True
+    )
+
+
+def run_offline(*arguments):
+    """`python -m bench kernels`, compiling."""
+    return compiling("-m", "bench", "kernels", *arguments)
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
@@ -633,10 +637,7 @@ def test_a_spill_is_found():
         "kernel, _, *rest = asked[0]\n"
         "print(bench.compile_one(kernel, *rest, 'bf16', target).failure)\n"
     )
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, env=env, capture_output=True, text=True
-    )
+    done = compiling("-c", script)
     assert done.stdout.startswith("spills "), done.stdout + done.stderr
 
 
@@ -652,10 +653,7 @@ def test_helpers_read_no_global():
         "    assert f.cache_key and not f.used_global_vals, (f, f.used_global_vals)\n"
         "print(len(found))\n"
     )
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, env=env, capture_output=True, text=True
-    )
+    done = compiling("-c", script)
     assert done.returncode == 0 and int(done.stdout) > 30, done.stdout + done.stderr
 
 

@@ -3,7 +3,8 @@
 `runtime.cpp` stands for CUDA; `install` stands for cuDNN, whose convolutions become memory and a
 launch that is counted. Kernels do not run, so nothing is known of values or of their time. What is
 known: whether every call comes as far as its launches, what those are and break no rule of CUDA's,
-and what they cost the host. `make dry-gpu` runs the GPU tests (`plugin`) and `bench host` this way.
+and what they cost the host. `make dry-gpu` runs the GPU tests (`plugin`), `bench host`
+and `bench gpu` (`untimed`) this way.
 """
 
 from __future__ import annotations
