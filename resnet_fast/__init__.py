@@ -2,7 +2,7 @@
 
 __version__ = "0.1.0"
 
-from . import cpu
+from . import cpu, flops
 from .backend import empty_cache
 from .capture import graph, graph_step
 from .functional import add_relu, bn_act, conv_bn_act
@@ -11,6 +11,7 @@ from .models import ResNet, create_model, list_models
 from .modules import BasicBlock, Bottleneck, ConvBNAct2d, PreActBasicBlock, PreActBottleneck
 
 cpu.keep_onednn_from_unusable_amx()
+flops.register_once_imported()
 
 __all__ = [
     "BasicBlock",

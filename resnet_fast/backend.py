@@ -12,6 +12,7 @@ import functools
 import importlib
 import importlib.util
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,7 @@ from .layout import memory_format
 
 IMPLS = ("auto", "reference", "native", "triton")
 _NATIVE_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps ."
 NATIVE_DTYPES = {"cpu": _NATIVE_DTYPES, "cuda": (*_NATIVE_DTYPES, torch.float16)}
 
 
@@ -39,17 +41,32 @@ class Status:
 
 @functools.cache
 def native_module() -> tuple[Any | None, str]:
-    """The compiled extension `resnet_fast._C` and how loading it went."""
+    """The compiled extension `resnet_fast._C` and how loading it went.
+
+    Warns, once a process, of one that is there and cannot be used.
+    """
     if importlib.util.find_spec("resnet_fast._C") is None:
         return None, "resnet_fast._C is not built (RESNET_FAST_BUILD=none or no compiler)"
     try:
         module = importlib.import_module("resnet_fast._C")
     except ImportError as error:  # built against another torch, or a library is missing
-        return None, f"resnet_fast._C does not load: {error}"
+        return None, _unusable(f"resnet_fast._C does not load: {error}")
     built_for = module.build_info()["torch_version"]
     if built_for != torch.__version__:
-        return None, f"resnet_fast._C is built for torch {built_for}, this is {torch.__version__}"
+        why = f"resnet_fast._C is built for torch {built_for}, this is {torch.__version__}"
+        return None, _unusable(why)
     return module, "built"
+
+
+def _unusable(why: str) -> str:
+    """`why`, after a warning that says it."""
+    warnings.warn(
+        f"{why}. The slower plain PyTorch runs instead of the native kernels. Rebuild them in "
+        f"resnet_fast's source folder: {REBUILD}",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+    return why
 
 
 def native_ops() -> Any:

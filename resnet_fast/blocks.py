@@ -13,6 +13,9 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .chain import Norm
+from .checks import check_callable, check_flag, check_number, integer
+
 SHORTCUTS = ("identity", "projection", "zero_pad", "none")
 CONVS, BNS = ("conv1", "conv2", "conv3"), ("bn1", "bn2", "bn3")
 NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
@@ -21,7 +24,8 @@ NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 class Parts(NamedTuple):
     """The children of a block as a chain (`resnet_fast.chain`): n convolutions, n + 1 norms.
 
-    One more shortcut than a chain has: "zero_pad", whose tensor is made of x (`zero_pad`).
+    One more shortcut than a chain has: "zero_pad", which takes every `stride`-th pixel of x.
+    around: what a plain call runs besides, each a ReLU or a `Sequential` of the others.
     """
 
     convs: tuple[nn.Conv2d, ...]
@@ -31,55 +35,22 @@ class Parts(NamedTuple):
     projection: nn.Conv2d | None = None
     projection_norm: nn.BatchNorm2d | nn.SyncBatchNorm | None = None
     pool: nn.MaxPool2d | None = None
-
-    @property
-    def stride(self) -> int:
-        """Of the whole chain."""
-        stride = 1
-        for conv in self.convs:  # a compiler does not trace math.prod of a generator
-            stride *= conv.stride[0]
-        return stride
+    stride: int = 1
+    around: tuple[nn.Module, ...] = ()
 
 
 class ChainBlock(nn.Module):
-    """A module whose children form a chain; `parts` names them, `forward` runs them one by one."""
+    """A module whose children form a chain: `forward` calls them, `parts` names them."""
 
-    def parts(self) -> Parts:
-        """The chain's children, in order."""
+    def parts(self) -> Parts | None:
+        """The chain's children, in order; None where they no longer form one."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """y of `resnet_fast.chain`, by ordinary calls of the children."""
-        return run_plain(self.parts(), x, residual)
 
-
-def run_plain(parts: Parts, x: Tensor, residual: Tensor | None = None) -> Tensor:
-    """A chain by calls of its modules: what PyTorch computes without this package."""
-    h = first = x
-    for j, conv in enumerate(parts.convs):
-        norm = parts.norms[j]
-        h = h if norm is None else F.relu(norm(h))
-        first = h if j == 0 else first
-        h = conv(h)
-    if parts.norms[-1] is not None:
-        h = parts.norms[-1](h)
-    if parts.projection is not None:
-        residual = parts.projection(first)
-        if parts.projection_norm is not None:
-            residual = parts.projection_norm(residual)
-    elif parts.shortcut == "identity":
-        residual = x
-    elif parts.shortcut == "zero_pad" and residual is None:
-        residual = zero_pad(x, parts)
-    h = h if residual is None else h + residual
-    h = F.relu(h) if parts.relu else h
-    return h if parts.pool is None else parts.pool(h)
-
-
-def zero_pad(x: Tensor, parts: Parts) -> Tensor:
+def zero_pad(x: Tensor, stride: int, channels: int) -> Tensor:
     """Option A of He et al. 2015 (section 3.3): every stride-th pixel, zeros in new channels."""
-    x = x[:, :, :: parts.stride, :: parts.stride]
-    return F.pad(x, (0, 0, 0, 0, 0, parts.convs[-1].out_channels - x.size(1)))
+    x = x[:, :, ::stride, ::stride]
+    return F.pad(x, (0, 0, 0, 0, 0, channels - x.size(1)))
 
 
 class ConvBNAct2d(ChainBlock):
@@ -109,7 +80,17 @@ class ConvBNAct2d(ChainBlock):
         dtype=None,
     ) -> None:
         super().__init__()
+        for name, value in {
+            "in_channels": in_channels, "out_channels": out_channels, "kernel_size": kernel_size,
+            "stride": stride, "dilation": dilation, "groups": groups,
+        }.items():  # fmt: skip
+            integer(value, name, "a positive integer", 1)
         padding = dilation * (kernel_size - 1) // 2 if padding is None else padding
+        integer(padding, "padding", "an integer of at least 0 or None", 0)
+        check_flag(relu, "relu")
+        if momentum is not None:
+            check_number(momentum, "momentum")
+        Norm(eps)  # checks it
         where = {"device": device, "dtype": dtype}
         self.conv = nn.Conv2d(
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups,
@@ -117,6 +98,13 @@ class ConvBNAct2d(ChainBlock):
         )  # fmt: skip
         self.bn = nn.BatchNorm2d(out_channels, eps, momentum, **where)
         self.relu = relu
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """y [N,K,P,Q] of x [N,C,H,W]; `residual`, of y's shape, is added before the ReLU."""
+        h = self.bn(self.conv(x))
+        if residual is not None:
+            h = h + residual
+        return F.relu(h) if self.relu else h
 
     def parts(self) -> Parts:
         return Parts((self.conv,), (None, self.bn), self.relu, "none")
@@ -161,6 +149,12 @@ class ResidualBlock(ChainBlock):
         shortcut: str | None = None,
     ) -> None:
         super().__init__()
+        for name, value in {
+            "inplanes": inplanes, "planes": planes, "stride": stride, "groups": groups,
+            "base_width": base_width, "dilation": dilation,
+        }.items():  # fmt: skip
+            integer(value, name, "a positive integer", 1)
+        check_callable(norm_layer, "norm_layer")
         self.stride = stride
         self.out_channels = planes * self.expansion
         self.width = self._width(planes, base_width, groups)
@@ -192,8 +186,9 @@ class ResidualBlock(ChainBlock):
             conv = nn.Conv2d(inplanes, self.out_channels, 1, stride, bias=False)
             norm = None if self.preactivation else norm_layer(self.out_channels)
             self.downsample = conv if norm is None else nn.Sequential(conv, norm)
-        if shortcut == "projection":
-            self._projection()
+        if shortcut == "projection" and self._projection() is None:
+            names = "Conv2d" if self.preactivation else "Conv2d, BatchNorm2d or SyncBatchNorm"
+            raise ValueError(f"downsample: expected ({names}), got {self.downsample}")
 
     def _width(self, planes: int, base_width: int, groups: int) -> int:
         if base_width != 64:
@@ -203,22 +198,43 @@ class ResidualBlock(ChainBlock):
     def _build(self, inplanes, stride, groups, dilation, norm_layer) -> int:
         raise NotImplementedError
 
-    def _projection(self) -> tuple[nn.Conv2d, nn.BatchNorm2d | nn.SyncBatchNorm | None]:
+    def _add_shortcut(self, h: Tensor, x: Tensor, first: Tensor) -> Tensor:
+        """h + shortcut(x); a projection reads `first`, what the first convolution reads."""
+        if self.shortcut == "identity":
+            return h + x
+        if self.shortcut == "zero_pad":
+            return h + zero_pad(x, self.stride, h.size(1))
+        if self.downsample is not None:
+            return h + self.downsample(first)
+        return h
+
+    def _projection(self) -> tuple[nn.Module, ...] | None:
+        """`downsample` as (conv, norm or None, its `Sequential`); None where it is another."""
         bare = not isinstance(self.downsample, nn.Sequential)
-        layers = [self.downsample] if bare else self.downsample
+        layers = (self.downsample,) if bare else tuple(self.downsample)
         kinds = (nn.Conv2d,) if self.preactivation else (nn.Conv2d, NORMS)
         if len(layers) != len(kinds) or not all(map(isinstance, layers, kinds)):
-            names = "Conv2d" if self.preactivation else "Conv2d, BatchNorm2d or SyncBatchNorm"
-            raise ValueError(f"downsample: expected ({names}), got {self.downsample}")
-        return layers[0], None if self.preactivation else layers[1]
+            return None
+        norm = None if self.preactivation else layers[1]
+        return layers[0], norm, *(() if bare else (self.downsample,))
 
-    def parts(self) -> Parts:
+    def parts(self) -> Parts | None:
         held = self._modules  # asked at every call, where an attribute would cost more
         convs = tuple([held[name] for name in CONVS[: self.depth]])
         norms = tuple([held[name] for name in BNS[: self.depth]])
+        if None in (norms[1:] if self.preactivation else norms):
+            return None
         norms = (*norms, None) if self.preactivation else (None, *norms)
-        projection = self._projection() if self.shortcut == "projection" else (None, None)
-        return Parts(convs, norms, not self.preactivation, self.shortcut, *projection)
+        projection, norm, around = None, None, ()
+        if self.shortcut == "projection":
+            found = self._projection()
+            if found is None:
+                return None
+            projection, norm, *around = found
+        return Parts(
+            convs, norms, not self.preactivation, self.shortcut, projection, norm,
+            stride=self.stride, around=tuple(around),
+        )  # fmt: skip
 
     def extra_repr(self) -> str:
         return f"shortcut={self.shortcut!r}"
@@ -237,6 +253,11 @@ class BasicBlock(ResidualBlock):
         self.conv2 = _conv3x3(self.width, self.out_channels, 1, groups, dilation)
         self.bn2 = norm_layer(self.out_channels)
         return 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu(self.bn1(self.conv1(x)))
+        h = self.bn2(self.conv2(h))
+        return F.relu(self._add_shortcut(h, x, x))
 
 
 class Bottleneck(ResidualBlock):
@@ -260,6 +281,12 @@ class Bottleneck(ResidualBlock):
         self.bn3 = norm_layer(self.out_channels)
         return 3
 
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu(self.bn1(self.conv1(x)))
+        h = F.relu(self.bn2(self.conv2(h)))
+        h = self.bn3(self.conv3(h))
+        return F.relu(self._add_shortcut(h, x, x))
+
 
 class PreActBasicBlock(ResidualBlock):
     """y = conv2(relu(bn2(conv1(a)))) + shortcut, a = relu(bn1(x)); a projection reads a."""
@@ -272,6 +299,11 @@ class PreActBasicBlock(ResidualBlock):
         self.bn2 = norm_layer(self.width)
         self.conv2 = _conv3x3(self.width, self.out_channels, 1, groups, dilation)
         return 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = x if self.bn1 is None else F.relu(self.bn1(x))
+        h = self.conv2(F.relu(self.bn2(self.conv1(a))))
+        return self._add_shortcut(h, x, a)
 
 
 class PreActBottleneck(ResidualBlock):
@@ -289,3 +321,9 @@ class PreActBottleneck(ResidualBlock):
         self.bn3 = norm_layer(self.width)
         self.conv3 = nn.Conv2d(self.width, self.out_channels, 1, bias=False)
         return 3
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = x if self.bn1 is None else F.relu(self.bn1(x))
+        h = F.relu(self.bn2(self.conv1(a)))
+        h = self.conv3(F.relu(self.bn3(self.conv2(h))))
+        return self._add_shortcut(h, x, a)

@@ -20,6 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .chain import given
+from .checks import check_tensor, integer
+
 WARMUP = 3
 
 
@@ -47,6 +50,7 @@ class Graph:
         if len(inputs) != len(self.inputs):
             raise ValueError(f"expected {', '.join(self._names)}, got {len(inputs)} tensors")
         for name, to, value in zip(self._names, self.inputs, inputs, strict=True):
+            check_tensor(value, name)
             if value.shape != to.shape or value.dtype != to.dtype:
                 raise ValueError(
                     f"{name}: recorded as {_described(to)}, got {_described(value)}; "
@@ -157,6 +161,12 @@ def graph_step(
             parameters, tensors on several devices.
     """
     _check(model, {"x": x, "target": target}, warmup)
+    if not callable(loss):
+        raise ValueError(f"loss: expected a function of (logits, target), got {given(loss)}")
+    if not (optimizer is None or isinstance(optimizer, torch.optim.Optimizer)):
+        raise ValueError(f"optimizer: expected a torch.optim.Optimizer, got {given(optimizer)}")
+    if not (autocast is None or (isinstance(autocast, torch.dtype) and autocast.itemsize == 2)):
+        raise ValueError(f"autocast: expected torch.bfloat16 or float16, got {given(autocast)}")
     if not model.training:
         raise ValueError("model: expected training mode (model.train()); graph records inference")
     groups = [] if optimizer is None else optimizer.param_groups
@@ -174,6 +184,8 @@ def graph_step(
         on = autocast is not None
         with torch.autocast(device.type, autocast, enabled=on, cache_enabled=False):
             value = loss(model(x), target)
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            raise ValueError(f"loss: expected to give a scalar tensor, got {given(value)}")
         value.backward()
         if optimizer is not None and in_graph:
             optimizer.step()
@@ -261,12 +273,10 @@ def _in_memory(group: dict[str, Any], device: torch.device) -> bool:
 
 def _check(model: nn.Module, tensors: dict[str, Tensor], warmup: int) -> None:
     if not isinstance(model, nn.Module):
-        raise ValueError(f"model: expected an nn.Module, got {type(model).__name__}")
+        raise ValueError(f"model: expected an nn.Module, got {given(model)}")
     for name, value in tensors.items():
-        if not isinstance(value, Tensor):
-            raise ValueError(f"{name}: expected a tensor, got {type(value).__name__}")
-    if not isinstance(warmup, int) or warmup < 1:
-        raise ValueError(f"warmup: expected a positive integer, got {warmup!r}")
+        check_tensor(value, name)
+    integer(warmup, "warmup", "a positive integer", 1)
     lie = {name: value.device for name, value in tensors.items()}
     lie |= {f"model's {name}": p.device for name, p in model.named_parameters()}
     first, device = next(iter(lie.items()))

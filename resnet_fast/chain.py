@@ -19,6 +19,8 @@ He et al. 2015 (arXiv:1512.03385, eq. 1 and 2), He et al. 2016 (arXiv:1603.05027
 
 from __future__ import annotations
 
+import math
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -26,6 +28,26 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 SHORTCUTS = ("none", "identity", "residual", "projection")
+
+
+def is_number(value: Any) -> bool:
+    """Whether value is a finite real number, one of NumPy's too; a bool is not a number here."""
+    real = isinstance(value, (float, int, numbers.Real)) and not isinstance(value, bool)
+    return real and -math.inf < value < math.inf
+
+
+def given(value: Any) -> str:
+    """How an error shows a wrong value: the value where it is short, else its type."""
+    text = repr(value)
+    return text if len(text) <= 60 and "\n" not in text else f"a {type(value).__name__}"
+
+
+def _check_pair(name: str, value: Any, least: int) -> None:
+    pair = isinstance(value, (tuple, list)) and len(value) == 2
+    if not pair or not all(isinstance(v, int) and not isinstance(v, bool) for v in value):
+        raise ValueError(f"{name}: expected two integers, got {given(value)}")
+    if min(value) < least:
+        raise ValueError(f"{name}: expected at least {least}, got {given(value)}")
 
 
 @dataclass(frozen=True)
@@ -51,18 +73,17 @@ class Conv:
         """
         if len(w) != 4:
             raise ValueError(f"{weight}: expected 4 dimensions [K, C/groups, R, S], got {tuple(w)}")
-        if self.groups < 1 or w[0] % self.groups:
-            raise ValueError(f"groups: expected a divisor of {w[0]} filters, got {self.groups}")
+        groups, whole = self.groups, isinstance(self.groups, int)
+        if not whole or isinstance(groups, bool) or groups < 1 or w[0] % groups:
+            raise ValueError(f"groups: expected a divisor of {w[0]} filters, got {given(groups)}")
         if w[1] * self.groups != x[1]:
             raise ValueError(
                 f"{weight}: expected {x[1]} input channels / {self.groups} groups, "
                 f"got shape {tuple(w)}"
             )
-        if min(self.stride) < 1 or min(self.dilation) < 1 or min(self.padding) < 0:
-            raise ValueError(
-                f"stride, dilation and padding: expected positive, positive and not negative, got "
-                f"{self.stride}, {self.dilation}, {self.padding}"
-            )
+        _check_pair("stride", self.stride, 1)
+        _check_pair("padding", self.padding, 0)
+        _check_pair("dilation", self.dilation, 1)
         p, q = (self.output_size(x[2 + i], w[2 + i], i) for i in (0, 1))
         if min(p, q) < 1:
             raise ValueError(
@@ -91,13 +112,14 @@ class Pool:
     padding: tuple[int, int] = (0, 0)
 
     def __post_init__(self) -> None:
-        if min(self.kernel) < 1 or self.kernel[0] * self.kernel[1] > MOST_POSITIONS:
+        _check_pair("kernel", self.kernel, 1)
+        _check_pair("stride", self.stride, 1)
+        _check_pair("padding", self.padding, 0)
+        if self.kernel[0] * self.kernel[1] > MOST_POSITIONS:
             raise ValueError(
                 f"kernel: expected a window of 1 to {MOST_POSITIONS} positions, got {self.kernel}"
             )
-        if min(self.stride) < 1:
-            raise ValueError(f"stride: expected positive, got {self.stride}")
-        if any(not 0 <= 2 * p <= k for p, k in zip(self.padding, self.kernel, strict=True)):
+        if any(2 * p > k for p, k in zip(self.padding, self.kernel, strict=True)):
             raise ValueError(
                 f"padding: expected 0 to half of the kernel {self.kernel}, got {self.padding}"
             )
@@ -131,6 +153,10 @@ class Norm:
     group: Any = None
 
     def __post_init__(self) -> None:
+        if not is_number(self.eps) or self.eps < 0:
+            raise ValueError(f"eps: expected a finite number from 0, got {given(self.eps)}")
+        if not isinstance(self.batch_stats, bool):
+            raise ValueError(f"batch_stats: expected True or False, got {given(self.batch_stats)}")
         if self.group is not None and not self.batch_stats:
             raise ValueError("group: expected None of a norm with running statistics")
 

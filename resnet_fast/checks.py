@@ -2,29 +2,95 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .backend import IMPLS
-from .chain import Chain, Conv, ConvParams, NormParams
+from .chain import Chain, Conv, ConvParams, NormParams, given, is_number
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def pair(value: int | Sequence[int], name: str) -> tuple[int, int]:
-    """value or (value, value)."""
-    values = tuple(value) if isinstance(value, Sequence) else (value, value)
-    if len(values) != 2 or not all(isinstance(v, int) for v in values):
-        raise ValueError(f"{name}: expected an integer or two of them, got {value!r}")
-    return values
+    """value or (value, value), as PyTorch's convolutions and pools take it."""
+    if type(value) is tuple and len(value) == 2 and type(value[0]) is type(value[1]) is int:
+        return value  # at once: a net in inference asks for every convolution
+    values = tuple(value) if isinstance(value, Sequence) else (value,)
+    values = values * 2 if len(values) == 1 else values
+    expected = "an integer or two of them"
+    if len(values) != 2:
+        raise ValueError(f"{name}: expected {expected}, got {given(value)}")
+    return integer(values[0], name, expected), integer(values[1], name, expected)
+
+
+def integer(value: Any, name: str, expected: str = "an integer", least: int | None = None) -> int:
+    """value as an int, no less than `least`; a bool is not an integer, as in PyTorch."""
+    whole = value
+    if not isinstance(value, (int, bool)):
+        try:
+            whole = operator.index(value)  # NumPy's integers too
+        except TypeError:
+            whole = True
+    if isinstance(whole, bool) or (least is not None and whole < least):
+        raise ValueError(f"{name}: expected {expected}, got {given(value)}")
+    return whole
+
+
+def check_flag(value: Any, name: str) -> None:
+    """Whether value is True or False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}: expected True or False, got {given(value)}")
+
+
+def check_list(value: Any, name: str) -> None:
+    """Whether value is a list or a tuple."""
+    if not isinstance(value, (list, tuple)):
+        raise ValueError(f"{name}: expected a list, got {given(value)}")
+
+
+def check_callable(value: Any, name: str) -> None:
+    """Whether value is None or can be called."""
+    if value is not None and not callable(value):
+        raise ValueError(f"{name}: expected a callable or None, got {given(value)}")
+
+
+def check_number(value: Any, name: str) -> None:
+    """Whether value is a finite number."""
+    if not is_number(value):
+        raise ValueError(f"{name}: expected a finite number, got {given(value)}")
+
+
+def check_tensor(value: Any, name: str) -> None:
+    """Whether value is a dense tensor, or stands for a tensor as the proxies of `torch.fx` do."""
+    if not isinstance(value, Tensor):
+        if not hasattr(value, "__torch_function__"):
+            raise ValueError(f"{name}: expected a torch.Tensor, got {given(value)}")
+    elif value.layout is not torch.strided:
+        raise ValueError(f"{name}: expected a strided (dense) tensor, got {value.layout}")
+
+
+def check_tensors(**values: Any) -> None:
+    """`check_tensor` of each value that is not None."""
+    for name, value in values.items():
+        if value is not None:
+            check_tensor(value, name)
+
+
+def check_options(training: bool, momentum: float, relu: bool) -> None:
+    """Whether the options of a normalization are of their types."""
+    check_flag(training, "training")
+    check_number(momentum, "momentum")
+    check_flag(relu, "relu")
 
 
 def check_impl(impl: str) -> str:
     """`impl` itself when it is one of `backend.IMPLS`."""
-    if impl not in IMPLS:
-        raise ValueError(f"impl: expected one of {', '.join(map(repr, IMPLS))}, got {impl!r}")
+    if not isinstance(impl, str) or impl not in IMPLS:
+        raise ValueError(f"impl: expected one of {', '.join(map(repr, IMPLS))}, got {given(impl)}")
     return impl
 
 
@@ -41,11 +107,7 @@ def check_chain(
     normalization over one value a channel (one over several processes looks for itself).
     """
     check_impl(chain.impl)
-    if x.dim() != 4:
-        raise ValueError(f"x: expected 4 dimensions [N, C, H, W], got shape {tuple(x.shape)}")
-    if x.dtype not in DTYPES:
-        names = ", ".join(_name(d) for d in DTYPES)
-        raise ValueError(f"x: expected one of {names}, got {_name(x.dtype)}")
+    check_activations(x)
     n = len(chain.convs)
     shapes = [tuple(x.shape)]
     for conv, params in zip(chain.convs, convs[:n], strict=True):
@@ -83,6 +145,16 @@ def check_chain(
                 f"x: expected more than 1 value per channel when training, got input size {shape}"
             )
     return counts
+
+
+def check_activations(x: Tensor) -> None:
+    """Whether x is [N,C,H,W] of a dtype that the ops take."""
+    if x.is_nested or x.dim() != 4:
+        shape = "a nested tensor" if x.is_nested else f"shape {tuple(x.shape)}"
+        raise ValueError(f"x: expected 4 dimensions [N, C, H, W], got {shape}")
+    if x.dtype not in DTYPES:
+        names = ", ".join(_name(d) for d in DTYPES)
+        raise ValueError(f"x: expected one of {names}, got {_name(x.dtype)}")
 
 
 def _conv_shape(

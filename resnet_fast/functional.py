@@ -1,13 +1,14 @@
 """The public functions: conv_bn_act, bn_act, add_relu and the residual chain.
 
 Each checks its arguments, follows autocast, picks the inference or the autograd path, and updates
-running statistics. Layout: x in NCHW or channels_last; the result keeps x's format.
+running statistics. Layout: x in NCHW or channels_last; the result keeps x's format. Under a
+transform that follows PyTorch's own ops alone (`guard.transformed`) those ops run instead.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +18,23 @@ from . import ops, replay
 from .autograd import ChainFunction
 from .autograd.chain import Tensors, unflatten
 from .chain import Chain, Conv, ConvParams, Norm, NormParams
-from .checks import check_chain, pair
+from .checks import (
+    check_activations,
+    check_chain,
+    check_impl,
+    check_options,
+    check_tensor,
+    check_tensors,
+    integer,
+    pair,
+)
+from .guard import transformed
 from .layout import memory_format
+from .plain import plain_chain
 from .reference import stats_dtype
+
+if TYPE_CHECKING:
+    from .blocks import Parts
 
 # Asked once: the compiler of torch 2.6 does not trace the question.
 AUTOCAST_DEVICES = frozenset(
@@ -115,12 +130,12 @@ def conv_bn_act(
     the batch's statistics when `training`, else the running ones.
 
     Args:
-        x: [N,C,H,W] fp32, fp64, bf16 or fp16, NCHW or channels_last. Under autocast it is cast.
+        x: [N,C,H,W] fp32, fp64, bf16 or fp16, NCHW or channels_last. Autocast casts it.
         weight: [K,C/groups,R,S], x's dtype or fp32.
         bn_weight, bn_bias: [K] or None (1 and 0).
         running_mean, running_var: [K]; updated in place when `training`; may be None only then.
         bias: [K], the convolution's own, or None.
-        residual: like y, or None.
+        residual: like y, or None. Another dtype is promoted, as PyTorch's addition does.
         impl: "auto", "reference", "native" or "triton" (`resnet_fast.backend`).
 
     Returns:
@@ -135,8 +150,15 @@ def conv_bn_act(
 
     Source: Ioffe & Szegedy 2015, arXiv:1502.03167; He et al. 2015, arXiv:1512.03385, eq. 1.
     """
+    check_tensor(x, "x")
+    check_tensor(weight, "weight")
+    check_tensors(
+        bn_weight=bn_weight, bn_bias=bn_bias, running_mean=running_mean, running_var=running_var,
+        bias=bias, residual=residual,
+    )  # fmt: skip
+    check_options(training, momentum, relu)
     geometry = (pair(stride, "stride"), pair(padding, "padding"), pair(dilation, "dilation"))
-    conv = Conv(*geometry, groups)
+    conv = Conv(*geometry, integer(groups, "groups"))
     norm = Norm(eps, training or running_mean is None)
     shortcut = "none" if residual is None else "residual"
     chain = Chain((conv,), (None, norm), relu, shortcut, impl=impl)
@@ -165,6 +187,12 @@ def bn_act(
     Saved for backward: x, four [C] vectors, a bit mask.
     Source: Ioffe & Szegedy 2015, arXiv:1502.03167.
     """
+    check_tensor(x, "x")
+    check_tensors(
+        bn_weight=bn_weight, bn_bias=bn_bias, running_mean=running_mean, running_var=running_var,
+        residual=residual,
+    )  # fmt: skip
+    check_options(training, momentum, relu)
     norm = Norm(eps, training or running_mean is None)
     shortcut = "none" if residual is None else "residual"
     chain = Chain((), (norm,), relu, shortcut, impl=impl)
@@ -178,6 +206,8 @@ def add_relu(x: Tensor, residual: Tensor, *, impl: str = "auto") -> Tensor:
 
     Source: He et al. 2015, arXiv:1512.03385, section 3.2.
     """
+    check_tensor(x, "x")
+    check_tensor(residual, "residual")
     chain = Chain((), (None,), True, "residual", impl=impl)
     return run_chain(chain, x, Tensors((), (NormParams(), NormParams())), residual, (None, None))
 
@@ -187,6 +217,11 @@ def global_avg_pool(x: Tensor, *, impl: str = "auto") -> Tensor:
 
     One launch where no gradient is wanted; else PyTorch's own, whose gradient is PyTorch's too.
     """
+    check_tensor(x, "x")
+    check_impl(impl)
+    if transformed(x):
+        return F.adaptive_avg_pool2d(x, 1)
+    check_activations(x)
     if _wants_gradient(x):
         return F.adaptive_avg_pool2d(x, 1)
     x = x.contiguous(memory_format=memory_format(x))
@@ -211,8 +246,13 @@ def run_chain(
 
     Raises: as `conv_bn_act`.
     """
-    if chain.convs or (residual is not None and residual.dtype != x.dtype):
-        x, residual = autocast(x), None if residual is None else autocast(residual)
+    if transformed(x) or (residual is not None and transformed(residual)):
+        return plain_chain(chain, x, tensors, residual, running)
+    dtype = autocast_dtype(x) if chain.convs else x.dtype
+    if promotes(chain, x) or (residual is not None and residual.dtype != dtype):
+        return _promoted(chain, x, tensors, residual, running)
+    if dtype != x.dtype:
+        x = x.to(dtype)
     counts = check_chain(chain, x, *tensors, residual)
     weight = tensors.convs[0].weight if tensors.convs else None
     fmt = memory_format(x, weight)
@@ -239,6 +279,40 @@ def run_chain(
     if follow:
         update_running(follow)
     return y
+
+
+def _promoted(
+    chain: Chain,
+    x: Tensor,
+    tensors: Tensors,
+    residual: Tensor | None,
+    running: Sequence[Running | None],
+) -> Tensor:
+    """`run_chain` in PyTorch's promotion, where autocast or the residual mixes dtypes.
+
+    A norm before the first convolution takes x as it is, and a convolution what autocast makes of
+    it; the addition takes the wider of its operands' dtypes.
+    """
+    norms, skip = chain.norms, x if chain.shortcut == "identity" else residual
+    h = x
+    if promotes(chain, x) and norms[0] is not None:
+        start = Chain((), norms[:1], impl=chain.impl)
+        params = Tensors((), (tensors.norms[0], NormParams()))
+        h = run_chain(start, x, params, None, (running[0], None))
+        norms, running = (None, *norms[1:]), (None, *running[1:])
+    if chain.convs or norms[0] is not None:
+        rest = Chain(
+            chain.convs, norms, chain.relu and skip is None,
+            chain.shortcut if skip is None else "none", chain.projection, chain.projection_norm,
+            chain.keep_activations, chain.impl, chain.pool,
+        )  # fmt: skip
+        h = run_chain(rest, h, tensors, None, running)
+    if skip is None:
+        return h
+    dtype = torch.promote_types(h.dtype, skip.dtype)
+    add = Chain((), (None,), chain.relu, "residual", impl=chain.impl)
+    nothing = Tensors((), (NormParams(), NormParams()))
+    return run_chain(add, h.to(dtype), nothing, skip.to(dtype), (None, None))
 
 
 def _infer(chain: Chain, x: Tensor, residual: Tensor | None, *flat: Tensor | None) -> Tensor:
@@ -291,17 +365,37 @@ def _infer(chain: Chain, x: Tensor, residual: Tensor | None, *flat: Tensor | Non
 
 
 def _wants_gradient(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    """Whether a graph is to be made; an exported program has none."""
+    if not torch.is_grad_enabled() or _exporting():
+        return False
+    return any(t is not None and t.requires_grad for t in tensors)
+
+
+def _exporting() -> bool:
+    # What is_exporting reads: it is true in all of torch.compile in torch 2.11. 2.6 has no flag.
+    return getattr(torch.compiler, "_is_exporting_flag", False)
+
+
+def promotes(chain: Chain | Parts, x: Tensor) -> bool:
+    """Whether autocast casts x for convolutions of `chain`, and something else takes x as it is.
+
+    That is a norm before the first convolution, or the addition of a shortcut made of x.
+    """
+    if len(chain.convs) == 0 or autocast_dtype(x) == x.dtype:
+        return False
+    return chain.norms[0] is not None or chain.shortcut in ("identity", "zero_pad")
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which a convolution takes x: autocast's where it is on (double stays double)."""
+    device = x.device.type
+    if x.dtype == torch.float64 or not x.is_floating_point() or device not in AUTOCAST_DEVICES:
+        return x.dtype
+    if not torch.is_autocast_enabled(device):
+        return x.dtype
+    return torch.get_autocast_dtype(device)
 
 
 def autocast(x: Tensor) -> Tensor:
-    """x in autocast's dtype where autocast is on for its device (double stays double).
-
-    As in PyTorch, convolutions ask for it; a normalization or an addition alone takes what it gets.
-    """
-    device = x.device.type
-    if x.dtype == torch.float64 or device not in AUTOCAST_DEVICES:
-        return x
-    if not torch.is_autocast_enabled(device):
-        return x
-    return x.to(torch.get_autocast_dtype(device))
+    """x as a convolution takes it under autocast; a norm or an addition takes x as it is."""
+    return x.to(autocast_dtype(x))

@@ -7,17 +7,18 @@ class back. `resnet_fast.fusion` says what is recognized, and how it runs.
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from . import backend
 from .checks import check_impl
+from .copies import copy_modules
 from .fusion.survey import survey
 from .fusion.swap import Swapped, apply, restore, runs
+from .guard import watched
 from .models import ResNet
 from .modules import PLAIN, Fused
 
@@ -26,14 +27,15 @@ def fuse(model: nn.Module, *, impl: str = "auto", inplace: bool = False) -> nn.M
     """`model` with all that `explain` lists as fusible run by this package; the same mathematics.
 
     Recognized by dataflow, whatever the classes are called: residual blocks (basic, bottleneck,
-    ResNeXt, wide, pre-activation; shortcut identity, projection or any child called on x), chains
-    of Conv2d, BatchNorm2d or SyncBatchNorm, and ReLU in a `Sequential` and in other forwards. Our
-    own modules and models are switched to their fused forward. All else is left alone. Fusing again
-    starts anew.
+    ResNeXt, wide, pre-activation; shortcut identity, projection or any child called on x), and in
+    all other forwards chains of Conv2d, BatchNorm2d or SyncBatchNorm, ReLU and MaxPool2d. Modules
+    and models of this package are switched to their fused forward. Fusing again starts anew.
 
-    Hooks: those of a fused module run as ever. A module inside it that would no longer be called,
-    or be called with something else, must have none: where it has, the surrounding chain is left
-    alone; where it gets some later, the original forward runs again. `explain` says so.
+    A fused forward computes what the original would, or the original runs. The original runs where
+    a child has hooks or more than its class, where anything has changed that the forward read when
+    it was fused, under global module hooks, `torch.func`, forward-mode AD, `torch.fx` and
+    `torch.jit`. A forward with side effects, or that decides by more than its arguments,
+    attributes and mode, is left alone; `explain` says so.
 
     Args:
         model: any module. In fp32, fp64, bf16 or fp16, on any device, in either mode.
@@ -47,14 +49,13 @@ def fuse(model: nn.Module, *, impl: str = "auto", inplace: bool = False) -> nn.M
         The fused model, with the same state-dict keys and train/eval flags.
 
     Raises:
-        TypeError: `model` is no nn.Module.
+        TypeError: `model` is not an nn.Module, or cannot be copied.
         ValueError: an unknown `impl`. One that cannot run here raises RuntimeError when called.
     """
     check_impl(impl)
     model = _prepare(model, inplace)
-    for module in model.modules():
-        restore(module)
-    for module, plan in survey(model).plans:
+    restore(model)
+    for module, plan in survey(model, impl).plans:
         apply(module, plan, impl)
     return model
 
@@ -67,13 +68,13 @@ def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     """
     model = _prepare(model, inplace)
     for path, module in model.named_modules():
-        restore(module)
+        if isinstance(module, Fused) and type(module) not in PLAIN:
+            raise TypeError(f"{path}: {type(module).__name__} has no plain twin to go back to")
+    restore(model)
+    for module in model.modules():
         if isinstance(module, ResNet):
             module.switch(False)
-        if isinstance(module, Fused):
-            if type(module) not in PLAIN:
-                raise TypeError(f"{path}: {type(module).__name__} has no plain twin to go back to")
-            module.__class__ = PLAIN[type(module)]
+        module.__class__ = PLAIN.get(type(module), type(module))
     return model
 
 
@@ -81,7 +82,7 @@ def explain(model: nn.Module) -> Report:
     """What of `model` is fused, what `fuse(model)` would fuse, what it leaves alone and why.
 
     `print(explain(model))` shows a table; `.rows` holds it as data, `.impls` what "auto" picks.
-    `model` is not changed.
+    `model` is not changed: forwards run on copies, with fake tensors.
     """
     modules = list(_checked(model).modules())
     swapped = {module: type(module) for module in modules if isinstance(module, Swapped)}
@@ -94,7 +95,9 @@ def explain(model: nn.Module) -> Report:
             module.__class__ = cls
     rows = []
     for path, what, why, holder, plan in found:
-        state = "fused" if runs(holder, plan) else "left alone" if why else "fusible"
+        if plan is not None and watched():
+            plan, why = None, "hooks of all modules are set, and a fused forward calls no children"
+        state = "left alone" if plan is None else "fused" if runs(holder, plan) else "fusible"
         rows.append(Line(path or "(model)", what, state, why))
     first = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     where = first.device.type, first.dtype
@@ -138,12 +141,10 @@ def _checked(model: nn.Module) -> nn.Module:
 
 def _prepare(model: nn.Module, inplace: bool) -> nn.Module:
     """`model`, or a copy of its modules around the same tensors."""
+    _checked(model)
     if inplace:
-        return _checked(model)
-    memo: dict[int, Any] = {}
-    for module in _checked(model).modules():
-        for values in (module._parameters, module._buffers, vars(module)):
-            memo |= {id(value): value for value in values.values() if isinstance(value, Tensor)}
-        if isinstance(module, nn.SyncBatchNorm):  # its processes cannot be copied
-            memo[id(module.process_group)] = module.process_group
-    return copy.deepcopy(model, memo)
+        return model
+    try:
+        return copy_modules(model)
+    except TypeError as error:
+        raise TypeError(f"model: cannot be copied ({error}); use inplace=True") from error

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from . import backend
-from .blocks import NORMS, Parts
-from .functional import autocast
+from .blocks import Parts
+from .checks import pair
+from .functional import autocast, promotes
+from .guard import windows_of
 from .layout import memory_format
 from .ops import traced
 
@@ -27,16 +29,16 @@ NO_NORM = (None,) * 4
 def infer(chains: Iterable[Parts], x: Tensor, impl: str) -> Tensor | None:
     """y of `chains` on x [N,C,H,W], each on the result of the one before; None where it must not.
 
-    It must not where a gradient could be wanted, a norm would use the batch's statistics, somebody
-    looks on (a compiler, a tracer, a dispatch mode), or `impl` is not native for x.
+    It must not where a gradient could be wanted, a norm would use the batch's statistics, autocast
+    mixes dtypes, a compiler, a tracer or a dispatch mode looks on, or `impl` is not native for x.
     """
     if type(x) is not Tensor or x.dim() != 4 or traced():
         return None
     program: list[int] = []
     tensors: list[Tensor | None] = []
     eps: list[float] = []
-    for parts in chains:
-        if not _write(parts, program, tensors, eps):
+    for i, parts in enumerate(chains):
+        if (i == 0 and promotes(parts, x)) or not _write(parts, program, tensors, eps):
             return None
     x = autocast(x)
     if not tensors or not _native(x, impl, tensors):
@@ -84,12 +86,11 @@ def _write(
         held = conv._parameters
         weight, bias = held.get("weight"), held.get("bias")
         after = norms[i + 1]
-        unusual = isinstance(conv.padding, str) or conv.padding_mode != "zeros"
-        if weight is None or unusual or (bias is not None and after is None):
+        if weight is None or (bias is not None and after is None):
             return False
-        program += conv.stride
-        program += conv.padding
-        program += conv.dilation
+        program += pair(conv.stride, "stride")
+        program += pair(conv.padding, "padding")
+        program += pair(conv.dilation, "dilation")
         program.append(conv.groups)
         tensors += (weight, bias)
     for norm in norms:
@@ -99,7 +100,7 @@ def _write(
             continue
         running = norm._buffers
         mean, var = running.get("running_mean"), running.get("running_var")
-        if norm.training or mean is None or var is None or not isinstance(norm, NORMS):
+        if norm.training or mean is None or var is None:
             return False
         held = norm._parameters
         if norm.affine and ("weight" not in held or "bias" not in held):
@@ -107,6 +108,6 @@ def _write(
         tensors += (held.get("weight"), held.get("bias"), mean, var)
         eps.append(norm.eps)
     if pool is not None:
-        for size in (pool.kernel_size, pool.stride, pool.padding):
-            program += (size, size) if isinstance(size, int) else size
+        windows = windows_of(pool)
+        program += (*windows.kernel, *windows.stride, *windows.padding)
     return True

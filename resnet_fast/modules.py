@@ -1,7 +1,9 @@
 """The fused modules: the blocks of `resnet_fast.blocks` with a forward pass in fused launches.
 
 Each is an ordinary `nn.Module` with ordinary `nn.Conv2d` and `nn.BatchNorm2d` children that hold
-the parameters and running statistics; only `forward` differs, so children's own hooks do not run.
+the parameters and running statistics; only `forward` differs. Where a child is more than that (it
+has hooks or a forward of its own) or the call is transformed, the plain forward runs
+(`resnet_fast.guard`).
 Statistics follow each BatchNorm child's own `training` flag: `bn.eval()` freezes that one.
 An `nn.SyncBatchNorm` in the place of an `nn.BatchNorm2d` shares them, in training, with the other
 processes of its `process_group`, on every device (`resnet_fast.autograd.sync`).
@@ -9,15 +11,19 @@ processes of its `process_group`, on every device (`resnet_fast.autograd.sync`).
 
 from __future__ import annotations
 
+import copy
+
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import blocks
 from .autograd.chain import Tensors
 from .autograd.sync import group_of
-from .blocks import NORMS, Parts, zero_pad
-from .chain import Chain, Conv, ConvParams, Norm, NormParams, Pool
+from .blocks import Parts, zero_pad
+from .chain import Chain, Conv, ConvParams, Norm, NormParams
 from .checks import check_impl, pair
 from .functional import Running, global_avg_pool, run_chain
+from .guard import fusible, transformed, windows_of
 from .inference import infer
 
 
@@ -38,7 +44,8 @@ def run_fused(
         y = infer((parts,), x, impl)
         if y is not None:
             return y
-        residual = zero_pad(x, parts) if parts.shortcut == "zero_pad" else None
+        if parts.shortcut == "zero_pad":
+            residual = zero_pad(x, parts.stride, parts.convs[-1].out_channels)
     shortcut = "residual" if residual is not None else parts.shortcut
     convs, norms = parts.convs, (*parts.norms, parts.projection_norm)
     if parts.projection is not None:
@@ -52,7 +59,7 @@ def run_fused(
         keep_activations, impl, None if parts.pool is None else windows_of(parts.pool),
     )  # fmt: skip
     tensors = Tensors(
-        tuple(ConvParams(conv.weight, conv.bias) for conv in convs),
+        tuple(ConvParams(*_held(conv, "_parameters", ("weight", "bias"))) for conv in convs),
         tuple(_params(norm) for norm in norms),
     )
     running = [None if norm is None else _running(norm) for norm in norms]
@@ -60,53 +67,13 @@ def run_fused(
 
 
 def _geometry(conv: nn.Conv2d) -> Conv:
-    if isinstance(conv.padding, str) or conv.padding_mode != "zeros":
-        raise ValueError(
-            f"padding: expected numbers and zero padding, got padding={conv.padding!r} and "
-            f"padding_mode={conv.padding_mode!r}"
-        )
-    return Conv(conv.stride, conv.padding, conv.dilation, conv.groups)
-
-
-def windows_of(pool: nn.MaxPool2d) -> Pool:
-    """The windows of `pool`; ValueError, naming the argument, where no chain can end with them."""
-    if pair(pool.dilation, "dilation") != (1, 1):
-        raise ValueError(f"dilation: expected 1 of a fused max-pool, got {pool.dilation!r}")
-    for name in ("ceil_mode", "return_indices"):
-        if getattr(pool, name):
-            raise ValueError(f"{name}: expected False of a fused max-pool")
-    sizes = {"kernel": pool.kernel_size, "stride": pool.stride, "padding": pool.padding}
-    return Pool(*(pair(value, name) for name, value in sizes.items()))
-
-
-def hooked(module: nn.Module) -> bool:
-    """Whether a call of `module` would run hooks."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
-
-
-def ends_chain(module: nn.Module) -> bool:
-    """Whether `module` is a max-pool, called for nothing else, that a chain can end with."""
-    if type(module) is not nn.MaxPool2d or hooked(module) or "forward" in vars(module):
-        return False
-    try:
-        windows_of(module)
-    except ValueError:
-        return False
-    return True
+    names = ("stride", "padding", "dilation")
+    return Conv(*(pair(getattr(conv, name), name) for name in names), conv.groups)
 
 
 def _rule(norm: nn.BatchNorm2d | nn.SyncBatchNorm | None) -> Norm | None:
     if norm is None:
         return None
-    if not isinstance(norm, NORMS):
-        raise ValueError(
-            f"norm: expected nn.BatchNorm2d or nn.SyncBatchNorm, got {type(norm).__name__}"
-        )
     shares = isinstance(norm, nn.SyncBatchNorm) and norm.training
     group = group_of(norm.process_group) if shares else None
     return Norm(norm.eps, norm.training or norm.running_mean is None, group)
@@ -115,7 +82,17 @@ def _rule(norm: nn.BatchNorm2d | nn.SyncBatchNorm | None) -> Norm | None:
 def _params(norm: nn.BatchNorm2d | nn.SyncBatchNorm | None) -> NormParams:
     if norm is None:
         return NormParams()
-    return NormParams(norm.weight, norm.bias, norm.running_mean, norm.running_var)
+    statistics = _held(norm, "_buffers", ("running_mean", "running_var"))
+    return NormParams(*_held(norm, "_parameters", ("weight", "bias")), *statistics)
+
+
+def _held(module: nn.Module, place: str, names: tuple[str, str]) -> list[Tensor | None]:
+    """Attributes of `module` from where it keeps them, which is much faster than by attribute.
+
+    Replicas of `nn.DataParallel` keep them elsewhere.
+    """
+    held = module.__dict__[place]
+    return [held[name] if name in held else getattr(module, name) for name in names]
 
 
 def _running(norm: nn.BatchNorm2d | nn.SyncBatchNorm) -> Running | None:
@@ -144,11 +121,24 @@ class Fused:
         self.impl = check_impl(impl)
         self.keep_activations = keep_activations
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """y of the block, x and y [N,C,H,W]; `residual` is added before the last ReLU."""
+    def forward(self, x: Tensor) -> Tensor:
+        """y of the block, x and y [N,C,H,W]."""
+        return self._forward(x)
+
+    def _forward(self, x: Tensor, *residual: Tensor | None) -> Tensor:
+        parts = self.parts()
+        if parts is None or not fusible(x, parts):
+            return super().forward(x, *residual)
         return run_fused(
-            self.parts(), x, residual, impl=self.impl, keep_activations=self.keep_activations
+            parts, x, *residual, impl=self.impl, keep_activations=self.keep_activations
         )
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What `torch.jit.script` compiles: the plain twin, around the same children."""
+        twin = copy.copy(self)
+        twin.__class__ = PLAIN.get(type(self), type(self))
+        twin._modules = self._modules.copy()  # script puts prepared children there
+        return twin
 
     def extra_repr(self) -> str:
         inherited = super().extra_repr()
@@ -157,6 +147,10 @@ class Fused:
 
 class ConvBNAct2d(Fused, blocks.ConvBNAct2d):
     __doc__ = blocks.ConvBNAct2d.__doc__
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """y [N,K,P,Q] of x [N,C,H,W]; `residual`, of y's shape, is added before the ReLU."""
+        return self._forward(x, residual)
 
 
 class BasicBlock(Fused, blocks.BasicBlock):
@@ -186,7 +180,13 @@ class GlobalAvgPool2d(nn.AdaptiveAvgPool2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Mean over H and W."""
+        if transformed(input) or input.dim() != 4:
+            return F.adaptive_avg_pool2d(input, self.output_size)
         return global_avg_pool(input, impl=self.impl)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What `torch.jit.script` compiles."""
+        return nn.AdaptiveAvgPool2d(self.output_size)
 
 
 PLAIN = {

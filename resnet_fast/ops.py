@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._device import DeviceContext
 
 from . import backend
 from .chain import Conv, Pool
+from .guard import function_modes
 from .layout import mask_shape, memory_format
 from .reference import stats_dtype
 
@@ -72,15 +72,9 @@ def traced() -> bool:
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
         or torch._C._len_torch_dispatch_stack() > 0
-        or (torch._C._len_torch_function_stack() > 0 and _function_modes())
+        or function_modes()
         or torch._C._are_functorch_transforms_active()
     )
-
-
-def _function_modes() -> bool:
-    """Whether there are any but that of `torch.set_default_device`, which looks at no op."""
-    stack = torch.overrides._get_current_function_mode_stack()
-    return any(type(mode) is not DeviceContext for mode in stack)
 
 
 def _vector(x: Tensor, size: Any) -> Tensor:

@@ -261,6 +261,26 @@ class PooledConv(nn.Module):
         return self.pool(self.relu(self.bn(self.conv(x))))
 
 
+class SharedNorm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.other, self.bn = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return self.bn(self.conv(x)) * self.bn(self.other(x))
+
+
+class SharedReLU(nn.Module):
+    """Its ReLU is also called on something that is no norm's result."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.relu = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU()
+
+    def forward(self, x):
+        return self.relu(self.bn(self.conv(x))) * self.relu(x)
+
+
 def vgg():
     """One `Sequential` in the manner of VGG, with biased convolutions among others."""
     return nn.Sequential(
@@ -334,10 +354,14 @@ MODELS = {
         {"(model)": f"PreAct: {PREACT} + raw(x)"},
     ),
     "no-shortcut": (DoubleConv, (2, 3, 8, 8), {"(model)": f"DoubleConv: {BASIC} relu"}),
-    "attention": (Attention, (2, 4, 8, 8), {"conv1": UNIT, "conv2": "conv norm"}),
-    "dense": (Dense, (2, 4, 8, 8), {"norm1": "norm relu", "conv1": UNIT}),
+    "attention": (Attention, (2, 4, 8, 8), {"conv1": BASIC}),
+    "dense": (Dense, (2, 4, 8, 8), {"norm1": PREACT}),
     "siamese": (Siamese, (2, 4, 8, 8), {"conv": UNIT}),
-    "pooled-twice": (lambda: Pooled(True), (2, 4, 8, 8), {"conv": f"{UNIT} pool"}),
+    "shared-norm": (
+        SharedNorm, (2, 4, 8, 8), {"conv": "conv norm", "other": "conv norm"},
+    ),
+    "shared-relu": (SharedReLU, (2, 4, 8, 8), {"conv": UNIT}),
+    "pooled-twice": (lambda: Pooled(True), (2, 4, 8, 8), {"conv": UNIT}),
     "pooled-and-read": (Pooled, (2, 4, 8, 8), {"conv": UNIT}),
     "rounded-up": (
         lambda: Pooled(True, ceil_mode=True), (2, 4, 9, 9), {"conv": UNIT},
@@ -345,6 +369,42 @@ MODELS = {
     "pooled-whole": (PooledConv, (2, 4, 8, 8), {"(model)": f"PooledConv: {UNIT} pool"}),
     "vgg": (vgg, (2, 3, 8, 8), {"0": f"{BASIC} relu pool", "7": UNIT}),
 }  # fmt: skip
+
+
+class Iterating(nn.Module):
+    """A `Sequential` whose children are called one by one."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(*double(4, 4))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x * 2
+
+
+class Flag(nn.Module):
+    """A block that is only called with a further argument."""
+
+    class Unit(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(4, 4, 1, bias=False), nn.BatchNorm2d(4)
+
+        def forward(self, x, norm=True):
+            return F.relu(self.bn(self.conv(x))) if norm else F.relu(self.conv(x))
+
+    def __init__(self):
+        super().__init__()
+        self.unit = Flag.Unit()
+
+    def forward(self, x):
+        return self.unit(x, norm=False)
+
+
+# Models that call their children in ways of their own, with the shape of x.
+CALLED = {"iterating": (Iterating, (2, 4, 8, 8)), "flag": (Flag, (2, 4, 8, 8))}
 
 
 class TwoReaders(nn.Module):
@@ -355,26 +415,6 @@ class TwoReaders(nn.Module):
     def forward(self, x):
         z = self.conv(x)
         return self.relu(self.bn(z)) * z
-
-
-class SharedNorm(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv, self.other, self.bn = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
-
-    def forward(self, x):
-        return self.bn(self.conv(x)) * self.bn(self.other(x))
-
-
-class SharedReLU(nn.Module):
-    """Its ReLU also reads something that is no norm, so it cannot wait for one."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv, self.bn, self.relu = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU()
-
-    def forward(self, x):
-        return self.relu(self.bn(self.conv(x))) * self.relu(x)
 
 
 class Branching(Basic):
@@ -474,12 +514,12 @@ LEFT_ALONE = {
     "transposed": (
         lambda: basic(conv2=nn.ConvTranspose2d(4, 4, 3, padding=1)), "conv2", "ConvTranspose2d",
     ),
-    "group-norm": (lambda: basic(bn2=nn.GroupNorm(2, 4)), "conv2", "bn2, which is of class Group"),
+    "group-norm": (lambda: basic(bn2=nn.GroupNorm(2, 4)), "(model)", "bn2 is of class Group"),
     "instance-norm": (lambda: basic(bn2=nn.InstanceNorm2d(4)), "(model)", "class InstanceNorm2d"),
     "relu6": (lambda: basic(relu=nn.ReLU6()), "(model)", "relu is of class ReLU6"),
-    "silu": (lambda: nn.Sequential(conv(), nn.SiLU()), "0", "no BatchNorm2d"),
+    "silu": (lambda: nn.Sequential(conv(), nn.SiLU()), "0", "goes to 1, which is of class SiLU"),
     "forward-hook": (lambda: hook("conv2", "register_forward_hook"), "conv2", "it has hooks"),
-    "pre-hook": (lambda: hook("bn2", "register_forward_pre_hook"), "conv2", "bn2, which has hooks"),
+    "pre-hook": (lambda: hook("bn2", "register_forward_pre_hook"), "(model)", "bn2 has hooks"),
     "backward-hook": (
         lambda: hook("conv2", "register_full_backward_hook"), "(model)", "conv2 has hooks",
     ),
@@ -490,7 +530,6 @@ LEFT_ALONE = {
     ),
     "lazy": (lambda: basic(conv1=nn.LazyConv2d(4, 3, padding=1)), "conv1", "is lazy"),
     "read-twice": (TwoReaders, "conv", "goes to 2 places"),
-    "shared-norm": (SharedNorm, "conv", "bn is also called elsewhere"),
     "control-flow": (lambda: Branching(4, 4), "(model)", "cannot be traced: TraceError: symbolic"),
     "no-named-input": (lambda: Wrapper(conv()), "(model)", "names no input"),
     "untraced-list": (lambda: Wrapper(nn.ModuleList([conv()])), "conv.0", "no forward that can be"),

@@ -4,9 +4,13 @@ import pytest
 import torch
 import twins
 from calls import CASES, OPS, away_from_kink
+from chain_cases import CHAINS, draw, leaves, with_options
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 import resnet_fast
+from resnet_fast.functional import run_chain
+from resnet_fast.layout import memory_format
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -218,6 +222,91 @@ def test_checkpoint(impl, kind):
     assert torch.equal(leaf.grad, expected["dx"])
     for name, parameter in module.named_parameters():
         assert torch.equal(parameter.grad, expected[f"d{name}"]), name
+
+
+def gradients(chain, dtype=torch.float32, layout=torch.channels_last, run=run_chain):
+    """dy and the gradient of every leaf of a drawn chain."""
+    x, residual, tensors = draw(chain, layout, dtype, bias=True)
+    y = run(chain, x, tensors, residual, [None] * len(chain.all_norms))
+    torch.manual_seed(1)  # a compiler may have drawn
+    dy = torch.randn(y.shape, dtype=torch.float64).to(dtype).contiguous(memory_format=layout)
+    return dy, torch.autograd.grad(y, leaves(x, residual, tensors), dy)
+
+
+def check_own_memory(dy, grads):
+    """Each gradient, and dy, may change in place without the others."""
+    everything = [dy, *grads]
+    for i, grad in enumerate(everything):
+        before = [other.clone() for other in everything[i + 1 :]]
+        grad.fill_(torch.nan)
+        for other, value in zip(everything[i + 1 :], before, strict=True):
+            assert torch.equal(other, value)
+
+
+SOME = pytest.mark.parametrize(
+    "name",
+    ["conv-norm-pool", "conv-bare", "conv-frozen-residual", "norm-linear-residual", "add-relu", "add",
+     "basic", "basic-projection", "basic-projection-linear", "bottleneck", "preact-projection"],
+)  # fmt: skip
+
+
+@SOME
+def test_gradients_have_memory_of_their_own(impl, name):
+    """Also where two are equal: biases of the last norm and of the projection's, x and residual."""
+    impl.need(torch.float32, *OPS)
+    chain = with_options(CHAINS[name], impl.name)
+    dy, grads = gradients(chain)
+    expected = gradients(chain, torch.float64, run=twins.run_chain)[1]
+    for grad, value in zip(grads, expected, strict=True):
+        torch.testing.assert_close(grad.double(), value, rtol=1e-3, atol=1e-3)
+    check_own_memory(dy, grads)
+
+
+@SOME
+def test_compiled_gradients_have_memory_of_their_own(name):
+    torch._dynamo.reset()
+    chain = with_options(CHAINS[name], "reference")
+    compiled = torch.compile(run_chain, fullgraph=True, backend="aot_eager")
+    dy, grads = gradients(chain, run=compiled)
+    assert all(map(torch.equal, grads, gradients(chain)[1]))
+    check_own_memory(dy, grads)
+
+
+UNPACKED = {  # what a hook makes of the strides of a saved tensor
+    "contiguous": lambda t: t.contiguous(),  # as save_on_cpu(pin_memory=True)
+    "channels_last": lambda t: t.to(memory_format=torch.channels_last) if t.dim() == 4 else t,
+    "transposed": lambda t: t.mT.contiguous().mT if t.dim() >= 2 else t,
+}
+
+
+@pytest.mark.parametrize("unpack", UNPACKED)
+@SOME
+def test_saved_tensors_in_another_format(impl, layout, name, unpack):
+    """Hooks may unpack what was saved, a pool's index and filters too, with other strides."""
+    impl.need(torch.float32, *OPS)
+    if name not in ("conv-norm-pool", "basic-projection"):
+        impl.need_speed()
+    for keep in (False, True):
+        chain = with_options(CHAINS[name], impl.name, keep)
+        expected = gradients(chain, layout=layout)[1]
+        with saved_tensors_hooks(lambda t: t, lambda t: UNPACKED[unpack](t.clone())):
+            grads = gradients(chain, layout=layout)[1]
+        for grad, value in zip(grads, expected, strict=True):
+            assert torch.equal(grad, value)
+            assert grad.dim() != 4 or memory_format(grad) == memory_format(value)
+
+
+@pytest.mark.parametrize("strict", [True, False], ids=["strict", "non-strict"])
+@BLOCK
+def test_export_with_gradients_on(kind, strict):
+    """torch.export records inference, also where parameters want gradients."""
+    module, x = block_and_input(kind)
+    module.eval()
+    program = torch.export.export(module, (x,), strict=strict)
+    names = {str(node.target) for node in program.graph.nodes}
+    assert "resnet_fast.conv_bn_act.default" in names
+    assert not any("conv_fprop" in name for name in names)
+    torch.testing.assert_close(program.module()(x), twins.plain(module)(x))
 
 
 def test_gradients_accumulate(impl):

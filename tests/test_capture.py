@@ -201,13 +201,19 @@ X, TARGET = torch.zeros(2, 3, 8, 8), torch.zeros(2, dtype=torch.long)
     ("call", "names"),
     [
         (lambda: graph(net(), X), "model: expected eval mode"),
-        (lambda: graph(net().eval(), [X]), "example: expected a tensor, got list"),
+        (lambda: graph(net().eval(), [X]), "example: expected a torch.Tensor, got a list"),
+        (lambda: graph(net().eval(), X.to_sparse()), "example: expected a strided"),
         (lambda: graph(lambda x: x, X), "model: expected an nn.Module"),
         (lambda: graph(net().eval(), X, warmup=0), "warmup: expected a positive integer, got 0"),
         (lambda: graph(net().eval(), X.to("meta")), "example: lies on meta"),
         (lambda: graph(net().eval(), X)(X[:1]), r"x: recorded as float32 \[2, 3, 8, 8\], got"),
         (lambda: graph(net().eval(), X)(X.double()), "x: recorded as float32 .*got float64"),
         (lambda: graph(net().eval(), X)(X, X), "expected x, got 2 tensors"),
+        (lambda: graph(net().eval(), X)(X.numpy()), "x: expected a torch.Tensor, got a ndarray"),
+        (lambda: step_of(net(), loss=0.5), "loss: expected a function of .logits, target., got 0"),
+        (lambda: step_of(net(), loss=lambda a, b: a), "loss: expected to give a scalar tensor"),
+        (lambda: step_of(net(), optimizer=0.1), "optimizer: expected a torch.optim.Optimizer"),
+        (lambda: step_of(net(), autocast="bf16"), "autocast: expected torch.bfloat16 or float16"),
         (lambda: step_of(net().eval()), "model: expected training mode"),
         (lambda: step_of(net(), optimizer=sgd(net())), "optimizer: expected one of the model's"),
         (lambda: step_of(net())(X, TARGET[:1]), r"target: recorded as int64 \[2\], got"),
@@ -218,8 +224,8 @@ def test_errors(call, names):
         call()
 
 
-def step_of(model, optimizer=None):
-    return graph_step(model, F.cross_entropy, optimizer or sgd(model), X, TARGET)
+def step_of(model, optimizer=None, loss=F.cross_entropy, **options):
+    return graph_step(model, loss, optimizer or sgd(model), X, TARGET, **options)
 
 
 def test_half_eval_mode_is_no_inference():

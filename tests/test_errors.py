@@ -1,7 +1,9 @@
 """Wrong input raises an error that names the argument and what was expected."""
 
+import math
 import re
 
+import numpy as np
 import pytest
 import torch
 import twins
@@ -9,14 +11,13 @@ from torch import nn
 
 import resnet_fast
 from resnet_fast import backend
-from resnet_fast.chain import Chain, Conv, Norm
-from resnet_fast.functional import add_relu, bn_act, conv_bn_act
+from resnet_fast.chain import Chain, Conv, Norm, Pool
+from resnet_fast.functional import add_relu, bn_act, conv_bn_act, global_avg_pool
 
 X = torch.randn(2, 4, 6, 6)
 W = torch.randn(8, 4, 3, 3)
 V4, V8 = torch.ones(4), torch.ones(8)
 META = torch.device("meta")
-GEOMETRY = "stride, dilation and padding: expected positive"
 
 
 def conv(x=X, weight=W, bn_weight=V8, bn_bias=V8, mean=V8, var=V8, **options):
@@ -57,15 +58,14 @@ CALLS = {  # name → call, start of the message, what the message says was expe
     "residual-broadcast": (
         lambda: add_relu(X, X[:1]), "residual: expected the output's shape (2, 4, 6, 6)", "(1, 4",
     ),
-    "residual-dtype": (lambda: add_relu(X, X.double()), "residual: expected x's dtype", "float64"),
     "residual-device": (lambda: norm(residual=X.to(META)), "residual: expected x's device", "meta"),
-    "residual-none": (lambda: add_relu(X, None), "residual", "shortcut"),
-    "stride-zero": (lambda: conv(stride=0), GEOMETRY, "(0, 0)"),
+    "residual-none": (lambda: add_relu(X, None), "residual: expected a torch.Tensor", "None"),
+    "stride-zero": (lambda: conv(stride=0), "stride: expected at least 1", "(0, 0)"),
     "stride-three": (lambda: conv(stride=(1, 2, 3)), "stride: expected an integer or two", "(1, 2"),
     "stride-float": (lambda: conv(stride=1.5), "stride: expected an integer or two", "1.5"),
-    "padding-negative": (lambda: conv(padding=-1), GEOMETRY, "(-1, -1)"),
+    "padding-negative": (lambda: conv(padding=-1), "padding: expected at least 0", "(-1, -1)"),
     "padding-same": (lambda: conv(padding="same"), "padding: expected an integer or two", "same"),
-    "dilation-zero": (lambda: conv(dilation=(1, 0)), GEOMETRY, "(1, 0)"),
+    "dilation-zero": (lambda: conv(dilation=(1, 0)), "dilation: expected at least 1", "(1, 0)"),
     "groups-divisor": (lambda: conv(groups=3), "groups: expected a divisor of 8 filters", "3"),
     "groups-zero": (lambda: conv(groups=0), "groups: expected a divisor of 8 filters", "0"),
     "kernel-too-large": (lambda: conv(X[:, :, :1, :1], padding=0), "x: 1x1 pixels are too", "3x3"),
@@ -84,6 +84,77 @@ def test_call(name):
     with pytest.raises(ValueError, match="^" + re.escape(start)) as error:
         call()
     assert says in str(error.value)
+
+
+GOOD = {  # a call that runs, by names of arguments
+    conv_bn_act: {
+        "x": X, "weight": W, "bn_weight": V8, "bn_bias": V8, "running_mean": V8, "running_var": V8,
+        "bias": V8, "residual": torch.zeros(2, 8, 6, 6), "stride": 1, "padding": 1, "dilation": 1,
+        "groups": 1, "training": False, "momentum": 0.1, "eps": 1e-5, "relu": True, "impl": "auto",
+    },
+    bn_act: {
+        "x": X, "bn_weight": V4, "bn_bias": V4, "running_mean": V4, "running_var": V4,
+        "residual": X, "training": False, "momentum": 0.1, "eps": 1e-5, "relu": True,
+        "impl": "auto",
+    },
+    add_relu: {"x": X, "residual": X, "impl": "auto"},
+    global_avg_pool: {"x": X, "impl": "auto"},
+}  # fmt: skip
+TENSOR = [5, 1.5, True, "x", [1.0], np.ones(4, np.float32), X.to_sparse(), nn.ReLU(), V4.int()]
+WHOLE = [None, 1.5, True, "1", (1, 1, 1), math.nan, np.ones(1), X, -1]
+NUMBER = [None, True, "0.1", (0.1,), math.nan, math.inf, np.ones(1), X]
+FLAG = [None, 0, 1.0, "False", (), np.ones(1), X]
+WRONG = {  # argument → values that it must not have
+    "x": [None, *TENSOR],
+    "weight": [None, *TENSOR],
+    **dict.fromkeys(("stride", "padding", "dilation", "groups"), WHOLE),
+    **dict.fromkeys(("training", "relu"), FLAG),
+    "momentum": NUMBER,
+    "eps": [-1, -1e-5, *NUMBER],
+    "impl": [None, 1, True, "cuda", ("auto",), np.ones(1), X],
+}
+TABLE = [
+    pytest.param(function, name, value, id=f"{function.__name__}-{name}-{i}")
+    for function, arguments in GOOD.items()
+    for name in arguments
+    for i, value in enumerate(WRONG.get(name, TENSOR))
+    if not (name == "residual" and isinstance(value, torch.Tensor) and value.shape == X.shape)
+]
+
+
+@pytest.mark.parametrize("gradients", [False, True], ids=["no-grad", "grad"])
+@pytest.mark.parametrize(("function", "name", "value"), TABLE)
+def test_every_wrong_argument_is_named(function, name, value, gradients):
+    with torch.set_grad_enabled(gradients), pytest.raises(ValueError, match=f"^{name}: expected"):
+        function(**{**GOOD[function], name: value})
+
+
+@pytest.mark.parametrize("function", GOOD, ids=lambda function: function.__name__)
+def test_right_arguments_pass(function):
+    """Also by the compiler, without a break in the graph."""
+    torch.compiler.reset()
+    run = torch.compile(function, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(run(**GOOD[function]), function(**GOOD[function]))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "same"),
+    [
+        ("eps", 0, 0.0),
+        ("eps", np.float32(0.5), 0.5),
+        ("momentum", np.float64(0.5), 0.5),
+        ("stride", np.int64(1), 1),
+        ("stride", [1], 1),
+        ("padding", [np.int32(1), 1], 1),
+        ("groups", np.int64(1), 1),
+    ],
+)
+def test_what_pytorch_takes_is_taken(name, value, same):
+    actual, expected = (
+        conv_bn_act(**{**GOOD[conv_bn_act], name: given}) for given in (value, same)
+    )
+    assert torch.equal(actual, expected)
 
 
 BUILDS = {  # constructions that do not fit
@@ -124,9 +195,20 @@ BUILDS = {  # constructions that do not fit
     "chain-projection-norm": (
         lambda: Chain((Conv(),), (None, Norm()), projection_norm=Norm()), "projection_norm: expect",
     ),
+    "norm-eps": (lambda: Norm(eps=-1e-5), "eps: expected a finite number from 0, got -1e-05"),
+    "norm-batch-stats": (lambda: Norm(batch_stats=1), "batch_stats: expected True or False"),
+    "pool-kernel": (lambda: Pool(3, (2, 2)), "kernel: expected two integers, got 3"),
+    "pool-stride": (lambda: Pool((3, 3), (0, 2)), "stride: expected at least 1, got (0, 2)"),
+    "conv-stride": (lambda: shape_of(stride=2), "stride: expected two integers, got 2"),
+    "conv-padding": (lambda: shape_of(padding="same"), "padding: expected two integers"),
+    "conv-groups": (lambda: shape_of(groups="1"), "groups: expected a divisor of 8 filters, got"),
     "norm-group": (lambda: Norm(batch_stats=False, group=object()), "group: expected None"),
     "chain-relu": (lambda: Chain((Conv(),), (None, None)), "relu: expected"),
 }  # fmt: skip
+
+
+def shape_of(**geometry):
+    return Conv(**geometry).output_shape(X.shape, W.shape)
 
 
 @pytest.mark.parametrize("name", BUILDS)

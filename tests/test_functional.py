@@ -1,11 +1,23 @@
 """conv_bn_act, bn_act and add_relu against PyTorch's own calls, in every dtype and layout."""
 
+import copy
+import functools
+
 import pytest
 import torch
+import torch.nn.functional as F
 import twins
 from calls import CASES, OPS, Call, away_from_kink, same_dtype
+from chain_cases import CHAINS, draw
+from torch import fx, nn
+from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
 
 import resnet_fast
+from resnet_fast import functional
+from resnet_fast.autograd.chain import Tensors
+from resnet_fast.chain import Chain, Norm, NormParams
+from resnet_fast.functional import Running, global_avg_pool, promotes, run_chain
 from resnet_fast.layout import memory_format
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -208,3 +220,241 @@ def test_ambiguous_formats_follow_the_filter():
         y = resnet_fast.conv_bn_act(image, filters, *nothing, training=True)
         assert memory_format(y) is layout
     assert memory_format(resnet_fast.conv_bn_act(x, w, *nothing)) is torch.contiguous_format
+
+
+NARROW = torch.bfloat16
+MIXED = {  # name → a block, and dtypes of x and of a residual
+    "basic": (lambda **o: resnet_fast.BasicBlock(8, 8, **o), torch.float32, None),
+    "basic-fp16": (lambda **o: resnet_fast.BasicBlock(8, 8, **o), torch.float16, None),
+    "basic-projection": (lambda **o: resnet_fast.BasicBlock(8, 16, 2, **o), torch.float32, None),
+    "basic-zero-pad": (
+        lambda **o: resnet_fast.BasicBlock(8, 16, 2, shortcut="zero_pad", **o), torch.float32, None,
+    ),
+    "preact": (lambda **o: resnet_fast.PreActBasicBlock(8, 8, **o), torch.float32, None),
+    "preact-bottleneck": (lambda **o: resnet_fast.PreActBottleneck(8, 2, **o), torch.float32, None),
+    "preact-projection": (
+        lambda **o: resnet_fast.PreActBottleneck(8, 4, 2, **o), torch.float32, None,
+    ),
+    "conv-residual": (lambda **o: resnet_fast.ConvBNAct2d(8, 8, 3, **o), NARROW, torch.float32),
+    "conv-residual-wide-x": (
+        lambda **o: resnet_fast.ConvBNAct2d(8, 8, 3, **o), torch.float32, torch.float32,
+    ),
+    "conv-residual-narrow": (
+        lambda **o: resnet_fast.ConvBNAct2d(8, 8, 3, **o), torch.float32, NARROW,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("name", MIXED)
+def test_promotion_under_autocast(impl, name, training):
+    """A norm before the convolutions and the addition take x as it is, as in plain PyTorch.
+
+    The dtype of y is plain's, and y, gradients and running statistics are as exact.
+    """
+    impl.need(NARROW, *OPS)
+    build, dtype, residual_dtype = MIXED[name]
+
+    def make():
+        module = build(impl=impl.name).to(memory_format=torch.channels_last)
+        for norm in module.modules():
+            if isinstance(norm, nn.BatchNorm2d):
+                nn.init.uniform_(norm.running_mean, -0.5, 0.5)
+                norm.momentum = None if training else 0.1
+        x = torch.randn(2, 8, 5, 4).to(NARROW).to(dtype)
+        return module.train(training), x.contiguous(memory_format=torch.channels_last)
+
+    module, x = twins.settled(make, NARROW) if residual_dtype is None else make()
+    residuals = {} if residual_dtype is None else {"residual": (x + 3.0).to(residual_dtype)}
+
+    def run(module, *inputs):
+        with torch.autocast(impl.device, NARROW):
+            return module(*inputs)
+
+    plain = twins.plain(module)
+    exact = copy.deepcopy(plain).double()
+    exact = twins.module_step(exact, x.double(), **{k: v.double() for k, v in residuals.items()})
+    same = twins.module_step(plain, x, run=functools.partial(run, plain), **residuals)
+    actual = twins.module_step(module, x, run=functools.partial(run, module), **residuals)
+    twins.judge(actual, same, exact, NARROW)
+    assert actual["y"].dtype == same["y"].dtype
+    with torch.no_grad():
+        assert run(module.eval(), x, *residuals.values()).dtype == same["y"].dtype
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_chain_promotion_under_autocast(name):
+    """y of every chain on fp32 x has plain's dtype; what was rounded to 16 bits is nothing more.
+
+    Twice the rounding of the convolutions is allowed, by the first layers' wide input.
+    """
+    chain = CHAINS[name]
+    x, residual, tensors = draw(chain, torch.channels_last, torch.float32)
+    running = [None] * len(chain.all_norms)
+    with torch.no_grad():
+        exact = twins.run_chain(chain, x, tensors, residual, running)
+        with torch.autocast("cpu", NARROW):
+            y = run_chain(chain, x, tensors, residual, running)
+            plain = twins.run_chain(chain, x, tensors, residual, running)
+    assert y.dtype == plain.dtype
+    assert (y - exact).abs().max() <= 2 * (plain - exact).abs().max() + 1e-5
+    if chain.convs:
+        wide = chain.norms[0] is not None or chain.shortcut == "identity"
+        assert not promotes(chain, x)
+        with torch.autocast("cpu", NARROW):
+            assert promotes(chain, x) == wide and not promotes(chain, x.to(NARROW))
+            assert not promotes(chain, x.double())
+
+
+@pytest.mark.parametrize("narrow", ["x", "residual"])
+@STATISTICS
+@RESIDUAL_CASE
+def test_residual_of_another_dtype(impl, case, training, narrow):
+    """The addition promotes, under autocast and without."""
+    impl.need(NARROW, *OPS)
+    call = away_from_kink(case, training=training, dtype=NARROW)
+
+    def step(module, dtypes, name=None, autocast=False):
+        leaves, running = call.make(torch.float64 if dtypes is None else torch.float32)
+        if dtypes is not None:
+            leaves = {k: v.detach().to(dtypes.get(k, v.dtype)) for k, v in leaves.items()}
+            leaves = {k: v.requires_grad_() for k, v in leaves.items()}
+
+        def run():
+            with torch.autocast("cpu", NARROW, enabled=autocast):
+                return call.run(module, leaves, running, name)
+
+        return twins.step(run, leaves, None, running)
+
+    exact = step(twins, None)
+    for autocast in (False, True):
+        dtypes = {narrow: NARROW}
+        if "weight" in call.tensors and narrow == "x" and not autocast:
+            dtypes |= dict.fromkeys(("weight", "bias"), NARROW)  # as PyTorch's conv2d needs
+        same, actual = (
+            step(twins, dtypes, None, autocast),
+            step(resnet_fast, dtypes, impl.name, autocast),
+        )
+        twins.judge(actual, same, exact, NARROW)
+
+
+class _Names(TorchFunctionMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.seen.append(getattr(function, "__name__", ""))
+        return function(*args, **(kwargs or {}))
+
+
+def _dual(f, x, v):
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(f(forward_ad.make_dual(x, v)))
+
+
+def _watched(f, x, v):
+    with _Names() as mode:
+        y = f(x)
+    assert {"batch_norm", "relu", "adaptive_avg_pool2d"} & set(mode.seen)
+    return y
+
+
+TRANSFORMS = {  # name → results of f at x, along or at v
+    "jvp": lambda f, x, v: torch.func.jvp(f, (x,), (v,)),
+    "vjp": lambda f, x, v: (lambda y, back: back(y))(*torch.func.vjp(f, x)),
+    "grad": lambda f, x, v: torch.func.grad(lambda x: f(x).square().sum())(x),
+    "grad of grad": lambda f, x, v: torch.func.grad(
+        lambda x: torch.func.grad(lambda x: f(x).square().sum())(x).square().sum()
+    )(x),
+    "vmap": lambda f, x, v: torch.func.vmap(f)(torch.stack([x, v])),
+    "linearize": lambda f, x, v: torch.func.linearize(f, x)[1](v),
+    "jacfwd": lambda f, x, v: torch.func.jacfwd(lambda t: f(x + t * v))(torch.zeros(())),
+    "dual_level": _dual,
+    "fx": lambda f, x, v: fx.symbolic_trace(f)(x),
+    "jit.trace": lambda f, x, v: torch.jit.trace(f, (x,), check_trace=False)(v),
+    "function mode": _watched,
+}
+
+
+@STATISTICS
+@pytest.mark.parametrize("case", [*CASES, "pool"])
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_transforms(transform, case, training):
+    """Value, tangent or gradient, and running statistics, are those of PyTorch's own calls.
+
+    What PyTorch cannot do (vmap over one set of running statistics) fails as it does there.
+    """
+    torch.manual_seed(0)
+    call = Call("add" if case == "pool" else case, training=training)
+    v = torch.randn_like(call.tensors["x"])
+
+    def results(module):
+        leaves, running = call.make(torch.float32)
+        if transform == "jit.trace":  # PyTorch's refuses constants that want gradients
+            leaves = {name: leaf.detach() for name, leaf in leaves.items()}
+        x = leaves.pop("x").detach()
+
+        def f(x):
+            if case == "pool":
+                return module.mean(x)
+            return call.run(module.functions, {"x": x, **leaves}, running, "auto")
+
+        try:
+            found = TRANSFORMS[transform](f, x, v)
+        except RuntimeError as error:
+            return str(error).splitlines()[0]
+        found = found if isinstance(found, tuple) else (found,)
+        return [t.detach() for t in (*found, *running.values())]
+
+    class Own:
+        functions, mean = resnet_fast, staticmethod(global_avg_pool)
+
+    class Plain:
+        functions, mean = twins, staticmethod(lambda x: F.adaptive_avg_pool2d(x, 1))
+
+    expected, actual = results(Plain), results(Own)
+    if isinstance(expected, str):
+        assert actual == expected and transform == "vmap" and training
+        return
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_chain_under_jvp(name):
+    chain = CHAINS[name]
+    x, residual, tensors = draw(chain, torch.contiguous_format)
+    v = torch.randn_like(x)
+    running = [None] * len(chain.all_norms)
+
+    def jvp(run):
+        return torch.func.jvp(lambda x: run(chain, x, tensors, residual, running), (x,), (v,))
+
+    found = jvp(run_chain), jvp(twins.run_chain)
+    assert found[1][1].abs().max() > 0 and all(map(torch.equal, *found))
+
+
+@pytest.mark.parametrize("momentum", [0.3, None])
+def test_running_statistics_in_forward_mode(momentum):
+    """They follow the batch as `nn.BatchNorm2d`'s, and so does the count of batches."""
+    norm = nn.BatchNorm2d(8, momentum=momentum)
+    again = copy.deepcopy(norm)
+    running = Running(momentum, again.num_batches_tracked)
+    chain = Chain((), (Norm(),))
+    params = NormParams(again.weight, again.bias, again.running_mean, again.running_var)
+    tensors = Tensors((), (params, NormParams()))
+    for _ in range(3):
+        x, v = torch.randn(2, 3, 8, 5, 4)
+        _dual(lambda x: norm(x).relu(), x, v)
+        _dual(lambda x: run_chain(chain, x, tensors, None, (running, None)), x, v)
+    for a, b in zip(norm.buffers(), again.buffers(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_functions_run_fused_elsewhere(monkeypatch):
+    """PyTorch's own ops run under transforms alone."""
+    monkeypatch.setattr(functional, "plain_chain", None)
+    call = Call("conv-bias-residual", training=True)
+    assert call.run(resnet_fast, *call.make(torch.float32), "auto").requires_grad
+    with pytest.raises(TypeError), forward_ad.dual_level():
+        call.run(resnet_fast, *call.make(torch.float32), "auto")

@@ -8,15 +8,16 @@ import re
 
 import pytest
 import torch
-import torch.nn.functional as F
-from foreign_models import BASIC, LEFT_ALONE, MODELS, RUNS, Basic, ResNet, SharedReLU, vgg
+from foreign_models import BASIC, CALLED, LEFT_ALONE, MODELS, RUNS, Basic, ResNet, vgg
 from torch import nn
-from torch.nn.utils import parametrizations
+from torch.nn.modules.module import register_module_forward_hook
+from torch.nn.utils import parametrize
 
 import resnet_fast
 from resnet_fast import backend, blocks, modules
 from resnet_fast.fuse import explain, fuse, unfuse
-from resnet_fast.fusion.swap import Unfinished
+from resnet_fast.fusion import swap
+from resnet_fast.fusion.swap import FusedBlock
 
 
 def randomize(model):
@@ -165,7 +166,7 @@ class TestWhatIsLeftAlone:
         model = build()
         said = why(fuse(model), path)
         assert said.startswith("left alone: ") and reason in said
-        assert type(fuse(model)) is type(model) or path != "(model)"
+        assert not isinstance(fuse(model), FusedBlock) or path != "(model)"
 
     @pytest.mark.parametrize("name", RUNS)
     def test_still_computes_the_same(self, name):
@@ -173,12 +174,6 @@ class TestWhatIsLeftAlone:
         channels = 1 if name == "broadcasting" else 4
         x = torch.randn(2, channels, 8, 8, dtype=torch.float64)
         assert_same_mathematics(model, x)
-
-    def test_a_shared_relu_stays_and_the_rest_of_its_run_is_fused(self):
-        model = randomize(SharedReLU())
-        assert fused(fuse(model)) == {"conv": "conv norm"}
-        assert type(fuse(model).relu) is nn.ReLU
-        assert_same_mathematics(model, torch.randn(2, 4, 8, 8, dtype=torch.float64))
 
     def test_tracing_leaves_nothing_on_the_modules(self):
         class Remembers(Basic):
@@ -339,13 +334,14 @@ class TestChangedLater:
         close(model(x), plain(x))
         assert "is of class InstanceNorm2d" in why(model, "layer1.0")
 
-    def test_a_run_with_another_norm_says_what_to_do(self, net):
-        model = fuse(net)
-        model.bn1 = nn.InstanceNorm2d(4).double()
-        with pytest.raises(AttributeError, match=r"replaced, or .* alone; use resnet_fast.unfuse"):
-            model(torch.randn(IMAGE, dtype=torch.float64))
+    def test_a_forward_with_another_norm_runs_as_it_says(self, net):
+        model, plain, x = fuse(net), copy.deepcopy(net), torch.randn(IMAGE, dtype=torch.float64)
+        for changed in (model, plain):
+            changed.bn1 = nn.InstanceNorm2d(4).double()
+        close(model(x), plain(x))
+        assert why(model, "conv1").endswith("goes to bn1, which is of class InstanceNorm2d")
         fuse(model, inplace=True)
-        assert "conv1" not in fused(model) and type(model.conv1) is nn.Conv2d
+        assert "conv1" not in fused(model) and "layer1.0" in fused(model)
 
     def test_a_sequential_may_be_cut_walked_and_extended(self):
         model = randomize(vgg()).eval()
@@ -368,12 +364,6 @@ class TestChangedLater:
         backbone = nn.Sequential(*list(fuse(net).children())[:-1])
         x = torch.randn(IMAGE, dtype=torch.float64)
         close(net.fc(backbone(x).mean((2, 3))), net(x))
-
-    def test_a_convolution_of_a_run_called_alone_is_of_no_use(self, net):
-        z = fuse(net).conv1(torch.randn(IMAGE, dtype=torch.float64))
-        assert isinstance(z, Unfinished)
-        with pytest.raises(TypeError, match="must be Tensor, not Unfinished"):
-            F.relu(z)
 
 
 class TestOurOwn:
@@ -430,6 +420,43 @@ class TestExplain:
         assert re.fullmatch(r"5 fused, 0 fusible, \d left alone", lines[-2])
         assert re.fullmatch(r'impl="auto" picks \w+ for inference, \w+ for .* on cpu\)', lines[-1])
 
+    @pytest.mark.parametrize("name", [*MODELS, *CALLED])
+    def test_says_what_happens(self, name, monkeypatch):
+        """The chains that run in one forward are those said to be fused."""
+        build, shape, *_ = MODELS.get(name) or CALLED[name]
+        model, ran = fuse(randomize(build())), set()
+
+        def run(parts, *args, **options):
+            ran.add((parts.convs, parts.norms))
+            return modules.run_fused(parts, *args, **options)
+
+        monkeypatch.setattr(swap, "run_fused", run)
+        model(torch.randn(shape, dtype=torch.float64))
+        said = [row for row in explain(model).rows if row.state == "fused" and row.why == ""]
+        assert len(ran) == len(said)
+        assert len(said) > 0 or name == "flag"
+
+    def test_of_a_forward_that_cannot_be_traced_says_where_it_is_called(self):
+        class Deciding(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.block = Basic(4, 4)
+
+            def forward(self, x):
+                return self.block(x) if x.mean() > 0 else x
+
+        assert why(fuse(Deciding()), "block").startswith("fused: where it is called")
+
+    def test_under_global_hooks_nothing_is_fused(self, net):
+        model = fuse(net)
+        handle = register_module_forward_hook(lambda *args: None)
+        try:
+            assert fused(model) == {}
+            assert why(model, "layer1.0").startswith("left alone: hooks of all modules are set")
+        finally:
+            handle.remove()
+        assert "layer1.0" in fused(model)
+
     def test_of_a_model_without_anything_to_fuse(self):
         report = explain(nn.Linear(3, 4))
         assert report.rows == [] and "0 fused" in str(report)
@@ -454,6 +481,8 @@ class TestErrors:
 
     def test_a_class_derived_from_a_fused_one_is_not_taken_apart(self, net):
         model = fuse(net)
-        parametrizations.weight_norm(model.conv1)
-        with pytest.raises(TypeError, match="got ParametrizedFusedConv2d, made of one"):
+        block = model.layer1[0]
+        block.scale = nn.Parameter(torch.ones(1))
+        parametrize.register_parametrization(block, "scale", nn.Identity())
+        with pytest.raises(TypeError, match="got ParametrizedFusedBasic, made of one"):
             unfuse(model, inplace=True)

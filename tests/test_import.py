@@ -1,5 +1,6 @@
 """A fresh interpreter: without Triton, without the compiled extension, or with a broken one."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -55,6 +56,7 @@ def run(*parts):
         [sys.executable, "-c", source], cwd=ROOT, capture_output=True, text=True, timeout=120
     )
     assert found.returncode == 0, found.stderr
+    assert "RuntimeWarning: resnet_fast" not in found.stderr
     return found.stdout
 
 
@@ -96,17 +98,51 @@ print("told")
     assert told.split() == ["told"]
 
 
-def test_with_an_extension_that_does_not_load():
-    """Built for another torch: the reason is told, and auto goes on without it."""
+OTHER_TORCH = """
+import sys, types
+fake = types.ModuleType("resnet_fast._C")
+fake.build_info = lambda: {"torch_version": "1.0"}
+fake.__spec__ = importlib.machinery.ModuleSpec("resnet_fast._C", None)
+sys.modules["resnet_fast._C"] = fake
+"""
+UNUSABLE = {  # extensions that are there: how they come, what is said of them
+    "does-not-load": (
+        "hide('resnet_fast._C')\nsys.meta_path.insert(0, Broken())",
+        "resnet_fast._C does not load: undefined symbol: _ZN2at4_ops5emptyE",
+    ),
+    "other-torch": (OTHER_TORCH, "resnet_fast._C is built for torch 1.0, this is "),
+}
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compile"])
+@pytest.mark.parametrize("name", UNUSABLE)
+def test_with_an_extension_that_cannot_be_used(name, compiled):
+    """One warning says why and what to do; auto goes on without it, an explicit choice does not."""
+    setup, why = UNUSABLE[name]
     told = run(
-        WITHOUT, "hide('resnet_fast._C')\nsys.meta_path.insert(0, Broken())", RUN,
+        WITHOUT, setup,
+        f"import warnings\nwhy, compiled = {why!r}, {compiled}",
         """
-reason = backend.refusal("native", "bn_act", "cpu", torch.float32)
-assert "does not load" in reason and "undefined symbol" in reason, reason
+with warnings.catch_warnings(record=True) as seen:
+    warnings.simplefilter("always")
+    import torch, resnet_fast
+    from resnet_fast import backend
+    assert not [w for w in seen if "resnet_fast" in str(w.message)]
+    block = resnet_fast.Bottleneck(16, 4)
+    call = torch.compile(block, backend="aot_eager", fullgraph=True) if compiled else block
+    x = torch.randn(2, 16, 5, 5, requires_grad=True)
+    for _ in range(2):
+        call(x).sum().backward()
+        with torch.no_grad():
+            block.eval()(x)
+(said,) = [str(w.message) for w in seen if "resnet_fast" in str(w.message)]
+assert said.startswith(why) and "plain PyTorch runs instead" in said, said
+assert said.endswith("pip install --no-build-isolation --force-reinstall --no-deps ."), said
+assert backend.refusal("native", "bn_act", "cpu", torch.float32) in said
 try:
     resnet_fast.add_relu(x, x, impl="native")
 except RuntimeError as error:
-    print("undefined symbol" in str(error))
+    print(why in str(error))
 """,
     )  # fmt: skip
     assert told.split() == ["True"]
@@ -137,4 +173,4 @@ def test_imports_point_down(module):
     source = (ROOT / "resnet_fast" / (module.replace(".", "/") + ".py")).read_text()
     for line in source.splitlines():
         if line.lstrip().startswith(("import ", "from ")):
-            assert "triton" not in line and "_C" not in line and "kernels" not in line, line
+            assert not re.search(r"triton|\b_C\b|kernels", line), line

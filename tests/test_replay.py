@@ -122,7 +122,29 @@ def test_autocast(impl, recorded):
             with anew():
                 expected = step(again, x)
         assert all(torch.equal(a, b) for a, b in zip(given, expected, strict=True))
-    assert len(recorded) == 2
+    assert len(recorded) == 4, "the addition takes x in fp32: a chain of its own"
+
+
+def test_gradients_have_memory_of_their_own(recorded):
+    """A program clones what its function does, and takes what a hook has put into other strides."""
+    module = resnet_fast.BasicBlock(8, 16, 2, impl="reference").to(
+        memory_format=torch.channels_last
+    )
+    biases = [module.bn2.bias, module.downsample[1].bias]
+    x = inputs(module, "cpu")
+    for unpack in (torch.clone, torch.clone, torch.Tensor.contiguous):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, unpack):
+            y = module(x)
+        sums, again = torch.autograd.grad(y.sum(), biases)
+        torch.testing.assert_close(sums, (y > 0).sum((0, 2, 3)).float())
+        assert torch.equal(sums.clone().neg_(), -again) and sums.zero_().sum() != again.sum()
+    assert len(recorded) == 2 and None not in recorded
+    x, residual, dy = torch.randn(3, 2, 8, 5, 4)
+    for _ in range(2):
+        y = resnet_fast.add_relu(x.requires_grad_(), residual.requires_grad_(), impl="reference")
+        first, second = torch.autograd.grad(y, [x, residual], dy)
+        first.zero_()
+        assert torch.equal(second, torch.where(y > 0, dy, 0.0))
 
 
 def test_what_a_program_is_known_by(recorded, monkeypatch):

@@ -21,6 +21,9 @@ PLAIN = Recipe(epochs=1, batch_size=24, lr=0.05, warmup=0, momentum=0, weight_de
                augment="none", schedule="constant")  # fmt: skip
 
 
+OTHER = nn.Sequential(nn.Conv2d(3, 3, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())  # three classes
+
+
 @pytest.fixture
 def seen(monkeypatch):
     """What every step was given, and the parameters after it."""
@@ -306,14 +309,23 @@ def test_the_net_follows_the_plain_one(impl):
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
-        ({"epochs": 0}, "epochs: expected at least 1, got 0"),
-        ({"batch_size": 0}, "batch_size: expected at least 1"),
+        ({"epochs": 0}, "epochs: expected an integer of at least 1, got 0"),
+        ({"epochs": True}, "epochs: expected an integer of at least 1, got True"),
+        ({"batch_size": 0}, "batch_size: expected an integer of at least 1"),
+        ({"batch_size": "24"}, "batch_size: expected an integer of at least 1, got '24'"),
+        ({"accumulate": 1.5}, "accumulate: expected an integer of at least 1"),
+        ({"seed": 2**63}, "seed: expected an integer of at most 63 bits"),
+        ({"lr": "0.1"}, "lr: expected a number from 0, got '0.1'"),
+        ({"momentum": True}, "momentum: expected a number from 0, got True"),
+        ({"label_smoothing": None}, "label_smoothing: expected a number from 0"),
+        ({"precision": torch.bfloat16}, "precision: expected one of fp32, bf16, fp16, got torch"),
+        ({"nesterov": "no"}, "nesterov: expected True or False, got 'no'"),
         ({"lr": -1.0}, "lr: expected a number from 0"),
         ({"lr": math.nan}, "lr: expected a number from 0"),
         ({"warmup": 4.0}, "warmup: expected at most epochs"),
-        ({"label_smoothing": 1.0}, "label_smoothing: expected from 0 to below 1"),
-        ({"ema": 1.0}, "ema: expected from 0 to below 1"),
-        ({"clip": 0.0}, "clip: expected above 0"),
+        ({"label_smoothing": 1.0}, "label_smoothing: expected a number from 0 to below 1"),
+        ({"ema": 1.0}, "ema: expected a number from 0 to below 1"),
+        ({"clip": 0.0}, "clip: expected a number above 0"),
         ({"schedule": "linear"}, "schedule: expected one of cosine, step, constant"),
         ({"precision": "fp8"}, "precision: expected one of fp32, bf16, fp16"),
         ({"augment": "mixup"}, "augment: expected one of auto, none"),
@@ -335,12 +347,58 @@ def test_a_recipe_names_what_is_wrong(wrong, says):
         ({"resume": True}, "resume: needs out"),
         ({"model": without_norms(), "recipe": replace(RECIPE, checkpointing=True)},
          "checkpointing: the model has no residual block"),
+        ({"model": torch.relu}, "model: expected an nn.Module"),
+        ({"model": model().to("meta")}, "model: conv1.weight lies on meta"),
+        ({"model": OTHER}, r"model: expected logits \[N, 4\], .* got \[24, 3\]"),
+        ({"data": torch.zeros(2)}, "data: expected a data set of load_data"),
+        ({"recipe": {"epochs": 1}}, "recipe: expected a Recipe, got {'epochs': 1}"),
+        ({"device": "cuda:99"}, "device: 'cuda:99' cannot be used here"),
+        ({"device": "gpu"}, "device: 'gpu' cannot be used here"),
+        ({"device": "meta"}, "device: expected one that holds values"),
+        ({"workers": -1}, "workers: expected an integer of at least 0, got -1"),
+        ({"out": 5}, "out: expected a path, got 5"),
+        ({"resume": 5}, "resume: expected a path, got 5"),
+        ({"spec": "resnet18"}, "spec: expected a ModelSpec or None"),
+        ({"on_epoch": 1}, "on_epoch: expected a function or None"),
+        ({"progress": 1}, "progress: expected True or False"),
     ],
-    ids=["batch size", "resume", "checkpointing"],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )  # fmt: skip
 def test_fit_names_what_is_wrong(options, says):
     with pytest.raises(ValueError, match=says):
-        fit(options.pop("model", model()), data(), options.pop("recipe", RECIPE), **options)
+        fit(**{"model": model(), "data": data(), "recipe": RECIPE, **options})
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"model": OTHER}, r"model: expected logits \[N, 4\], .* got \[31, 3\]"),
+        ({"model": nn.Identity()}, r"model: expected logits \[N, 4\], .* got \[31, 3, 8, 8\]"),
+        ({"model": model().to("meta")}, "model: conv1.weight lies on meta"),
+        ({"model": "resnet18"}, "model: expected an nn.Module, got 'resnet18'"),
+        ({"data": [1, 2]}, r"data: expected a data set of load_data, got \[1, 2\] without"),
+        ({"precision": "fp8"}, "precision: expected one of fp32, bf16, fp16, got 'fp8'"),
+        ({"precision": torch.bfloat16}, "precision: expected one of fp32, bf16, fp16, got torch"),
+        ({"device": "cuda:99"}, "device: 'cuda:99' cannot be used here"),
+        ({"device": 1.5}, "device: 1.5 cannot be used here"),
+        ({"batch_size": 0}, "batch_size: expected an integer of at least 1, got 0"),
+        ({"batch_size": True}, "batch_size: expected an integer of at least 1, got True"),
+        ({"batch_size": 2.0}, "batch_size: expected an integer of at least 1, got 2.0"),
+        ({"split": "val"}, "split: expected one of train, test, got 'val'"),
+        ({"workers": None}, "workers: expected an integer of at least 0, got None"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_evaluate_names_what_is_wrong(options, says):
+    with pytest.raises(ValueError, match="^" + says):
+        evaluate(**{"model": model(), "data": data(), **options})
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device")
+@pytest.mark.gpu
+def test_a_model_on_another_device_is_named():
+    with pytest.raises(ValueError, match="model: lies on cpu, expected device cuda:0"):
+        evaluate(model(), data(), device="cuda")
 
 
 def test_presets_are_recipes():

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from training_cases import RECIPE, model
+from training_cases import data as bands
 
 from resnet_fast.optional import MissingPackage
 from resnet_fast.training import augment as augmentation
@@ -309,10 +310,15 @@ def test_synthetic_images_can_be_told_apart():
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ({"name": "mnist"}, "data: expected one of digits, cifar10"),
+        ({"name": "mnist"}, "name: expected one of digits, cifar10"),
         ({"name": "cifar10"}, "path: cifar10 is read from a file"),
         ({"name": "imagefolder"}, "path: imagefolder is read from"),
         ({"name": "digits", "path": "x"}, "path: digits needs none, got 'x'"),
+        ({"name": ["digits"]}, "name: expected one of digits"),
+        ({"name": "cifar10", "path": 5}, "path: expected a path, got 5"),
+        ({"name": "synthetic", "size": 32.0}, "size: expected at least 8 pixels, got 32.0"),
+        ({"name": "synthetic", "seed": None}, "seed: expected an integer, got None"),
+        ({"name": "synthetic", "preprocessing": 8}, "preprocessing: expected a Preprocessing"),
         ({"name": "digits", "size": 4}, "size: expected at least 8 pixels"),
         ({"name": "cifar10", "path": "x", "size": 16}, "size: CIFAR's images have 32 pixels"),
         ({"name": "cifar10", "path": "/nowhere/cifar"}, "/nowhere/cifar: no such file or folder"),
@@ -322,6 +328,25 @@ def test_synthetic_images_can_be_told_apart():
 def test_a_wrong_argument_is_named(arguments, says):
     with pytest.raises(ValueError, match=says):
         load_data(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"train_y": torch.full((100,), 4)}, "train_y: expected labels 0 to 3"),
+        ({"test_y": -torch.ones(31, dtype=torch.int64)}, "test_y: expected labels 0 to 3"),
+        ({"test_y": torch.zeros(30, dtype=torch.int64)}, "test_y: expected 31 labels in int64"),
+        ({"train_y": torch.zeros(100)}, r"train_y: expected .* got \(100,\) in float32"),
+        ({"train_x": torch.zeros(100, 8, 8)}, r"train_x: expected \[N, C, H, W\]"),
+        ({"test_x": np.zeros((31, 3, 8, 8))}, "test_x: expected a torch.Tensor, got a ndarray"),
+        ({"classes": 4}, "classes: expected a tuple of names, got 4"),
+        ({"augmentation": "mixup"}, "augmentation: expected one of none, crop"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_images_and_labels_that_do_not_fit_are_named(wrong, says):
+    with pytest.raises(ValueError, match="^" + says):
+        replace(bands(), **wrong)
 
 
 def test_missing_packages_are_named(monkeypatch, tmp_path):

@@ -20,7 +20,7 @@ Not saved: anything after a ReLU (unless `Chain.keep_activations`).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -134,7 +134,7 @@ def _forward(
             h, convs[i].weight, affine.scale, affine.shift,
             norm is not None and norm.batch_stats, *chain.all_convs[i].args(), impl,
         )  # fmt: skip
-        z = z.contiguous(memory_format=fmt)  # a single channel on the way fits either format
+        z = _dense(z, fmt)  # a single channel on the way fits either format
         return z, ready(i + 1, z, (mean, m2))
 
     hs, acts, affines = [x], [], [ready(0, x, None)]
@@ -158,7 +158,7 @@ def _forward(
         y, mask = ops.bn_relu_max_pool(
             hs[n], last.scale, last.shift, *chain.pool.args(), True, impl
         )
-        y = y.contiguous(memory_format=fmt)
+        y = _dense(y, fmt)
     elif last.scale is not None:
         y, mask = ops.bn_act(
             hs[n], last.scale, last.shift, shortcut, through.scale, through.shift,
@@ -190,7 +190,9 @@ class ChainFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, chain, x, residual, *flat):
         y, statistics, saved = _run(_forward, chain, (), x, residual, *flat)
-        ctx.chain, ctx.format = chain, memory_format(x, flat[0] if chain.convs else None)
+        filters = flat[: 2 * len(chain.all_convs) : 2]
+        ctx.chain, ctx.format = chain, memory_format(x, filters[0] if filters else None)
+        ctx.filter_formats = tuple(memory_format(w) for w in filters)
         ctx.dtypes = tuple(None if t is None else t.dtype for t in flat)
         ctx.save_for_backward(*saved)
         ctx.mark_non_differentiable(*statistics)
@@ -204,7 +206,50 @@ class ChainFunction(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError(DOUBLE_BACKWARD)
         fixed = ctx.format, ctx.needs_input_grad, ctx.dtypes
-        return _run(_backward, ctx.chain, fixed, dy, *ctx.saved_tensors)
+        saved = _restored(ctx.saved_tensors, ctx.format, ctx.filter_formats)
+        return _run(_backward, ctx.chain, fixed, dy, *saved)
+
+
+def _restored(
+    saved: tuple[Tensor | None, ...],
+    fmt: torch.memory_format,
+    filter_formats: tuple[torch.memory_format, ...],
+) -> list[Tensor | None]:
+    """What `_forward` saved, in the formats it had: hooks may give it back in others.
+
+    `torch.autograd.graph.save_on_cpu(pin_memory=True)` gives everything back contiguous.
+    """
+    mask, *rest = saved  # a pool's index follows z (`_Backward.before_pool`)
+    mask = mask if mask is None or mask.dim() == 4 else mask.contiguous()
+    formats = (fmt, *filter_formats, *[fmt] * len(rest))  # of z_p, the filters, what is 4-D of rest
+    return [
+        mask,
+        *(
+            t if t is None or t.dim() != 4 else t.contiguous(memory_format=f)
+            for t, f in zip(rest, formats, strict=False)
+        ),
+    ]
+
+
+def _with_own_memory(grads: Sequence[Tensor | None], dy: Tensor) -> list[Tensor | None]:
+    """`grads`, cloned where one is dy or another one again: each may change in place alone."""
+    given, own = [dy], []
+    for grad in grads:
+        if grad is not None:
+            if any([grad is other for other in given]):
+                grad = grad.clone()
+            given.append(grad)
+        own.append(grad)
+    return own
+
+
+def _dense(t: Tensor, fmt: torch.memory_format) -> Tensor:
+    """t in `fmt`, without a call where it has it.
+
+    The compiler of torch 2.11 takes t.contiguous() for another output beside t, and where both are
+    one tensor its gradient goes astray.
+    """
+    return t if t.is_contiguous(memory_format=fmt) else t.contiguous(memory_format=fmt)
 
 
 def _activate(h: Tensor, affine: Affine, impl: str) -> Tensor:
@@ -320,7 +365,7 @@ class _Backward:
     def run(self, dy: Tensor) -> tuple[Any, ...]:
         chain, n = self.chain, self.n
         x, z = self.hs[0], self.hs[n]
-        dy = dy.contiguous(memory_format=self.format)
+        given, dy = dy, dy.contiguous(memory_format=self.format)
         sums = sums_p = None
         if chain.pool is not None:
             dy, sums = self.before_pool(dy, z)
@@ -358,16 +403,17 @@ class _Backward:
         elif self.need_x and chain.norms[0] is not None:
             skip = self.masked(dy) if identity else None
             dx = ops.bn_act_bwd_apply(g, g_mask, *prologue, skip, self.impl)
-        grads = (*self.conv_grads, *self.norm_grads)
-        return (None, dx, dresidual, *(t for group in grads for t in group))
+        grads = [t for group in (*self.conv_grads, *self.norm_grads) for t in group]
+        return (None, *_with_own_memory([dx, dresidual, *grads], given))
 
     def before_pool(self, dy: Tensor, z: Tensor) -> tuple[Tensor, Any]:
         """The gradient at the last norm's result, and its Σdy and Σdy·xhat, in one pass."""
         last, sums = self.affines[self.n], self.needs_sums(self.n)
         mean, rstd = (last.mean, last.rstd) if sums else (None, None)
-        dy = dy.contiguous(memory_format=memory_format(z))
+        fmt = memory_format(z)
+        dy, index = dy.contiguous(memory_format=fmt), self.index.contiguous(memory_format=fmt)
         dx, total, xhat = ops.max_pool_bwd(
-            dy, self.index, z, mean, rstd, *self.chain.pool.args(), self.impl
+            dy, index, z, mean, rstd, *self.chain.pool.args(), self.impl
         )
         return dx, ((total, xhat) if sums else None)
 

@@ -40,9 +40,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Predict and print; 0, 2 where an argument or file does not fit."""
     check_where(args.impl, args.device, args.precision)
-    for name in ("top", "batch_size"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"{name.replace('_', '-')}: expected at least 1")
+    for name in ("top", "batch_size", "size"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name.replace('_', '-')}: expected at least 1, got {value}")
     loaded = load_weights(args.weights, args.model, impl=args.impl, device=args.device)
     names = loaded.classes if args.classes is None else read_names(args.classes)
     outputs = loaded.model.fc.out_features

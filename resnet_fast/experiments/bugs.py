@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import add_relu, blocks, modules
-from ..blocks import Parts, zero_pad
+from ..blocks import zero_pad
 from . import compare, nets
 from .findings import Claim, Findings
 from .options import add_depth
@@ -33,22 +33,21 @@ Nothing crashes, shapes fit and the loss may even fall, which is why such a mist
 What gives it away is a comparison with the right net."""
 
 
-class EarlyReLU:
-    """Mixin: y = relu(F(x)) + shortcut(x). The chain of F has no shortcut; the sum is outside."""
-
-    def parts(self) -> Parts:
-        return super().parts()._replace(shortcut="none", projection=None, projection_norm=None)
+class PlainEarlyReLU(blocks.BasicBlock):
+    """y = relu(F(x)) + shortcut(x), in plain PyTorch."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) + zero_pad(x, self.parts())
+        h = F.relu(self.bn1(self.conv1(x)))
+        h = F.relu(self.bn2(self.conv2(h)))
+        return h + zero_pad(x, self.stride, self.out_channels)
 
 
-class PlainEarlyReLU(EarlyReLU, blocks.BasicBlock):
-    """In plain PyTorch."""
+class FusedEarlyReLU(modules.BasicBlock):
+    """The same on the fused chain of F, which has no shortcut."""
 
-
-class FusedEarlyReLU(EarlyReLU, modules.BasicBlock):
-    """On the fused chain."""
+    def forward(self, x: Tensor) -> Tensor:
+        h = modules.run_fused(self.parts()._replace(shortcut="none"), x, impl=self.impl)
+        return h + zero_pad(x, self.stride, self.out_channels)
 
 
 class PlainNoNorm(blocks.BasicBlock):
@@ -56,7 +55,7 @@ class PlainNoNorm(blocks.BasicBlock):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv2(F.relu(self.conv1(x)))
-        return F.relu(h + zero_pad(x, self.parts()))
+        return F.relu(h + zero_pad(x, self.stride, self.out_channels))
 
 
 class FusedNoNorm(modules.BasicBlock):
@@ -64,7 +63,7 @@ class FusedNoNorm(modules.BasicBlock):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv2(F.relu(self.conv1(x)))
-        return add_relu(h, zero_pad(x, self.parts()), impl=self.impl)
+        return add_relu(h, zero_pad(x, self.stride, self.out_channels), impl=self.impl)
 
 
 BLOCKS = {

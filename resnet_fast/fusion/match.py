@@ -1,9 +1,7 @@
 """The patterns that can run fused, matched on the dataflow of a forward pass, not on names.
 
-Two patterns are here (`survey` adds a third):
-
     block  a whole forward that is one `resnet_fast.chain`, with or without a shortcut
-    steps  a `Sequential`: consecutive children that form a chain without a shortcut
+    group  consecutive calls in any other forward that form a chain without a shortcut
 
 where conv is a Conv2d, norm a BatchNorm2d or SyncBatchNorm, relu a ReLU (in a block also a call of
 F.relu or its kin); a MaxPool2d may end a chain without a shortcut. What is not the pattern raises
@@ -18,22 +16,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import fx, nn
-from torch.nn.modules.lazy import LazyModuleMixin
-from torch.nn.utils.parametrize import is_parametrized
 
 from ..blocks import NORMS
-from ..modules import hooked, windows_of
-from .dataflow import ADD, ADD_IN_PLACE, Mismatch, is_call, is_layer, label
+from ..guard import refusal
+from .dataflow import ADD, ADD_IN_PLACE, Forward, Mismatch, is_call, is_layer, label
 
-LAYERS = {  # what a chain is made of, and the methods that make each what it is
-    nn.Conv2d: ("forward", "_conv_forward"),
-    nn.BatchNorm2d: ("forward", "_check_input_dim"),
-    nn.SyncBatchNorm: ("forward", "_check_input_dim", "_check_non_zero_input_channels"),
-    nn.ReLU: ("forward",),
-    nn.MaxPool2d: ("forward",),
-    nn.Identity: ("forward",),
-    nn.Sequential: ("forward",),
-}
 # Chains in letters: c conv, b conv with a bias (a norm after it takes that in), n norm, r relu,
 # m max-pool.
 UNITS = "((nr)?(c|b(?=n)))*"
@@ -47,7 +34,7 @@ class Block:
     """`blocks.Parts` by name: modules dotted from the one that holds them.
 
     residual: the child to call on x where the shortcut is "residual". absorbed: every module that
-    will not be called any more, with the class it has.
+    will not be called any more, with the class and the number of children it has.
     """
 
     convs: tuple[str, ...]
@@ -58,7 +45,7 @@ class Block:
     projection_norm: str | None = None
     residual: str | None = None
     pool: str | None = None
-    absorbed: tuple[tuple[str, type[nn.Module]], ...] = ()
+    absorbed: tuple[tuple[str, type[nn.Module], int], ...] = ()
 
     def __str__(self) -> str:
         words = []
@@ -75,42 +62,15 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Steps:
-    """A `Sequential`: its children's names, in groups that are a chain or one child to call."""
+class Group:
+    """Calls that a graph makes one after another, as a chain: `block` names what they call."""
 
-    names: tuple[str, ...]
-    groups: tuple[tuple[tuple[str, ...], Block | None], ...]
-
-
-def refusal(module: nn.Module) -> str | None:
-    """Why `module` cannot be a part of a chain, as in "conv1 has hooks"; None where it can."""
-    cls = type(module)
-    kind = next((kind for kind in LAYERS if isinstance(module, kind)), None)
-    if kind is None:
-        return f"is of class {cls.__name__}"
-    if isinstance(module, LazyModuleMixin):
-        return "is lazy: run the model once before"
-    if hooked(module):
-        return "has hooks, which would not run (weight_norm and pruning are hooks too)"
-    if is_parametrized(module):
-        return "has parametrizations"
-    changed = [name for name in LAYERS[kind] if getattr(cls, name) is not getattr(kind, name)]
-    if changed or "forward" in vars(module):
-        return f"has a forward of its own ({cls.__name__})"
-    if kind is nn.Conv2d and module.padding_mode != "zeros":
-        return f"pads with padding_mode={module.padding_mode!r}"
-    if kind is nn.Conv2d and isinstance(module.padding, str):
-        return f"pads with padding={module.padding!r}, not with a number"
-    if kind is nn.MaxPool2d:
-        try:
-            windows_of(module)
-        except ValueError as reason:
-            return f"cannot end a chain ({reason})"
-    return None
+    calls: tuple[fx.Node, ...]
+    block: Block
 
 
 def letter(module: nn.Module) -> str:
-    """The letter of a layer that nothing speaks against, "-" for any other module."""
+    """The letter of a fusible layer, "-" for any other module."""
     if refusal(module) is not None:
         return "-"
     if isinstance(module, nn.Conv2d):
@@ -155,31 +115,58 @@ def ends_in_relu(letters: str) -> bool:
     return letters.removesuffix("m").endswith("r")
 
 
-def absorbed(module: nn.Module, names: Iterable[str]) -> tuple[tuple[str, type[nn.Module]], ...]:
-    """Name and class of the children `names` of `module` and of all below them."""
+def absorbed(
+    module: nn.Module, names: Iterable[str]
+) -> tuple[tuple[str, type[nn.Module], int], ...]:
+    """Name, class and number of children of the children `names` of `module` and all below."""
     return tuple(
-        (path, type(m))
+        (path, type(m), len(m._modules))
         for name in dict.fromkeys(names)
         for path, m in module.get_submodule(name).named_modules(prefix=name)
     )
 
 
-def match_steps(module: nn.Sequential) -> Steps:
-    """The longest chains among the children of a `Sequential`; the others stay single."""
-    names, at, groups = list(module._modules), 0, []
-    letters = "".join(map(letter, module._modules.values()))
-    while at < len(names):
+def match_groups(module: nn.Module, graph: fx.Graph) -> list[Group]:
+    """The longest chains among the calls that follow each other in `graph`."""
+    groups, path = [], []
+    for node in [*graph.nodes, None]:
+        follows = path and node is not None and is_layer(node) and node.args[0] is path[-1]
+        if not (follows and len(path[-1].users) == 1):
+            groups += _groups(module, path)
+            path = []
+        if node is not None and is_layer(node):
+            path.append(node)
+    return groups
+
+
+def _groups(module: nn.Module, path: list[fx.Node]) -> Iterator[Group]:
+    """The chains among calls of which each alone reads the one before."""
+    calls = [call for call in path if not _is_identity(module, call)]
+    letters = "".join(_letter(module, call) for call in calls)
+    at = 0
+    while at < len(letters):
         found = ALONE.match(letters, at).group()
-        if len(found) < 2 or "n" not in found:
-            found = letters[at]
-            groups.append(((names[at],), None))
-        else:
-            group = tuple(names[at : at + len(found)])
-            relu = ends_in_relu(found)
-            block = chain(found, group, relu=relu, absorbed=absorbed(module, group))
-            groups.append((group, block))
-        at += len(found)
-    return Steps(tuple(names), tuple(groups))
+        if len(found) >= 2 and "n" in found:
+            first, last = calls[at], calls[at + len(found) - 1]
+            group = path[path.index(first) : path.index(last) + 1]
+            names = [call.target if call.op == "call_module" else "" for call in group]
+            block = chain(
+                found, [name for name, call in zip(names, group, strict=True) if call in calls],
+                relu=ends_in_relu(found), absorbed=absorbed(module, filter(None, names)),
+            )  # fmt: skip
+            yield Group(tuple(group), block)
+        at += max(len(found), 1)
+
+
+def _letter(module: nn.Module, call: fx.Node) -> str:
+    return "r" if call.op != "call_module" else letter(module.get_submodule(call.target))
+
+
+def _is_identity(module: nn.Module, call: fx.Node) -> bool:
+    if call.op != "call_module":
+        return False
+    called = module.get_submodule(call.target)
+    return isinstance(called, nn.Identity) and refusal(called) is None
 
 
 class _Path:
@@ -214,9 +201,9 @@ class _Path:
             raise Mismatch(self.problem or f"{what} is {words(self.letters) or 'empty'}")
 
 
-def match_block(module: nn.Module, graphs: Iterable[fx.Graph]) -> Block:
-    """The chain that the forward of `module` is; Mismatch where it is anything else."""
-    training, evaluation = (_match_graph(module, graph) for graph in graphs)
+def match_block(module: nn.Module, forward: Forward) -> Block:
+    """The chain that `forward`, of `module`, is; Mismatch where it is anything else."""
+    training, evaluation = (_match_graph(module, graph) for graph in forward)
     if training != evaluation:
         raise Mismatch("its forward differs between training and evaluation")
     return training
@@ -288,5 +275,10 @@ def _match_shortcut(
         fields = dict(zip(("projection", "projection_norm"), path.names, strict=False))
         return {"shortcut": "projection", **fields}, path.seen
     if is_layer(end) and end.op == "call_module" and end.args[0] is main.base:
+        first = module.get_submodule(end.target)
+        while isinstance(first, nn.Sequential) and len(first):
+            first = first[0]
+        if getattr(first, "inplace", False):
+            raise Mismatch(f"{end.target} changes its input in place")
         return {"shortcut": "residual", "residual": end.target}, {end: 0}
     raise Mismatch(path.problem or f"its shortcut is {words(path.letters) or label(path.base)}")

@@ -1,69 +1,56 @@
 """A walk over a model: what `fuse` is to change, and what `explain` says of everything in it.
 
-From the root down: our own modules; then blocks and `Sequential`s (`match`); then, in
-every other forward, runs of conv → norm [→ relu [→ pool]] or norm → relu [→ pool], judged over all
-calls in all traced forwards at once, so that a module which is also called elsewhere is seen to be.
+From the root down: modules of this package; blocks; then, in every other forward that can be
+traced, chains among its calls (`match`).
 """
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from ..blocks import NORMS
+from ..blocks import NORMS, Parts
+from ..guard import obstacle, refusal
 from ..models import ResNet
-from ..modules import PLAIN, Fused, hooked
-from .dataflow import ADD, Mismatch, is_call, is_layer, label, trace
-from .match import Block, Steps, letter, match_block, match_steps, refusal
+from ..modules import PLAIN, Fused
+from .dataflow import ADD, Forward, Mismatch, is_call, is_layer, label, sequence, trace
+from .match import Block, match_block
+from .swap import Own, Plan, plan_block, plan_forward
 
-
-class Run(NamedTuple):
-    """Modules that a forward calls in this order, each alone in reading the one before."""
-
-    conv: nn.Module | None
-    norm: nn.Module
-    relu: nn.Module | None
-    pool: nn.Module | None
-
-    def __str__(self) -> str:
-        kinds = ("conv", "norm", "relu", "pool")
-        return " ".join(kind for kind, m in zip(kinds, self, strict=True) if m is not None)
-
-
-class Own:
-    """The pattern of a module of this package, which has a switch of its own."""
+NOT_CALLED = "where it is called: no forward that can be traced does"
 
 
 class Row(NamedTuple):
-    """What is at `path`, and why it is left alone; where it can be fused, `holder` runs `plan`."""
+    """What is at `path`. `holder` runs `plan`, or it is left alone: `why` says why, or when."""
 
     path: str
     what: str
     why: str
     holder: nn.Module
-    plan: Own | Block | Run | None
+    plan: Own | Block | None
 
 
 @dataclass
 class Survey:
-    """`plans`: all that can be fused, module and pattern; `rows`: that and what cannot, by path."""
+    """`plans`: all that can be fused, module and plan; `rows`: that and what cannot, by path."""
 
-    plans: list[tuple[nn.Module, Own | Block | Steps | Run]] = field(default_factory=list)
+    plans: list[tuple[nn.Module, Own | Plan]] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
 
 
-def survey(model: nn.Module) -> Survey:
+def survey(model: nn.Module, impl: str = "auto") -> Survey:
     """All that can be fused in `model`, whose modules must be unfused but for our own."""
-    walk = _Walk(model)
+    walk = _Walk(model, impl)
     walk.visit(model)
-    walk.find_runs()
     walk.find_rest()
+    walk.find_uncalled(model)
     order = {path: i for i, path in enumerate(walk.paths.values())}
     walk.found.rows.sort(key=lambda row: order[row.path])
     return walk.found
@@ -72,16 +59,17 @@ def survey(model: nn.Module) -> Survey:
 class _Walk:
     """claimed: modules that are taken, or that an untraced forward may call in ways unknown.
 
-    calls: the calls of each module in all traced forwards; callee: the module of each call.
+    calls: the calls of each module in all traced forwards.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, impl: str) -> None:
+        self.impl = impl
         self.paths = {module: path for path, module in model.named_modules()}
         self.found = Survey()
+        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.visited: set[nn.Module] = set()
         self.claimed: set[nn.Module] = set()
         self.calls: dict[nn.Module, list[fx.Node]] = defaultdict(list)
-        self.callee: dict[fx.Node, nn.Module] = {}
 
     def add(self, module: nn.Module, what: str, why: str = "", holder=None, plan=None) -> None:
         self.found.rows.append(Row(self.paths[module], what, why, holder or module, plan))
@@ -91,45 +79,42 @@ class _Walk:
             return
         self.visited.add(module)
         if isinstance(module, Fused) or type(module) in PLAIN.values():
-            self.own(module, list(module.modules())[1:])
+            self.claimed.update(list(module.modules())[1:])
+            self.own(module, [module.parts()])
         elif isinstance(module, ResNet):
-            stem = ("conv1", "bn1", "relu", "bn_last")
-            self.own(module, [m for name, m in module.named_children() if name in stem])
-        elif getattr(module.forward, "__func__", None) is nn.Sequential.forward:
-            self.sequential(module)
+            self.net(module)
         elif list(module.children()) and type(module).forward is not nn.Module.forward:
             self.forward(module)
         for child in module.children():
             if child not in self.claimed:
                 self.visit(child)
 
-    def own(self, module: nn.Module, inner: list[nn.Module]) -> None:
-        """A module of this package; `inner` are those that its fused forward does not call."""
-        self.claimed.update(inner)
-        names = [self.paths[m] for m in inner if hooked(m)]
-        why = f"{names[0]} has hooks, which would not run" if names else ""
-        self.add(module, f"resnet_fast {type(module).__name__}", why)
+    def own(self, module: nn.Module, chains: list[Parts | None]) -> None:
+        """A module of this package, whose forward is `chains` and what it calls."""
+        what, why = f"resnet_fast {type(module).__name__}", ""
+        for parts in chains:
+            if parts is None:
+                why = "its children are no longer a chain"
+            elif (found := obstacle(parts)) is not None:
+                why = f"{self.paths[found[0]]} {found[1]}"
+        self.add(module, what, why, plan=None if why else Own())
         if not why:
             self.found.plans.append((module, Own()))
 
-    def sequential(self, module: nn.Sequential) -> None:
-        steps = match_steps(module)
-        for names, block in steps.groups:
-            members = [module._modules[name] for name in names]
-            self.claimed.update(m for m in members if block or letter(m) != "-")
-            if block:
-                self.add(members[0], str(block), holder=module, plan=block)
-            elif isinstance(members[0], _ConvNd):
-                why = refusal(members[0])
-                why = f"it {why}" if why else "no BatchNorm2d that can be fused follows it"
-                self.add(members[0], type(members[0]).__name__, why)
-        if any(block for _, block in steps.groups):
-            self.found.plans.append((module, steps))
+    def net(self, module: ResNet) -> None:
+        chains = module.chains()
+        for parts in chains:
+            self.claimed.update(m for m in (*parts.convs, *parts.norms, *parts.around) if m)
+        self.own(module, chains)
+        for child in module.children():
+            self.calls[child] = []
 
     def forward(self, module: nn.Module) -> None:
-        """A block, or else calls for `find_runs`."""
+        """A block, or else chains among its calls."""
         try:
-            graphs = trace(module)
+            if isinstance(module, fx.GraphModule):
+                raise Mismatch("it is a GraphModule")
+            forward = sequence(module) or trace(module, self.fake)
         except Mismatch as reason:
             layers = [m for m in module.children() if isinstance(m, (_ConvNd, _BatchNorm))]
             self.claimed.update(layers)
@@ -137,57 +122,57 @@ class _Walk:
                 self.add(module, type(module).__name__, str(reason))
             return
         try:
-            if isinstance(module, fx.GraphModule):
-                raise Mismatch("it is a GraphModule")
-            block = match_block(module, graphs)
+            if isinstance(module, nn.Sequential):
+                raise Mismatch("it is a Sequential")
+            block = match_block(module, forward)
         except Mismatch as reason:
-            adds = any(is_call(node, ADD) for graph in graphs for node in graph.nodes)
+            adds = any(is_call(node, ADD) for graph in forward for node in graph.nodes)
             if adds and any(isinstance(m, _ConvNd) for m in module.children()):
                 self.add(module, type(module).__name__, f"not one block: {reason}")
-            for graph in graphs:
-                for node in graph.nodes:
-                    if node.op == "call_module":
-                        self.callee[node] = module.get_submodule(node.target)
-                        self.calls[self.callee[node]].append(node)
+            self.chains(module, forward)
         else:
-            self.claimed.update(module.get_submodule(name) for name, _ in block.absorbed)
+            self.claimed.update(module.get_submodule(name) for name, *_ in block.absorbed)
             self.add(module, f"{type(module).__name__}: {block}", plan=block)
-            self.found.plans.append((module, block))
+            self.found.plans.append((module, plan_block(module, forward, block)))
+            if block.residual is not None:
+                self.calls[module.get_submodule(block.residual)] = []
 
-    def find_runs(self) -> None:
-        norm_of, relu_of, pool_of, reasons = {}, {}, {}, {}
-        for module in self.calls:
-            try:
-                if module in self.claimed:
-                    continue
-                if isinstance(module, _ConvNd):
-                    norm_of[module] = self.reader(module, NORMS)
-                elif isinstance(module, NORMS):
-                    relu_of[module] = self.reader(module, nn.ReLU)
-                elif isinstance(module, nn.ReLU):
-                    pool_of[module] = self.reader(module, nn.MaxPool2d)
-            except Mismatch as reason:
-                reasons[module] = str(reason)
-        read = Counter()
-        for norm, relu in relu_of.items():
-            read[relu] += len(self.calls[norm])
-        for norm, relu in list(relu_of.items()):
-            if read[relu] != len(self.calls[relu]):
-                reasons[norm] = f"{self.paths[relu]} is also called elsewhere"
-                del relu_of[norm]
-        for conv, norm in list(norm_of.items()):
-            if len(self.calls[conv]) != len(self.calls[norm]):
-                reasons[conv] = f"{self.paths[norm]} is also called elsewhere"
-                del norm_of[conv]
-        conv_of = {norm: conv for conv, norm in norm_of.items()}
-        for norm in {**conv_of, **relu_of}:
-            relu = relu_of.get(norm)
-            run = Run(conv_of.get(norm), norm, relu, pool_of.get(relu))
-            self.add(run.conv or norm, str(run), holder=norm, plan=run)
-            self.found.plans.append((norm, run))
-        for module, reason in reasons.items():
-            if module not in conv_of and not isinstance(module, nn.ReLU):
-                self.add(module, type(module).__name__, reason)
+    def chains(self, module: nn.Module, forward: Forward) -> None:
+        """Chains among the calls of `module`, and why its other convolutions are in none."""
+        plan = plan_forward(module, forward, self.impl)
+        taken = set()
+        for block in plan.blocks if plan else ():
+            names = [name for name, *_ in block.absorbed]
+            taken.update(module.get_submodule(name) for name in names)
+            first = module.get_submodule(names[0])
+            self.add(first, str(block), holder=module, plan=block)
+        if plan:
+            self.found.plans.append((module, plan))
+        for graph in forward:
+            for node in graph.nodes:
+                if node.op == "call_module":
+                    called = module.get_submodule(node.target)
+                    self.calls[called].append(node)
+                    if isinstance(called, (_ConvNd, *NORMS)) and called not in taken:
+                        taken.add(called)
+                        self.add(called, type(called).__name__, self.reason(module, node))
+        self.claimed.update(taken)
+
+    def reason(self, module: nn.Module, call: fx.Node) -> str:
+        """Why the layer of `call` is in no chain."""
+        why = refusal(module.get_submodule(call.target))
+        if why is not None:
+            return f"it {why}"
+        users = list(call.users)
+        if len(users) != 1:
+            return f"its result goes to {len(users)} places"
+        if users[0].op != "call_module" or not is_layer(users[0]):
+            return f"its result goes to {label(users[0])}"
+        reader = module.get_submodule(users[0].target)
+        why = refusal(reader)
+        if why is not None:
+            return f"its result goes to {self.paths[reader]}, which {why}"
+        return "no BatchNorm2d that can be fused follows it"
 
     def find_rest(self) -> None:
         """Convolutions that nothing has been said of."""
@@ -196,31 +181,25 @@ class _Walk:
             if isinstance(module, _ConvNd) and module not in self.claimed and path not in said:
                 self.add(module, type(module).__name__, "no forward that can be traced calls it")
 
-    def reader(self, module: nn.Module, kind: type | tuple[type, ...]) -> nn.Module:
-        """The one module of `kind` that reads, alone, whatever `module` returns; else Mismatch."""
-        why = refusal(module)
-        if why is not None:
-            raise Mismatch(f"it {why}")
-        readers = {self.next(call) for call in self.calls[module]}
-        if len(readers) != 1:
-            raise Mismatch("its results go to different modules")
-        reader = readers.pop()
-        why = (
-            refusal(reader) if isinstance(reader, kind) else f"is of class {type(reader).__name__}"
-        )
-        if why is None and reader in self.claimed:
-            why = "belongs to another group"
-        if why is not None:
-            raise Mismatch(f"its result goes to {self.paths[reader]}, which {why}")
-        return reader
+    def find_uncalled(self, model: nn.Module) -> None:
+        """Modules that no traced forward calls, or none in the way that runs fused."""
+        for module, plan in self.found.plans.copy():
+            if isinstance(plan, Own) or module is model:
+                continue
+            mine = [row for row in self.found.rows if row.plan is not None and row.holder is module]
+            if module not in self.calls:
+                if any(child in self.calls for child in module.children()):
+                    self.drop(module, plan, mine)
+                    continue
+                for row in mine:
+                    at = self.found.rows.index(row)
+                    self.found.rows[at] = row._replace(why=NOT_CALLED)
+            elif self.calls[module] and not any(map(plan.fits, self.calls[module])):
+                self.drop(module, plan, mine)
+                self.add(module, type(module).__name__, "it is called with other arguments")
 
-    def next(self, call: fx.Node) -> nn.Module:
-        """The module whose call alone reads the result of `call`, past any Identity."""
-        users, reader = list(call.users), None
-        if is_layer(call) and len(users) == 1 and is_layer(users[0]):
-            reader = self.callee.get(users[0])
-        if reader is None:
-            where = label(users[0]) if len(users) == 1 else f"{len(users)} places"
-            raise Mismatch(f"its result goes to {where}")
-        transparent = isinstance(reader, nn.Identity) and refusal(reader) is None
-        return self.next(users[0]) if transparent else reader
+    def drop(self, module: nn.Module, plan: Plan, rows: list[Row]) -> None:
+        """Leave `module` alone after all."""
+        self.found.plans.remove((module, plan))
+        for row in rows:
+            self.found.rows.remove(row)

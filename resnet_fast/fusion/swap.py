@@ -1,26 +1,32 @@
 """The classes that modules get when they are fused: subclasses of their own with another `forward`.
 
-    block  its forward is one chain                       `FusedBlock`
-    steps  chains among the children of a `Sequential`    `FusedSequential`
-    run    conv → norm → relu → pool in any other         `RunConv`, `RunNorm`, `RunReLU`,
-           forward                                        `RunPool`
+    block    its forward is one chain                      `FusedBlock`
+    forward  chains among the calls of any other forward   `FusedForward`
 
-Children that run inside a fused forward are looked up by name at every call. Where one has since
-been replaced by another class, or been given hooks, the original forward runs.
+Children stay what they are and are looked up at every call, so who calls them otherwise gets what
+they give. Where one has since been changed, or what the forward read when it was traced, or the
+call is one that fused ops do not follow, the original forward runs.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
 
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..blocks import Parts
+from ..copies import copy_modules
+from ..guard import plain_call, refusal
 from ..models import ResNet
-from ..modules import PLAIN, Fused, hooked, run_fused
-from .match import Block, Steps
-from .survey import Own, Run
+from ..modules import PLAIN, Fused, run_fused
+from .dataflow import Forward, Mismatch, trace
+from .match import Block, Group, match_groups
+from .sandbox import Notes
 
 FUSED = {plain: fused for fused, plain in PLAIN.items()}
 
@@ -41,8 +47,73 @@ class Swapped:
         _, _, *state = super().__reduce_ex__(max(protocol, 2))
         return _new, (self._fused_mixin, self._plain_class), *state
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What `torch.jit.script` compiles: the plain module, in a tree of its own."""
+        plain = copy_modules(self)
+        restore(plain)
+        return plain
+
     def extra_repr(self) -> str:
         return ", ".join(filter(None, (super().extra_repr(), f"impl={self._fused_impl!r}")))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a fused module runs, and what must still hold: `plain`, its class's own forward, what
+    that read (`notes`), and the names of the module's children.
+    """
+
+    plain: Callable[..., Any]
+    notes: Notes
+    children: tuple[str, ...]
+
+    def holds(self, module: nn.Module) -> bool:
+        """Whether the forward of `module` is still the one that was traced."""
+        same = type(module)._plain_class.forward is self.plain
+        return same and tuple(module._modules) == self.children and self.notes.hold(module)
+
+    def fits(self, call: fx.Node) -> bool:
+        """Whether `call` of the module passes what the traced forward takes."""
+        return len(call.args) == self.inputs and not call.kwargs
+
+
+@dataclass(frozen=True)
+class BlockPlan(Plan):
+    """A forward that is `block`."""
+
+    block: Block
+    inputs = 1
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        return (self.block,)
+
+
+class Own:
+    """In the place of a plan: a module of this package, which has a switch of its own."""
+
+
+class Code:
+    """A forward made of a graph. Copies share it; a pickle leaves it out."""
+
+    def __init__(self, run: Callable[..., Any] | None = None) -> None:
+        self.run = run
+
+    def __deepcopy__(self, memo):
+        return self
+
+    def __reduce__(self):
+        return Code, ()
+
+
+@dataclass(frozen=True)
+class ForwardPlan(Plan):
+    """A forward of `inputs` tensors in which calls of `blocks` are one call each."""
+
+    inputs: int
+    blocks: tuple[Block, ...]
+    training: Code = field(compare=False)
+    evaluation: Code = field(compare=False)
 
 
 class FusedBlock(Swapped):
@@ -50,108 +121,51 @@ class FusedBlock(Swapped):
 
     def forward(self, *args, **kwargs):
         plan = self._fused_plan
-        if len(args) != 1 or kwargs or plan is None or not _holds(plan, self, args[0]):
+        if plan is None or kwargs or len(args) != 1 or plain_call(*args):
             return super().forward(*args, **kwargs)
-        return _run(plan, self, args[0])
+        x = args[0]
+        if not plan.holds(self) or not _unchanged(plan.block, self) or x.dim() != 4:
+            return super().forward(*args, **kwargs)
+        return _run(plan.block, self, x)
 
 
-class FusedSequential(Swapped):
-    """A `Sequential` that runs chains of its children as one. Its slices are plain."""
+class FusedForward(Swapped):
+    """A module with chains among the calls of its forward. Slices of a `Sequential` are plain."""
 
-    def forward(self, input):
+    def forward(self, *args, **kwargs):
         plan = self._fused_plan
-        if plan is None or plan.names != tuple(self._modules):
-            return super().forward(input)
-        for names, block in plan.groups:
-            if block is not None and _holds(block, self, input):
-                input = _run(block, self, input)
-            else:
-                for name in names:
-                    input = self._modules[name](input)
-        return input
+        if plan is None or kwargs or len(args) != plan.inputs or plain_call(*args):
+            return super().forward(*args, **kwargs)
+        if not plan.holds(self):
+            return super().forward(*args, **kwargs)
+        run = (plan.training if self.training else plan.evaluation).run
+        if run is None:  # read from a pickle
+            self._fused_plan = _plan_again(self)
+            return self.forward(*args)
+        return run(self, *args)
 
 
-class Unfinished(NamedTuple):
-    """What a module of a run hands to the next one instead of its result: the work so far.
-
-    The last module of the run does it all. Whoever else gets this object cannot use it.
-    """
-
-    x: Tensor
-    conv: nn.Conv2d | None
-    norm: nn.BatchNorm2d | nn.SyncBatchNorm | None
-    relu: bool = False
-
-    def finish(self, impl: str, pool: nn.MaxPool2d | None = None) -> Tensor:
-        """pool(relu(norm(conv(x)))), or without what is missing."""
-        if self.conv is None:
-            parts = Parts((), (self.norm,), self.relu, "none", pool=pool)
-        else:
-            parts = Parts((self.conv,), (None, self.norm), self.relu, "none", pool=pool)
-        return run_fused(parts, self.x, impl=impl)
-
-    def __getattr__(self, name):
-        raise AttributeError(
-            f"{name!r} of a convolution or normalization that is fused with the modules called "
-            "after it in the model: one of those has been replaced, or this one was called alone; "
-            "use resnet_fast.unfuse(model), or resnet_fast.fuse(model) again"
-        )
-
-
-class RunConv(Swapped):
-    """The convolution of a run; with hooks of its own it runs alone."""
-
-    def forward(self, input):
-        return super().forward(input) if hooked(self) else Unfinished(input, self, None)
-
-
-class RunNorm(Swapped):
-    """The normalization of a run: its end, unless the plan is True and a `RunReLU` follows."""
-
-    def forward(self, input):
-        handed = isinstance(input, Unfinished)
-        hands_on = self._fused_plan and not hooked(self)
-        if not handed and not (hands_on and input.dim() == 4):  # a SyncBatchNorm takes others too
-            return super().forward(input)
-        work = Unfinished(input.x, input.conv, self) if handed else Unfinished(input, None, self)
-        return work if hands_on else work.finish(self._fused_impl)
-
-
-class RunReLU(Swapped):
-    """The ReLU of a run: its end, unless the plan is True and a `RunPool` follows."""
-
-    def forward(self, input):
-        if not isinstance(input, Unfinished):
-            return super().forward(input)
-        # Not by _replace, which the compiler of torch 2.6 does not trace.
-        work = Unfinished(input.x, input.conv, input.norm, relu=True)
-        return work if self._fused_plan and not hooked(self) else work.finish(self._fused_impl)
-
-
-class RunPool(Swapped):
-    """The max-pool that ends a run."""
-
-    def forward(self, input):
-        if isinstance(input, Unfinished):
-            return input.finish(self._fused_impl, self)
-        return super().forward(input)
-
-
-def _child(module: nn.Module, name: str) -> nn.Module:
-    for part in name.split("."):
-        module = getattr(module, part)
-    return module
-
-
-def _holds(block: Block, module: nn.Module, x: Tensor) -> bool:
-    """Whether x is [N,C,H,W], and what `block` absorbs still of the same classes, without hooks."""
-    if x.dim() != 4:  # a SyncBatchNorm takes others too
-        return False
-    for name, cls in block.absorbed:
+def _unchanged(block: Block, module: nn.Module) -> bool:
+    """Whether what `block` absorbs is of the same classes, and no more than that."""
+    for name, cls, children in block.absorbed:
         child = _child(module, name)
-        if type(child) is not cls or hooked(child):
+        if not is_unchanged(child, cls, children):
             return False
     return True
+
+
+def is_unchanged(child: nn.Module | None, cls: type[nn.Module], children: int) -> bool:
+    """Whether `child` is a layer of class `cls` with so many children, and no more than that."""
+    same = type(child) is cls and len(child._modules) == children
+    return same and refusal(child) is None
+
+
+def _child(module: nn.Module, name: str) -> nn.Module | None:
+    for part in name.split("."):
+        module = module._modules.get(part)
+        if module is None:
+            return None
+    return module
 
 
 def _run(block: Block, module: nn.Module, x: Tensor) -> Tensor:
@@ -160,70 +174,154 @@ def _run(block: Block, module: nn.Module, x: Tensor) -> Tensor:
 
     residual, shortcut = None, block.shortcut
     if shortcut == "residual":
-        residual, shortcut = get(block.residual)(x), "none"
+        residual, shortcut = _beside(get(block.residual), block.residual, x), "none"
     convs, norms = tuple(map(get, block.convs)), tuple(map(get, block.norms))
     ends = get(block.projection), get(block.projection_norm)
     parts = Parts(convs, norms, block.relu, shortcut, *ends, get(block.pool))
     return run_fused(parts, x, residual, impl=module._fused_impl)
 
 
-def apply(module: nn.Module, plan: Own | Block | Steps | Run, impl: str) -> None:
-    """Make `module` run `plan` under `impl`."""
-    if isinstance(plan, Block):
-        _swap(module, FusedBlock, plan, impl)
-    elif isinstance(plan, Steps):
-        _swap(module, FusedSequential, plan, impl)
-    elif isinstance(plan, Run):
-        if plan.conv is not None:
-            _swap(plan.conv, RunConv, None, impl)
-        _swap(plan.norm, RunNorm, plan.relu is not None, impl)
-        if plan.relu is not None and not isinstance(plan.relu, RunReLU):
-            _swap(plan.relu, RunReLU, plan.pool is not None, impl)
-        if plan.pool is not None and not isinstance(plan.pool, RunPool):
-            _swap(plan.pool, RunPool, None, impl)
-    else:
-        module.impl = impl
-        module.__class__ = FUSED.get(type(module), type(module))
-        if isinstance(module, ResNet):
-            module.switch(True)
-
-
-def runs(holder: nn.Module, plan: Own | Block | Run | None) -> bool:
-    """Whether `holder` runs `plan`, one chain of it if it is a `Sequential`, as it is now."""
-    if isinstance(holder, FusedBlock):
-        return plan == holder._fused_plan
-    if isinstance(holder, FusedSequential):
-        steps = holder._fused_plan or Steps((), ())
-        chains = [block for _, block in steps.groups if block is not None]
-        return steps.names == tuple(holder._modules) and plan in chains
-    if isinstance(plan, Run):
-        return all(isinstance(module, Swapped) for module in plan if module is not None)
-    return isinstance(holder, Fused) or (isinstance(holder, ResNet) and holder.fused)
-
-
-def restore(module: nn.Module) -> None:
-    """Give a fused module its own class back."""
-    if not isinstance(module, Swapped):
-        return
-    cls = type(module)
-    if "_plain_class" not in vars(cls):
-        raise TypeError(
-            f"model: expected fused classes as they are, got {cls.__name__}, made of one"
+def _beside(child: nn.Module, name: str, x: Tensor) -> Tensor:
+    """child(x) before the main path reads x, which must be as it was."""
+    before = None if x.is_inference() else x._version
+    residual = child(x)
+    if before is not None and x._version != before:
+        raise RuntimeError(
+            f"{name} changes its input in place, which a fused block cannot follow; "
+            "use resnet_fast.unfuse(model)"
         )
+    return residual
+
+
+def plan_block(module: nn.Module, forward: Forward, block: Block) -> BlockPlan:
+    """The plan of a module whose forward is `block`."""
+    notes = forward.notes.without([name for name, *_ in block.absorbed])
+    return BlockPlan(type(module).forward, notes, tuple(module._modules), block)
+
+
+def plan_forward(module: nn.Module, forward: Forward, impl: str) -> ForwardPlan | None:
+    """The plan of a module with groups in its forward; None where there are none."""
+    found = [match_groups(module, graph) for graph in forward]
+    blocks = dict.fromkeys(group.block for groups in found for group in groups)
+    if not blocks:
+        return None
+    inputs = sum(node.op == "placeholder" for node in forward.training.nodes)
+    codes = (
+        Code(_rewritten(graph, groups, impl)) for graph, groups in zip(forward, found, strict=True)
+    )
+    children = tuple(module._modules)
+    return ForwardPlan(type(module).forward, forward.notes, children, inputs, tuple(blocks), *codes)
+
+
+def _plan_again(module: nn.Module) -> ForwardPlan | None:
+    """The plan of a module that was read from a pickle."""
+    cls, impl = type(module), module._fused_impl
     module.__class__ = cls._plain_class
-    for name in ("_fused_plan", "_fused_impl"):
-        vars(module).pop(name, None)
+    try:
+        return plan_forward(module, trace(module, FakeTensorMode(allow_non_fake_inputs=True)), impl)
+    except Mismatch:
+        return None
+    finally:
+        module.__class__ = cls
 
 
-def _swap(module: nn.Module, mixin: type[Swapped], plan: Any, impl: str) -> None:
-    module.__class__ = _subclass(mixin, type(module))
-    module._fused_plan, module._fused_impl = plan, impl
+def _rewritten(graph: fx.Graph, groups: list[Group], impl: str) -> Callable[..., Any]:
+    """forward(self, *inputs) that does what `graph` says, each of `groups` in one call."""
+    ends = {group.calls[-1]: group for group in groups}
+    inner = {call for group in groups for call in group.calls}
+    new, values = fx.Graph(), {}
+    for node in graph.nodes:
+        if node in ends:
+            calls = ends[node].calls
+            layers = [new.get_attr(c.target) if c.op == "call_module" else None for c in calls]
+            values[node] = new.call_function(
+                _fused_calls(ends[node], impl), (values[calls[0].args[0]], *layers)
+            )
+        elif node not in inner:
+            values[node] = new.node_copy(node, values.__getitem__)
+    code = new.python_code("self")
+    names = dict(code.globals)
+    exec(code.src, names)
+    return names["forward"]
+
+
+def _fused_calls(group: Group, impl: str) -> Callable[..., Tensor]:
+    """The function of x and the group's layers that runs them as one chain.
+
+    A ReLU that is no module is None. Where the layers are no longer what they were, they are
+    called, one after another.
+    """
+    block = group.block
+    names = [call.target if call.op == "call_module" else "" for call in group.calls]
+    convs = [names.index(name) for name in block.convs]
+    norms = [None if name is None else names.index(name) for name in block.norms]
+    pool = None if block.pool is None else names.index(block.pool)
+    absorbed = {name: (cls, children) for name, cls, children in block.absorbed}
+
+    def fused_calls(x: Tensor, *layers: nn.Module | None) -> Tensor:
+        same = x.dim() == 4 and not plain_call(x)
+        for name, layer in zip(names, layers, strict=True):
+            if name and same:
+                cls, children = absorbed[name]
+                same = is_unchanged(layer, cls, children)
+        if same:
+            parts = Parts(
+                tuple([layers[i] for i in convs]),
+                tuple([None if i is None else layers[i] for i in norms]),
+                block.relu, "none", pool=None if pool is None else layers[pool],
+            )  # fmt: skip
+            return run_fused(parts, x, impl=impl)
+        for name, layer in zip(names, layers, strict=True):
+            x = layer(x) if name else F.relu(x)
+        return x
+
+    return fused_calls
+
+
+def apply(module: nn.Module, plan: Own | Plan, impl: str) -> None:
+    """Make `module` run `plan` under `impl`."""
+    if isinstance(plan, Plan):
+        mixin = FusedBlock if isinstance(plan, BlockPlan) else FusedForward
+        module.__class__ = _subclass(mixin, type(module))
+        module._fused_plan, module._fused_impl = plan, impl
+        return
+    module.impl = impl
+    module.__class__ = FUSED.get(type(module), type(module))
+    if isinstance(module, ResNet):
+        module.switch(True)
+
+
+def runs(module: nn.Module, block: Own | Block) -> bool:
+    """Whether `module` runs `block` fused, as it is now."""
+    if isinstance(block, Block):
+        plan = module._fused_plan if isinstance(module, Swapped) else None
+        return plan is not None and block in plan.blocks and plan.holds(module)
+    return isinstance(module, Fused) or (isinstance(module, ResNet) and module.fused)
+
+
+def restore(model: nn.Module) -> None:
+    """Give every fused module of `model` its own class back, or raise and change none."""
+    swapped = [module for module in model.modules() if isinstance(module, Swapped)]
+    for cls in map(type, swapped):
+        if "_plain_class" not in vars(cls):
+            raise TypeError(
+                f"model: expected fused classes as they are, got {cls.__name__}, made of one"
+            )
+    for module in swapped:
+        module.__class__ = type(module)._plain_class
+        for name in ("_fused_plan", "_fused_impl"):
+            vars(module).pop(name, None)
 
 
 @functools.cache
 def _subclass(mixin: type[Swapped], cls: type[nn.Module]) -> type[nn.Module]:
-    names = {"_fused_mixin": mixin, "_plain_class": cls, "__module__": __name__}
-    return type(f"Fused{cls.__name__}", (mixin, cls), names | {"__doc__": cls.__doc__})
+    @functools.wraps(cls.forward)  # tracers read the arguments of what it wraps
+    def forward(self, *args, **kwargs):
+        return mixin.forward(self, *args, **kwargs)
+
+    names = {"_fused_mixin": mixin, "_plain_class": cls, "forward": forward}
+    names |= {"__module__": __name__, "__doc__": cls.__doc__}
+    return type(f"Fused{cls.__name__}", (mixin, cls), names)
 
 
 def _new(mixin: type[Swapped], cls: type[nn.Module]) -> nn.Module:

@@ -24,7 +24,7 @@ def list_models() -> list[str]:
 
 def check_name(name: str) -> str:
     """`name`; ValueError where no model bears it, the message offers close ones."""
-    if name not in MODELS:
+    if not isinstance(name, str) or name not in MODELS:
         close = difflib.get_close_matches(str(name), MODELS, n=3)
         hint = f"did you mean {' or '.join(close)}?" if close else f"they are {list_models()}"
         raise ValueError(f"name: expected one of resnet_fast.list_models(), got {name!r}; {hint}")

@@ -9,16 +9,18 @@ Children carry torchvision's names in torchvision's order, so state dicts load b
 
 from __future__ import annotations
 
-import itertools
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from ..blocks import Parts, ResidualBlock, run_plain
-from ..checks import check_impl
+from ..blocks import Parts, ResidualBlock
+from ..checks import check_callable, check_flag, check_impl, check_list, integer
+from ..copies import copy_modules
+from ..guard import fusible, hooked, refusal
 from ..inference import infer
-from ..modules import PLAIN, Fused, GlobalAvgPool2d, ends_chain, hooked, run_fused
+from ..modules import PLAIN, Fused, GlobalAvgPool2d, run_fused
 
 STEMS = ("imagenet", "cifar")
 
@@ -82,14 +84,23 @@ class ResNet(nn.Module):
         fused: bool = True,
     ) -> None:
         super().__init__()
-        dilate = [False, *(replace_stride_with_dilation or [False] * (len(layers) - 1))]
+        flags = replace_stride_with_dilation or []
+        check_list(layers, "layers")
+        check_list(flags, "replace_stride_with_dilation")
+        for flag in flags:
+            check_flag(flag, "replace_stride_with_dilation")
+        check_flag(zero_init_residual, "zero_init_residual")
+        check_flag(keep_activations, "keep_activations")
+        check_flag(fused, "fused")
+        check_callable(norm_layer, "norm_layer")
+        dilate = [False, *(flags or [False] * (len(layers) - 1))]
         block = block if fused else PLAIN.get(block, block)
         _check(block, fused, layers, dilate, stem, shortcut, zero_init_residual)
         for name, value in {
             "num_classes": num_classes, "groups": groups, "width_per_group": width_per_group,
             "planes": planes, "in_channels": in_channels,
         }.items():  # fmt: skip
-            _check_positive(name, value)
+            integer(value, name, "a positive integer", 1)
         if not fused and impl != "auto":
             raise ValueError(f"impl: a plain model (fused=False) runs none, got {impl!r}")
         self.fused, self.impl, self.keep_activations = fused, check_impl(impl), keep_activations
@@ -140,34 +151,68 @@ class ResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits [N, num_classes] of x [N, in_channels, H, W]."""
-        x = self._stages(x)
-        if hasattr(self, "bn_last"):
-            x = self._run(Parts((), (self.bn_last,), True, "none"), x)
-        return self.fc(torch.flatten(self.avgpool(x), 1))
-
-    def _stages(self, x: Tensor) -> Tensor:
-        """What the last block gives; in inference in one native call where that is the same."""
-        pool = self.maxpool if ends_chain(self.maxpool) else None
-        stem = Parts((self.conv1,), (None, self.bn1), True, "none", pool=pool)
         stages = [getattr(self, f"layer{i}") for i in range(1, self.stages + 1)]
-        if self.fused and (pool is not None or type(self.maxpool) is nn.Identity):
-            blocks = [block for stage in stages for block in stage]
-            if not any(map(hooked, (self.maxpool, *stages))) and all(map(self._absorbs, blocks)):
-                parts = (block.parts() for block in blocks)
-                y = infer(itertools.chain((stem,), parts), x, self.impl)
-                if y is not None:
-                    return y
-        x = self._run(stem, x)
-        x = x if pool is not None else self.maxpool(x)
+        stem, pooled = self._stem()
+        if not self.fused or not fusible(x, stem):
+            x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        else:
+            chains = self._chains(stages, x) if pooled else None
+            y = None if chains is None else infer((stem, *chains), x, self.impl)
+            if y is not None:  # all of it in one native call
+                x, stages = y, []
+            else:
+                x = self._run(stem, x)
+                x = x if pooled else self.maxpool(x)
         for stage in stages:
             x = stage(x)
-        return x
+        head = self._head()
+        if head is not None:
+            fused = self.fused and fusible(x, head)
+            x = self._run(head, x) if fused else self.relu(self.bn_last(x))
+        return self.fc(torch.flatten(self.avgpool(x), 1))
 
-    def _absorbs(self, block: nn.Module) -> bool:
-        """Whether to run `block` is to run its chain, by this net's implementation."""
-        ours = isinstance(block, Fused) and type(block).forward is Fused.forward
-        plain_call = not hooked(block) and "forward" not in vars(block)
-        return ours and plain_call and block.impl == self.impl
+    def _stem(self) -> tuple[Parts, bool]:
+        """The stem as a chain, and whether that is all of it, its pooling included."""
+        ends = refusal(self.maxpool, (nn.MaxPool2d,)) is None
+        pool = self.maxpool if ends else None
+        stem = Parts((self.conv1,), (None, self.bn1), True, "none", pool=pool, around=(self.relu,))
+        return stem, ends or refusal(self.maxpool, (nn.Identity,)) is None
+
+    def _head(self) -> Parts | None:
+        """What follows the last addition of pre-activation blocks."""
+        norm = self._modules.get("bn_last")
+        return None if norm is None else Parts((), (norm,), True, "none", around=(self.relu,))
+
+    def chains(self) -> list[Parts]:
+        """What the net itself runs: its stem, and its head where it has one."""
+        return [parts for parts in (self._stem()[0], self._head()) if parts is not None]
+
+    def _chains(self, stages: Sequence[nn.Module], x: Tensor) -> list[Parts] | None:
+        """The blocks' chains; None where to run them by this net's `impl` is not to call stages."""
+        chains = []
+        for stage in stages:
+            if refusal(stage, (nn.Sequential,)) is not None:
+                return None
+            for block in stage._modules.values():
+                ours = isinstance(block, Fused) and type(block).forward is Fused.forward
+                if not ours or hooked(block) or "forward" in vars(block):
+                    return None
+                parts = block.parts() if block.impl == self.impl else None
+                if parts is None or not fusible(x, parts):
+                    return None
+                chains.append(parts)
+        return chains
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What `torch.jit.script` compiles: the plain twins of this net's children in a row."""
+        children = dict(copy_modules(self).named_children()) | {"flatten": nn.Flatten()}
+        names = ["conv1", "bn1", "relu", "maxpool"]
+        names += [f"layer{i}" for i in range(1, self.stages + 1)]
+        if "bn_last" in children:
+            children["relu_last"] = children["relu"]
+            names += ["bn_last", "relu_last"]
+        names += ["avgpool", "flatten", "fc"]
+        return nn.Sequential(OrderedDict((name, children[name]) for name in names))
 
     def switch(self, fused: bool) -> None:
         """Run stem and pooling fused by `self.impl`, or plain; blocks are modules of their own."""
@@ -180,8 +225,6 @@ class ResNet(nn.Module):
             pool.impl = self.impl
 
     def _run(self, parts: Parts, x: Tensor) -> Tensor:
-        if not self.fused:
-            return run_plain(parts, x)
         return run_fused(parts, x, impl=self.impl, keep_activations=self.keep_activations)
 
     def extra_repr(self) -> str:
@@ -195,7 +238,7 @@ def _check(block, fused, layers, dilate, stem, shortcut, zero_init_residual) -> 
     if len(layers) == 0:
         raise ValueError("layers: expected the blocks of at least one stage, got none")
     for count in layers:
-        _check_positive("layers", count)
+        integer(count, "layers", "a positive integer", 1)
     if len(dilate) != len(layers):
         raise ValueError(
             f"replace_stride_with_dilation: expected {len(layers) - 1} flags, one a stage after "
@@ -206,7 +249,3 @@ def _check(block, fused, layers, dilate, stem, shortcut, zero_init_residual) -> 
     if zero_init_residual and shortcut == "none":
         raise ValueError("zero_init_residual: a plain net (shortcut='none') would be all zero")
 
-
-def _check_positive(name: str, value: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name}: expected a positive integer, got {value!r}")

@@ -8,12 +8,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..chain import given
+from ..checks import check_tensor, integer
 from ..optional import imported
+from .augment import AUGMENTATIONS
+from .checks import check_choice, check_path, check_seed
 from .cifar import read_cifar10
 from .imagefolder import ImageFolder
 from .preprocessing import Inputs, Preprocessing
@@ -33,7 +38,10 @@ class Data(Inputs):
         preprocessing: how images become inputs; x is not normalized yet.
         augmentation: what suits these images, of `resnet_fast.training.augment.AUGMENTATIONS`.
         train_x, test_x: [N,C,H,W], bytes or floats in [0, 1].
-        train_y, test_y: [N], labels.
+        train_y, test_y: [N], labels from 0, in int64.
+
+    Raises:
+        ValueError: naming the attribute, for images and labels that do not fit each other.
     """
 
     name: str
@@ -44,6 +52,29 @@ class Data(Inputs):
     train_y: Tensor
     test_x: Tensor
     test_y: Tensor
+
+    def __post_init__(self) -> None:
+        named = isinstance(self.classes, (tuple, list))
+        if not named or not all(isinstance(name, str) for name in self.classes):
+            raise ValueError(f"classes: expected a tuple of names, got {given(self.classes)}")
+        _check_preprocessing(self.preprocessing)
+        check_choice(self.augmentation, "augmentation", AUGMENTATIONS)
+        for split in ("train", "test"):
+            x, y = self._split(split)
+            check_tensor(x, f"{split}_x")
+            check_tensor(y, f"{split}_y")
+            if x.dim() != 4:
+                raise ValueError(f"{split}_x: expected [N, C, H, W], got shape {tuple(x.shape)}")
+            if y.shape != x.shape[:1] or y.dtype != torch.int64:
+                raise ValueError(
+                    f"{split}_y: expected {len(x)} labels in int64, one an image, got "
+                    f"{tuple(y.shape)} in {str(y.dtype).removeprefix('torch.')}"
+                )
+            if len(y) and not 0 <= int(y.min()) <= int(y.max()) < self.num_classes:
+                raise ValueError(
+                    f"{split}_y: expected labels 0 to {self.num_classes - 1}, one a class of "
+                    f"classes, got {int(y.min())} to {int(y.max())}"
+                )
 
     def seen_by(self, preprocessing: Preprocessing) -> Data:
         """The same images for a model that wants them so."""
@@ -66,6 +97,11 @@ class Data(Inputs):
         if split not in ("train", "test"):
             raise ValueError(f"split: expected 'train' or 'test', got {split!r}")
         return (self.train_x, self.train_y) if split == "train" else (self.test_x, self.test_y)
+
+
+def _check_preprocessing(value: Any) -> None:
+    if not isinstance(value, Preprocessing):
+        raise ValueError(f"preprocessing: expected a Preprocessing, got {given(value)}")
 
 
 def load_data(
@@ -91,17 +127,20 @@ def load_data(
         ValueError: naming the argument or the file that is missing or broken.
         MissingPackage: naming the package to install.
     """
+    if size is not None:
+        integer(size, "size", "at least 8 pixels", 8)
+    check_seed(seed)
     if preprocessing is not None:
+        _check_preprocessing(preprocessing)
         data = load_data(name, path, size=size or preprocessing.size, seed=seed)
         return data.seen_by(preprocessing.at(data.size))
-    if name not in DATA:
-        raise ValueError(f"data: expected one of {', '.join(DATA)}; got {name!r}")
+    check_choice(name, "name", DATA)
+    if path is not None:
+        check_path(path, "path")
     if name in ("cifar10", "imagefolder") and path is None:
         raise ValueError(f"path: {name} is read from a file or folder; give its path")
     if name in ("digits", "synthetic") and path is not None:
         raise ValueError(f"path: {name} needs none, got {str(path)!r}")
-    if size is not None and size < 8:
-        raise ValueError(f"size: expected at least 8 pixels, got {size}")
     if name == "digits":
         return digits(size or 16, seed)
     if name == "synthetic":

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..checks import integer
+from .checks import check_choice, check_data, check_device, check_logits, check_model
 from .distributed import total, world
 from .preprocessing import Preprocessing
 from .recipe import PRECISIONS
@@ -53,10 +55,23 @@ def evaluate(
 
     The model runs in eval mode, in its own dtype and memory format, and is left in the mode it
     was in. `precision` is that of autocast.
+
+    Raises:
+        ValueError: naming the argument; so for a model that lies on another device, or has not one
+            logit a class of the data.
     """
-    device, here = torch.device(device), world()
+    check_model(model)
+    check_data(data)
+    device, here = check_device(device), world()
+    integer(batch_size, "batch_size", "an integer of at least 1", 1)
+    integer(workers, "workers", "an integer of at least 0", 0)
+    check_choice(precision, "precision", tuple(PRECISIONS))
+    check_choice(split, "split", ("train", "test"))
     classes = data.num_classes
     sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, right, among five
+    first = next(model.parameters(), sums)
+    if first.device != sums.device:
+        raise ValueError(f"model: lies on {first.device}, expected device {sums.device}")
     confusion = torch.zeros(classes * classes, dtype=torch.int64, device=device)
     indices = torch.arange(here.rank, data.count(split), here.size)
     mode = model.training
@@ -66,6 +81,7 @@ def evaluate(
             x = as_input(x, data.preprocessing, model)
             with autocast(device, precision):
                 logits = model(x)
+            check_logits(logits, classes)
             logits = at_least_fp32(logits)
             first = logits.topk(min(5, logits.size(1))).indices
             right = first == y.unsqueeze(1)

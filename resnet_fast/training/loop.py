@@ -17,9 +17,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from ..chain import given
+from ..checks import check_flag, integer
 from . import checkpoint, distributed
 from .augment import Draws, augment
 from .checkpoint import Keeper, ModelSpec
+from .checks import check_data, check_device, check_logits, check_model, check_path
 from .distributed import world
 from .evaluation import as_input, at_least_fp32, autocast, evaluate
 from .history import History
@@ -66,7 +69,22 @@ def fit(
         ValueError: naming the argument, attribute of the recipe or file that does not fit.
         Interrupted: with `out`, after SIGTERM or SIGINT; the step it came in is in a checkpoint.
     """
-    device, folder = torch.device(device), None if out is None else Path(out)
+    check_model(model)
+    check_data(data)
+    if not isinstance(recipe, Recipe):
+        raise ValueError(f"recipe: expected a Recipe, got {given(recipe)}")
+    device = check_device(device)
+    if not (on_epoch is None or callable(on_epoch)):
+        raise ValueError(f"on_epoch: expected a function or None, got {given(on_epoch)}")
+    if out is not None:
+        check_path(out, "out")
+    if not isinstance(resume, bool):
+        check_path(resume, "resume")
+    if not (spec is None or isinstance(spec, ModelSpec)):
+        raise ValueError(f"spec: expected a ModelSpec or None, got {given(spec)}")
+    integer(workers, "workers", "an integer of at least 0", 0)
+    check_flag(progress, "progress")
+    folder = None if out is None else Path(out)
     _check(data, recipe, folder, resume)
     fmt = torch.channels_last if recipe.channels_last else torch.contiguous_format
     model.to(device, memory_format=fmt).train()
@@ -163,6 +181,7 @@ class _Run:
             with nullcontext() if together else self.runner.no_sync():
                 with autocast(self.device, recipe.precision):
                     logits = self.runner(xs)
+                check_logits(logits, self.data.num_classes)
                 logits = at_least_fp32(logits)
                 loss = F.cross_entropy(logits, ys, label_smoothing=recipe.label_smoothing) / parts
                 state.scaler.scale(loss).backward()

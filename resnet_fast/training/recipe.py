@@ -9,11 +9,18 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..chain import given, is_number
+from ..checks import check_flag, integer
 from .augment import AUGMENTATIONS
+from .checks import check_choice, check_seed
 
 SCHEDULES = ("cosine", "step", "constant")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MILESTONES = (0.5, 0.75)
+FLAGS = (
+    "nesterov", "decay_norms", "channels_last", "compile", "checkpointing", "sync_bn",
+    "deterministic",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -72,21 +79,25 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "accumulate"):
-            _expect(name, getattr(self, name), "at least 1", getattr(self, name) >= 1)
+            integer(getattr(self, name), name, "an integer of at least 1", 1)
+        check_seed(self.seed)
         for name in ("lr", "momentum", "weight_decay", "warmup"):
             value = getattr(self, name)
-            _expect(name, value, "a number from 0", math.isfinite(value) and value >= 0)
+            _expect(name, value, "a number from 0", is_number(value) and value >= 0)
         for name in ("label_smoothing", "ema"):
             value = getattr(self, name)
-            _expect(name, value, "from 0 to below 1", value is None or 0 <= value < 1)
-        _expect("clip", self.clip, "above 0", self.clip is None or self.clip > 0)
+            allowed = value is None and name == "ema"
+            _expect(name, value, "a number from 0 to below 1",
+                    allowed or (is_number(value) and 0 <= value < 1))  # fmt: skip
+        _expect("clip", self.clip, "a number above 0 or None",
+                self.clip is None or (is_number(self.clip) and self.clip > 0))  # fmt: skip
         _expect("warmup", self.warmup, f"at most epochs ({self.epochs})",
                 self.warmup <= self.epochs)  # fmt: skip
-        for name, choices in {
-            "schedule": SCHEDULES, "precision": PRECISIONS, "augment": ("auto", *AUGMENTATIONS),
-        }.items():  # fmt: skip
-            value = getattr(self, name)
-            _expect(name, value, f"one of {', '.join(choices)}", value in choices)
+        check_choice(self.schedule, "schedule", SCHEDULES)
+        check_choice(self.precision, "precision", tuple(PRECISIONS))
+        check_choice(self.augment, "augment", ("auto", *AUGMENTATIONS))
+        for name in FLAGS:
+            check_flag(getattr(self, name), name)
         if self.nesterov and self.momentum == 0:
             raise ValueError("nesterov: needs a momentum above 0")
         if self.compile and self.checkpointing:
@@ -168,4 +179,4 @@ def lr_factor(recipe: Recipe, step: int, steps: int) -> float:
 
 def _expect(name: str, value: Any, what: str, holds: bool) -> None:
     if not holds:
-        raise ValueError(f"{name}: expected {what}, got {value!r}")
+        raise ValueError(f"{name}: expected {what}, got {given(value)}")

@@ -36,12 +36,12 @@ def checkpointing(model: nn.Module, enabled: bool = True) -> Iterator[None]:
             del block.forward
 
 
-def _run(block: ResidualBlock, x: Tensor, residual: Tensor | None = None) -> Tensor:
+def _run(block: ResidualBlock, *inputs: Tensor) -> Tensor:
     forward = partial(type(block).forward, block)
     if not block.training:
-        return forward(x, residual)
+        return forward(*inputs)
     contexts = partial(_contexts, block)
-    return checkpoint(forward, x, residual, use_reentrant=False, context_fn=contexts)
+    return checkpoint(forward, *inputs, use_reentrant=False, context_fn=contexts)
 
 
 def _contexts(block: ResidualBlock):

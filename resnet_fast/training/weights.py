@@ -10,8 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checks import check_impl
 from ..models import create_model, list_models
+from ..models.registry import check_name
 from .checkpoint import FORMAT, CheckpointError, read_any
+from .checks import check_device, check_path
 from .preprocessing import Preprocessing, imagenet
 
 
@@ -47,7 +50,14 @@ def load_weights(
         ValueError: naming the file that is missing, broken or of another model, or `model` where
             the file fits none or several.
     """
-    path = Path(path)
+    check_path(path, "path")
+    if model is not None:
+        try:
+            check_name(model)
+        except ValueError as error:
+            raise ValueError(f"model: {str(error).removeprefix('name: ')}") from None
+    check_impl(impl)
+    path, device = Path(path), check_device(device)
     content = read_any(path)
     ours = isinstance(content, dict) and content.get("format") == FORMAT
     weights = content["weights"] if ours else content

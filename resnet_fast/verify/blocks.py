@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import blocks, modules
@@ -22,23 +23,30 @@ class _BNAct(blocks.ChainBlock):
         super().__init__()
         self.bn = nn.BatchNorm2d(channels)
 
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        h = self.bn(x)
+        return F.relu(h if residual is None else h + residual)
+
     def parts(self) -> Parts:
         return Parts((), (self.bn,), True, "none")
 
 
 class _FusedBNAct(modules.Fused, _BNAct):
-    pass
+    forward = modules.ConvBNAct2d.forward
 
 
 class _AddReLU(blocks.ChainBlock):
     """relu(x + residual)."""
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        return F.relu(x + residual)
 
     def parts(self) -> Parts:
         return Parts((), (None,), True, "none")
 
 
 class _FusedAddReLU(modules.Fused, _AddReLU):
-    pass
+    forward = modules.ConvBNAct2d.forward
 
 
 KINDS = {

@@ -1,0 +1,76 @@
+"""FLOPs of the ops, for `torch.utils.flop_counter.FlopCounterMode`.
+
+Convolutions count what PyTorch counts of the same convolutions; everything else counts 0, as
+PyTorch counts a batch normalization. So a fused model has the FLOPs of its plain twin.
+
+PyTorch's counter imports Triton, which takes longer than this package. So the formulas wait until
+the counter is imported.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import sys
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from .ops import NAMES
+
+COUNTER = "torch.utils.flop_counter"
+Shape = Sequence[int]
+
+
+def register(counter: ModuleType) -> None:
+    """Register a formula for every op with `counter`, the module `torch.utils.flop_counter`."""
+
+    def forward(x: Shape, w: Shape, *_: Any, out_shape: Any, **__: Any) -> int:
+        y = out_shape if isinstance(out_shape, torch.Size) else out_shape[0]
+        return counter.conv_flop_count(x, w, y)
+
+    def backward(dy: Shape, w: Shape, x: Shape, *rest: Any, out_shape: Any) -> int:
+        *geometry, groups, need_dx, need_dw, _ = rest[-7:]
+        return counter.conv_backward_flop(
+            dy, x, w, None, *geometry, False, [0, 0], groups, [need_dx, need_dw, False],
+            out_val=tuple(out_shape),
+        )  # fmt: skip
+
+    def nothing(*_: Any, **__: Any) -> int:
+        return 0
+
+    formulas = {"conv_fprop": forward, "conv_bn_act": forward, "conv_bprop": backward}
+    for name in NAMES:
+        op = getattr(torch.ops.resnet_fast, name)
+        if op not in counter.flop_registry:
+            counter.register_flop_formula(op)(formulas.get(name, nothing))
+
+
+class _OnImport(importlib.abc.MetaPathFinder):
+    """Finds COUNTER as the other finders do, and registers the formulas once it has run."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        if name != COUNTER:
+            return None
+        others = (finder for finder in sys.meta_path if finder is not self)
+        found = (finder.find_spec(name, path, target) for finder in others)
+        spec = next(filter(None, found), None)
+        if spec is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_register(module: ModuleType) -> None:
+                execute(module)
+                register(module)
+
+            spec.loader.exec_module = execute_and_register
+        return spec
+
+
+def register_once_imported() -> None:
+    """`register` with PyTorch's counter, now or as soon as it is imported."""
+    if COUNTER in sys.modules:
+        register(sys.modules[COUNTER])
+    else:
+        sys.meta_path.insert(0, _OnImport())

@@ -1,0 +1,309 @@
+"""A copy of a module whose forward may run: what it reads is noted, what it changes is found out.
+
+The copy has containers of its own and fake tensors, so nothing of the original changes and a random
+draw has no value to decide by. What copy and original share (generators, variables of Python
+modules, closures and classes) is put back. `Notes.hold` asks later whether what was read is as it
+was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import pickle
+import random
+import sys
+import types
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.parameter import UninitializedTensorMixin
+
+from ..copies import copy_modules
+
+SIMPLE = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+CONTAINERS = (list, tuple, dict, set, frozenset)
+INTERNAL = ("torch.", "resnet_fast.")  # modules whose code is not the forward's own
+ABSENT = object()  # the value of a variable that is not there
+
+
+class Change(Exception):
+    """What a forward did beside computing its result."""
+
+
+class _Object:
+    """A value that is equal to itself alone; a bound method to one of the same module."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other):
+        if not isinstance(other, _Object):
+            return False
+        bound = isinstance(self.value, types.MethodType)
+        return self.value is other.value or (bound and self.value == other.value)
+
+
+@dataclass(frozen=True)
+class Notes:
+    """What a forward read, each by the path of a module and a name: children as their classes,
+    other `values` as `_kept` keeps them.
+    """
+
+    children: tuple[tuple[str, str, type[nn.Module]], ...] = ()
+    values: tuple[tuple[str, str, Any], ...] = ()
+
+    @classmethod
+    def of(cls, module: nn.Module, reads: set[tuple[str, str]]) -> Notes:
+        """What `module` holds at `reads`."""
+        children, values = [], []
+        for path, name in sorted(reads):
+            value = _look(module.get_submodule(path), name)
+            if isinstance(value, nn.Module):
+                children.append((path, name, _plain_class(value)))
+            else:
+                values.append((path, name, _kept(value)))
+        return cls(tuple(children), tuple(values))
+
+    def without(self, names: Collection[str]) -> Notes:
+        """All but the children `names`."""
+        children = (read for read in self.children if read[0] != "" or read[1] not in names)
+        return Notes(tuple(children), self.values)
+
+    def hold(self, module: nn.Module) -> bool:
+        """Whether `module` would read the same now."""
+        for path, name, cls in self.children:
+            holder = _below(module, path)
+            if holder is None or _plain_class(holder._modules.get(name)) is not cls:
+                return False
+        for path, name, value in self.values:
+            holder = _below(module, path)
+            if holder is None or _kept(_look(holder, name)) != value:
+                return False
+        return True
+
+
+def _plain_class(module: nn.Module | None) -> type:
+    """The class of `module`, fused or not."""
+    cls = type(module)
+    return getattr(cls, "_plain_class", cls)
+
+
+def _below(module: nn.Module, path: str) -> nn.Module | None:
+    for name in path.split(".") if path else ():
+        module = module._modules.get(name)
+        if module is None:
+            return None
+    return module
+
+
+def _look(module: nn.Module, name: str) -> Any:
+    """The attribute `name` without a call of a property or a `__getattr__`."""
+    held = module.__dict__
+    for place in (held, held["_modules"], held["_parameters"], held["_buffers"]):
+        if name in place:
+            return place[name]
+    return getattr(type(module), name, ABSENT)
+
+
+def _kept(value: Any) -> Any:
+    """A value that can be compared later: simple ones, contents of containers, classes of modules.
+
+    Of a tensor it is what a graph holds as numbers; its values are read anew. Another object is
+    itself.
+    """
+    if isinstance(value, SIMPLE):
+        return type(value), value
+    if isinstance(value, nn.Module):
+        return _plain_class(value)
+    if isinstance(value, UninitializedTensorMixin):
+        return UninitializedTensorMixin
+    if isinstance(value, Tensor):
+        return tuple(value.shape), value.dtype, value.device, value.requires_grad
+    if isinstance(value, dict):
+        return dict, tuple((_kept(key), _kept(one)) for key, one in value.items())
+    if isinstance(value, CONTAINERS):
+        return type(value), tuple(map(_kept, value))
+    return _Object(value)
+
+
+@contextlib.contextmanager
+def sandbox(module: nn.Module, fake: FakeTensorMode) -> Iterator[tuple[nn.Module, set]]:
+    """A copy of `module` to run its forward on, and the set of (path, name) that it will read.
+
+    Raises:
+        Change: the forward changed something, prints or draws random numbers.
+        TypeError: `module` holds what cannot be copied.
+    """
+    reads: set[tuple[str, str]] = set()
+    copied = copy_modules(module, functools.partial(_faked, fake))
+    for path, one in copied.named_modules(remove_duplicate=False):
+        if not isinstance(one, (torch.jit.ScriptModule, fx.GraphModule)) and "_noted" not in vars(
+            one
+        ):
+            vars(one)["_noted"] = path, reads
+            one.__class__ = _noting(type(one))
+    shared = _Shared(type(module))
+    before, generators = _state(copied, {}), _generators()
+    printed = io.StringIO()
+    try:
+        with fake, contextlib.redirect_stdout(printed):
+            yield copied, reads
+    finally:
+        changed = shared.put_back()
+        drawn = _drawn(generators, _generators())
+        for put_back, state in generators.items():
+            put_back(state)
+    after = _state(copied, {})
+    changed += [name for name in after | before if after.get(name) != before.get(name)]
+    if changed:
+        raise Change(f"changes {min(changed)}")
+    if drawn:
+        raise Change("draws random numbers in Python")
+    if printed.getvalue():
+        raise Change("prints")
+
+
+def _faked(fake: FakeTensorMode, t: Tensor) -> Tensor:
+    if isinstance(t, UninitializedTensorMixin):
+        return t
+    return fake.from_tensor(t if t.is_leaf else t.detach())
+
+
+@functools.cache
+def _noting(cls: type[nn.Module]) -> type[nn.Module]:
+    """A subclass of `cls` that notes the attributes which code outside PyTorch reads."""
+
+    def __getattribute__(self, name):
+        if not name.startswith("__") and name not in ("_noted", "training"):
+            caller = sys._getframe(1).f_globals.get("__name__", "")
+            if caller == nn.Sequential.__module__ or not caller.startswith(INTERNAL):
+                path, reads = self.__dict__["_noted"]
+                reads.add((path, name))
+        return super(noting, self).__getattribute__(name)
+
+    names = {"__getattribute__": __getattribute__, "_plain_class": cls}
+    names |= {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    noting = type(cls.__name__, (cls,), names)
+    return noting
+
+
+def _state(copied: nn.Module, seen: dict[int, Any]) -> dict[str, Any]:
+    """Every attribute of every module, by its dotted name."""
+    state = {}
+    for path, module in copied.named_modules():
+        for name, value in vars(module).items():
+            if name not in ("_noted", "training"):
+                state[f"{path}.{name}".removeprefix(".")] = _contents(value, seen)
+    return state
+
+
+def _contents(value: Any, seen: dict[int, Any]) -> Any:
+    """What a change of `value` in place would change; seen: what is being looked into."""
+    if isinstance(value, SIMPLE):
+        return type(value), value
+    if isinstance(value, UninitializedTensorMixin):
+        return id(value)
+    if isinstance(value, Tensor):
+        return id(value), None if value.is_inference() else value._version
+    if isinstance(value, (nn.Module, types.FunctionType, type)) or id(value) in seen:
+        return id(value)
+    seen[id(value)] = value
+    if isinstance(value, dict):
+        return tuple((_contents(k, seen), _contents(v, seen)) for k, v in value.items())
+    if isinstance(value, (set, frozenset)):
+        return frozenset(_contents(one, seen) for one in value)
+    if isinstance(value, CONTAINERS):
+        return tuple(_contents(one, seen) for one in value)
+    with contextlib.suppress(Exception):
+        return pickle.dumps(value)
+    return id(value), _contents(getattr(value, "__dict__", None), seen)
+
+
+class _Shared:
+    """Variables outside a module that the methods of its class can reach by name."""
+
+    def __init__(self, cls: type) -> None:
+        self.places: dict[tuple[int, str], tuple[Any, str, Any, Any, Any]] = {}
+        for base in cls.__mro__:
+            if base.__module__.startswith("torch.") or base is object:
+                continue
+            for name, value in list(vars(base).items()):
+                if isinstance(value, (*SIMPLE, *CONTAINERS)) and not name.startswith("__"):
+                    self.add(base, name)
+                self.reach(value, set())
+
+    def reach(self, function: Any, seen: set[Any]) -> None:
+        function = getattr(function, "__func__", function)
+        if not isinstance(function, types.FunctionType) or function in seen:
+            return
+        seen.add(function)
+        for name in _names(function.__code__):
+            self.add(function.__globals__, name)
+        for cell in function.__closure__ or ():
+            with contextlib.suppress(ValueError):  # an empty cell
+                self.add(cell, "cell_contents")
+                self.reach(cell.cell_contents, seen)
+
+    def add(self, where: Any, name: str) -> None:
+        value = _variable(where, name)
+        if value is ABSENT or isinstance(value, (*SIMPLE, list, dict, set)):
+            kept = value.copy() if isinstance(value, (list, dict, set)) else None
+            self.places[id(where), name] = where, name, value, kept, _contents(value, {})
+
+    def put_back(self) -> list[str]:
+        """Undo what was done to them; the names of those that had been changed."""
+        changed = []
+        for where, name, value, kept, contents in self.places.values():
+            now = _variable(where, name)
+            if now is value and _contents(now, {}) == contents:
+                continue
+            changed.append("a variable of a closure" if name == "cell_contents" else name)
+            if isinstance(kept, (dict, set)):
+                value.clear()
+                value.update(kept)
+            elif isinstance(kept, list):
+                value[:] = kept
+            if now is not value:
+                _assign(where, name, value)
+        return changed
+
+
+def _names(code: types.CodeType) -> set[str]:
+    """Names that `code` and the functions in it look up."""
+    inner = [one for one in code.co_consts if isinstance(one, types.CodeType)]
+    return set(code.co_names).union(*map(_names, inner))
+
+
+def _variable(where: Any, name: str) -> Any:
+    return where.get(name, ABSENT) if isinstance(where, dict) else getattr(where, name, ABSENT)
+
+
+def _assign(where: Any, name: str, value: Any) -> None:
+    if isinstance(where, dict):
+        where.pop(name) if value is ABSENT else where.update({name: value})
+    else:
+        setattr(where, name, value)
+
+
+def _generators() -> dict[Any, Any]:
+    """The states of the generators that all code shares, by the function that sets each."""
+    states = {random.setstate: random.getstate(), torch.set_rng_state: torch.get_rng_state()}
+    if "numpy" in sys.modules:
+        numpy = sys.modules["numpy"].random
+        states[numpy.set_state] = numpy.get_state()
+    return states
+
+
+def _drawn(before: dict[Any, Any], after: dict[Any, Any]) -> bool:
+    """Whether a generator has moved."""
+    return any(
+        not torch.equal(state, after[by]) if isinstance(state, Tensor)
+        else pickle.dumps(state) != pickle.dumps(after[by])
+        for by, state in before.items()
+    )  # fmt: skip

@@ -1,0 +1,76 @@
+"""What `fit` and `evaluate` are given: every message names the argument."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..chain import given
+from ..checks import integer
+
+MOST_SEED = 2**63
+DATA = ("classes", "num_classes", "preprocessing", "count", "batches")
+
+
+def check_choice(value: Any, name: str, choices: Sequence[str]) -> None:
+    """Whether value is one of `choices`."""
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {given(value)}")
+
+
+def check_seed(value: Any) -> None:
+    """Whether value is a seed of PyTorch's generators."""
+    if not -MOST_SEED <= integer(value, "seed") < MOST_SEED:
+        raise ValueError(f"seed: expected an integer of at most 63 bits, got {given(value)}")
+
+
+def check_path(value: Any, name: str) -> None:
+    """Whether value is the name of a file or folder."""
+    if not isinstance(value, (str, os.PathLike)):
+        raise ValueError(f"{name}: expected a path, got {given(value)}")
+
+
+def check_device(device: str | torch.device) -> torch.device:
+    """`device`, of which this process can make tensors."""
+    try:
+        if isinstance(device, bool):
+            raise TypeError("a bool is not a device")
+        where = torch.device(device)
+        here = torch.empty(0, device=where).device
+    except (RuntimeError, TypeError, AssertionError, ValueError) as error:
+        why = str(error).strip().splitlines()[0]
+        raise ValueError(f"device: {given(device)} cannot be used here: {why}") from None
+    if here.type == "meta":
+        raise ValueError("device: expected one that holds values, got 'meta'")
+    return where
+
+
+def check_model(model: nn.Module) -> None:
+    """Whether model is a module whose parameters have values."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model: expected an nn.Module, got {given(model)}")
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise ValueError(f"model: {name} lies on meta and has no values")
+
+
+def check_data(data: Any) -> None:
+    """Whether data is a data set as `load_data` gives it."""
+    lacks = [name for name in DATA if not hasattr(data, name)]
+    if lacks:
+        raise ValueError(
+            f"data: expected a data set of load_data, got {given(data)} without {', '.join(lacks)}"
+        )
+
+
+def check_logits(logits: Tensor, classes: int) -> None:
+    """Whether a model's output has one column a class of the data."""
+    shape = list(logits.shape) if isinstance(logits, Tensor) else given(logits)
+    if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.size(1) != classes:
+        raise ValueError(
+            f"model: expected logits [N, {classes}], a column a class of the data, got {shape}"
+        )
