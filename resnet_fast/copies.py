@@ -50,6 +50,7 @@ def copy_modules(
             copied = copy.deepcopy(model, memo)
             for module in graphs:
                 vars(memo[id(module)]).update(copy.deepcopy(vars(module), memo))
+                memo[id(module)].graph = memo[id(module)]._graph  # compiles its forward
     except Exception as error:
         raise TypeError(f"{type(error).__name__}: {error}") from error
     return copied

@@ -245,8 +245,9 @@ def check_own_memory(dy, grads):
 
 SOME = pytest.mark.parametrize(
     "name",
-    ["conv-norm-pool", "conv-bare", "conv-frozen-residual", "norm-linear-residual", "add-relu", "add",
-     "basic", "basic-projection", "basic-projection-linear", "bottleneck", "preact-projection"],
+    ["conv-norm-pool", "conv-bare", "conv-frozen-residual", "norm-linear-residual", "add-relu",
+     "add", "basic", "basic-projection", "basic-projection-linear", "bottleneck",
+     "preact-projection"],
 )  # fmt: skip
 
 

@@ -78,7 +78,19 @@ def call(recipe, model):
     model.zero_grad()
     y = model(x.requires_grad_())
     (y.sin() * torch.linspace(0.5, 1.5, y.numel()).view_as(y)).sum().backward()
-    return {"y": y, "x": x.grad} | {name: p.grad for name, p in model.named_parameters()}
+    found = {"y": y, "x": x.grad} | {name: p.grad for name, p in model.named_parameters()}
+    return found | {"evaluation": evaluate(model, x)}
+
+
+def evaluate(model, x):
+    """What `model` gives without gradients in evaluation mode; it keeps its own modes."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    with torch.no_grad():
+        y = model(x)
+    for module, training in modes:
+        module.training = training
+    return y
 
 
 def outcome(recipe, prepare):

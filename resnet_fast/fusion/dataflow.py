@@ -6,11 +6,13 @@ Nothing is computed, no class name matters, and nothing of the module changes.
 from __future__ import annotations
 
 import contextlib
+import dis
 import gc
 import inspect
 import operator
 import sys
 import textwrap
+import types
 import weakref
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -173,6 +175,8 @@ def trace(module: nn.Module, fake: FakeTensorMode) -> Forward:
             compute its result, or one that decides by anything but arguments, attributes and mode.
     """
     inputs = required(module)
+    if _asks_for_types(type(module).forward, module, set()):
+        raise Mismatch("its forward cannot run fused: it decides by the type of a value")
     graphs: dict[bool, fx.Graph] = {}
     try:
         with sandbox(module, fake) as (copied, reads):
@@ -183,6 +187,9 @@ def trace(module: nn.Module, fake: FakeTensorMode) -> Forward:
                 with context:
                     tracer = _Tracer(inputs)
                     graph = tracer.trace(copied)
+                modes = [one.training for one in copied.modules()]
+                if modes != [training] + [below] * (len(modes) - 1):
+                    raise Mismatch("it changes modes")
                 if tracer.leaks():
                     raise Mismatch("it keeps what it computes")
                 if str(graph) != str(graphs.setdefault(training, graph)):
@@ -193,6 +200,30 @@ def trace(module: nn.Module, fake: FakeTensorMode) -> Forward:
         said = textwrap.shorten(f"{type(error).__name__}: {error}", 120, placeholder=" ...")
         raise Mismatch(f"its forward cannot be traced: {said}") from None
     return Forward(graphs[True], graphs[False], Notes.of(module, reads))
+
+
+def _asks_for_types(function: Any, module: nn.Module, seen: set[Any]) -> bool:
+    """Whether `function`, or one that `module` holds and it names, calls `type`.
+
+    What that gives for a value of a forward that is traced cannot be told from outside.
+    """
+    function = inspect.unwrap(getattr(function, "__func__", function))
+    if not isinstance(function, types.FunctionType) or function in seen:
+        return False
+    seen.add(function)
+    called = {one.argval for one in dis.get_instructions(function) if "GLOBAL" in one.opname}
+    held = [cell.cell_contents for cell in function.__closure__ or () if _full(cell)]
+    for name in function.__code__.co_names:
+        held += getattr(type(module), name, None), vars(module).get(name)
+    return "type" in called or any(_asks_for_types(one, module, seen) for one in held)
+
+
+def _full(cell: types.CellType) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018
+    except ValueError:
+        return False
+    return True
 
 
 def sequence(module: nn.Module) -> Forward | None:

@@ -155,7 +155,7 @@ def sandbox(module: nn.Module, fake: FakeTensorMode) -> Iterator[tuple[nn.Module
         with fake, contextlib.redirect_stdout(printed):
             yield copied, reads
     finally:
-        changed = shared.put_back()
+        changed = shared.put_back() + _forgotten(copied)
         drawn = _drawn(generators, _generators())
         for put_back, state in generators.items():
             put_back(state)
@@ -187,10 +187,21 @@ def _noting(cls: type[nn.Module]) -> type[nn.Module]:
                 reads.add((path, name))
         return super(noting, self).__getattribute__(name)
 
-    names = {"__getattribute__": __getattribute__, "_plain_class": cls}
+    names = {"__getattribute__": __getattribute__, "_plain_class": cls, "_own": frozenset()}
     names |= {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
     noting = type(cls.__name__, (cls,), names)
+    noting._own = frozenset(vars(noting))
     return noting
+
+
+def _forgotten(copied: nn.Module) -> list[str]:
+    """What was set on the classes of the copy, which lose it."""
+    names = []
+    for cls in {type(module) for module in copied.modules()}:
+        for name in vars(cls).keys() - getattr(cls, "_own", vars(cls).keys()):
+            delattr(cls, name)
+            names.append(name)
+    return names
 
 
 def _state(copied: nn.Module, seen: dict[int, Any]) -> dict[str, Any]:
