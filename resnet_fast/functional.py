@@ -260,7 +260,7 @@ def run_chain(
     if residual is not None:
         residual = residual.contiguous(memory_format=fmt)
     batch_stats = any(norm is not None and norm.batch_stats for norm in chain.all_norms)
-    flat = tensors.flat()
+    flat = [t if t is None or t.dim() > 1 else t.contiguous() for t in tensors.flat()]
     if not batch_stats and not _wants_gradient(x, residual, *flat):
         return replay.run(_infer, (chain,), (x, residual, *flat))
     y, *statistics = ChainFunction.apply(chain, x, residual, *flat)
