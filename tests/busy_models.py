@@ -211,6 +211,18 @@ class HooksWhateverComes(StoresGradients):
         return self.rest(h, x)
 
 
+class DecaysPastTheVersion(Block):
+    """Writes to a buffer through `.data`, which no version counter sees."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("decay", torch.ones(4))
+
+    def forward(self, x):
+        self.decay.data.mul_(0.5)
+        return super().forward(x)
+
+
 class FreezesItsNorm(Block):
     def forward(self, x):
         self.bn1.eval()
@@ -425,6 +437,7 @@ ALONE = {
     "fills-a-closure": fills_a_closure,
     "hooks-whatever-comes": HooksWhateverComes, "stores-gradients": StoresGradients,
     "freezes-its-norm": FreezesItsNorm, "builds-a-child": BuildsAChild,
+    "decays-past-the-version": DecaysPastTheVersion,
     "draws-by-torch": lambda: Drawing(lambda: bool(torch.rand(1) < 0.5)),
     "draws-by-random": lambda: Drawing(lambda: random.random() < 0.5),
     "draws-by-numpy": lambda: Drawing(lambda: np.random.rand() < 0.5),

@@ -64,6 +64,18 @@ def why(model, path):
     return f"{row.state}: {row.why}"
 
 
+STEM_EDITS = {
+    "relu-silu": lambda net: setattr(net, "relu", nn.SiLU()),
+    "relu-identity": lambda net: setattr(net, "relu", nn.Identity()),
+    "norm-group-norm": lambda net: setattr(net, "bn1", nn.GroupNorm(2, 4).double()),
+    "norm-sync": lambda net: nn.SyncBatchNorm.convert_sync_batchnorm(net),
+    "pool-identity": lambda net: setattr(net, "maxpool", nn.Identity()),
+    "pool-ceil": lambda net: setattr(net.maxpool, "ceil_mode", True),
+    "pool-average": lambda net: setattr(net, "maxpool", nn.AvgPool2d(2)),
+    "conv-forward": lambda net: setattr(net.conv1, "forward", lambda x: x[:, [0, 1, 2, 0]]),
+}
+
+
 @pytest.fixture
 def net():
     return randomize(ResNet())
@@ -342,6 +354,32 @@ class TestChangedLater:
         assert why(model, "conv1").endswith("goes to bn1, which is of class InstanceNorm2d")
         fuse(model, inplace=True)
         assert "conv1" not in fused(model) and "layer1.0" in fused(model)
+
+    @pytest.mark.parametrize("edit", STEM_EDITS)
+    def test_the_layers_of_a_stem_may_be_changed(self, net, edit):
+        model, plain, x = fuse(net), copy.deepcopy(net), torch.randn(IMAGE, dtype=torch.float64)
+        for changed in (model, plain):
+            STEM_EDITS[edit](changed)
+            changed.eval()
+        with torch.no_grad():
+            close(model(x), plain(x))
+
+    def test_others_may_call_the_layers_of_a_stem(self, net):
+        """As feature extractors, U-Nets and `Sequential`s of children do."""
+        model, x = fuse(net).train(), torch.randn(IMAGE, dtype=torch.float64)
+        plain = copy.deepcopy(net).train()
+        for stop in range(1, 5):
+            expected = nn.Sequential(*list(plain.children())[:stop])(x)
+            cut = nn.Sequential(*list(model.children())[:stop])(x)
+            assert type(cut) is torch.Tensor
+            close(cut, expected)
+        seen = []
+        for name in ("conv1", "bn1", "relu"):
+            for changed in (model, plain):
+                changed.get_submodule(name).register_forward_hook(lambda m, a, y: seen.append(y))
+        close(model(x), plain(x))
+        assert len(seen) == 6
+        close(dict(model.named_buffers()), dict(plain.named_buffers()))
 
     def test_a_sequential_may_be_cut_walked_and_extended(self):
         model = randomize(vgg()).eval()

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parameter import UninitializedTensorMixin
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..copies import copy_modules
 
@@ -150,9 +151,9 @@ def sandbox(module: nn.Module, fake: FakeTensorMode) -> Iterator[tuple[nn.Module
             one.__class__ = _noting(type(one))
     shared = _Shared(type(module))
     before, generators = _state(copied, {}), _generators()
-    printed = io.StringIO()
+    printed, writes = io.StringIO(), _Writes()
     try:
-        with fake, contextlib.redirect_stdout(printed):
+        with fake, writes, contextlib.redirect_stdout(printed):
             yield copied, reads
     finally:
         changed = shared.put_back() + _forgotten(copied)
@@ -163,6 +164,8 @@ def sandbox(module: nn.Module, fake: FakeTensorMode) -> Iterator[tuple[nn.Module
     changed += [name for name in after | before if after.get(name) != before.get(name)]
     if changed:
         raise Change(f"changes {min(changed)}")
+    if writes.seen:
+        raise Change("writes to a tensor in place")
     if drawn:
         raise Change("draws random numbers in Python")
     if printed.getvalue():
@@ -173,6 +176,18 @@ def _faked(fake: FakeTensorMode, t: Tensor) -> Tensor:
     if isinstance(t, UninitializedTensorMixin):
         return t
     return fake.from_tensor(t if t.is_leaf else t.detach())
+
+
+class _Writes(TorchDispatchMode):
+    """Sees writes to tensors, those past the version counter too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen = self.seen or func._schema.is_mutable
+        return func(*args, **(kwargs or {}))
 
 
 @functools.cache
