@@ -124,10 +124,6 @@ def check_chain(
         raise ValueError(f"residual: does not go with the shortcut {chain.shortcut!r}")
     if residual is not None:
         _match("residual", tuple(residual.shape), out)
-        if residual.dtype != x.dtype:
-            raise ValueError(
-                f"residual: expected x's dtype {_name(x.dtype)}, got {_name(residual.dtype)}"
-            )
         _same_device("residual", residual, x)
     if chain.pool is not None:
         chain.pool.output_shape(out)

@@ -24,7 +24,7 @@ from ..copies import copy_modules
 from ..guard import plain_call, refusal
 from ..models import ResNet
 from ..modules import PLAIN, Fused, run_fused
-from .dataflow import Forward, Mismatch, trace
+from .dataflow import Forward, Mismatch, sequence, trace
 from .match import Block, Group, match_groups
 from .sandbox import Notes
 
@@ -138,11 +138,13 @@ class FusedForward(Swapped):
             return super().forward(*args, **kwargs)
         if not plan.holds(self):
             return super().forward(*args, **kwargs)
-        run = (plan.training if self.training else plan.evaluation).run
-        if run is None:  # read from a pickle
+        return (plan.training if self.training else plan.evaluation).run(self, *args)
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        plan = self._fused_plan
+        if plan is not None and plan.training.run is None:  # read from a pickle
             self._fused_plan = _plan_again(self)
-            return self.forward(*args)
-        return run(self, *args)
 
 
 def _unchanged(block: Block, module: nn.Module) -> bool:
@@ -215,10 +217,10 @@ def plan_forward(module: nn.Module, forward: Forward, impl: str) -> ForwardPlan 
 
 def _plan_again(module: nn.Module) -> ForwardPlan | None:
     """The plan of a module that was read from a pickle."""
-    cls, impl = type(module), module._fused_impl
+    cls, fake = type(module), FakeTensorMode(allow_non_fake_inputs=True)
     module.__class__ = cls._plain_class
     try:
-        return plan_forward(module, trace(module, FakeTensorMode(allow_non_fake_inputs=True)), impl)
+        return plan_forward(module, sequence(module) or trace(module, fake), module._fused_impl)
     except Mismatch:
         return None
     finally:

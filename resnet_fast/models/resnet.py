@@ -248,4 +248,3 @@ def _check(block, fused, layers, dilate, stem, shortcut, zero_init_residual) -> 
         raise ValueError(f"stem: expected one of {STEMS}, got {stem!r}")
     if zero_init_residual and shortcut == "none":
         raise ValueError("zero_init_residual: a plain net (shortcut='none') would be all zero")
-
