@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from .sandbox import INTERNAL, Change, Notes, sandbox
 
@@ -194,6 +194,8 @@ def trace(module: nn.Module, fake: FakeTensorMode) -> Forward:
                     raise Mismatch("it keeps what it computes")
                 if str(graph) != str(graphs.setdefault(training, graph)):
                     raise Mismatch("it decides by more than its arguments and attributes")
+    except DataDependentOutputException:
+        raise Mismatch("its forward cannot run fused: it decides by values of a tensor") from None
     except (Change, Mismatch) as error:
         raise Mismatch(f"its forward cannot run fused: {error}") from None
     except Exception as error:
