@@ -5,6 +5,9 @@ import importlib
 import io
 import pickle
 import re
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -62,6 +65,38 @@ def fused(model):
 def why(model, path):
     (row,) = (row for row in explain(model).rows if row.path == path)
     return f"{row.state}: {row.why}"
+
+
+class Named(NamedTuple):
+    first: torch.Tensor
+    second: torch.Tensor
+
+
+@dataclass
+class Fields:
+    first: torch.Tensor
+    second: torch.Tensor
+
+
+class Output(OrderedDict):
+    """As Hugging Face's models give results."""
+
+
+RESULTS = {  # how a forward may give two tensors
+    "tuple": lambda a, b: (a, b),
+    "list": lambda a, b: [a, b],
+    "dict": lambda a, b: {"a": a, "b": b},
+    "ordered-dict": lambda a, b: OrderedDict(a=a, b=b),
+    "own-dict": lambda a, b: Output(a=a, b=b),
+    "named-tuple": Named,
+    "dataclass": Fields,
+}
+
+
+def values_of(result):
+    if isinstance(result, Fields):
+        return [result.first, result.second]
+    return result.values() if isinstance(result, dict) else result
 
 
 STEM_EDITS = {
@@ -152,6 +187,25 @@ class TestWhatIsFused:
         assert fused(block)
         close(block(x, 2.0), 2 * block(x))
         close(block(x=x), block(x))
+
+    @pytest.mark.parametrize("made", RESULTS)
+    def test_results_keep_their_types(self, made):
+        class Two(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.block, self.conv, self.bn = Basic(4, 4), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+
+            def forward(self, x):
+                h = self.block(x)
+                return RESULTS[made](h, self.bn(self.conv(h)))
+
+        plain = randomize(Two()).eval()
+        model, x = fuse(plain), torch.randn(2, 4, 8, 8, dtype=torch.float64)
+        assert "block" in fused(model)
+        actual, expected = model(x), plain(x)
+        assert type(actual) is type(expected)
+        for one, other in zip(values_of(actual), values_of(expected), strict=True):
+            close(one, other)
 
     def test_a_block_registered_twice_is_fused_once_for_both(self):
         block = Basic(4, 4)

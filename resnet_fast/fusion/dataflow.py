@@ -109,6 +109,9 @@ class _Tracer(fx.Tracer):
             return a.node
         if isinstance(a, Tensor) and not self._held(a):
             raise Mismatch("it makes a tensor of its own")
+        own = isinstance(a, (list, dict, tuple)) and type(a) not in (list, dict, tuple, torch.Size)
+        if own and not hasattr(a, "_fields") and not type(a).__module__.startswith(INTERNAL):
+            raise Mismatch(f"it makes a {type(a).__name__}, which a graph would not")
         return super().create_arg(a)
 
     def _held(self, tensor: Tensor) -> bool:
