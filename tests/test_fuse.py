@@ -67,6 +67,19 @@ def why(model, path):
     return f"{row.state}: {row.why}"
 
 
+def wrapped(function):
+    def call(self, x):
+        return function(self, x)
+
+    return call
+
+
+class Wrapped(Basic):
+    """Its forward cannot be found by its name."""
+
+    forward = wrapped(Basic.forward)
+
+
 class Named(NamedTuple):
     first: torch.Tensor
     second: torch.Tensor
@@ -377,6 +390,13 @@ class TestSharing:
         x = torch.randn(shape, dtype=torch.float64)
         close(other(x), model(x))
         assert fused(unfuse(other)) == {}
+
+    def test_a_pickle_does_not_ask_for_the_forward_by_name(self):
+        model = fuse(randomize(Wrapped(4, 4)).eval())
+        other = pickle.loads(pickle.dumps(model))
+        assert fused(other) == fused(model) != {}
+        x = torch.randn(2, 4, 8, 8, dtype=torch.float64)
+        close(other(x), model(x))
 
     def test_moves_to_another_dtype(self, net):
         model = fuse(net).float().eval()

@@ -10,9 +10,10 @@ call is one that fused ops do not follow, the original forward runs.
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch.nn.functional as F
@@ -25,7 +26,7 @@ from ..guard import plain_call, refusal
 from ..models import ResNet
 from ..modules import PLAIN, Fused, run_fused
 from .dataflow import Forward, Mismatch, sequence, trace
-from .match import Block, Group, match_groups
+from .match import Block, Group, match_block, match_groups
 from .sandbox import Notes
 
 FUSED = {plain: fused for fused, plain in PLAIN.items()}
@@ -46,6 +47,11 @@ class Swapped:
     def __reduce_ex__(self, protocol):
         _, _, *state = super().__reduce_ex__(max(protocol, 2))
         return _new, (self._fused_mixin, self._plain_class), *state
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        if isinstance(self._fused_plan, Unread):
+            self._fused_plan = _plan_again(self)
 
     def __prepare_scriptable__(self) -> nn.Module:
         """What `torch.jit.script` compiles: the plain module, in a tree of its own."""
@@ -72,6 +78,12 @@ class Plan:
         same = type(module)._plain_class.forward is self.plain
         return same and tuple(module._modules) == self.children and self.notes.hold(module)
 
+    def __deepcopy__(self, memo):
+        return replace(self, notes=copy.deepcopy(self.notes, memo))
+
+    def __reduce__(self):
+        return Unread, ()
+
     def fits(self, call: fx.Node) -> bool:
         """Whether `call` of the module passes what the traced forward takes."""
         return len(call.args) == self.inputs and not call.kwargs
@@ -93,17 +105,8 @@ class Own:
     """In the place of a plan: a module of this package, which has a switch of its own."""
 
 
-class Code:
-    """A forward made of a graph. Copies share it; a pickle leaves it out."""
-
-    def __init__(self, run: Callable[..., Any] | None = None) -> None:
-        self.run = run
-
-    def __deepcopy__(self, memo):
-        return self
-
-    def __reduce__(self):
-        return Code, ()
+class Unread:
+    """In the place of a plan that a pickle leaves out; it is made anew at reading."""
 
 
 @dataclass(frozen=True)
@@ -112,8 +115,8 @@ class ForwardPlan(Plan):
 
     inputs: int
     blocks: tuple[Block, ...]
-    training: Code = field(compare=False)
-    evaluation: Code = field(compare=False)
+    training: Callable[..., Any] = field(compare=False)
+    evaluation: Callable[..., Any] = field(compare=False)
 
 
 class FusedBlock(Swapped):
@@ -138,13 +141,7 @@ class FusedForward(Swapped):
             return super().forward(*args, **kwargs)
         if not plan.holds(self):
             return super().forward(*args, **kwargs)
-        return (plan.training if self.training else plan.evaluation).run(self, *args)
-
-    def __setstate__(self, state):
-        super().__setstate__(state)
-        plan = self._fused_plan
-        if plan is not None and plan.training.run is None:  # read from a pickle
-            self._fused_plan = _plan_again(self)
+        return (plan.training if self.training else plan.evaluation)(self, *args)
 
 
 def _unchanged(block: Block, module: nn.Module) -> bool:
@@ -208,19 +205,20 @@ def plan_forward(module: nn.Module, forward: Forward, impl: str) -> ForwardPlan 
     if not blocks:
         return None
     inputs = sum(node.op == "placeholder" for node in forward.training.nodes)
-    codes = (
-        Code(_rewritten(graph, groups, impl)) for graph, groups in zip(forward, found, strict=True)
-    )
+    runs = (_rewritten(graph, groups, impl) for graph, groups in zip(forward, found, strict=True))
     children = tuple(module._modules)
-    return ForwardPlan(type(module).forward, forward.notes, children, inputs, tuple(blocks), *codes)
+    return ForwardPlan(type(module).forward, forward.notes, children, inputs, tuple(blocks), *runs)
 
 
-def _plan_again(module: nn.Module) -> ForwardPlan | None:
+def _plan_again(module: Swapped) -> Plan | None:
     """The plan of a module that was read from a pickle."""
     cls, fake = type(module), FakeTensorMode(allow_non_fake_inputs=True)
     module.__class__ = cls._plain_class
     try:
-        return plan_forward(module, sequence(module) or trace(module, fake), module._fused_impl)
+        forward = sequence(module) or trace(module, fake)
+        if cls._fused_mixin is FusedBlock:
+            return plan_block(module, forward, match_block(module, forward))
+        return plan_forward(module, forward, module._fused_impl)
     except Mismatch:
         return None
     finally:
