@@ -375,7 +375,8 @@ def test_launches_of_resnet50(launches):
     for name in ("conv_affine_act_tma_kernel", "conv_dgrad_kernel", "conv_wgrad_kernel"):
         assert train[name] == 52, name
     assert train["aten.convolution"] == train["aten.convolution_backward"] == 1
-    assert train["aten.clone"] <= 1, "no gradient and no output is copied"
+    copies = train["aten.clone"] + train["aten.copy_"]
+    assert copies <= 6, "but for the biases of four projections no gradient is copied"
     for mode in ("infer", "one"):
         assert counts[mode]["conv_affine_act_tma_kernel"] == 52
         assert counts[mode]["conv_affine_act_kernel"] == 1
