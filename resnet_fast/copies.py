@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -24,9 +24,11 @@ class _Tensors(TorchFunctionMode):
 
 
 def copy_modules(
-    model: nn.Module, answer: Callable[[Tensor], Tensor] = lambda tensor: tensor
+    model: nn.Module,
+    answer: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+    shared: Iterable[Any] = (),
 ) -> nn.Module:
-    """A deep copy of `model` that holds answer(t) for every tensor t, by itself t.
+    """A deep copy of `model` that holds answer(t) for every tensor t, by itself t, and `shared`.
 
     Unlike `copy.deepcopy` it takes what a forward has kept (tensors with a history), gives a
     `GraphModule` its mode and attributes, and leaves processes of a `SyncBatchNorm` as they are.
@@ -34,7 +36,7 @@ def copy_modules(
     Raises:
         TypeError: `model` holds what cannot be copied.
     """
-    memo: dict[int, Any] = {}
+    memo: dict[int, Any] = {id(value): value for value in shared}
     graphs = []
     for module in model.modules():
         for parameter in module._parameters.values():  # their __deepcopy__ asks no function mode

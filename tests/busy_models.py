@@ -223,6 +223,13 @@ class DecaysPastTheVersion(Block):
         return super().forward(x)
 
 
+class Uncopyable:
+    """As a trainer or a data set that a module knows."""
+
+    def __deepcopy__(self, memo):
+        raise TypeError("not to be copied")
+
+
 class FreezesItsNorm(Block):
     def forward(self, x):
         self.bn1.eval()

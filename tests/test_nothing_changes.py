@@ -182,6 +182,17 @@ def test_is_left_alone_and_explained(name):
     assert [row.path for row in rows if row.state == "fused"] == ["0"]
 
 
+def test_what_a_forward_does_not_name_is_not_copied_to_trace_it():
+    model = busy_models.Block().double().eval()
+    model.trainer = busy_models.Uncopyable()
+    x = torch.randn(SHAPE, dtype=torch.float64)
+    expected = model(x)
+    with pytest.raises(TypeError, match=r"^model: cannot be copied .* use inplace=True"):
+        fuse(model)
+    assert [row.state for row in explain(fuse(model, inplace=True)).rows] == ["fused"]
+    torch.testing.assert_close(model(x), expected)
+
+
 def test_a_traced_model_keeps_its_mode_and_the_original_its_statistics():
     model = build("traced").eval()
     state = copy.deepcopy(model.state_dict())

@@ -12,7 +12,6 @@ import inspect
 import operator
 import sys
 import textwrap
-import types
 import weakref
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from .sandbox import INTERNAL, Change, Notes, sandbox
+from .sandbox import INTERNAL, Change, Notes, functions_of, sandbox
 
 RELU = (F.relu, torch.relu, torch.relu_, "relu", "relu_")
 ADD = (operator.add, operator.iadd, torch.add, "add", "add_")
@@ -178,7 +177,7 @@ def trace(module: nn.Module, fake: FakeTensorMode) -> Forward:
             compute its result, or one that decides by anything but arguments, attributes and mode.
     """
     inputs = required(module)
-    if _asks_for_types(type(module).forward, module, set()):
+    if _asks_for_types(module):
         raise Mismatch("its forward cannot run fused: it decides by the type of a value")
     graphs: dict[bool, fx.Graph] = {}
     try:
@@ -207,28 +206,13 @@ def trace(module: nn.Module, fake: FakeTensorMode) -> Forward:
     return Forward(graphs[True], graphs[False], Notes.of(module, reads))
 
 
-def _asks_for_types(function: Any, module: nn.Module, seen: set[Any]) -> bool:
-    """Whether `function`, or one that `module` holds and it names, calls `type`.
+def _asks_for_types(module: nn.Module) -> bool:
+    """Whether the forward of `module` may call `type`.
 
     What that gives for a value of a forward that is traced cannot be told from outside.
     """
-    function = inspect.unwrap(getattr(function, "__func__", function))
-    if not isinstance(function, types.FunctionType) or function in seen:
-        return False
-    seen.add(function)
-    called = {one.argval for one in dis.get_instructions(function) if "GLOBAL" in one.opname}
-    held = [cell.cell_contents for cell in function.__closure__ or () if _full(cell)]
-    for name in function.__code__.co_names:
-        held += getattr(type(module), name, None), vars(module).get(name)
-    return "type" in called or any(_asks_for_types(one, module, seen) for one in held)
-
-
-def _full(cell: types.CellType) -> bool:
-    try:
-        cell.cell_contents  # noqa: B018
-    except ValueError:
-        return False
-    return True
+    code = (line for function in functions_of(module) for line in dis.get_instructions(function))
+    return any("GLOBAL" in line.opname and line.argval == "type" for line in code)
 
 
 def sequence(module: nn.Module) -> Forward | None:

@@ -1,15 +1,16 @@
 """A copy of a module whose forward may run: what it reads is noted, what it changes is found out.
 
-The copy has containers of its own and fake tensors, so nothing of the original changes and a random
-draw has no value to decide by. What copy and original share (generators, variables of Python
-modules, closures and classes) is put back. `Notes.hold` asks later whether what was read is as it
-was.
+The copy has fake tensors, and its own of whatever the forward can name, so nothing of the original
+changes and a random draw has no value to decide by. What copy and original share (generators,
+variables of Python modules, closures and classes) is put back. `Notes.hold` asks later whether what
+was read is as it was.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import io
 import pickle
 import random
@@ -30,6 +31,7 @@ from ..copies import copy_modules
 SIMPLE = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 CONTAINERS = (list, tuple, dict, set, frozenset)
 INTERNAL = ("torch.", "resnet_fast.")  # modules whose code is not the forward's own
+HELD = frozenset(vars(nn.Module()))  # what every module has
 ABSENT = object()  # the value of a variable that is not there
 
 
@@ -142,15 +144,23 @@ def sandbox(module: nn.Module, fake: FakeTensorMode) -> Iterator[tuple[nn.Module
         TypeError: `module` holds what cannot be copied.
     """
     reads: set[tuple[str, str]] = set()
-    copied = copy_modules(module, functools.partial(_faked, fake))
+    functions = functions_of(module)
+    named = HELD.union(*(_names(function.__code__) for function in functions))
+    others = [
+        value
+        for one in module.modules()
+        for name, value in vars(one).items()
+        if name not in named and not isinstance(value, (Tensor, nn.Module))
+    ]
+    copied = copy_modules(module, functools.partial(_faked, fake), others)
     for path, one in copied.named_modules(remove_duplicate=False):
         if not isinstance(one, (torch.jit.ScriptModule, fx.GraphModule)) and "_noted" not in vars(
             one
         ):
             vars(one)["_noted"] = path, reads
             one.__class__ = _noting(type(one))
-    shared = _Shared(type(module))
-    before, generators = _state(copied, {}), _generators()
+    shared = _Shared(type(module), functions)
+    before, generators = _state(copied, named), _generators()
     printed, writes = io.StringIO(), _Writes()
     try:
         with fake, writes, contextlib.redirect_stdout(printed):
@@ -160,7 +170,7 @@ def sandbox(module: nn.Module, fake: FakeTensorMode) -> Iterator[tuple[nn.Module
         drawn = _drawn(generators, _generators())
         for put_back, state in generators.items():
             put_back(state)
-    after = _state(copied, {})
+    after = _state(copied, named)
     changed += [name for name in after | before if after.get(name) != before.get(name)]
     if changed:
         raise Change(f"changes {min(changed)}")
@@ -170,6 +180,25 @@ def sandbox(module: nn.Module, fake: FakeTensorMode) -> Iterator[tuple[nn.Module
         raise Change("draws random numbers in Python")
     if printed.getvalue():
         raise Change("prints")
+
+
+def functions_of(module: nn.Module) -> set[types.FunctionType]:
+    """The functions outside PyTorch that the forward of `module` can reach by name."""
+    found: set[types.FunctionType] = set()
+    todo = [type(module).forward]
+    while todo:
+        function = inspect.unwrap(getattr(todo[-1], "__func__", todo[-1]))
+        todo.pop()
+        if not isinstance(function, types.FunctionType) or function in found:
+            continue
+        if function.__module__ is not None and function.__module__.startswith(INTERNAL):
+            continue
+        found.add(function)
+        todo += [_variable(cell, "cell_contents") for cell in function.__closure__ or ()]
+        for name in _names(function.__code__):
+            todo += [place.get(name) for place in (function.__globals__, vars(module))]
+            todo.append(getattr(type(module), name, None))
+    return found
 
 
 def _faked(fake: FakeTensorMode, t: Tensor) -> Tensor:
@@ -219,18 +248,22 @@ def _forgotten(copied: nn.Module) -> list[str]:
     return names
 
 
-def _state(copied: nn.Module, seen: dict[int, Any]) -> dict[str, Any]:
-    """Every attribute of every module, by its dotted name."""
-    state = {}
+def _state(copied: nn.Module, named: frozenset[str]) -> dict[str, Any]:
+    """The attributes of every module by their dotted names, looked into where one of `named`."""
+    state, seen = {}, {}
     for path, module in copied.named_modules():
         for name, value in vars(module).items():
             if name not in ("_noted", "training"):
-                state[f"{path}.{name}".removeprefix(".")] = _contents(value, seen)
+                inside = _contents(value, seen, True) if name in named else id(value)
+                state[f"{path}.{name}".removeprefix(".")] = inside
     return state
 
 
-def _contents(value: Any, seen: dict[int, Any]) -> Any:
-    """What a change of `value` in place would change; seen: what is being looked into."""
+def _contents(value: Any, seen: dict[int, Any], objects: bool = False) -> Any:
+    """What a change of `value` in place would change; seen: what is being looked into.
+
+    objects: look into those of any class, else only into containers.
+    """
     if isinstance(value, SIMPLE):
         return type(value), value
     if isinstance(value, UninitializedTensorMixin):
@@ -240,41 +273,34 @@ def _contents(value: Any, seen: dict[int, Any]) -> Any:
     if isinstance(value, (nn.Module, types.FunctionType, type)) or id(value) in seen:
         return id(value)
     seen[id(value)] = value
+    inside = functools.partial(_contents, seen=seen, objects=objects)
     if isinstance(value, dict):
-        return tuple((_contents(k, seen), _contents(v, seen)) for k, v in value.items())
+        return tuple((inside(key), inside(one)) for key, one in value.items())
     if isinstance(value, (set, frozenset)):
-        return frozenset(_contents(one, seen) for one in value)
+        return frozenset(map(inside, value))
     if isinstance(value, CONTAINERS):
-        return tuple(_contents(one, seen) for one in value)
+        return tuple(map(inside, value))
+    if not objects:
+        return id(value)
     with contextlib.suppress(Exception):
         return pickle.dumps(value)
-    return id(value), _contents(getattr(value, "__dict__", None), seen)
+    return id(value), inside(getattr(value, "__dict__", None))
 
 
 class _Shared:
-    """Variables outside a module that the methods of its class can reach by name."""
+    """Variables outside a module that its class and `functions` can reach by name."""
 
-    def __init__(self, cls: type) -> None:
+    def __init__(self, cls: type, functions: set[types.FunctionType]) -> None:
         self.places: dict[tuple[int, str], tuple[Any, str, Any, Any, Any]] = {}
         for base in cls.__mro__:
-            if base.__module__.startswith("torch.") or base is object:
-                continue
-            for name, value in list(vars(base).items()):
-                if isinstance(value, (*SIMPLE, *CONTAINERS)) and not name.startswith("__"):
+            if base is not object and not base.__module__.startswith(INTERNAL):
+                for name in [name for name in vars(base) if not name.startswith("__")]:
                     self.add(base, name)
-                self.reach(value, set())
-
-    def reach(self, function: Any, seen: set[Any]) -> None:
-        function = getattr(function, "__func__", function)
-        if not isinstance(function, types.FunctionType) or function in seen:
-            return
-        seen.add(function)
-        for name in _names(function.__code__):
-            self.add(function.__globals__, name)
-        for cell in function.__closure__ or ():
-            with contextlib.suppress(ValueError):  # an empty cell
+        for function in functions:
+            for name in _names(function.__code__):
+                self.add(function.__globals__, name)
+            for cell in function.__closure__ or ():
                 self.add(cell, "cell_contents")
-                self.reach(cell.cell_contents, seen)
 
     def add(self, where: Any, name: str) -> None:
         value = _variable(where, name)
@@ -307,7 +333,10 @@ def _names(code: types.CodeType) -> set[str]:
 
 
 def _variable(where: Any, name: str) -> Any:
-    return where.get(name, ABSENT) if isinstance(where, dict) else getattr(where, name, ABSENT)
+    try:
+        return where.get(name, ABSENT) if isinstance(where, dict) else getattr(where, name, ABSENT)
+    except ValueError:  # an empty cell
+        return ABSENT
 
 
 def _assign(where: Any, name: str, value: Any) -> None:
