@@ -299,6 +299,14 @@ class Asks(Block):
         return super().forward(x) if self.question(x) else self.rest(x, x)
 
 
+class Asserts(Block):
+    """As timm does, of a value that is no input."""
+
+    def forward(self, x):
+        torch._assert(x.mean() < 1e6, "too large")
+        return super().forward(x)
+
+
 class AsksItsChild(Block):
     def forward(self, x):
         return super().forward(x) if self.bn2.training else self.rest(x, x)
@@ -460,7 +468,8 @@ OTHERS = {
     "asks-for-a-tensor": lambda: Asks(lambda x: isinstance(x, torch.Tensor)),
     "asks-whether-tensor": lambda: Asks(torch.is_tensor),
     "asks-for-the-class": lambda: Asks(lambda x: type(x) is torch.Tensor),
-    "plain": Block, "fills-what-it-is-given": FillsWhatItIsGiven, "adds-noise": AddsNoise,
+    "plain": Block, "asserts": Asserts, "fills-what-it-is-given": FillsWhatItIsGiven,
+    "adds-noise": AddsNoise,
     "drops-paths": DropsPaths, "keeps-what-it-saw": KeepsWhatItSaw,
     "kept-what-it-saw": lambda: used_before(KeepsWhatItSaw),
     "filled-containers": lambda: used_before(FillsContainers),

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from .sandbox import INTERNAL, Change, Notes, functions_of, sandbox
+from .sandbox import Change, Notes, functions_of, internal, sandbox
 
 RELU = (F.relu, torch.relu, torch.relu_, "relu", "relu_")
 ADD = (operator.add, operator.iadd, torch.add, "add", "add_")
@@ -56,7 +56,9 @@ class _Proxy(fx.Proxy):
 
     @property
     def __class__(self):
-        if sys._getframe(1).f_globals.get("__name__", "").startswith(INTERNAL):
+        caller = sys._getframe(1)
+        name = caller.f_globals.get("__name__", "")
+        if internal(name) and caller.f_code.co_name != "is_tensor":
             return type(self)
         if self.node.op == "placeholder":
             return Tensor
@@ -109,7 +111,7 @@ class _Tracer(fx.Tracer):
         if isinstance(a, Tensor) and not self._held(a):
             raise Mismatch("it makes a tensor of its own")
         own = isinstance(a, (list, dict, tuple)) and type(a) not in (list, dict, tuple, torch.Size)
-        if own and not hasattr(a, "_fields") and not type(a).__module__.startswith(INTERNAL):
+        if own and not hasattr(a, "_fields") and not internal(type(a).__module__):
             raise Mismatch(f"it makes a {type(a).__name__}, which a graph would not")
         return super().create_arg(a)
 

@@ -30,9 +30,13 @@ from ..copies import copy_modules
 
 SIMPLE = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 CONTAINERS = (list, tuple, dict, set, frozenset)
-INTERNAL = ("torch.", "resnet_fast.")  # modules whose code is not the forward's own
 HELD = frozenset(vars(nn.Module()))  # what every module has
 ABSENT = object()  # the value of a variable that is not there
+
+
+def internal(name: str) -> bool:
+    """Whether the code of the Python module `name` is PyTorch's or of this package."""
+    return name == "torch" or name.startswith(("torch.", "resnet_fast."))
 
 
 class Change(Exception):
@@ -191,7 +195,7 @@ def functions_of(module: nn.Module) -> set[types.FunctionType]:
         todo.pop()
         if not isinstance(function, types.FunctionType) or function in found:
             continue
-        if function.__module__ is not None and function.__module__.startswith(INTERNAL):
+        if internal(function.__module__ or ""):
             continue
         found.add(function)
         todo += [_variable(cell, "cell_contents") for cell in function.__closure__ or ()]
@@ -226,7 +230,7 @@ def _noting(cls: type[nn.Module]) -> type[nn.Module]:
     def __getattribute__(self, name):
         if not name.startswith("__") and name not in ("_noted", "training"):
             caller = sys._getframe(1).f_globals.get("__name__", "")
-            if caller == nn.Sequential.__module__ or not caller.startswith(INTERNAL):
+            if caller == nn.Sequential.__module__ or not internal(caller):
                 path, reads = self.__dict__["_noted"]
                 reads.add((path, name))
         return super(noting, self).__getattribute__(name)
@@ -293,7 +297,7 @@ class _Shared:
     def __init__(self, cls: type, functions: set[types.FunctionType]) -> None:
         self.places: dict[tuple[int, str], tuple[Any, str, Any, Any, Any]] = {}
         for base in cls.__mro__:
-            if base is not object and not base.__module__.startswith(INTERNAL):
+            if base is not object and not internal(base.__module__):
                 for name in [name for name in vars(base) if not name.startswith("__")]:
                     self.add(base, name)
         for function in functions:
