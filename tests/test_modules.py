@@ -94,6 +94,8 @@ def gradient_like(module, x):
 def test_matches_plain(impl, dtype, layout, name, training):
     """y, dx, every parameter's gradient and every buffer, the whole module in `dtype`."""
     impl.need(dtype, *OPS)
+    if dtype == torch.float64 and name != "basic":
+        impl.need_speed()
     module, x = twins.settled(lambda: build(name, impl, training, dtype, layout), dtype)
     y = compare(module, x, gradient_like(module, x))["y"]
     assert y.dtype == dtype and y.is_contiguous(memory_format=layout)
@@ -236,6 +238,8 @@ CHANGES = [freeze_one, freeze_last, freeze_all, cumulative, untracked, tracking_
 def test_changed_children(impl, name, change, training):
     """Children keep their own settings: three steps that add up in statistics, then inference."""
     impl.need(torch.float64, *OPS)
+    if name != "conv":
+        impl.need_speed()
     module, _ = build(name, impl, training, torch.float64)
     change(module.float())
     module.double()

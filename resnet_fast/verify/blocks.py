@@ -38,8 +38,8 @@ class _FusedBNAct(modules.Fused, _BNAct):
 class _AddReLU(blocks.ChainBlock):
     """relu(x + residual)."""
 
-    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        return F.relu(x + residual)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return F.relu(x if residual is None else x + residual)
 
     def parts(self) -> Parts:
         return Parts((), (None,), True, "none")
