@@ -50,17 +50,16 @@ def watched() -> bool:
 
 def obstacle(parts: Parts) -> tuple[nn.Module, str] | None:
     """The first module of `parts` that is more than its class, and why; None where none is."""
-    for conv in (*parts.convs, parts.projection):
-        if conv is not None and (why := refusal(conv, CONV)) is not None:
-            return conv, why
-    for norm in (*parts.norms, parts.projection_norm):
-        if norm is not None and (why := refusal(norm, NORMS)) is not None:
-            return norm, why
-    for module in parts.around:
-        if (why := refusal(module, AROUND)) is not None:
-            return module, why
-    if parts.pool is not None and (why := refusal(parts.pool, POOL)) is not None:
-        return parts.pool, why
+    roles = (
+        ((*parts.convs, parts.projection), CONV),
+        ((*parts.norms, parts.projection_norm), NORMS),
+        (parts.around, AROUND),
+        ((parts.pool,), POOL),
+    )
+    for modules, kinds in roles:
+        for module in modules:
+            if module is not None and (why := refusal(module, kinds)) is not None:
+                return module, why
     return None
 
 

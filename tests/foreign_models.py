@@ -155,6 +155,13 @@ def double(channels, planes):
     )  # fmt: skip
 
 
+class Residual(nn.Sequential):
+    """A `Sequential` with a forward of its own, which is a block."""
+
+    def forward(self, x):
+        return F.relu(super().forward(x) + x)
+
+
 class OptionA(nn.Module):
     """A shortcut without parameters: fewer channels, zeros in their place."""
 
@@ -344,6 +351,9 @@ MODELS = {
         {"(model)": f"InSequentials: {BASIC} + shortcut(x) relu", "shortcut.1": "conv norm"},
     ),
     "sequentials": (InSequentials, (2, 4, 8, 8), {"(model)": f"InSequentials: {BASIC} + x relu"}),
+    "sequential-with-a-forward": (
+        lambda: Residual(*double(4, 4)), (2, 4, 8, 8), {"(model)": f"Residual: {BASIC} + x relu"},
+    ),
     "preact": (PreAct, (2, 4, 8, 8), {"(model)": f"PreAct: {PREACT} + x"}),
     "preact-projection": (
         lambda: PreAct(nn.Sequential(nn.Conv2d(4, 4, 1, bias=False))), (2, 4, 8, 8),

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+import twins
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
@@ -66,13 +67,7 @@ class Recipe:
         model = Top(self.top, map(build, self.layers))
         if self.top == "sequential":
             model = model.layers
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                nn.init.uniform_(module.weight, 0.5, 1.5)
-                nn.init.normal_(module.bias)
-                nn.init.normal_(module.running_mean)
-                nn.init.uniform_(module.running_var, 0.5, 1.5)
-        model = model.double().train(self.training)
+        model = twins.randomize(model).double().train(self.training)
         return model.to(memory_format=torch.channels_last) if self.channels_last else model
 
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+import twins
 from foreign_models import BASIC, CALLED, LEFT_ALONE, MODELS, RUNS, Basic, ResNet, vgg
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
@@ -24,13 +25,7 @@ from resnet_fast.fusion.swap import FusedBlock
 
 
 def randomize(model):
-    for module in model.modules():
-        if isinstance(module, blocks.NORMS) and module.affine:
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias)
-            nn.init.normal_(module.running_mean)
-            nn.init.uniform_(module.running_var, 0.5, 1.5)
-    return model.double()
+    return twins.randomize(model).double()
 
 
 def close(actual, expected):
@@ -559,7 +554,7 @@ class TestExplain:
             def forward(self, x):
                 return self.block(x) if x.mean() > 0 else x
 
-        assert why(fuse(Deciding()), "block").startswith("fused: where it is called")
+        assert why(fuse(Deciding()), "block").startswith("fused: only where it is called")
 
     def test_under_global_hooks_nothing_is_fused(self, net):
         model = fuse(net)

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from twins import randomize
 
 from resnet_fast import BasicBlock, Bottleneck, PreActBasicBlock, PreActBottleneck, models, ops
 from resnet_fast.models import ResNet, create_model, list_models
@@ -65,17 +66,6 @@ def on_meta(name, **options):
 
 def tiny(family, **options):
     return ResNet(**{**TINY, **FAMILIES[family], **options})
-
-
-def randomize(model):
-    """`model` with normalizations that show when they are swapped, ignored or taken as 1 and 0."""
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias)
-            nn.init.normal_(module.running_mean)
-            nn.init.uniform_(module.running_var, 0.5, 1.5)
-    return model
 
 
 def step(model, x):

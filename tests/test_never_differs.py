@@ -197,8 +197,8 @@ def test_changed(name, situation, training):
                 undo()
         sights.append([str(one).removeprefix("Fused") for one in seen])
     assert sights[0] == sights[1]
-    if "raises" in results:
-        assert results[0] == results[1]
+    if situation == "same-padding" and results[1] == "raises":  # beside a shortcut with a stride
+        assert results[0] == "raises"
     else:
         close(*results)
 

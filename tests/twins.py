@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from resnet_fast.blocks import NORMS
 from resnet_fast.modules import PLAIN, GlobalAvgPool2d
 from resnet_fast.tolerance import assert_close
 from resnet_fast.verify.settle import settle
@@ -81,6 +82,17 @@ def run_chain(chain, x, tensors, residual, running):
     if chain.pool is None:
         return h
     return F.max_pool2d(h, chain.pool.kernel, chain.pool.stride, chain.pool.padding)
+
+
+def randomize(model):
+    """`model` with normalizations that show when they are swapped, ignored or taken as 1 and 0."""
+    for module in model.modules():
+        if isinstance(module, NORMS) and module.affine:
+            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
+            torch.nn.init.normal_(module.bias)
+            torch.nn.init.normal_(module.running_mean)
+            torch.nn.init.uniform_(module.running_var, 0.5, 1.5)
+    return model
 
 
 class KinkDistance(TorchDispatchMode):

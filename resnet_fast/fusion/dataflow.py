@@ -112,7 +112,7 @@ class _Tracer(fx.Tracer):
             raise Mismatch("it makes a tensor of its own")
         own = isinstance(a, (list, dict, tuple)) and type(a) not in (list, dict, tuple, torch.Size)
         if own and not hasattr(a, "_fields") and not internal(type(a).__module__):
-            raise Mismatch(f"it makes a {type(a).__name__}, which a graph would not")
+            raise Mismatch(f"it makes a {type(a).__name__}, which a graph does not keep")
         return super().create_arg(a)
 
     def _held(self, tensor: Tensor) -> bool:
@@ -178,7 +178,7 @@ def trace(module: nn.Module, fake: FakeTensorMode) -> Forward:
             replaced on the instance, one that the tracer cannot follow, one that does more than
             compute its result, or one that decides by anything but arguments, attributes and mode.
     """
-    inputs = required(module)
+    inputs = _required(module)
     if _asks_for_types(module):
         raise Mismatch("its forward cannot run fused: it decides by the type of a value")
     graphs: dict[bool, fx.Graph] = {}
@@ -231,7 +231,7 @@ def sequence(module: nn.Module) -> Forward | None:
     return Forward(graph, graph, Notes())
 
 
-def required(module: nn.Module) -> list[str]:
+def _required(module: nn.Module) -> list[str]:
     """Names of the positional arguments without default of `module.forward`."""
     if "forward" in vars(module):
         raise Mismatch("its forward was replaced on the instance")

@@ -85,11 +85,11 @@ class Notes:
     def hold(self, module: nn.Module) -> bool:
         """Whether `module` would read the same now."""
         for path, name, cls in self.children:
-            holder = _below(module, path)
+            holder = below(module, path)
             if holder is None or _plain_class(holder._modules.get(name)) is not cls:
                 return False
         for path, name, value in self.values:
-            holder = _below(module, path)
+            holder = below(module, path)
             if holder is None or _kept(_look(holder, name)) != value:
                 return False
         return True
@@ -101,7 +101,8 @@ def _plain_class(module: nn.Module | None) -> type:
     return getattr(cls, "_plain_class", cls)
 
 
-def _below(module: nn.Module, path: str) -> nn.Module | None:
+def below(module: nn.Module, path: str) -> nn.Module | None:
+    """The module at `path` under `module`, faster than by attributes; None where there is none."""
     for name in path.split(".") if path else ():
         module = module._modules.get(name)
         if module is None:
@@ -157,10 +158,8 @@ def sandbox(module: nn.Module, fake: FakeTensorMode) -> Iterator[tuple[nn.Module
         if name not in named and not isinstance(value, (Tensor, nn.Module))
     ]
     copied = copy_modules(module, functools.partial(_faked, fake), others)
-    for path, one in copied.named_modules(remove_duplicate=False):
-        if not isinstance(one, (torch.jit.ScriptModule, fx.GraphModule)) and "_noted" not in vars(
-            one
-        ):
+    for path, one in copied.named_modules():
+        if not isinstance(one, (torch.jit.ScriptModule, fx.GraphModule)):
             vars(one)["_noted"] = path, reads
             one.__class__ = _noting(type(one))
     shared = _Shared(type(module), functions)
@@ -177,13 +176,13 @@ def sandbox(module: nn.Module, fake: FakeTensorMode) -> Iterator[tuple[nn.Module
     after = _state(copied, named)
     changed += [name for name in after | before if after.get(name) != before.get(name)]
     if changed:
-        raise Change(f"changes {min(changed)}")
+        raise Change(f"it changes {min(changed)}")
     if writes.seen:
-        raise Change("writes to a tensor in place")
+        raise Change("it writes to a tensor in place")
     if drawn:
-        raise Change("draws random numbers in Python")
+        raise Change("it draws random numbers in Python")
     if printed.getvalue():
-        raise Change("prints")
+        raise Change("it prints")
 
 
 def functions_of(module: nn.Module) -> set[types.FunctionType]:

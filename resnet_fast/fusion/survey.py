@@ -24,7 +24,7 @@ from .dataflow import ADD, Forward, Mismatch, is_call, is_layer, label, sequence
 from .match import Block, match_block
 from .swap import Own, Plan, plan_block, plan_forward
 
-NOT_CALLED = "where it is called: no forward that can be traced does"
+NOT_CALLED = "only where it is called: no forward that can be traced calls it"
 
 
 class Row(NamedTuple):
@@ -114,7 +114,11 @@ class _Walk:
         try:
             if isinstance(module, fx.GraphModule):
                 raise Mismatch("it is a GraphModule")
-            forward = sequence(module) or trace(module, self.fake)
+            forward = sequence(module)
+            if forward is not None:
+                self.chains(module, forward)
+                return
+            forward = trace(module, self.fake)
         except Mismatch as reason:
             layers = [m for m in module.children() if isinstance(m, (_ConvNd, _BatchNorm))]
             self.claimed.update(layers)
@@ -122,8 +126,6 @@ class _Walk:
                 self.add(module, type(module).__name__, str(reason))
             return
         try:
-            if isinstance(module, nn.Sequential):
-                raise Mismatch("it is a Sequential")
             block = match_block(module, forward)
         except Mismatch as reason:
             adds = any(is_call(node, ADD) for graph in forward for node in graph.nodes)

@@ -3,9 +3,9 @@
     block    its forward is one chain                      `FusedBlock`
     forward  chains among the calls of any other forward   `FusedForward`
 
-Children stay what they are and are looked up at every call, so who calls them otherwise gets what
-they give. Where one has since been changed, or what the forward read when it was traced, or the
-call is one that fused ops do not follow, the original forward runs.
+Children stay what they are and are looked up at every call; other code may call them as ever. Where
+one has since been changed, or what the forward read when it was traced, or the call is one that
+fused ops do not follow, the original forward runs.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ..models import ResNet
 from ..modules import PLAIN, Fused, run_fused
 from .dataflow import Forward, Mismatch, sequence, trace
 from .match import Block, Group, match_block, match_groups
-from .sandbox import Notes
+from .sandbox import Notes, below
 
 FUSED = {plain: fused for fused, plain in PLAIN.items()}
 
@@ -147,7 +147,7 @@ class FusedForward(Swapped):
 def _unchanged(block: Block, module: nn.Module) -> bool:
     """Whether what `block` absorbs is of the same classes, and no more than that."""
     for name, cls, children in block.absorbed:
-        child = _child(module, name)
+        child = below(module, name)
         if not is_unchanged(child, cls, children):
             return False
     return True
@@ -159,17 +159,9 @@ def is_unchanged(child: nn.Module | None, cls: type[nn.Module], children: int) -
     return same and refusal(child) is None
 
 
-def _child(module: nn.Module, name: str) -> nn.Module | None:
-    for part in name.split("."):
-        module = module._modules.get(part)
-        if module is None:
-            return None
-    return module
-
-
 def _run(block: Block, module: nn.Module, x: Tensor) -> Tensor:
     def get(name: str | None) -> Any:
-        return None if name is None else _child(module, name)
+        return None if name is None else below(module, name)
 
     residual, shortcut = None, block.shortcut
     if shortcut == "residual":
