@@ -86,6 +86,8 @@ inline Chains read_chains(const TensorList& tensors, at::IntArrayRef program, at
       BatchNorm& norm = chains.norms[i];
       for (OptTensor* t : {&norm.weight, &norm.bias, &norm.running_mean, &norm.running_var}) *t = next();
       norm.eps = eps[i];
+      TORCH_CHECK_VALUE(norm.running_mean.has_value() == norm.running_var.has_value(),
+                        "infer_chains: `tensors`: expected a running mean and a running variance, or neither");
     }
     chains.all.back().normalizes = chains.norms[norms].running_mean.has_value();
   }
@@ -136,8 +138,9 @@ Tensor infer_chains(const Tensor& x, const TensorList& tensors, at::IntArrayRef 
     in = Tensor();
     for (int64_t i = 0; i < n; ++i) {
       const bool last = i == n - 1;
+      const bool relu = last ? chain.relu && chain.windows.empty() : true;  // a pool has it too
       const bool over = last && skip && ours && !h.is_alias_of(*skip);
-      h = convolve(i, h, last ? skip : OptTensor(), last ? chain.relu : true, over);
+      h = convolve(i, h, last ? skip : OptTensor(), relu, over);
     }
     const at::IntArrayRef w = chain.windows;
     if (!w.empty()) h = Ops::max_pool(h, w.slice(0, 2), w.slice(2, 2), w.slice(4, 2));

@@ -14,6 +14,7 @@
 #include "cpu/cpu_features.h"
 #include "cpu/memory.h"
 #include "cpu/packed.h"
+#include "cpu/witness.h"
 
 namespace {
 
@@ -78,6 +79,16 @@ py::dict build_info() {
   return info;
 }
 
+py::dict kept() {
+  auto& shelf = resnet_fast::cpu::Shelf::get();
+  const std::lock_guard<std::mutex> lock(shelf.mutex);
+  py::dict bytes;
+  bytes["budget"] = shelf.budget();
+  bytes["packed_filters"] = shelf.packed();
+  bytes["free_blocks"] = shelf.blocks();
+  return bytes;
+}
+
 // Threads that at::parallel_for really uses when every one has work: torch.get_num_threads(), or
 // 1 without OpenMP. A different number means a second OpenMP runtime in the process.
 int64_t parallel_threads() {
@@ -98,8 +109,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         "Compiler, flags, instruction sets, CUDA architectures and versions of this binary");
   m.def("parallel_threads", &parallel_threads,
         "How many threads the native kernels run on (torch.get_num_threads() when all is well)");
-  m.def("clear_packed", &resnet_fast::cpu::clear_packed,
-        "Drop the packed inference filters; returns how many there were");
   m.def("empty_cache", &resnet_fast::cpu::empty_cache,
-        "Give the cached blocks of large CPU results back to the system; returns their bytes");
+        "Give what the CPU kernels keep between calls back to the system; returns how many bytes there were");
+  m.def("kept", &kept, "Bytes of what the CPU kernels keep, by what it is, and of their budget");
+  m.def("memory_limit", &resnet_fast::cpu::memory_limit, py::arg("groups") = "/proc/self/cgroup",
+        py::arg("root") = "/sys/fs/cgroup", "Bytes of memory that this process, or its container, may have");
+  m.def("drop_packed", &resnet_fast::cpu::drop_packed,
+        "Drop what was packed of filters at this address, and of tensors that are no more");
+  m.def("recheck", &resnet_fast::cpu::recheck, "Compare all values of packed filters with their source at their next use");
 }

@@ -34,8 +34,8 @@ ConvShape conv_shape(const Tensor& x, const Tensor& w, const Geometry& g) {
   ConvShape s = {x.size(0), x.size(2), x.size(3), x.size(1), 0, 0, w.size(0), {}, {}, {}, {}};
   for (int i = 0; i < 2; ++i) {
     s.taps[i] = w.size(2 + i), s.stride[i] = g.stride[i], s.padding[i] = g.padding[i], s.dilation[i] = g.dilation[i];
-    const int64_t reach = s.dilation[i] * (s.taps[i] - 1) + 1;
-    (i == 0 ? s.rows : s.columns) = (x.size(2 + i) + 2 * s.padding[i] - reach) / s.stride[i] + 1;
+    const int64_t reach = s.dilation[i] * (s.taps[i] - 1) + 1, padded = x.size(2 + i) + 2 * s.padding[i];
+    (i == 0 ? s.rows : s.columns) = padded < reach ? 0 : (padded - reach) / s.stride[i] + 1;
   }
   return s;
 }
@@ -94,9 +94,11 @@ std::vector<int64_t> check_conv(const char* op, const Tensor& x, const Tensor& w
               ": `stride`, `padding` and `dilation` have ", g.stride.size(), ", ", g.padding.size(), " and ",
               g.dilation.size(), " values, expected 2 each");
   for (int i = 0; i < 2; ++i) {
-    TORCH_CHECK(g.stride[i] >= 1 && g.dilation[i] >= 1 && g.padding[i] >= 0, op,
-                ": `stride`, `dilation` and `padding` are ", g.stride, ", ", g.dilation, " and ", g.padding,
-                ", expected positive, positive and not negative");
+    constexpr int64_t kMost = int64_t(1) << 30;  // sums and products of two of them and of sizes stay in range
+    TORCH_CHECK(g.stride[i] >= 1 && g.dilation[i] >= 1 && g.padding[i] >= 0 && g.stride[i] <= kMost &&
+                    g.dilation[i] <= kMost && g.padding[i] <= kMost,
+                op, ": `stride`, `dilation` and `padding` are ", g.stride, ", ", g.dilation, " and ", g.padding,
+                ", expected positive, positive and not negative, and no more than 2^30");
   }
   TORCH_CHECK(g.groups >= 1 && w.size(0) % g.groups == 0 && w.size(1) * g.groups == x.size(1), op,
               ": `w` has shape ", w.sizes(), ", expected ", x.size(1), " input channels / ", g.groups, " groups");

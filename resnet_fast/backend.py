@@ -100,16 +100,20 @@ def build_info() -> dict[str, Any] | None:
 
 
 def empty_cache() -> int:
-    """Free what the native CPU kernels keep between calls; returns how many bytes of blocks.
+    """Give what the native CPU kernels keep between calls back to the system; returns its bytes.
 
-    That is inference filters packed with BatchNorm folded in, and the memory of large results
-    (at most RESNET_FAST_CPU_CACHE_MB, by default an eighth of the machine's).
+    That is inference filters packed with BatchNorm folded in, and the memory of large results: at
+    most RESNET_FAST_CPU_CACHE_MB together (by default an eighth of the memory that the machine, or
+    the container, has), the least recently used given up first.
     """
     module, _ = native_module()
-    if module is None:
-        return 0
-    module.clear_packed()
-    return module.empty_cache()
+    return 0 if module is None else module.empty_cache()
+
+
+def kept() -> dict[str, int] | None:
+    """Bytes that `empty_cache` would free, by what they are, and their budget; None without it."""
+    module, _ = native_module()
+    return None if module is None else module.kept()
 
 
 def refusal(impl: str, op: str, device: str, dtype: torch.dtype) -> str | None:

@@ -21,6 +21,7 @@ from .functional import autocast, promotes
 from .guard import windows_of
 from .layout import memory_format
 from .ops import traced
+from .packed import drop_with
 
 SHORTCUTS = ("none", "identity", "projection", "zero_pad")  # csrc/chains.h numbers them
 NO_NORM = (None,) * 4
@@ -47,9 +48,12 @@ def infer(chains: Iterable[Parts], x: Tensor, impl: str) -> Tensor | None:
         return None
     x = x.contiguous(memory_format=memory_format(x, tensors[0]))
     try:
-        return backend.native_ops().infer_chains(x, tensors, program, eps)
+        y = backend.native_ops().infer_chains(x, tensors, program, eps)
     except (RuntimeError, ValueError, TypeError, IndexError):
         return None  # the ordinary way names the argument
+    if not x.is_cuda:
+        drop_with(tensors)
+    return y
 
 
 def _native(x: Tensor, impl: str, tensors: list[Tensor | None]) -> bool:

@@ -25,6 +25,7 @@ from .checks import check_impl, pair
 from .functional import Running, global_avg_pool, run_chain
 from .guard import fusible, transformed, windows_of
 from .inference import infer
+from .packed import Rechecked
 
 
 def run_fused(
@@ -104,7 +105,7 @@ def _running(norm: nn.BatchNorm2d | nn.SyncBatchNorm) -> Running | None:
     return Running(momentum, norm.num_batches_tracked)
 
 
-class Fused:
+class Fused(Rechecked):
     """Mixin for a `blocks.ChainBlock`: the fused forward pass.
 
     Attributes:

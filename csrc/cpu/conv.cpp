@@ -114,8 +114,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_fprop(
                                          : tiled_fprop<bf16>(x, w, in_scale, in_shift, stats, g);
   }
   const Tensor h = in_scale ? activate(x, *in_scale, *in_shift) : x;
-  const Tensor z = at::conv2d(h, w.to(x.scalar_type()), {}, stride, padding, dilation, groups)
-                       .contiguous(format_of(x, &w));
+  const Tensor z = conv2d(h, w.to(x.scalar_type()), {}, g).contiguous(format_of(x, &w));
   if (!stats) return {z, empty_vector(x, 0), empty_vector(x, 0)};
   auto [mean, m2] = bn_stats(z);
   return {z, mean, m2};
@@ -223,9 +222,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bprop(
   Tensor dx = at::empty({0}, x.options()), dw = at::empty({0}, w.options());
   Tensor sum_dx = empty_vector(x, 0), sum_dx_xhat = empty_vector(x, 0);
   const Tensor h = in_act ? *in_act : in_scale && need_dw ? activate(x, *in_scale, *in_shift) : x;
-  auto [grad_x, grad_w, grad_b] = at::convolution_backward(
-      dz, h, w.to(x.scalar_type()), at::nullopt, stride, padding, dilation, false, {0, 0}, groups,
-      {need_dx, need_dw, false});
+  const auto [grad_x, grad_w] = conv2d_backward(dz, h, w.to(x.scalar_type()), g, need_dx, need_dw);
   if (need_dw) dw = grad_w.to(w.scalar_type());
   if (need_dx) {
     dx = grad_x.contiguous(format_of(x, &w));
@@ -272,7 +269,9 @@ struct ChainOps {
 
 Tensor infer_chains(const Tensor& x, const TensorList& tensors, IntArrayRef program, at::ArrayRef<double> eps) {
   const at::AutoDispatchBelowADInplaceOrView guard;
-  return resnet_fast::infer_chains<ChainOps>(x, tensors, program, eps);
+  Trust trust;
+  const Tensor y = resnet_fast::infer_chains<ChainOps>(x, tensors, program, eps);
+  return trust.was_right() ? y : resnet_fast::infer_chains<ChainOps>(x, tensors, program, eps);
 }
 
 }  // namespace

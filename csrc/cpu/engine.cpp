@@ -391,9 +391,9 @@ bool engine_takes(const ConvShape& s) {
 bool by_winograd(const ConvShape& s, bool dgrad) { return winograd_takes(dgrad ? transposed(s) : s); }
 
 template <class T>
-at::Tensor pack_filters(const ConvShape& shape, const at::Tensor& w, bool for_dgrad) {
+at::Tensor pack_filters(const ConvShape& shape, const at::Tensor& w, bool for_dgrad, Allocate allocate) {
   if constexpr (std::is_same_v<T, float>) {
-    if (by_winograd(shape, for_dgrad)) return winograd_filters(w, for_dgrad);
+    if (by_winograd(shape, for_dgrad)) return winograd_filters(w, for_dgrad, allocate);
   }
   const at::Tensor rows = w.contiguous(at::MemoryFormat::ChannelsLast);  // [K][R·S][C]
   const bool is_float = w.scalar_type() == at::kFloat;
@@ -401,7 +401,7 @@ at::Tensor pack_filters(const ConvShape& shape, const at::Tensor& w, bool for_dg
   const int64_t outer = for_dgrad ? channels : filters, inner = for_dgrad ? filters : channels;
   const int64_t tap_bytes = steps<T>(inner) * kPanelStep;
   const int64_t bytes = outer / kTileColumns * taps * tap_bytes + 64;
-  const at::Tensor packed = empty({bytes}, at::kByte, at::MemoryFormat::Contiguous);
+  const at::Tensor packed = allocate(bytes);
   char* to = reinterpret_cast<char*>(packed.data_ptr<uint8_t>());
   const char* from = static_cast<const char*>(rows.const_data_ptr());
   const int64_t size = w.element_size();
@@ -451,7 +451,7 @@ void engine_dgrad(
 
 #define RESNET_FAST_ENGINE(T)                                                                                     \
   template bool engine_takes<T>(const ConvShape&);                                                                \
-  template at::Tensor pack_filters<T>(const ConvShape&, const at::Tensor&, bool);                                     \
+  template at::Tensor pack_filters<T>(const ConvShape&, const at::Tensor&, bool, Allocate);                       \
   template void engine_fprop<T>(                                                                                  \
       const ConvShape&, const T*, const FillRow<T>&, const at::Tensor&, const float*, const T*, bool, T*,          \
       const Finish&);                                                                                             \

@@ -9,6 +9,7 @@
 #include <functional>
 
 #include "kernels.h"
+#include "memory.h"
 
 namespace resnet_fast::cpu {
 
@@ -26,9 +27,10 @@ bool engine_takes(const ConvShape& shape);
 // Whether its products are Winograd's (winograd.h), in a convolution of fp32.
 bool by_winograd(const ConvShape& shape, bool dgrad);
 
-// Filters [K,C,R,S] (float or T) as panels for fprop of the shape, or for its dgrad.
+// Filters [K,C,R,S] (float or T) as panels for fprop of the shape, or for its dgrad, in memory by `allocate`.
 template <class T>
-at::Tensor pack_filters(const ConvShape& shape, const at::Tensor& w, bool for_dgrad);
+at::Tensor pack_filters(
+    const ConvShape& shape, const at::Tensor& w, bool for_dgrad, Allocate allocate = &empty_bytes);
 
 constexpr int64_t kTasks = 64;  // bands are dealt to at most this many tasks, each with sums of its own
 

@@ -5,13 +5,18 @@
 #include <c10/core/Allocator.h>
 #include <c10/core/CPUAllocator.h>
 
+#include <algorithm>
+#include <charconv>
 #include <cstdlib>
+#include <cstring>
+#include <fstream>
 #include <limits>
 #include <map>
-#include <mutex>
-#include <string>
+#include <utility>
 
 #if defined(__linux__)
+#include <malloc.h>
+#include <pthread.h>
 #include <sys/mman.h>
 #include <unistd.h>
 #endif
@@ -21,119 +26,251 @@ namespace {
 
 constexpr size_t kHugePage = 2 << 20, kStep = 64 << 10;
 
-size_t default_limit() {
-#if defined(__linux__)
-  return size_t(sysconf(_SC_PHYS_PAGES)) * size_t(sysconf(_SC_PAGE_SIZE)) / 8;
-#else
-  return size_t(1) << 30;
-#endif
-}
-
-size_t limit_from_environment() {
+int64_t budget_from_environment() {
   const char* text = std::getenv("RESNET_FAST_CPU_CACHE_MB");
-  if (text == nullptr || *text == 0) return default_limit();
-  char* end = nullptr;
-  const long long megabytes = std::strtoll(text, &end, 10);
-  TORCH_CHECK(*end == 0 && megabytes >= 0, "RESNET_FAST_CPU_CACHE_MB: expected a number of MiB, got '", text, "'");
-  return size_t(megabytes) << 20;
+  if (text == nullptr || *text == 0) return memory_limit() / 8;
+  constexpr int64_t kMost = std::numeric_limits<int64_t>::max() >> 20;
+  const char* const end = text + std::strlen(text);
+  int64_t megabytes = -1;
+  const auto [last, error] = std::from_chars(text, end, megabytes);
+  TORCH_CHECK(error == std::errc() && last == end && megabytes >= 0 && megabytes <= kMost,
+              "RESNET_FAST_CPU_CACHE_MB: expected a number of MiB from 0 to ", kMost, ", got '", text, "'");
+  return megabytes << 20;
 }
 
-class BlockCache final : public c10::Allocator {
+// The limit in a file of a control group; none where there is no such file or it says "max".
+int64_t group_limit(const std::string& path) {
+  int64_t limit = 0;
+  std::ifstream file(path);
+  return file >> limit && limit > 0 ? limit : std::numeric_limits<int64_t>::max();
+}
+
+// Memory from the system and back to it. Blocks of a huge page or more begin at one.
+#if defined(__linux__)
+void* map_block(size_t size) {
+  const size_t extra = size >= kHugePage ? kHugePage : 0;
+  void* const mapped = mmap(nullptr, size + extra, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (mapped == MAP_FAILED) return nullptr;
+  if (extra == 0) return mapped;
+  char* const begin = static_cast<char*>(mapped);
+  const size_t before = (kHugePage - reinterpret_cast<uintptr_t>(begin) % kHugePage) % kHugePage;
+  if (before > 0) munmap(begin, before);
+  if (before < extra) munmap(begin + before + size, extra - before);
+#if defined(MADV_HUGEPAGE)
+  madvise(begin + before, size, MADV_HUGEPAGE);  // advice: a refusal changes nothing
+#endif
+  return begin + before;
+}
+void unmap_block(void* block, size_t size) { munmap(block, size); }
+#else
+void* map_block(size_t size) {
+  void* block = nullptr;
+  return posix_memalign(&block, kStep, size) == 0 ? block : nullptr;
+}
+void unmap_block(void* block, size_t) { std::free(block); }
+#endif
+
+void* fresh(size_t size) {
+  void* block = map_block(size);
+  if (block == nullptr) {  // what is kept may be what is missing
+    empty_cache();
+    block = map_block(size);
+  }
+  TORCH_CHECK_WITH(OutOfMemoryError, block != nullptr, "out of memory: ", size, " bytes");
+  return block;
+}
+
+void report(void* block, int64_t bytes) {
+  if (!c10::memoryProfilingEnabled()) return;
+  c10::reportMemoryUsageToProfiler(block, bytes, 0, 0, c10::Device(c10::DeviceType::CPU));
+}
+
+class FreeBlock;
+using FreeBlocks = std::multimap<size_t, Shelf::Place>;
+
+FreeBlocks& free_blocks() {
+  static auto* blocks = new FreeBlocks;  // never destroyed: tensors may outlive this library's statics
+  return *blocks;
+}
+
+// A block that waits for the next result of about its size.
+class FreeBlock final : public Kept {
  public:
+  FreeBlock(void* data, size_t size) : Kept(int64_t(size), true), data_(data) {}
+  ~FreeBlock() override {
+    if (data_ != nullptr) unmap_block(data_, size_t(bytes));
+  }
+  void leave_index() override { free_blocks().erase(index); }
+  void* release() { return std::exchange(data_, nullptr); }
+
+  FreeBlocks::iterator index;
+
+ private:
+  void* data_;
+};
+
+// A block in use, the context of its DataPtr.
+struct Block {
+  void* data;
+  size_t size;
+};
+
+void give_back(void* context) {
+  const auto block = std::unique_ptr<Block>(static_cast<Block*>(context));
+  report(block->data, -int64_t(block->size));
+  const auto free = std::make_shared<FreeBlock>(block->data, block->size);
+  Shelf& shelf = Shelf::get();
+  Shelf::Items excess;
+  {
+    const std::lock_guard<std::mutex> lock(shelf.mutex);
+    free->index = free_blocks().emplace(block->size, shelf.put(free));
+    excess = shelf.excess();
+  }
+}
+
+void unmap(void* context) {
+  const auto block = std::unique_ptr<Block>(static_cast<Block*>(context));
+  report(block->data, -int64_t(block->size));
+  unmap_block(block->data, block->size);
+}
+
+// Blocks of memory: from the free ones if `reuses`, and back among them.
+class BlockAllocator final : public c10::Allocator {
+ public:
+  explicit BlockAllocator(bool reuses) : reuses_(reuses) {}
+
   c10::DataPtr allocate(size_t bytes) override {
     size_t size = (bytes + kStep - 1) / kStep * kStep;
-    void* block = nullptr;
-    {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      const auto found = free_.lower_bound(size);
-      if (found != free_.end() && found->first <= size + size / 16) {
-        size = found->first;
-        block = found->second;
-        cached_ -= size;
-        free_.erase(found);
-      }
-    }
+    void* block = reuses_ ? find(size) : nullptr;
     if (block == nullptr) block = fresh(size);
     report(block, int64_t(size));
-    return {block, new Block{this, block, size}, &BlockCache::give_back, c10::Device(c10::DeviceType::CPU)};
+    return {block, new Block{block, size}, reuses_ ? &give_back : &unmap, c10::Device(c10::DeviceType::CPU)};
   }
 
   c10::DeleterFnPtr raw_deleter() const override { return nullptr; }
 
   void copy_data(void* to, const void* from, size_t count) const override { default_copy_data(to, from, count); }
 
-  size_t clear() {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    const size_t had = cached_;
-    for (const auto& [size, block] : free_) std::free(block);
-    free_.clear();
-    cached_ = 0;
-    return had;
-  }
-
  private:
-  struct Block {
-    BlockCache* cache;
-    void* data;
-    size_t size;
-  };
-
-  static void* fresh(size_t size) {
-    void* block = nullptr;
-    const int failed = posix_memalign(&block, size >= kHugePage ? kHugePage : kStep, size);
-    TORCH_CHECK(failed == 0, "out of memory: ", size, " bytes");
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-    if (size >= kHugePage) madvise(block, size, MADV_HUGEPAGE);  // advice: a refusal changes nothing
-#endif
-    return block;
+  // A free block of `size` or little more, which is what `size` becomes.
+  static void* find(size_t& size) {
+    Shelf& shelf = Shelf::get();
+    Shelf::Items taken;
+    const std::lock_guard<std::mutex> lock(shelf.mutex);
+    const auto found = free_blocks().lower_bound(size);
+    if (found == free_blocks().end() || found->first > size + size / 16) return nullptr;
+    size = found->first;
+    taken = shelf.take(found->second);
+    return static_cast<FreeBlock&>(*taken.front()).release();
   }
 
-  static void give_back(void* context) {
-    const auto* block = static_cast<Block*>(context);
-    BlockCache& cache = *block->cache;
-    report(block->data, -int64_t(block->size));
-    {
-      const std::lock_guard<std::mutex> lock(cache.mutex_);
-      if (cache.cached_ + block->size <= cache.limit_) {
-        cache.free_.emplace(block->size, block->data);
-        cache.cached_ += block->size;
-      } else {
-        std::free(block->data);
-      }
-    }
-    delete block;
-  }
-
-  static void report(void* block, int64_t bytes) {
-    if (!c10::memoryProfilingEnabled()) return;
-    c10::reportMemoryUsageToProfiler(block, bytes, 0, 0, c10::Device(c10::DeviceType::CPU));
-  }
-
-  const size_t limit_ = limit_from_environment();
-  std::mutex mutex_;
-  std::multimap<size_t, void*> free_;
-  size_t cached_ = 0;
+  const bool reuses_;
 };
 
-BlockCache& blocks() {
-  static auto* cache = new BlockCache;  // never destroyed: tensors may outlive this library's statics
-  return *cache;
-}
-
-}  // namespace
-
-at::Tensor empty(at::IntArrayRef sizes, const at::TensorOptions& options, at::MemoryFormat format) {
+at::Tensor empty_in(
+    BlockAllocator& allocator, at::IntArrayRef sizes, const at::TensorOptions& options, at::MemoryFormat format) {
   const auto dtype = c10::typeMetaToScalarType(options.dtype());
-  if (int64_t(c10::multiply_integers(sizes) * options.dtype().itemsize()) < kLeastBytes) {
-    return at::empty(sizes, options, format);
-  }
-  at::Tensor t = at::detail::empty_generic(sizes, &blocks(), c10::DispatchKeySet(c10::DispatchKey::CPU), dtype, format);
+  at::Tensor t = at::detail::empty_generic(sizes, &allocator, c10::DispatchKeySet(c10::DispatchKey::CPU), dtype, format);
   if (at::globalContext().deterministicAlgorithms() && at::globalContext().deterministicFillUninitializedMemory()) {
     at::isFloatingType(dtype) ? t.fill_(std::numeric_limits<double>::quiet_NaN()) : t.fill_(255);
   }
   return t;
 }
 
-int64_t empty_cache() { return int64_t(blocks().clear()); }
+}  // namespace
+
+Shelf& Shelf::get() {
+  static auto* shelf = new Shelf;  // never destroyed, as free_blocks()
+  return *shelf;
+}
+
+Shelf::Shelf() : budget_(budget_from_environment()) {
+#if defined(__linux__)
+  // A child gets the shelf as it is between two calls, and its mutex free.
+  pthread_atfork([] { get().mutex.lock(); }, [] { get().mutex.unlock(); }, [] { get().mutex.unlock(); });
+#endif
+}
+
+Shelf::Place Shelf::put(Item item) {
+  count(*item, 1);
+  return items_.insert(items_.end(), std::move(item));
+}
+
+void Shelf::use(Place place) { items_.splice(items_.end(), items_, place); }
+
+Shelf::Items Shelf::take(Place place) {
+  (*place)->leave_index();
+  count(**place, -1);
+  Items taken;
+  taken.splice(taken.end(), items_, place);
+  return taken;
+}
+
+Shelf::Items Shelf::excess() {
+  Items taken;
+  while (blocks_ + packed_ > budget_) taken.splice(taken.end(), take(items_.begin()));
+  return taken;
+}
+
+Shelf::Items Shelf::clear() {
+  Items taken;
+  while (!items_.empty()) taken.splice(taken.end(), take(items_.begin()));
+  return taken;
+}
+
+void Shelf::count(const Kept& item, int64_t sign) { (item.block ? blocks_ : packed_) += sign * item.bytes; }
+
+int64_t memory_limit(const std::string& groups, const std::string& root) {
+  int64_t limit = int64_t(8) << 30;
+#if defined(__linux__)
+  limit = int64_t(sysconf(_SC_PHYS_PAGES)) * int64_t(sysconf(_SC_PAGE_SIZE));
+#endif
+  std::ifstream file(groups);
+  for (std::string line; std::getline(file, line);) {  // number:controllers:path, no controllers in version 2
+    const size_t first = line.find(':'), second = line.find(':', first + 1);
+    if (second == std::string::npos) continue;
+    const std::string controllers = "," + line.substr(first + 1, second - first - 1) + ",";
+    const bool unified = controllers == ",,";
+    if (!unified && controllers.find(",memory,") == std::string::npos) continue;
+    const std::string folder = unified ? root : root + "/memory";
+    const std::string name = unified ? "/memory.max" : "/memory.limit_in_bytes";
+    for (std::string path = line.substr(second + 1);; path.erase(path.rfind('/'))) {  // and those it is in
+      limit = std::min(limit, group_limit(folder + path + name));
+      if (path.find('/') == std::string::npos) break;
+    }
+  }
+  return limit;
+}
+
+at::Tensor empty(at::IntArrayRef sizes, const at::TensorOptions& options, at::MemoryFormat format) {
+  static auto* allocator = new BlockAllocator(true);
+  if (int64_t(c10::multiply_integers(sizes) * options.dtype().itemsize()) < kLeastBytes) {
+    return at::empty(sizes, options, format);
+  }
+  return empty_in(*allocator, sizes, options, format);
+}
+
+at::Tensor empty_bytes(int64_t bytes) { return empty({bytes}, at::kByte, at::MemoryFormat::Contiguous); }
+
+at::Tensor empty_kept(int64_t bytes) {
+  static auto* allocator = new BlockAllocator(false);
+  if (bytes < kLeastBytes) return at::empty({bytes}, at::kByte);
+  return empty_in(*allocator, {bytes}, at::kByte, at::MemoryFormat::Contiguous);
+}
+
+int64_t empty_cache() {
+  Shelf& shelf = Shelf::get();
+  int64_t bytes = 0;
+  {
+    Shelf::Items all;
+    const std::lock_guard<std::mutex> lock(shelf.mutex);
+    bytes = shelf.blocks() + shelf.packed();
+    all = shelf.clear();
+  }
+#if defined(__GLIBC__)
+  malloc_trim(0);  // ATen's own memory of packed filters
+#endif
+  return bytes;
+}
 
 }  // namespace resnet_fast::cpu

@@ -75,11 +75,10 @@ std::vector<Tensor> reduce_rows(const Shape& s, int k, at::TensorOptions options
   return out;
 }
 
-std::tuple<Tensor, Tensor> bn_act_unchecked(
-    const Tensor& z, const OptTensor& scale, const OptTensor& shift, const OptTensor& residual,
-    const OptTensor& res_scale, const OptTensor& res_shift, bool relu, bool save_mask) {
-  const Tensor y = empty(z.sizes(), z.options(), format_of(z));
-  const Tensor mask = empty_mask(z, relu && save_mask);
+// Into y, which may be z.
+void bn_act_into(
+    const Tensor& y, const Tensor& mask, const Tensor& z, const OptTensor& scale, const OptTensor& shift,
+    const OptTensor& residual, const OptTensor& res_scale, const OptTensor& res_shift, bool relu) {
   dispatch(z, "bn_act", [&](auto t) {
     using T = decltype(t);
     using A = accumulate_t<T>;
@@ -89,10 +88,23 @@ std::tuple<Tensor, Tensor> bn_act_unchecked(
         relu};
     for_rows(k.shape, [&](int64_t begin, int64_t end) { kernels<T>().bn_act(k, begin, end); });
   });
+}
+
+std::tuple<Tensor, Tensor> bn_act_unchecked(
+    const Tensor& z, const OptTensor& scale, const OptTensor& shift, const OptTensor& residual,
+    const OptTensor& res_scale, const OptTensor& res_shift, bool relu, bool save_mask) {
+  const Tensor y = empty(z.sizes(), z.options(), format_of(z));
+  const Tensor mask = empty_mask(z, relu && save_mask);
+  bn_act_into(y, mask, z, scale, shift, residual, res_scale, res_shift, relu);
   return {y, mask};
 }
 
 }  // namespace
+
+void bn_act_over(
+    const Tensor& z, const OptTensor& scale, const OptTensor& shift, const OptTensor& residual, bool relu) {
+  bn_act_into(z, at::empty({0}, at::kByte), z, scale, shift, residual, {}, {}, relu);
+}
 
 std::tuple<Tensor, Tensor> bn_stats(const Tensor& x) {
   check_bn_stats(x);

@@ -35,6 +35,10 @@ std::tuple<Tensor, Tensor> bn_act(
     const Tensor& z, const Tensor& scale, const Tensor& shift, const OptTensor& residual,
     const OptTensor& res_scale, const OptTensor& res_shift, bool relu, bool save_mask);
 
+// The same in place, unchecked, without what is missing; residual in z's memory order.
+void bn_act_over(
+    const Tensor& z, const OptTensor& scale, const OptTensor& shift, const OptTensor& residual, bool relu);
+
 std::tuple<Tensor, Tensor> bn_relu_max_pool(
     const Tensor& z, const OptTensor& scale, const OptTensor& shift, at::IntArrayRef kernel, at::IntArrayRef stride,
     at::IntArrayRef padding, bool save_index);

@@ -4,55 +4,24 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 
-#include <cmath>
+#include <algorithm>
+#include <array>
+#include <atomic>
 #include <cstring>
 #include <list>
-#include <mutex>
+#include <memory>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
+#include "bands.h"
 #include "cpu_features.h"
 #include "memory.h"
 #include "norm.h"
+#include "witness.h"
 
 namespace resnet_fast::cpu {
 namespace {
-
-constexpr size_t kMaxEntries = 4096;
-constexpr int64_t kSamples = 16;
-
-// What says that a tensor still holds what it held: the storage (kept weakly, so that another one at the
-// same address is another one), where it begins, its version, and some values, because writes through
-// `.data` do not count as versions.
-struct Witness {
-  c10::weak_intrusive_ptr<c10::StorageImpl> storage;
-  const void* data;
-  uint32_t version;
-  uint64_t sample;
-};
-
-uint64_t sample(const Tensor& t) {
-  const auto* bytes = static_cast<const char*>(t.const_data_ptr());
-  const int64_t size = t.element_size(), count = int64_t(t.storage().nbytes() / size) - t.storage_offset();
-  const int64_t n = std::min<int64_t>(t.is_non_overlapping_and_dense() ? t.numel() : count, count);
-  uint64_t hash = 1469598103934665603ull;
-  for (int64_t i = 0; i < kSamples && n > 0; ++i) {
-    uint64_t word = 0;
-    std::memcpy(&word, bytes + (i * (n - 1) / (kSamples - 1)) * size, std::min<size_t>(size, 8));
-    hash = (hash ^ word) * 1099511628211ull;
-  }
-  return hash;
-}
-
-Witness witness(const Tensor& t) {
-  return {c10::weak_intrusive_ptr<c10::StorageImpl>(t.storage().getWeakStorageImpl()), t.const_data_ptr(),
-          static_cast<uint32_t>(t._version()), sample(t)};
-}
-
-bool holds(const Witness& w, const Tensor& t) {
-  return !w.storage.expired() && w.storage._unsafe_get_target() == t.storage().unsafeGetStorageImpl() &&
-         w.data == t.const_data_ptr() && w.version == static_cast<uint32_t>(t._version()) && w.sample == sample(t);
-}
 
 using Key = std::vector<int64_t>;
 
@@ -64,20 +33,49 @@ struct KeyHash {
   }
 };
 
-struct Entry {
-  std::vector<Witness> witnesses;
-  PackedConv packed;
+class Entry;
+using Index = std::unordered_map<Key, Shelf::Place, KeyHash>;
+
+Index& entries() {
+  static auto* all = new Index;  // never destroyed: torch may go first
+  return *all;
+}
+
+int64_t bytes_of(const PackedConv& packed) {
+  int64_t bytes = 0;
+  for (const Tensor& t : {packed.weight, packed.shift, packed.scale}) {
+    if (t.defined()) bytes += t.numel() * t.element_size();
+  }
+  return bytes;
+}
+
+// Packed filters beside what they were made of: the filter first.
+class Entry final : public Kept {
+ public:
+  Entry(Key key, std::list<Witness> witnesses, PackedConv made)
+      : Kept(bytes_of(made), false), key(std::move(key)), packed(std::move(made)), witnesses_(std::move(witnesses)) {}
+
+  void leave_index() override { entries().erase(key); }
+  bool same(const std::vector<Tensor>& tensors) const {
+    return std::equal(witnesses_.begin(), witnesses_.end(), tensors.begin(), tensors.end(),
+                      [](const Witness& seen, const Tensor& t) { return seen.same(t); });
+  }
+  bool holds(const std::vector<Tensor>& tensors) const {
+    return std::equal(witnesses_.begin(), witnesses_.end(), tensors.begin(), tensors.end(),
+                      [](const Witness& seen, const Tensor& t) { return seen.holds(t); });
+  }
+  bool expired() const {
+    return std::any_of(witnesses_.begin(), witnesses_.end(), [](const Witness& w) { return w.expired(); });
+  }
+
+  const Key key;
+  const PackedConv packed;
+
+ private:
+  const std::list<Witness> witnesses_;
 };
 
-std::mutex& mutex() {
-  static std::mutex m;
-  return m;
-}
-
-std::unordered_map<Key, Entry, KeyHash>& cache() {
-  static auto* entries = new std::unordered_map<Key, Entry, KeyHash>();  // never destroyed: torch may go first
-  return *entries;
-}
+Entry& entry(Shelf::Place place) { return static_cast<Entry&>(**place); }
 
 std::vector<Tensor> sources(const Tensor& w, const BatchNorm& bn) {
   std::vector<Tensor> all = {w};
@@ -87,10 +85,58 @@ std::vector<Tensor> sources(const Tensor& w, const BatchNorm& bn) {
   return all;
 }
 
+// A single tap has no neighbour to be apart from: where a dilation says so oneDNN writes out of bounds.
+std::array<int64_t, 2> dilation_of(const Tensor& w, const Geometry& g) {
+  return {w.size(2) == 1 ? 1 : g.dilation[0], w.size(3) == 1 ? 1 : g.dilation[1]};
+}
+
+// Whether windows lie in the padding alone, on one side of x at least.
+bool pads_whole_windows(const Tensor& w, const Geometry& g) {
+  for (int i = 0; i < 2; ++i) {
+    if (g.padding[i] > g.dilation[i] * (w.size(2 + i) - 1)) return true;
+  }
+  return false;
+}
+
+// x, and the padding that a convolution of it has left to do, where oneDNN cannot do it all.
+std::pair<Tensor, std::vector<int64_t>> pad_whole_windows(const Tensor& x, const Tensor& w, const Geometry& g) {
+  if (!pads_whole_windows(w, g)) return {x, g.padding.vec()};
+  return {at::constant_pad_nd(x, {g.padding[1], g.padding[1], g.padding[0], g.padding[0]}), {0, 0}};
+}
+
+// oneDNN's convolutions with filters that are packed before, registered by ATen; absent where ATen was built without.
+struct OneDnn {
+  std::optional<c10::OperatorHandle> plain, binary_over, reorder;
+
+  OneDnn() {
+    auto& dispatcher = c10::Dispatcher::singleton();
+    plain = dispatcher.findSchema({"mkldnn::_convolution_pointwise", ""});
+    binary_over = dispatcher.findSchema({"mkldnn::_convolution_pointwise_", "binary"});
+    reorder = dispatcher.findSchema({"mkldnn::_reorder_convolution_weight", ""});
+  }
+  // Not double, and nothing where there is nothing to do. oneDNN 3.x errs with one channel where y has one
+  // column, and writes out of bounds where windows lie in the padding alone.
+  bool takes(const Tensor& x, const Tensor& w, const Geometry& g) const {
+    return plain && reorder && at::globalContext().userEnabledMkldnn() && x.numel() > 0 && x.size(1) > 1 &&
+           !pads_whole_windows(w, g) && (x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16);
+  }
+};
+
+const OneDnn& onednn() {
+  static const OneDnn ops;
+  return ops;
+}
+
+int64_t bits_of(double value) {
+  int64_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
 Key make_key(const Tensor& x, const Tensor& w, const BatchNorm& bn, const Geometry& g) {
   Key key = {reinterpret_cast<int64_t>(w.const_data_ptr()), int64_t(x.scalar_type()), g.groups,
-             int64_t(x.is_contiguous(at::MemoryFormat::ChannelsLast)), int64_t(std::llround(bn.eps * 1e15)),
-             at::get_num_threads()};
+             int64_t(x.is_contiguous(at::MemoryFormat::ChannelsLast)), bits_of(bn.eps), at::get_num_threads(),
+             onednn().takes(x, w, g)};
   // oneDNN's layout depends on the input's size; ours on whether the products are Winograd's.
   if (tiled(x, w, g, true)) {
     key.push_back(x.scalar_type() == at::kFloat && by_winograd(conv_shape(x, w, g), false));
@@ -106,30 +152,6 @@ Key make_key(const Tensor& x, const Tensor& w, const BatchNorm& bn, const Geomet
   return key;
 }
 
-// oneDNN's fused convolutions, registered by ATen; absent where ATen was built without oneDNN.
-struct OneDnn {
-  using Scalars = c10::List<std::optional<at::Scalar>>;
-  std::optional<c10::OperatorHandle> plain, binary, binary_over, reorder;
-
-  OneDnn() {
-    auto& dispatcher = c10::Dispatcher::singleton();
-    plain = dispatcher.findSchema({"mkldnn::_convolution_pointwise", ""});
-    binary = dispatcher.findSchema({"mkldnn::_convolution_pointwise", "binary"});
-    binary_over = dispatcher.findSchema({"mkldnn::_convolution_pointwise_", "binary"});
-    reorder = dispatcher.findSchema({"mkldnn::_reorder_convolution_weight", ""});
-  }
-  // No filters to speak of, no pixels, or double: ATen's ordinary convolution.
-  bool takes(const Tensor& x) const {
-    return plain && binary && reorder && at::globalContext().userEnabledMkldnn() && x.numel() > 0 &&
-           (x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16);
-  }
-};
-
-const OneDnn& onednn() {
-  static const OneDnn ops;
-  return ops;
-}
-
 using Call = std::vector<c10::IValue>;
 
 Tensor call(const c10::OperatorHandle& op, Call stack) {
@@ -139,31 +161,49 @@ Tensor call(const c10::OperatorHandle& op, Call stack) {
 
 std::vector<int64_t> list(at::IntArrayRef values) { return values.vec(); }
 
+// How many standard deviations the mean of a channel is from zero at the most if its scale is to go into filters of
+// 16 bits: their rounding, which the mean does not share, is magnified as much.
+constexpr double kMostDeviations = 16;
+
 PackedConv make(const Tensor& x, const Tensor& w, const BatchNorm& bn, const Geometry& g) {
   const at::ScalarType wide = accumulate_type(x);
-  Tensor weight = w.to(wide), shift;
-  if (bn.conv_bias) shift = bn.conv_bias->to(wide);
+  Tensor weight = w.to(wide);
+  PackedConv packed;
+  if (bn.conv_bias) packed.shift = bn.conv_bias->to(wide);
   if (bn.running_mean) {
-    const Tensor rstd = (bn.running_var->to(wide) + bn.eps).rsqrt();
-    const Tensor scale = bn.weight ? bn.weight->to(wide) * rstd : rstd;
-    const Tensor mean = bn.running_mean->to(wide);
-    shift = ((shift.defined() ? shift - mean : -mean) * scale);
-    if (bn.bias) shift = shift + bn.bias->to(wide);
-    weight = weight * scale.view({-1, 1, 1, 1});
+    const Tensor mean = bn.running_mean->to(wide), var = bn.running_var->to(wide), rstd = (var + bn.eps).rsqrt();
+    if (x.scalar_type() == at::kBFloat16 && (mean.abs() * rstd).gt(kMostDeviations).any().item<bool>()) {
+      std::tie(packed.scale, packed.scaled_shift, std::ignore) = bn_finalize(mean, var, 1, bn.weight, bn.bias, bn.eps);
+    } else {
+      const Tensor scale = bn.weight ? bn.weight->to(wide) * rstd : rstd;
+      packed.shift = (packed.shift.defined() ? packed.shift - mean : -mean) * scale;
+      if (bn.bias) packed.shift = packed.shift + bn.bias->to(wide);
+      weight = weight * scale.view({-1, 1, 1, 1});
+    }
   }
   if (tiled(x, w, g, true)) {
     const ConvShape s = conv_shape(x, w, g);
-    const Tensor panels = x.scalar_type() == at::kFloat ? pack_filters<float>(s, weight, false)
-                                                        : pack_filters<bf16>(s, weight, false);
-    return {panels, shift, true};
+    packed.panels = true;
+    packed.weight = x.scalar_type() == at::kFloat ? pack_filters<float>(s, weight, false, &empty_kept)
+                                                  : pack_filters<bf16>(s, weight, false, &empty_kept);
+    return packed;
   }
-  weight = weight.to(x.scalar_type());
-  if (shift.defined()) shift = shift.to(x.scalar_type());
-  if (onednn().takes(x)) {
-    weight = call(*onednn().reorder, {weight, list(g.padding), list(g.stride), list(g.dilation), g.groups,
-                                      c10::IValue(list(x.sizes()))});
+  packed.weight = weight.to(x.scalar_type());
+  if (packed.shift.defined()) packed.shift = packed.shift.to(x.scalar_type());
+  if (onednn().takes(x, w, g)) {
+    packed.weight = call(*onednn().reorder, {packed.weight, list(g.padding), list(g.stride), list(dilation_of(w, g)),
+                                             g.groups, c10::IValue(list(x.sizes()))});
   }
-  return {weight, shift};
+  return packed;
+}
+
+// Entries of tensors that are no more, with the lock held.
+void take_expired(Shelf& shelf, Shelf::Items& taken) {
+  std::vector<Shelf::Place> places;
+  for (const auto& [key, place] : entries()) {
+    if (entry(place).expired()) places.push_back(place);
+  }
+  for (const Shelf::Place place : places) taken.splice(taken.end(), shelf.take(place));
 }
 
 }  // namespace
@@ -173,21 +213,63 @@ PackedConv pack(const Tensor& x, const Tensor& w, const BatchNorm& bn, const Geo
   for (const Tensor& t : tensors) {
     if (t.is_inference()) return make(x, w, bn, geometry);  // it has no version counter to watch
   }
+  Shelf& shelf = Shelf::get();
   const Key key = make_key(x, w, bn, geometry);
-  const std::lock_guard<std::mutex> lock(mutex());
-  auto& entries = cache();
-  if (const auto found = entries.find(key); found != entries.end()) {
-    const auto& seen = found->second.witnesses;
-    bool same = seen.size() == tensors.size();
-    for (size_t i = 0; same && i < tensors.size(); ++i) same = holds(seen[i], tensors[i]);
-    if (same) return found->second.packed;
-    entries.erase(found);
+  Shelf::Item seen;
+  {
+    const std::lock_guard<std::mutex> lock(shelf.mutex);
+    if (const auto found = entries().find(key); found != entries().end()) {
+      seen = *found->second;
+      shelf.use(found->second);
+    }
   }
-  if (entries.size() >= kMaxEntries) entries.clear();
-  Entry entry;
-  for (const Tensor& t : tensors) entry.witnesses.push_back(witness(t));
-  entry.packed = make(x, w, bn, geometry);
-  return entries.emplace(key, std::move(entry)).first->second.packed;
+  if (const auto* found = static_cast<const Entry*>(seen.get())) {
+    if (Trust* trust = Trust::here(); trust != nullptr && found->same(tensors)) {
+      trust->note(seen, tensors);
+      return found->packed;
+    }
+    if (found->holds(tensors)) return found->packed;
+  }
+
+  std::list<Witness> witnesses;
+  for (const Tensor& t : tensors) witnesses.emplace_back(t);
+  const auto made = std::make_shared<Entry>(key, std::move(witnesses), make(x, w, bn, geometry));
+  Shelf::Items taken;
+  const std::lock_guard<std::mutex> lock(shelf.mutex);
+  if (const auto old = entries().find(key); old != entries().end()) taken = shelf.take(old->second);
+  take_expired(shelf, taken);
+  entries().emplace(key, shelf.put(made));
+  taken.splice(taken.end(), shelf.excess());
+  return made->packed;
+}
+
+namespace {
+
+Trust*& innermost() {
+  thread_local Trust* trust = nullptr;
+  return trust;
+}
+
+}  // namespace
+
+Trust::Trust() : outer_(std::exchange(innermost(), this)) {}
+Trust::~Trust() { innermost() = outer_; }
+Trust* Trust::here() { return innermost(); }
+
+void Trust::note(std::shared_ptr<Kept> entry, std::vector<Tensor> tensors) {
+  used_.emplace_back(std::move(entry), std::move(tensors));
+}
+
+bool Trust::was_right() {
+  std::atomic<bool> right{true};
+  for_tasks(int64_t(used_.size()), [&](int64_t i) {
+    const auto& [item, tensors] = used_[i];
+    if (static_cast<const Entry&>(*item).holds(tensors)) return;
+    right = false;
+    drop_packed(reinterpret_cast<int64_t>(tensors[0].const_data_ptr()));
+  });
+  used_.clear();
+  return right;
 }
 
 bool tiled(const Tensor& x, const Tensor& w, const Geometry& g, bool inference) {
@@ -197,7 +279,7 @@ bool tiled(const Tensor& x, const Tensor& w, const Geometry& g, bool inference) 
   const bool choose = conv_by() == ConvBy::Auto && inference && is_intel() && x.scalar_type() == at::kFloat;
   const int64_t pixels = s.images * s.rows * s.columns;
   const bool streams = s.pointwise() && pixels * (s.channels + s.filters) > s.channels * s.filters;
-  if (choose && onednn().takes(x) && !streams && !by_winograd(s, false)) return false;
+  if (choose && onednn().takes(x, w, g) && !streams && !by_winograd(s, false)) return false;
   return x.scalar_type() == at::kFloat      ? engine_takes<float>(s)
          : x.scalar_type() == at::kBFloat16 ? engine_takes<bf16>(s)
                                             : false;
@@ -218,73 +300,85 @@ Tensor run_panels(
   return y;
 }
 
-// `last`: what the ops' arguments end with, fused addition or activation.
-Call with_geometry(Call first, const Geometry& g, const Call& last) {
-  first.insert(first.end(), {list(g.padding), list(g.stride), list(g.dilation), g.groups});
-  first.insert(first.end(), last.begin(), last.end());
-  return first;
-}
-
-Call sum_and(bool relu) {
-  return {"add", c10::IValue(), relu ? c10::IValue("relu") : c10::IValue(), OneDnn::Scalars(), c10::IValue()};
-}
-
-// The fused sum takes plainly channels_last operands only: ATen's fallback for others has no bf16, and older
-// releases cannot describe single pixels or channels to oneDNN.
-bool can_sum(const Tensor& x, const Tensor& other, const Geometry& g) {
-  return g.groups == 1 && !x.is_contiguous() && !other.is_contiguous();
-}
-
-// relu(conv(x) + bias) by oneDNN. The C library takes blocks of over 32 MB from the system at every call; a result
-// of that size is a sum with zeros in memory that we keep (memory.h): to write and to read them costs less than page
-// faults. ResNet-50's stem at batch 16 takes 17 ms so, and 27 ms with the faults.
-Tensor convolve(
-    const Tensor& x, const Tensor& w, const PackedConv& packed, const c10::IValue& bias, bool relu, const Geometry& g) {
+// conv(x) + shift by oneDNN. The C library takes blocks of over 32 MB from the system at every call; a result of that
+// size is a sum with zeros in memory that we keep (memory.h): to write and to read them costs less than page faults.
+// ResNet-50's stem at batch 16 takes 17 ms so, and 27 ms with the faults. ATen's sum takes plainly channels_last
+// operands only, older releases' no single pixels or channels.
+Tensor run_onednn(const Tensor& x, const Tensor& w, const PackedConv& packed, const Geometry& g) {
   constexpr int64_t kMapped = 32 << 20;
   const ConvShape s = conv_shape(x, w, g);
+  const c10::IValue bias = packed.shift.defined() ? c10::IValue(packed.shift) : c10::IValue();
+  const auto convolve = [&](const c10::OperatorHandle& op, Call first, const Call& last) {
+    first.insert(first.end(), {list(g.padding), list(g.stride), list(dilation_of(w, g)), g.groups});
+    first.insert(first.end(), last.begin(), last.end());
+    return call(op, std::move(first));
+  };
+  const c10::List<std::optional<at::Scalar>> none;
   const int64_t bytes = s.images * s.rows * s.columns * s.filters * int64_t(x.element_size());
-  if (bytes > kMapped && onednn().binary_over) {
+  if (bytes > kMapped && onednn().binary_over && g.groups == 1 && !x.is_contiguous()) {
     const Tensor y = empty({s.images, s.filters, s.rows, s.columns}, x.options(), at::MemoryFormat::ChannelsLast);
-    if (can_sum(x, y, g)) {
-      return call(*onednn().binary_over, with_geometry({y.zero_(), x, packed.weight, bias}, g, sum_and(relu)));
+    if (!y.is_contiguous()) {
+      return convolve(*onednn().binary_over, {y.zero_(), x, packed.weight, bias},
+                      {"add", c10::IValue(), c10::IValue(), none, c10::IValue()});
     }
   }
-  return call(*onednn().plain, with_geometry({x, packed.weight, bias}, g,
-                                             {relu ? "relu" : "none", OneDnn::Scalars(), c10::IValue()}));
+  return convolve(*onednn().plain, {x, packed.weight, bias}, {"none", none, c10::IValue()});
 }
 
 }  // namespace
 
+Tensor conv2d(const Tensor& x, const Tensor& w, const OptTensor& bias, const Geometry& g) {
+  const auto [in, padding] = pad_whole_windows(x, w, g);
+  return at::conv2d(in, w, bias, g.stride, padding, g.dilation, g.groups);
+}
+
+std::tuple<Tensor, Tensor> conv2d_backward(
+    const Tensor& dz, const Tensor& x, const Tensor& w, const Geometry& g, bool need_dx, bool need_dw) {
+  constexpr int64_t kNarrow = 2;
+  if (x.scalar_type() == at::kBFloat16 && x.size(3) <= kNarrow && g.stride[1] > 1 && need_dw) {
+    const auto [dx, dw] = conv2d_backward(dz.to(at::kFloat), x.to(at::kFloat), w.to(at::kFloat), g, need_dx, true);
+    return {need_dx ? dx.to(x.scalar_type()) : dx, dw.to(w.scalar_type())};
+  }
+  const auto [in, padding] = pad_whole_windows(x, w, g);
+  auto [dx, dw, db] = at::convolution_backward(
+      dz, in, w, at::nullopt, g.stride, padding, g.dilation, false, {0, 0}, g.groups, {need_dx, need_dw, false});
+  if (!need_dx || in.is_same(x)) return {dx, dw};
+  return {dx.narrow(2, g.padding[0], x.size(2)).narrow(3, g.padding[1], x.size(3)), dw};
+}
+
 Tensor run_packed(
     const Tensor& x, const Tensor& w, const PackedConv& packed, const OptTensor& residual, bool relu,
     const Geometry& g, bool over) {
+  const bool scaled = packed.scale.defined();  // after the convolution, and what follows it then too
   if (packed.panels) {
-    return (x.scalar_type() == at::kFloat ? run_panels<float> : run_panels<bf16>)(x, w, packed, residual, relu, g, over);
+    const auto run = x.scalar_type() == at::kFloat ? run_panels<float> : run_panels<bf16>;
+    if (!scaled) return run(x, w, packed, residual, relu, g, over);
+    const Tensor y = run(x, w, packed, {}, false, g, false);
+    bn_act_over(y, packed.scale, packed.scaled_shift, residual, relu);
+    return y;
   }
-  const c10::IValue bias = packed.shift.defined() ? c10::IValue(packed.shift) : c10::IValue();
-  if (!onednn().takes(x)) {
-    Tensor y = at::conv2d(x, packed.weight, packed.shift.defined() ? OptTensor(packed.shift) : OptTensor(),
-                          g.stride, g.padding, g.dilation, g.groups);
-    if (residual) y.add_(*residual);
-    return relu ? y.relu_() : y;
+  const Tensor y = onednn().takes(x, w, g)
+                       ? run_onednn(x, w, packed, g)
+                       : conv2d(x, packed.weight, packed.shift.defined() ? OptTensor(packed.shift) : OptTensor(), g);
+  const Tensor dense = y.contiguous(format_of(x, &w));
+  // Not oneDNN's own ReLU, which makes zeros of NaN.
+  if (relu || residual || scaled) {
+    bn_act_over(dense, scaled ? OptTensor(packed.scale) : OptTensor(),
+                scaled ? OptTensor(packed.scaled_shift) : OptTensor(), residual, relu);
   }
-  if (residual && !(x.scalar_type() == at::kFloat && can_sum(x, *residual, g))) {
-    Tensor y = convolve(x, w, packed, bias, false, g);
-    y.add_(*residual);
-    return relu ? y.relu_() : y;
-  }
-  if (residual && over && onednn().binary_over) {
-    return call(*onednn().binary_over, with_geometry({*residual, x, packed.weight, bias}, g, sum_and(relu)));
-  }
-  if (residual) return call(*onednn().binary, with_geometry({x, *residual, packed.weight, bias}, g, sum_and(relu)));
-  return convolve(x, w, packed, bias, relu, g);
+  return dense;
 }
 
-int64_t clear_packed() {
-  const std::lock_guard<std::mutex> lock(mutex());
-  const auto count = static_cast<int64_t>(cache().size());
-  cache().clear();
-  return count;
+void drop_packed(int64_t address) {
+  Shelf& shelf = Shelf::get();
+  Shelf::Items taken;
+  const std::lock_guard<std::mutex> lock(shelf.mutex);
+  std::vector<Shelf::Place> places;
+  for (const auto& [key, place] : entries()) {
+    if (key[0] == address) places.push_back(place);
+  }
+  for (const Shelf::Place place : places) taken.splice(taken.end(), shelf.take(place));
+  take_expired(shelf, taken);
 }
 
 }  // namespace resnet_fast::cpu

@@ -4,10 +4,15 @@
 
 #include <ATen/ATen.h>
 
+#include <memory>
 #include <optional>
+#include <tuple>
+#include <utility>
+#include <vector>
 
 #include "../tensors.h"
 #include "engine.h"
+#include "memory.h"
 
 namespace resnet_fast::cpu {
 
@@ -17,26 +22,50 @@ namespace resnet_fast::cpu {
 // RESNET_FAST_CPU_CONV decides otherwise.
 bool tiled(const Tensor& x, const Tensor& w, const Geometry& geometry, bool inference = false);
 
-// Filters times scale and the shift: as panels of engine.h with an fp32 shift, or in x's dtype and oneDNN's
-// blocked layout where it has one.
+// Filters and what is added to their products: as panels of engine.h with an fp32 shift, or in x's dtype and oneDNN's
+// blocked layout where it has one. The norm's scale is in the filters, or follows the convolution with a shift of its
+// own (in what x is summed in) where its rounding would be magnified.
 struct PackedConv {
   Tensor weight;
   Tensor shift;  // undefined where there is neither a norm nor a bias
   bool panels = false;
+  Tensor scale, scaled_shift;  // undefined where the scale is in the filters
 };
 
-// The packed form of these very tensors for inputs like x: from the cache while every one of them has its
-// storage, version counter and a sample of its values unchanged, else made and cached. (A single value written
-// past the version counter, through `.data` or a NumPy view, can go unseen until clear_packed.)
+// The packed form of these very tensors for inputs like x: one that is kept (memory.h) while every one of them holds
+// what it held (witness.h), else a new one.
 PackedConv pack(const Tensor& x, const Tensor& w, const BatchNorm& norm, const Geometry& geometry);
 
-// relu(conv(x) + shift + residual) in one call; w tells the filters' shape and memory order. With `over` the
-// result may be written over the residual, which then is what is given.
+// While one lives, pack() on its thread trusts what is kept, and it is compared here at the end: all of it at once, on
+// all threads. Where something had changed what was computed meanwhile is to be computed once more.
+class Trust {
+ public:
+  Trust();
+  ~Trust();
+  bool was_right();
+  void note(std::shared_ptr<Kept> entry, std::vector<Tensor> tensors);
+
+  static Trust* here();
+
+ private:
+  Trust* const outer_;
+  std::vector<std::pair<std::shared_ptr<Kept>, std::vector<Tensor>>> used_;
+};
+
+// relu(conv(x) + shift + residual) of filters of w's shape and memory order; NaN stays NaN. With `over` the result may
+// be written over the residual, which then is what is given.
 Tensor run_packed(
     const Tensor& x, const Tensor& w, const PackedConv& packed, const OptTensor& residual, bool relu,
     const Geometry& geometry, bool over);
 
-// Drop every packed filter; how many there were.
-int64_t clear_packed();
+// ATen's convolution and its gradients (those that are asked for), where oneDNN 3.x errs by another way: it writes out
+// of bounds where windows lie in the padding alone, which then is made before; and its dw of a narrow bf16 image with
+// a stride has values of nothing, so it is computed in fp32.
+Tensor conv2d(const Tensor& x, const Tensor& w, const OptTensor& bias, const Geometry& geometry);
+std::tuple<Tensor, Tensor> conv2d_backward(
+    const Tensor& dz, const Tensor& x, const Tensor& w, const Geometry& geometry, bool need_dx, bool need_dw);
+
+// Drop what was packed of filters at `address`, and of tensors that are no more.
+void drop_packed(int64_t address);
 
 }  // namespace resnet_fast::cpu

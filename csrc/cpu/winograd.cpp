@@ -161,12 +161,12 @@ ConvShape transposed(const ConvShape& s) {
   return t;
 }
 
-at::Tensor winograd_filters(const at::Tensor& w, bool for_dgrad) {
+at::Tensor winograd_filters(const at::Tensor& w, bool for_dgrad, Allocate allocate) {
   const at::Tensor rows = w.contiguous(at::MemoryFormat::ChannelsLast);  // [K][9][C]
   const auto* from = rows.const_data_ptr<float>();
   const int64_t filters = w.size(0), channels = w.size(1), panels = (for_dgrad ? channels : filters) / kTileColumns;
   const int64_t panel_bytes = (for_dgrad ? filters : channels) * kPanelStep, matrix = panels * panel_bytes;
-  const at::Tensor packed = empty({kWinogradProducts * matrix + 64}, at::kByte, at::MemoryFormat::Contiguous);
+  const at::Tensor packed = allocate(kWinogradProducts * matrix + 64);
   auto* to = reinterpret_cast<char*>(packed.data_ptr<uint8_t>());
   const auto taps = [&](int64_t k, int64_t c, const float*(&g)[9]) {
     for (int i = 0; i < 9; ++i) g[i] = from + (k * 9 + (for_dgrad ? 8 - i : i)) * channels + c;

@@ -50,7 +50,7 @@ bool winograd_takes(const ConvShape& shape);
 ConvShape transposed(const ConvShape& shape);
 
 // Filters [K,3,3,C] (of fp32) as the panels of 16 matrices; for dgrad turned round.
-at::Tensor winograd_filters(const at::Tensor& w, bool for_dgrad);
+at::Tensor winograd_filters(const at::Tensor& w, bool for_dgrad, Allocate allocate);
 
 // As engine_fprop; `filters` of winograd_filters.
 void winograd(

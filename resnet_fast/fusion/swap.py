@@ -25,6 +25,7 @@ from ..copies import copy_modules
 from ..guard import plain_call, refusal
 from ..models import ResNet
 from ..modules import PLAIN, Fused, run_fused
+from ..packed import Rechecked
 from .dataflow import Forward, Mismatch, sequence, trace
 from .match import Block, Group, match_block, match_groups
 from .sandbox import Notes, below
@@ -32,7 +33,7 @@ from .sandbox import Notes, below
 FUSED = {plain: fused for fused, plain in PLAIN.items()}
 
 
-class Swapped:
+class Swapped(Rechecked):
     """Mixin of the classes that `fuse` gives a module: its own class with another `forward`.
 
     Such a class exists once for each class of modules. Copies and pickles name that class, so they
