@@ -58,6 +58,7 @@ def collect() -> dict[str, Any]:
             "unusable_amx": cpu.has_unusable_amx(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
+            "kept": backend.kept(),
         },
         "gpus": _gpus(),
         "implementations": [vars(row) for row in backend.status()],
@@ -128,6 +129,7 @@ def text(found: dict[str, Any]) -> str:
         *([("nvcc", versions["nvcc"])] if versions["nvcc"] else []),
         ("CPU", f"{host['name']}, {host['cores']} cores, {host['threads']} threads"),
         ("ISAs", ", ".join(host["isas"]) or host["torch_isa"]),
+        *_kept_lines(host),
         *_onednn_lines(host),
         *[
             (f"GPU {i}", f"{gpu['name']}, sm {gpu['sm']}, {gpu['memory_gib']} GiB")
@@ -144,6 +146,14 @@ def text(found: dict[str, Any]) -> str:
     parts.append("implementations\n" + _columns(_indented(rows)))
     parts.append('impl="auto" takes\n' + _columns(_indented(auto_lines(found["auto"]))))
     return "\n\n".join(parts)
+
+
+def _kept_lines(host: dict[str, Any]) -> list[tuple[str, str]]:
+    if host["kept"] is None:
+        return []
+    mib = {key: round(value / 2**20) for key, value in host["kept"].items()}
+    used = mib["packed_filters"] + mib["free_blocks"]
+    return [("kept memory", f"{used} MiB of at most {mib['budget']} MiB (packed filters, blocks)")]
 
 
 def _onednn_lines(host: dict[str, Any]) -> list[tuple[str, str]]:

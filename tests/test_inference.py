@@ -262,6 +262,8 @@ CONV = torch.nn.Conv2d(3, 4, 1, bias=False)
         lambda tensors, program, eps: tensors.__setitem__(0, torch.zeros(4)),
         lambda tensors, program, eps: program.__setitem__(1, 3),
         lambda tensors, program, eps: program.__setitem__(1, 1),
+        lambda tensors, program, eps: tensors.__setitem__(4, torch.zeros(3)),  # a mean alone
+        lambda tensors, program, eps: tensors.__setitem__(9, None),  # no variance
     ],
 )
 def test_a_program_that_is_none(spoil):
