@@ -11,6 +11,7 @@ TORCH ?= torch==2.13.0
 PYTEST_ARGS ?=
 TEST_JOBS ?= 2
 VERIFY_ARGS ?=
+FUZZ_ARGS ?= --minutes 3 --small
 GPU_PYTHON ?= python3
 GPU_ARGS ?=
 GPU_JOBS ?= 8
@@ -47,7 +48,10 @@ ON_DRY_GPU = env LD_PRELOAD=$(DRY) LD_LIBRARY_PATH=$(dir $(DRY)) TRITON_LIBCUDA_
   TRITON_CACHE_DIR=$(dir $(DRY))triton DRY_GPU_GIB=8 PYTHONPATH=tests:. $(GPU_PYTHON)
 ON_LARGE_DRY_GPU = $(subst GIB=8,GIB=139,$(ON_DRY_GPU))
 
-.PHONY: help setup env verify test lint demo bench gpu gpu-test gpu-sanitize dry-gpu kernels \
+SANITIZED := $(CURDIR)/build/sanitize
+SANITIZE := -fsanitize=address,undefined -fno-sanitize=vptr -fno-wrapv
+
+.PHONY: help setup env verify test lint demo bench fuzz sanitize gpu gpu-test gpu-sanitize dry-gpu kernels \
   cuda-check clean distclean
 
 help:
@@ -61,6 +65,8 @@ help:
 	@echo "make dry-gpu the host's part of both, by a CUDA build of PyTorch without a GPU"
 	@echo "make kernels compile every Triton kernel without a GPU (ARCH=sm_90,...)"
 	@echo "make cuda-check  compile every CUDA kernel without a GPU, by nvcc"
+	@echo "make fuzz    random configurations of the CPU kernels against PyTorch (FUZZ_ARGS=...)"
+	@echo "make sanitize the same by a build of its own that finds wrong addresses and overflow"
 	@echo "make verify  compare every op, block and model with the fp64 reference (VERIFY_ARGS=...)"
 	@echo "make env     what is live on this machine, what is not and why"
 	@echo "make setup   only the environment and the native build"
@@ -95,6 +101,19 @@ env: $(BUILT)
 
 verify: $(BUILT)
 	$(PY) -m resnet_fast verify $(VERIFY_ARGS)
+
+fuzz: $(BUILT)
+	$(PY) -m tests.fuzz $(FUZZ_ARGS)
+
+# A package of its own under build/, run from there. Libraries that Python loads want ASan before
+# all others; what leaks is Python's. Overflow of integers stays visible: no -fwrapv.
+sanitize: $(DEPS)
+	CXXFLAGS="$(SANITIZE) -fno-sanitize-recover=undefined -fno-omit-frame-pointer -O1 -g" \
+	  LDFLAGS="$(SANITIZE)" RESNET_FAST_BUILD=cpu \
+	  $(PY) setup.py -q build --build-lib $(SANITIZED) --build-temp $(SANITIZED)/objects
+	cd $(SANITIZED) && PYTHONPATH=$(CURDIR) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	  LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
+	  $(abspath $(PY)) -m tests.fuzz $(FUZZ_ARGS)
 
 test: $(BUILT)
 	$(PY) -m pytest -n $(TEST_JOBS) $(PYTEST_ARGS)

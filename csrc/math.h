@@ -55,12 +55,18 @@ struct Moments {
   A count, mean, m2;
 };
 
+// x + step, the mean of values among which an infinity makes `step` infinite or NaN: then that of the two means.
+template <class A>
+RESNET_FAST_INLINE A moved(A x, A step, A other) {
+  return step - step == A(0) ? x + step : x + other;
+}
+
 template <class A>
 RESNET_FAST_INLINE Moments<A> merge(Moments<A> x, Moments<A> y) {
   const A count = x.count + y.count;
   if (count == A(0)) return x;
   const A delta = y.mean - x.mean, share = y.count / count;
-  return {count, x.mean + delta * share, x.m2 + y.m2 + delta * delta * x.count * share};
+  return {count, moved(x.mean, delta * share, y.mean), x.m2 + y.m2 + delta * delta * x.count * share};
 }
 
 }  // namespace resnet_fast

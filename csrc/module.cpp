@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <map>
 #include <mutex>
 #include <set>
 #include <sstream>
@@ -79,14 +80,11 @@ py::dict build_info() {
   return info;
 }
 
-py::dict kept() {
+// No Python under the lock: its garbage collector may want to drop packed filters.
+std::map<std::string, int64_t> kept() {
   auto& shelf = resnet_fast::cpu::Shelf::get();
   const std::lock_guard<std::mutex> lock(shelf.mutex);
-  py::dict bytes;
-  bytes["budget"] = shelf.budget();
-  bytes["packed_filters"] = shelf.packed();
-  bytes["free_blocks"] = shelf.blocks();
-  return bytes;
+  return {{"budget", shelf.budget()}, {"packed_filters", shelf.packed()}, {"free_blocks", shelf.blocks()}};
 }
 
 // Threads that at::parallel_for really uses when every one has work: torch.get_num_threads(), or

@@ -82,11 +82,13 @@ def update_running(norms: Sequence[tuple[Running, NormParams, Batch]]) -> None:
         values = [t for pair in _mean_and_variance([batch for *_, batch in same]) for t in pair]
         values = [t.to(s.dtype) for t, s in zip(values, statistics, strict=True)]
         if momentum is not None:
-            torch._foreach_lerp_(statistics, values, momentum)
+            torch._foreach_mul_(statistics, 1 - momentum)  # and not lerp: inf − inf is NaN
+            torch._foreach_add_(statistics, values, alpha=momentum)
             continue
         seen = [running.num_batches_tracked for running, *_ in same for _ in range(2)]
         for s, t, n in zip(statistics, values, seen, strict=True):
-            s.lerp_(t, 1.0 / n.to(s.dtype))
+            share = 1.0 / n.to(s.dtype)
+            s.mul_(1 - share).add_(t * share)
 
 
 def _mean_and_variance(batches: Sequence[Batch]) -> Iterator[tuple[Tensor, Tensor]]:

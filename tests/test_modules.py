@@ -315,13 +315,13 @@ def test_empty_batch(impl, layout, name, training):
 def test_one_norm_in_two_places(impl, monkeypatch):
     """Its statistics follow both batches in turn: a launch of several would have them race."""
     impl.need(torch.float32, *OPS)
-    lengths, lerp = [], torch._foreach_lerp_
+    lengths, scale = [], torch._foreach_mul_
 
     def counted(statistics, *args):
         lengths.append(len(statistics))
-        lerp(statistics, *args)
+        scale(statistics, *args)
 
-    monkeypatch.setattr(torch, "_foreach_lerp_", counted)
+    monkeypatch.setattr(torch, "_foreach_mul_", counted)
     module = BasicBlock(8, 8, impl=impl.name)
     module.bn2 = module.bn1
     module.to(impl.device, memory_format=torch.channels_last)

@@ -166,3 +166,28 @@ def test_training_curve_fp32(impl, layout):
     same, _ = curve(plain, x, target, steps)
     losses, _ = curve(net, x, target, steps)
     assert_close(losses, same, exact, "losses")
+
+
+@pytest.mark.parametrize("momentum", [0.1, 0.7, 1.0, None])
+@pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan"), 1e30])
+def test_statistics_of_what_is_not_finite(impl, layout, value, momentum):
+    """Running statistics are infinite or NaN where PyTorch's are, batch after batch."""
+    if impl.name == "triton" or impl.emulated or impl.device != "cpu":
+        pytest.skip("GPUs sum in another order, PyTorch's own kernels too: NaN for infinity")
+    impl.need(torch.float32, *OPS)
+    module = resnet_fast.ConvBNAct2d(8, 32, 1, impl=impl.name, momentum=momentum)
+    module.conv.bias = torch.nn.Parameter(torch.zeros(32))
+    plain = twins.plain(module)
+    for batch in range(3):
+        x = torch.randn(3, 8, 17, 16).contiguous(memory_format=layout)
+        if batch == 1:
+            x[1, 2, 3, 4] = value
+        for net in (module, plain):
+            net.zero_grad()
+            net(x).sum().backward()
+        for mine, theirs in zip(module.buffers(), plain.buffers(), strict=True):
+            assert torch.equal(mine.isnan(), theirs.isnan())
+            assert torch.equal(mine.isinf(), theirs.isinf())
+        same = module.conv.bias.grad.isnan() == plain.conv.bias.grad.isnan()
+        assert same.all()
+        assert (module.conv.bias.grad.nan_to_num(0.0) == 0).all()

@@ -74,7 +74,7 @@ class BandStatistics {
     const double total = counts_[task] + count, share = count / total, weight = counts_[task] * share;
     for (int64_t c = 0; c < channels_; ++c) {  // as merge() of math.h, with the counts' terms shared
       const double delta = part[c] - mean[c];
-      mean[c] += delta * share;
+      mean[c] = moved(mean[c], delta * share, part[c]);
       m2[c] += part[channels_ + c] + delta * delta * weight;
     }
     counts_[task] = total;

@@ -382,7 +382,7 @@ void statistics_nhwc(
   });
   for (int64_t i = 0; i < inner; ++i) {
     const W left = W(rest[i]) / W(end - begin), squares = W(m2[i]) - left * W(rest[i]);
-    moments[i] = W(mean[i]) + left;
+    moments[i] = moved(W(mean[i]), left, W(0));
     moments[inner + i] = squares < 0 ? 0 : squares;
   }
 }
@@ -409,7 +409,7 @@ void statistics_nchw(
         squares = fma(d, d, squares);
       });
       const W left = W(rest.sum()) / W(size), m2 = W(squares.sum()) - left * left * W(size);
-      all = merge(all, {W(size), W(mean) + left, m2 < 0 ? W(0) : m2});
+      all = merge(all, {W(size), moved(W(mean), left, W(0)), m2 < 0 ? W(0) : m2});
     }
   }
   moments[0] = all.mean;

@@ -338,8 +338,10 @@ class _Backward:
         for place, value in enumerate((sum_dy_xhat, sum_dy)):
             if self.need_norm[i][place]:
                 self.norm_grads[i][place] = value.to(self.norm_dtypes[i][place])
-        if i > 0 and self.need_conv[i - 1][1]:  # a bias cancels in batch statistics
-            value = torch.zeros_like(sum_dy) if norm.batch_stats else affine.scale * sum_dy
+        if i > 0 and self.need_conv[i - 1][1]:
+            value = affine.scale * sum_dy
+            if norm.batch_stats:  # a bias cancels in them: 0, or NaN where its parts are
+                value = (value + affine.scale * sum_dy_xhat) * 0.0
             self.conv_grads[i - 1][1] = value.to(self.bias_dtypes[i - 1])
 
     def through_conv(self, i, g, g_mask, prologue, h, below, act, more, more_mask, sums):
