@@ -66,7 +66,9 @@ class Batch(NamedTuple):
 def update_running(norms: Sequence[tuple[Running, NormParams, Batch]]) -> None:
     """running = (1 − momentum)·running + momentum·batch in place, the variance unbiased.
 
-    Of all norms of a chain at once: a GPU gets a launch for what would be one a norm.
+    As two terms, not as `lerp`, whose difference of infinities is NaN: a variance that overflowed
+    stays infinite, as PyTorch's does. Of all norms of a chain at once: a GPU gets two launches for
+    what would be two a norm.
     """
     if len({id(params.running_mean) for _, params, _ in norms}) < len(norms):
         for norm in norms:  # one norm in two places follows both, one after the other
@@ -82,7 +84,7 @@ def update_running(norms: Sequence[tuple[Running, NormParams, Batch]]) -> None:
         values = [t for pair in _mean_and_variance([batch for *_, batch in same]) for t in pair]
         values = [t.to(s.dtype) for t, s in zip(values, statistics, strict=True)]
         if momentum is not None:
-            torch._foreach_mul_(statistics, 1 - momentum)  # and not lerp: inf − inf is NaN
+            torch._foreach_mul_(statistics, 1 - momentum)
             torch._foreach_add_(statistics, values, alpha=momentum)
             continue
         seen = [running.num_batches_tracked for running, *_ in same for _ in range(2)]
@@ -257,10 +259,9 @@ def run_chain(
         x = x.to(dtype)
     counts = check_chain(chain, x, *tensors, residual)
     weight = tensors.convs[0].weight if tensors.convs else None
-    fmt = memory_format(x, weight)
-    x = x.contiguous(memory_format=fmt)
-    if residual is not None:
-        residual = residual.contiguous(memory_format=fmt)
+    x = x.contiguous(memory_format=memory_format(x, weight))
+    if residual is not None:  # in the format that x has now: a copy may fit both
+        residual = residual.contiguous(memory_format=memory_format(x, weight))
     batch_stats = any(norm is not None and norm.batch_stats for norm in chain.all_norms)
     flat = [t if t is None or t.dim() > 1 else t.contiguous() for t in tensors.flat()]
     if not batch_stats and not _wants_gradient(x, residual, *flat):

@@ -312,6 +312,18 @@ def test_empty_batch(impl, layout, name, training):
         torch.testing.assert_close(actual[key], value, rtol=0, atol=0, msg=key)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_a_sliced_pixel_and_a_residual(impl, training):
+    """x is dense in no format and its copy in both: the residual goes with what results."""
+    impl.need(torch.float32, *OPS)
+    module = ConvBNAct2d(33, 2, 6, 2, 7, impl=impl.name).to(impl.device).train(training)
+    x = torch.randn(2, 35, 2, 3, device=impl.device)
+    x = x.contiguous(memory_format=torch.channels_last)[:, 1:-1, 1:, 2:]
+    plain = twins.plain(module)
+    residual = torch.randn_like(plain(x))
+    torch.testing.assert_close(module(x, residual), plain(x, residual), rtol=1e-4, atol=1e-5)
+
+
 def test_one_norm_in_two_places(impl, monkeypatch):
     """Its statistics follow both batches in turn: a launch of several would have them race."""
     impl.need(torch.float32, *OPS)

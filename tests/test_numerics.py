@@ -191,3 +191,17 @@ def test_statistics_of_what_is_not_finite(impl, layout, value, momentum):
         same = module.conv.bias.grad.isnan() == plain.conv.bias.grad.isnan()
         assert same.all()
         assert (module.conv.bias.grad.nan_to_num(0.0) == 0).all()
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_a_bias_that_is_not_finite(impl, layout, value):
+    """It cancels in batch statistics, but for the NaN that it makes in PyTorch."""
+    impl.need(torch.float32, *OPS)
+    module = resnet_fast.ConvBNAct2d(8, 32, 3, impl=impl.name).to(impl.device)
+    module.conv.bias = torch.nn.Parameter(torch.randn(32, device=impl.device))
+    with torch.no_grad():
+        module.conv.bias[3] = value
+    x = torch.randn(2, 8, 5, 4, device=impl.device).contiguous(memory_format=layout)
+    expected, actual = twins.module_step(twins.plain(module), x), twins.module_step(module, x)
+    for name, wanted in expected.items():
+        assert torch.equal(actual[name].isnan(), wanted.isnan()), name

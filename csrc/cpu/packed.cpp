@@ -197,13 +197,15 @@ PackedConv make(const Tensor& x, const Tensor& w, const BatchNorm& bn, const Geo
   return packed;
 }
 
-// Entries of tensors that are no more, with the lock held.
-void take_expired(Shelf& shelf, Shelf::Items& taken) {
+// Take the entries at `address`, and those of tensors that are no more, with the lock held.
+Shelf::Items take_gone(Shelf& shelf, int64_t address) {
   std::vector<Shelf::Place> places;
   for (const auto& [key, place] : entries()) {
-    if (entry(place).expired()) places.push_back(place);
+    if (key[0] == address || entry(place).expired()) places.push_back(place);
   }
+  Shelf::Items taken;
   for (const Shelf::Place place : places) taken.splice(taken.end(), shelf.take(place));
+  return taken;
 }
 
 }  // namespace
@@ -236,8 +238,10 @@ PackedConv pack(const Tensor& x, const Tensor& w, const BatchNorm& bn, const Geo
   const auto made = std::make_shared<Entry>(key, std::move(witnesses), make(x, w, bn, geometry));
   Shelf::Items taken;
   const std::lock_guard<std::mutex> lock(shelf.mutex);
-  if (const auto old = entries().find(key); old != entries().end()) taken = shelf.take(old->second);
-  take_expired(shelf, taken);
+  taken = take_gone(shelf, 0);
+  if (const auto old = entries().find(key); old != entries().end()) {
+    taken.splice(taken.end(), shelf.take(old->second));
+  }
   entries().emplace(key, shelf.put(made));
   taken.splice(taken.end(), shelf.excess());
   return made->packed;
@@ -334,8 +338,8 @@ Tensor conv2d(const Tensor& x, const Tensor& w, const OptTensor& bias, const Geo
 
 std::tuple<Tensor, Tensor> conv2d_backward(
     const Tensor& dz, const Tensor& x, const Tensor& w, const Geometry& g, bool need_dx, bool need_dw) {
-  constexpr int64_t kNarrow = 2;
-  if (x.scalar_type() == at::kBFloat16 && x.size(3) <= kNarrow && g.stride[1] > 1 && need_dw) {
+  const bool errs = g.stride[0] != g.stride[1] || (g.stride[1] > 1 && x.size(3) <= 2);
+  if (errs && x.scalar_type() == at::kBFloat16 && need_dw) {
     const auto [dx, dw] = conv2d_backward(dz.to(at::kFloat), x.to(at::kFloat), w.to(at::kFloat), g, need_dx, true);
     return {need_dx ? dx.to(x.scalar_type()) : dx, dw.to(w.scalar_type())};
   }
@@ -373,12 +377,7 @@ void drop_packed(int64_t address) {
   Shelf& shelf = Shelf::get();
   Shelf::Items taken;
   const std::lock_guard<std::mutex> lock(shelf.mutex);
-  std::vector<Shelf::Place> places;
-  for (const auto& [key, place] : entries()) {
-    if (key[0] == address) places.push_back(place);
-  }
-  for (const Shelf::Place place : places) taken.splice(taken.end(), shelf.take(place));
-  take_expired(shelf, taken);
+  taken = take_gone(shelf, address);
 }
 
 }  // namespace resnet_fast::cpu

@@ -59,8 +59,8 @@ Tensor run_packed(
     const Geometry& geometry, bool over);
 
 // ATen's convolution and its gradients (those that are asked for), where oneDNN 3.x errs by another way: it writes out
-// of bounds where windows lie in the padding alone, which then is made before; and its dw of a narrow bf16 image with
-// a stride has values of nothing, so it is computed in fp32.
+// of bounds where windows lie in the padding alone, which then is made before; and so it does, or reads, for dw in bf16
+// if strides differ or a stride meets an image of one or two columns, which then is computed in fp32.
 Tensor conv2d(const Tensor& x, const Tensor& w, const OptTensor& bias, const Geometry& geometry);
 std::tuple<Tensor, Tensor> conv2d_backward(
     const Tensor& dz, const Tensor& x, const Tensor& w, const Geometry& geometry, bool need_dx, bool need_dw);

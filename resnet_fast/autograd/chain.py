@@ -119,12 +119,14 @@ def _forward(
         norm = chain.all_norms[i]
         if norm is None:
             return Affine()
+        conv_bias = None if i == 0 else convs[i - 1].bias
         if norm.batch_stats:
             stats = ops.bn_stats(h, impl) if stats is None else stats
+            if conv_bias is not None:  # it cancels, unless it is not finite
+                stats = (stats[0], stats[1] + 0.0 * conv_bias)
             if norm.group is not None:
                 stats = sync.merge_moments(*stats, values_per_channel(h), norm.group)
             statistics.extend(stats)
-        conv_bias = None if i == 0 else convs[i - 1].bias
         return _ready(norm, norms[i], conv_bias, h, stats, impl)
 
     def convolve(i: int, h: Tensor, affine: Affine) -> tuple[Tensor, Affine]:

@@ -3,13 +3,13 @@
 Forward, one all-gather: each process r has the count, the mean and m2 = Σ(z − mean)² of its own
 values, and from everybody's, in the order of ranks, all make the same
 
-    count = Σ count[r]                    mean = mean[0] + Σ count[r]·(mean[r] − mean[0]) / count
+    count = Σ count[r]                    mean = Σ count[r]·mean[r] / count, in fp64
     m2 = Σ m2[r] + count[r]·(mean[r] − mean)²
 
 Sums of squares around means, never differences of raw sums: a channel with mean 1000 and deviation
-1 is right. It is the formula of Chan, Golub & LeVeque 1983 (The American Statistician 37, p. 242)
-for any number of parts at once: as many launches for 64 processes as for two. A process may have
-more values than another, or none.
+1 is right, and an infinite mean stays infinite. It is the formula of Chan, Golub & LeVeque 1983
+(The American Statistician 37, p. 242) for any number of parts at once: as many launches for 64
+processes as for two. A process may have more values than another, or none.
 
 Backward, one all-reduce: Σdy and Σdy·xhat over all values, from which dz = a·dy + b·(z − mean) + c
 follows. The gradients of weight and bias stay the process's own sums, for DistributedDataParallel
@@ -57,10 +57,9 @@ def merge_moments(
         raise ValueError(
             "x: expected more than 1 value per channel when training, got 1 in all processes"
         )
-    drift = means - means[0]
-    shift = (counts * drift).sum(0) / total.clamp(min=1)
-    spread = (m2s + counts * (drift - shift).square()).sum(0)
-    return (means[0] + shift).to(mean.dtype), spread.to(mean.dtype), total.to(mean.dtype)
+    merged = (counts * means).sum(0) / total.clamp(min=1)
+    spread = (m2s + counts * (means - merged).square()).sum(0)
+    return merged.to(mean.dtype), spread.to(mean.dtype), total.to(mean.dtype)
 
 
 def mean_sums(
