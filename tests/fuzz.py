@@ -135,8 +135,9 @@ class Op(nn.Module):
 
 class SoundConv2d(nn.Conv2d):
     """PyTorch's convolution where it is sound. oneDNN 3.x, which PyTorch calls, writes out of
-    bounds where windows lie in the padding alone, and for dw in bf16 if strides differ or meet one
-    or two columns: the padding is made before, and 16 bits are computed in fp32.
+    bounds where windows lie in the padding alone and for dw of strided single taps, and its dw in
+    bf16 of one or two columns with a stride reads what is none: the padding is made before, the
+    pixels are gathered, and those 16 bits are computed in fp32.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -144,10 +145,13 @@ class SoundConv2d(nn.Conv2d):
         padding = self.padding
         if any(p >= r for p, r in zip(padding, reach, strict=True)):
             x, padding = F.pad(x, (padding[1], padding[1], padding[0], padding[0])), (0, 0)
-        geometry = self.stride, padding, self.dilation, self.groups
-        narrow = torch.is_autocast_enabled("cpu") or x.dtype == torch.bfloat16
-        down, right = self.stride
-        if not (narrow and (down != right or (right > 1 and x.size(3) <= 2))):
+        narrow = x.size(3) <= 2 and self.stride[1] > 1
+        stride = self.stride
+        if self.kernel_size == (1, 1) and stride != (1, 1):
+            x, stride = x[:, :, :: stride[0], :: stride[1]], (1, 1)
+        geometry = stride, padding, self.dilation, self.groups
+        short = torch.is_autocast_enabled("cpu") or x.dtype == torch.bfloat16
+        if not (narrow and short):
             return F.conv2d(x, self.weight, self.bias, *geometry)
         with torch.autocast("cpu", enabled=False):
             values = [t if t is None else t.bfloat16().float() for t in (x, self.weight, self.bias)]

@@ -65,9 +65,9 @@ def test_a_broken_network_says_so(layout):
 
 ODD = """
 import itertools, random, torch, torch.nn.functional as F, resnet_fast
-torch.set_num_threads(1)
 rng = random.Random({seed})
-for case in range(400):
+for case in range(300):
+    torch.set_num_threads(rng.choice([1, 3]))
     dtype = rng.choice([torch.float32, torch.bfloat16])
     taps = rng.choice([1, 1, 2, 3]), rng.choice([1, 1, 2, 3])
     dilation = rng.randint(1, 3), rng.randint(1, 3)

@@ -338,15 +338,28 @@ Tensor conv2d(const Tensor& x, const Tensor& w, const OptTensor& bias, const Geo
 
 std::tuple<Tensor, Tensor> conv2d_backward(
     const Tensor& dz, const Tensor& x, const Tensor& w, const Geometry& g, bool need_dx, bool need_dw) {
-  const bool errs = g.stride[0] != g.stride[1] || (g.stride[1] > 1 && x.size(3) <= 2);
-  if (errs && x.scalar_type() == at::kBFloat16 && need_dw) {
+  const bool narrow = x.size(3) <= 2 && g.stride[1] > 1;
+  if (narrow && x.scalar_type() == at::kBFloat16 && need_dw) {
     const auto [dx, dw] = conv2d_backward(dz.to(at::kFloat), x.to(at::kFloat), w.to(at::kFloat), g, need_dx, true);
     return {need_dx ? dx.to(x.scalar_type()) : dx, dw.to(w.scalar_type())};
   }
   const auto [in, padding] = pad_whole_windows(x, w, g);
+  const auto pixels = [&](const Tensor& t) {  // that a single tap reads
+    return t.slice(2, 0, c10::nullopt, g.stride[0]).slice(3, 0, c10::nullopt, g.stride[1]);
+  };
+  const bool gathers = w.size(2) * w.size(3) == 1 && g.stride[0] * g.stride[1] > 1 && w.size(1) % 16 != 0;
+  const std::vector<int64_t> one = {1, 1};
   auto [dx, dw, db] = at::convolution_backward(
-      dz, in, w, at::nullopt, g.stride, padding, g.dilation, false, {0, 0}, g.groups, {need_dx, need_dw, false});
-  if (!need_dx || in.is_same(x)) return {dx, dw};
+      dz, gathers ? pixels(in).contiguous(in.suggest_memory_format()) : in, w, at::nullopt,
+      gathers ? at::IntArrayRef(one) : g.stride, padding, g.dilation, false, {0, 0}, g.groups,
+      {need_dx, need_dw, false});
+  if (!need_dx) return {dx, dw};
+  if (gathers) {
+    const Tensor all = at::zeros_like(in);
+    pixels(all).copy_(dx);
+    dx = all;
+  }
+  if (in.is_same(x)) return {dx, dw};
   return {dx.narrow(2, g.padding[0], x.size(2)).narrow(3, g.padding[1], x.size(3)), dw};
 }
 

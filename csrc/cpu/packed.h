@@ -59,8 +59,9 @@ Tensor run_packed(
     const Geometry& geometry, bool over);
 
 // ATen's convolution and its gradients (those that are asked for), where oneDNN 3.x errs by another way: it writes out
-// of bounds where windows lie in the padding alone, which then is made before; and so it does, or reads, for dw in bf16
-// if strides differ or a stride meets an image of one or two columns, which then is computed in fp32.
+// of bounds where windows lie in the padding alone, which then is made before; and for dw of strided single taps unless
+// channels are a multiple of 16: the pixels that they read are gathered before. Its dw in bf16 of one or two columns
+// with a stride reads what is none: fp32.
 Tensor conv2d(const Tensor& x, const Tensor& w, const OptTensor& bias, const Geometry& geometry);
 std::tuple<Tensor, Tensor> conv2d_backward(
     const Tensor& dz, const Tensor& x, const Tensor& w, const Geometry& geometry, bool need_dx, bool need_dw);
