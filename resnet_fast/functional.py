@@ -66,9 +66,9 @@ class Batch(NamedTuple):
 def update_running(norms: Sequence[tuple[Running, NormParams, Batch]]) -> None:
     """running = (1 − momentum)·running + momentum·batch in place, the variance unbiased.
 
-    As two terms, not as `lerp`, whose difference of infinities is NaN: a variance that overflowed
-    stays infinite, as PyTorch's does. Of all norms of a chain at once: a GPU gets two launches for
-    what would be two a norm.
+    Of all norms of a chain at once: a GPU gets a launch, of `lerp`, for what would be one a norm.
+    A CPU takes the two terms: a difference of infinities is NaN, and a variance that overflowed
+    stays infinite there, as PyTorch's does.
     """
     if len({id(params.running_mean) for _, params, _ in norms}) < len(norms):
         for norm in norms:  # one norm in two places follows both, one after the other
@@ -84,8 +84,11 @@ def update_running(norms: Sequence[tuple[Running, NormParams, Batch]]) -> None:
         values = [t for pair in _mean_and_variance([batch for *_, batch in same]) for t in pair]
         values = [t.to(s.dtype) for t, s in zip(values, statistics, strict=True)]
         if momentum is not None:
-            torch._foreach_mul_(statistics, 1 - momentum)
-            torch._foreach_add_(statistics, values, alpha=momentum)
+            if statistics[0].is_cpu:
+                torch._foreach_mul_(statistics, 1 - momentum)
+                torch._foreach_add_(statistics, values, alpha=momentum)
+            else:
+                torch._foreach_lerp_(statistics, values, momentum)
             continue
         seen = [running.num_batches_tracked for running, *_ in same for _ in range(2)]
         for s, t, n in zip(statistics, values, seen, strict=True):

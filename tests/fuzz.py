@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import itertools
 import json
 import math
 import os
@@ -564,10 +563,13 @@ def parser() -> argparse.ArgumentParser:
 
 
 def pairs(args: argparse.Namespace) -> list[tuple[str, str]]:
-    """The instruction sets that this CPU has, each with every way to convolve."""
+    """The instruction sets that this CPU has, each with every way to convolve that it has: those
+    below AVX-512 have no tiles, and oneDNN alone.
+    """
     most = ISAS.index(backend.build_info()["isa_detected"])
     isas = [args.isa] if args.isa else ISAS[: most + 1]
-    return list(itertools.product(isas, [args.conv] if args.conv else WAYS))
+    ways = {isa: WAYS if isa.startswith(("avx512", "amx")) else ("auto",) for isa in isas}
+    return [(isa, way) for isa in isas for way in ([args.conv] if args.conv else ways[isa])]
 
 
 def run_all(args: argparse.Namespace) -> list[Tally]:

@@ -12,7 +12,7 @@ from resnet_fast import backend
 
 pytestmark = pytest.mark.skipif(backend.native_module()[0] is None, reason="native is not built")
 
-COUNT = 20  # a pair
+COUNT = 16  # a pair
 
 
 def test_a_minute_of_it(capsys):

@@ -327,13 +327,14 @@ def test_a_sliced_pixel_and_a_residual(impl, training):
 def test_one_norm_in_two_places(impl, monkeypatch):
     """Its statistics follow both batches in turn: a launch of several would have them race."""
     impl.need(torch.float32, *OPS)
-    lengths, scale = [], torch._foreach_mul_
+    name = "_foreach_mul_" if impl.device == "cpu" else "_foreach_lerp_"
+    lengths, follow = [], getattr(torch, name)
 
     def counted(statistics, *args):
         lengths.append(len(statistics))
-        scale(statistics, *args)
+        follow(statistics, *args)
 
-    monkeypatch.setattr(torch, "_foreach_mul_", counted)
+    monkeypatch.setattr(torch, name, counted)
     module = BasicBlock(8, 8, impl=impl.name)
     module.bn2 = module.bn1
     module.to(impl.device, memory_format=torch.channels_last)
