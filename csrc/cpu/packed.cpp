@@ -33,7 +33,6 @@ struct KeyHash {
   }
 };
 
-class Entry;
 using Index = std::unordered_map<Key, Shelf::Place, KeyHash>;
 
 Index& entries() {
@@ -43,7 +42,7 @@ Index& entries() {
 
 int64_t bytes_of(const PackedConv& packed) {
   int64_t bytes = 0;
-  for (const Tensor& t : {packed.weight, packed.shift, packed.scale}) {
+  for (const Tensor& t : {packed.weight, packed.shift, packed.scale, packed.scaled_shift}) {
     if (t.defined()) bytes += t.numel() * t.element_size();
   }
   return bytes;
@@ -56,14 +55,8 @@ class Entry final : public Kept {
       : Kept(bytes_of(made), false), key(std::move(key)), packed(std::move(made)), witnesses_(std::move(witnesses)) {}
 
   void leave_index() override { entries().erase(key); }
-  bool same(const std::vector<Tensor>& tensors) const {
-    return std::equal(witnesses_.begin(), witnesses_.end(), tensors.begin(), tensors.end(),
-                      [](const Witness& seen, const Tensor& t) { return seen.same(t); });
-  }
-  bool holds(const std::vector<Tensor>& tensors) const {
-    return std::equal(witnesses_.begin(), witnesses_.end(), tensors.begin(), tensors.end(),
-                      [](const Witness& seen, const Tensor& t) { return seen.holds(t); });
-  }
+  bool same(const std::vector<Tensor>& tensors) const { return all(tensors, &Witness::same); }
+  bool holds(const std::vector<Tensor>& tensors) const { return all(tensors, &Witness::holds); }
   bool expired() const {
     return std::any_of(witnesses_.begin(), witnesses_.end(), [](const Witness& w) { return w.expired(); });
   }
@@ -72,6 +65,11 @@ class Entry final : public Kept {
   const PackedConv packed;
 
  private:
+  bool all(const std::vector<Tensor>& tensors, bool (Witness::*says)(const Tensor&) const) const {
+    return std::equal(witnesses_.begin(), witnesses_.end(), tensors.begin(), tensors.end(),
+                      [says](const Witness& seen, const Tensor& t) { return (seen.*says)(t); });
+  }
+
   const std::list<Witness> witnesses_;
 };
 
@@ -114,8 +112,8 @@ struct OneDnn {
     binary_over = dispatcher.findSchema({"mkldnn::_convolution_pointwise_", "binary"});
     reorder = dispatcher.findSchema({"mkldnn::_reorder_convolution_weight", ""});
   }
-  // Not double, and nothing where there is nothing to do. oneDNN 3.x errs with one channel where y has one
-  // column, and writes out of bounds where windows lie in the padding alone.
+  // float and bf16, where x has values; but oneDNN 3.x gives wrong values for one channel where y has one column, and
+  // writes out of bounds where windows lie in the padding alone.
   bool takes(const Tensor& x, const Tensor& w, const Geometry& g) const {
     return plain && reorder && at::globalContext().userEnabledMkldnn() && x.numel() > 0 && x.size(1) > 1 &&
            !pads_whole_windows(w, g) && (x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16);

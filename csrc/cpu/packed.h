@@ -36,8 +36,8 @@ struct PackedConv {
 // what it held (witness.h), else a new one.
 PackedConv pack(const Tensor& x, const Tensor& w, const BatchNorm& norm, const Geometry& geometry);
 
-// While one lives, pack() on its thread trusts what is kept, and it is compared here at the end: all of it at once, on
-// all threads. Where something had changed what was computed meanwhile is to be computed once more.
+// While one lives, pack() on its thread uses what is kept without comparing values. was_right() compares them, of all
+// that was used, on all threads; where it says no, the results have to be computed again.
 class Trust {
  public:
   Trust();
@@ -58,10 +58,10 @@ Tensor run_packed(
     const Tensor& x, const Tensor& w, const PackedConv& packed, const OptTensor& residual, bool relu,
     const Geometry& geometry, bool over);
 
-// ATen's convolution and its gradients (those that are asked for), where oneDNN 3.x errs by another way: it writes out
-// of bounds where windows lie in the padding alone, which then is made before; and for dw of strided single taps unless
-// channels are a multiple of 16: the pixels that they read are gathered before. Its dw in bf16 of one or two columns
-// with a stride reads what is none: fp32.
+// ATen's convolution and its gradients (those that are asked for), around the faults of oneDNN 3.x:
+//   it writes out of bounds where windows lie in the padding alone      the padding is made before
+//   so does dw of a strided 1x1 unless channels are a multiple of 16    the pixels that it reads are gathered before
+//   dw in bf16 of one or two columns with a stride is uninitialized     computed in fp32
 Tensor conv2d(const Tensor& x, const Tensor& w, const OptTensor& bias, const Geometry& geometry);
 std::tuple<Tensor, Tensor> conv2d_backward(
     const Tensor& dz, const Tensor& x, const Tensor& w, const Geometry& geometry, bool need_dx, bool need_dw);
