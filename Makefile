@@ -66,7 +66,7 @@ help:
 	@echo "make kernels compile every Triton kernel without a GPU (ARCH=sm_90,...)"
 	@echo "make cuda-check  compile every CUDA kernel without a GPU, by nvcc"
 	@echo "make fuzz    random configurations of the CPU kernels against PyTorch (FUZZ_ARGS=...)"
-	@echo "make sanitize the same by a build of its own that finds wrong addresses and overflow"
+	@echo "make sanitize the same in a build with AddressSanitizer and UBSan"
 	@echo "make verify  compare every op, block and model with the fp64 reference (VERIFY_ARGS=...)"
 	@echo "make env     what is live on this machine, what is not and why"
 	@echo "make setup   only the environment and the native build"

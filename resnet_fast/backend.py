@@ -100,18 +100,21 @@ def build_info() -> dict[str, Any] | None:
 
 
 def empty_cache() -> int:
-    """Give what the native CPU kernels keep between calls back to the system; returns its bytes.
+    """Return the cached memory of the native CPU kernels to the system; its size in bytes.
 
-    That is inference filters packed with BatchNorm folded in, and the memory of large results: at
-    most RESNET_FAST_CPU_CACHE_MB together (by default an eighth of the memory that the machine, or
-    the container, has), the least recently used given up first.
+    The cache holds packed inference filters and memory blocks of large results. Its limit is
+    RESNET_FAST_CPU_CACHE_MB, by default 1/8 of the memory of the machine or container. The least
+    recently used entries are dropped first.
     """
     module, _ = native_module()
     return 0 if module is None else module.empty_cache()
 
 
 def kept() -> dict[str, int] | None:
-    """Bytes that `empty_cache` would free, by what they are, and their budget; None without it."""
+    """The cache of the CPU kernels in bytes: budget, packed_filters, free_blocks.
+
+    None without the native extension.
+    """
     module, _ = native_module()
     return None if module is None else module.kept()
 

@@ -1,8 +1,8 @@
-"""What the native CPU kernels keep of filters, packed for inference, and the modules they are of.
+"""The cache of packed filters follows the modules that own the filters.
 
-The kernels follow changes of filters themselves (csrc/cpu/witness.h). What they cannot see they are
-told here: a change of a whole module, after which all values are compared, and the end of a filter,
-with which what is packed of it goes.
+The kernels detect changed filters (csrc/cpu/witness.h). Two events come from Python: a change of a
+whole module, after which the kernels compare all values, and the end of a parameter, after which
+they drop its packed filters.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _watched: set[tuple[int, int]] = set()  # identity and address
 
 
 class Rechecked:
-    """Mixin for an `nn.Module` that runs fused: a change of all of it is looked for whole."""
+    """Mixin for a fused `nn.Module`: after train, to or load_state_dict all values are compared."""
 
     def train(self, mode: bool = True):
         """As `nn.Module.train`."""
@@ -35,14 +35,14 @@ class Rechecked:
 
 
 def recheck() -> None:
-    """Have every packed filter compared with its source as a whole at its next use."""
+    """Make the kernels compare every packed filter completely with its source at the next use."""
     module, _ = backend.native_module()
     if module is not None:
         module.recheck()
 
 
 def drop_with(tensors: Iterable[Tensor | None]) -> None:
-    """Have what is packed of the filters among `tensors` dropped when they are."""
+    """Drop the packed copies of the filters among `tensors` as soon as the filters are freed."""
     for t in tensors:
         if t is None or t.dim() != 4:
             continue

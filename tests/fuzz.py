@@ -8,7 +8,7 @@ pattern of what is not finite: NaN where all plain runs (both layouts, fp64) hav
 none has; the same for infinities. A case also fails if only one side raises, if a second run has
 other bits, if an input is written to, or if its process dies. Status 1 if one failed.
 
-EXCEPTIONS are the places where plain PyTorch is no measure; the summary counts them.
+EXCEPTIONS lists the results that are not compared; the summary counts them.
 """
 
 from __future__ import annotations
@@ -136,8 +136,8 @@ class Op(nn.Module):
 class SoundConv2d(nn.Conv2d):
     """PyTorch's convolution where it is sound. oneDNN 3.x, which PyTorch calls, writes out of
     bounds where windows lie in the padding alone and for dw of strided single taps, and its dw in
-    bf16 of one or two columns with a stride reads what is none: the padding is made before, the
-    pixels are gathered, and those 16 bits are computed in fp32.
+    bf16 of one or two columns with a stride is uninitialized. So the padding is made before, the
+    pixels are gathered, and that bf16 convolution is computed in fp32.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -444,7 +444,7 @@ def judge(
     name: str, actual: Tensor, same: list[Tensor], wide: Tensor, by_value: bool = True,
     nan_allowed: bool = False,
 ) -> bool:  # fmt: skip
-    """Raise Mismatch where `actual` is none of what plain PyTorch could give.
+    """Raise Mismatch where `actual` is not a result that plain PyTorch could give.
 
     Returns whether it has NaN where plain PyTorch has none, and `nan_allowed`.
     """

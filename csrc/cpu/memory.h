@@ -35,8 +35,8 @@ class Kept {
   const bool block;  // a free block, not packed filters
 };
 
-// All that is kept, least recently used first, at most budget() bytes of it. Whoever holds `mutex` may call the
-// rest; what `put` and `take` return is to be destroyed after the mutex is released, which a fork waits for.
+// All that is kept, least recently used first, at most budget() bytes of it. The caller must hold `mutex` for the
+// rest. What `put` and `take` return is to be destroyed after the mutex is released, which a fork waits for.
 class Shelf {
  public:
   using Item = std::shared_ptr<Kept>;
