@@ -123,7 +123,8 @@ def judge(found, module, x, dy):
     if found["y"].dtype == torch.float64:
         close(found, exact)
     else:
-        twins.judge(found, plain_step(module, x, dy, torch.float32), exact)
+        again = functools.partial(plain_step, module, x, dy, torch.float32)
+        twins.judge(found, again(), exact, again=again)
 
 
 def together(found):

@@ -102,21 +102,30 @@ std::pair<Tensor, std::vector<int64_t>> pad_whole_windows(const Tensor& x, const
   return {at::constant_pad_nd(x, {g.padding[1], g.padding[1], g.padding[0], g.padding[0]}), {0, 0}};
 }
 
+using Call = std::vector<c10::IValue>;
+
 // oneDNN's convolutions with filters that are packed before, registered by ATen; absent where ATen was built without.
 struct OneDnn {
   std::optional<c10::OperatorHandle> plain, binary_over, reorder;
+  bool takes_bf16 = false;  // it does on some CPUs
 
   OneDnn() {
     auto& dispatcher = c10::Dispatcher::singleton();
     plain = dispatcher.findSchema({"mkldnn::_convolution_pointwise", ""});
     binary_over = dispatcher.findSchema({"mkldnn::_convolution_pointwise_", "binary"});
     reorder = dispatcher.findSchema({"mkldnn::_reorder_convolution_weight", ""});
+    if (const auto supports = dispatcher.findSchema({"mkldnn::_is_mkldnn_bf16_supported", ""})) {
+      Call stack;
+      supports->callBoxed(&stack);
+      takes_bf16 = stack.at(0).toBool();
+    }
   }
   // float and bf16, where x has values; but oneDNN 3.x gives wrong values for one channel where y has one column, and
   // writes out of bounds where windows lie in the padding alone.
   bool takes(const Tensor& x, const Tensor& w, const Geometry& g) const {
     return plain && reorder && at::globalContext().userEnabledMkldnn() && x.numel() > 0 && x.size(1) > 1 &&
-           !pads_whole_windows(w, g) && (x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16);
+           !pads_whole_windows(w, g) &&
+           (x.scalar_type() == at::kFloat || (takes_bf16 && x.scalar_type() == at::kBFloat16));
   }
 };
 
@@ -149,8 +158,6 @@ Key make_key(const Tensor& x, const Tensor& w, const BatchNorm& bn, const Geomet
   }
   return key;
 }
-
-using Call = std::vector<c10::IValue>;
 
 Tensor call(const c10::OperatorHandle& op, Call stack) {
   op.callBoxed(&stack);
