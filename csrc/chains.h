@@ -107,30 +107,36 @@ inline Tensor zero_pad(const Tensor& x, int64_t channels, int64_t stride) {
 // y of the chains on x.
 //
 // Ops has what the device's ops are: fold, which makes of the norms what the others take of each; norm_relu;
-// conv_bn_act, whose last argument allows it to write over the residual and give that; and max_pool.
+// conv_bn_act, whose last argument allows it to write over the residual and give that; norm_relu_max_pool; and
+// pool_normalizes, whether the norm of a convolution costs less in the pool after it.
 template <class Ops>
 Tensor infer_chains(const Tensor& x, const TensorList& tensors, at::IntArrayRef program, at::ArrayRef<double> eps) {
   TORCH_CHECK_VALUE(x.dim() == 4, "infer_chains: `x`: expected 4 dimensions, got ", x.dim());
   Chains chains = read_chains(tensors, program, eps);
   const auto norms = Ops::fold(x, std::move(chains.norms));
+  const typename decltype(norms)::value_type none = {};
 
   Tensor in = x;
   for (const Chain& chain : chains.all) {
     const int64_t n = chain.n;
     const Tensor* const filters = &chains.filters[chain.filters];
     const at::MemoryFormat format = format_of(in, filters);  // of all of the chain's results
-    const auto convolve = [&](int64_t i, const Tensor& h, const OptTensor& residual, bool relu, bool over) {
+    const auto geometry = [&](int64_t i) {
       const at::IntArrayRef g = chain.geometry.slice(7 * i, 7);
-      const Geometry geometry = {g.slice(0, 2), g.slice(2, 2), g.slice(4, 2), g[6]};
-      return Ops::conv_bn_act(h, filters[i], norms[chain.norms + i + 1], residual, relu, geometry, over)
-          .contiguous(format);
+      return Geometry{g.slice(0, 2), g.slice(2, 2), g.slice(4, 2), g[6]};
     };
+    const auto convolve = [&](int64_t i, const Tensor& h, const auto& norm, const OptTensor& residual, bool relu,
+                              bool over) {
+      return Ops::conv_bn_act(h, filters[i], norm, residual, relu, geometry(i), over).contiguous(format);
+    };
+    const auto norm = [&](int64_t i) -> const auto& { return norms[chain.norms + i + 1]; };
+    const at::IntArrayRef w = chain.windows;
 
     Tensor h = in;
     if (chain.normalizes) h = Ops::norm_relu(in, norms[chain.norms]);
     OptTensor skip;
     if (chain.shortcut == Shortcut::kIdentity) skip = in;
-    if (chain.shortcut == Shortcut::kProjection) skip = convolve(n, h, {}, false, false);
+    if (chain.shortcut == Shortcut::kProjection) skip = convolve(n, h, norm(n), {}, false, false);
     if (chain.shortcut == Shortcut::kZeroPad) skip = zero_pad(in, filters[n - 1].size(0), chain.pad_stride);
     // The input of a chain is ours but for the first one's, and nobody reads it after the last convolution has
     // begun, if that is not its own input.
@@ -138,12 +144,13 @@ Tensor infer_chains(const Tensor& x, const TensorList& tensors, at::IntArrayRef 
     in = Tensor();
     for (int64_t i = 0; i < n; ++i) {
       const bool last = i == n - 1;
-      const bool relu = last ? chain.relu && chain.windows.empty() : true;  // a pool has it too
+      const bool pool = last && !w.empty();  // which does the ReLU
+      const bool relu = last ? chain.relu && !pool : true;
       const bool over = last && skip && ours && !h.is_alias_of(*skip);
-      h = convolve(i, h, last ? skip : OptTensor(), relu, over);
+      const bool left = pool && !skip && Ops::pool_normalizes(h, filters[i], geometry(i));
+      h = convolve(i, h, left ? none : norm(i), last ? skip : OptTensor(), relu, over);
+      if (pool) h = Ops::norm_relu_max_pool(h, left ? norm(i) : none, w.slice(0, 2), w.slice(2, 2), w.slice(4, 2));
     }
-    const at::IntArrayRef w = chain.windows;
-    if (!w.empty()) h = Ops::max_pool(h, w.slice(0, 2), w.slice(2, 2), w.slice(4, 2));
     in = h;
   }
   return in;

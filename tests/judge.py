@@ -1,11 +1,12 @@
 """An op under one implementation, held against the reference by the tolerance rule."""
 
+import functools
+
 import torch
 from op_cases import op_of, widen
-from twins import plain_runs
+from twins import hold, plain_runs
 
 from resnet_fast import reference
-from resnet_fast.tolerance import assert_close, compare
 
 GRADIENTS = (
     "bn_bwd_finalize", "bn_act_bwd_reduce", "bn_act_bwd_apply", "max_pool_bwd", "conv_bprop",
@@ -24,16 +25,17 @@ def judge(impl, dtype, variant, args, name):
     exact = outputs(specification(*widen(args)))
     if dtype == torch.float64:  # nothing is wider: the rule scales the fp32 result's error
         args = [a.float() if is_floating(a) else a for a in args]
-    same = outputs(specification(*args))
+    again = functools.partial(specification, *args)
+    same = outputs(again())
     for i, results in enumerate(zip(actual, same, exact, strict=True)):
         what = f"{variant} result {i} of {name}"
         assert results[0].shape == results[1].shape, what
         if results[0].dtype == torch.uint8:
             continue  # test_mask, test_index
-        beside, gradient = [results[1]], op in GRADIENTS
-        if not compare(results[0], beside, results[2], gradient=gradient).ok:
-            beside += [outputs(run)[i] for run in plain_runs(lambda: specification(*args))]
-        assert_close(results[0], beside, results[2], what, gradient=gradient)
+        hold(
+            *results, what, lambda i=i: [outputs(run)[i] for run in plain_runs(again)],
+            gradient=op in GRADIENTS,
+        )  # fmt: skip
         for format in (torch.contiguous_format, torch.channels_last):
             if results[0].dim() == 4 and results[0].numel():
                 dense = [r.is_contiguous(memory_format=format) for r in results[:2]]

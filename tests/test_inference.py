@@ -264,14 +264,17 @@ CONV = torch.nn.Conv2d(3, 4, 1, bias=False)
         lambda tensors, program, eps: program.__setitem__(1, 1),
         lambda tensors, program, eps: tensors.__setitem__(4, torch.zeros(3)),  # a mean alone
         lambda tensors, program, eps: tensors.__setitem__(9, None),  # no variance
+        lambda tensors, program, eps: program.__setitem__(5, 0),  # a stride
+        lambda tensors, program, eps: program.__setitem__(11, 0),  # groups
     ],
 )
-def test_a_program_that_is_none(spoil):
+@pytest.mark.parametrize("pool", [None, torch.nn.MaxPool2d(1)], ids=["", "pool"])
+def test_a_program_that_is_none(pool, spoil):
     """An error, whatever the lists hold."""
     if backend.native_module()[0] is None:
         pytest.skip("native is not built")
     tensors, program, eps = [], [], []
-    parts = Parts((CONV,), (None, torch.nn.BatchNorm2d(4).eval()), True, "none")
+    parts = Parts((CONV,), (None, torch.nn.BatchNorm2d(4).eval()), True, "none", pool=pool)
     assert inference._write(parts, program, tensors, eps)
     run, x = torch.ops.resnet_fast_native.infer_chains, torch.randn(2, 3, 5, 5)
     with torch.no_grad():

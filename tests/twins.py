@@ -1,6 +1,7 @@
 """Plain PyTorch twins of what is fused: the judge, its runs, and inputs away from the ReLU kink."""
 
 import copy
+import functools
 import itertools
 
 import torch
@@ -172,11 +173,7 @@ def module_step(module, x, dy=None, run=None, **inputs):
 
 
 def plain_runs(run):
-    """`run` of plain PyTorch by one thread and by three, with oneDNN and without.
-
-    Which of them a CPU takes by itself, and so how near the single run beside a result comes, is
-    luck: a result that fails beside one is judged beside all.
-    """
+    """`run` of plain PyTorch by one thread and by three, with oneDNN and without."""
     threads = torch.get_num_threads()
     try:
         for count, enabled in itertools.product((1, 3), (True, False)):
@@ -187,23 +184,32 @@ def plain_runs(run):
         torch.set_num_threads(threads)
 
 
+def hold(actual, same, exact, what, more=list, **options):
+    """`assert_close` beside the plain result `same`, or beside those of `more()` too.
+
+    Which of `plain_runs` a CPU takes by itself, and so how near the single run beside a result
+    comes, is luck: a result that fails beside one is judged beside all.
+    """
+    beside = [same]
+    if not compare(actual, beside, exact, **options).ok:
+        beside += more()
+    assert_close(actual, beside, exact, what, **options)
+
+
 def judge(actual, same, exact, dtype=None, again=None):
     """Every result of a `step` by the one rule; `dtype` as `resnet_fast.tolerance.compare`'s.
 
     `again` repeats what gave `same`, for `plain_runs`.
     """
     assert actual.keys() == same.keys() == exact.keys()
-    more = None
+    runs = functools.cache(lambda: list(plain_runs(again)) if again else [])
     for name, value in actual.items():
         if exact[name] is None:
             assert value is None, f"{name}: expected no gradient"
             continue
         assert value is not None, f"{name}: no gradient"
         narrower = dtype if value.is_floating_point() else None
-        gradient = name.startswith("d")
-        options = {"gradient": gradient, "dtype": narrower}
-        beside = [same[name]]
-        if again is not None and not compare(value, beside, exact[name], **options).ok:
-            more = more or list(plain_runs(again))
-            beside += [run[name] for run in more]
-        assert_close(value, beside, exact[name], name, **options)
+        hold(
+            value, same[name], exact[name], name, lambda name=name: [run[name] for run in runs()],
+            gradient=name.startswith("d"), dtype=narrower,
+        )  # fmt: skip

@@ -97,7 +97,7 @@ std::tuple<Tensor, Tensor, Tensor> tiled_fprop(
   const Finish finish = [&](int64_t task, int64_t begin, int64_t end) { statistics.add(task, begin, end); };
   engine_fprop<T>(
       s, in_scale ? nullptr : data<T>(x), prologue<T>(s, x, in_scale, in_shift), pack_filters<T>(s, w, false), nullptr,
-      nullptr, false, to, stats ? finish : Finish());
+      nullptr, nullptr, false, to, stats ? finish : Finish());
   if (!stats) return {z, empty_vector(x, 0), empty_vector(x, 0)};
   auto [mean, m2] = statistics.result(x);
   return {z, mean, m2};
@@ -253,17 +253,23 @@ Tensor conv_bn_act(
 }
 
 struct ChainOps {
-  // A norm goes into the packed filters, which are kept.
+  // A norm is kept beside its packed filters.
   static std::vector<BatchNorm> fold(const Tensor&, std::vector<BatchNorm> norms) { return norms; }
   static Tensor norm_relu(const Tensor& x, const BatchNorm& norm) {
-    const auto wide = accumulate_type(x);
-    const auto [scale, shift, rstd] = bn_finalize(
-        norm.running_mean->to(wide), norm.running_var->to(wide), 1, norm.weight, norm.bias, norm.eps);
-    return activate(x, scale, shift);
+    const auto [scale, shift] = scale_and_shift(x, norm);
+    return activate(x, *scale, *shift);
   }
   static constexpr auto conv_bn_act = conv_bn_act_over;
-  static Tensor max_pool(const Tensor& x, IntArrayRef kernel, IntArrayRef stride, IntArrayRef padding) {
-    return std::get<0>(bn_relu_max_pool(x, {}, {}, kernel, stride, padding, false));
+  // Our tiles have the norm for nothing on the way out; oneDNN's result takes a pass.
+  static bool pool_normalizes(const Tensor& x, const Tensor& w, const Geometry& g) {
+    check_conv_act(x, w, {}, g);
+    return !tiled(x, w, g, true);
+  }
+  static Tensor norm_relu_max_pool(
+      const Tensor& x, const BatchNorm& norm, IntArrayRef kernel, IntArrayRef stride, IntArrayRef padding) {
+    check_batch_norm(x, x.size(1), norm);
+    const auto [scale, shift] = scale_and_shift(x, norm);
+    return std::get<0>(bn_relu_max_pool(x, scale, shift, kernel, stride, padding, false));
   }
 };
 

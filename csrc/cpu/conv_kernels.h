@@ -33,11 +33,11 @@ struct Product {
   int64_t lda, half_a, a_step;
 };
 
-// What happens to a finished tile: y = relu(sum + shift + residual), each optional.
+// What happens to a finished tile: y = relu(scale·sum + shift + residual), each optional.
 template <class T>
 struct Epilogue {
-  const float* shift;  // [32]
-  const T* residual;   // beside y
+  const float *scale, *shift;  // [32]
+  const T* residual;           // beside y
   bool relu;
 };
 

@@ -46,7 +46,7 @@ struct Problem {
   const T* x;              // or nullptr: through fill
   const FillRow<T>* fill;  // beside x: completes x in place first
   const char* panels;
-  const float* shift;
+  const float *scale, *shift;
   const T* residual;
   bool relu;
   T* y;
@@ -269,7 +269,8 @@ void run_bands(const Problem<T>& c, const Band* bands, int64_t count, int64_t pa
   const auto multiply = [&](const Ready<T>& band, const Tile& tile, int64_t panel) {
     const std::vector<Stretch>& phase = band.phases[tile.phase];
     const int64_t k = panel * kTileColumns;
-    const Epilogue<T> epilogue = {c.shift ? c.shift + k : nullptr, c.residual ? c.residual + tile.y + k : nullptr, c.relu};
+    const Epilogue<T> epilogue = {c.scale ? c.scale + k : nullptr, c.shift ? c.shift + k : nullptr,
+                                  c.residual ? c.residual + tile.y + k : nullptr, c.relu};
     const Product product = {tile.a, c.panels + panel * panel_bytes, phase.data(), int64_t(phase.size()), band.lda,
                              tile.half_a, band.a_step};
     kernels.store_tile(tile.rows, product, c.y + tile.y + k, band.ldy, tile.half_y, epilogue, state.shape);
@@ -421,15 +422,15 @@ at::Tensor pack_filters(const ConvShape& shape, const at::Tensor& w, bool for_dg
 
 template <class T>
 void engine_fprop(
-    const ConvShape& shape, const T* x, const FillRow<T>& fill, const at::Tensor& panels, const float* shift,
-    const T* residual, bool relu, T* y, const Finish& finish) {
+    const ConvShape& shape, const T* x, const FillRow<T>& fill, const at::Tensor& panels, const float* scale,
+    const float* shift, const T* residual, bool relu, T* y, const Finish& finish) {
   if constexpr (std::is_same_v<T, float>) {
-    if (by_winograd(shape, false)) return winograd(shape, x, fill, panels, shift, residual, relu, y, finish);
+    if (by_winograd(shape, false)) return winograd(shape, x, fill, panels, scale, shift, residual, relu, y, finish);
   }
   const ConvShape s = flattened(shape);
   const Problem<T> c = {
       s.images, s.channels, s.filters, fprop_axis(s.height, s.rows, s, 0), fprop_axis(s.width, s.columns, s, 1),
-      x, &fill, reinterpret_cast<const char*>(panels.const_data_ptr<uint8_t>()), shift, residual, relu, y, &finish};
+      x, &fill, reinterpret_cast<const char*>(panels.const_data_ptr<uint8_t>()), scale, shift, residual, relu, y, &finish};
   run(c);
 }
 
@@ -439,13 +440,14 @@ void engine_dgrad(
     const Finish& finish) {
   if constexpr (std::is_same_v<T, float>) {
     if (by_winograd(shape, true)) {
-      return winograd(transposed(shape), dz, fill, panels, nullptr, nullptr, false, dx, finish);
+      return winograd(transposed(shape), dz, fill, panels, nullptr, nullptr, nullptr, false, dx, finish);
     }
   }
   const ConvShape s = flattened(shape);
   const Problem<T> c = {
       s.images, s.filters, s.channels, dgrad_axis(s.rows, s.height, s, 0), dgrad_axis(s.columns, s.width, s, 1),
-      dz, &fill, reinterpret_cast<const char*>(panels.const_data_ptr<uint8_t>()), nullptr, nullptr, false, dx, &finish};
+      dz, &fill, reinterpret_cast<const char*>(panels.const_data_ptr<uint8_t>()), nullptr, nullptr,
+      nullptr, false, dx, &finish};
   run(c);
 }
 
@@ -453,8 +455,8 @@ void engine_dgrad(
   template bool engine_takes<T>(const ConvShape&);                                                                \
   template at::Tensor pack_filters<T>(const ConvShape&, const at::Tensor&, bool, Allocate);                       \
   template void engine_fprop<T>(                                                                                  \
-      const ConvShape&, const T*, const FillRow<T>&, const at::Tensor&, const float*, const T*, bool, T*,          \
-      const Finish&);                                                                                             \
+      const ConvShape&, const T*, const FillRow<T>&, const at::Tensor&, const float*, const float*, const T*, bool, \
+      T*, const Finish&);                                                                                         \
   template void engine_dgrad<T>(const ConvShape&, const T*, const FillRow<T>&, const at::Tensor&, T*, const Finish&);
 
 RESNET_FAST_ENGINE(float)

@@ -34,11 +34,11 @@ at::Tensor pack_filters(
 
 constexpr int64_t kTasks = 64;  // bands are dealt to at most this many tasks, each with sums of its own
 
-// y = relu(conv(x) + shift + residual). x is read in place, or row by row through `fill`.
+// y = relu(scale·conv(x) + shift + residual), what is null is not there. x is read in place, or row by row through `fill`.
 template <class T>
 void engine_fprop(
-    const ConvShape& shape, const T* x, const FillRow<T>& fill, const at::Tensor& panels, const float* shift,
-    const T* residual, bool relu, T* y, const Finish& finish);
+    const ConvShape& shape, const T* x, const FillRow<T>& fill, const at::Tensor& panels, const float* scale,
+    const float* shift, const T* residual, bool relu, T* y, const Finish& finish);
 
 // dx of the convolution of `shape`. Where `fill` is given it completes pixels of dz in place before they are
 // read (pointwise convolutions only: their bands do not overlap).

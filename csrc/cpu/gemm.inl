@@ -83,14 +83,15 @@ inline int64_t chain(const Stretch* stretches, int64_t n) {
 template <int kRows, class F>
 inline __attribute__((always_inline)) void finish(
     F sum, Element* y, int64_t ldy, int64_t half_y, const Epilogue<Element>& epilogue) {
-  __m512 shift[2];  // added last: a large one would cost the sum's small digits
+  __m512 scale[2], shift[2];  // after the sum: a large shift would cost its small digits
   for (int half = 0; half < 2; ++half) {
+    scale[half] = epilogue.scale ? _mm512_loadu_ps(epilogue.scale + 16 * half) : _mm512_set1_ps(1);
     shift[half] = epilogue.shift ? _mm512_loadu_ps(epilogue.shift + 16 * half) : _mm512_setzero_ps();
   }
 #pragma GCC unroll 14
   for (int row = 0; row < kRows; ++row) {
     for (int half = 0; half < 2; ++half) {
-      Lanes<float> v = {_mm512_add_ps(sum(row, half), shift[half])};
+      Lanes<float> v = {_mm512_fmadd_ps(sum(row, half), scale[half], shift[half])};
       const int64_t at = row / kHalf * half_y + row % kHalf * ldy + 16 * half;
       if (epilogue.residual) v = v + Lanes<float>::load(epilogue.residual + at);
       if (epilogue.relu) v = v.where(v.positive());

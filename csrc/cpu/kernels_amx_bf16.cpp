@@ -69,17 +69,18 @@ struct Finisher {
   const Epilogue<bf16>& epilogue;
   bf16* y;
   int64_t ldy;
-  __m512 shift[2];
+  __m512 scale[2], shift[2];
 
   Finisher(const Epilogue<bf16>& epilogue, bf16* y, int64_t ldy) : epilogue(epilogue), y(y), ldy(ldy) {
     for (int half = 0; half < 2; ++half) {
+      scale[half] = epilogue.scale ? _mm512_loadu_ps(epilogue.scale + 16 * half) : _mm512_set1_ps(1);
       shift[half] = epilogue.shift ? _mm512_loadu_ps(epilogue.shift + 16 * half) : _mm512_setzero_ps();
     }
   }
   inline __attribute__((always_inline)) void row(const float* sum, int64_t at) const {
     Lanes<float> v[2];
     for (int half = 0; half < 2; ++half) {
-      v[half] = {_mm512_add_ps(_mm512_load_ps(sum + 16 * half), shift[half])};
+      v[half] = {_mm512_fmadd_ps(_mm512_load_ps(sum + 16 * half), scale[half], shift[half])};
       if (epilogue.residual) v[half] = v[half] + Lanes<float>::load(epilogue.residual + at + 16 * half);
       if (epilogue.relu) v[half] = v[half].where(v[half].positive());
     }

@@ -177,6 +177,19 @@ std::tuple<Tensor, Tensor, Tensor> bn_finalize(
   return {scale, shift, rstd};
 }
 
+std::pair<OptTensor, OptTensor> scale_and_shift(const Tensor& x, const BatchNorm& norm) {
+  const auto wide = [&](const OptTensor& t) { return t->to(accumulate_type(x)).contiguous(); };
+  if (norm.running_mean) {
+    Tensor mean = wide(norm.running_mean);
+    if (norm.conv_bias) mean = mean - wide(norm.conv_bias);
+    const auto [scale, shift, rstd] = bn_finalize(mean, wide(norm.running_var), 1, norm.weight, norm.bias, norm.eps);
+    return {scale, shift};
+  }
+  if (!norm.conv_bias) return {};
+  const Tensor shift = wide(norm.conv_bias).clone();
+  return {at::ones_like(shift), shift};
+}
+
 std::tuple<Tensor, Tensor> bn_bwd_finalize(
     const Tensor& sum_dy, const Tensor& sum_dy_xhat, const Tensor& scale, const Tensor& rstd, int64_t count) {
   check_bn_bwd_finalize(sum_dy, sum_dy_xhat, scale, rstd);

@@ -42,8 +42,8 @@ Index& entries() {
 
 int64_t bytes_of(const PackedConv& packed) {
   int64_t bytes = 0;
-  for (const Tensor& t : {packed.weight, packed.shift, packed.scale, packed.scaled_shift}) {
-    if (t.defined()) bytes += t.numel() * t.element_size();
+  for (const OptTensor& t : {OptTensor(packed.weight), packed.scale, packed.shift}) {
+    if (t && t->defined()) bytes += t->numel() * t->element_size();
   }
   return bytes;
 }
@@ -166,38 +166,22 @@ Tensor call(const c10::OperatorHandle& op, Call stack) {
 
 std::vector<int64_t> list(at::IntArrayRef values) { return values.vec(); }
 
-// How many standard deviations the mean of a channel is from zero at the most if its scale is to go into filters of
-// 16 bits: their rounding, which the mean does not share, is magnified as much.
-constexpr double kMostDeviations = 16;
-
 PackedConv make(const Tensor& x, const Tensor& w, const BatchNorm& bn, const Geometry& g) {
-  const at::ScalarType wide = accumulate_type(x);
-  Tensor weight = w.to(wide);
   PackedConv packed;
-  if (bn.conv_bias) packed.shift = bn.conv_bias->to(wide);
-  if (bn.running_mean) {
-    const Tensor mean = bn.running_mean->to(wide), var = bn.running_var->to(wide), rstd = (var + bn.eps).rsqrt();
-    if (x.scalar_type() == at::kBFloat16 && (mean.abs() * rstd).gt(kMostDeviations).any().item<bool>()) {
-      std::tie(packed.scale, packed.scaled_shift, std::ignore) = bn_finalize(mean, var, 1, bn.weight, bn.bias, bn.eps);
-    } else {
-      const Tensor scale = bn.weight ? bn.weight->to(wide) * rstd : rstd;
-      packed.shift = (packed.shift.defined() ? packed.shift - mean : -mean) * scale;
-      if (bn.bias) packed.shift = packed.shift + bn.bias->to(wide);
-      weight = weight * scale.view({-1, 1, 1, 1});
-    }
-  }
+  std::tie(packed.scale, packed.shift) = scale_and_shift(x, bn);
   if (tiled(x, w, g, true)) {
     const ConvShape s = conv_shape(x, w, g);
     packed.panels = true;
-    packed.weight = x.scalar_type() == at::kFloat ? pack_filters<float>(s, weight, false, &empty_kept)
-                                                  : pack_filters<bf16>(s, weight, false, &empty_kept);
+    packed.weight = x.scalar_type() == at::kFloat ? pack_filters<float>(s, w, false, &empty_kept)
+                                                  : pack_filters<bf16>(s, w, false, &empty_kept);
     return packed;
   }
-  packed.weight = weight.to(x.scalar_type());
-  if (packed.shift.defined()) packed.shift = packed.shift.to(x.scalar_type());
+  const Tensor weight = w.to(x.scalar_type());
   if (onednn().takes(x, w, g)) {
-    packed.weight = call(*onednn().reorder, {packed.weight, list(g.padding), list(g.stride), list(dilation_of(w, g)),
+    packed.weight = call(*onednn().reorder, {weight, list(g.padding), list(g.stride), list(dilation_of(w, g)),
                                              g.groups, c10::IValue(list(x.sizes()))});
+  } else if (!weight.is_same(w)) {
+    packed.weight = weight;
   }
   return packed;
 }
@@ -304,19 +288,18 @@ Tensor run_panels(
   const Tensor y = over ? *residual : empty({s.images, s.filters, s.rows, s.columns}, x.options(),
                                             at::MemoryFormat::ChannelsLast);
   engine_fprop<T>(
-      s, data<T>(x), {}, packed.weight, packed.shift.defined() ? packed.shift.const_data_ptr<float>() : nullptr,
-      data<T>(residual), relu, static_cast<T*>(y.data_ptr()), {});
+      s, data<T>(x), {}, packed.weight, data<float>(packed.scale), data<float>(packed.shift), data<T>(residual), relu,
+      static_cast<T*>(y.data_ptr()), {});
   return y;
 }
 
-// conv(x) + shift by oneDNN. The C library takes blocks of over 32 MB from the system at every call; a result of that
+// conv(x) by oneDNN. The C library takes blocks of over 32 MB from the system at every call; a result of that
 // size is a sum with zeros in memory that we keep (memory.h): to write and to read them costs less than page faults.
 // ResNet-50's stem at batch 16 takes 17 ms so, and 27 ms with the faults. ATen's sum takes plainly channels_last
 // operands only, older releases' no single pixels or channels.
 Tensor run_onednn(const Tensor& x, const Tensor& w, const PackedConv& packed, const Geometry& g) {
   constexpr int64_t kMapped = 32 << 20;
   const ConvShape s = conv_shape(x, w, g);
-  const c10::IValue bias = packed.shift.defined() ? c10::IValue(packed.shift) : c10::IValue();
   const auto convolve = [&](const c10::OperatorHandle& op, Call first, const Call& last) {
     first.insert(first.end(), {list(g.padding), list(g.stride), list(dilation_of(w, g)), g.groups});
     first.insert(first.end(), last.begin(), last.end());
@@ -327,11 +310,11 @@ Tensor run_onednn(const Tensor& x, const Tensor& w, const PackedConv& packed, co
   if (bytes > kMapped && onednn().binary_over && g.groups == 1 && !x.is_contiguous()) {
     const Tensor y = empty({s.images, s.filters, s.rows, s.columns}, x.options(), at::MemoryFormat::ChannelsLast);
     if (!y.is_contiguous()) {
-      return convolve(*onednn().binary_over, {y.zero_(), x, packed.weight, bias},
+      return convolve(*onednn().binary_over, {y.zero_(), x, packed.weight, c10::IValue()},
                       {"add", c10::IValue(), c10::IValue(), none, c10::IValue()});
     }
   }
-  return convolve(*onednn().plain, {x, packed.weight, bias}, {"none", none, c10::IValue()});
+  return convolve(*onednn().plain, {x, packed.weight, c10::IValue()}, {"none", none, c10::IValue()});
 }
 
 }  // namespace
@@ -371,24 +354,16 @@ std::tuple<Tensor, Tensor> conv2d_backward(
 Tensor run_packed(
     const Tensor& x, const Tensor& w, const PackedConv& packed, const OptTensor& residual, bool relu,
     const Geometry& g, bool over) {
-  const bool scaled = packed.scale.defined();  // after the convolution, and what follows it then too
   if (packed.panels) {
     const auto run = x.scalar_type() == at::kFloat ? run_panels<float> : run_panels<bf16>;
-    if (!scaled) return run(x, w, packed, residual, relu, g, over);
-    const Tensor y = run(x, w, packed, {}, false, g, false);
-    bn_act_over(y, packed.scale, packed.scaled_shift, residual, relu);
-    return y;
+    return run(x, w, packed, residual, relu, g, over);
   }
-  const Tensor y = onednn().takes(x, w, g)
-                       ? run_onednn(x, w, packed, g)
-                       : conv2d(x, packed.weight, packed.shift.defined() ? OptTensor(packed.shift) : OptTensor(), g);
-  const Tensor dense = y.contiguous(format_of(x, &w));
+  const Tensor y = (onednn().takes(x, w, g) ? run_onednn(x, w, packed, g)
+                                            : conv2d(x, packed.weight.defined() ? packed.weight : w, {}, g))
+                       .contiguous(format_of(x, &w));
   // Not oneDNN's own ReLU, which makes zeros of NaN.
-  if (relu || residual || scaled) {
-    bn_act_over(dense, scaled ? OptTensor(packed.scale) : OptTensor(),
-                scaled ? OptTensor(packed.scaled_shift) : OptTensor(), residual, relu);
-  }
-  return dense;
+  if (relu || residual || packed.scale) bn_act_over(y, packed.scale, packed.shift, residual, relu);
+  return y;
 }
 
 void drop_packed(int64_t address) {

@@ -1,5 +1,5 @@
-// Inference convolutions with BN folded into filters that are packed once, for our tiles (engine.h) or
-// for oneDNN, and kept.
+// Inference convolutions with filters that are packed once, for our tiles (engine.h) or for oneDNN, and kept, beside
+// what their norm multiplies and adds.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -22,14 +22,13 @@ namespace resnet_fast::cpu {
 // RESNET_FAST_CPU_CONV decides otherwise.
 bool tiled(const Tensor& x, const Tensor& w, const Geometry& geometry, bool inference = false);
 
-// Filters and what is added to their products: as panels of engine.h with an fp32 shift, or in x's dtype and oneDNN's
-// blocked layout where it has one. The norm's scale is in the filters, or follows the convolution with a shift of its
-// own (in what x is summed in) where its rounding would be magnified.
+// Filters, as panels of engine.h or in x's dtype and oneDNN's blocked layout where it has one, and y = scale·conv + shift
+// in what x is summed in. A scale in the filters would be one rounding more of each, which a mean far from zero
+// magnifies.
 struct PackedConv {
-  Tensor weight;
-  Tensor shift;  // undefined where there is neither a norm nor a bias
+  Tensor weight;           // undefined where w is read as it is
+  OptTensor scale, shift;  // neither where there is neither a norm nor a bias
   bool panels = false;
-  Tensor scale, scaled_shift;  // undefined where the scale is in the filters
 };
 
 // The packed form of these very tensors for inputs like x: one that is kept (memory.h) while every one of them holds
@@ -52,7 +51,7 @@ class Trust {
   std::vector<std::pair<std::shared_ptr<Kept>, std::vector<Tensor>>> used_;
 };
 
-// relu(conv(x) + shift + residual) of filters of w's shape and memory order; NaN stays NaN. With `over` the result may
+// relu(scale·conv(x) + shift + residual) of filters of w's shape and memory order; NaN stays NaN. With `over` the result may
 // be written over the residual, which then is what is given.
 Tensor run_packed(
     const Tensor& x, const Tensor& w, const PackedConv& packed, const OptTensor& residual, bool relu,

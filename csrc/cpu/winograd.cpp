@@ -197,8 +197,8 @@ at::Tensor winograd_filters(const at::Tensor& w, bool for_dgrad, Allocate alloca
 }
 
 void winograd(
-    const ConvShape& s, const float* x, const FillRow<float>& fill, const at::Tensor& filters, const float* shift,
-    const float* residual, bool relu, float* y, const Finish& finish) {
+    const ConvShape& s, const float* x, const FillRow<float>& fill, const at::Tensor& filters, const float* scale,
+    const float* shift, const float* residual, bool relu, float* y, const Finish& finish) {
   const Grid grid(s);
   const int64_t size = std::max<int64_t>(1, kBlockTiles / grid.columns);
   const int64_t threads = at::get_num_threads(), blocks = ceil_div(ceil_div(grid.all, size), threads) * threads;
@@ -226,7 +226,7 @@ void winograd(
           to[i] = at[i] >= 0 ? y + at[i] : nullptr;
           beside[i] = at[i] >= 0 && residual ? residual + at[i] : nullptr;
         }
-        kernels()->output(m + tile * s.filters, m_pitch, s.filters, to, beside, shift, relu);
+        kernels()->output(m + tile * s.filters, m_pitch, s.filters, to, beside, scale, shift, relu);
       });
       const int64_t row = g.image * s.rows;
       if (finish) finish(task, (row + g.p0) * s.columns, (row + g.p1) * s.columns);

@@ -26,10 +26,10 @@ struct WinogradKernels {
   void (*filter)(const float* const g[9], int64_t channels, float* u, int64_t pitch);
   // v = Bᵀ d B, where pixel (i, j) of the patch is at d[4·i + j].
   void (*input)(const float* const d[16], int64_t channels, float* v, int64_t pitch);
-  // y = relu(Aᵀ m A + shift + residual), where pixel (i, j) of y is at y[2·i + j], nullptr outside, and its residual
-  // likewise; a null shift or residual is not there.
+  // y = relu(scale·Aᵀ m A + shift + residual), where pixel (i, j) of y is at y[2·i + j], nullptr outside, and its
+  // residual likewise; a null scale, shift or residual is not there.
   void (*output)(const float* m, int64_t pitch, int64_t channels, float* const y[4], const float* const residual[4],
-                 const float* shift, bool relu);
+                 const float* scale, const float* shift, bool relu);
   // And their transposes, for dw = Gᵀ[Σ over tiles of (A dy Aᵀ) ⊙ (Bᵀ d B)]G: m = A dy Aᵀ, where pixel (i, j) of dy is
   // at dy[2·i + j]; and dw = Gᵀ u G, where tap (i, j) is at dw[3·i + j].
   void (*output_gradient)(const float* const dy[4], int64_t channels, float* m, int64_t pitch);
@@ -54,8 +54,8 @@ at::Tensor winograd_filters(const at::Tensor& w, bool for_dgrad, Allocate alloca
 
 // As engine_fprop; `filters` of winograd_filters.
 void winograd(
-    const ConvShape& shape, const float* x, const FillRow<float>& fill, const at::Tensor& filters, const float* shift,
-    const float* residual, bool relu, float* y, const Finish& finish);
+    const ConvShape& shape, const float* x, const FillRow<float>& fill, const at::Tensor& filters, const float* scale,
+    const float* shift, const float* residual, bool relu, float* y, const Finish& finish);
 
 // As engine_wgrad.
 at::Tensor winograd_wgrad(const ConvShape& shape, const float* x, const FillRow<float>& fill, const float* dz);

@@ -52,8 +52,8 @@ void winograd_input(const float* const d[16], int64_t channels, float* v, int64_
 
 void winograd_output(
     const float* m, int64_t pitch, int64_t channels, float* const y[4], const float* const residual[4],
-    const float* shift, bool relu) {
-  const auto zero = Lanes<float>::broadcast(0);
+    const float* scale, const float* shift, bool relu) {
+  const auto zero = Lanes<float>::broadcast(0), one = Lanes<float>::broadcast(1);
   for (int64_t c = 0; c < channels; c += 16) {
     Lanes<float> rows[2][4];  // of Aᵀ m: [row][column]
 #pragma GCC unroll 4
@@ -62,6 +62,7 @@ void winograd_output(
       const Lanes<float> b = at(1), d = at(2);
       rows[0][j] = at(0) + (b + d), rows[1][j] = (b - d) - at(3);
     }
+    const auto factor = scale ? Lanes<float>::load(scale + c) : one;
     const auto added = shift ? Lanes<float>::load(shift + c) : zero;
 #pragma GCC unroll 2
     for (int i = 0; i < 2; ++i) {
@@ -70,7 +71,7 @@ void winograd_output(
 #pragma GCC unroll 2
       for (int j = 0; j < 2; ++j) {
         if (y[2 * i + j] == nullptr) continue;
-        Lanes<float> out = pair[j] + added;
+        Lanes<float> out = fma(pair[j], factor, added);
         if (residual[2 * i + j]) out = out + Lanes<float>::load(residual[2 * i + j] + c);
         if (relu) out = out.where(out.positive());
         out.store(y[2 * i + j] + c);

@@ -534,8 +534,11 @@ struct ChainOps {
                 " values in the vectors of a norm, one a filter, got ", norm.channels);
     return conv_bn_act_unchecked(x, w, norm, residual, relu, g, over);
   }
-  static Tensor max_pool(const Tensor& x, IntArrayRef kernel, IntArrayRef stride, IntArrayRef padding) {
-    return std::get<0>(bn_relu_max_pool(x, {}, {}, kernel, stride, padding, false));
+  static bool pool_normalizes(const Tensor&, const Tensor&, const Geometry&) { return false; }
+  static Tensor norm_relu_max_pool(
+      const Tensor& x, const Folded& norm, IntArrayRef kernel, IntArrayRef stride, IntArrayRef padding) {
+    const auto [scale, shift] = norm.vectors();
+    return std::get<0>(bn_relu_max_pool(x, scale, shift, kernel, stride, padding, false));
   }
 };
 
