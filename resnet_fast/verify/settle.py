@@ -69,7 +69,7 @@ class _Settle(TorchDispatchMode):
             u = u + shift.view(1, -1, 1, 1)
             return args[0].copy_(u.relu()) if func is aten.relu_.default else u.relu()
         if func is aten.max_pool2d_with_indices.default:
-            self.clear = self.clear and _decided(*args)
+            self.clear = self.clear and decided(*args)
         return func(*args, **(kwargs or {}))
 
 
@@ -89,9 +89,9 @@ def _shift(u: Tensor, bias: Tensor, band: float) -> tuple[Tensor, bool]:
     return shift, left.numel() == 0
 
 
-def _decided(x: Tensor, kernel, stride, padding=(0, 0), *_) -> bool:
-    """Whether the winner of every max-pool window of x ≥ 0 leads by POOL_BAND, or is 0."""
+def decided(x: Tensor, kernel, stride, padding=(0, 0), *_, lead: float = POOL_BAND) -> bool:
+    """Whether the winner of every max-pool window of x ≥ 0 leads by `lead`, or is 0."""
     n, c = x.shape[:2]
     windows = F.unfold(x.contiguous(), kernel, padding=padding, stride=stride)
     first, second = windows.view(n, c, kernel[0] * kernel[1], -1).topk(2, dim=2).values.unbind(2)
-    return ((first - second >= POOL_BAND) | (first <= 0)).all().item()
+    return ((first - second >= lead) | (first <= 0)).all().item()
