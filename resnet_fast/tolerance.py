@@ -10,6 +10,8 @@ hardly. In a tensor of few elements even the worst may be small by luck, so `wor
 SPREAD times the root mean square: for normal errors that matters below some hundred elements.
 So the rule asks for as good a result as PyTorch's and knows no constant of any op. Tensors whose
 parts differ in size (a channel of mean 1000 beside one of mean 1) are to be compared part by part.
+How near PyTorch comes also depends on the threads and on who convolves, so a result that fails
+beside one run may be judged beside more of them (`plain_runs`).
 
 The gradient of a ReLU jumps at zero, so where a pre-activation lies within rounding of it, either
 side is right. `near_kink` is that band; its elements are left out, and a band that holds more than
@@ -18,13 +20,16 @@ MAX_KINK_SHARE of a tensor fails. Method after flash-attention's tests (Dao 2022
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 FACTOR = 2.0
 GRADIENT_FACTOR = 3.0
@@ -58,6 +63,7 @@ def compare(
     kink: Tensor | None = None,
     dtype: torch.dtype | None = None,
     rms: bool = False,
+    more: Callable[[], Sequence[Tensor]] | None = None,
 ) -> Verdict:
     """Judge `actual` by the rule of this module.
 
@@ -76,6 +82,8 @@ def compare(
         rms: compare root mean squares instead of maxima. For whole networks in 16 bits: there
             thousands of ReLUs change sides, in plain PyTorch as in `actual`, the largest element
             of an error is one of them, and which one is luck.
+        more: makes further plain results, of the same shape, for an `actual` that fails beside
+            those given.
 
     Returns:
         The verdict. NaN or infinity anywhere, another shape or dtype, or too wide a band fail.
@@ -115,7 +123,13 @@ def compare(
         own = max(own, scale * max(_size(difference, rms), 0 if rms else SPREAD * _rms(difference)))
     error = _size(outside(actual.double() - expected), rms)
     factor = (GRADIENT_FACTOR if gradient else FACTOR) + double
-    return _verdict(error, factor * (own + eps * _size(expected, rms)), share)
+    verdict = _verdict(error, factor * (own + eps * _size(expected, rms)), share)
+    if verdict.ok or more is None:
+        return verdict
+    return compare(
+        actual, [*references, *more()], fp64_reference,
+        gradient=gradient, kink=kink, dtype=dtype, rms=rms,
+    )  # fmt: skip
 
 
 def assert_close(
@@ -129,6 +143,18 @@ def assert_close(
     verdict = compare(actual, same_dtype_reference, fp64_reference, **options)
     assert verdict.ok, f"{what or 'result'}: {verdict}"
     return verdict
+
+
+def plain_runs(run: Callable[[], T]) -> Iterator[T]:
+    """`run` of plain PyTorch by one thread and by three, with oneDNN and without."""
+    threads = torch.get_num_threads()
+    try:
+        for count, enabled in itertools.product((1, 3), (True, False)):
+            torch.set_num_threads(count)
+            with torch.backends.mkldnn.flags(enabled=enabled):
+                yield run()
+    finally:
+        torch.set_num_threads(threads)
 
 
 def near_kink(preactivation: Tensor, dtype: torch.dtype) -> Tensor:

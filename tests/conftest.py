@@ -173,8 +173,9 @@ def no_programs():
     replay.forget()
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(autouse=True)
 def two_threads():
+    """Whatever the test before this one had set."""
     torch.set_num_threads(2)
 
 

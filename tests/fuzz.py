@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
-import itertools
 import json
 import math
 import os
@@ -451,12 +450,10 @@ def check(case: Case) -> Counter:
     @functools.cache
     def others() -> list[Values]:
         """What else plain PyTorch gives, by other numbers of threads and by oneDNN."""
-        runs = []
+        runs: list[Values] = []
         for module in (reference, twin(reference, OneDnnConv2d)):
-            for threads, where in itertools.product((1, 2, 3), (setting, other)):
-                torch.set_num_threads(threads)
-                runs.append(run(module, where, first))
-        torch.set_num_threads(case.threads)
+            for where in (setting, other):
+                runs += tolerance.plain_runs(functools.partial(run, module, where, first))
         return runs
 
     again = run(native(plain, case), setting, setting.torch_dtype)

@@ -4,9 +4,9 @@ import functools
 
 import torch
 from op_cases import op_of, widen
-from twins import hold, plain_runs
 
 from resnet_fast import reference
+from resnet_fast.tolerance import assert_close, plain_runs
 
 GRADIENTS = (
     "bn_bwd_finalize", "bn_act_bwd_reduce", "bn_act_bwd_apply", "max_pool_bwd", "conv_bprop",
@@ -32,9 +32,9 @@ def judge(impl, dtype, variant, args, name):
         assert results[0].shape == results[1].shape, what
         if results[0].dtype == torch.uint8:
             continue  # test_mask, test_index
-        hold(
-            *results, what, lambda i=i: [outputs(run)[i] for run in plain_runs(again)],
-            gradient=op in GRADIENTS,
+        assert_close(
+            *results, what, gradient=op in GRADIENTS,
+            more=lambda i=i: [outputs(run)[i] for run in plain_runs(again)],
         )  # fmt: skip
         for format in (torch.contiguous_format, torch.channels_last):
             if results[0].dim() == 4 and results[0].numel():

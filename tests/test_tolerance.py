@@ -13,6 +13,7 @@ from resnet_fast.tolerance import (
     assert_close,
     compare,
     near_kink,
+    plain_runs,
 )
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -33,6 +34,30 @@ def test_identical_passes(dtype):
     assert verdict.error == (same.double() - exact).abs().max().item()
     eps = torch.finfo(dtype).eps * exact.abs().max().item()
     assert verdict.allowed == pytest.approx(FACTOR * (verdict.error + eps))
+
+
+def test_what_fails_is_judged_beside_more():
+    """And what passes asks for nothing."""
+    same, exact = triple()
+    asked = []
+
+    def more(error):
+        asked.append(error)
+        return [same + error]
+
+    poor = same + 1e-3
+    assert compare(same, same, exact, more=lambda: more(0)).ok
+    assert not asked
+    assert compare(poor, same, exact, more=lambda: more(1e-3)).ok
+    assert not compare(poor, same, exact, more=lambda: more(1e-5)).ok
+    assert asked == [1e-3, 1e-5]
+
+
+def test_plain_runs_by_threads_and_onednn():
+    before = torch.get_num_threads(), torch.backends.mkldnn.enabled
+    seen = set(plain_runs(lambda: (torch.get_num_threads(), torch.backends.mkldnn.enabled)))
+    assert seen == {(1, True), (1, False), (3, True), (3, False)}
+    assert (torch.get_num_threads(), torch.backends.mkldnn.enabled) == before
 
 
 @pytest.mark.parametrize("gradient", [False, True], ids=["result", "gradient"])

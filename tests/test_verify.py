@@ -8,7 +8,7 @@ from torch import nn
 
 from resnet_fast import backend, blocks, cli, functional, models, modules, ops, verify
 from resnet_fast.verify import report
-from resnet_fast.verify.check import DTYPES, LAYOUTS, Setting
+from resnet_fast.verify.check import DTYPES, LAYOUTS, Runs, Setting, Trial
 from resnet_fast.verify.settle import BAND, settle
 
 
@@ -270,6 +270,22 @@ def test_a_narrow_race_in_a_max_pool_is_seen():
     x = torch.tensor([[[[1.0, 1.0 + 1e-9], [0.0, 0.5]]]], dtype=torch.float64)
     assert not settle(pool, x)
     assert settle(pool, torch.tensor([[[[1.0, 1.1], [0.0, 0.5]]]], dtype=torch.float64))
+
+
+def test_luck_of_the_plain_run_fails_nothing():
+    """With one thread it comes nearer than the judged result, with three it does not."""
+    exact = torch.randn(40, dtype=torch.float64)
+    poor = exact.float() + 1e-4
+
+    def prepare():
+        def same():
+            return [{"y": exact.float() if torch.get_num_threads() < 3 else poor}]
+
+        return Runs(lambda: {"y": poor}, same, lambda: {"y": exact})
+
+    setting = Setting("native", "cpu", "fp32", "nchw")
+    (found,) = Trial("ops", "op", "a case", setting, prepare).run()
+    assert found.ok, found
 
 
 def test_other_layout_is_the_other():

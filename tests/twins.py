@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import itertools
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from resnet_fast.blocks import NORMS
 from resnet_fast.modules import PLAIN, GlobalAvgPool2d
-from resnet_fast.tolerance import assert_close, compare
+from resnet_fast.tolerance import assert_close, plain_runs
 from resnet_fast.verify.settle import settle
 
 TWINS = {**PLAIN, GlobalAvgPool2d: torch.nn.AdaptiveAvgPool2d}
@@ -172,34 +171,10 @@ def module_step(module, x, dy=None, run=None, **inputs):
     )  # fmt: skip
 
 
-def plain_runs(run):
-    """`run` of plain PyTorch by one thread and by three, with oneDNN and without."""
-    threads = torch.get_num_threads()
-    try:
-        for count, enabled in itertools.product((1, 3), (True, False)):
-            torch.set_num_threads(count)
-            with torch.backends.mkldnn.flags(enabled=enabled):
-                yield run()
-    finally:
-        torch.set_num_threads(threads)
-
-
-def hold(actual, same, exact, what, more=list, **options):
-    """`assert_close` beside the plain result `same`, or beside those of `more()` too.
-
-    Which of `plain_runs` a CPU takes by itself, and so how near the single run beside a result
-    comes, is luck: a result that fails beside one is judged beside all.
-    """
-    beside = [same]
-    if not compare(actual, beside, exact, **options).ok:
-        beside += more()
-    assert_close(actual, beside, exact, what, **options)
-
-
 def judge(actual, same, exact, dtype=None, again=None):
     """Every result of a `step` by the one rule; `dtype` as `resnet_fast.tolerance.compare`'s.
 
-    `again` repeats what gave `same`, for `plain_runs`.
+    `again` repeats what gave `same`, for `tolerance.plain_runs`.
     """
     assert actual.keys() == same.keys() == exact.keys()
     runs = functools.cache(lambda: list(plain_runs(again)) if again else [])
@@ -209,7 +184,7 @@ def judge(actual, same, exact, dtype=None, again=None):
             continue
         assert value is not None, f"{name}: no gradient"
         narrower = dtype if value.is_floating_point() else None
-        hold(
-            value, same[name], exact[name], name, lambda name=name: [run[name] for run in runs()],
-            gradient=name.startswith("d"), dtype=narrower,
+        assert_close(
+            value, same[name], exact[name], name, gradient=name.startswith("d"), dtype=narrower,
+            more=lambda name=name: [run[name] for run in runs()],
         )  # fmt: skip

@@ -34,7 +34,8 @@ at::Tensor pack_filters(
 
 constexpr int64_t kTasks = 64;  // bands are dealt to at most this many tasks, each with sums of its own
 
-// y = relu(scale·conv(x) + shift + residual), what is null is not there. x is read in place, or row by row through `fill`.
+// y = relu(scale·conv(x) + shift + residual); what is null is not there. x is read in place, or row by row through
+// `fill`.
 template <class T>
 void engine_fprop(
     const ConvShape& shape, const T* x, const FillRow<T>& fill, const at::Tensor& panels, const float* scale,

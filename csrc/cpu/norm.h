@@ -32,8 +32,8 @@ std::tuple<Tensor, Tensor> bn_stats(const Tensor& x);
 std::tuple<Tensor, Tensor, Tensor> bn_finalize(
     const Tensor& mean, const Tensor& m2, int64_t count, const OptTensor& weight, const OptTensor& bias, double eps);
 
-// scale and shift of scale·x + shift, which is the norm of x by its running statistics, or of x + conv_bias; in what x
-// is summed in, and neither where there is neither.
+// What makes scale·x + shift the norm of x + conv_bias by its running statistics, or x + conv_bias where there is no
+// norm; in the dtype that x is summed in. Nothing where there is neither.
 std::pair<OptTensor, OptTensor> scale_and_shift(const Tensor& x, const BatchNorm& norm);
 
 std::tuple<Tensor, Tensor> bn_act(

@@ -22,9 +22,9 @@ namespace resnet_fast::cpu {
 // RESNET_FAST_CPU_CONV decides otherwise.
 bool tiled(const Tensor& x, const Tensor& w, const Geometry& geometry, bool inference = false);
 
-// Filters, as panels of engine.h or in x's dtype and oneDNN's blocked layout where it has one, and y = scale·conv + shift
-// in what x is summed in. A scale in the filters would be one rounding more of each, which a mean far from zero
-// magnifies.
+// Filters, as panels of engine.h or in x's dtype and oneDNN's blocked layout where it has one, and what y = scale·conv +
+// shift takes, in the dtype that x is summed in. A scale in the filters would round each of them once more, which a mean
+// far from zero magnifies.
 struct PackedConv {
   Tensor weight;           // undefined where w is read as it is
   OptTensor scale, shift;  // neither where there is neither a norm nor a bias
@@ -51,8 +51,8 @@ class Trust {
   std::vector<std::pair<std::shared_ptr<Kept>, std::vector<Tensor>>> used_;
 };
 
-// relu(scale·conv(x) + shift + residual) of filters of w's shape and memory order; NaN stays NaN. With `over` the result may
-// be written over the residual, which then is what is given.
+// relu(scale·conv(x) + shift + residual) of filters of w's shape and memory order; NaN stays NaN. With `over` the
+// result may be written over the residual, which then is what is given.
 Tensor run_packed(
     const Tensor& x, const Tensor& w, const PackedConv& packed, const OptTensor& residual, bool relu,
     const Geometry& geometry, bool over);

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -137,10 +139,14 @@ class Trial:
         if actual.keys() != wide.keys():
             differ = ", ".join(sorted(actual.keys() ^ wide.keys()))
             return [self._failed("result", f"missing or additional: {differ}")]
+        others = functools.cache(lambda: list(itertools.chain(*tolerance.plain_runs(runs.same))))
         checks = []
         for name, expected in wide.items():
             references = [values[name] for values in same]
-            options = {"kink": runs.kinks.get(name), "rms": runs.rms}
+            options = {
+                "kink": runs.kinks.get(name), "rms": runs.rms,
+                "more": lambda name=name: [values[name] for values in others()],
+            }  # fmt: skip
             checks.append(self._judge(name, actual[name], references, expected, **options))
         return checks
 
