@@ -256,7 +256,7 @@ void Trust::note(std::shared_ptr<Kept> entry, std::vector<Tensor> tensors) {
 bool Trust::was_right() {
   std::atomic<bool> right{true};
   for_tasks(int64_t(used_.size()), [&](int64_t i) {
-    const auto& [item, tensors] = used_[i];
+    const auto& [item, tensors] = used_[used_.size() - 1 - i];  // a network's large filters are its last
     if (static_cast<const Entry&>(*item).holds(tensors)) return;
     right = false;
     drop_packed(reinterpret_cast<int64_t>(tensors[0].const_data_ptr()));
