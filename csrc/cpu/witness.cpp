@@ -7,7 +7,7 @@
 namespace resnet_fast::cpu {
 namespace {
 
-constexpr int64_t kLine = 64, kLeastLines = 256, kLeastPart = 4096, kAhead = 16;
+constexpr int64_t kLine = 64, kLeastLines = 256, kLeastPart = 4096, kAhead = 64;
 
 std::atomic<uint64_t> rechecks{0};
 
@@ -82,20 +82,23 @@ uint64_t sample(const Bytes& b) {
   };
   while (common(step, lines) != 1) ++step;
   const int64_t passes = (wanted + b.rows - 1) / b.rows, ahead = (lines + passes - 1) / passes;
-  std::array<const char*, kAhead> asked;
+  std::array<const char*, kAhead> asked;  // so many at once wait for memory together
   int64_t count = 0;
+  const auto add_asked = [&] {
+    for (int64_t i = 0; i < count; ++i) sum.add(asked[i]);
+    count = 0;
+  };
   for (int64_t pass = 0; pass < passes; ++pass) {
     int64_t place = pass * ahead % lines * step % lines;
-    for (int64_t row = 0; row < b.rows; ++row, ++count) {
-      const char*& line = asked[count % kAhead];
-      if (count >= kAhead) sum.add(line);
-      line = b.data + row * b.row + std::min(place * kLine, b.row - kLine);
+    for (int64_t row = 0; row < b.rows; ++row) {
+      const char* line = asked[count++] = b.data + row * b.row + std::min(place * kLine, b.row - kLine);
       __builtin_prefetch(line);
+      if (count == kAhead) add_asked();
       place += step;
       if (place >= lines) place -= lines;
     }
   }
-  for (int64_t i = std::max<int64_t>(0, count - kAhead); i < count; ++i) sum.add(asked[i % kAhead]);
+  add_asked();
   return sum.value();
 }
 
