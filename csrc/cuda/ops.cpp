@@ -534,6 +534,7 @@ struct ChainOps {
                 " values in the vectors of a norm, one a filter, got ", norm.channels);
     return conv_bn_act_unchecked(x, w, norm, residual, relu, g, over);
   }
+  // An epilogue has the norm for nothing; whether a pool costs less after cuDNN is to be measured.
   static bool pool_normalizes(const Tensor&, const Tensor&, const Geometry&) { return false; }
   static Tensor norm_relu_max_pool(
       const Tensor& x, const Folded& norm, IntArrayRef kernel, IntArrayRef stride, IntArrayRef padding) {
