@@ -58,6 +58,28 @@ def test_judge_passes():
     assert not fuzz.judge("grad x", 9 * ONE, [ONE, ONE], ONE, by_value=False)
 
 
+def test_a_tie_is_what_rounding_decides():
+    """A ReLU's input, or a max-pool's lead, no further from zero than another run is off."""
+    x = torch.tensor([[[[-0.25, 2.0], [1.0, 1.5]]]])
+    pool = torch.nn.MaxPool2d(2)
+    for run, error, clear in (
+        (torch.relu, 0.2, True), (torch.relu, 0.3, False), (pool, 0.4, True), (pool, 0.6, False),
+    ):  # fmt: skip
+        seen = []
+        for value in (x, x + error):
+            with fuzz.Kinks() as kinks:
+                run(value)
+            seen.append(kinks)
+        assert seen[0].outlast(seen[1]) is clear, (run, error)
+
+
+def test_plain_pytorch_by_onednn_counts():
+    """A NaN in filters that meets the zeros of the padding: NaN by ATen, left out by oneDNN."""
+    case = fuzz.draw(40108)
+    assert case.poisoned == "nan" and case.options["padding"] == (1, 1)
+    fuzz.one(case)
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
