@@ -203,6 +203,33 @@ def test_env_prints_budget_and_use():
     assert re.search(r"kept memory +\d+ MiB of at most \d+ MiB", done.stdout)
 
 
+def test_a_fork_waits_for_onednn():
+    """Whose locks nobody would open in the child: none of the convolution is left after it."""
+    left = run("""
+        conv = resnet_fast.ConvBNAct2d(128, 128, 3, impl="native").eval()
+        x, began, ended = torch.randn(8, 128, 112, 112), [], []  # NCHW
+        def work():
+            torch.set_grad_enabled(False)
+            began.append(time.monotonic())
+            conv(x)
+            ended.append(time.monotonic())
+        work()
+        thread = threading.Thread(target=work)
+        thread.start()
+        while len(began) < 2:
+            time.sleep(0.001)
+        time.sleep(0.2 * (ended[0] - began[0]))
+        child = os.fork()
+        if child == 0:
+            os._exit(0)
+        forked = time.monotonic()
+        thread.join()
+        os.waitpid(child, 0)
+        print(json.dumps((ended[1] - forked) / (ended[1] - began[1])))
+    """)
+    assert left < 0.4
+
+
 def test_forks_while_threads_run():
     """Children of a process whose threads hold the locks run to their end."""
     ended = run("""

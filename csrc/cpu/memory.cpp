@@ -6,12 +6,15 @@
 #include <c10/core/CPUAllocator.h>
 
 #include <algorithm>
+#include <atomic>
 #include <charconv>
+#include <chrono>
 #include <cstdlib>
 #include <cstring>
 #include <fstream>
 #include <limits>
 #include <map>
+#include <thread>
 #include <utility>
 
 #if defined(__linux__)
@@ -177,7 +180,25 @@ at::Tensor empty_in(
   return t;
 }
 
+// Threads inside oneDNN, and how deep this one is.
+std::atomic<int64_t> inside{0};
+std::atomic<bool> forking{false};
+thread_local int64_t depth = 0;
+
 }  // namespace
+
+InOneDnn::InOneDnn() {
+  Shelf::get();  // it sees to forks
+  if (depth++ > 0) return;
+  while (++inside, forking) {
+    --inside;
+    while (forking) std::this_thread::yield();
+  }
+}
+
+InOneDnn::~InOneDnn() {
+  if (--depth == 0) --inside;
+}
 
 Shelf& Shelf::get() {
   static auto* shelf = new Shelf;  // never destroyed, as free_blocks()
@@ -187,7 +208,14 @@ Shelf& Shelf::get() {
 Shelf::Shelf() : budget_(budget_from_environment()) {
 #if defined(__linux__)
   // A child gets the shelf as it is between two calls, and its mutex free.
-  pthread_atfork([] { get().mutex.lock(); }, [] { get().mutex.unlock(); }, [] { get().mutex.unlock(); });
+  pthread_atfork(
+      [] {
+        forking = true;
+        for (int i = 0; i < 10000 && inside > (depth > 0); ++i) std::this_thread::sleep_for(std::chrono::microseconds(100));
+        get().mutex.lock();
+      },
+      [] { get().mutex.unlock(), forking = false; },
+      [] { get().mutex.unlock(), inside = depth > 0, forking = false; });
 #endif
 }
 

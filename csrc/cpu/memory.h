@@ -74,4 +74,13 @@ int64_t memory_limit(const std::string& groups = "/proc/self/cgroup", const std:
 // Give all that is kept back to the system; how many bytes there were.
 int64_t empty_cache();
 
+// While one lives its thread calls oneDNN, whose locks a child of a fork would inherit and nobody open: a fork waits until
+// no thread is inside, a second at the most, and who comes meanwhile waits for the fork.
+class InOneDnn {
+ public:
+  InOneDnn();
+  ~InOneDnn();
+  InOneDnn(const InOneDnn&) = delete;
+};
+
 }  // namespace resnet_fast::cpu

@@ -160,6 +160,7 @@ Key make_key(const Tensor& x, const Tensor& w, const BatchNorm& bn, const Geomet
 }
 
 Tensor call(const c10::OperatorHandle& op, Call stack) {
+  const InOneDnn inside;
   op.callBoxed(&stack);
   return stack.at(0).toTensor();
 }
@@ -320,12 +321,14 @@ Tensor run_onednn(const Tensor& x, const Tensor& w, const PackedConv& packed, co
 }  // namespace
 
 Tensor conv2d(const Tensor& x, const Tensor& w, const OptTensor& bias, const Geometry& g) {
+  const InOneDnn inside;
   const auto [in, padding] = pad_whole_windows(x, w, g);
   return at::conv2d(in, w, bias, g.stride, padding, g.dilation, g.groups);
 }
 
 std::tuple<Tensor, Tensor> conv2d_backward(
     const Tensor& dz, const Tensor& x, const Tensor& w, const Geometry& g, bool need_dx, bool need_dw) {
+  const InOneDnn inside;
   const bool narrow = x.size(3) <= 2 && g.stride[1] > 1;
   if (narrow && x.scalar_type() == at::kBFloat16 && need_dw) {
     const auto [dx, dw] = conv2d_backward(dz.to(at::kFloat), x.to(at::kFloat), w.to(at::kFloat), g, need_dx, true);
