@@ -17,8 +17,8 @@ import torch
 
 from bench import rows, timing
 from bench.step import DTYPES
-from resnet_fast import graph_timing
-from resnet_fast.options import DEVICES
+from resnet_fast.runtime import graph_timing
+from resnet_fast.runtime.options import DEVICES
 
 
 @dataclass(frozen=True)

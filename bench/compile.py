@@ -28,7 +28,7 @@ from bench.launches import Launch, launches_of
 from bench.machine_code import Code, tool
 from bench.models import MODES, model_names
 from bench.step import DTYPES, Case
-from resnet_fast.options import integers, names, positive
+from resnet_fast.runtime.options import integers, names, positive
 
 CAPABILITY, MULTIPROCESSORS = 90, 132  # Hopper
 

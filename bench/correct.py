@@ -1,7 +1,7 @@
 """What is timed on a GPU is compared first: at the same sizes, in the same dtype, by the same plan.
 
 Every convolution of a model alone, in inference and in training, under the rule of
-`resnet_fast.tolerance`; then the whole model: `bench.gate` at full size, a CUDA graph beside eager
+`spec.tolerance`; then the whole model: `bench.gate` at full size, a CUDA graph beside eager
 calls, and the same bits twice. No part of it is timed, and none needs a sanitizer.
 """
 
@@ -20,7 +20,8 @@ import resnet_fast
 from bench import gate, models, step
 from bench.layers import EPS, Layer, layers_of, tensors
 from bench.step import DTYPES, Case
-from resnet_fast import ops, reference, tolerance
+from resnet_fast.dispatch import ops
+from resnet_fast.spec import reference, tolerance
 
 AWAY = 0.1  # conv_bprop recomputes a ReLU: its inputs keep this far from the kink
 RESULTS = {
@@ -70,9 +71,9 @@ def on(device: torch.device, cases: Iterable[Case]) -> None:
 
 def splits() -> int:
     """How many convolutions have run by split-K."""
-    from resnet_fast.kernels import tiles
+    from resnet_fast.kernels import config_select
 
-    chosen = tiles._chosen.items()
+    chosen = config_select._chosen.items()
     return sum("conv_affine_act" in name and config[-1] > 1 for (name, *_), config in chosen)
 
 

@@ -24,7 +24,10 @@ import torch
 from tqdm import tqdm
 
 from bench import digits, report, rows
-from resnet_fast import backend, env, verify
+from resnet_fast import verify
+from resnet_fast.commands import env
+from resnet_fast.commands.shared import missing
+from resnet_fast.spec.chain import IMPLS
 from resnet_fast.verify import report as checks_report
 
 MODEL = "resnet50"
@@ -53,15 +56,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--out", type=Path, default=Path("build/demo"), metavar="DIR",
         help="where report.html goes (default: build/demo)")  # fmt: skip
-    add(
-        "--impl", choices=backend.IMPLS, default="auto", help="implementation that resnet_fast runs"
-    )
+    add("--impl", choices=IMPLS, default="auto", help="implementation that resnet_fast runs")
 
 
 def run(args: argparse.Namespace) -> int:
     """All parts in order; 1 when a claim does not hold or a part cannot run, else 0."""
     start = time.perf_counter()
-    reasons = list(verify.missing([args.impl], ["cpu"], ["fp32", "bf16"]))
+    reasons = list(missing([args.impl], ["cpu"], ["fp32", "bf16"]))
     if reasons:
         print(f"demo: FAILED: {reasons[0]}")
         return 1
@@ -115,7 +116,8 @@ def verification(impl: str, out: Path) -> tuple[list[verify.Check], list[Claim]]
         right = sum(check.ok for check in found)
         text = f"{name}: {right} of {len(found)} results as near to fp64 as plain PyTorch's"
         claims.append(Claim(text, bool(found) and right == len(found)))
-    (out / "verify.json").write_text(json.dumps(checks_report.document(checks)) + "\n")
+    document = checks_report.document(checks, env.collect())
+    (out / "verify.json").write_text(json.dumps(document) + "\n")
     return checks, claims
 
 

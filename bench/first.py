@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from bench import models, rows, step, table
-from resnet_fast.options import device, names, positive
+from resnet_fast.runtime.options import device, names, positive
 
 PROVIDERS = ("eager", "compile", "resnet_fast")
 CACHES = {

@@ -1,7 +1,7 @@
 """The correctness gate: what is not right is not timed.
 
 The candidate and eager PyTorch run the same weights on the same small batch in the same dtype, and
-both are judged against PyTorch in fp64: the rule of `resnet_fast.tolerance`, with norms in place
+both are judged against PyTorch in fp64: the rule of `spec.tolerance`, with norms in place
 of maxima. The error of a tensor is ‖value − fp64‖₂ / ‖fp64‖₂, and with the tensors of one kind
 (output, loss, gradients, running statistics) taken together
 
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.step import DTYPES, Case, autocast, classes, infer, prepare, train
-from resnet_fast.tolerance import FACTOR
+from resnet_fast.spec.tolerance import FACTOR
 
 GATE_BATCH = 4
 GATE_SIZE = 64

@@ -37,7 +37,8 @@ import torch
 from bench import ceilings, correct, layers, models, passes, profile, rows, stages, step, table
 from bench.stages import Context, Outcome, Stage
 from bench.step import Case
-from resnet_fast.options import names, positive
+from resnet_fast.runtime.options import names, positive
+from resnet_fast.runtime.settings import TRITON_CONV
 
 BUDGET = 540.0
 OUT = Path("build/gpu")
@@ -142,7 +143,7 @@ def measure(plan: Plan, out: Path, budget: float = BUDGET, only: Sequence[str] =
 
 def machine(plan: Plan, context: Context) -> str:
     """Versions, the cache of kernels, and the ceilings."""
-    from resnet_fast import env
+    from resnet_fast.commands import env
 
     cache = one_kernel(plan)
     print(f"TRITON_CACHE_DIR={os.environ.get('TRITON_CACHE_DIR', '')}: {cache}", flush=True)
@@ -205,12 +206,12 @@ def wanted(plan: Plan, target: Any) -> Iterator[tuple[str, list[Any]]]:
     meta = torch.device("meta")
     found = [one for case in plan.cases for one in launches_of(case, target)]
     yield HEADLINE, found + launches_by(partial(correct.on, meta, plan.cases), target)
-    with layers.convolving("library"):
+    with TRITON_CONV.set_to("library"):
         found = [one for case in plan.cases for one in launches_of(case, target)]
     for mode, layer, _ in layers_in(plan):
         run = partial(layer_on_meta, plan, mode, layer)
         for how in ("auto",) if mode == "infer" else ("fused", "library"):
-            with layers.convolving(how):
+            with TRITON_CONV.set_to(how):
                 found += launches_by(run, target)
     yield "library and layers", found
 
@@ -281,7 +282,7 @@ def whole_models(plan: Plan, context: Context) -> str:
 
 def library(plan: Plan, context: Context) -> str:
     """The same with cuDNN's convolutions: rows of provider "library"."""
-    with layers.convolving("library"):
+    with TRITON_CONV.set_to("library"):
         return timed(plan, context, ("resnet_fast",), name="library")
 
 

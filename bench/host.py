@@ -23,8 +23,8 @@ from torch import Tensor, nn
 import resnet_fast
 from bench import models, rows, step, timing
 from bench.step import Case
-from resnet_fast import backend, ops
-from resnet_fast.options import integers, names, positive
+from resnet_fast.dispatch import backends, ops
+from resnet_fast.runtime.options import integers, names, positive
 
 PROVIDERS = ("eager", "auto", "triton", "native")
 ROUNDS = 20
@@ -89,7 +89,7 @@ def convolutions(batch: int, dtype: torch.dtype, providers: list[str]) -> Steps:
     for name in providers:
         if name == "eager":
             steps[name] = torch.inference_mode()(eager)
-        elif backend.refusal(name, "conv_bn_act", "cuda", dtype) is None or name == "auto":
+        elif backends.refusal(name, "conv_bn_act", "cuda", dtype) is None or name == "auto":
             steps[name] = torch.inference_mode()(partial(ours, name))
     return steps
 
@@ -102,7 +102,7 @@ def whole(plain: nn.Module, case: Case, providers: list[str]) -> Steps:
         if name == "eager":
             module = copy.deepcopy(plain)
         else:
-            refusal = backend.refusal(name, "bn_act", x.device.type, x.dtype)
+            refusal = backends.refusal(name, "bn_act", x.device.type, x.dtype)
             if name != "auto" and refusal is not None:
                 continue
             module = resnet_fast.create_model(case.model, impl=name)

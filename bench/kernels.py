@@ -27,7 +27,7 @@ from torch import Tensor
 from bench.compile import Compiled, OfflineDriver, compile_one
 from bench.layers import Layer
 from bench.machine_code import write
-from resnet_fast.chain import Conv
+from resnet_fast.spec.chain import Conv
 
 DTYPES = {
     "bf16": torch.bfloat16,

@@ -19,9 +19,9 @@ from torch.utils.flop_counter import flop_registry
 
 import resnet_fast
 from bench.step import DTYPES, Case
-from resnet_fast import ops
-from resnet_fast.layout import memory_format
-from resnet_fast.program import MEMORY
+from resnet_fast.dispatch import ops
+from resnet_fast.runtime.recording import MEMORY
+from resnet_fast.spec.layout import memory_format
 
 aten = torch.ops.aten
 NO_LAUNCH = MEMORY | {aten.as_strided_.default}

@@ -18,11 +18,9 @@ from __future__ import annotations
 
 import argparse
 import functools
-import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,11 +34,12 @@ import resnet_fast
 from bench import rows
 from bench.ceilings import Ceilings, measure, median_ms
 from bench.step import DTYPES
-from resnet_fast import ops
-from resnet_fast.backend import refusal
 from resnet_fast.blocks import ChainBlock
-from resnet_fast.chain import Conv
-from resnet_fast.options import DEVICES
+from resnet_fast.dispatch import ops
+from resnet_fast.dispatch.backends import refusal
+from resnet_fast.runtime.options import DEVICES
+from resnet_fast.runtime.settings import TRITON_CONV
+from resnet_fast.spec.chain import Conv
 
 
 @dataclass(frozen=True)
@@ -147,7 +146,6 @@ def tensors(
 
 
 EPS = 1e-5
-PLAN = "RESNET_FAST_TRITON_CONV"
 MODES = ("infer", "fprop", "dgrad", "wgrad")
 Runs = dict[str, Callable[[], Tensor]]
 
@@ -215,7 +213,7 @@ def train(mode: str) -> Callable[[Layer, int, torch.dtype, torch.device, str], R
             return grads[mode == "wgrad"]
 
         def asked(how: str) -> Tensor:
-            with convolving(how):
+            with TRITON_CONV.set_to(how):
                 return fused()
 
         def backward(dz: Tensor) -> Tensor:
@@ -245,19 +243,6 @@ def train(mode: str) -> Callable[[Layer, int, torch.dtype, torch.device, str], R
         return found
 
     return runs
-
-
-@contextmanager
-def convolving(how: str) -> Iterator[None]:
-    """RESNET_FAST_TRITON_CONV=how."""
-    before = os.environ.get(PLAN)
-    os.environ[PLAN] = how
-    try:
-        yield
-    finally:
-        os.environ.pop(PLAN)
-        if before is not None:
-            os.environ[PLAN] = before
 
 
 def batch_norm_backward(z: Tensor, weight: Tensor, bias: Tensor) -> Callable[[Tensor], Tensor]:

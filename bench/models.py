@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from bench import gate, memory, rows, step, table, timing
 from bench.step import Case
-from resnet_fast.options import device, integers, names, positive
+from resnet_fast.runtime.options import device, integers, names, positive
 
 MODES = ("infer", "train")
 OPTIMIZERS = ("none", "sgd")

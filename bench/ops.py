@@ -14,7 +14,6 @@ choose the rest.
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -26,12 +25,13 @@ from torch import Tensor, nn
 import resnet_fast
 from bench import gate, timing
 from bench.step import autocast
-from resnet_fast.blocks import Parts
 from resnet_fast.modules import run_fused
+from resnet_fast.runtime import settings
+from resnet_fast.spec.layers import Parts
 
-BATCH = int(os.environ.get("RESNET_FAST_BENCH_BATCH", "16"))
-DEVICE = torch.device(os.environ.get("RESNET_FAST_BENCH_DEVICE", "cpu"))
-IMPL = os.environ.get("RESNET_FAST_BENCH_IMPL", "auto")
+BATCH = settings.BENCH_BATCH.read()
+DEVICE = torch.device(settings.BENCH_DEVICE.read())
+IMPL = settings.BENCH_IMPL.read()
 GATE_BATCH = 2
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

@@ -20,10 +20,10 @@ from torch import Tensor
 from bench import rows
 from bench.ceilings import Ceilings, measure, median_ms
 from bench.step import DTYPES
-from resnet_fast import backend, ops
-from resnet_fast.layout import mask_shape
-from resnet_fast.options import DEVICES
-from resnet_fast.reference import stats_dtype
+from resnet_fast.dispatch import backends, ops
+from resnet_fast.runtime.options import DEVICES
+from resnet_fast.spec.dtypes import stats_dtype
+from resnet_fast.spec.layout import mask_shape
 
 SHAPES = {  # channels, side: the stem, the ends of a bottleneck and its inside
     "stem 64@112": (64, 112),
@@ -78,7 +78,7 @@ def measurements(
         run = partial(getattr(ops, op), *args)
         moved = int(activations * x.numel() * x.element_size())
         for impl in IMPLS[device.type]:
-            if backend.refusal(impl, op, device.type, x.dtype) is None:
+            if backends.refusal(impl, op, device.type, x.dtype) is None:
                 given = {**facts, "mode": what, "batch": n, "dtype": dtype, "layer": name}
                 yield what, impl, partial(measured, run, impl, moved, limits, given)
 

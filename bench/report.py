@@ -1,4 +1,4 @@
-"""The demo's page and its pictures: `resnet_fast.page` with what the demo found."""
+"""The page of the demo and its pictures."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from bench import digits, rows, table
-from resnet_fast import page
-from resnet_fast.page import neutral
+from resnet_fast.experiments import html_page
+from resnet_fast.experiments.html_page import neutral
 from resnet_fast.verify import Check
 from resnet_fast.verify import report as checks_report
 
-COLORS = dict(zip(("plain", "fused", "plain NCHW"), page.COLORS, strict=False))
+COLORS = dict(zip(("plain", "fused", "plain NCHW"), html_page.COLORS, strict=False))
 LABELS = {
     "plain": "plain PyTorch",
     "fused": "resnet_fast",
@@ -92,7 +92,7 @@ def _page(environment, checks, curves, measured, claims, facts, out) -> str:
     machine = f"{facts['cpu_or_gpu']}, {facts['threads']} threads, PyTorch {facts['torch']}"
     sections = [
         _tiles(checks, curves, measured),
-        f'<section><h2>What holds</h2>{page.claims(claims)}</section>',
+        f'<section><h2>What holds</h2>{html_page.claims(claims)}</section>',
         _training(curves, out / "training.png"),
     ]
     if measured:
@@ -113,7 +113,7 @@ def _page(environment, checks, curves, measured, claims, facts, out) -> str:
 </main>
 <footer>Made by <code>python -m bench demo</code>. The rows are in <code>throughput.jsonl</code>,
 the checks in <code>verify.json</code>, beside this page.</footer>"""
-    return page.document("resnet_fast: demo", body)
+    return html_page.document("resnet_fast: demo", body)
 
 
 def _tiles(checks, curves, measured) -> str:
@@ -147,8 +147,8 @@ def _training(curves: Mapping[str, digits.Curve], image: Path) -> str:
 resnet_fast and with plain PyTorch. The losses are equal up to rounding at first. Training
 multiplies any difference, so later they part, as two runs of plain PyTorch do that differ in memory
 format alone (right).</p>
-{page.picture(image, "Training loss, test accuracy, and the distance between the losses")}
-{page.table(lines)}</section>"""
+{html_page.picture(image, "Training loss, test accuracy, and the distance between the losses")}
+{html_page.table(lines)}</section>"""
 
 
 def _throughput(measured: Sequence[rows.Row], image: Path) -> str:
@@ -164,8 +164,8 @@ def _throughput(measured: Sequence[rows.Row], image: Path) -> str:
     return f"""<section><h2>Throughput</h2>
 <p>Medians of interleaved rounds, fp32, 224 pixels; eager is PyTorch in channels_last. A short run:
 <code>python -m bench models</code> measures longer and beside <code>torch.compile</code>.</p>
-{page.picture(image, "Throughput of resnet_fast and eager PyTorch")}
-<details><summary>All figures</summary>{page.table(lines, left=4)}</details></section>"""
+{html_page.picture(image, "Throughput of resnet_fast and eager PyTorch")}
+<details><summary>All figures</summary>{html_page.table(lines, left=4)}</details></section>"""
 
 
 def _verification(checks: Sequence[Check]) -> str:

@@ -34,7 +34,7 @@ from bench.floors import PARTS, Schedules, Step, kind_of, launched, total
 from bench.layers import layers_of
 from bench.step import DTYPES, Case
 from resnet_fast.blocks import ChainBlock
-from resnet_fast.options import DEVICES
+from resnet_fast.runtime.options import DEVICES
 
 # bytes/s and 16-bit operations/s that a copy and a large product reach on a device
 KNOWN = {name: (gpu.bytes_per_s, gpu.flops_per_s) for name, gpu in GPUS.items()}

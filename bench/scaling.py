@@ -24,7 +24,7 @@ from torch import nn
 
 from bench import captions, ceilings, curves, memory, models, roofline, rows, scaling_plot, step
 from bench.step import Case
-from resnet_fast.options import device, integers, names, positive
+from resnet_fast.runtime.options import device, integers, names, positive
 
 Value = TypeVar("Value")
 

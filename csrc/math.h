@@ -1,5 +1,5 @@
 // Every formula once, for host and device: V is float, double or a vector of lanes that overloads
-// + - * and fma. Notation as in resnet_fast/reference.py (Ioffe & Szegedy 2015, arXiv:1502.03167).
+// + - * and fma. Notation as in resnet_fast/spec/reference.py (Ioffe & Szegedy 2015, arXiv:1502.03167).
 #pragma once
 
 #ifdef __CUDACC__

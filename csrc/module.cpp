@@ -6,16 +6,19 @@
 #include <algorithm>
 #include <map>
 #include <mutex>
+#include <optional>
 #include <set>
 #include <sstream>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "cpu/cpu_features.h"
 #include "cpu/memory.h"
-#include "cpu/packed.h"
+#include "cpu/packed_filters.h"
 #include "cpu/witness.h"
+#include "settings.h"
 
 namespace {
 
@@ -103,6 +106,13 @@ int64_t parallel_threads() {
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Native ops of resnet_fast (torch.ops.resnet_fast_native) and their build information";
+  m.def(
+      "configure",
+      [](std::string cpu_isa, std::string cpu_conv, std::optional<int64_t> cpu_cache_mb, std::string cuda_conv) {
+        resnet_fast::settings() = {std::move(cpu_isa), std::move(cpu_conv), cpu_cache_mb, std::move(cuda_conv)};
+      },
+      py::arg("cpu_isa"), py::arg("cpu_conv"), py::arg("cpu_cache_mb"), py::arg("cuda_conv"),
+      "Settings of the kernels, before the first of them runs (resnet_fast.runtime.settings)");
   m.def("build_info", &build_info,
         "Compiler, flags, instruction sets, CUDA architectures and versions of this binary");
   m.def("parallel_threads", &parallel_threads,

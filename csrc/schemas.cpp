@@ -1,4 +1,4 @@
-// Schemas of every native op, for all devices: those of resnet_fast/ops.py without `impl`. Their kernels are
+// Schemas of every native op, for all devices: those of resnet_fast/dispatch/ops.py without `impl`. Their kernels are
 // registered where they are written: TORCH_LIBRARY_IMPL(resnet_fast_native, CPU, m) in csrc/cpu, CUDA in csrc/cuda.
 #include <torch/library.h>
 
@@ -47,6 +47,6 @@ TORCH_LIBRARY(resnet_fast_native, m) {
       "conv_bn_act(Tensor x, Tensor w, Tensor? bias, Tensor? bn_weight, Tensor? bn_bias, "
       "Tensor? running_mean, Tensor? running_var, Tensor? residual, bool relu, float eps, "
       "int[2] stride, int[2] padding, int[2] dilation, int groups) -> Tensor");
-  m.def(  // several chains in inference, for resnet_fast/inference.py alone: chains.h
+  m.def(  // several chains in inference, for dispatch/native_inference.py alone: infer_chains.h
       "infer_chains(Tensor x, Tensor?[] tensors, int[] program, float[] eps) -> Tensor");
 }

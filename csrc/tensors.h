@@ -7,14 +7,14 @@
 #include <optional>
 #include <vector>
 
-#include "operands.h"
+#include "kernel_args.h"
 
 namespace resnet_fast {
 
 using at::Tensor;
 using OptTensor = std::optional<Tensor>;
 
-// Rows and elements of a dense 4-D tensor, as in resnet_fast/layout.py.
+// Rows and elements of a dense 4-D tensor, as in resnet_fast/spec/layout.py.
 Shape shape_of(const Tensor& x);
 
 // The format results computed from x (and a filter) take, as resnet_fast.layout.memory_format.

@@ -2,15 +2,16 @@
 
 __version__ = "0.1.0"
 
-from . import cpu, flops
-from .backend import empty_cache
-from .capture import graph, graph_step
+from .cuda_graphs import graph, graph_step
+from .dispatch import flops
+from .dispatch.backends import empty_cache
 from .functional import add_relu, bn_act, conv_bn_act
-from .fuse import explain, fuse, unfuse
+from .fusion.api import explain, fuse, unfuse
 from .models import ResNet, create_model, list_models
 from .modules import BasicBlock, Bottleneck, ConvBNAct2d, PreActBasicBlock, PreActBottleneck
+from .runtime import cpu_info
 
-cpu.keep_onednn_from_unusable_amx()
+cpu_info.keep_onednn_from_unusable_amx()
 flops.register_once_imported()
 
 __all__ = [

@@ -8,35 +8,16 @@ ways. He et al. 2015 (arXiv:1512.03385); 2016 (arXiv:1603.05027, full pre-activa
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .chain import Norm
-from .checks import check_callable, check_flag, check_number, integer
+from .spec.chain import Norm
+from .spec.layers import NORMS, Parts
+from .spec.values import check_callable, check_flag, check_number, integer
 
 SHORTCUTS = ("identity", "projection", "zero_pad", "none")
 CONVS, BNS = ("conv1", "conv2", "conv3"), ("bn1", "bn2", "bn3")
-NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
-
-
-class Parts(NamedTuple):
-    """The children of a block as a chain (`resnet_fast.chain`): n convolutions, n + 1 norms.
-
-    One more shortcut than a chain has: "zero_pad", which takes every `stride`-th pixel of x.
-    around: what a plain call runs besides, each a ReLU or a `Sequential` of the others.
-    """
-
-    convs: tuple[nn.Conv2d, ...]
-    norms: tuple[nn.BatchNorm2d | nn.SyncBatchNorm | None, ...]
-    relu: bool
-    shortcut: str
-    projection: nn.Conv2d | None = None
-    projection_norm: nn.BatchNorm2d | nn.SyncBatchNorm | None = None
-    pool: nn.MaxPool2d | None = None
-    stride: int = 1
-    around: tuple[nn.Module, ...] = ()
 
 
 class ChainBlock(nn.Module):

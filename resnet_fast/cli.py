@@ -11,9 +11,11 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from .runtime.settings import BadSetting
+
 COMMANDS = {
-    "env": ("resnet_fast.env", "versions, hardware, which implementations are live and why"),
-    "verify": ("resnet_fast.verify", "compare ops, blocks and models with plain PyTorch in fp64"),
+    "env": ("resnet_fast.commands.env", "versions, hardware, live implementations and why"),
+    "verify": ("resnet_fast.commands.verify", "compare ops, blocks, models with PyTorch in fp64"),
     "tune": ("resnet_fast.commands.tune", "measure on a GPU what runs a model fastest; keep it"),
     "train": ("resnet_fast.commands.train", "train a model on one machine or many"),
     "eval": ("resnet_fast.commands.evaluate", "how well a trained model reads a data set"),
@@ -23,7 +25,9 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit status, 2 for a bad command line (argparse)."""
+    """Run one command; returns its exit status, 2 for a bad command line or
+    environment variable.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(prog="resnet-fast", description="Fused ResNets for PyTorch.")
     parser.add_argument("--version", action="version", version=f"resnet_fast {_version()}")
@@ -38,7 +42,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             run = module.run
     args = parser.parse_args(argv)
     assert run is not None  # parse_args demands a command, and takes none but these
-    return run(args)
+    try:
+        return run(args)
+    except BadSetting as error:
+        print(f"{parser.prog} {args.command}: error: {error}", file=sys.stderr)
+        return 2
 
 
 def _version() -> str:

@@ -7,108 +7,23 @@ transform that follows PyTorch's own ops alone (`guard.transformed`) those ops r
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import ops, replay
 from .autograd import ChainFunction
-from .autograd.chain import Tensors, unflatten
-from .chain import Chain, Conv, ConvParams, Norm, NormParams
-from .checks import (
-    check_activations,
-    check_chain,
-    check_impl,
-    check_options,
-    check_tensor,
-    check_tensors,
-    integer,
-    pair,
-)
-from .guard import transformed
-from .layout import memory_format
-from .plain import plain_chain
-from .reference import stats_dtype
-
-if TYPE_CHECKING:
-    from .blocks import Parts
-
-# Asked once: the compiler of torch 2.6 does not trace the question.
-AUTOCAST_DEVICES = frozenset(
-    device for device in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(device)
-)
-
-
-class Running(NamedTuple):
-    """How one norm's running statistics follow the batch, as `torch.nn.BatchNorm2d`'s do.
-
-    momentum None is the cumulative average, 1 / num_batches_tracked.
-    """
-
-    momentum: float | None = 0.1
-    num_batches_tracked: Tensor | None = None
-
-
-class Batch(NamedTuple):
-    """What a norm saw: mean and m2 [C] of a convolution's raw output, `count` values a channel, a
-    number or a tensor of one that is positive. The convolution's bias moves the mean.
-    """
-
-    mean: Tensor
-    m2: Tensor
-    count: int | Tensor
-    conv_bias: Tensor | None
-
-
-def update_running(norms: Sequence[tuple[Running, NormParams, Batch]]) -> None:
-    """running = (1 − momentum)·running + momentum·batch in place, the variance unbiased.
-
-    Of all norms of a chain at once: a GPU gets a launch, of `lerp`, for what would be one a norm.
-    A CPU takes the two terms: a difference of infinities is NaN, and a variance that overflowed
-    stays infinite there, as PyTorch's does.
-    """
-    if len({id(params.running_mean) for _, params, _ in norms}) < len(norms):
-        for norm in norms:  # one norm in two places follows both, one after the other
-            update_running([norm])
-        return
-    tracked = [r.num_batches_tracked for r, *_ in norms if r.num_batches_tracked is not None]
-    if tracked:
-        torch._foreach_add_(tracked, 1)
-    norms = [norm for norm in norms if norm[1].running_mean is not None and not _empty(norm[2])]
-    for momentum in dict.fromkeys(running.momentum for running, *_ in norms):
-        same = [norm for norm in norms if norm[0].momentum == momentum]
-        statistics = [t for _, p, _ in same for t in (p.running_mean, p.running_var)]
-        values = [t for pair in _mean_and_variance([batch for *_, batch in same]) for t in pair]
-        values = [t.to(s.dtype) for t, s in zip(values, statistics, strict=True)]
-        if momentum is not None:
-            if statistics[0].is_cpu:
-                torch._foreach_mul_(statistics, 1 - momentum)
-                torch._foreach_add_(statistics, values, alpha=momentum)
-            else:
-                torch._foreach_lerp_(statistics, values, momentum)
-            continue
-        seen = [running.num_batches_tracked for running, *_ in same for _ in range(2)]
-        for s, t, n in zip(statistics, values, seen, strict=True):
-            share = 1.0 / n.to(s.dtype)
-            s.mul_(1 - share).add_(t * share)
-
-
-def _mean_and_variance(batches: Sequence[Batch]) -> Iterator[tuple[Tensor, Tensor]]:
-    m2s, degrees = [b.m2 for b in batches], [b.count - 1 for b in batches]
-    if any(isinstance(degree, Tensor) for degree in degrees):
-        variances = [m2 / degree for m2, degree in zip(m2s, degrees, strict=True)]
-    else:
-        variances = torch._foreach_div(m2s, degrees)
-    for batch, variance in zip(batches, variances, strict=True):
-        mean, bias = batch.mean, batch.conv_bias
-        yield (mean if bias is None else mean + bias.detach().to(mean.dtype)), variance
-
-
-def _empty(batch: Batch) -> bool:
-    return not isinstance(batch.count, Tensor) and batch.count == 0
+from .autograd.running_stats import Batch, update_running
+from .dispatch import ops, replay
+from .dispatch.guard import transformed
+from .spec.chain import Chain, Conv, ConvParams, Norm, NormParams, Running, Tensors, unflatten
+from .spec.checks import check_activations, check_chain, check_impl, check_options
+from .spec.dtypes import autocast_dtype, stats_dtype
+from .spec.layers import promotes
+from .spec.layout import memory_format
+from .spec.plain_chain import plain_chain
+from .spec.values import check_tensor, check_tensors, integer, pair
 
 
 def conv_bn_act(
@@ -143,7 +58,7 @@ def conv_bn_act(
         running_mean, running_var: [K]; updated in place when `training`; may be None only then.
         bias: [K], the convolution's own, or None.
         residual: like y, or None. Another dtype is promoted, as PyTorch's addition does.
-        impl: "auto", "reference", "native" or "triton" (`resnet_fast.backend`).
+        impl: "auto", "reference", "native" or "triton" (`dispatch.backends`).
 
     Returns:
         y [N,K,P,Q] of x's dtype and memory format.
@@ -242,7 +157,7 @@ def run_chain(
     residual: Tensor | None,
     running: Sequence[Running | None],
 ) -> Tensor:
-    """Run `chain` on x: y of `resnet_fast.chain`'s equations.
+    """Run `chain` on x: y of `spec.chain`'s equations.
 
     Args:
         chain: the static half of the block.
@@ -381,27 +296,3 @@ def _exporting() -> bool:
     # What is_exporting reads: it is true in all of torch.compile in torch 2.11. 2.6 has no flag.
     return getattr(torch.compiler, "_is_exporting_flag", False)
 
-
-def promotes(chain: Chain | Parts, x: Tensor) -> bool:
-    """Whether autocast casts x for convolutions of `chain`, and something else takes x as it is.
-
-    That is a norm before the first convolution, or the addition of a shortcut made of x.
-    """
-    if len(chain.convs) == 0 or autocast_dtype(x) == x.dtype:
-        return False
-    return chain.norms[0] is not None or chain.shortcut in ("identity", "zero_pad")
-
-
-def autocast_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which a convolution takes x: autocast's where it is on (double stays double)."""
-    device = x.device.type
-    if x.dtype == torch.float64 or not x.is_floating_point() or device not in AUTOCAST_DEVICES:
-        return x.dtype
-    if not torch.is_autocast_enabled(device):
-        return x.dtype
-    return torch.get_autocast_dtype(device)
-
-
-def autocast(x: Tensor) -> Tensor:
-    """x as a convolution takes it under autocast; a norm or an addition takes x as it is."""
-    return x.to(autocast_dtype(x))

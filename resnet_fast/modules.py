@@ -3,7 +3,7 @@
 Each is an ordinary `nn.Module` with ordinary `nn.Conv2d` and `nn.BatchNorm2d` children that hold
 the parameters and running statistics; only `forward` differs. Where a child is more than that (it
 has hooks or a forward of its own) or the call is transformed, the plain forward runs
-(`resnet_fast.guard`).
+(`dispatch.guard`).
 Statistics follow each BatchNorm child's own `training` flag: `bn.eval()` freezes that one.
 An `nn.SyncBatchNorm` in the place of an `nn.BatchNorm2d` shares them, in training, with the other
 processes of its `process_group`, on every device (`resnet_fast.autograd.sync`).
@@ -17,15 +17,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import blocks
-from .autograd.chain import Tensors
 from .autograd.sync import group_of
-from .blocks import Parts, zero_pad
-from .chain import Chain, Conv, ConvParams, Norm, NormParams
-from .checks import check_impl, pair
-from .functional import Running, global_avg_pool, run_chain
-from .guard import fusible, transformed, windows_of
-from .inference import infer
-from .packed import Rechecked
+from .blocks import zero_pad
+from .dispatch.guard import fusible, transformed
+from .dispatch.native_inference import infer
+from .dispatch.packed_filters import Rechecked
+from .functional import global_avg_pool, run_chain
+from .spec.chain import Chain, Conv, ConvParams, Norm, NormParams, Running, Tensors
+from .spec.checks import check_impl
+from .spec.layers import Parts, windows_of
+from .spec.values import pair
 
 
 def run_fused(
@@ -38,8 +39,8 @@ def run_fused(
 ) -> Tensor:
     """The chain of `parts` on x [N,C,H,W] by `resnet_fast.functional.run_chain`.
 
-    `residual`, where it is given, is the shortcut. In inference by `resnet_fast.inference` if that
-    takes it.
+    `residual`, where it is given, is the shortcut. In inference `dispatch.native_inference` runs
+    the chain if it can.
     """
     if residual is None:
         y = infer((parts,), x, impl)
@@ -109,7 +110,7 @@ class Fused(Rechecked):
     """Mixin for a `blocks.ChainBlock`: the fused forward pass.
 
     Attributes:
-        impl: "auto", "reference", "native" or "triton" (`resnet_fast.backend`).
+        impl: "auto", "reference", "native" or "triton" (`dispatch.backends`).
         keep_activations: store what lies between convolutions instead of recomputing it in the
             backward pass (more memory).
     """

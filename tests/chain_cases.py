@@ -4,8 +4,7 @@ import dataclasses
 
 import torch
 
-from resnet_fast.autograd.chain import Tensors
-from resnet_fast.chain import Chain, Conv, ConvParams, Norm, NormParams, Pool
+from resnet_fast.spec.chain import Chain, Conv, ConvParams, Norm, NormParams, Pool, Tensors
 
 C3, C3S2, C1, C1S2 = Conv((1, 1), (1, 1)), Conv((2, 2), (1, 1)), Conv(), Conv((2, 2))
 GROUPED, DILATED = Conv((1, 1), (1, 1), (1, 1), 2), Conv((1, 1), (2, 2), (2, 2))

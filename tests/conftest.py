@@ -18,7 +18,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from resnet_fast import backend, replay
+from resnet_fast.dispatch import backends, replay
 
 DTYPES = {
     "fp32": torch.float32,
@@ -58,7 +58,7 @@ class Impl:
             return emulation.refusal()
         if self.emulated and dtype == torch.float16:
             return None
-        return backend.refusal(self.name, op, self.device, dtype)
+        return backends.refusal(self.name, op, self.device, dtype)
 
     def need(self, dtype, *ops):
         """Skip the test, with the reason, unless every one of `ops` runs in `dtype`."""
@@ -90,11 +90,11 @@ def impl(request, monkeypatch):
             yield request.param
         return
     ops = emulation.ops()
-    monkeypatch.setattr(backend, "native_ops", lambda: ops)
-    monkeypatch.setitem(backend.NATIVE_DTYPES, "cpu", backend.NATIVE_DTYPES["cuda"])
-    backend._resolve.cache_clear()
+    monkeypatch.setattr(backends, "native_ops", lambda: ops)
+    monkeypatch.setitem(backends.NATIVE_DTYPES, "cpu", backends.NATIVE_DTYPES["cuda"])
+    backends._resolve.cache_clear()
     yield request.param
-    backend._resolve.cache_clear()
+    backends._resolve.cache_clear()
 
 
 ALONE = {"layout": torch.channels_last, "keep": False, "bias": False}

@@ -1,4 +1,4 @@
-"""Models as others write them: what `resnet_fast.fuse` recognizes, and what it must leave alone."""
+"""Models as others write them: what `fuse` recognizes, and what it must leave alone."""
 
 import torch
 import torch.nn.functional as F

@@ -3,7 +3,7 @@
     python -m tests.fuzz --minutes 10 --seed 0     every instruction set and every way to convolve
     python -m tests.fuzz --one 1234                that case again, here, as the environment says
 
-A case is drawn from its seed alone. Its results are judged by `resnet_fast.tolerance`, and by the
+A case is drawn from its seed alone. Its results are judged by `spec.tolerance`, and by the
 pattern of what is not finite: NaN where all plain runs (both layouts, fp64) have it, none where
 none has; the same for infinities. A case also fails if only one side raises, if a second run has
 other bits, if an input is written to, or if its process dies. Status 1 if one failed.
@@ -33,8 +33,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import resnet_fast
-from resnet_fast import backend, blocks, tolerance
+from resnet_fast import blocks
+from resnet_fast.dispatch import backends
 from resnet_fast.models.resnet import ResNet
+from resnet_fast.spec import tolerance
 from resnet_fast.verify.check import GRADIENT, Setting, Values
 from resnet_fast.verify.modules import evaluate, randomize, round_to
 from resnet_fast.verify.settle import decided, settle
@@ -502,7 +504,7 @@ def excuse_of(case: Case, name: str) -> str:
     infinite = ("inf", "-inf", "huge")
     if case.poisoned in infinite and name.startswith(GRADIENT):
         return "infinite parameter"
-    tiles = backend.build_info()["isa_active"].startswith(("avx512", "amx"))
+    tiles = backends.build_info()["isa_active"].startswith(("avx512", "amx"))
     way = os.environ.get("RESNET_FAST_CPU_CONV", "auto")
     convolves = case.dtype == "fp32" and case.kind not in ("bn_act", "add_relu", "global_avg_pool")
     if case.values in infinite and tiles and convolves and way in ("auto", "winograd"):
@@ -649,7 +651,7 @@ def pairs(args: argparse.Namespace) -> list[tuple[str, str]]:
     below AVX-512 have no tiles, and oneDNN alone.
     """
     all_isas = list(ISAS)
-    most = all_isas.index(backend.build_info()["isa_detected"])
+    most = all_isas.index(backends.build_info()["isa_detected"])
     isas = [args.isa] if args.isa else all_isas[: most + 1]
     ways = {isa: WAYS if isa.startswith(("avx512", "amx")) else ("auto",) for isa in isas}
     return [(isa, way) for isa in isas for way in ([args.conv] if args.conv else ways[isa])]

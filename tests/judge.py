@@ -5,8 +5,8 @@ import functools
 import torch
 from op_cases import op_of, widen
 
-from resnet_fast import reference
-from resnet_fast.tolerance import assert_close, plain_runs
+from resnet_fast.spec import reference
+from resnet_fast.spec.tolerance import assert_close, plain_runs
 
 GRADIENTS = (
     "bn_bwd_finalize", "bn_act_bwd_reduce", "bn_act_bwd_apply", "max_pool_bwd", "conv_bprop",

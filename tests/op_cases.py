@@ -1,11 +1,12 @@
-"""Arguments for every op of `resnet_fast.ops`: by name, for any shape, dtype and layout."""
+"""Arguments for every op of `dispatch.ops`: by name, for any shape, dtype and layout."""
 
 from dataclasses import dataclass
 
 import torch
 
-from resnet_fast.layout import memory_format
-from resnet_fast.reference import bn_relu_max_pool, pack_mask, stats_dtype
+from resnet_fast.spec.dtypes import stats_dtype
+from resnet_fast.spec.layout import memory_format
+from resnet_fast.spec.reference import bn_relu_max_pool, pack_mask
 
 EPS = 1e-5
 

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 
 def record(run, device):
-    """In place of `resnet_fast.capture._record`."""
+    """In place of `resnet_fast.cuda_graphs._record`."""
     tape = Tape()
     with torch.random.fork_rng([]), tape:
         results = run()

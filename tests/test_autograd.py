@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 import resnet_fast
 from resnet_fast.functional import run_chain
-from resnet_fast.layout import memory_format
+from resnet_fast.spec.layout import memory_format
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

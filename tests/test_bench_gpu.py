@@ -13,7 +13,7 @@ from bench import correct, gpu, models, profile, rows, stages, step, timing
 from bench.__main__ import main
 from bench.stages import FAILED, LATE, OK, Context, Outcome, OutOfTime
 from bench.step import Case
-from resnet_fast import ops
+from resnet_fast.dispatch import ops
 
 CPU = torch.device("cpu")
 CHECKED = frozenset({"correct_infer", "correct_train"})
@@ -123,7 +123,7 @@ def test_models_are_checked_once(tmp_path, quick, monkeypatch):
 
 def test_the_librarys_rows_are_named(tmp_path, quick, monkeypatch):
     """Another plan has another name in the rows, and its output is looked at."""
-    plan = gpu.layers.PLAN
+    plan = "RESNET_FAST_TRITON_CONV"
     monkeypatch.setenv(plan, "fused")
     seen = []
     measure = models.measure

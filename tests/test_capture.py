@@ -12,14 +12,14 @@ import torch
 import torch.nn.functional as F
 
 import resnet_fast
-from resnet_fast import capture
-from resnet_fast.capture import graph, graph_step
+from resnet_fast import cuda_graphs
+from resnet_fast.cuda_graphs import graph, graph_step
 
 
 @pytest.fixture(params=["called", "taped"])
 def recorder(request, monkeypatch):
     if request.param == "taped":
-        monkeypatch.setattr(capture, "_record", tape.record)
+        monkeypatch.setattr(cuda_graphs, "_record", tape.record)
     return request.param
 
 

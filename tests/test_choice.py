@@ -6,7 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from resnet_fast import backend, choice, inference, reference, rule, tables
+from resnet_fast.dispatch import auto_impl, backends, cost_model, native_inference
+from resnet_fast.runtime import tuning_tables
+from resnet_fast.spec import reference
 
 GPU = "NVIDIA Test 1"
 X = torch.zeros(2, 8, 3, 3).to(memory_format=torch.channels_last)
@@ -25,18 +27,19 @@ CANDIDATES = {"triton": lambda *args: "triton", "native": lambda *args: "native"
 def cache(monkeypatch, tmp_path):
     monkeypatch.setenv("RESNET_FAST_CACHE", str(tmp_path / "user"))
     monkeypatch.delenv("RESNET_FAST_AUTOTUNE", raising=False)
-    monkeypatch.setattr(tables, "SHIPPED", tmp_path / "shipped")
-    monkeypatch.setattr(rule, "work", lambda op, args: rule.Work(10, 20))  # of an op that is none
+    monkeypatch.setattr(tuning_tables, "SHIPPED", tmp_path / "shipped")
+    # of an op that is none
+    monkeypatch.setattr(cost_model, "work", lambda op, args: cost_model.Work(10, 20))
     forget(monkeypatch)
 
 
 def forget(monkeypatch):
-    monkeypatch.setattr(choice, "_chosen", {})
-    monkeypatch.setattr(choice, "_written", {})
+    monkeypatch.setattr(auto_impl, "_chosen", {})
+    monkeypatch.setattr(auto_impl, "_written", {})
 
 
 def pick(args=ARGS, candidates=CANDIDATES):
-    return choice.pick("op", GPU, args, candidates)
+    return auto_impl.pick("op", GPU, args, candidates)
 
 
 def entry(impl):
@@ -45,25 +48,25 @@ def entry(impl):
 
 def test_no_table_no_search(monkeypatch):
     """The first, and nothing is timed, looked up twice or written."""
-    monkeypatch.setattr(choice, "_microseconds", None)
-    monkeypatch.setattr(choice, "signature", None)
+    monkeypatch.setattr(auto_impl, "_microseconds", None)
+    monkeypatch.setattr(auto_impl, "signature", None)
     assert pick() == "triton"
-    assert not tables.user_table("impls", GPU).exists()
+    assert not tuning_tables.user_table("impls", GPU).exists()
 
 
 def test_tables(monkeypatch):
     """The shipped table is believed, the user's before it, a name that cannot run passed over."""
-    key = choice.signature(ARGS)
-    tables.write(tables.shipped_table("impls", GPU), "op", key, entry("native"))
+    key = auto_impl.signature(ARGS)
+    tuning_tables.write(tuning_tables.shipped_table("impls", GPU), "op", key, entry("native"))
     assert pick() == "native"
     assert pick((X[:1], *ARGS[1:])) == "triton", "another shape is another key"
-    assert choice.pick("other", GPU, ARGS, CANDIDATES) == "triton"
-    assert choice.pick("op", "another GPU", ARGS, CANDIDATES) == "triton"
-    tables.write(tables.user_table("impls", GPU), "op", key, entry("triton"))
+    assert auto_impl.pick("other", GPU, ARGS, CANDIDATES) == "triton"
+    assert auto_impl.pick("op", "another GPU", ARGS, CANDIDATES) == "triton"
+    tuning_tables.write(tuning_tables.user_table("impls", GPU), "op", key, entry("triton"))
     assert pick() == "native", "asked once"
     forget(monkeypatch)
     assert pick() == "triton"
-    tables.write(tables.user_table("impls", GPU), "op", key, entry("cudnn"))
+    tuning_tables.write(tuning_tables.user_table("impls", GPU), "op", key, entry("cudnn"))
     forget(monkeypatch)
     assert pick() == "native"
 
@@ -77,13 +80,13 @@ def test_search(monkeypatch):
         timed.append(run(*args))
         return {"triton": 9.0, "native": 4.0004}[timed[-1]]
 
-    monkeypatch.setattr(choice, "_microseconds", microseconds)
+    monkeypatch.setattr(auto_impl, "_microseconds", microseconds)
     assert [pick(), pick()] == ["native", "native"]
     assert timed == ["triton", "native"]
-    table = json.loads(tables.user_table("impls", GPU).read_text())
+    table = json.loads(tuning_tables.user_table("impls", GPU).read_text())
     us = {"triton": 9.0, "native": 4.0}
     found = {"impl": "native", "us": us, "bytes": 10, "flop": 20}
-    assert table == {"op": {choice.signature(ARGS): found}}
+    assert table == {"op": {auto_impl.signature(ARGS): found}}
     forget(monkeypatch)
     monkeypatch.delenv("RESNET_FAST_AUTOTUNE")
     assert pick() == "native"
@@ -94,32 +97,32 @@ def test_a_candidate_that_refuses(monkeypatch):
     """What raises is not chosen; where all raise, the first runs and says why."""
     pytest.importorskip("triton")
     monkeypatch.setenv("RESNET_FAST_AUTOTUNE", "1")
-    monkeypatch.setattr(tables, "microseconds", lambda run: run() and 1.0)
+    monkeypatch.setattr(tuning_tables, "microseconds", lambda run: run() and 1.0)
     assert pick(candidates={"triton": raises, "native": CANDIDATES["native"]}) == "native"
     assert pick(ARGS[:1], {"triton": raises, "native": raises}) == "triton"
-    table = json.loads(tables.user_table("impls", GPU).read_text())
-    assert list(table["op"]) == [choice.signature(ARGS)]
+    table = json.loads(tuning_tables.user_table("impls", GPU).read_text())
+    assert list(table["op"]) == [auto_impl.signature(ARGS)]
 
 
 def test_no_search_while_a_graph_is_captured(monkeypatch):
     monkeypatch.setenv("RESNET_FAST_AUTOTUNE", "1")
-    monkeypatch.setattr(tables, "capturing", lambda: True)
-    monkeypatch.setattr(choice, "_microseconds", None)
+    monkeypatch.setattr(tuning_tables, "capturing", lambda: True)
+    monkeypatch.setattr(auto_impl, "_microseconds", None)
     assert pick() == "triton"
-    assert not choice._chosen, "asked again after the capture"
+    assert not auto_impl._chosen, "asked again after the capture"
 
 
 def test_signature():
     """Whatever an op's time depends on is in the key, and no value."""
-    assert choice.signature(ARGS) == (
+    assert auto_impl.signature(ARGS) == (
         "float32[2x8x3x3]/nhwc bfloat16[4x8x1x1] None True 1e-05 [1,1]"
     )
     different = [
         (X.contiguous(), *ARGS[1:]), (X.double(), *ARGS[1:]), (X[:1], *ARGS[1:]),
         (X, W, W, *ARGS[3:]), (*ARGS[:3], False, *ARGS[4:]), (*ARGS[:5], [2, 1]),
     ]  # fmt: skip
-    assert len({choice.signature(args) for args in (ARGS, *different)}) == 7
-    assert choice.signature((X + 1, *ARGS[1:])) == choice.signature(ARGS)
+    assert len({auto_impl.signature(args) for args in (ARGS, *different)}) == 7
+    assert auto_impl.signature((X + 1, *ARGS[1:])) == auto_impl.signature(ARGS)
 
 
 def test_backend_asks(monkeypatch):
@@ -133,13 +136,13 @@ def test_backend_asks(monkeypatch):
     class OnGpu:
         device, dtype = torch.device("cuda", 0), torch.float32
 
-    monkeypatch.setattr(choice, "pick", picked)
-    monkeypatch.setattr(backend, "_live", lambda op, device, dtype: CANDIDATES)
-    monkeypatch.setattr(backend, "_gpu", lambda index: GPU)
-    assert backend.resolve("bn_act", "auto", OnGpu(), (1, 2)) is CANDIDATES["native"]
+    monkeypatch.setattr(auto_impl, "pick", picked)
+    monkeypatch.setattr(backends, "_live", lambda op, device, dtype: CANDIDATES)
+    monkeypatch.setattr(backends, "_gpu", lambda index: GPU)
+    assert backends.resolve("bn_act", "auto", OnGpu(), (1, 2)) is CANDIDATES["native"]
     assert asked == [("bn_act", GPU, 3, ["triton", "native"])]
-    assert backend.resolve("bn_stats", "reference", X) is reference.bn_stats
-    assert backend.resolve("bn_stats", "reference", OnGpu()) is reference.bn_stats
+    assert backends.resolve("bn_stats", "reference", X) is reference.bn_stats
+    assert backends.resolve("bn_stats", "reference", OnGpu()) is reference.bn_stats
     assert len(asked) == 1
 
 
@@ -181,14 +184,14 @@ def test_channels_that_cutlass_does_not_take(channels, filters, change, why, mon
     if "asked" in change:
         monkeypatch.setenv("RESNET_FAST_CUDA_CONV", change["asked"])
     built = {"cutlass": change.get("cutlass", "built in")}
-    monkeypatch.setattr(backend, "build_info", lambda: built)
-    monkeypatch.setattr(backend, "_gpu", lambda index: GPU)
-    monkeypatch.setattr(backend, "_resolve", lambda op, impl, device, dtype: (impl, impl))
+    monkeypatch.setattr(backends, "build_info", lambda: built)
+    monkeypatch.setattr(backends, "_gpu", lambda index: GPU)
+    monkeypatch.setattr(backends, "_resolve", lambda op, impl, device, dtype: (impl, impl))
     live = {"native": "native"}
-    monkeypatch.setattr(backend, "_live", lambda op, device, dtype: live)
+    monkeypatch.setattr(backends, "_live", lambda op, device, dtype: live)
 
     def resolve(impl, op="conv_bn_act"):
-        return backend.resolve(op, impl, OnGpu(x), (w, None))
+        return backends.resolve(op, impl, OnGpu(x), (w, None))
 
     assert resolve("native", "conv_fprop") == "native" and resolve("reference") == "reference"
     if why is None:
@@ -204,25 +207,25 @@ def test_channels_that_cutlass_does_not_take(channels, filters, change, why, mon
 def test_a_whole_net_has_such_channels(monkeypatch):
     """Then it goes op by op, so that the op with these channels is refused or goes elsewhere."""
     x, filters = OnGpu(torch.zeros(2, 3, 8, 8)), torch.zeros(16, 3, 3, 3)
-    monkeypatch.setattr(backend, "chosen", lambda *args: "native")
-    monkeypatch.setattr(backend, "native_ops", lambda: SimpleNamespace(infer_chains=None))
+    monkeypatch.setattr(backends, "chosen", lambda *args: "native")
+    monkeypatch.setattr(backends, "native_ops", lambda: SimpleNamespace(infer_chains=None))
     for more, fits in ((torch.zeros(24, 16, 1, 1), True), (torch.zeros(20, 16, 1, 1), False)):
-        assert inference._native(x, "native", [filters, None, more]) == fits
-        assert inference._native(x.tensor, "native", [filters, None, more])
+        assert native_inference._native(x, "native", [filters, None, more]) == fits
+        assert native_inference._native(x.tensor, "native", [filters, None, more])
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device")
 def test_on_a_gpu(monkeypatch):
     """A search among what is live here, and the op's result is the chosen one's."""
-    from resnet_fast import ops
+    from resnet_fast.dispatch import ops
 
     monkeypatch.setenv("RESNET_FAST_AUTOTUNE", "1")
     x = torch.randn(2, 64, 8, 8, device="cuda")
     y, _ = ops.add_relu(x, x, False, "auto")
     torch.testing.assert_close(y, reference.add_relu(x, x, False)[0])
-    live = backend._live("add_relu", "cuda", torch.float32)
+    live = backends._live("add_relu", "cuda", torch.float32)
     if len(live) > 1:
-        table = tables.read(tables.user_table("impls", torch.cuda.get_device_name()))
+        table = tuning_tables.read(tuning_tables.user_table("impls", torch.cuda.get_device_name()))
         (found,) = table["add_relu"].values()
         assert set(found["us"]) == set(live) and found["impl"] in live

@@ -8,7 +8,10 @@ import pytest
 import torch
 
 import resnet_fast
-from resnet_fast import backend, cli, env, ops
+from resnet_fast import cli
+from resnet_fast.commands import env
+from resnet_fast.dispatch import backends, ops
+from resnet_fast.spec.chain import IMPLS
 
 BARE = """
 import sys
@@ -30,7 +33,7 @@ def test_env_names_versions_and_implementations(capsys):
     out = capsys.readouterr().out
     for word in (resnet_fast.__version__, torch.__version__, "python", "compiler", "threads"):
         assert word in out
-    for row in backend.status():
+    for row in backends.status():
         assert row.why in out
     assert 'impl="auto" takes' in out
 
@@ -40,12 +43,12 @@ def test_env_json_says_what_auto_takes(capsys):
     found = json.loads(capsys.readouterr().out)
     assert found["versions"]["torch"] == torch.__version__
     assert found["cpu"]["threads"] == torch.get_num_threads()
-    assert {row["impl"] for row in found["implementations"]} == set(backend.IMPLS) - {"auto"}
+    assert {row["impl"] for row in found["implementations"]} == set(IMPLS) - {"auto"}
     cpu = [row for row in found["auto"] if row["device"] == "cpu"]
     assert len(cpu) == len(ops.NAMES) * len(env.AUTO_DTYPES)
     for row in cpu:
         dtype = getattr(torch, row["dtype"])
-        assert row["takes"] == backend.chosen(row["op"], "auto", "cpu", dtype)
+        assert row["takes"] == backends.chosen(row["op"], "auto", "cpu", dtype)
         assert row["takes"] not in row["not"]
         assert all(row["not"].values())  # every implementation before it has a reason
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from resnet_fast import cpu
+from resnet_fast.runtime import cpu_info
 
 PROCESSOR = """\
 processor\t: 0
@@ -23,10 +23,10 @@ model name\t: Another
 def cpuinfo(tmp_path, monkeypatch):
     """Writes the file that the processor is read from; no ISA is asked for."""
     monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
-    monkeypatch.setattr(cpu, "CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(cpu_info, "CPUINFO", tmp_path / "cpuinfo")
 
     def write(level, flags):
-        cpu.CPUINFO.write_text(PROCESSOR.format(level=level, flags=flags))
+        cpu_info.CPUINFO.write_text(PROCESSOR.format(level=level, flags=flags))
 
     return write
 
@@ -38,23 +38,23 @@ def cpuinfo(tmp_path, monkeypatch):
 )
 def test_unusable_amx(cpuinfo, level, flags, unusable):
     cpuinfo(level, flags)
-    assert cpu.name() == "A Processor"
-    assert cpu.isas() == ["avx2", "fma", "avx512f", *sorted(flags.split(), reverse=True)]
-    assert cpu.keep_onednn_from_unusable_amx() is unusable
-    assert os.environ.get("ONEDNN_MAX_CPU_ISA") == (cpu.WITHOUT_AMX if unusable else None)
+    assert cpu_info.name() == "A Processor"
+    assert cpu_info.isas() == ["avx2", "fma", "avx512f", *sorted(flags.split(), reverse=True)]
+    assert cpu_info.keep_onednn_from_unusable_amx() is unusable
+    assert os.environ.get("ONEDNN_MAX_CPU_ISA") == (cpu_info.WITHOUT_AMX if unusable else None)
 
 
 def test_what_the_user_says_wins(cpuinfo, monkeypatch):
     cpuinfo(28, "amx_tile")
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
-    assert cpu.keep_onednn_from_unusable_amx()
+    assert cpu_info.keep_onednn_from_unusable_amx()
     assert os.environ["ONEDNN_MAX_CPU_ISA"] == "AVX2"
 
 
 def test_no_file_says_nothing(cpuinfo):
-    assert cpu.name()
-    assert cpu.isas() == []
-    assert not cpu.keep_onednn_from_unusable_amx()
+    assert cpu_info.name()
+    assert cpu_info.isas() == []
+    assert not cpu_info.keep_onednn_from_unusable_amx()
 
 
 def test_bf16_products_after_the_import():

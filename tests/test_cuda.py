@@ -80,8 +80,8 @@ def test_bad_arguments(arguments, names, capsys):
 
 
 def test_the_build_without_cuda_says_so():
-    from resnet_fast import backend
+    from resnet_fast.dispatch import backends
 
-    if torch.version.cuda is not None or backend.native_module()[0] is None:
+    if torch.version.cuda is not None or backends.native_module()[0] is None:
         pytest.skip("a build for the CPU alone is needed")
-    assert "without CUDA" in backend.refusal("native", "bn_act", "cuda", torch.bfloat16)
+    assert "without CUDA" in backends.refusal("native", "bn_act", "cuda", torch.bfloat16)

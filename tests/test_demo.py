@@ -12,7 +12,8 @@ from test_bench import sample_row
 
 from bench import demo, digits, report, rows
 from bench.__main__ import main as bench
-from resnet_fast import backend, verify
+from resnet_fast import verify
+from resnet_fast.dispatch import backends
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +67,7 @@ def test_the_fused_net_follows_the_plain_one(data, impl):
 
 
 def test_a_wrong_gradient_breaks_the_claim(data, monkeypatch):
-    resolve = backend.resolve
+    resolve = backends.resolve
 
     def wrong(name, *args):
         right = resolve(name, *args)
@@ -74,7 +75,7 @@ def test_a_wrong_gradient_breaks_the_claim(data, monkeypatch):
             return right
         return lambda *args: (right(*args)[0] * 1.001, *right(*args)[1:])
 
-    monkeypatch.setattr(backend, "resolve", wrong)
+    monkeypatch.setattr(backends, "resolve", wrong)
     found = digits.train(digits.nets("reference", torch.float64), data, steps=4)
     for curve in found.values():
         curve.accuracies.append(0.99)
@@ -216,13 +217,13 @@ def test_a_claim_that_fails_is_the_last_line(short, tmp_path, capsys):
 
 def test_a_wrong_op_fails_the_demo(short, tmp_path, capsys, monkeypatch):
     pytest.importorskip("matplotlib")
-    resolve = backend.resolve
+    resolve = backends.resolve
 
     def wrong(name, *args):
         right = resolve(name, *args)
         return (lambda *args: right(*args) * 2) if name == "conv_bn_act" else right
 
-    monkeypatch.setattr(backend, "resolve", wrong)
+    monkeypatch.setattr(backends, "resolve", wrong)
     assert bench(["demo", "--out", str(tmp_path), "--impl", "reference"]) == 1
     out = capsys.readouterr().out
     assert "FAIL conv_bn_act" in out
@@ -230,7 +231,7 @@ def test_a_wrong_op_fails_the_demo(short, tmp_path, capsys, monkeypatch):
 
 
 def test_what_is_missing_is_said(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(backend, "refusal", lambda *a: "resnet_fast._C is not built")
+    monkeypatch.setattr(backends, "refusal", lambda *a: "resnet_fast._C is not built")
     assert bench(["demo", "--out", str(tmp_path), "--impl", "native"]) == 1
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith("demo: FAILED: --impl native cannot run")

@@ -10,9 +10,9 @@ import twins
 from torch import nn
 
 import resnet_fast
-from resnet_fast import backend
-from resnet_fast.chain import Chain, Conv, Norm, Pool
+from resnet_fast.dispatch import backends
 from resnet_fast.functional import add_relu, bn_act, conv_bn_act, global_avg_pool
+from resnet_fast.spec.chain import Chain, Conv, Norm, Pool
 
 X = torch.randn(2, 4, 6, 6)
 W = torch.randn(8, 4, 3, 3)
@@ -246,7 +246,7 @@ def test_padding_is_not_ignored(change):
 def test_explicit_impl_says_why(name):
     """A choice that cannot be met raises with the backend's reason; auto goes on."""
     for dtype in (torch.float16, torch.float32):
-        reason = backend.refusal(name, "bn_act", "cpu", dtype)
+        reason = backends.refusal(name, "bn_act", "cpu", dtype)
         if reason is None:
             continue
         x, vector = X.to(dtype), V4
@@ -257,8 +257,8 @@ def test_explicit_impl_says_why(name):
 
 
 def test_native_says_which_devices_it_has():
-    if backend.native_module()[0] is None:
-        pytest.skip(backend.native_module()[1])
-    reason = backend.refusal("native", "bn_act", "cuda", torch.float32)
+    if backends.native_module()[0] is None:
+        pytest.skip(backends.native_module()[1])
+    reason = backends.refusal("native", "bn_act", "cuda", torch.float32)
     assert reason is None or "built without CUDA" in reason
-    assert "not on meta" in backend.refusal("native", "bn_act", "meta", torch.float32)
+    assert "not on meta" in backends.refusal("native", "bn_act", "meta", torch.float32)

@@ -11,7 +11,7 @@ from chain_cases import CHAINS, draw
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 import resnet_fast
-from resnet_fast import ops
+from resnet_fast.dispatch import ops
 from resnet_fast.functional import add_relu, bn_act, conv_bn_act, global_avg_pool, run_chain
 
 ROOT = Path(__file__).parent.parent

@@ -15,10 +15,10 @@ from torch.overrides import TorchFunctionMode
 
 import resnet_fast
 from resnet_fast import functional
-from resnet_fast.autograd.chain import Tensors
-from resnet_fast.chain import Chain, Norm, NormParams
-from resnet_fast.functional import Running, global_avg_pool, promotes, run_chain
-from resnet_fast.layout import memory_format
+from resnet_fast.functional import global_avg_pool, run_chain
+from resnet_fast.spec.chain import Chain, Norm, NormParams, Running, Tensors
+from resnet_fast.spec.dtypes import promotes
+from resnet_fast.spec.layout import memory_format
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

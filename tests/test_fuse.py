@@ -18,9 +18,10 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrize
 
 import resnet_fast
-from resnet_fast import backend, blocks, modules
-from resnet_fast.fuse import explain, fuse, unfuse
+from resnet_fast import blocks, modules
+from resnet_fast.dispatch import backends
 from resnet_fast.fusion import swap
+from resnet_fast.fusion.api import explain, fuse, unfuse
 from resnet_fast.fusion.swap import FusedBlock
 
 
@@ -583,7 +584,7 @@ class TestErrors:
         assert fused(net) == {}
 
     def test_an_implementation_that_is_not_there_says_so_when_called(self, net):
-        if backend.refusal("triton", "conv_fprop", "cpu", torch.float64) is None:
+        if backends.refusal("triton", "conv_fprop", "cpu", torch.float64) is None:
             pytest.skip("triton runs here")
         with pytest.raises(RuntimeError, match=r"^impl='triton' cannot run"):
             fuse(net, impl="triton")(torch.randn(IMAGE, dtype=torch.float64))

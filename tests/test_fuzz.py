@@ -8,9 +8,9 @@ import fuzz
 import pytest
 import torch
 
-from resnet_fast import backend
+from resnet_fast.dispatch import backends
 
-pytestmark = pytest.mark.skipif(backend.native_module()[0] is None, reason="native is not built")
+pytestmark = pytest.mark.skipif(backends.native_module()[0] is None, reason="native is not built")
 
 COUNT = 16  # a pair
 

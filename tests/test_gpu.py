@@ -16,8 +16,10 @@ pytest.importorskip("triton")
 import resnet_fast
 from bench import ceilings, layers
 from bench.layers import layers_of, tensors
-from resnet_fast import ops, reference, tables
-from resnet_fast.tolerance import assert_close, compare
+from resnet_fast.dispatch import backends, ops
+from resnet_fast.runtime import tuning_tables
+from resnet_fast.spec import reference
+from resnet_fast.spec.tolerance import assert_close, compare
 
 pytestmark = [
     pytest.mark.gpu,
@@ -29,7 +31,7 @@ SANITIZED = 8  # parts of what runs under compute-sanitizer, each in a test of i
 
 
 def skip_unless(impl, op, dtype):
-    reason = resnet_fast.backend.refusal(impl, op, "cuda", dtype)
+    reason = backends.refusal(impl, op, "cuda", dtype)
     if reason is not None:
         pytest.skip(f"{impl}: {reason}")
 
@@ -189,14 +191,14 @@ def test_a_copy_is_slower_with_a_cold_cache():
     y = torch.empty_like(x)
     hot = ceilings.best_ms(lambda: y.copy_(x), device)
     assert 1e3 * ceilings.median_ms(lambda: y.copy_(x), device) > 1.1e3 * hot
-    assert tables.microseconds(lambda: y.copy_(x)) > 1.1e3 * hot
+    assert tuning_tables.microseconds(lambda: y.copy_(x)) > 1.1e3 * hot
 
 
 @pytest.fixture
 def forced(monkeypatch):
     """forced[0] = i: convolutions run with the i-th of `forced[1:]`, their split configurations."""
     skip_unless("triton", "conv_bn_act", torch.bfloat16)
-    from resnet_fast.kernels import tiles
+    from resnet_fast.kernels import config_select
 
     state = [0]
 
@@ -204,7 +206,7 @@ def forced(monkeypatch):
         state[1:] = [config for config in configs if config[-1] > 1]
         start(state[1:][state[0]] if state[1:] else configs[rule])
 
-    monkeypatch.setattr(tiles, "run", run)
+    monkeypatch.setattr(config_select, "run", run)
     return state
 
 
@@ -363,7 +365,7 @@ def test_whole_models():
     """ResNet-50 in bf16 by "auto" is as near to fp64 as plain PyTorch."""
     net = model("resnet50")
     plain, x = resnet_fast.unfuse(net), images(4, 96)
-    assert resnet_fast.backend.chosen("conv_bn_act", "auto", "cuda", torch.bfloat16) == "triton"
+    assert backends.chosen("conv_bn_act", "auto", "cuda", torch.bfloat16) == "triton"
     with torch.inference_mode():
         exact = copy.deepcopy(plain).double()(x.double())
         assert_close(net(x), plain(x), exact, "logits", rms=True)

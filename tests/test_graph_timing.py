@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from bench import ceilings
-from resnet_fast import graph_timing, tables
+from resnet_fast.runtime import graph_timing, tuning_tables
 
 WRITE, CALL = 0.04, 0.003  # ms
 
@@ -44,7 +44,7 @@ def test_the_write_is_subtracted(monkeypatch):
     assert found == pytest.approx([CALL] * 5) and gpu.graphs == [100, 100]
     pairs = list(zip(gpu.order, gpu.order[1:], strict=False))
     assert gpu.order.count("call") == 4 + 5 * 100 and ("call", "call") not in pairs
-    assert tables.microseconds(lambda: gpu.work("call", CALL)) == pytest.approx(1e3 * CALL)
+    assert tuning_tables.microseconds(lambda: gpu.work("call", CALL)) == pytest.approx(1e3 * CALL)
 
 
 @pytest.mark.parametrize("ms", [1e-3, 0.5, 25.0])

@@ -6,8 +6,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import resnet_fast
-from resnet_fast import backend, inference
-from resnet_fast.blocks import Parts
+from resnet_fast.dispatch import backends, native_inference
+from resnet_fast.spec.layers import Parts
 
 NETS = {
     "bottlenecks": ("Bottleneck", {}),
@@ -44,7 +44,7 @@ def asked(monkeypatch):
     given = []
 
     def watched(*args):
-        given.append(inference.infer(*args))
+        given.append(native_inference.infer(*args))
         return given[-1]
 
     monkeypatch.setattr(resnet_fast.modules, "infer", watched)
@@ -271,11 +271,11 @@ CONV = torch.nn.Conv2d(3, 4, 1, bias=False)
 @pytest.mark.parametrize("pool", [None, torch.nn.MaxPool2d(1)], ids=["", "pool"])
 def test_a_program_that_is_none(pool, spoil):
     """An error, whatever the lists hold."""
-    if backend.native_module()[0] is None:
+    if backends.native_module()[0] is None:
         pytest.skip("native is not built")
     tensors, program, eps = [], [], []
     parts = Parts((CONV,), (None, torch.nn.BatchNorm2d(4).eval()), True, "none", pool=pool)
-    assert inference._write(parts, program, tensors, eps)
+    assert native_inference._write(parts, program, tensors, eps)
     run, x = torch.ops.resnet_fast_native.infer_chains, torch.randn(2, 3, 5, 5)
     with torch.no_grad():
         assert run(x, tensors, program, eps).shape == (2, 4, 5, 5)

@@ -18,22 +18,24 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import resnet_fast
-from resnet_fast import backend, chain, ops, reference, tables
-from resnet_fast.tolerance import assert_close
+from resnet_fast.dispatch import backends, ops
+from resnet_fast.runtime import tuning_tables
+from resnet_fast.spec import chain, reference
+from resnet_fast.spec.tolerance import assert_close
 
-if backend.triton_module()[0] is None:  # not installed, or older than 3.4
-    pytest.skip(backend.triton_module()[1], allow_module_level=True)
+if backends.triton_module()[0] is None:  # not installed, or older than 3.4
+    pytest.skip(backends.triton_module()[1], allow_module_level=True)
 
 from resnet_fast import kernels
 from resnet_fast.kernels import (
+    config_select,
     conv,
     conv_dgrad,
     conv_plan,
     conv_train,
     conv_wgrad,
     launch,
-    merge,
-    tiles,
+    reduce_partials,
 )
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -68,7 +70,7 @@ def choose(monkeypatch):
             taken.append((kernel, len(configs)))
             start(configs[i % len(configs)])
 
-        monkeypatch.setattr(tiles, "run", run)
+        monkeypatch.setattr(config_select, "run", run)
         return taken
 
     taken = []
@@ -207,7 +209,7 @@ def test_no_box_reaches_into_the_other_parity(monkeypatch):
             widths.extend(config[1] for config in configs)
         run(configs[rule])
 
-    monkeypatch.setattr(tiles, "run", start)
+    monkeypatch.setattr(config_select, "run", start)
     kernels.conv_bprop(*args)
     assert widths and all(192 % width == 0 for width in widths)
 
@@ -264,9 +266,9 @@ def test_inference_by_the_library(monkeypatch, variant):
 def test_sums_of_many_tiles():
     """More tiles than one launch sums."""
     torch.manual_seed(0)
-    partial = torch.randn(2, 2 * merge.SUMS_AT_ONCE + 3, 40)
+    partial = torch.randn(2, 2 * reduce_partials.SUMS_AT_ONCE + 3, 40)
     rstd = torch.rand(40)
-    found = merge.merge_sums(partial.to(DEVICE), rstd.to(DEVICE), None)
+    found = reduce_partials.merge_sums(partial.to(DEVICE), rstd.to(DEVICE), None)
     exact = partial.double().sum(1)
     torch.testing.assert_close(found[0].cpu().double(), exact[0], rtol=1e-6, atol=1e-3)
     torch.testing.assert_close(found[1].cpu().double(), exact[1] * rstd, rtol=1e-6, atol=1e-3)
@@ -283,7 +285,7 @@ def test_statistics_of_many_tiles():
     mean = v.nanmean(1).float()
     rest = (v.nanmean(1) - mean).float()
     m2 = (v - v.nanmean(1, keepdim=True)).square().nansum(1).float()
-    found = merge.merge_tiles(torch.stack([n, mean, rest, m2]).to(DEVICE))
+    found = reduce_partials.merge_tiles(torch.stack([n, mean, rest, m2]).to(DEVICE))
     whole = v.reshape(-1, channels)[: tiles * pixels - 5]
     exact = whole.mean(0), (whole - whole.mean(0)).square().sum(0)
     for a, b in zip(found, exact, strict=True):
@@ -368,28 +370,28 @@ def test_rule():
 @pytest.fixture
 def cache(monkeypatch, tmp_path):
     monkeypatch.setenv("RESNET_FAST_CACHE", str(tmp_path / "user"))
-    monkeypatch.setattr(tables, "SHIPPED", tmp_path / "shipped")
-    monkeypatch.setattr(tiles, "_chosen", {})
+    monkeypatch.setattr(tuning_tables, "SHIPPED", tmp_path / "shipped")
+    monkeypatch.setattr(config_select, "_chosen", {})
     return tmp_path
 
 
 def chosen(key=("k", 3), configs=((1, 1), (2, 2), (3, 3))):
     started = []
-    tiles._chosen.clear()
-    tiles.run("kernel", key, configs, 1, torch.empty(0), started.append)
+    config_select._chosen.clear()
+    config_select.run("kernel", key, configs, 1, torch.empty(0), started.append)
     return started[-1]
 
 
 def test_table_of_tiles(cache):
     """The user's table, then the shipped one, then the rule; a configuration of old is no more."""
-    user = tables.user_table("tiles", "interpreter")
+    user = tuning_tables.user_table("tiles", "interpreter")
     assert user == cache / "user" / "tiles" / "interpreter.json"
     assert chosen() == (2, 2)
-    shipped = tables.shipped_table("tiles", "interpreter")
-    tables.write(shipped, "kernel", "k 3", {"config": [3, 3], "us": 7.0})
+    shipped = tuning_tables.shipped_table("tiles", "interpreter")
+    tuning_tables.write(shipped, "kernel", "k 3", {"config": [3, 3], "us": 7.0})
     assert chosen() == (3, 3)
-    tables.write(user, "kernel", "k 3", {"config": [1, 1], "us": 5.0})
-    tables.write(user, "kernel", "other", {"config": [2, 2], "us": 5.0})
+    tuning_tables.write(user, "kernel", "k 3", {"config": [1, 1], "us": 5.0})
+    tuning_tables.write(user, "kernel", "other", {"config": [2, 2], "us": 5.0})
     assert chosen() == (1, 1)
     assert json.loads(user.read_text())["kernel"]["k 3"] == {"config": [1, 1], "us": 5.0}
     assert chosen(configs=((4, 4), (5, 5))) == (5, 5)
@@ -403,50 +405,51 @@ def test_table_of_tiles(cache):
 def test_what_is_compiled_is_what_would_run(cache):
     """A table's configuration for the target, else the rule's; all of them where all are asked."""
     target = launch.Target(90, 132, "interpreter")
-    user = tables.user_table("tiles", "interpreter")
+    user = tuning_tables.user_table("tiles", "interpreter")
     with launch.compile_for(target, print, every=False):
         assert chosen() == (2, 2)
-        tables.write(user, "kernel", "k 3", {"config": [3, 3], "us": 7.0})
+        tuning_tables.write(user, "kernel", "k 3", {"config": [3, 3], "us": 7.0})
         assert chosen() == (3, 3)
-        assert not tiles._chosen
+        assert not config_select._chosen
     with launch.compile_for(launch.Target(90, 132, "another"), print, every=False):
         assert chosen() == (2, 2)
     started = []
     with launch.compile_for(target, print):
-        tiles.run("kernel", ("k", 3), ((1, 1), (2, 2)), 1, torch.empty(0), started.append)
+        config_select.run("kernel", ("k", 3), ((1, 1), (2, 2)), 1, torch.empty(0), started.append)
     assert started == [(1, 1), (2, 2)]
 
 
 def test_search(cache, monkeypatch):
     """Every configuration timed once, the fastest taken and written down."""
     times = {(1, 1): 9.0, (2, 2): float("inf"), (3, 3): 4.0}
-    monkeypatch.setattr(tiles, "_microseconds", lambda start, config: times[config])
-    monkeypatch.setattr(tiles, "_searches", lambda x: True)
+    monkeypatch.setattr(config_select, "_microseconds", lambda start, config: times[config])
+    monkeypatch.setattr(config_select, "_searches", lambda x: True)
     assert chosen() == (3, 3)
-    table = json.loads(tables.user_table("tiles", "interpreter").read_text())
+    table = json.loads(tuning_tables.user_table("tiles", "interpreter").read_text())
     assert table == {"kernel": {"k 3": {"config": [3, 3], "us": 4.0}}}
-    monkeypatch.setattr(tiles, "_microseconds", None)  # what is written is not timed again
+    monkeypatch.setattr(config_select, "_microseconds", None)  # what is written is not timed again
     assert chosen() == (3, 3)
 
 
 def test_no_search_while_a_graph_is_captured(cache, monkeypatch):
     """The rule's configuration runs, and the next time is asked anew."""
     with monkeypatch.context() as patch:
-        patch.setattr(tiles, "_searches", lambda x: True)
-        patch.setattr(tables, "capturing", lambda: True)
-        patch.setattr(tiles, "_microseconds", None)
+        patch.setattr(config_select, "_searches", lambda x: True)
+        patch.setattr(tuning_tables, "capturing", lambda: True)
+        patch.setattr(config_select, "_microseconds", None)
         assert chosen() == (2, 2)
-        assert not tiles._chosen and not tables.user_table("tiles", "interpreter").exists()
-    assert chosen() == (2, 2) and tiles._chosen
+        assert not config_select._chosen
+        assert not tuning_tables.user_table("tiles", "interpreter").exists()
+    assert chosen() == (2, 2) and config_select._chosen
 
 
 def test_no_search_unless_asked(monkeypatch):
     on_gpu = SimpleNamespace(device=torch.device("cuda"))
     monkeypatch.delenv("RESNET_FAST_AUTOTUNE", raising=False)
-    assert not tiles._searches(on_gpu)
+    assert not config_select._searches(on_gpu)
     monkeypatch.setenv("RESNET_FAST_AUTOTUNE", "1")
-    assert tiles._searches(on_gpu) and not tiles._searches(torch.empty(0))
-    assert tables.slug("NVIDIA H200") == "nvidia-h200"
+    assert config_select._searches(on_gpu) and not config_select._searches(torch.empty(0))
+    assert tuning_tables.slug("NVIDIA H200") == "nvidia-h200"
 
 
 def test_refusals():
@@ -459,7 +462,7 @@ def test_refusals():
             x = torch.zeros(1, 2, 3, 4, dtype=torch.bfloat16)
             resnet_fast.add_relu(x, x, impl="triton")
     for dtype in (torch.float32, torch.bfloat16):  # "auto" on a CPU is never the interpreter
-        assert backend.chosen("bn_act", "auto", "cpu", dtype) != "triton"
+        assert backends.chosen("bn_act", "auto", "cpu", dtype) != "triton"
 
 
 class Launches(TorchDispatchMode):

@@ -5,9 +5,9 @@ import os
 import pytest
 import torch
 
-from resnet_fast import functional, layout
-from resnet_fast.autograd.chain import Tensors
-from resnet_fast.chain import Chain, Conv, ConvParams, Norm, NormParams
+from resnet_fast import functional
+from resnet_fast.spec import layout
+from resnet_fast.spec.chain import Chain, Conv, ConvParams, Norm, NormParams, Tensors
 
 NCHW, NHWC = torch.contiguous_format, torch.channels_last
 

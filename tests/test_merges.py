@@ -4,8 +4,8 @@ import emulation
 import pytest
 import torch
 
-from resnet_fast import reference
-from resnet_fast.tolerance import assert_close
+from resnet_fast.spec import reference
+from resnet_fast.spec.tolerance import assert_close
 
 pytestmark = [
     pytest.mark.skipif(emulation.refusal() is not None, reason=str(emulation.refusal())),

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import nn
 from twins import randomize
 
-from resnet_fast import BasicBlock, Bottleneck, PreActBasicBlock, PreActBottleneck, models, ops
+from resnet_fast import BasicBlock, Bottleneck, PreActBasicBlock, PreActBottleneck, models
+from resnet_fast.dispatch import ops
 from resnet_fast.models import ResNet, create_model, list_models
-from resnet_fast.tolerance import assert_close
+from resnet_fast.spec.tolerance import assert_close
 
 # Millions of parameters, to as many digits as papers and torchvision's documentation give.
 PARAMETERS = {

@@ -10,13 +10,7 @@ import twins
 from calls import OPS, same_dtype
 from torch import nn
 
-from resnet_fast import (
-    BasicBlock,
-    Bottleneck,
-    ConvBNAct2d,
-    PreActBasicBlock,
-    PreActBottleneck,
-)
+from resnet_fast import BasicBlock, Bottleneck, ConvBNAct2d, PreActBasicBlock, PreActBottleneck
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

@@ -10,8 +10,8 @@ from calls import OPS, Call, same_dtype
 from torch import nn
 
 import resnet_fast
-from resnet_fast import reference
-from resnet_fast.tolerance import assert_close
+from resnet_fast.spec import reference
+from resnet_fast.spec.tolerance import assert_close
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

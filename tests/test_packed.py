@@ -13,11 +13,12 @@ import twins
 from torch.autograd import _unsafe_preserve_version_counter
 
 import resnet_fast
-from resnet_fast import ConvBNAct2d, backend, modules, packed
+from resnet_fast import ConvBNAct2d, modules
+from resnet_fast.dispatch import backends, packed_filters
 
 PARTS = 128  # Witness::kParts of csrc/cpu/witness.h
 pytestmark = [
-    pytest.mark.skipif(backend.native_module()[0] is None, reason="native is not built"),
+    pytest.mark.skipif(backends.native_module()[0] is None, reason="native is not built"),
     pytest.mark.usefixtures("poisoned_memory"),
 ]
 
@@ -333,11 +334,11 @@ def test_dropped_with_their_filters(how):
         module(x)
         if how == "moved":
             module.bfloat16()(x.bfloat16())
-        assert backend.kept()["packed_filters"] > 0
+        assert backends.kept()["packed_filters"] > 0
         del module
         gc.collect()
-        assert backend.kept()["packed_filters"] == 0
-        assert not packed._watched
+        assert backends.kept()["packed_filters"] == 0
+        assert not packed_filters._watched
 
 
 def test_dropped_when_others_are_packed():
@@ -348,7 +349,7 @@ def test_dropped_when_others_are_packed():
     with torch.no_grad():
         for _ in range(5):
             resnet_fast.conv_bn_act(x, torch.randn(32, 32, 3, 3), one, one, one, one, impl="native")
-            sizes.append(backend.kept()["packed_filters"])
+            sizes.append(backends.kept()["packed_filters"])
     assert sizes[0] > 0
     assert len(set(sizes)) == 1
 

@@ -11,7 +11,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import resnet_fast
-from resnet_fast import chain, ops, program, replay, tables
+from resnet_fast.dispatch import ops, replay
+from resnet_fast.runtime import recording, tuning_tables
+from resnet_fast.spec import chain
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -30,7 +32,7 @@ def recorded(monkeypatch):
     programs = []
 
     def noted(*args):
-        result, steps = program.record(*args)
+        result, steps = recording.record(*args)
         programs.append(steps)
         return result, steps
 
@@ -201,7 +203,7 @@ def test_ordinary_way(who, recorded, monkeypatch):
     elif who == "search":
         monkeypatch.setenv("RESNET_FAST_AUTOTUNE", "1")
     elif who == "watch":
-        around = tables.watching(lambda *what: None)
+        around = tuning_tables.watching(lambda *what: None)
     else:
         x = x.as_subclass(type("Other", (torch.Tensor,), {}))
     with torch.no_grad(), around:
@@ -259,7 +261,7 @@ def test_shared_statistics_are_not_replayed(recorded, monkeypatch):
 
 
 def record(function, *tensors):
-    return program.record(function, tensors, {})
+    return recording.record(function, tensors, {})
 
 
 def test_program_on_other_tensors():
@@ -318,7 +320,7 @@ def test_step_has_tensors_of_its_own():
         return kept[:count]
 
     def function(x):
-        return x + program.step(counters, x, 3)
+        return x + recording.step(counters, x, 3)
 
     assert torch.equal(function(torch.ones(3)), kept + 1) and asked == [3]
     _, steps = record(function, torch.ones(3))
@@ -345,7 +347,7 @@ def test_launches_are_steps():
             kernel(*args)
             return kernel
 
-        program.launched(start, args)
+        recording.launched(start, args)
         return out
 
     x = torch.randn(2, 3)
@@ -370,7 +372,7 @@ def test_memory_goes_with_its_last_use():
 
     def function(x):
         for _ in range(4):
-            x = program.step(watch, x) + 1
+            x = recording.step(watch, x) + 1
         return x
 
     _, steps = record(function, torch.ones(2))

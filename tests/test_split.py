@@ -11,8 +11,17 @@ from op_cases import CONVOLUTIONS, Conv, Draw
 from test_kernels import DEVICE, ROOT, Launches, judge
 
 from bench.layers import layers_of
-from resnet_fast import chain, kernels
-from resnet_fast.kernels import conv, conv_plan, conv_split, conv_train, counters, launch, tiles
+from resnet_fast import kernels
+from resnet_fast.kernels import (
+    config_select,
+    conv,
+    conv_plan,
+    conv_split,
+    conv_train,
+    counters,
+    launch,
+)
+from resnet_fast.spec import chain
 
 interpreted = pytest.mark.skipif(not launch.INTERPRETING, reason="of the interpreter alone")
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -53,7 +62,7 @@ def take(monkeypatch):
             start(taken[-1])
 
         last = [True]
-        monkeypatch.setattr(tiles, "run", run)
+        monkeypatch.setattr(config_select, "run", run)
         return last
 
     nth.taken = taken

@@ -16,7 +16,7 @@ from processes import Processes
 from torch import nn
 
 import resnet_fast
-from resnet_fast import backend
+from resnet_fast.dispatch import backends
 from resnet_fast.models import ResNet
 
 WORLD = 3
@@ -64,7 +64,7 @@ def processes(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def live(request):
     impl = getattr(request.node, "callspec", None) and request.node.callspec.params.get("impl")
-    reason = impl and backend.refusal(impl, "bn_act", "cpu", torch.float32)
+    reason = impl and backends.refusal(impl, "bn_act", "cpu", torch.float32)
     if reason:
         pytest.skip(reason)
 

@@ -13,7 +13,7 @@ from conftest import DTYPES, IMPLS
 from judge import judge
 from op_cases import CONVOLUTIONS, Conv, Draw
 
-from resnet_fast import backend, ops
+from resnet_fast.dispatch import backends, ops
 
 TILED = {  # channels and filters in multiples of 32
     "1x1": Conv((2, 32, 7, 7), 64, (1, 1)),
@@ -55,7 +55,7 @@ def check(dtype, *counts):
 
 def check_in_process(isa, dtype, *counts, **env):
     """`check` in a process of its own: instruction set and who convolves are asked once in one."""
-    info = backend.build_info()
+    info = backends.build_info()
     if info is None:
         pytest.skip("resnet_fast._C is not built")
     isas = info["isas"]  # in order
@@ -86,7 +86,7 @@ def test_winograd():
 
 ERRORS = """
 import torch
-from resnet_fast import ops
+from resnet_fast.dispatch import ops
 torch.manual_seed(0)
 run = lambda x: ops.conv_fprop(x, w, None, None, False, [1, 1], [1, 1], [1, 1], 1, "native")[0]
 for channels in (256, 64):
@@ -102,7 +102,7 @@ print((~run(x).isfinite())[0].any(0).nonzero().tolist())
 
 def test_rounding_errors_of_winograd():
     """Of direct products' size, and an infinity shows where its windows are alone."""
-    info = backend.build_info()
+    info = backends.build_info()
     if info is None or "avx512" not in info["isas"] or info["isa_detected"] in ("baseline", "avx2"):
         pytest.skip("the own tiles need AVX-512")
     found = {}
@@ -136,7 +136,7 @@ def test_tiles_read_no_further(isa, dtype, by, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_pixels_that_no_tap_meets(dtype):
     """NaN in rows that a strided convolution passes over shows nowhere."""
-    if backend.build_info() is None:
+    if backends.build_info() is None:
         pytest.skip("resnet_fast._C is not built")
     x = torch.randn(1, 32, 9, 9).to(dtype).contiguous(memory_format=torch.channels_last)
     x[:, :, 1::2] = float("nan")
@@ -148,7 +148,7 @@ def test_pixels_that_no_tap_meets(dtype):
 
 
 def test_no_filters():
-    if backend.build_info() is None:
+    if backends.build_info() is None:
         pytest.skip("resnet_fast._C is not built")
     x = torch.randn(2, 32, 5, 5).to(memory_format=torch.channels_last)
     with pytest.raises(RuntimeError, match="weight"):

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from resnet_fast.tolerance import (
+from resnet_fast.spec.tolerance import (
     FACTOR,
     GRADIENT_FACTOR,
     MAX_KINK_SHARE,

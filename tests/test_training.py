@@ -12,7 +12,7 @@ from torch import nn
 from training_cases import RECIPE, STEPS, assert_same, data, metrics, model, without_norms
 
 import resnet_fast
-from resnet_fast import backend
+from resnet_fast.dispatch import backends
 from resnet_fast.training import Recipe, evaluate, fit, load_data
 from resnet_fast.training.loop import _Run
 from resnet_fast.training.recipe import PRESETS, lr_factor, optimizer_of, recipe_for
@@ -414,10 +414,10 @@ def test_presets_are_recipes():
 
 
 def test_an_implementation_that_is_not_there_is_an_error(monkeypatch):
-    monkeypatch.setattr(backend, "native_ops", lambda: None)
-    backend._resolve.cache_clear()
+    monkeypatch.setattr(backends, "native_ops", lambda: None)
+    backends._resolve.cache_clear()
     try:
         with pytest.raises(RuntimeError, match="impl='native' cannot run"):
             fit(model("native"), data(), RECIPE)
     finally:
-        backend._resolve.cache_clear()
+        backends._resolve.cache_clear()

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from training_cases import RECIPE, model
 from training_cases import data as bands
 
-from resnet_fast.optional import MissingPackage
+from resnet_fast.runtime.optional import MissingPackage
 from resnet_fast.training import augment as augmentation
 from resnet_fast.training import fit, load_data
 from resnet_fast.training.augment import AUGMENTATIONS, Draws, augment

@@ -8,8 +8,11 @@ import pytest
 import torch
 from op_cases import CONVOLUTIONS, CONVS, POINTWISE, Draw
 
-from resnet_fast import choice, cli, reference, rule, tables
+from resnet_fast import cli
 from resnet_fast.commands import tune
+from resnet_fast.dispatch import auto_impl, cost_model
+from resnet_fast.runtime import tuning_tables
+from resnet_fast.spec import reference
 
 GPU = "NVIDIA Test 1"
 
@@ -18,9 +21,9 @@ GPU = "NVIDIA Test 1"
 def cache(monkeypatch, tmp_path):
     monkeypatch.setenv("RESNET_FAST_CACHE", str(tmp_path / "user"))
     monkeypatch.delenv("RESNET_FAST_AUTOTUNE", raising=False)
-    monkeypatch.setattr(tables, "SHIPPED", tmp_path / "shipped")
-    monkeypatch.setattr(choice, "_chosen", {})
-    monkeypatch.setattr(choice, "_written", {})
+    monkeypatch.setattr(tuning_tables, "SHIPPED", tmp_path / "shipped")
+    monkeypatch.setattr(auto_impl, "_chosen", {})
+    monkeypatch.setattr(auto_impl, "_written", {})
 
 
 @pytest.mark.parametrize(
@@ -33,10 +36,10 @@ def test_fit_finds_what_made_the_times(truth):
     generator = np.random.default_rng(0)
     moved, flop = 10 ** generator.uniform(4, 9, (2, 24)) * np.array([[1.0], [100.0]])
     time = np.stack([np.ones(24), moved, flop], 1) @ truth
-    found = rule.fit(list(zip(moved, flop, time, strict=True)))
+    found = cost_model.fit(list(zip(moved, flop, time, strict=True)))
     np.testing.assert_allclose(found, truth, rtol=1e-6, atol=0)
     noisy = time * generator.normal(1, 0.03, 24)
-    found = rule.fit(list(zip(moved, flop, noisy, strict=True)))
+    found = cost_model.fit(list(zip(moved, flop, noisy, strict=True)))
     assert (found >= 0).all()
     predicted = np.stack([np.ones(24), moved, flop], 1) @ found
     assert np.abs(predicted / time - 1).max() < 0.06
@@ -44,7 +47,7 @@ def test_fit_finds_what_made_the_times(truth):
 
 def test_fit_of_what_no_model_explains():
     """Times that fall with size still give numbers, none of them negative."""
-    found = rule.fit([(1e6, 0, 10.0), (2e6, 0, 5.0), (4e6, 0, 2.0), (8e6, 0, 1.0)])
+    found = cost_model.fit([(1e6, 0, 10.0), (2e6, 0, 5.0), (4e6, 0, 2.0), (8e6, 0, 1.0)])
     assert (found >= 0).all() and np.isfinite(found).all()
 
 
@@ -57,14 +60,14 @@ def test_work_of_ops():
         results = getattr(reference, op)(*args)
         results = results if isinstance(results, tuple) else (results,)
         tensors = [t for t in (*args, *results) if isinstance(t, torch.Tensor)]
-        found = rule.work(op, args)
+        found = cost_model.work(op, args)
         assert found.bytes == sum(t.numel() * t.element_size() for t in tensors)
         z = args[0] if op == "conv_bprop" else results[0]
         w = args[1]
         products = z.numel() * w.size(1) * w.size(2) * w.size(3)
         assert found.flop == 2 * products * (2 if op == "conv_bprop" else 1)
     args = POINTWISE["bn_act"](Draw(torch.float32, torch.channels_last, "cpu"), (2, 24, 5, 7))
-    assert rule.work("bn_act", args).flop == 0
+    assert cost_model.work("bn_act", args).flop == 0
 
 
 def section(names, count=6):
@@ -81,13 +84,14 @@ def section(names, count=6):
 def test_fastest():
     both = ("triton", "native")
     table = section(both)
-    assert rule.fastest(table, "float32", rule.Work(10**5, 0), both) == "native"
-    assert rule.fastest(table, "float32", rule.Work(10**9, 0), both) == "triton"
-    assert rule.fastest(table, "bfloat16", rule.Work(10**9, 0), both) is None
-    assert rule.fastest(section(both, 3), "float32", rule.Work(10**9, 0), both) is None
-    assert rule.fastest(section(("triton",)), "float32", rule.Work(1, 0), both) is None
+    assert cost_model.fastest(table, "float32", cost_model.Work(10**5, 0), both) == "native"
+    assert cost_model.fastest(table, "float32", cost_model.Work(10**9, 0), both) == "triton"
+    assert cost_model.fastest(table, "bfloat16", cost_model.Work(10**9, 0), both) is None
+    assert cost_model.fastest(section(both, 3), "float32", cost_model.Work(10**9, 0), both) is None
+    assert cost_model.fastest(section(("triton",)), "float32", cost_model.Work(1, 0), both) is None
     old = {key: {"impl": "native", "us": e["us"]} for key, e in table.items()}
-    assert rule.fastest(old, "float32", rule.Work(10**9, 0), both) is None, "no bytes are known"
+    unknown = cost_model.fastest(old, "float32", cost_model.Work(10**9, 0), both)
+    assert unknown is None, "no bytes are known"
 
 
 def test_auto_follows_the_rule():
@@ -95,14 +99,14 @@ def test_auto_follows_the_rule():
     x = torch.zeros(256, 24, 32, 32)
     small = torch.zeros(1, 8, 2, 2)
     candidates = {"triton": None, "native": None}
-    path = tables.shipped_table("impls", GPU)
+    path = tuning_tables.shipped_table("impls", GPU)
     for key, entry in section(("triton", "native")).items():
-        tables.write(path, "add_relu", key, entry)
-    tables.write(path, "add_relu", choice.signature((x, x, False)), {"impl": "native"})
-    assert choice.pick("add_relu", GPU, (x, x, False), candidates) == "native"
-    assert choice.pick("add_relu", GPU, (x, x, True), candidates) == "triton"
-    assert choice.pick("add_relu", GPU, (small, small, True), candidates) == "native"
-    assert choice.pick("bn_stats", GPU, (x,), candidates) == "triton", "nothing is known of it"
+        tuning_tables.write(path, "add_relu", key, entry)
+    tuning_tables.write(path, "add_relu", auto_impl.signature((x, x, False)), {"impl": "native"})
+    assert auto_impl.pick("add_relu", GPU, (x, x, False), candidates) == "native"
+    assert auto_impl.pick("add_relu", GPU, (x, x, True), candidates) == "triton"
+    assert auto_impl.pick("add_relu", GPU, (small, small, True), candidates) == "native"
+    assert auto_impl.pick("bn_stats", GPU, (x,), candidates) == "triton", "nothing is known of it"
 
 
 def test_tune(monkeypatch, capsys):
@@ -117,11 +121,12 @@ def test_tune(monkeypatch, capsys):
         ran.append("native")
 
     candidates = {"triton": triton_add, "native": native_add}
-    monkeypatch.setattr(choice, "_microseconds", lambda run, args: {triton_add: 9.0}.get(run, 4.0))
+    times = {triton_add: 9.0}
+    monkeypatch.setattr(auto_impl, "_microseconds", lambda run, args: times.get(run, 4.0))
 
     def step():
         for x in shapes:
-            candidates[choice.pick("add_relu", GPU, (x, x, False), candidates)](x)
+            candidates[auto_impl.pick("add_relu", GPU, (x, x, False), candidates)](x)
 
     def milliseconds(step):
         ran.clear()
@@ -131,7 +136,7 @@ def test_tune(monkeypatch, capsys):
     gain = tune.tune(step, milliseconds)
     assert gain == tune.Gain(3.0, 1.5, 3)
     assert str(gain) == "3 measured, 3.00 ms a step before, 1.50 after (2.00x)"
-    table = json.loads(tables.user_table("impls", GPU).read_text())["add_relu"]
+    table = json.loads(tuning_tables.user_table("impls", GPU).read_text())["add_relu"]
     assert len(table) == 3 and all(entry["impl"] == "native" for entry in table.values())
     assert all(entry["bytes"] > 0 and entry["flop"] == 0 for entry in table.values())
     assert tune.tune(step, milliseconds) == tune.Gain(1.5, 1.5, 0)

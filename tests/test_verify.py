@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from resnet_fast import backend, blocks, cli, functional, models, modules, ops, verify
+from resnet_fast import blocks, cli, functional, models, modules, verify
+from resnet_fast.dispatch import backends, ops
 from resnet_fast.verify import report
 from resnet_fast.verify.check import DTYPES, LAYOUTS, Runs, Setting, Trial
 from resnet_fast.verify.settle import BAND, settle
@@ -76,13 +77,13 @@ def test_every_op_and_every_block_is_there():
 
 def replace_op(monkeypatch, op, wrong):
     """Every implementation of `op` gives `wrong(results, args)` instead of its results."""
-    resolve = backend.resolve
+    resolve = backends.resolve
 
     def resolve_wrong(name, *args):
         right = resolve(name, *args)
         return (lambda *args: wrong(right(*args), args)) if name == op else right
 
-    monkeypatch.setattr(backend, "resolve", resolve_wrong)
+    monkeypatch.setattr(backends, "resolve", resolve_wrong)
 
 
 def scaled(results, args):
@@ -198,7 +199,7 @@ def test_json_has_every_check_and_the_environment(capsys, tmp_path):
 
 
 def test_an_implementation_that_is_not_there_says_why(monkeypatch, capsys):
-    monkeypatch.setattr(backend, "refusal", lambda *a: "resnet_fast._C is not built")
+    monkeypatch.setattr(backends, "refusal", lambda *a: "resnet_fast._C is not built")
     assert cli.main(["verify", "--impl", "native"]) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
@@ -232,7 +233,7 @@ def test_a_bad_value_names_its_option(capsys, option, value, expected):
 
 def test_nothing_checked_is_no_success():
     assert report.summary([]).startswith("verify: FAILED")
-    assert report.document([])["ok"] is False
+    assert report.document([], {})["ok"] is False
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

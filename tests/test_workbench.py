@@ -15,8 +15,8 @@ import torch
 from bench import ceilings, host, layers, passes, rows
 from bench.__main__ import main
 from bench.step import Case
-from resnet_fast import backend
-from resnet_fast.chain import Conv
+from resnet_fast.dispatch import backends
+from resnet_fast.spec.chain import Conv
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -164,8 +164,8 @@ def small_passes(monkeypatch):
 
 def test_passes_command(tmp_path, capsys, monkeypatch):
     """A row a pass; its bytes are what reading and writing each tensor once takes."""
-    if backend.native_module()[0] is None:
-        pytest.skip(backend.native_module()[1])
+    if backends.native_module()[0] is None:
+        pytest.skip(backends.native_module()[1])
     path = tmp_path / "rows.jsonl"
     assert main([*small_passes(monkeypatch), "--out", str(path)]) == 0
     found = [json.loads(line) for line in path.read_text().splitlines()]
@@ -182,8 +182,8 @@ def test_passes_command(tmp_path, capsys, monkeypatch):
 
 
 def test_a_wrong_pass_is_not_timed(capsys, monkeypatch):
-    if backend.native_module()[0] is None:
-        pytest.skip(backend.native_module()[1])
+    if backends.native_module()[0] is None:
+        pytest.skip(backends.native_module()[1])
     right = passes.ops.bn_stats
 
     def wrong(x, impl):
@@ -199,8 +199,8 @@ def test_a_wrong_pass_is_not_timed(capsys, monkeypatch):
 
 def test_a_pass_that_fails_costs_no_other(tmp_path, monkeypatch, capsys):
     """Nor does a shape whose tensors cannot be made."""
-    if backend.native_module()[0] is None:
-        pytest.skip(backend.native_module()[1])
+    if backends.native_module()[0] is None:
+        pytest.skip(backends.native_module()[1])
     path, right = tmp_path / "rows.jsonl", passes.passes
     options = small_passes(monkeypatch)
     monkeypatch.setattr(passes, "SHAPES", {"none": (25, 5), "small": (24, 5)})

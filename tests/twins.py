@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from resnet_fast.blocks import NORMS
 from resnet_fast.modules import PLAIN, GlobalAvgPool2d
-from resnet_fast.tolerance import assert_close, plain_runs
+from resnet_fast.spec.layers import NORMS
+from resnet_fast.spec.tolerance import assert_close, plain_runs
 from resnet_fast.verify.settle import settle
 
 TWINS = {**PLAIN, GlobalAvgPool2d: torch.nn.AdaptiveAvgPool2d}
@@ -52,7 +52,7 @@ def add_relu(x, residual, *, impl=None):
 
 
 def run_chain(chain, x, tensors, residual, running):
-    """`resnet_fast.functional.run_chain` by the equations of `resnet_fast.chain`."""
+    """`resnet_fast.functional.run_chain` by the equations of `spec.chain`."""
 
     def conv(i, h):
         geometry = chain.all_convs[i]
@@ -172,7 +172,7 @@ def module_step(module, x, dy=None, run=None, **inputs):
 
 
 def judge(actual, same, exact, dtype=None, again=None):
-    """Every result of a `step` by the one rule; `dtype` as `resnet_fast.tolerance.compare`'s.
+    """Every result of a `step` by the one rule; `dtype` as `spec.tolerance.compare`'s.
 
     `again` repeats what gave `same`, for `tolerance.plain_runs`.
     """

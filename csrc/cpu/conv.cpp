@@ -1,4 +1,4 @@
-// The convolution ops on CPU tensors: by our own tiles where they take the shape (engine.h), with what
+// The convolution ops on CPU tensors: by our own tiles where they take the shape (tiled_conv.h), with what
 // surrounds the convolution done band by band while it is in cache; else oneDNN's convolutions through
 // ATen, with norm.cpp's passes around them.
 #include <ATen/ATen.h>
@@ -8,11 +8,11 @@
 #include <tuple>
 #include <vector>
 
-#include "../chains.h"
-#include "engine.h"
+#include "../infer_chains.h"
 #include "memory.h"
 #include "norm.h"
-#include "packed.h"
+#include "packed_filters.h"
+#include "tiled_conv.h"
 
 namespace resnet_fast::cpu {
 namespace {
@@ -24,7 +24,7 @@ Tensor activate(const Tensor& x, const Tensor& scale, const Tensor& shift) {
   return std::get<0>(bn_act(x, scale, shift, {}, {}, {}, true, false));
 }
 
-// relu(scale·x + shift) of some pixels of NHWC x, for the bands of engine.h; nothing where there is no norm.
+// relu(scale·x + shift) of some pixels of NHWC x, for the bands of tiled_conv.h; nothing where there is no norm.
 template <class T>
 FillRow<T> prologue(const ConvShape& s, const Tensor& x, const OptTensor& scale, const OptTensor& shift) {
   if (!scale) return {};
@@ -95,7 +95,7 @@ std::tuple<Tensor, Tensor, Tensor> tiled_fprop(
   T* to = static_cast<T*>(z.data_ptr());
   BandStatistics<T> statistics({shape_of(z), to});
   const Finish finish = [&](int64_t task, int64_t begin, int64_t end) { statistics.add(task, begin, end); };
-  engine_fprop<T>(
+  tiled_conv_fprop<T>(
       s, in_scale ? nullptr : data<T>(x), prologue<T>(s, x, in_scale, in_shift), pack_filters<T>(s, w, false), nullptr,
       nullptr, nullptr, false, to, stats ? finish : Finish());
   if (!stats) return {z, empty_vector(x, 0), empty_vector(x, 0)};
@@ -161,7 +161,7 @@ std::tuple<Tensor, Tensor, Tensor> tiled_dgrad(
     for (int64_t c = 0; c < width; ++c) sums[task][c] += band[c];
   };
   const bool more = in_scale || residual;
-  engine_dgrad<T>(
+  tiled_conv_dgrad<T>(
       s, data<T>(gradient.dz), gradient.fill, pack_filters<T>(s, w, true), k.out, more ? finish : Finish());
   if (!in_mean) return {dx, empty_vector(x, 0), empty_vector(x, 0)};
   Tensor total[2] = {empty_vector(x, s.channels), empty_vector(x, s.channels)};
@@ -178,7 +178,7 @@ Tensor tiled_wgrad(
     const Geometry& g) {
   const ConvShape s = conv_shape(x, w, g);
   const Tensor dw =
-      engine_wgrad<T>(s, in_scale ? nullptr : data<T>(x), prologue<T>(s, x, in_scale, in_shift), data<T>(dz));
+      tiled_conv_wgrad<T>(s, in_scale ? nullptr : data<T>(x), prologue<T>(s, x, in_scale, in_shift), data<T>(dz));
   const auto format = w.is_contiguous() ? at::MemoryFormat::Contiguous : at::MemoryFormat::ChannelsLast;
   return dw.permute({0, 3, 1, 2}).to(w.scalar_type()).contiguous(format);
 }

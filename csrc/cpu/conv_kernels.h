@@ -1,4 +1,4 @@
-// The inner kernels of our own convolutions (engine.cpp, wgrad.cpp); T is float or bf16. For CPUs with
+// The inner kernels of our own convolutions (tiled_conv.cpp, wgrad.cpp); T is float or bf16. For CPUs with
 // AVX-512 (gemm.inl), and with AMX for bf16 (kernels_amx_bf16.cpp).
 //
 // Everything is a product C[rows][32] += Σ A[row][step]·B[step][32] over 4-byte steps: one fp32 value, or a

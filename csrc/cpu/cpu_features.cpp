@@ -2,9 +2,12 @@
 
 #include <c10/util/Exception.h>
 
-#include <cstdlib>
+#include <algorithm>
 #include <cstring>
+#include <iterator>
 #include <string>
+
+#include "../settings.h"
 
 #if RESNET_FAST_X86_64
 #include <cpuid.h>
@@ -67,20 +70,13 @@ Isa detect() {
 }
 
 Isa choose() {
-  const char* asked = std::getenv("RESNET_FAST_CPU_ISA");
-  if (asked == nullptr || *asked == '\0') {
-    return detected_isa();
-  }
-  std::string known;
-  for (const Isa isa : kIsas) {
-    if (std::string(asked) == isa_name(isa)) {
-      TORCH_CHECK(isa <= detected_isa(), "RESNET_FAST_CPU_ISA=", asked,
-                  " is not supported by this CPU; the most it has is ", isa_name(detected_isa()));
-      return isa;
-    }
-    known += (known.empty() ? "" : " | ") + std::string(isa_name(isa));
-  }
-  TORCH_CHECK(false, "RESNET_FAST_CPU_ISA=", asked, " is unknown; use ", known);
+  const std::string& asked = settings().cpu_isa;
+  if (asked.empty()) return detected_isa();
+  const auto* const isa = std::find_if(std::begin(kIsas), std::end(kIsas), [&](Isa i) { return asked == isa_name(i); });
+  TORCH_CHECK(isa != std::end(kIsas), "RESNET_FAST_CPU_ISA=", asked, " is unknown");
+  TORCH_CHECK(*isa <= detected_isa(), "RESNET_FAST_CPU_ISA=", asked,
+              " is not supported by this CPU; the most it has is ", isa_name(detected_isa()));
+  return *isa;
 }
 
 bool detect_intel() {
@@ -93,13 +89,11 @@ bool detect_intel() {
 }
 
 ConvBy choose_conv() {
-  const char* asked = std::getenv("RESNET_FAST_CPU_CONV");
-  const std::string word = asked == nullptr || *asked == '\0' ? "auto" : asked;
-  if (word == "auto") return ConvBy::Auto;
-  if (word == "tiles") return ConvBy::Tiles;
-  if (word == "winograd") return ConvBy::Winograd;
-  if (word == "onednn") return ConvBy::OneDnn;
-  TORCH_CHECK(false, "RESNET_FAST_CPU_CONV=", word, " is unknown; use auto | tiles | winograd | onednn");
+  const std::string& asked = settings().cpu_conv;
+  return asked == "tiles"      ? ConvBy::Tiles
+         : asked == "winograd" ? ConvBy::Winograd
+         : asked == "onednn"   ? ConvBy::OneDnn
+                               : ConvBy::Auto;
 }
 
 }  // namespace

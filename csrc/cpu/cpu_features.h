@@ -32,8 +32,8 @@ const char* isa_name(Isa isa);
 // The most this CPU and its operating system support; Baseline off x86-64.
 Isa detected_isa();
 
-// detected_isa(), or less where the environment variable RESNET_FAST_CPU_ISA asks for less.
-// Read once, at the first call; throws c10::Error for an unknown word or an unsupported set.
+// detected_isa(), or less where settings().cpu_isa asks for less. Asked once, at the first call; throws c10::Error for
+// a set that the CPU does not support.
 Isa active_isa();
 
 // Who convolves on a CPU that has tiles of ours: what measures faster, or whom RESNET_FAST_CPU_CONV names.

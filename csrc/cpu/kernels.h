@@ -1,7 +1,7 @@
 // The memory-bound CPU kernels: the table of one instruction set's versions.
 #pragma once
 
-#include "../operands.h"
+#include "../kernel_args.h"
 
 namespace resnet_fast {
 

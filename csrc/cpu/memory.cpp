@@ -7,15 +7,15 @@
 
 #include <algorithm>
 #include <atomic>
-#include <charconv>
 #include <chrono>
-#include <cstdlib>
 #include <cstring>
 #include <fstream>
 #include <limits>
 #include <map>
 #include <thread>
 #include <utility>
+
+#include "../settings.h"
 
 #if defined(__linux__)
 #include <malloc.h>
@@ -28,18 +28,6 @@ namespace resnet_fast::cpu {
 namespace {
 
 constexpr size_t kHugePage = 2 << 20, kStep = 64 << 10;
-
-int64_t budget_from_environment() {
-  const char* text = std::getenv("RESNET_FAST_CPU_CACHE_MB");
-  if (text == nullptr || *text == 0) return memory_limit() / 8;
-  constexpr int64_t kMost = std::numeric_limits<int64_t>::max() >> 20;
-  const char* const end = text + std::strlen(text);
-  int64_t megabytes = -1;
-  const auto [last, error] = std::from_chars(text, end, megabytes);
-  TORCH_CHECK(error == std::errc() && last == end && megabytes >= 0 && megabytes <= kMost,
-              "RESNET_FAST_CPU_CACHE_MB: expected a number of MiB from 0 to ", kMost, ", got '", text, "'");
-  return megabytes << 20;
-}
 
 // The limit in a file of a control group; none where there is no such file or it says "max".
 int64_t group_limit(const std::string& path) {
@@ -205,13 +193,15 @@ Shelf& Shelf::get() {
   return *shelf;
 }
 
-Shelf::Shelf() : budget_(budget_from_environment()) {
+Shelf::Shelf() : budget_(settings().cpu_cache_mb ? *settings().cpu_cache_mb << 20 : memory_limit() / 8) {
 #if defined(__linux__)
   // A child gets the shelf as it is between two calls, and its mutex free.
   pthread_atfork(
       [] {
         forking = true;
-        for (int i = 0; i < 10000 && inside > (depth > 0); ++i) std::this_thread::sleep_for(std::chrono::microseconds(100));
+        for (int i = 0; i < 10000 && inside > (depth > 0); ++i) {
+          std::this_thread::sleep_for(std::chrono::microseconds(100));
+        }
         get().mutex.lock();
       },
       [] { get().mutex.unlock(), forking = false; },

@@ -1,5 +1,5 @@
 // Memory that is kept from one call to the next, within one budget: free blocks of large results, and packed
-// filters (packed.h). Fresh memory costs page faults, for 50 MB more time than BN and ReLU take, so blocks from
+// filters (packed_filters.h). Fresh memory costs page faults, for 50 MB more time than BN and ReLU take, so blocks from
 // kLeastBytes up are kept for the next result of about their size.
 #pragma once
 
@@ -51,7 +51,7 @@ class Shelf {
   Items excess();          // what is over the budget
   Items clear();
 
-  // RESNET_FAST_CPU_CACHE_MB in bytes, by default an eighth of memory_limit(); 0 keeps nothing.
+  // settings().cpu_cache_mb in bytes, by default an eighth of memory_limit(); 0 keeps nothing.
   int64_t budget() const { return budget_; }
   int64_t blocks() const { return blocks_; }
   int64_t packed() const { return packed_; }
@@ -74,8 +74,9 @@ int64_t memory_limit(const std::string& groups = "/proc/self/cgroup", const std:
 // Give all that is kept back to the system; how many bytes there were.
 int64_t empty_cache();
 
-// While one lives its thread calls oneDNN, whose locks a child of a fork would inherit and nobody open: a fork waits until
-// no thread is inside, a second at the most, and who comes meanwhile waits for the fork.
+// Lives while a thread calls oneDNN, which holds locks. A fork waits until no thread is inside, for one second at most,
+// so that the child does not inherit a lock that no thread of it can open. A thread that comes meanwhile waits for the
+// fork.
 class InOneDnn {
  public:
   InOneDnn();

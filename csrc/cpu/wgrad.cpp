@@ -1,4 +1,4 @@
-// dw of our own convolutions (engine.h).
+// dw of our own convolutions (tiled_conv.h).
 #include <ATen/Parallel.h>
 
 #include <algorithm>
@@ -8,8 +8,8 @@
 
 #include "bands.h"
 #include "conv_kernels.h"
-#include "engine.h"
 #include "memory.h"
+#include "tiled_conv.h"
 #include "winograd.h"
 
 namespace resnet_fast::cpu {
@@ -77,7 +77,7 @@ const T* input_row(
 // what stands next in x. Tasks are chunks of filters times lanes of blocks; lanes have sums of their own, added
 // in order.
 template <class T>
-at::Tensor engine_wgrad(const ConvShape& shape, const T* x, const FillRow<T>& fill, const T* dz) {
+at::Tensor tiled_conv_wgrad(const ConvShape& shape, const T* x, const FillRow<T>& fill, const T* dz) {
   if constexpr (std::is_same_v<T, float>) {
     if (by_winograd(shape, false)) return winograd_wgrad(shape, x, fill, dz);
   }
@@ -189,7 +189,7 @@ at::Tensor engine_wgrad(const ConvShape& shape, const T* x, const FillRow<T>& fi
   return dw.view({s.filters, s.taps[0], s.taps[1], s.channels});
 }
 
-template at::Tensor engine_wgrad<float>(const ConvShape&, const float*, const FillRow<float>&, const float*);
-template at::Tensor engine_wgrad<bf16>(const ConvShape&, const bf16*, const FillRow<bf16>&, const bf16*);
+template at::Tensor tiled_conv_wgrad<float>(const ConvShape&, const float*, const FillRow<float>&, const float*);
+template at::Tensor tiled_conv_wgrad<bf16>(const ConvShape&, const bf16*, const FillRow<bf16>&, const bf16*);
 
 }  // namespace resnet_fast::cpu

@@ -149,7 +149,7 @@ bool winograd_takes(const ConvShape& s) {
   const Grid grid(s);
   const int64_t threads = at::get_num_threads();  // each has rows of tiles of its own
   const bool enough = grid.all >= threads && grid.all * grid.columns >= kLeastTiles * threads;
-  return (enough || by == ConvBy::Winograd) && engine_takes<float>(s) &&
+  return (enough || by == ConvBy::Winograd) && tiled_conv_takes<float>(s) &&
          std::max(s.channels, s.filters) <= kMostWinogradChannels;
 }
 
@@ -239,7 +239,7 @@ void winograd(
 }
 
 // For blocks of tiles as of the forward pass: V and M as panels of 32 values, [tile][32], a tile being a step; then
-// U[product][filters][channels] += Mᵀ·V. Tasks and lanes as of engine_wgrad.
+// U[product][filters][channels] += Mᵀ·V. Tasks and lanes as of tiled_conv_wgrad.
 at::Tensor winograd_wgrad(const ConvShape& s, const float* x, const FillRow<float>& fill, const float* dz) {
   const ConvKernels<float>& tile_kernels = *conv_kernels<float>();
   const Grid grid(s);

@@ -8,12 +8,12 @@
 //        0  1  0 -1        0    0    1
 //
 // The sums have a term a channel, not nine, which makes up for the additions around them: rounding errors measure
-// 0.5 to 1.7 times those of our direct products (dw: to 2), less than half of what resnet_fast/tolerance.py allows.
+// 0.5 to 1.7 times those of our direct products (dw: to 2), less than half of what resnet_fast/spec/tolerance.py allows.
 // An output is made from the pixels of its own window alone, as Aᵀ leaves out the products of the others; only that
 // an infinity in it may come out as NaN. Larger tiles would save more products, but cost digits.
 #pragma once
 
-#include "engine.h"
+#include "tiled_conv.h"
 
 namespace resnet_fast {
 
@@ -42,8 +42,8 @@ const WinogradKernels& winograd_kernels();
 
 namespace cpu {
 
-// Whether it takes the shape, which is the engine's (channels and filters in panels of 32): 3x3, stride 1, and tiles
-// enough for every thread to make up for filters that are 16/9 as large.
+// Whether it takes the shape, which tiled_conv.h takes too: 3x3, stride 1, and enough tiles for every thread to make up
+// for filters that are 16/9 as large.
 bool winograd_takes(const ConvShape& shape);
 
 // The shape of which the transpose of `shape`, a dgrad, is a convolution with its filters turned round.
@@ -52,12 +52,12 @@ ConvShape transposed(const ConvShape& shape);
 // Filters [K,3,3,C] (of fp32) as the panels of 16 matrices; for dgrad turned round.
 at::Tensor winograd_filters(const at::Tensor& w, bool for_dgrad, Allocate allocate);
 
-// As engine_fprop; `filters` of winograd_filters.
+// As tiled_conv_fprop; `filters` of winograd_filters.
 void winograd(
     const ConvShape& shape, const float* x, const FillRow<float>& fill, const at::Tensor& filters, const float* scale,
     const float* shift, const float* residual, bool relu, float* y, const Finish& finish);
 
-// As engine_wgrad.
+// As tiled_conv_wgrad.
 at::Tensor winograd_wgrad(const ConvShape& shape, const float* x, const FillRow<float>& fill, const float* dz);
 
 }  // namespace cpu

@@ -1,5 +1,5 @@
 // Whether tensors still hold what they held when something was made of them, at a small part of the cost of
-// comparing them: for packed filters (packed.h), which follow every change of their parameters.
+// comparing them: for packed filters (packed_filters.h), which follow every change of their parameters.
 #pragma once
 
 #include <ATen/ATen.h>

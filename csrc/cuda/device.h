@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "../operands.h"
+#include "../kernel_args.h"
 
 namespace resnet_fast::cuda {
 

@@ -7,14 +7,14 @@
 #include <torch/library.h>
 
 #include <cstdint>
-#include <cstdlib>
 #include <string>
 #include <tuple>
 #include <utility>
 #include <vector>
 
-#include "../chains.h"
 #include "../checks.h"
+#include "../infer_chains.h"
+#include "../settings.h"
 #include "../tensors.h"
 #include "norm.h"
 #if defined(RESNET_FAST_WITH_CUTLASS)
@@ -413,30 +413,12 @@ std::vector<Folded> fold(const Tensor& x, const std::vector<BatchNorm>& norms) {
 
 #if defined(RESNET_FAST_WITH_CUTLASS)
 
-// RESNET_FAST_CUDA_CONV: who convolves in inference. By "cutlass" what CUTLASS does not take is an error.
-enum class ConvBy { kAuto, kCutlass, kCudnn };
-
-ConvBy conv_by() {
-  const char* asked = std::getenv("RESNET_FAST_CUDA_CONV");
-  const std::string by = asked == nullptr ? "auto" : asked;
-  TORCH_CHECK_VALUE(by == "auto" || by == "cutlass" || by == "cudnn",
-                    "RESNET_FAST_CUDA_CONV: expected auto, cutlass or cudnn, got '", by, "'");
-  return by == "auto" ? ConvBy::kAuto : by == "cutlass" ? ConvBy::kCutlass : ConvBy::kCudnn;
-}
-
-const char* refusal(const Tensor& x, const Tensor& w, const Geometry& g) {
-  if (x.scalar_type() != at::kBFloat16 && x.scalar_type() != at::kHalf) return "the dtype is neither bf16 nor fp16";
-  if (g.groups != 1) return "groups";
-  if (format_of(x, &w) != at::MemoryFormat::ChannelsLast) return "the format is not channels_last";
-  if (w.size(0) % 8 != 0 || (x.size(1) % 8 != 0 && x.size(1) > 8)) return "channels are no multiple of 8";
-  return nullptr;
-}
-
-// The answer to what has no kernel: an error where CUTLASS was asked for by name.
-Tensor refused(const Tensor& x, const Tensor& w, const char* why) {
-  TORCH_CHECK(conv_by() != ConvBy::kCutlass, "conv_bn_act: `x` of shape ", x.sizes(), " with `w` of shape ",
-              w.sizes(), " cannot go by RESNET_FAST_CUDA_CONV=cutlass: ", why);
-  return {};
+// Whether CUTLASS has no kernel for these tensors; cuDNN takes them. RESNET_FAST_CUDA_CONV=cutlass refuses some of them
+// before this op is called (dispatch/backends.py).
+bool by_cudnn(const Tensor& x, const Tensor& w, const Geometry& g) {
+  return settings().cuda_conv == "cudnn" || (x.scalar_type() != at::kBFloat16 && x.scalar_type() != at::kHalf) ||
+         g.groups != 1 || format_of(x, &w) != at::MemoryFormat::ChannelsLast || w.size(0) % 8 != 0 ||
+         (x.size(1) % 8 != 0 && x.size(1) > 8);
 }
 
 // The stem's three channels, padded with zeros to the eight that 16-byte accesses take.
@@ -471,8 +453,7 @@ Tensor fused_conv(
   check_launch("conv_bn_act", cudaGetDevice(&device));
   check_launch("conv_bn_act", cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
   const bool hopper = major == 9;
-  const char* why = hopper ? sm90::conv_refusal(k) : sm80::conv_refusal(k);
-  if (why != nullptr) return refused(x, w, why);
+  if ((hopper ? sm90::conv_refusal(k) : sm80::conv_refusal(k)) != nullptr) return {};
   check_launch("conv_bn_act", hopper ? sm90::conv_forward(k, sm90::conv_rule(k, processors), stream())
                                      : sm80::conv_forward(k, sm80::conv_rule(k, processors), stream()));
   return y;
@@ -487,15 +468,11 @@ Tensor conv_bn_act_unchecked(
   const auto format = format_of(x, &w);
   const OptTensor beside = residual ? OptTensor(residual->contiguous(format)) : residual;
 #if defined(RESNET_FAST_WITH_CUTLASS)
-  if (x.numel() > 0 && conv_by() != ConvBy::kCudnn) {
-    Tensor y;
-    if (const char* why = refusal(x, w, g)) {
-      y = refused(x, w, why);
-    } else {
-      const Tensor in = x.contiguous(format), filters = filters_for(x, w);
-      y = x.size(1) < 8 ? fused_conv(eight_channels(in), eight_channels(filters), norm, beside, relu, g, over)
-                        : fused_conv(in, filters, norm, beside, relu, g, over);
-    }
+  if (x.numel() > 0 && !by_cudnn(x, w, g)) {
+    const Tensor in = x.contiguous(format), filters = filters_for(x, w);
+    const Tensor y = x.size(1) < 8
+                         ? fused_conv(eight_channels(in), eight_channels(filters), norm, beside, relu, g, over)
+                         : fused_conv(in, filters, norm, beside, relu, g, over);
     if (y.defined()) return y;
   }
 #endif

@@ -26,15 +26,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import ops, replay
-from ..chain import Chain, ConvParams, Norm, NormParams
-from ..layout import memory_format
-from ..reference import stats_dtype
+from ..dispatch import ops, replay
+from ..spec.chain import Chain, Norm, NormParams, unflatten
+from ..spec.dtypes import stats_dtype
+from ..spec.layout import memory_format
 from . import sync
 
 DOUBLE_BACKWARD = (
     "resnet_fast: the backward of a fused chain is not differentiable (create_graph=True); "
-    "use resnet_fast.unfuse(model) or resnet_fast.reference for second derivatives"
+    "use resnet_fast.unfuse(model) or resnet_fast.spec.reference for second derivatives"
 )
 
 
@@ -50,23 +50,6 @@ class Affine(NamedTuple):
     rstd: Tensor | None = None
     count: Tensor | None = None
 
-
-class Tensors(NamedTuple):
-    """The tensors of a chain in the order in which `ChainFunction.apply` takes them."""
-
-    convs: tuple[ConvParams, ...]
-    norms: tuple[NormParams, ...]
-
-    def flat(self) -> list[Tensor | None]:
-        return [t for params in (*self.convs, *self.norms) for t in params]
-
-
-def unflatten(chain: Chain, flat: tuple[Tensor | None, ...]) -> Tensors:
-    """Inverse of `Tensors.flat`; the projection's convolution and norm come last."""
-    n = len(chain.convs) + (chain.projection is not None)
-    convs = tuple(ConvParams(*flat[2 * i : 2 * i + 2]) for i in range(n))
-    rest = flat[2 * n :]
-    return Tensors(convs, tuple(NormParams(*rest[i : i + 4]) for i in range(0, len(rest), 4)))
 
 
 def values_per_channel(h: Tensor) -> int:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import wraps
 
 import torch
 
-from .. import backend
+from ..dispatch import backends, ops
 from ..models.registry import check_name
-from ..optional import MissingPackage
-from ..verify import missing
+from ..runtime.optional import MissingPackage
+from ..spec.chain import IMPLS
+from ..verify.check import DTYPES
 
 REFUSED = 2  # the exit status of argparse
 
@@ -23,7 +24,7 @@ def add_where(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu",
         help="default here: %(default)s")  # fmt: skip
-    add("--impl", choices=backend.IMPLS, default="auto",
+    add("--impl", choices=IMPLS, default="auto",
         help="what runs the fused blocks; reference is plain PyTorch (default: auto)")  # fmt: skip
     add("--workers", type=int, default=min(8, os.cpu_count() or 1), metavar="N",
         help="processes that read images of a folder (default here: %(default)s)")  # fmt: skip
@@ -71,3 +72,20 @@ def refusing(command: str) -> Callable[[Callable[..., int]], Callable[..., int]]
         return refuse
 
     return decorate
+
+
+def missing(impls: Sequence[str], devices: Sequence[str], dtypes: Sequence[str]) -> Iterator[str]:
+    """Reasons why what was asked for by name cannot run here: a device, or an implementation."""
+    if "cuda" in devices and not torch.cuda.is_available():
+        yield "--device cuda: torch.cuda.is_available() is False here"
+        return
+    for impl in impls:
+        for device in devices:
+            for dtype in dtypes:
+                if impl == "auto":
+                    continue
+                for op in ops.NAMES:
+                    why = backends.refusal(impl, op, device, DTYPES[dtype])
+                    if why is not None:
+                        yield f"--impl {impl} cannot run {op} in {dtype} on {device}: {why}"
+                        break

@@ -16,7 +16,7 @@ import torch
 
 from .. import __version__
 from ..models import create_model
-from ..optional import MissingPackage
+from ..runtime.optional import MissingPackage
 from ..training import History, Interrupted, Recipe, fit, load_data
 from ..training.augment import AUGMENTATIONS
 from ..training.checkpoint import ModelSpec

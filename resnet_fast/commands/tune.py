@@ -9,7 +9,6 @@ from then on by every process of this user.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from .. import backend, choice, replay, tables
-from ..options import integers, names
+from ..dispatch import auto_impl, backends, replay
+from ..runtime import settings, tuning_tables
+from ..runtime.options import integers, names
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MODES = ("infer", "train")
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
                         title = f"{model} {mode} {dtype} batch {batch} at {size}"
                         print(f"{title}: {tune(step, milliseconds, title)}", flush=True)
     for kind in ("impls", "tiles"):
-        print(f"{kind}: {tables.user_table(kind, gpu)}")
+        print(f"{kind}: {tuning_tables.user_table(kind, gpu)}")
     return 0
 
 
@@ -86,7 +86,8 @@ def tune(step: Callable[[], object], time: Callable[[Callable[[], object]], floa
     with _cudnn_benchmark():
         before = time(step)
         missing = _missing(step)
-        with _searching(), tqdm(total=len(missing), desc=title, unit="shape", disable=None) as bar:
+        bar = tqdm(total=len(missing), desc=title, unit="shape", disable=None)
+        with settings.AUTOTUNE.set_to("1"), bar:
             found: set[tuple[str, ...]] = set()
 
             def measured(*entry: str) -> None:
@@ -96,7 +97,7 @@ def tune(step: Callable[[], object], time: Callable[[Callable[[], object]], floa
                     bar.update()
 
             _forget()
-            with tables.watching(measured):
+            with tuning_tables.watching(measured):
                 step()
         _forget()
         return Gain(before, time(step), len(found))
@@ -105,17 +106,17 @@ def tune(step: Callable[[], object], time: Callable[[Callable[[], object]], floa
 def _missing(step: Callable[[], object]) -> set[tuple[str, ...]]:
     missing: set[tuple[str, ...]] = set()
     _forget()
-    with tables.watching(lambda *entry: missing.add(entry)):
+    with tuning_tables.watching(lambda *entry: missing.add(entry)):
         step()
     return missing
 
 
 def _forget() -> None:
     replay.forget()
-    choice.forget()
-    kernels, _ = backend.triton_module()
+    auto_impl.forget()
+    kernels, _ = backends.triton_module()
     if kernels is not None:
-        kernels.tiles.forget()
+        kernels.config_select.forget()
 
 
 @contextmanager
@@ -126,19 +127,6 @@ def _cudnn_benchmark() -> Iterator[None]:
         yield
     finally:
         torch.backends.cudnn.benchmark = before
-
-
-@contextmanager
-def _searching() -> Iterator[None]:
-    before = os.environ.get("RESNET_FAST_AUTOTUNE")
-    os.environ["RESNET_FAST_AUTOTUNE"] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["RESNET_FAST_AUTOTUNE"]
-        else:
-            os.environ["RESNET_FAST_AUTOTUNE"] = before
 
 
 def step_of(

@@ -16,8 +16,9 @@ import argparse
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import add_relu, blocks, modules
+from .. import blocks, modules
 from ..blocks import zero_pad
+from ..functional import add_relu
 from . import compare, nets
 from .findings import Claim, Findings
 from .options import add_depth

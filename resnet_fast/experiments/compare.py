@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from ..options import positive
+from ..runtime.options import positive
 from ..training import Recipe, fit, load_data
 from ..training.data import DATA
 from . import nets

@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 
-from .. import __version__, cpu, page
+from .. import __version__
+from ..runtime import cpu_info
+from . import html_page
 
 DPI = 144
 
@@ -87,7 +89,7 @@ def write(findings: Findings, name: str, settings: Mapping[str, Any], out: Path)
     source = json.dumps(_plain(record), indent=1, allow_nan=False)
     (out / "figures.json").write_text(source + "\n", encoding="utf-8")
     path = out / f"{name}.png"
-    page.neutral(_picture, findings, path)
+    html_page.neutral(_picture, findings, path)
     page_path = out / "index.html"
     page_path.write_text(_page(findings, facts, path), encoding="utf-8")
     return page_path
@@ -97,7 +99,7 @@ def _machine(device: str) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name()
     threads = torch.get_num_threads()
-    return f"{cpu.name()}, {threads} thread{'s' if threads > 1 else ''}"
+    return f"{cpu_info.name()}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def _plain(value: Any) -> Any:
@@ -137,10 +139,10 @@ def plain_axes(*axes: Any, counts: bool = False) -> None:
 
 def _page(findings: Findings, facts: Mapping[str, Any], path: Path) -> str:
     paragraphs = "".join(f"<p>{html.escape(part)}</p>" for part in findings.about.split("\n\n"))
-    claims = page.claims([(claim.text, claim.holds) for claim in findings.claims])
+    claims = html_page.claims([(claim.text, claim.holds) for claim in findings.claims])
     claims = f"<section><h2>What holds</h2>{claims}</section>" if findings.claims else ""
     settings = [("setting", "value"), *((k, str(v)) for k, v in facts["settings"].items())]
-    return page.document(
+    return html_page.document(
         f"resnet_fast: {findings.title}",
         f"""<header>
 <h1>{html.escape(findings.title)}</h1>
@@ -150,8 +152,10 @@ def _page(findings: Findings, facts: Mapping[str, Any], path: Path) -> str:
 <main>
 <section>{paragraphs}</section>
 {claims}
-<section><h2>Figures</h2>{page.picture(path, findings.title)}{page.table(findings.table)}</section>
-<section><h2>Settings</h2><details><summary>of this run</summary>{page.table(settings)}</details>
+<section><h2>Figures</h2>{html_page.picture(path, findings.title)}
+{html_page.table(findings.table)}</section>
+<section><h2>Settings</h2><details><summary>of this run</summary>
+{html_page.table(settings)}</details>
 </section>
 </main>
 <footer>Made by <code>resnet-fast experiment {facts["experiment"]}</code>. Every number is in

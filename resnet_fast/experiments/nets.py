@@ -56,7 +56,7 @@ def parameters(model: nn.Module) -> int:
 
 def without_norms(model: nn.Module) -> nn.Module:
     """A copy of `model`, in plain PyTorch, whose normalizations are gone."""
-    from ..fuse import unfuse
+    from ..fusion.api import unfuse
 
     model = unfuse(copy.deepcopy(model))
     for module in list(model.modules()):

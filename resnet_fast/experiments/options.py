@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .. import backend
-from ..options import positive
+from ..runtime.options import positive
+from ..spec.chain import IMPLS
 
 NOT_SETTINGS = {"command", "experiment", "out"}
 
@@ -16,7 +16,7 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     """--out, --impl, --device, --seed, --threads."""
     add = parser.add_argument
     add("--out", type=Path, metavar="DIR", help="default: build/experiments/NAME")
-    add("--impl", choices=backend.IMPLS, default="auto",
+    add("--impl", choices=IMPLS, default="auto",
         help="what runs the blocks; reference is plain PyTorch (default: auto)")  # fmt: skip
     add("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     add("--threads", type=positive(int), metavar="N",

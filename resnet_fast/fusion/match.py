@@ -1,6 +1,6 @@
 """The patterns that can run fused, matched on the dataflow of a forward pass, not on names.
 
-    block  a whole forward that is one `resnet_fast.chain`, with or without a shortcut
+    block  a whole forward that is one `spec.chain`, with or without a shortcut
     group  consecutive calls in any other forward that form a chain without a shortcut
 
 where conv is a Conv2d, norm a BatchNorm2d or SyncBatchNorm, relu a ReLU (in a block also a call of
@@ -17,8 +17,8 @@ from typing import Any
 
 from torch import fx, nn
 
-from ..blocks import NORMS
-from ..guard import refusal
+from ..dispatch.guard import refusal
+from ..spec.layers import NORMS
 from .dataflow import ADD, ADD_IN_PLACE, Forward, Mismatch, is_call, is_layer, label
 
 # Chains in letters: c conv, b conv with a bias (a norm after it takes that in), n norm, r relu,
@@ -31,7 +31,7 @@ WORDS = {"c": "conv", "b": "conv", "n": "norm", "r": "relu", "m": "pool", "-": "
 
 @dataclass(frozen=True)
 class Block:
-    """`blocks.Parts` by name: modules dotted from the one that holds them.
+    """`spec.layers.Parts` by name: modules dotted from the one that holds them.
 
     residual: the child to call on x where the shortcut is "residual". absorbed: every module that
     will not be called any more, with the class and the number of children it has.

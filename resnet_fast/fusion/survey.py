@@ -16,10 +16,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from ..blocks import NORMS, Parts
-from ..guard import obstacle, refusal
+from ..dispatch.guard import obstacle, refusal
 from ..models import ResNet
 from ..modules import PLAIN, Fused
+from ..spec.layers import NORMS, Parts
 from .dataflow import ADD, Forward, Mismatch, is_call, is_layer, label, sequence, trace
 from .match import Block, match_block
 from .swap import Own, Plan, plan_block, plan_forward

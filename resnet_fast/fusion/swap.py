@@ -20,12 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ..blocks import Parts
-from ..copies import copy_modules
-from ..guard import plain_call, refusal
+from ..dispatch.guard import plain_call, refusal
+from ..dispatch.packed_filters import Rechecked
 from ..models import ResNet
+from ..models.copies import copy_modules
 from ..modules import PLAIN, Fused, run_fused
-from ..packed import Rechecked
+from ..spec.layers import Parts
 from .dataflow import Forward, Mismatch, sequence, trace
 from .match import Block, Group, match_block, match_groups
 from .sandbox import Notes, below

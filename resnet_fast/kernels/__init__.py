@@ -1,7 +1,7 @@
-"""Triton: functions named after the ops of `resnet_fast.ops`, and why one cannot run.
+"""Triton: functions named after the ops of `dispatch.ops`, and why one cannot run.
 
-OPS checks what its functions are given; the functions of this module are the bare launchers. They
-take the arguments of their namesakes in `resnet_fast.reference`. On CPU tensors they run only in
+The functions check nothing (`dispatch.op_checks` does, before them). They take the arguments of
+their namesakes in `spec.reference`. On CPU tensors they run only in
 Triton's interpreter (TRITON_INTERPRET=1 before the first import), which is for tests.
 """
 
@@ -25,10 +25,9 @@ from .conv_train import conv_bprop, conv_fprop
 from .global_avg_pool import global_avg_pool
 from .launch import INTERPRETING
 from .max_pool import bn_relu_max_pool, max_pool_bwd
-from .operands import checked
 
 OPS = {
-    f.__name__: checked(f)
+    f.__name__: f
     for f in (
         add_relu, add_relu_bwd, bn_act, bn_act_bwd_apply, bn_act_bwd_reduce, bn_bwd_finalize,
         bn_finalize, bn_relu_max_pool, bn_stats, conv_bn_act, conv_bprop, conv_fprop,

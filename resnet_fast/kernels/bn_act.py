@@ -7,10 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..layout import is_channels_last, mask_shape, memory_format, rows_of
-from . import tiles
-from .lanes import pack_bits, relu, widen
+from ..spec.layout import is_channels_last, mask_shape, memory_format, rows_of
+from . import config_select
 from .launch import launch
+from .tile_math import pack_bits, relu, widen
 
 CONFIGS = ((4096, 4), (2048, 4), (8192, 8), (2048, 8))  # elements of a tile, warps
 
@@ -84,7 +84,7 @@ def _run(z, scale, shift, residual, res_scale, res_shift, do_relu, save_mask):
 
     def start(config: tuple[int, ...]) -> None:
         elements, warps = config
-        block = tiles.pointwise(elements, inner, z)
+        block = config_select.pointwise(elements, inner, z)
         launch(
             bn_act_fwd_kernel, block.grid(rows, inner),
             z, scale, shift, residual, res_scale, res_shift, y, mask if mask.numel() else None,
@@ -92,7 +92,7 @@ def _run(z, scale, shift, residual, res_scale, res_shift, do_relu, save_mask):
         )  # fmt: skip
 
     inputs = 1 + (residual is not None)
-    tiles.run("bn_act_fwd", (rows, inner, inputs, z.dtype), CONFIGS, 0, z, start)
+    config_select.run("bn_act_fwd", (rows, inner, inputs, z.dtype), CONFIGS, 0, z, start)
     return y, mask
 
 

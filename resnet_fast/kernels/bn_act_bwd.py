@@ -7,11 +7,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..layout import is_channels_last, memory_format, rows_of
-from . import tiles
-from .lanes import element_offsets, mask_bits, sum_rows, unpack_bits, widen
+from ..spec.layout import is_channels_last, memory_format, rows_of
+from . import config_select
 from .launch import launch
-from .merge import merge_sums
+from .reduce_partials import merge_sums
+from .tile_math import element_offsets, mask_bits, sum_rows, unpack_bits, widen
 
 APPLY_CONFIGS = ((4096, 4), (2048, 4), (8192, 8), (2048, 8))  # elements of a tile, warps
 REDUCE_CONFIGS = ((4096, 4, 8), (2048, 8, 4), (4096, 2, 8), (2048, 4, 8))
@@ -146,7 +146,7 @@ def bn_act_bwd_reduce(
     def start(config: tuple[int, ...]) -> None:
         nonlocal split, partial
         elements, per_processor, warps = config
-        split = tiles.reduction(elements, per_processor, count, channels, channels_last, dy)
+        split = config_select.reduction(elements, per_processor, count, channels, channels_last, dy)
         partial = mean.new_empty(sums, split.splits, channels)
         launch(
             bn_act_bwd_reduce_kernel, split.grid(channels),
@@ -155,7 +155,7 @@ def bn_act_bwd_reduce(
         )  # fmt: skip
 
     key = (count, channels, sums, channels_last, dy.dtype)
-    tiles.run("bn_act_bwd_reduce", key, REDUCE_CONFIGS, 0, dy, start)
+    config_select.run("bn_act_bwd_reduce", key, REDUCE_CONFIGS, 0, dy, start)
     return merge_sums(partial, rstd, res_rstd)
 
 
@@ -178,7 +178,7 @@ def bn_act_bwd_apply(
 
     def start(config: tuple[int, ...]) -> None:
         elements, warps = config
-        block = tiles.pointwise(elements, inner, dy)
+        block = config_select.pointwise(elements, inner, dy)
         launch(
             bn_act_bwd_apply_kernel, block.grid(rows, inner),
             dy, mask, a, z, mean, b, c, residual, dz, rows, inner, dy.size(1), channels_last,
@@ -186,7 +186,8 @@ def bn_act_bwd_apply(
         )  # fmt: skip
 
     inputs = 1 + (b is not None) + (residual is not None)
-    tiles.run("bn_act_bwd_apply", (rows, inner, inputs, dy.dtype), APPLY_CONFIGS, 0, dy, start)
+    key = rows, inner, inputs, dy.dtype
+    config_select.run("bn_act_bwd_apply", key, APPLY_CONFIGS, 0, dy, start)
     return dz
 
 

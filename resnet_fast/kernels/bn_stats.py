@@ -6,12 +6,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..layout import is_channels_last
-from ..reference import stats_dtype
-from . import tiles
-from .lanes import element_offsets, sum_rows, widen
+from ..spec.dtypes import stats_dtype
+from ..spec.layout import is_channels_last
+from . import config_select
 from .launch import launch
-from .merge import merge_moments
+from .reduce_partials import merge_moments
+from .tile_math import element_offsets, sum_rows, widen
 
 CONFIGS = ((4096, 4, 8), (2048, 8, 4), (4096, 2, 8), (2048, 4, 8))
 # elements of a tile, programs a multiprocessor, warps
@@ -95,7 +95,7 @@ def bn_stats(x: Tensor) -> tuple[Tensor, Tensor]:
     def start(config: tuple[int, ...]) -> None:
         nonlocal split, partial
         elements, per_processor, warps = config
-        split = tiles.reduction(elements, per_processor, count, channels, channels_last, x)
+        split = config_select.reduction(elements, per_processor, count, channels, channels_last, x)
         partial = x.new_empty(1 + 2 * split.splits, channels, dtype=dtype)
         launch(
             bn_stats_kernel, split.grid(channels),
@@ -103,5 +103,5 @@ def bn_stats(x: Tensor) -> tuple[Tensor, Tensor]:
             num_warps=warps, maxnreg=128,  # left to itself ptxas spills for the sake of occupancy
         )  # fmt: skip
 
-    tiles.run("bn_stats", (count, channels, channels_last, x.dtype), CONFIGS, 0, x, start)
+    config_select.run("bn_stats", (count, channels, channels_last, x.dtype), CONFIGS, 0, x, start)
     return merge_moments(partial, count, split.m * split.tiles)

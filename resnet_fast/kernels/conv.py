@@ -11,14 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..chain import Conv
-from ..layout import memory_format
-from ..reference import stats_dtype
-from . import tiles
+from ..spec.chain import Conv
+from ..spec.dtypes import stats_dtype
+from ..spec.layout import memory_format
+from . import config_select
 from .bn_act import bn_act
 from .bn_finalize import bn_finalize
+from .conv_gather import by_pointers
 from .conv_plan import FUSED, LIBRARY, Fusion, asked_plans, key, refuse_tma
-from .conv_pointers import by_pointers
 from .conv_tma import by_descriptors
 
 
@@ -80,7 +80,8 @@ def conv_bn_act(
         run = _by_library if plan == LIBRARY else _by_us
         y = run(x, w.to(x.dtype), conv, fusion)
 
-    tiles.run("conv_bn_act", key(x, w, conv, fusion), asked_plans((FUSED, LIBRARY)), 0, x, start)
+    plans = asked_plans((FUSED, LIBRARY))
+    config_select.run("conv_bn_act", key(x, w, conv, fusion), plans, 0, x, start)
     return y
 
 

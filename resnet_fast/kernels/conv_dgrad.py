@@ -1,4 +1,4 @@
-"""Gradient of a convolution's input as implicit GEMM, with what is above and below it in a chain.
+"""Gradient of a convolution's input as implicit GEMM, with what stands beside it in a chain.
 
 GEMM_M = pixels of x, GEMM_N = C, GEMM_K = taps · K. One kernel, whose tiles are moved by
 descriptors or by pointers: the geometry is the same.
@@ -11,15 +11,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..chain import Conv
-from ..layout import memory_format
-from ..reference import stats_dtype
-from . import tiles
-from .conv_boxes import dz_tile, filter_tiles, input_tiles, load_input, output_tiles, walk
+from ..spec.chain import Conv
+from ..spec.dtypes import stats_dtype
+from ..spec.layout import memory_format
+from . import config_select
 from .conv_epilogue import columns
 from .conv_plan import (
-    Above,
-    Below,
+    GradIn,
+    GradOut,
     box_of,
     gradient_configs,
     gradient_key,
@@ -27,10 +26,11 @@ from .conv_plan import (
     precision,
     refuse_tma,
 )
-from .lanes import relu_gate, row_bits, sum_rows, widen
+from .conv_tiles import dz_tile, filter_tiles, input_tiles, load_input, output_tiles, walk
 from .launch import all_registers, launch, target
-from .merge import merge_sums
+from .reduce_partials import merge_sums
 from .sizes import cdiv
+from .tile_math import relu_gate, row_bits, sum_rows, widen
 
 STORE_N = 64  # columns of a box that is stored
 
@@ -170,17 +170,17 @@ def conv_dgrad_kernel(
 
 
 def conv_dgrad(
-    dy: Tensor, w: Tensor, x: Tensor, conv: Conv, above: Above, below: Below
+    dy: Tensor, w: Tensor, x: Tensor, conv: Conv, grad_out: GradOut, grad_in: GradIn
 ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-    """dx of z = conv(φ(x), w) under what is `above` and `below` it: `reference.conv_bprop`'s.
+    """dx of z = conv(φ(x), w) of dz by `grad_out`, and on to `grad_in`: `reference.conv_bprop`'s.
 
     dy [N,K,P,Q], w [K,C,R,S], x [N,C,H,W], all NHWC in memory and of one dtype, groups 1, stride 1
-    or 2 (2 without dilation). With `below.mean` also Σdx and Σdx·xhat(x).
+    or 2 (2 without dilation). With `grad_in.mean` also Σdx and Σdx·xhat(x).
     """
     (n, h, width, c), (_, p, q, k) = walk(x, dy, w, conv)
     r, s = w.shape[2:]
     stride, gpu = conv.stride[0], target(x)
-    tma = refuse_tma(x, w, conv, dy, above.z, below.residual) is None
+    tma = refuse_tma(x, w, conv, dy, grad_out.z, grad_in.residual) is None
     tma = tma and (stride == 1 or c % STORE_N == 0)  # no box may reach into the other parity
     dx = torch.empty_like(x, memory_format=memory_format(x, w))
     partial, dtype = None, stats_dtype(x)
@@ -193,9 +193,9 @@ def conv_dgrad(
         box = box_of(block_m, n, rows, cols)
         grid = [cdiv(*pair) for pair in zip((n, rows, cols, c), (*box, block_n), strict=True)]
         boxes = grid[0] * grid[1] * grid[2] * stride * stride
-        if below.mean is not None:
+        if grad_in.mean is not None:
             partial = x.new_empty(2, boxes, c, dtype=dtype)
-        moved = [dy, above.z, w, x if below.scale is not None else None, below.residual, dx]
+        moved = [dy, grad_out.z, w, x if grad_in.scale is not None else None, grad_in.residual, dx]
         if tma:
             columns = min(block_n, STORE_N)
             as_output = [
@@ -209,18 +209,20 @@ def conv_dgrad(
             moved = [*as_output, filter_tiles(w, block_k, block_n), *as_input]
         launch(
             conv_dgrad_kernel, (boxes * grid[3],),
-            *moved, above.mask, above.a, above.mean, above.b, above.c, below.scale, below.shift,
-            below.mean, below.residual_mask, partial, n, h, width, p, q, c, k, grid[1], grid[2],
-            grid[3], cdiv(k, block_k), r, s, stride, *conv.padding, *conv.dilation,
+            *moved, grad_out.mask, grad_out.a, grad_out.mean, grad_out.b, grad_out.c,
+            grad_in.scale, grad_in.shift, grad_in.mean, grad_in.residual_mask,
+            partial, n, h, width, p, q, c, k, grid[1], grid[2], grid[3],
+            cdiv(k, block_k), r, s, stride, *conv.padding, *conv.dilation,
             precision(x), tl.float64 if dtype == torch.float64 else tl.float32, tma, *box, block_n,
             block_k, num_warps=warps, num_stages=stages, **all_registers(x),
         )  # fmt: skip
 
-    configs = gradient_configs(x, w, tma, above)
+    configs = gradient_configs(x, w, tma, grad_out)
     if tma and stride == 2:
         configs = tuple(config for config in configs if c % config[1] == 0)
     rule = pick(configs, n * h * width, c, gpu.multiprocessors)
-    tiles.run("conv_dgrad", gradient_key(x, w, conv, above, below), configs, rule, x, start)
+    key = gradient_key(x, w, conv, grad_out, grad_in)
+    config_select.run("conv_dgrad", key, configs, rule, x, start)
     if partial is None:
         return dx, None
-    return dx, merge_sums(partial, below.rstd, None)[:2]
+    return dx, merge_sums(partial, grad_in.rstd, None)[:2]

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .lanes import relu, sum_rows, widen
+from .tile_math import relu, sum_rows, widen
 
 
 @triton.jit

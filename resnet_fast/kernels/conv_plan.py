@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..chain import Conv
-from ..layout import memory_format
+from ..runtime import settings
+from ..spec.chain import Conv
+from ..spec.layout import memory_format
 from .launch import target
 from .sizes import cdiv, next_power_of_2
 
@@ -69,7 +69,7 @@ class Fusion(NamedTuple):
         return self[:9]
 
 
-class Above(NamedTuple):
+class GradOut(NamedTuple):
     """What makes the gradient dz of a convolution's output: a·dy' + b·(z − mean) + c.
 
     dy' is dy where the bits of `mask` are set; what is None is left out, b with z, mean and c.
@@ -83,7 +83,7 @@ class Above(NamedTuple):
     c: Tensor | None = None
 
 
-class Below(NamedTuple):
+class GradIn(NamedTuple):
     """What is done to the gradient of a convolution's input x, and what x was seen through.
 
     residual, under its mask, is added; φ(x) = relu(scale·x + shift) was the convolution's input;
@@ -98,14 +98,12 @@ class Below(NamedTuple):
     residual_mask: Tensor | None = None
 
 
-NOTHING = Below()
+NOTHING = GradIn()
 
 
 def asked_plans(plans: Configs) -> Configs:
     """Those of `plans` that RESNET_FAST_TRITON_CONV leaves: the first are ours, the last is not."""
-    asked = os.environ.get("RESNET_FAST_TRITON_CONV", "auto")
-    if asked not in ("auto", "fused", "library"):
-        raise ValueError(f"RESNET_FAST_TRITON_CONV: expected auto, fused or library, got {asked!r}")
+    asked = settings.TRITON_CONV.read()
     if asked == "library":
         return plans[-1:]
     return plans if asked == "auto" else tuple(plan for plan in plans if all(plan[-2:]))
@@ -198,13 +196,13 @@ def double_configs(x: Tensor) -> Configs:
     return DOUBLE_CONFIGS[1:] if target(x).capability >= 100 else DOUBLE_CONFIGS
 
 
-def gradient_configs(x: Tensor, w: Tensor, tma: bool, above: Above) -> Configs:
+def gradient_configs(x: Tensor, w: Tensor, tma: bool, grad_out: GradOut) -> Configs:
     """Configurations of `conv_dgrad`: dz as GEMM_M × GEMM_K from one tensor or two, C wide."""
     if x.dtype == torch.float64:
         return eligible(double_configs(x), w.size(1), target(x).shared)
     if not tma and precision(x) == "ieee":
         return eligible(IEEE_CONFIGS, w.size(1), target(x).shared)
-    pieces = 1 + (above.z is not None)
+    pieces = 1 + (grad_out.z is not None)
     return tuple(
         config
         for config in eligible(DGRAD_CONFIGS, w.size(1), target(x).shared)
@@ -212,11 +210,11 @@ def gradient_configs(x: Tensor, w: Tensor, tma: bool, above: Above) -> Configs:
     )
 
 
-def wgrad_configs(x: Tensor, w: Tensor, tma: bool, above: Above) -> Configs:
+def wgrad_configs(x: Tensor, w: Tensor, tma: bool, grad_out: GradOut) -> Configs:
     """Configurations of `conv_wgrad`: GEMM_M filters, GEMM_N channels, GEMM_K pixels."""
     if x.dtype == torch.float64:
         return DOUBLE_WGRAD_CONFIGS
-    pieces = 1 + (above.z is not None)
+    pieces = 1 + (grad_out.z is not None)
     # Addresses of two pieces beside the widest tile's sums are more registers than there are.
     configs = WGRAD_CONFIGS[1:] if pieces > 1 and not tma else WGRAD_CONFIGS
     configs = eligible(configs, w.size(1), target(x).shared)
@@ -230,11 +228,14 @@ def wgrad_configs(x: Tensor, w: Tensor, tma: bool, above: Above) -> Configs:
     return fits
 
 
-def gradient_key(x: Tensor, w: Tensor, conv: Conv, above: Above, below: Below) -> tuple[Any, ...]:
+def gradient_key(
+    x: Tensor, w: Tensor, conv: Conv, grad_out: GradOut, grad_in: GradIn
+) -> tuple[Any, ...]:
     """What a table of tiles or of plans is looked up by."""
     kinds = (
-        ("mask", above.mask), ("frozen", above.a if above.b is None else None), ("bn", above.b),
-        ("relu", below.scale), ("sums", below.mean), ("residual", below.residual),
+        ("mask", grad_out.mask), ("frozen", grad_out.a if grad_out.b is None else None),
+        ("bn", grad_out.b),
+        ("relu", grad_in.scale), ("sums", grad_in.mean), ("residual", grad_in.residual),
     )  # fmt: skip
     return _key(x, w, conv, kinds)
 

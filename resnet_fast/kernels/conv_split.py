@@ -20,8 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import program
-from ..reference import stats_dtype
+from ..runtime import recording
+from ..spec.dtypes import stats_dtype
 from .conv_plan import Configs
 from .counters import counters
 from .sizes import cdiv
@@ -92,7 +92,7 @@ def meeting_place(
     if split == 1:
         return None, None
     sums = x.new_empty(tiles, split, block_m, block_n, dtype=stats_dtype(x))
-    return sums, program.step(counters, x, tiles)
+    return sums, recording.step(counters, x, tiles)
 
 
 class Gemm(NamedTuple):

@@ -7,12 +7,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..chain import Conv
-from . import tiles
-from .conv_boxes import filter_tiles, input_tiles, output_tiles, walk
+from ..spec.chain import Conv
+from . import config_select
 from .conv_epilogue import columns, epilogue, prologue, store_moments
 from .conv_plan import CONFIGS, Fusion, box_of, eligible, key, pick, precision
 from .conv_split import Gemm, is_last, meeting_place, share, sum_of_parts, with_splits
+from .conv_tiles import filter_tiles, input_tiles, output_tiles, walk
 from .launch import all_registers, launch, target
 from .sizes import cdiv
 
@@ -172,5 +172,5 @@ def by_descriptors(x: Tensor, w: Tensor, conv: Conv, f: Fusion, y: Tensor) -> Te
     rule = pick(configs, n * p * q, k, gpu.multiprocessors)
     gemm = Gemm(n * p * q, k, r * s, c, 1, x.element_size())
     configs, rule = with_splits(configs, rule, gemm, gpu.multiprocessors)
-    tiles.run("conv_affine_act_tma", key(x, w, conv, f), configs, rule, x, start)
+    config_select.run("conv_affine_act_tma", key(x, w, conv, f), configs, rule, x, start)
     return partial

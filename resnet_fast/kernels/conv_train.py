@@ -18,10 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..chain import Conv
-from ..layout import is_channels_last, memory_format
-from ..reference import stats_dtype
-from . import tiles
+from ..spec.chain import Conv
+from ..spec.dtypes import stats_dtype
+from ..spec.layout import is_channels_last, memory_format
+from . import config_select
 from .bn_act import bn_act
 from .bn_act_bwd import bn_act_bwd_apply
 from .bn_stats import bn_stats
@@ -31,9 +31,9 @@ from .conv_plan import (
     FUSED,
     LIBRARY,
     NOTHING,
-    Above,
-    Below,
     Fusion,
+    GradIn,
+    GradOut,
     asked_plans,
     gradient_key,
     key,
@@ -41,9 +41,9 @@ from .conv_plan import (
     refuse_tma,
 )
 from .conv_wgrad import conv_wgrad
-from .lanes import element_offsets, mask_bits, relu_gate, sum_rows, widen
 from .launch import INTERPRETING, launch
-from .merge import merge_sums, merge_tiles
+from .reduce_partials import merge_sums, merge_tiles
+from .tile_math import element_offsets, mask_bits, relu_gate, sum_rows, widen
 
 CONFIGS = ((4096, 4, 8), (2048, 8, 4), (4096, 2, 8), (2048, 4, 8))
 # elements of a tile, programs a multiprocessor, warps
@@ -149,7 +149,7 @@ def conv_fprop(
 
     plans = asked_plans((FUSED, LIBRARY))
     rule = plans.index(LIBRARY) if len(plans) > 1 and by_library(x, w, conv) else 0
-    tiles.run("conv_fprop", key(x, w, conv, fusion), plans, rule, x, start)
+    config_select.run("conv_fprop", key(x, w, conv, fusion), plans, rule, x, start)
     return result
 
 
@@ -207,14 +207,14 @@ def conv_bprop(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`reference.conv_bprop`: two launches and the merging of sums, or by another `Plan`."""
     conv = Conv(tuple(stride), tuple(padding), tuple(dilation), groups)
-    above = Above(dy_mask, a, z, mean, b, c)
-    below = Below(in_scale, in_shift, in_mean, in_rstd, residual, residual_mask)
+    grad_out = GradOut(dy_mask, a, z, mean, b, c)
+    grad_in = GradIn(in_scale, in_shift, in_mean, in_rstd, residual, residual_mask)
     dx, dw, sums = None, None, None
 
     def start(plan: tuple[int, ...]) -> None:
         nonlocal dx, dw, sums
         dx, dw, sums = _gradients(
-            Plan(*plan), dy, w, x, in_act, conv, above, below, need_dx, need_dw
+            Plan(*plan), dy, w, x, in_act, conv, grad_out, grad_in, need_dx, need_dw
         )
 
     if x.numel() == 0 or dy.numel() == 0 or refuse_gradients(x, w, conv) is not None:
@@ -224,8 +224,8 @@ def conv_bprop(
         best = by_rule(x, w, conv)
         rule = plans.index(best) if best in plans else 0
         needs = f"{'dx' * need_dx}{'dw' * need_dw}"
-        where = (*gradient_key(x, w, conv, above, below), needs)
-        tiles.run("conv_bprop", where, plans, rule, x, start)
+        where = (*gradient_key(x, w, conv, grad_out, grad_in), needs)
+        config_select.run("conv_bprop", where, plans, rule, x, start)
     empty = [x.new_empty(0, dtype=stats_dtype(x)) for _ in range(2)]
     dx = dx if need_dx else x.new_empty(0)
     dw = dw.to(w.dtype) if need_dw else w.new_empty(0)
@@ -253,23 +253,23 @@ def _masks_on_load(x: Tensor) -> bool:
     return x.dtype != torch.float64 or INTERPRETING
 
 
-def _gradients(plan, dy, w, x, in_act, conv, above, below, need_dx, need_dw):
-    """dx, dw, sums by `plan`; dx with all that is below it."""
+def _gradients(plan, dy, w, x, in_act, conv, grad_out, grad_in, need_dx, need_dw):
+    """dx, dw, sums by `plan`; dx with all of `grad_in`."""
     fmt = memory_format(x, w)
     filters = w.to(x.dtype).contiguous(memory_format=fmt)
-    if not plan.on_load and any(t is not None for t in above):
-        dy, above = bn_act_bwd_apply(dy, *above, None), Above()
-    seen, through = x, below  # what the convolution saw: `seen` through the ReLU of `through`
+    if not plan.on_load and any(t is not None for t in grad_out):
+        dy, grad_out = bn_act_bwd_apply(dy, *grad_out, None), GradOut()
+    seen, through = x, grad_in  # what the convolution saw: `seen` through the ReLU of `through`
     if in_act is not None:
         seen, through = in_act, NOTHING
-    elif below.scale is not None and need_dw and not plan.on_load:
-        seen = bn_act(x, below.scale, below.shift, None, None, None, True, False)[0]
+    elif grad_in.scale is not None and need_dw and not plan.on_load:
+        seen = bn_act(x, grad_in.scale, grad_in.shift, None, None, None, True, False)[0]
         through = NOTHING
     dx = dw = sums = None
     if need_dw and plan.wgrad:
-        dw = conv_wgrad(dy, filters, seen, conv, above, through, w)
+        dw = conv_wgrad(dy, filters, seen, conv, grad_out, through, w)
     if need_dx and plan.dgrad:
-        dx, sums = conv_dgrad(dy, filters, x, conv, above, below)
+        dx, sums = conv_dgrad(dy, filters, x, conv, grad_out, grad_in)
     by_library = [need_dx and not plan.dgrad, need_dw and not plan.wgrad]
     if any(by_library):
         args = (list(conv.stride), list(conv.padding), list(conv.dilation), False, [0, 0])
@@ -279,8 +279,8 @@ def _gradients(plan, dy, w, x, in_act, conv, above, below, need_dx, need_dw):
         dw = grads[1] if by_library[1] else dw
         if by_library[0]:
             dx = grads[0].contiguous(memory_format=fmt)
-            if below.scale is not None or below.residual is not None:
-                dx, sums = dgrad_epilogue(dx, x, *below)
+            if grad_in.scale is not None or grad_in.residual is not None:
+                dx, sums = dgrad_epilogue(dx, x, *grad_in)
     return dx, dw, sums
 
 
@@ -308,7 +308,7 @@ def dgrad_epilogue(
     def start(config: tuple[int, ...]) -> None:
         nonlocal partial
         elements, per_processor, warps = config
-        split = tiles.reduction(elements, per_processor, count, channels, channels_last, dx)
+        split = config_select.reduction(elements, per_processor, count, channels, channels_last, dx)
         partial = None if mean is None else mean.new_empty(2, split.splits, channels)
         launch(
             dgrad_epilogue_kernel, split.grid(channels),
@@ -317,7 +317,7 @@ def dgrad_epilogue(
         )  # fmt: skip
 
     key = (count, channels, residual is not None, mean is not None, channels_last, dx.dtype)
-    tiles.run("dgrad_epilogue", key, CONFIGS, 0, dx, start)
+    config_select.run("dgrad_epilogue", key, CONFIGS, 0, dx, start)
     if partial is None:
         return g, None
     return g, merge_sums(partial, rstd, None)[:2]

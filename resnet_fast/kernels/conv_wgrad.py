@@ -10,24 +10,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..chain import Conv
-from ..layout import memory_format
-from ..reference import stats_dtype
-from . import tiles
-from .conv_boxes import dz_tile, input_tiles, load_input, output_tiles, walk
+from ..spec.chain import Conv
+from ..spec.dtypes import stats_dtype
+from ..spec.layout import memory_format
+from . import config_select
 from .conv_epilogue import prologue
 from .conv_plan import (
     NOTHING,
-    Above,
-    Below,
+    GradIn,
+    GradOut,
     box_of,
     gradient_key,
     precision,
     refuse_tma,
     wgrad_configs,
 )
+from .conv_tiles import dz_tile, input_tiles, load_input, output_tiles, walk
 from .launch import all_registers, launch, target
-from .merge import fold
+from .reduce_partials import fold
 from .sizes import cdiv
 
 PROGRAMS = 2  # a multiprocessor, that the splits are cut for
@@ -127,19 +127,19 @@ def conv_wgrad(
     w: Tensor,
     x: Tensor,
     conv: Conv,
-    above: Above,
-    below: Below = NOTHING,
+    grad_out: GradOut,
+    grad_in: GradIn = NOTHING,
     like: Tensor | None = None,
 ) -> Tensor:
     """dw of z = conv(φ(x), w), in dtype and format of `like` (w): `reference.conv_bprop`'s.
 
     dy [N,K,P,Q], w [K,C,R,S] and x [N,C,H,W] NHWC in memory and of one dtype, groups 1, stride 1
-    or 2. Of `below` only scale and shift are looked at.
+    or 2. Of `grad_in` only scale and shift are looked at.
     """
     (n, h, width, c), (_, p, q, k) = walk(x, dy, w, conv)
     r, s = w.shape[2:]
     stride, gpu = conv.stride[0], target(x)
-    tma = refuse_tma(x, w, conv, dy, above.z) is None
+    tma = refuse_tma(x, w, conv, dy, grad_out.z) is None
     partial, dtype = None, stats_dtype(x)
 
     def start(config: tuple[int, ...]) -> None:
@@ -153,7 +153,7 @@ def conv_wgrad(
         per_split = cdiv(boxes, splits)
         splits = cdiv(boxes, per_split)
         partial = x.new_empty(splits, k * r * s * c, dtype=dtype)
-        moved = [dy, above.z, x]
+        moved = [dy, grad_out.z, x]
         if tma:
             as_output = [
                 None if t is None else output_tiles(t, (n, p, q, k), box, block_m)
@@ -162,15 +162,17 @@ def conv_wgrad(
             moved = [*as_output, input_tiles(x, (n, h, width, c), stride, box, block_n)]
         launch(
             conv_wgrad_kernel, (programs, splits),
-            *moved, partial, above.mask, above.a, above.mean, above.b, above.c, below.scale,
-            below.shift, n, h, width, p, q, c, k, grid[1], grid[2], grid[4], per_split, r, s,
+            *moved, partial, grad_out.mask, grad_out.a, grad_out.mean, grad_out.b, grad_out.c,
+            grad_in.scale, grad_in.shift,
+            n, h, width, p, q, c, k, grid[1], grid[2], grid[4], per_split, r, s,
             stride, *conv.padding, *conv.dilation, precision(x),
             tl.float64 if dtype == torch.float64 else tl.float32, tma, *box, block_m, block_n,
             num_warps=warps, num_stages=stages, **all_registers(x),
         )  # fmt: skip
 
-    configs = wgrad_configs(x, w, tma, above)
-    tiles.run("conv_wgrad", gradient_key(x, w, conv, above, below), configs, 0, x, start)
+    configs = wgrad_configs(x, w, tma, grad_out)
+    key = gradient_key(x, w, conv, grad_out, grad_in)
+    config_select.run("conv_wgrad", key, configs, 0, x, start)
     like = w if like is None else like
     dw = torch.empty_like(like, memory_format=torch.channels_last)
     fold(partial, dw)

@@ -6,10 +6,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import tiles
-from .lanes import sum_rows, widen
+from . import config_select
 from .launch import launch
 from .sizes import cdiv
+from .tile_math import sum_rows, widen
 
 CONFIGS = ((64, 4), (128, 4), (64, 2))  # channels of a tile, warps
 BLOCK_P = 16
@@ -59,5 +59,6 @@ def global_avg_pool(x: Tensor) -> Tensor:
             block_c, num_warps=warps,
         )  # fmt: skip
 
-    tiles.run("global_avg_pool", (*x.shape, x.stride(1) == 1, x.dtype), CONFIGS, 0, x, start)
+    key = *x.shape, x.stride(1) == 1, x.dtype
+    config_select.run("global_avg_pool", key, CONFIGS, 0, x, start)
     return y

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import program
+from ..runtime import recording
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
@@ -91,10 +91,10 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
     start = functools.partial(_start, kernel, grid, args, options)
     device = _device(args)
     if device.type != "cuda" or device.index == torch.cuda.current_device():
-        program.launched(start, args)
+        recording.launched(start, args)
         return
     with torch.cuda.device(device):
-        program.launched(start, args)
+        recording.launched(start, args)
 
 
 def _start(

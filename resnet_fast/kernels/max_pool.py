@@ -7,14 +7,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..chain import Pool
-from ..layout import memory_format
-from ..reference import stats_dtype
-from . import tiles
-from .lanes import element_offsets, sum_rows, widen
+from ..spec.chain import Pool
+from ..spec.dtypes import stats_dtype
+from ..spec.layout import memory_format
+from . import config_select
 from .launch import INTERPRETING, launch
-from .merge import merge_sums
+from .reduce_partials import merge_sums
 from .sizes import cdiv
+from .tile_math import element_offsets, sum_rows, widen
 
 CONFIGS = ((1024, 4), (2048, 8), (512, 4), (512, 2))  # elements of a tile, warps
 BWD_CONFIGS = ((1024, 16, 4), (2048, 8, 8), (1024, 8, 4), (1024, 16, 8))
@@ -230,7 +230,7 @@ def bn_relu_max_pool(
 
     def start(config: tuple[int, ...]) -> None:
         elements, warps = config
-        block = tiles.pixels(_elements(elements, channels_last), channels, channels_last, z)
+        block = config_select.pixels(_elements(elements, channels_last), channels, channels_last, z)
         launch(
             bn_relu_max_pool_kernel, block.grid(count, channels),
             z, scale, shift, y, index, *z.stride(), channels, *z.shape[2:], *y.shape[2:], count,
@@ -239,7 +239,7 @@ def bn_relu_max_pool(
         )  # fmt: skip
 
     key = (*z.shape, *kernel, *stride, channels_last, z.dtype)
-    tiles.run("bn_relu_max_pool", key, CONFIGS, 0, z, start)
+    config_select.run("bn_relu_max_pool", key, CONFIGS, 0, z, start)
     return y, nothing if index is None else index
 
 
@@ -267,7 +267,7 @@ def max_pool_bwd(
         nonlocal partial
         elements, per_processor, warps = config
         elements = _elements(elements, channels_last)
-        split = tiles.reduction(elements, per_processor, count, channels, channels_last, x)
+        split = config_select.reduction(elements, per_processor, count, channels, channels_last, x)
         partial = x.new_empty(2, split.splits if sums else 0, channels, dtype=stats_dtype(x))
         launch(
             max_pool_bwd_kernel, split.grid(channels),
@@ -277,7 +277,7 @@ def max_pool_bwd(
         )  # fmt: skip
 
     key = (*x.shape, *kernel, *stride, bool(sums), channels_last, x.dtype)
-    tiles.run("max_pool_bwd", key, BWD_CONFIGS, 0, x, start)
+    config_select.run("max_pool_bwd", key, BWD_CONFIGS, 0, x, start)
     if not sums:
         return dx, partial.new_empty(0), partial.new_empty(0)
     return dx, *merge_sums(partial, rstd, None)[:2]

@@ -15,12 +15,14 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..blocks import Parts, ResidualBlock
-from ..checks import check_callable, check_flag, check_impl, check_list, integer
-from ..copies import copy_modules
-from ..guard import fusible, hooked, refusal
-from ..inference import infer
+from ..blocks import ResidualBlock
+from ..dispatch.guard import fusible, hooked, refusal
+from ..dispatch.native_inference import infer
 from ..modules import PLAIN, Fused, GlobalAvgPool2d, run_fused
+from ..spec.checks import check_impl
+from ..spec.layers import Parts
+from ..spec.values import check_callable, check_flag, check_list, integer
+from .copies import copy_modules
 
 STEMS = ("imagenet", "cifar")
 

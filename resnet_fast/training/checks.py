@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..chain import given
-from ..checks import integer
+from ..spec.values import given, integer
 
 MOST_SEED = 2**63
 DATA = ("classes", "num_classes", "preprocessing", "count", "batches")

@@ -14,9 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..chain import given
-from ..checks import check_tensor, integer
-from ..optional import imported
+from ..runtime.optional import imported
+from ..spec.values import check_tensor, given, integer
 from .augment import AUGMENTATIONS
 from .checks import check_choice, check_path, check_seed
 from .cifar import read_cifar10

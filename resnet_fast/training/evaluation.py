@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checks import integer
+from ..spec.values import integer
 from .checks import check_choice, check_data, check_device, check_logits, check_model
 from .distributed import total, world
 from .preprocessing import Preprocessing

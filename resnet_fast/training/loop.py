@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from ..chain import given
-from ..checks import check_flag, integer
+from ..spec.values import check_flag, given, integer
 from . import checkpoint, distributed
 from .augment import Draws, augment
 from .checkpoint import Keeper, ModelSpec

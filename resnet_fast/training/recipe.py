@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..chain import given, is_number
-from ..checks import check_flag, integer
+from ..spec.values import check_flag, given, integer, is_number
 from .augment import AUGMENTATIONS
 from .checks import check_choice, check_seed
 

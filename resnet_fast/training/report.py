@@ -7,7 +7,7 @@ import json
 import math
 from pathlib import Path
 
-from ..optional import imported
+from ..runtime.optional import imported
 from .checkpoint import replacing
 from .history import COLUMNS, History
 

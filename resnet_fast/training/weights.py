@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_impl
 from ..models import create_model, list_models
 from ..models.registry import check_name
+from ..spec.checks import check_impl
 from .checkpoint import FORMAT, CheckpointError, read_any
 from .checks import check_device, check_path
 from .preprocessing import Preprocessing, imagenet

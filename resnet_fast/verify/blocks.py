@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import blocks, modules
-from ..blocks import Parts
+from ..spec.layers import Parts
 from .check import Runs, Setting, Trial
 from .modules import MODES, compared, randomize
 

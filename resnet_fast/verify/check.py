@@ -1,4 +1,4 @@
-"""What a check is: a few runs of one thing, judged tensor by tensor by `resnet_fast.tolerance`."""
+"""What a check is: a few runs of one thing, judged tensor by tensor by `spec.tolerance`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import tolerance
+from ..spec import tolerance
 
 DTYPES = {
     "fp32": torch.float32,

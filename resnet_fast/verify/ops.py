@@ -1,4 +1,4 @@
-"""Every op of `resnet_fast.ops`, one by one, against its namesake in `resnet_fast.reference`."""
+"""Every op of `dispatch.ops`, one by one, against its namesake in `spec.reference`."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import ops, reference, tolerance
-from .arguments import CASES, Arguments, Inputs
+from ..dispatch import ops
+from ..spec import reference, tolerance
+from ..spec.dtypes import stats_dtype
 from .check import GRADIENT, Runs, Setting, Trial, Values
+from .op_cases import CASES, Arguments, Inputs
 
 GRADIENTS = {
     "bn_bwd_finalize", "add_relu_bwd", "bn_act_bwd_reduce", "bn_act_bwd_apply", "max_pool_bwd",
@@ -74,4 +76,4 @@ def _kink(arguments: Arguments) -> Mapping[str, Tensor]:
     """Where bn_act's mask may be either: its affine is computed in the channel vectors' dtype."""
     z, *rest = _cast(arguments, torch.float64)
     u, _ = reference.bn_act(z, *rest[:5], False, False)
-    return {"mask": tolerance.near_kink(u, reference.stats_dtype(arguments[0]))}
+    return {"mask": tolerance.near_kink(u, stats_dtype(arguments[0]))}

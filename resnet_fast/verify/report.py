@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .. import env
 from .check import Check, Setting
 
 HEADER = ("what", "impl", "dtype", "layout", "checks", "error", "allowed", "verdict")
@@ -86,12 +85,12 @@ def summary(checks: Sequence[Check]) -> str:
     )
 
 
-def document(checks: Sequence[Check]) -> dict[str, Any]:
-    """The checks, their count and the environment, for JSON."""
+def document(checks: Sequence[Check], environment: dict[str, Any]) -> dict[str, Any]:
+    """The checks, their count and the environment (`commands.env.collect`), for JSON."""
     return {
         "ok": bool(checks) and all(check.ok for check in checks),
         "failed": sum(not check.ok for check in checks),
-        "environment": env.collect(),
+        "environment": environment,
         "checks": [check.row() for check in checks],
     }
 

@@ -3,7 +3,7 @@
 
 #include <cuda_runtime.h>
 
-#include "../../csrc/operands.h"
+#include "../../csrc/kernel_args.h"
 
 using __nv_bfloat16 = resnet_fast::bf16;
 struct __nv_bfloat162 {

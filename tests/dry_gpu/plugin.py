@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import dry_gpu
-from resnet_fast import tolerance
+from resnet_fast.spec import tolerance
 from resnet_fast.verify import settle
 
 VALUES = (AssertionError, ZeroDivisionError, OverflowError, torch.OutOfMemoryError)

@@ -13,7 +13,7 @@ import torch
 import dry_gpu
 from bench import ceilings, gate, host, layers, passes, profile, timing
 from dry_gpu import plugin
-from resnet_fast import tolerance
+from resnet_fast.spec import tolerance
 
 
 def launches(run):

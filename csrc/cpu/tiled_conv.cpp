@@ -1,0 +1,467 @@
+#include "tiled_conv.h"
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <cstring>
+#include <type_traits>
+#include <vector>
+
+#include "bands.h"
+#include "conv_kernels.h"
+#include "cpu_features.h"
+#include "memory.h"
+#include "winograd.h"
+
+namespace resnet_fast {
+
+template <>
+const ConvKernels<float>* conv_kernels() {
+#if RESNET_FAST_X86_64
+  return active_isa() >= Isa::AVX512 ? &avx512::conv_kernels() : nullptr;
+#else
+  return nullptr;
+#endif
+}
+
+template <>
+const ConvKernels<bf16>* conv_kernels() {
+#if RESNET_FAST_X86_64
+#if RESNET_FAST_HAS_AMX
+  if (active_isa() >= Isa::AMX_BF16) return &amx_bf16::conv_kernels();
+#endif
+  return active_isa() >= Isa::AVX512_BF16 ? &avx512_bf16::conv_kernels() : nullptr;
+#else
+  return nullptr;
+#endif
+}
+
+namespace cpu {
+namespace {
+
+template <class T>
+struct Problem {
+  int64_t images, channels, filters;
+  Axis rows, columns;
+  const T* x;              // or nullptr: through fill
+  const FillRow<T>* fill;  // beside x: completes x in place first
+  const char* panels;
+  const float *scale, *shift;
+  const T* residual;
+  bool relu;
+  T* y;
+  const Finish* finish;
+};
+
+// The input a band reads, zero-padded: row i, column j at base + (i − row0)·pitch + (j − column0)·pixel, its
+// channels a group of steps beside another `group` bytes away: in x itself, or laid out in scratch memory.
+struct Input {
+  const char* base;
+  int64_t row0, column0, pitch, pixel, group;
+};
+
+// What a band reads of x, before zeros are put where there is none.
+struct Window {
+  int64_t row0, row1, column0, column1;
+  bool in_place;
+
+  int64_t height() const { return row1 - row0; }
+  int64_t width() const { return column1 - column0; }
+};
+
+template <class T>
+Window window(const Problem<T>& c, const Band& band) {
+  const Axis &rows = c.rows, &columns = c.columns;
+  Window w = {rows.least(band.p0), rows.most(band.p1 - 1) + 1, columns.least(band.q0),
+              columns.most(band.q1 - 1) + 1, false};
+  const bool inside = w.row0 >= 0 && w.row1 <= rows.input && w.column0 >= 0 && w.column1 <= columns.input;
+  w.in_place = c.x != nullptr && inside;
+  return w;
+}
+
+// Bytes from one group of steps of a laid out band to the next, where they are apart: an odd number of cache lines,
+// so that groups do not share cache sets.
+template <class T>
+int64_t group_pitch(const Window& w) {
+  return ((w.height() * w.width()) | 1) * conv_kernels<T>()->steps * 4;
+}
+
+template <class T>
+int64_t input_bytes(const Problem<T>& c, const Window& w) {
+  if (w.in_place) return 0;
+  if (!conv_kernels<T>()->spread) return w.height() * w.width() * c.channels * int64_t(sizeof(T));
+  return steps<T>(c.channels) / conv_kernels<T>()->steps * group_pitch<T>(w);
+}
+
+// Lay a band out at `to`, of input_bytes.
+template <class T>
+Input lay_out(const Problem<T>& c, const Band& band, const Window& w, char* to) {
+  const ConvKernels<T>& kernels = *conv_kernels<T>();
+  const int64_t pixel = c.channels * int64_t(sizeof(T)), begin = std::max<int64_t>(0, w.column0);
+  const int64_t end = std::min(c.columns.input, w.column1), group_bytes = kernels.steps * 4;
+  if (w.in_place) {
+    if (*c.fill) (*c.fill)(band.image, band.p0, band.q0, band.q1, nullptr);
+    const T* image = c.x + band.image * c.rows.input * c.columns.input * c.channels;
+    return {reinterpret_cast<const char*>(image), 0, 0, c.columns.input * pixel, pixel, group_bytes};
+  }
+  const bool apart = kernels.spread != nullptr;
+  const int64_t group = apart ? group_pitch<T>(w) : group_bytes, groups = apart ? pixel / group_bytes : 1;
+  const int64_t width = apart ? group_bytes : pixel;  // of a pixel in a group
+  const auto clear = [&](char* at, int64_t pixels) {
+    for (int64_t g = 0; g < groups; ++g) std::memset(at + g * group, 0, pixels * width);
+  };
+  for (int64_t i = w.row0; i < w.row1; ++i) {
+    char* line = to + (i - w.row0) * w.width() * width;
+    if (i < 0 || i >= c.rows.input || begin >= end) {
+      clear(line, w.width());
+      continue;
+    }
+    char* first = line + (begin - w.column0) * width;
+    clear(line, begin - w.column0);
+    clear(first + (end - begin) * width, w.column1 - end);
+    const T* from = c.x ? c.x + ((band.image * c.rows.input + i) * c.columns.input + begin) * c.channels : nullptr;
+    if (!apart) {
+      if (from) std::memcpy(first, from, (end - begin) * pixel);
+      if (!from) (*c.fill)(band.image, i, begin, end, reinterpret_cast<T*>(first));
+      continue;
+    }
+    if (!from) {
+      T* filled = reinterpret_cast<T*>(scratch(1, (end - begin) * pixel));
+      (*c.fill)(band.image, i, begin, end, filled);
+      from = filled;
+    }
+    kernels.spread(from, end - begin, c.channels, first, group);
+  }
+  return {to, w.row0, w.column0, w.width() * width, width, group};
+}
+
+// One tile of a band: its pixels in the input and in y, and which stretches they meet.
+struct Tile {
+  const char* a;
+  int64_t y, half_a, half_y;
+  Rows rows;
+  int phase;
+};
+
+// A band ready to be multiplied. In the transpose of a strided convolution the pixels of one remainder by the
+// stride, of rows and of columns, meet the same taps: they are a phase, with tiles and stretches of its own.
+template <class T>
+struct Ready {
+  std::vector<Tile> tiles;
+  std::vector<std::vector<Stretch>> phases;
+  int64_t lda, a_step, ldy;
+};
+
+// What the pixels of a phase meet, from its first pixel, (p0, q0), at in.base: the taps of a few steps one after
+// another, while what they read is in L1.
+template <class T>
+std::vector<Stretch> stretches_of(const Problem<T>& c, const Input& in, int64_t a_step, int64_t p0, int64_t q0) {
+  const Axis &rows = c.rows, &columns = c.columns;
+  const int64_t depth = steps<T>(c.channels), most = conv_kernels<T>()->depth;
+  std::vector<Stretch> stretches;
+  for (int64_t i = 0; i < depth; i += most) {
+    for (int64_t r = 0; r < rows.taps; ++r) {
+      for (int64_t s = 0; s < columns.taps && rows.meets(p0, r); ++s) {
+        if (!columns.meets(q0, s)) continue;
+        const int64_t at = (rows.at(p0, r) - in.row0) * in.pitch + (columns.at(q0, s) - in.column0) * in.pixel;
+        const int64_t tap = (r * columns.taps + s) * depth;
+        stretches.push_back({at + i * a_step, (tap + i) * kPanelStep, std::min(most, depth - i)});
+      }
+    }
+  }
+  return stretches;
+}
+
+// Tiles of the rows of pixels: every row in tiles of its own, or two short rows in the halves of one tile; or, where
+// x is laid out in groups and rows follow each other at the stride of pixels, runs of pixels across the rows.
+template <class T>
+Ready<T> prepare(const Problem<T>& c, const Band& band, const Window& w, const Input& in) {
+  const ConvKernels<T>& kernels = *conv_kernels<T>();
+  const Axis &rows = c.rows, &columns = c.columns;
+  const int64_t y_row = columns.output * c.filters, ldy = columns.div * c.filters;
+  const int64_t lda = columns.mul * in.pixel, line = rows.mul * in.pitch;
+  const int full = kernels.rows, half = kernels.half;
+  Ready<T> ready = {{}, {}, lda, in.group / kernels.steps, ldy};
+
+  for (int64_t row_phase = 0; row_phase < rows.div; ++row_phase) {
+    for (int64_t column_phase = 0; column_phase < columns.div; ++column_phase) {
+      const int64_t p0 = band.p0 + row_phase, q0 = band.q0 + column_phase;
+      const int64_t height = ceil_div(band.p1 - p0, rows.div), width = ceil_div(band.q1 - q0, columns.div);
+      if (height <= 0 || width <= 0) continue;
+      std::vector<Stretch> stretches = stretches_of(c, in, ready.a_step, p0, q0);
+      const int64_t origin = stretches.empty() ? 0 : stretches[0].a;
+      for (Stretch& stretch : stretches) stretch.a -= origin;  // from where a tile begins to read
+      const char* first = in.base + origin;
+      const int64_t y0 = (band.image * rows.output + p0) * y_row + q0 * c.filters;
+      const int phase = int(ready.phases.size());
+      ready.phases.push_back(std::move(stretches));
+
+      const bool pairs = width == half || (kernels.ragged && width < half);
+      const Cut cut = {ceil_div(width, full), width};
+      const int64_t positions = (height - 1) * w.width() + width;
+      const bool runs = kernels.spread && !w.in_place && line == w.width() * lda && rows.div == 1 && columns.div == 1;
+      if (runs && ceil_div(positions, full) <= (pairs ? ceil_div(height, 2) : height * cut.parts)) {
+        for (int64_t at = 0; at < positions; at += full) {
+          const int64_t p = at / w.width(), q = at % w.width();
+          const int count = int(std::min<int64_t>(full, positions - at)), upper = std::min(count, half);
+          // Where the run begins between two rows, y is where the next one begins.
+          const int64_t y = y0 + (q < width ? p * y_row + q * ldy : (p + 1) * y_row);
+          const Rows tile = {upper, count - upper, int(q), int(width), int(w.width())};
+          ready.tiles.push_back({first + at * lda, y, half * lda, 0, tile, phase});
+        }
+        continue;
+      }
+      const auto add = [&](int64_t p, int64_t q, const Rows& tile, int64_t half_a, int64_t half_y) {
+        const int64_t y = y0 + p * rows.div * y_row + q * ldy;
+        ready.tiles.push_back({first + p * line + q * lda, y, half_a, half_y, tile, phase});
+      };
+      for (int64_t p = 0; p < height; ++p) {
+        if (pairs && p + 1 < height) {
+          add(p, 0, {int(width), int(width)}, line, rows.div * y_row);
+          ++p;
+          continue;
+        }
+        for (int64_t i = 0; i < cut.parts; ++i) {
+          const int size = int(cut.begin(i + 1) - cut.begin(i)), upper = std::min(size, half);
+          add(p, cut.begin(i), {upper, size - upper}, half * lda, half * ldy);
+        }
+      }
+    }
+  }
+  return ready;
+}
+
+// Panels that a tile of a pointwise convolution meets at the most; filters too large to stay in L2; and the room for
+// bands that share a pass over those, beside a panel.
+constexpr int64_t kMostPanels = 8, kFarBytes = 1 << 20, kFarScratch = 5 << 18;
+
+// Bytes of a tile that are fetched in shares, one before each panel, as more at once than the CPU has buffers for
+// would wait for each other. A larger tile is fetched at once: it and a panel do not fit L1, and panels wait anyway.
+constexpr int64_t kSharedFetch = 24 << 10;
+
+// Ask for [from, to) to be in L2 soon.
+inline void fetch(const void* from, const void* to) {
+  for (auto* line = static_cast<const char*>(from); line < to; line += 64) __builtin_prefetch(line, 0, 2);
+}
+
+// Panels [panel0, panel1) of bands that are in L2 together.
+template <class T>
+void run_bands(const Problem<T>& c, const Band* bands, int64_t count, int64_t panel0, int64_t panel1) {
+  const ConvKernels<T>& kernels = *conv_kernels<T>();
+  const int64_t panel_bytes = c.rows.taps * c.columns.taps * steps<T>(c.channels) * kPanelStep;
+  std::vector<Window> windows;
+  int64_t bytes = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    windows.push_back(window(c, bands[i]));
+    bytes += input_bytes(c, windows.back());
+  }
+  char* to = bytes ? scratch(0, bytes) : nullptr;
+  std::vector<Ready<T>> ready;
+  for (int64_t i = 0; i < count; ++i) {
+    const Input in = lay_out(c, bands[i], windows[i], to);
+    ready.push_back(prepare(c, bands[i], windows[i], in));
+    to += input_bytes(c, windows[i]);
+  }
+  // A pointwise convolution reads x where it is: what its next tile reads is fetched while a tile is made.
+  const bool streams = windows[0].in_place && c.rows.output == 1 && c.columns.div == 1 && c.columns.mul == 1;
+
+  Tiles state(kernels);
+  const auto multiply = [&](const Ready<T>& band, const Tile& tile, int64_t panel) {
+    const std::vector<Stretch>& phase = band.phases[tile.phase];
+    const int64_t k = panel * kTileColumns;
+    const Epilogue<T> epilogue = {c.scale ? c.scale + k : nullptr, c.shift ? c.shift + k : nullptr,
+                                  c.residual ? c.residual + tile.y + k : nullptr, c.relu};
+    const Product product = {tile.a, c.panels + panel * panel_bytes, phase.data(), int64_t(phase.size()), band.lda,
+                             tile.half_a, band.a_step};
+    kernels.store_tile(tile.rows, product, c.y + tile.y + k, band.ldy, tile.half_y, epilogue, state.shape);
+  };
+  // A tile of a pointwise convolution meets a few panels one after another: it is in L1 then, and y is written in
+  // longer runs. With more taps its window is larger than that, and y's part of the time smaller.
+  const bool pointwise = c.rows.taps * c.columns.taps == 1;
+  const int64_t block = pointwise ? std::clamp<int64_t>(kernels.block_bytes / panel_bytes, 1, kMostPanels) : 1;
+  for (int64_t first = panel0; first < panel1; first += block) {
+    const int64_t last = std::min(first + block, panel1);
+    for (const Ready<T>& band : ready) {
+      for (size_t i = 0; i < band.tiles.size(); ++i) {
+        const Tile* next = streams && i + 1 < band.tiles.size() ? &band.tiles[i + 1] : nullptr;
+        const int64_t next_rows = next ? next->rows.first + next->rows.second : 0;
+        const Cut shares = {next_rows * band.lda <= kSharedFetch ? last - first : 1, next_rows};
+        for (int64_t panel = first; panel < last; ++panel) {
+          if (const int64_t share = panel - first; next && share < shares.parts) {
+            const int64_t row0 = shares.begin(share), row1 = shares.begin(share + 1);
+            if (first == panel0) fetch(next->a + row0 * band.lda, next->a + row1 * band.lda);
+            for (int64_t row = row0; c.residual && row < row1; ++row) {
+              const T* at = c.residual + next->y + row * band.ldy;
+              fetch(at + first * kTileColumns, at + last * kTileColumns);
+            }
+          }
+          multiply(band, band.tiles[i], panel);
+        }
+      }
+    }
+  }
+}
+
+// Bands of about a scratch's bytes of input: whole rows of an image, or runs of columns where the image is one row.
+template <class T>
+std::vector<Band> cut(const Problem<T>& c) {
+  const Axis &rows = c.rows, &columns = c.columns;
+  const int64_t scratch_bytes = conv_kernels<T>()->scratch_bytes, tile_rows = conv_kernels<T>()->rows;
+  std::vector<Band> bands;
+  const int64_t pixel = c.channels * int64_t(sizeof(T)), row_bytes = columns.input * pixel;
+  if (rows.output == 1 && columns.div == 1 && columns.taps == 1) {
+    const int64_t fits = std::max<int64_t>(2 * tile_rows, scratch_bytes / pixel);
+    const int64_t most = std::min<int64_t>(fits, 16 * tile_rows), threads = at::get_num_threads();
+    const int64_t parts = ceil_div(ceil_div(columns.output, most), threads) * threads;  // as many for each thread
+    const int64_t size = ceil_div(ceil_div(columns.output, parts), tile_rows) * tile_rows;
+    for (int64_t n = 0; n < c.images; ++n) {
+      for (int64_t q = 0; q < columns.output; q += size) {
+        bands.push_back({n, 0, 1, q, std::min(columns.output, q + size)});
+      }
+    }
+    return bands;
+  }
+  const int64_t in_rows = std::max<int64_t>(1, scratch_bytes / row_bytes - (rows.taps - 1) / rows.div);
+  const int64_t most = std::clamp<int64_t>(in_rows * rows.div / rows.mul, 1, rows.output);
+  // At least a band for each thread.
+  const int64_t least = ceil_div(at::get_num_threads(), c.images);
+  const int64_t parts = std::max(ceil_div(rows.output, most), std::min(least, rows.output));
+  const int64_t size = ceil_div(rows.output, parts);
+  for (int64_t n = 0; n < c.images; ++n) {
+    for (int64_t p = 0; p < rows.output; p += size) {
+      bands.push_back({n, p, std::min(rows.output, p + size), 0, columns.output});
+    }
+  }
+  return bands;
+}
+
+// How many bands share a pass over the panels, as many for each thread: more where the panels do not fit L2 and
+// each pass reads them from farther away.
+template <class T>
+int64_t bands_together(const Problem<T>& c, const std::vector<Band>& bands) {
+  const int64_t count = int64_t(bands.size()), threads = at::get_num_threads();
+  const int64_t panels = c.rows.taps * c.columns.taps * c.filters * c.channels * int64_t(sizeof(T));
+  const int64_t bytes = input_bytes(c, window(c, bands[0]));
+  const int64_t room = panels > kFarBytes ? kFarScratch : conv_kernels<T>()->scratch_bytes;
+  const int64_t fits = std::max<int64_t>(1, bytes ? room / bytes : 1);
+  return ceil_div(count, ceil_div(ceil_div(count, fits), threads) * threads);
+}
+
+// All bands. Few of them (a small batch) are shared out by filters too, where nothing wants whole bands.
+template <class T>
+void run(const Problem<T>& c) {
+  const std::vector<Band> bands = cut(c);
+  const int64_t panels = c.filters / kTileColumns, together = bands_together(c, bands);
+  const int64_t count = ceil_div(int64_t(bands.size()), together);
+  const auto run_some = [&](int64_t i, int64_t panel0, int64_t panel1) {
+    const int64_t first = i * together, last = std::min(first + together, int64_t(bands.size()));
+    run_bands(c, &bands[first], last - first, panel0, panel1);
+  };
+  const bool completes = c.x != nullptr && *c.fill;  // fill writes x: one task a band
+  if (!*c.finish && !completes) {
+    const Cut groups = {std::clamp<int64_t>(ceil_div(4 * at::get_num_threads(), count), 1, panels), panels};
+    for_tasks(count * groups.parts, [&](int64_t task) {
+      const int64_t group = task % groups.parts;
+      run_some(task / groups.parts, groups.begin(group), groups.begin(group + 1));
+    });
+    return;
+  }
+  const int64_t tasks = std::min(count, kTasks);
+  for_tasks(tasks, [&](int64_t task) {
+    for (int64_t i = task * count / tasks; i < (task + 1) * count / tasks; ++i) {
+      run_some(i, 0, panels);
+      if (!*c.finish) continue;
+      for (int64_t j = i * together; j < std::min((i + 1) * together, int64_t(bands.size())); ++j) {
+        const Band& band = bands[j];
+        const int64_t row = (band.image * c.rows.output + band.p0) * c.columns.output;
+        const int64_t pixels = (band.p1 - band.p0) * (band.q1 - band.q0);
+        (*c.finish)(task, row + band.q0, row + band.q0 + pixels);
+      }
+    }
+  });
+}
+
+}  // namespace
+
+template <class T>
+bool tiled_conv_takes(const ConvShape& s) {
+  return conv_kernels<T>() != nullptr && s.channels % kTileColumns == 0 && s.filters % kTileColumns == 0 &&
+         s.channels * s.filters * s.images * s.rows * s.columns > 0;
+}
+
+bool by_winograd(const ConvShape& s, bool dgrad) { return winograd_takes(dgrad ? transposed(s) : s); }
+
+template <class T>
+at::Tensor pack_filters(const ConvShape& shape, const at::Tensor& w, bool for_dgrad, Allocate allocate) {
+  if constexpr (std::is_same_v<T, float>) {
+    if (by_winograd(shape, for_dgrad)) return winograd_filters(w, for_dgrad, allocate);
+  }
+  const at::Tensor rows = w.contiguous(at::MemoryFormat::ChannelsLast);  // [K][R·S][C]
+  const bool is_float = w.scalar_type() == at::kFloat;
+  const int64_t filters = w.size(0), channels = w.size(1), taps = w.size(2) * w.size(3), ld = taps * channels;
+  const int64_t outer = for_dgrad ? channels : filters, inner = for_dgrad ? filters : channels;
+  const int64_t tap_bytes = steps<T>(inner) * kPanelStep;
+  const int64_t bytes = outer / kTileColumns * taps * tap_bytes + 64;
+  const at::Tensor packed = allocate(bytes);
+  char* to = reinterpret_cast<char*>(packed.data_ptr<uint8_t>());
+  const char* from = static_cast<const char*>(rows.const_data_ptr());
+  const int64_t size = w.element_size();
+  const ConvKernels<T>& kernels = *conv_kernels<T>();
+  at::parallel_for(0, outer / kTileColumns * taps, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t panel = i / taps, tap = i % taps;
+      if (for_dgrad) {
+        kernels.pack_inner(from + (tap * channels + panel * kTileColumns) * size, is_float, ld, inner, to + i * tap_bytes);
+      } else {
+        kernels.pack_outer(from + (panel * kTileColumns * ld + tap * channels) * size, is_float, ld, inner, to + i * tap_bytes);
+      }
+    }
+  });
+  return packed;
+}
+
+template <class T>
+void tiled_conv_fprop(
+    const ConvShape& shape, const T* x, const FillRow<T>& fill, const at::Tensor& panels, const float* scale,
+    const float* shift, const T* residual, bool relu, T* y, const Finish& finish) {
+  if constexpr (std::is_same_v<T, float>) {
+    if (by_winograd(shape, false)) return winograd(shape, x, fill, panels, scale, shift, residual, relu, y, finish);
+  }
+  const ConvShape s = flattened(shape);
+  const Problem<T> c = {
+      s.images, s.channels, s.filters, fprop_axis(s.height, s.rows, s, 0), fprop_axis(s.width, s.columns, s, 1),
+      x, &fill, reinterpret_cast<const char*>(panels.const_data_ptr<uint8_t>()), scale, shift, residual, relu, y, &finish};
+  run(c);
+}
+
+template <class T>
+void tiled_conv_dgrad(
+    const ConvShape& shape, const T* dz, const FillRow<T>& fill, const at::Tensor& panels, T* dx,
+    const Finish& finish) {
+  if constexpr (std::is_same_v<T, float>) {
+    if (by_winograd(shape, true)) {
+      return winograd(transposed(shape), dz, fill, panels, nullptr, nullptr, nullptr, false, dx, finish);
+    }
+  }
+  const ConvShape s = flattened(shape);
+  const Problem<T> c = {
+      s.images, s.filters, s.channels, dgrad_axis(s.rows, s.height, s, 0), dgrad_axis(s.columns, s.width, s, 1),
+      dz, &fill, reinterpret_cast<const char*>(panels.const_data_ptr<uint8_t>()), nullptr, nullptr,
+      nullptr, false, dx, &finish};
+  run(c);
+}
+
+#define RESNET_FAST_TILED_CONV(T)                                                                                   \
+  template bool tiled_conv_takes<T>(const ConvShape&);                                                              \
+  template at::Tensor pack_filters<T>(const ConvShape&, const at::Tensor&, bool, Allocate);                         \
+  template void tiled_conv_fprop<T>(                                                                                \
+      const ConvShape&, const T*, const FillRow<T>&, const at::Tensor&, const float*, const float*, const T*, bool, \
+      T*, const Finish&);                                                                                           \
+  template void tiled_conv_dgrad<T>(                                                                                \
+      const ConvShape&, const T*, const FillRow<T>&, const at::Tensor&, T*, const Finish&);
+
+RESNET_FAST_TILED_CONV(float)
+RESNET_FAST_TILED_CONV(bf16)
+
+}  // namespace cpu
+}  // namespace resnet_fast

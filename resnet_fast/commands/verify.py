@@ -1,0 +1,57 @@
+"""`resnet-fast verify`: ops, blocks and whole models against plain PyTorch in fp64."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from ..models import list_models
+from ..runtime import options, settings
+from ..runtime.options import DEVICES
+from ..spec.chain import IMPLS
+from ..verify import PARTS, report, trials, verify
+from ..verify.check import DTYPES
+from ..verify.models import SMALL
+from . import env
+from .shared import missing
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `resnet-fast verify`; comma lists are checked item by item."""
+    add = parser.add_argument
+    add("--model", type=options.names(list_models), metavar="NAME,…",
+        help=f"these whole models alone (default: ops, blocks and {SMALL})")  # fmt: skip
+    add("--impl", type=options.names(IMPLS), default=["auto"], metavar="IMPL,…",
+        help=f"of {', '.join(IMPLS)} (default: auto)")  # fmt: skip
+    add("--dtype", type=options.names(DTYPES), metavar="DTYPE,…",
+        help=f"of {', '.join(DTYPES)} (default: fp32,bf16; fp32 when --quick)")  # fmt: skip
+    add("--device", type=options.names(DEVICES), metavar="cpu,cuda",
+        help="default: cpu, and cuda where there is one")  # fmt: skip
+    add("--json", type=Path, metavar="FILE", help="write every check to this file")
+    add("--quick", action="store_true", help="one case of every op and block, no model")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Verify what was asked for; 0, 1 when a check failed, 2 when an `--impl` is not to be had."""
+    # Cases have few channels, and those that CUTLASS does not take are to be verified too.
+    settings.CUDA_CONV.prefer("auto")
+    dtypes = args.dtype or (["fp32"] if args.quick else ["fp32", "bf16"])
+    devices = args.device or ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    reasons = list(missing(args.impl, devices, dtypes))
+    for why in reasons:
+        print(f"resnet-fast verify: error: {why}", file=sys.stderr)
+    if reasons:
+        return 2
+    parts = ("models",) if args.model else PARTS[:2] if args.quick else PARTS
+    names = args.model or [SMALL]
+    work = trials(args.impl, devices, dtypes, parts=parts, names=names, quick=args.quick)
+    checks = verify(list(work))
+    print(report.text(checks))
+    if args.json is not None:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(report.document(checks, env.collect())) + "\n")
+    return int(not all(check.ok for check in checks))

@@ -1,0 +1,292 @@
+"""CUDA graphs: a model's inference, or a whole training step, recorded once and replayed.
+
+A replay costs the host one launch whatever the number of kernels, which is what small batches wait
+for. A graph repeats the kernels on the memory that they were recorded on: inputs are copied into
+buffers of the graph's own, results and gradients are overwritten by the next replay, and what lies
+in memory (parameters, running statistics, `num_batches_tracked`, momentum, a learning rate that is
+a tensor) is read and updated at every replay. What only Python knows (a shape, a learning rate that
+is a number, the mode of a module) is as it was when recorded.
+On a CPU, where nothing can be recorded, the same calls run one by one: the same code serves both.
+
+Source: Nguyen, Carilli et al., "Accelerating PyTorch with CUDA Graphs", PyTorch blog, 2021.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .spec.values import check_tensor, given, integer
+
+WARMUP = 3
+
+
+class Graph:
+    """A recorded call: `graph(*inputs)` copies the inputs in, replays, gives the results.
+
+    Attributes:
+        inputs: the buffers that a replay reads; they may be written directly instead.
+    """
+
+    def __init__(
+        self, run: Callable[..., Any], inputs: tuple[Tensor, ...], names: tuple[str, ...]
+    ) -> None:
+        self.inputs, self._names = inputs, names
+        self._replay = _record(lambda: run(*inputs), inputs[0].device)
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        """The results for `inputs`, each of the example's shape and dtype, on any device.
+
+        On a GPU they are overwritten by the next call: `clone` what is to stay.
+
+        Raises:
+            ValueError: another shape, dtype or number of tensors; the message names the argument.
+        """
+        if len(inputs) != len(self.inputs):
+            raise ValueError(f"expected {', '.join(self._names)}, got {len(inputs)} tensors")
+        for name, to, value in zip(self._names, self.inputs, inputs, strict=True):
+            check_tensor(value, name)
+            if value.shape != to.shape or value.dtype != to.dtype:
+                raise ValueError(
+                    f"{name}: recorded as {_described(to)}, got {_described(value)}; "
+                    "another shape needs a graph of its own"
+                )
+        for to, value in zip(self.inputs, inputs, strict=True):
+            if value is not to:
+                to.copy_(value, non_blocking=True)
+        return self._replay()
+
+
+class Step(Graph):
+    """A recorded training step: `step(x, target)` updates the model, gives the loss.
+
+    Attributes:
+        in_graph: whether the optimizer's update is recorded too (`graph_step`).
+    """
+
+    def __init__(
+        self,
+        run: Callable[..., Tensor],
+        inputs: tuple[Tensor, Tensor],
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None,
+        in_graph: bool,
+    ) -> None:
+        super().__init__(run, inputs, ("x", "target"))
+        self.in_graph, self._optimizer = in_graph, optimizer
+        self._grads = [(p, p.grad) for p in model.parameters() if p.grad is not None]
+
+    def __call__(self, x: Tensor, target: Tensor) -> Tensor:
+        """Loss of the batch, before the update that it leads to.
+
+        Raises: as `Graph`.
+        """
+        loss = super().__call__(x, target)
+        if self._optimizer is not None and not self.in_graph:
+            for parameter, grad in self._grads:  # where somebody set them to None
+                parameter.grad = grad
+            self._optimizer.step()
+        return loss
+
+
+def graph(model: nn.Module, example: Tensor, *, warmup: int = WARMUP) -> Graph:
+    """Inference of `model` on inputs like `example` as one CUDA graph: y = graph(x).
+
+    Args:
+        model: in eval mode, with its parameters where example is. Weights that are changed in place
+            (an optimizer's step, `load_state_dict`) are followed; a model that is moved, cast or
+            switched to training needs a new graph.
+        example: [N, ...] of the shape, dtype, memory format and device that will be run.
+        warmup: runs before recording, in which kernels are compiled and measured.
+
+    Returns:
+        A callable: y [N, ...] of x, without gradients; autocast that is on now is recorded.
+
+    Raises:
+        ValueError: naming the argument: a model in training mode, an example that is no tensor.
+    """
+    _check(model, {"example": example}, warmup)
+    if any(module.training for module in model.modules()):
+        raise ValueError("model: expected eval mode (model.eval()); graph_step records training")
+    (inputs,) = _buffers(example)
+
+    @torch.no_grad()
+    def run(x: Tensor) -> Any:
+        return model(x)
+
+    with _uncached_autocast(), _aside(inputs.device):
+        for _ in range(warmup):
+            run(inputs)
+    with _uncached_autocast():
+        return Graph(run, (inputs,), ("x",))
+
+
+def graph_step(
+    model: nn.Module,
+    loss: Callable[[Tensor, Tensor], Tensor],
+    optimizer: torch.optim.Optimizer | None,
+    x: Tensor,
+    target: Tensor,
+    *,
+    autocast: torch.dtype | None = None,
+    warmup: int = WARMUP,
+) -> Step:
+    """A training step as one CUDA graph: value = step(x, target).
+
+    Each call is zero_grad, loss(model(x), target).backward() and optimizer.step(). Recording them
+    leaves parameters, running statistics, `num_batches_tracked`, the optimizer's state and the
+    random generators as they were: the first call is the first step.
+
+    The optimizer's update is in the graph where its learning rates are tensors on the model's
+    device (and it has no dampening): `SGD(params, torch.tensor(0.1, device="cuda"), fused=True)`.
+    Schedulers write such a rate in place. A rate that is a number would be recorded for good, so
+    that optimizer's `step` runs after each replay instead.
+
+    Args:
+        model: in training mode. Gradients stay in `.grad` until the next call.
+        loss: (logits, target) → a scalar, such as `torch.nn.functional.cross_entropy`.
+        optimizer: of the model's parameters; None leaves the gradients to the caller.
+        x, target: a batch like those to come: shape, dtype, memory format, device.
+        autocast: dtype of `torch.autocast` in the forward pass, or None. fp16 gradients are not
+            scaled; take bf16.
+        warmup: steps before recording, in which kernels are compiled and measured.
+
+    Raises:
+        ValueError: naming the argument: a model in eval mode, an optimizer without the model's
+            parameters, tensors on several devices.
+    """
+    _check(model, {"x": x, "target": target}, warmup)
+    if not callable(loss):
+        raise ValueError(f"loss: expected a function of (logits, target), got {given(loss)}")
+    if not (optimizer is None or isinstance(optimizer, torch.optim.Optimizer)):
+        raise ValueError(f"optimizer: expected a torch.optim.Optimizer, got {given(optimizer)}")
+    if not (autocast is None or (isinstance(autocast, torch.dtype) and autocast.itemsize == 2)):
+        raise ValueError(f"autocast: expected torch.bfloat16 or float16, got {given(autocast)}")
+    if not model.training:
+        raise ValueError("model: expected training mode (model.train()); graph records inference")
+    groups = [] if optimizer is None else optimizer.param_groups
+    held = {id(p) for group in groups for p in group["params"]}
+    if optimizer is not None and not any(id(p) in held for p in model.parameters()):
+        raise ValueError("optimizer: expected one of the model's parameters")
+    inputs = _buffers(x, target)
+    device = inputs[0].device
+    in_graph = all(_in_memory(group, device) for group in groups)
+
+    def run(x: Tensor, target: Tensor) -> Tensor:
+        for holder in (model, optimizer):
+            if holder is not None:
+                holder.zero_grad(set_to_none=True)
+        on = autocast is not None
+        with torch.autocast(device.type, autocast, enabled=on, cache_enabled=False):
+            value = loss(model(x), target)
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            raise ValueError(f"loss: expected to give a scalar tensor, got {given(value)}")
+        value.backward()
+        if optimizer is not None and in_graph:
+            optimizer.step()
+        return value.detach()
+
+    with _unchanged(model, optimizer, device), _aside(device):
+        for _ in range(warmup):
+            run(*inputs)
+    return Step(run, inputs, model, optimizer, in_graph)
+
+
+def _record(run: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
+    """What repeats `run()` and gives its results: the replay of a CUDA graph, on a CPU `run`."""
+    if device.type != "cuda":
+        return run
+    recorded = torch.cuda.CUDAGraph()
+    with torch.cuda.device(device), torch.cuda.graph(recorded):
+        results = run()
+
+    def replay() -> Any:
+        recorded.replay()
+        return results
+
+    return replay
+
+
+@contextmanager
+def _aside(device: torch.device) -> Iterator[None]:
+    """A stream of its own on a GPU: what warms up on the default stream cannot be recorded."""
+    if device.type != "cuda":
+        yield
+        return
+    with torch.cuda.device(device):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            yield
+        torch.cuda.current_stream().wait_stream(stream)
+
+
+@contextmanager
+def _unchanged(
+    model: nn.Module, optimizer: torch.optim.Optimizer | None, device: torch.device
+) -> Iterator[None]:
+    """Steps inside leave model, optimizer and generators as they were.
+
+    State that the optimizer makes inside stays, as zeros: its first step finds what a fresh one
+    would make (with `dampening` it would not; see `_in_memory`).
+    """
+    states = {} if optimizer is None else optimizer.state
+    tensors = [*model.parameters(), *model.buffers()]
+    for state in states.values():
+        tensors += [value for value in state.values() if isinstance(value, Tensor)]
+    before = [(t, t.detach().clone()) for t in tensors]
+    known = {id(t) for t in tensors}
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield
+    model.zero_grad(set_to_none=True)
+    with torch.no_grad():
+        for tensor, value in before:
+            tensor.copy_(value)
+        for state in states.values():
+            for value in state.values():
+                if isinstance(value, Tensor) and id(value) not in known:
+                    value.zero_()
+
+
+@contextmanager
+def _uncached_autocast() -> Iterator[None]:
+    """Casts are recorded where they happen: one from a cache would be missing in a replay."""
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
+
+
+def _in_memory(group: dict[str, Any], device: torch.device) -> bool:
+    """Whether an update of these parameters reads from memory what may change between two steps."""
+    rate = group["lr"]
+    first_is_others = not group.get("dampening")
+    return isinstance(rate, Tensor) and rate.device == device and first_is_others
+
+
+def _check(model: nn.Module, tensors: dict[str, Tensor], warmup: int) -> None:
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model: expected an nn.Module, got {given(model)}")
+    for name, value in tensors.items():
+        check_tensor(value, name)
+    integer(warmup, "warmup", "a positive integer", 1)
+    lie = {name: value.device for name, value in tensors.items()}
+    lie |= {f"model's {name}": p.device for name, p in model.named_parameters()}
+    first, device = next(iter(lie.items()))
+    for name, other in lie.items():
+        if other != device:
+            raise ValueError(f"{first}: lies on {device}, {name} on {other}; expected one device")
+
+
+def _buffers(*examples: Tensor) -> tuple[Tensor, ...]:
+    return tuple(t.detach().clone(memory_format=torch.preserve_format) for t in examples)
+
+
+def _described(t: Tensor) -> str:
+    return f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}"

@@ -1,0 +1,120 @@
+"""Which live implementation "auto" takes for an op's arguments on a GPU, by measurement.
+
+Where several can run an op, tables of kind "impls" (`runtime.tuning_tables`) say which was fastest
+on this GPU at these shapes: {op: {key: {"impl": name, "us": {name: microseconds}}}}. The key names
+every argument: dtype, shape and memory order of a tensor, the value of anything else. What is in no
+table goes to the one that a rule fitted to it predicts to be fastest (`rule`), where too little was
+measured for that to the first in `backends.preference`; never by a search. RESNET_FAST_AUTOTUNE=1
+measures what is in no table once, outside the capture of a CUDA graph, and keeps what it found;
+`resnet-fast tune` does so for a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..runtime import tuning_tables
+from . import cost_model
+
+_chosen: dict[tuple[str, str, str], str] = {}
+_written: dict[tuple[str, str], bool] = {}
+
+
+def pick(
+    op: str, gpu: str, args: Sequence[Any], candidates: Mapping[str, Callable[..., Any]]
+) -> str:
+    """The name in `candidates`, functions in the order of preference, that is to run op(*args)."""
+    first = next(iter(candidates))
+    if len(candidates) == 1 or not (tuning_tables.searching() or _is_written(op, gpu)):
+        return first
+    key = signature(args)
+    place = (op, gpu, key)
+    if place not in _chosen:
+        name = _look_up(op, gpu, key, candidates)
+        if name is None:
+            tuning_tables.missed("impls", gpu, op, key)
+            if not tuning_tables.searching():
+                name = _predict(op, gpu, args, candidates)
+            elif tuning_tables.capturing():
+                return first
+            else:
+                name = _measure(op, gpu, key, args, candidates)
+        _chosen[place] = name or first
+    return _chosen[place]
+
+
+def signature(args: Sequence[Any]) -> str:
+    """The arguments of an op as a key: what its time depends on, and no value of a tensor."""
+    return " ".join(map(_part, args))
+
+
+def forget() -> None:
+    """Ask the tables again: they have changed."""
+    _chosen.clear()
+    _written.clear()
+
+
+def _part(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return str(list(value) if isinstance(value, tuple) else value).replace(" ", "")
+    shape = "x".join(map(str, value.shape))
+    order = "" if value.is_contiguous() else "/nhwc"
+    return f"{str(value.dtype).removeprefix('torch.')}[{shape}]{order}"
+
+
+def _is_written(op: str, gpu: str) -> bool:
+    """Whether a table says anything of `op`; asked once, so that a GPU without tables pays once."""
+    if (op, gpu) not in _written:
+        _written[op, gpu] = any(tuning_tables.sections("impls", gpu, op))
+    return _written[op, gpu]
+
+
+def _look_up(op: str, gpu: str, key: str, candidates: Mapping[str, Any]) -> str | None:
+    for section in tuning_tables.sections("impls", gpu, op):
+        name = section.get(key, {}).get("impl")
+        if name in candidates:
+            return name
+    return None
+
+
+def _predict(
+    op: str, gpu: str, args: Sequence[Any], candidates: Mapping[str, Any]
+) -> str | None:
+    """By the rule fitted to the first table with enough measurements."""
+    dtype = _part(args[0]).partition("[")[0]
+    for section in tuning_tables.sections("impls", gpu, op):
+        if section:
+            name = cost_model.fastest(section, dtype, cost_model.work(op, args), list(candidates))
+            if name is not None:
+                return name
+    return None
+
+
+def _measure(
+    op: str, gpu: str, key: str, args: Sequence[Any], candidates: Mapping[str, Any]
+) -> str:
+    times = {name: _microseconds(run, args) for name, run in candidates.items()}
+    best = min(times, key=times.__getitem__)
+    us = {name: round(time, 3) for name, time in times.items() if time != float("inf")}
+    if us:
+        entry = {"impl": best, "us": us, **cost_model.work(op, args)._asdict()}
+        tuning_tables.write(tuning_tables.user_table("impls", gpu), op, key, entry)
+        _written[op, gpu] = True
+    return best
+
+
+def _microseconds(run: Callable[..., Any], args: Sequence[Any]) -> float:
+    """Median time of run(*args); infinite where it does not take these arguments."""
+    import triton.errors
+
+    try:
+        with torch.cuda.device_of(args[0]):
+            return tuning_tables.microseconds(lambda: run(*args))
+    except torch.OutOfMemoryError:  # of this moment, not of this candidate
+        raise
+    except (RuntimeError, ValueError, triton.errors.TritonError):
+        return float("inf")

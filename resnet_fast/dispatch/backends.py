@@ -1,0 +1,244 @@
+"""Which implementations are live on this machine, why the others are not, and which one runs.
+
+An implementation is a table of functions named after the ops of `dispatch.ops`. `"auto"` takes
+the first live one that supports the op on the tensor's device and dtype, on a GPU the one that
+measured fastest for the op's arguments where a table says so (`choice`); a name asks for exactly
+that one and raises `RuntimeError` with the reason when it cannot be had.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..runtime import settings
+from ..spec import reference
+from ..spec.chain import IMPLS
+from ..spec.layout import memory_format
+from . import auto_impl
+from .op_checks import checked
+
+_NATIVE_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps ."
+NATIVE_DTYPES = {"cpu": _NATIVE_DTYPES, "cuda": (*_NATIVE_DTYPES, torch.float16)}
+
+
+@dataclass(frozen=True)
+class Status:
+    """One implementation on one kind of device: live or not, and why."""
+
+    impl: str
+    device: str
+    live: bool
+    why: str
+
+
+@functools.cache
+def native_module() -> tuple[Any | None, str]:
+    """The compiled extension `resnet_fast._C` and how loading it went.
+
+    Warns, once a process, of one that is there and cannot be used. BadSetting (`runtime.settings`)
+    names an environment variable with a bad value.
+    """
+    if importlib.util.find_spec("resnet_fast._C") is None:
+        return None, "resnet_fast._C is not built (RESNET_FAST_BUILD=none or no compiler)"
+    try:
+        module = importlib.import_module("resnet_fast._C")
+    except ImportError as error:  # built against another torch, or a library is missing
+        return None, _unusable(f"resnet_fast._C does not load: {error}")
+    if not hasattr(module, "configure"):
+        return None, _unusable("resnet_fast._C is older than the package")
+    module.configure(**settings.native())
+    built_for = module.build_info()["torch_version"]
+    if built_for != torch.__version__:
+        why = f"resnet_fast._C is built for torch {built_for}, this is {torch.__version__}"
+        return None, _unusable(why)
+    return module, "built"
+
+
+def _unusable(why: str) -> str:
+    """`why`, after a warning that says it."""
+    warnings.warn(
+        f"{why}. The slower plain PyTorch runs instead of the native kernels. Rebuild them in "
+        f"resnet_fast's source folder: {REBUILD}",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+    return why
+
+
+def native_ops() -> Any:
+    """The native ops' namespace; each dispatches to the kernels of its tensors' device."""
+    return torch.ops.resnet_fast_native
+
+
+@functools.cache
+def triton_module() -> tuple[Any | None, str]:
+    """The package of Triton kernels and how loading it went."""
+    if importlib.util.find_spec("triton") is None:
+        return None, "Triton is not installed"
+    try:
+        return importlib.import_module("resnet_fast.kernels"), "installed"
+    except ImportError as error:
+        return None, f"resnet_fast.kernels does not load: {error}"
+
+
+def preference(device: str) -> tuple[str, ...]:
+    """The order in which "auto" tries implementations on `device`.
+
+    On a CPU Triton is its interpreter, which is for tests.
+    """
+    return ("native", "reference") if device == "cpu" else ("triton", "native", "reference")
+
+
+def build_info() -> dict[str, Any] | None:
+    """What the extension was built with (compiler, flags, instruction sets), or None without it."""
+    module, _ = native_module()
+    return None if module is None else module.build_info()
+
+
+def empty_cache() -> int:
+    """Return the cached memory of the native CPU kernels to the system; its size in bytes.
+
+    The cache holds packed inference filters and memory blocks of large results. Its limit is
+    RESNET_FAST_CPU_CACHE_MB, by default 1/8 of the memory of the machine or container. The least
+    recently used entries are dropped first.
+    """
+    module, _ = native_module()
+    return 0 if module is None else module.empty_cache()
+
+
+def kept() -> dict[str, int] | None:
+    """The cache of the CPU kernels in bytes: budget, packed_filters, free_blocks.
+
+    None without the native extension.
+    """
+    module, _ = native_module()
+    return None if module is None else module.kept()
+
+
+def refusal(impl: str, op: str, device: str, dtype: torch.dtype) -> str | None:
+    """Why `impl` cannot run `op` on tensors of `device` and `dtype`; None when it can."""
+    if impl == "reference":
+        return None
+    if impl == "native":
+        module, why = native_module()
+        if module is None:
+            return why
+        if device not in NATIVE_DTYPES:
+            return f"the native kernels run on {', '.join(NATIVE_DTYPES)} tensors, not on {device}"
+        if device == "cuda" and not module.build_info()["cuda"]:
+            return f"built without CUDA ({module.build_info()['build_why']})"
+        if device == "cuda" and not torch.cuda.is_available():
+            return "this machine has no CUDA device"
+        if dtype not in NATIVE_DTYPES[device]:
+            names = ", ".join(str(d).removeprefix("torch.") for d in NATIVE_DTYPES[device])
+            given = str(dtype).removeprefix("torch.")
+            return f"the native {device} kernels take {names}, not {given}"
+        if not hasattr(native_ops(), op):
+            return f"there is no native kernel for {op}"
+        return None
+    module, why = triton_module()
+    return why if module is None else module.refusal(op, device, dtype)
+
+
+def _function(impl: str, op: str) -> Callable[..., Any]:
+    if impl == "reference":
+        return getattr(reference, op)
+    if impl == "native":
+        return getattr(native_ops(), op).default
+    return checked(triton_module()[0].OPS[op])
+
+
+@functools.cache
+def _resolve(op: str, impl: str, device: str, dtype: torch.dtype) -> tuple[str, Callable[..., Any]]:
+    if impl not in IMPLS:
+        raise ValueError(f"impl: expected one of {IMPLS}, got {impl!r}")
+    for name in preference(device) if impl == "auto" else (impl,):
+        why = refusal(name, op, device, dtype)
+        if why is None:
+            return name, _function(name, op)
+    raise RuntimeError(f"impl={impl!r} cannot run {op}: {why}")
+
+
+@functools.cache
+def _live(op: str, device: str, dtype: torch.dtype) -> dict[str, Callable[..., Any]]:
+    """What "auto" chooses among by measurement, in the order of preference: all but the reference.
+
+    The reference is left where nothing else is: on a GPU it is the library's convolutions, which
+    the others take themselves where those are faster.
+    """
+    names = [name for name in preference(device) if refusal(name, op, device, dtype) is None]
+    return {name: _function(name, op) for name in names if name != "reference" or len(names) == 1}
+
+
+def resolve(op: str, impl: str, x: Tensor, args: Sequence[Any] = ()) -> Callable[..., Any]:
+    """The function that runs `op` on x and args under `impl`."""
+    if x.device.type != "cuda":
+        return _resolve(op, impl, x.device.type, x.dtype)[1]
+    why = unsuited(op, x, args)
+    if impl == "auto":
+        live = _live(op, "cuda", x.dtype)
+        if why is not None:
+            live = {name: run for name, run in live.items() if name != "native"}
+        if live:
+            return live[auto_impl.pick(op, _gpu(x.device.index), (x, *args), live)]
+        impl = "reference"
+    elif impl == "native" and why is not None:
+        raise RuntimeError(f"impl='native' cannot run {op}: {why}")
+    return _resolve(op, impl, "cuda", x.dtype)[1]
+
+
+def eights(w: Tensor) -> bool:
+    """Whether CUTLASS takes filters w [K,C,R,S]: by 8 channels, a stem's few padded to 8."""
+    filters, channels = w.shape[:2]
+    return filters % 8 == 0 and (channels % 8 == 0 or channels < 8)
+
+
+def unsuited(op: str, x: Tensor, args: Sequence[Any]) -> str | None:
+    """Why CUTLASS, native's convolution in inference, has no kernel for these arguments, or None.
+
+    Asked of 16-bit channels_last tensors in one group, which are its own; what else native
+    convolves is cuDNN's in any case. RESNET_FAST_CUDA_CONV=auto gives cuDNN these too.
+    """
+    if op != "conv_bn_act" or x.dtype.itemsize != 2:
+        return None
+    filters, channels = args[0].shape[:2]
+    own = channels == x.size(1) and memory_format(x, args[0]) == torch.channels_last
+    if eights(args[0]) or not own:
+        return None
+    if settings.CUDA_CONV.read() != "cutlass" or (build_info() or {}).get("cutlass") != "built in":
+        return None
+    return (
+        f"w: CUTLASS takes channels and filters that are multiples of 8, got {channels} channels "
+        f"and {filters} filters; use impl='auto', or RESNET_FAST_CUDA_CONV=auto for cuDNN"
+    )
+
+
+@functools.cache
+def _gpu(index: int) -> str:
+    return torch.cuda.get_device_name(index)
+
+
+def chosen(op: str, impl: str, device: str, dtype: torch.dtype) -> str:
+    """The name of the implementation that `resolve` takes unless a table of `choice` differs."""
+    return _resolve(op, impl, device, dtype)[0]
+
+
+def status() -> list[Status]:
+    """Every implementation on every kind of device it knows, live or not, and why."""
+    rows = [Status("reference", "any", True, "plain PyTorch, always there")]
+    for device in ("cpu", "cuda"):
+        why = refusal("native", "bn_act", device, torch.float32)
+        rows.append(Status("native", device, why is None, why or "built"))
+    why = refusal("triton", "bn_act", "cuda", torch.float32)
+    rows.append(Status("triton", "cuda", why is None, why or "installed"))
+    return rows

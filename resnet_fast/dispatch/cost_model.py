@@ -1,0 +1,85 @@
+"""A rule fitted to a table of measurements: how long an implementation would take at a new shape.
+
+Microseconds of an op are modelled as t = a + b·bytes + c·flop with a, b, c ≥ 0: a launch's fixed
+cost, memory's rate, the arithmetic's rate as this implementation reaches them on this GPU. Least
+squares of relative errors, (predicted − t) / t, over what was measured in one dtype, so that short
+launches count as much as long ones. Bytes and operations are those that the op cannot do without
+(`work`): each tensor moved once; Williams, Waterman & Patterson 2009, "Roofline", CACM 52(4).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+LEAST_POINTS = 4  # measurements an implementation, below which nothing is fitted
+
+
+class Work(NamedTuple):
+    """Bytes of an op's operands and results, each once, and floating-point operations."""
+
+    bytes: int
+    flop: int
+
+
+def work(op: str, args: Sequence[Any]) -> Work:
+    """The work of `dispatch.ops.<op>(*args)`; no operations where memory alone bounds it."""
+    meta = [a.to("meta") if isinstance(a, Tensor) else a for a in args]
+    found = getattr(torch.ops.resnet_fast, op)(*meta, "reference")
+    results = found if isinstance(found, tuple | list) else (found,)
+    tensors = [a for a in (*meta, *results) if isinstance(a, Tensor)]
+    moved = sum(t.numel() * t.element_size() for t in tensors)
+    if op == "conv_bprop":  # dy, w, x, …, need_dx, need_dw
+        return Work(moved, 2 * meta[0].numel() * meta[1][0].numel() * (args[-2] + args[-1]))
+    if op in ("conv_fprop", "conv_bn_act"):
+        return Work(moved, 2 * results[0].numel() * meta[1][0].numel())
+    return Work(moved, 0)
+
+
+def fastest(
+    section: Mapping[str, Mapping[str, Any]], dtype: str, wanted: Work, names: Sequence[str]
+) -> str | None:
+    """The one of `names` that a table's section predicts to be fastest at `wanted`.
+
+    section: {key: {"us": {name: microseconds}, "bytes": …, "flop": …}}, keys beginning with the
+    dtype. None where one of `names` has fewer than LEAST_POINTS measurements in it.
+    """
+    predicted = {}
+    for name in names:
+        points = [
+            (entry["bytes"], entry["flop"], entry["us"][name])
+            for key, entry in section.items()
+            if key.startswith(f"{dtype}[") and name in entry.get("us", {}) and "bytes" in entry
+        ]
+        if len(points) < LEAST_POINTS:
+            return None
+        predicted[name] = float(np.dot(fit(points), (1.0, wanted.bytes, wanted.flop)))
+    return min(predicted, key=predicted.__getitem__)
+
+
+def fit(points: Sequence[tuple[float, float, float]]) -> np.ndarray:
+    """a, b, c ≥ 0 of t = a + b·bytes + c·flop for points (bytes, flop, t): the best of all choices
+    of which are zero, as least squares with three unknowns allow.
+    """
+    table = np.asarray(points, dtype=np.float64)
+    time = table[:, 2]
+    terms = np.stack([np.ones_like(time), table[:, 0], table[:, 1]], axis=1) / time[:, None]
+    scale = np.abs(terms).max(axis=0)
+    scale[scale == 0] = 1.0
+    best, least = np.array([time.mean(), 0.0, 0.0]), np.inf
+    for chosen in itertools.chain.from_iterable(
+        itertools.combinations(range(3), size) for size in (1, 2, 3)
+    ):
+        columns = list(chosen)
+        solution = np.zeros(3)
+        solved = np.linalg.lstsq(terms[:, columns] / scale[columns], np.ones_like(time), rcond=None)
+        solution[columns] = solved[0] / scale[columns]
+        error = float(((terms @ solution - 1.0) ** 2).sum())
+        if (solution >= 0).all() and error < least - 1e-12:
+            best, least = solution, error
+    return best

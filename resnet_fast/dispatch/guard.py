@@ -1,0 +1,145 @@
+"""When a call may run fused: one check, for the modules of this package and for those `fuse` found.
+
+A fused forward computes from the tensors and numbers of layers, and calls neither the layers nor
+what a user has put around them. So each layer must be no more than its class says (`refusal`), and
+the call must be one that fused ops follow (`fusible`). Everywhere else the plain forward runs.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.autograd import forward_ad
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.modules.module import _has_any_global_hook
+from torch.utils._device import DeviceContext
+
+from ..spec.layers import NORMS, Parts, windows_of
+
+TENSORS = frozenset((Tensor, nn.Parameter, FakeTensor, FunctionalTensor))
+LAYERS = (  # what a chain is made of
+    nn.Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.ReLU, nn.MaxPool2d, nn.Identity, nn.Sequential,
+)  # fmt: skip
+FORWARDS = {kind: kind.forward for kind in LAYERS}
+CONV_FORWARD, ITER, CALL = nn.Conv2d._conv_forward, nn.Sequential.__iter__, nn.Module.__call__
+CONV, POOL, AROUND = (nn.Conv2d,), (nn.MaxPool2d,), (nn.ReLU, nn.Identity, nn.Sequential)
+
+
+def fusible(x: Tensor, parts: Parts) -> bool:
+    """Whether a fused call on x computes what calls of the modules of `parts` would."""
+    return not plain_call(x) and obstacle(parts) is None
+
+
+def plain_call(*inputs: Tensor) -> bool:
+    """Whether a call on `inputs` must be plain: they are transformed, or module calls watched."""
+    return watched() or any(map(transformed, inputs))
+
+
+def watched() -> bool:
+    """Whether something sees every call of a module: a global hook, or another `__call__`."""
+    if _has_any_global_hook():
+        return True
+    return nn.Module.__call__ is not CALL and not torch.compiler.is_compiling()
+
+
+def obstacle(parts: Parts) -> tuple[nn.Module, str] | None:
+    """The first module of `parts` that is more than its class, and why; None where none is."""
+    roles = (
+        ((*parts.convs, parts.projection), CONV),
+        ((*parts.norms, parts.projection_norm), NORMS),
+        (parts.around, AROUND),
+        ((parts.pool,), POOL),
+    )
+    for modules, kinds in roles:
+        for module in modules:
+            if module is not None and (why := refusal(module, kinds)) is not None:
+                return module, why
+    return None
+
+
+def transformed(x: Tensor) -> bool:
+    """Whether x goes through something that follows PyTorch's own ops alone.
+
+    That is a transform of `torch.func`, forward-mode AD, `torch.fx` or `torch.jit.trace`, a
+    function mode, or a tensor of another class or layout.
+    """
+    if type(x) not in TENSORS or forward_ad._current_level >= 0:
+        return True
+    if torch._C._are_functorch_transforms_active():
+        return True
+    if torch.compiler.is_compiling():
+        return False
+    return torch.jit.is_tracing() or x.layout is not torch.strided or function_modes()
+
+
+def function_modes() -> bool:
+    """Whether a function mode is on, but that of `torch.set_default_device`, which sees no op."""
+    if torch._C._len_torch_function_stack() == 0:
+        return False
+    stack = torch.overrides._get_current_function_mode_stack()
+    return any(type(mode) is not DeviceContext for mode in stack)
+
+
+def refusal(module: nn.Module, kinds: tuple[type[nn.Module], ...] = LAYERS) -> str | None:
+    """Why a call of `module` is more than one of `kinds`, as in "has hooks"; None where it is one.
+
+    Asked of every layer at every fused call, so it looks into dictionaries and builds nothing.
+    """
+    cls = type(module)
+    kind = cls if cls in FORWARDS else _kind(cls)
+    if kind not in kinds:
+        return f"is of class {cls.__name__}"
+    held = module.__dict__
+    if hooked(module):
+        if isinstance(module, LazyModuleMixin):
+            return "is lazy: run the model once before"
+        return "has hooks, which would not run (weight_norm and pruning are hooks too)"
+    if cls is not kind and "parametrizations" in held["_modules"]:
+        return "has parametrizations"
+    own = (
+        cls.forward is not FORWARDS[kind]
+        or "forward" in held
+        or cls.__call__ is not nn.Module.__call__
+    )
+    if kind is nn.Conv2d:
+        own = own or cls._conv_forward is not CONV_FORWARD or "_conv_forward" in held
+    elif kind is nn.Sequential:
+        own = own or cls.__iter__ is not ITER
+    if own:
+        return f"has a forward of its own ({cls.__name__})"
+    weight = held["_parameters"].get("weight")
+    if weight is not None and type(weight) not in TENSORS:
+        return f"has a weight of class {type(weight).__name__}"
+    if kind is nn.Conv2d:
+        if module.padding_mode != "zeros":
+            return f"pads with padding_mode={module.padding_mode!r}"
+        if isinstance(module.padding, str):
+            return f"pads with padding={module.padding!r}, not with a number"
+    elif kind is nn.MaxPool2d:
+        try:
+            windows_of(module)
+        except ValueError as reason:
+            return f"cannot end a chain ({reason})"
+    return None
+
+
+@functools.cache
+def _kind(cls: type) -> type[nn.Module] | None:
+    """Which of `LAYERS` the class `cls` derives from."""
+    return next((kind for kind in LAYERS if issubclass(cls, kind)), None)
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether a call of `module` would run hooks of its own."""
+    held = module.__dict__
+    return bool(
+        held["_forward_hooks"]
+        or held["_forward_pre_hooks"]
+        or held["_backward_hooks"]
+        or held["_backward_pre_hooks"]
+    )
+

@@ -1,0 +1,116 @@
+"""Several chains one after another in a single native call, where only inference is asked for.
+
+`native.infer_chains` (csrc/infer_chains.h) runs a block, or a ResNet up to its pooling, without
+Python and without a dispatcher between the convolutions, and adds a shortcut in place where nobody
+else reads it. It is a shorter way to the same bits: whatever it does not take (a gradient, batch
+statistics, a trace, another implementation, operands that do not fit) goes the ordinary way through
+`functional.run_chain`, op by op, which also has the better errors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from ..spec.dtypes import autocast
+from ..spec.layers import Parts, promotes, windows_of
+from ..spec.layout import memory_format
+from ..spec.values import pair
+from . import backends
+from .ops import traced
+from .packed_filters import drop_with
+
+SHORTCUTS = ("none", "identity", "projection", "zero_pad")  # csrc/infer_chains.h numbers them
+NO_NORM = (None,) * 4
+
+
+def infer(chains: Iterable[Parts], x: Tensor, impl: str) -> Tensor | None:
+    """y of `chains` on x [N,C,H,W], each on the result of the one before; None where it must not.
+
+    It must not where a gradient could be wanted, a norm would use the batch's statistics, autocast
+    mixes dtypes, a compiler, a tracer or a dispatch mode looks on, or `impl` is not native for x.
+    """
+    if type(x) is not Tensor or x.dim() != 4 or traced():
+        return None
+    program: list[int] = []
+    tensors: list[Tensor | None] = []
+    eps: list[float] = []
+    for i, parts in enumerate(chains):
+        if (i == 0 and promotes(parts, x)) or not _write(parts, program, tensors, eps):
+            return None
+    x = autocast(x)
+    if not tensors or not _native(x, impl, tensors):
+        return None
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors)):
+        return None
+    x = x.contiguous(memory_format=memory_format(x, tensors[0]))
+    try:
+        y = backends.native_ops().infer_chains(x, tensors, program, eps)
+    except (RuntimeError, ValueError, TypeError, IndexError):
+        return None  # the ordinary way names the argument
+    if not x.is_cuda:
+        drop_with(tensors)
+    return y
+
+
+def _native(x: Tensor, impl: str, tensors: list[Tensor | None]) -> bool:
+    """Whether native runs all of it by `impl`: device and dtype, and on a GPU channels by 8, as
+    others are CUTLASS' to refuse, one op at a time (`backends.unsuited`).
+    """
+    try:
+        chosen = backends.chosen("conv_bn_act", impl, x.device.type, x.dtype)
+    except RuntimeError:
+        return False
+    if chosen != "native" or not hasattr(backends.native_ops(), "infer_chains"):
+        return False
+    filters = (t for t in tensors if t is not None and t.dim() == 4)
+    return x.device.type != "cuda" or all(map(backends.eights, filters))
+
+
+def _write(
+    parts: Parts, program: list[int], tensors: list[Tensor | None], eps: list[float]
+) -> bool:
+    """Append a chain in the order of csrc/infer_chains.h; False where it is not one for inference.
+
+    Tensors are taken from where a module keeps them: a plain attribute would cost as much as the
+    rest. One that is kept elsewhere (a parametrized filter) is found by the ordinary way.
+    """
+    n = len(parts.convs)
+    if n == 0 or parts.shortcut not in SHORTCUTS:
+        return False
+    pool, convs, norms = parts.pool, parts.convs, (*parts.norms, parts.projection_norm)
+    if parts.projection is not None:
+        convs = (*convs, parts.projection)
+    pads = parts.stride if parts.shortcut == "zero_pad" else 0
+    program += (n, SHORTCUTS.index(parts.shortcut), parts.relu, pool is not None, pads)
+    for i, conv in enumerate(convs):
+        held = conv._parameters
+        weight, bias = held.get("weight"), held.get("bias")
+        after = norms[i + 1]
+        if weight is None or (bias is not None and after is None):
+            return False
+        program += pair(conv.stride, "stride")
+        program += pair(conv.padding, "padding")
+        program += pair(conv.dilation, "dilation")
+        program.append(conv.groups)
+        tensors += (weight, bias)
+    for norm in norms:
+        if norm is None:
+            tensors += NO_NORM
+            eps.append(0.0)
+            continue
+        running = norm._buffers
+        mean, var = running.get("running_mean"), running.get("running_var")
+        if norm.training or mean is None or var is None:
+            return False
+        held = norm._parameters
+        if norm.affine and ("weight" not in held or "bias" not in held):
+            return False
+        tensors += (held.get("weight"), held.get("bias"), mean, var)
+        eps.append(norm.eps)
+    if pool is not None:
+        windows = windows_of(pool)
+        program += (*windows.kernel, *windows.stride, *windows.padding)
+    return True

@@ -1,0 +1,165 @@
+"""What every op takes, checked before a kernel walks plain pointers: one table, one wrapper.
+
+A kernel is told sizes and order once, from one activation; an operand of another size, dtype,
+device or memory order would be read past its end, or as what it is not.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..spec.chain import Conv, Pool
+from ..spec.dtypes import stats_dtype
+from ..spec.layout import is_channels_last, mask_shape, memory_format
+
+# Kinds of operands: activations like the input, or like the output of the convolution and in
+# whichever strides; filters; bits of the ReLU mask of another operand; vectors of the input's or
+# the output's channels in the dtype of statistics; parameters a channel of the output, of any
+# dtype; one byte for each element of the output. "Output" is what a convolution or a pool gives.
+X, Y, Y_STRIDED, W, BITS, C, K, PARAMETER, Y_BYTES = range(9)
+
+_NORM = dict.fromkeys(("bias", "bn_weight", "bn_bias", "running_mean", "running_var"), PARAMETER)
+OPERANDS = {
+    "bn_stats": {"x": X},
+    "global_avg_pool": {"x": X},
+    "bn_relu_max_pool": {"z": X, "scale": C, "shift": C},
+    "max_pool_bwd": {"dy": Y, "index": Y_BYTES, "x": X, "mean": C, "rstd": C},
+    "bn_finalize": {"mean": C, "m2": C, "weight": PARAMETER, "bias": PARAMETER},
+    "bn_bwd_finalize": {"sum_dy": C, "sum_dy_xhat": C, "scale": C, "rstd": C},
+    "bn_act": {"z": X, "scale": C, "shift": C, "residual": X, "res_scale": C, "res_shift": C},
+    "add_relu": {"x": X, "residual": X},
+    "add_relu_bwd": {"dy": X, "mask": BITS},
+    "bn_act_bwd_reduce": {
+        "dy": X, "mask": BITS, "z": X, "mean": C, "rstd": C,
+        "residual": X, "res_mean": C, "res_rstd": C,
+    },
+    "bn_act_bwd_apply": {
+        "dy": X, "mask": BITS, "a": C, "z": X, "mean": C, "b": C, "c": C, "residual": X,
+    },
+    "conv_fprop": {"x": X, "w": W, "in_scale": C, "in_shift": C},
+    "conv_bprop": {
+        "dy": Y, "w": W, "x": X, "dy_mask": BITS, "a": K, "z": Y, "mean": K, "b": K, "c": K,
+        "in_scale": C, "in_shift": C, "in_mean": C, "in_rstd": C,
+        "in_act": X, "residual": X, "residual_mask": BITS,
+    },
+    "conv_bn_act": {"x": X, "w": W, **_NORM, "residual": Y_STRIDED},
+}  # fmt: skip
+MASK_OF = {"mask": "dy", "dy_mask": "dy", "residual_mask": "residual"}
+TOGETHER = (  # all of them or none
+    ("in_scale", "in_shift"), ("in_mean", "in_rstd"), ("res_scale", "res_shift"),
+    ("scale", "shift"), ("mean", "rstd"), ("running_mean", "running_var"),
+    ("z", "mean", "b", "c"), ("residual", "res_mean", "res_rstd"),
+)  # fmt: skip
+NEEDS = {  # argument → the other without which it says nothing
+    "res_scale": "residual", "in_mean": "in_scale", "in_act": "in_scale",
+    "residual_mask": "residual", "bn_weight": "running_mean", "bn_bias": "running_mean",
+}  # fmt: skip
+
+
+class _Expected(NamedTuple):
+    """What operands must be like: the activation they are compared with, and shapes by kind."""
+
+    name: str
+    x: Tensor
+    formats: dict[int, torch.memory_format]
+    shapes: dict[int, Any]
+
+    def check(self, name: str, t: Tensor, kind: int, masked: Tensor | None) -> None:
+        """Raise ValueError if the operand `name` is none of its kind."""
+        if t.device != self.x.device:
+            _wrong(name, "device", f"{self.x.device}, that of {self.name}", t.device)
+        if kind == W:
+            wider = t.dtype == torch.float32 and self.x.element_size() == 2
+            if t.dtype != self.x.dtype and not wider:
+                _wrong(name, "dtype", f"{self.x.dtype} (or float32 beside 16 bits)", t.dtype)
+            return
+        shape = mask_shape(masked) if kind == BITS else self.shapes[kind]
+        if t.shape != shape:
+            _wrong(name, "shape", tuple(shape), tuple(t.shape))
+        if kind == PARAMETER:
+            if not t.is_floating_point():
+                _wrong(name, "dtype", "floating point", t.dtype)
+        else:
+            dtype = self._dtype(kind)
+            if t.dtype != dtype:
+                _wrong(name, "dtype", dtype, t.dtype)
+        fmt = self.formats.get(kind, torch.contiguous_format)
+        if kind != Y_STRIDED and not t.is_contiguous(memory_format=fmt):
+            _wrong(name, "memory", fmt, f"strides {t.stride()}")
+
+    def _dtype(self, kind: int) -> torch.dtype:
+        if kind in (BITS, Y_BYTES):
+            return torch.uint8
+        return stats_dtype(self.x) if kind in (C, K) else self.x.dtype
+
+
+def _order(x: Tensor) -> torch.memory_format:
+    return torch.channels_last if is_channels_last(x) else torch.contiguous_format
+
+
+def _wrong(name: str, what: str, expected: Any, got: Any) -> None:
+    said = f"{name}: expected {what} {expected}, got {got}"
+    raise ValueError(said.replace("torch.", ""))
+
+
+def checked(run: Callable[..., Any]) -> Callable[..., Any]:
+    """The op `run`, which raises ValueError with op, argument and what was expected of it."""
+    op, names = run.__name__, list(inspect.signature(run).parameters)
+    position = {name: i for i, name in enumerate(names)}
+    kinds = [(position[name], name, kind) for name, kind in OPERANDS[op].items()]
+    masked = {i: position[MASK_OF[name]] for i, name, kind in kinds if kind == BITS}
+    first = names[position.get("x", 0)]
+    groups = [group for group in TOGETHER if set(group) <= set(names)]
+    needs = [(name, other) for name, other in NEEDS.items() if {name, other} <= set(names)]
+
+    def check(args: tuple[Any, ...]) -> None:
+        for group in groups:
+            there = [name for name in group if args[position[name]] is not None]
+            if there and len(there) < len(group):
+                missing = next(name for name in group if name not in there)
+                raise ValueError(f"{missing}: expected a tensor beside {there[0]}, got None")
+        for name, other in needs:
+            if args[position[name]] is not None and args[position[other]] is None:
+                raise ValueError(f"{other}: expected a tensor beside {name}, got None")
+        x = args[position[first]]
+        formats = {}
+        if OPERANDS[op][first] == C:
+            shapes = {C: x.shape[:1], PARAMETER: x.shape[:1]}
+        elif x.dim() != 4:
+            _wrong(first, "shape", "[N, C, H, W]", tuple(x.shape))
+        else:
+            shapes = {X: x.shape, C: x.shape[1:2]}
+            formats[X] = _order(x)
+        if "w" in names:
+            w = args[position["w"]]
+            at = position["stride"]
+            conv = Conv(*(tuple(v) for v in args[at : at + 3]), args[at + 3])
+            shapes[Y] = shapes[Y_STRIDED] = conv.output_shape(x.shape, w.shape, "w")
+            shapes[K] = shapes[PARAMETER] = w.shape[:1]
+            either = x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+            formats[Y] = _order(args[0]) if either else formats[X]
+        if "kernel" in names:
+            at = position["kernel"]
+            shapes[Y] = Pool(*(tuple(v) for v in args[at : at + 3])).output_shape(x.shape)
+            shapes[Y_BYTES] = shapes[Y]
+            formats[Y] = formats[Y_BYTES] = memory_format(x)
+        expected = _Expected(first, x, formats, shapes)
+        for i, name, kind in kinds:
+            if args[i] is not None:
+                expected.check(name, args[i], kind, args[masked[i]] if kind == BITS else None)
+
+    @functools.wraps(run)
+    def call(*args: Any) -> Any:
+        try:
+            check(args)
+        except ValueError as error:
+            raise ValueError(f"{op}: {error}") from None
+        return run(*args)
+
+    return call

@@ -1,0 +1,219 @@
+"""The contract: schema, fake kernel and dispatch of every op, in one place.
+
+`torch.ops.resnet_fast.NAME(..., impl)` is what `torch.compile`, `torch.export` and `opcheck` see.
+`spec.reference.NAME` says what each must compute; `dispatch.backends` picks who computes
+it. Activations are dense 4-D tensors in NCHW or channels_last (`spec.layout`), filters may
+be wider than the activations (fp32 parameters beside bf16 activations), channel vectors are fp32
+(fp64 for double). Ops are functional: they return new tensors and update nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..spec.chain import Conv, Pool
+from ..spec.dtypes import stats_dtype
+from ..spec.layout import mask_shape, memory_format
+from . import backends
+from .guard import function_modes
+
+LIBRARY = torch.library.Library("resnet_fast", "DEF")
+NAMES: list[str] = []
+IMPLEMENTATIONS: dict[Any, Callable[..., Any]] = {}  # of an operator, what runs it
+_WINDOWS = "int[2] kernel, int[2] stride, int[2] padding"
+_GEOMETRY = "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups"
+
+
+def _op(signature: str, returns: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Define the op `signature` of the decorated fake kernel and give back its caller."""
+    name = signature.partition("(")[0]
+
+    def define(fake: Callable[..., Any]) -> Callable[..., Any]:
+        schema = f"{signature[:-1]}, str impl) -> {returns}"
+        LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+        def run(x: Tensor, *args: Any) -> Any:
+            return backends.resolve(name, args[-1], x, args[:-1])(x, *args[:-1])
+
+        LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"resnet_fast::{name}", fake, lib=LIBRARY)
+        NAMES.append(name)
+        op = getattr(torch.ops.resnet_fast, name).default
+        IMPLEMENTATIONS[op] = run
+
+        @functools.wraps(fake)
+        def call(x: Tensor, *args: Any) -> Any:
+            alone = type(x) is Tensor and not torch.is_grad_enabled() and not watched()
+            return (run if alone else op)(x, *args)
+
+        call.__doc__ = f"resnet_fast::{schema}"
+        return call
+
+    return define
+
+
+def watched() -> bool:
+    """Whether somebody wants to see the ops that run: a compiler, a tracer, a mode, a profiler.
+
+    Where nobody does, and no gradient is recorded, a call goes straight to its implementation: the
+    way through the dispatcher and back into Python takes the host longer than most launches.
+    """
+    return traced() or torch.autograd._profiler_enabled()
+
+
+def traced() -> bool:
+    """Whether somebody makes something of the ops that run: a compiler, a tracer, a mode."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or function_modes()
+        or torch._C._are_functorch_transforms_active()
+    )
+
+
+def _vector(x: Tensor, size: Any) -> Tensor:
+    return x.new_empty(size, dtype=stats_dtype(x))
+
+
+def _like(x: Tensor, save_mask: bool) -> tuple[Tensor, Tensor]:
+    y = torch.empty_like(x, memory_format=memory_format(x))
+    return y, x.new_empty(mask_shape(x) if save_mask else 0, dtype=torch.uint8)
+
+
+def _conv_output(x: Tensor, w: Tensor, stride: Any, padding: Any, dilation: Any) -> Tensor:
+    conv = Conv(stride, padding, dilation)
+    size = [conv.output_size(x.size(2 + i), w.size(2 + i), i) for i in (0, 1)]
+    size, fmt = (x.size(0), w.size(0), *size), memory_format(x, w)
+    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=fmt)
+
+
+@_op("bn_stats(Tensor x)", "(Tensor mean, Tensor m2)")
+def bn_stats(x, impl):
+    return _vector(x, x.size(1)), _vector(x, x.size(1))
+
+
+@_op(
+    "bn_finalize(Tensor mean, Tensor m2, SymInt count, Tensor? weight, Tensor? bias, float eps)",
+    "(Tensor scale, Tensor shift, Tensor rstd)",
+)
+def bn_finalize(mean, m2, count, weight, bias, eps, impl):
+    return torch.empty_like(mean), torch.empty_like(mean), torch.empty_like(mean)
+
+
+@_op(
+    "bn_bwd_finalize(Tensor sum_dy, Tensor sum_dy_xhat, Tensor scale, Tensor rstd, SymInt count)",
+    "(Tensor b, Tensor c)",
+)
+def bn_bwd_finalize(sum_dy, sum_dy_xhat, scale, rstd, count, impl):
+    return torch.empty_like(sum_dy), torch.empty_like(sum_dy)
+
+
+@_op(
+    "bn_act(Tensor z, Tensor scale, Tensor shift, Tensor? residual, Tensor? res_scale, "
+    "Tensor? res_shift, bool relu, bool save_mask)",
+    "(Tensor y, Tensor mask)",
+)
+def bn_act(z, scale, shift, residual, res_scale, res_shift, relu, save_mask, impl):
+    return _like(z, relu and save_mask)
+
+
+@_op("add_relu(Tensor x, Tensor residual, bool save_mask)", "(Tensor y, Tensor mask)")
+def add_relu(x, residual, save_mask, impl):
+    return _like(x, save_mask)
+
+
+@_op("add_relu_bwd(Tensor dy, Tensor mask)", "Tensor")
+def add_relu_bwd(dy, mask, impl):
+    return _like(dy, False)[0]
+
+
+@_op(
+    "bn_act_bwd_reduce(Tensor dy, Tensor? mask, Tensor z, Tensor mean, Tensor rstd, "
+    "Tensor? residual, Tensor? res_mean, Tensor? res_rstd)",
+    "(Tensor sum_dy, Tensor sum_dy_xhat, Tensor sum_dy_res_xhat)",
+)
+def bn_act_bwd_reduce(dy, mask, z, mean, rstd, residual, res_mean, res_rstd, impl):
+    sums = torch.empty_like(mean), torch.empty_like(mean)
+    return *sums, _vector(dy, 0 if residual is None else mean.size(0))
+
+
+@_op(
+    "bn_act_bwd_apply(Tensor dy, Tensor? mask, Tensor? a, Tensor? z, Tensor? mean, Tensor? b, "
+    "Tensor? c, Tensor? residual)",
+    "Tensor",
+)
+def bn_act_bwd_apply(dy, mask, a, z, mean, b, c, residual, impl):
+    return _like(dy, False)[0]
+
+
+@_op(
+    f"bn_relu_max_pool(Tensor z, Tensor? scale, Tensor? shift, {_WINDOWS}, bool save_index)",
+    "(Tensor y, Tensor index)",
+)
+def bn_relu_max_pool(z, scale, shift, kernel, stride, padding, save_index, impl):
+    size = Pool(tuple(kernel), tuple(stride), tuple(padding)).output_shape(z.shape)
+    y = torch.empty(size, dtype=z.dtype, device=z.device, memory_format=memory_format(z))
+    index = torch.empty_like(y, dtype=torch.uint8)
+    return y, index if save_index else index.new_empty(0)
+
+
+@_op(
+    f"max_pool_bwd(Tensor dy, Tensor index, Tensor x, Tensor? mean, Tensor? rstd, {_WINDOWS})",
+    "(Tensor dx, Tensor sum_dx, Tensor sum_dx_xhat)",
+)
+def max_pool_bwd(dy, index, x, mean, rstd, kernel, stride, padding, impl):
+    size = 0 if mean is None else x.size(1)
+    return _like(x, False)[0], _vector(x, size), _vector(x, size)
+
+
+@_op("global_avg_pool(Tensor x)", "Tensor")
+def global_avg_pool(x, impl):
+    return x.new_empty(x.size(0), x.size(1))
+
+
+@_op(
+    f"conv_fprop(Tensor x, Tensor w, Tensor? in_scale, Tensor? in_shift, bool stats, {_GEOMETRY})",
+    "(Tensor z, Tensor mean, Tensor m2)",
+)
+def conv_fprop(x, w, in_scale, in_shift, stats, stride, padding, dilation, groups, impl):
+    z = _conv_output(x, w, stride, padding, dilation)
+    size = w.size(0) if stats else 0
+    return z, _vector(x, size), _vector(x, size)
+
+
+@_op(
+    "conv_bprop(Tensor dy, Tensor w, Tensor x, Tensor? dy_mask, Tensor? a, Tensor? z, "
+    "Tensor? mean, Tensor? b, Tensor? c, Tensor? in_scale, Tensor? in_shift, Tensor? in_mean, "
+    "Tensor? in_rstd, Tensor? in_act, Tensor? residual, Tensor? residual_mask, "
+    f"{_GEOMETRY}, bool need_dx, bool need_dw)",
+    "(Tensor dx, Tensor dw, Tensor sum_dx, Tensor sum_dx_xhat)",
+)
+def conv_bprop(
+    dy, w, x, dy_mask, a, z, mean, b, c, in_scale, in_shift, in_mean, in_rstd, in_act,
+    residual, residual_mask, stride, padding, dilation, groups, need_dx, need_dw, impl,
+):  # fmt: skip
+    dx = x.new_empty(0)
+    if need_dx:
+        dx = torch.empty_like(x, memory_format=memory_format(x, w))
+    dw = torch.empty_like(w) if need_dw else w.new_empty(0)
+    size = x.size(1) if need_dx and in_mean is not None else 0
+    return dx, dw, _vector(x, size), _vector(x, size)
+
+
+@_op(
+    "conv_bn_act(Tensor x, Tensor w, Tensor? bias, Tensor? bn_weight, Tensor? bn_bias, "
+    "Tensor? running_mean, Tensor? running_var, Tensor? residual, bool relu, float eps, "
+    f"{_GEOMETRY})",
+    "Tensor",
+)
+def conv_bn_act(
+    x, w, bias, bn_weight, bn_bias, running_mean, running_var, residual, relu, eps,
+    stride, padding, dilation, groups, impl,
+):  # fmt: skip
+    return _conv_output(x, w, stride, padding, dilation)

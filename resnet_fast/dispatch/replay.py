@@ -1,0 +1,85 @@
+"""A chain that has run for such tensors before is run by its recorded steps.
+
+Checks, the choice of an implementation, of a plan and of tiles, and Triton's look at each argument
+depend on the chain and on dtypes, shapes, strides and alignment, not on values; on a GPU they take
+the host several times as long as the launches that come of them. So the first call for a kind of
+tensors is recorded (`runtime.recording`), and the next ones replay it: the same launches in the
+same order on the same bits. A capture of a CUDA graph sees no difference; a profile shows the
+replay by name, and its launches.
+
+Whoever makes something of the ops (a compiler, a tracer, a dispatch mode), searches tiles, or waits
+for what no table has, gets the ordinary way; so does what a program cannot be made of.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..runtime import settings, tuning_tables
+from ..runtime.recording import Program, record
+from . import ops
+
+DEVICES = {"cuda"}  # elsewhere a launch takes longer than all decisions
+MOST = 1024  # programs; a full table starts over
+PLAIN = (Tensor, nn.Parameter)
+SETTINGS = (settings.TRITON_CONV.variable, settings.CUDA_CONV.variable)
+_programs: dict[Hashable, Program | None] = {}
+
+
+def run(
+    function: Callable[..., Any], fixed: Sequence[Hashable], tensors: Sequence[Tensor | None]
+) -> Any:
+    """function(*fixed, *tensors), by its program where there is one.
+
+    function: of a chain's tensors, the first of which is no None. It may depend on `fixed` and on
+    dtypes, shapes, strides and alignment, but on no value, and on nothing else that changes.
+    """
+    key = _key(function, fixed, tensors)
+    if key is None:
+        return function(*fixed, *tensors)
+    if key not in _programs:
+        if len(_programs) >= MOST:
+            _programs.clear()
+        result, _programs[key] = record(
+            lambda *tensors: function(*fixed, *tensors), tensors, ops.IMPLEMENTATIONS
+        )
+        return result
+    program = _programs[key]
+    if program is None:
+        return function(*fixed, *tensors)
+    if torch.autograd._profiler_enabled():
+        with torch.profiler.record_function(f"resnet_fast::replay{function.__name__}"):
+            return program(tensors)
+    return program(tensors)
+
+
+def forget() -> None:
+    """Record anew: what decides has changed."""
+    _programs.clear()
+
+
+def _key(
+    function: Callable[..., Any], fixed: Sequence[Hashable], tensors: Sequence[Tensor | None]
+) -> Hashable | None:
+    """What the steps of the function depend on; None where it must run the ordinary way."""
+    device = tensors[0].device
+    if device.type not in DEVICES or ops.traced() or tuning_tables.unsettled():
+        return None
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        return None
+    autocast = torch.is_autocast_enabled(device.type)
+    key = [function, *fixed, device.index, torch.backends.cudnn.allow_tf32, autocast]
+    key += map(os.environ.get, SETTINGS)
+    for t in tensors:
+        if t is None:
+            key.append(None)
+            continue
+        if type(t) not in PLAIN or t.device != device:
+            return None
+        key += (t.dtype, t.shape, t.stride(), t.data_ptr() % 16)
+    return tuple(key)

@@ -1,0 +1,155 @@
+"""Which tile a kernel runs with: a measured table where there is one, else a rule.
+
+Every kernel has a few configurations. For a kernel, a GPU and a key (shape and dtype) the choice is
+
+1. by the tables of kind "tiles" (`runtime.tuning_tables`), the user's, then the shipped one:
+   {kernel: {key: {"config": [...], "us": microseconds}}};
+2. by the kernel's rule: the multiprocessors to fill and the shape, no measuring.
+
+`RESNET_FAST_AUTOTUNE=1` measures every configuration once for what is in no table, outside the
+capture of a CUDA graph, and writes the fastest into the user's. A configuration that a later
+version no longer has is passed over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import triton
+from torch import Tensor
+
+from ..runtime import tuning_tables
+from . import launch
+from .sizes import cdiv, next_power_of_2
+
+_chosen: dict[tuple[Any, ...], tuple[int, ...]] = {}
+
+
+def run(
+    kernel: str,
+    key: Sequence[Any],
+    configs: tuple[tuple[int, ...], ...],
+    rule: int,
+    x: Tensor,
+    start: Callable[[tuple[int, ...]], None],
+) -> None:
+    """start(config) with the configuration of `configs` to take for `kernel` at `key` on x's GPU.
+
+    configs[rule] is the rule's. `start` must give the same results when it is called repeatedly.
+    """
+    if launch.compiling() == "every":
+        for config in configs:
+            start(config)
+        return
+    gpu = launch.target(x).name
+    if launch.compiling():
+        start(_measured(kernel, gpu, _name(key), configs) or configs[rule])
+        return
+    place = (kernel, gpu, configs, *key)
+    if place not in _chosen:
+        if _searches(x) and tuning_tables.capturing():
+            start(configs[rule])  # what cannot be measured now may be later
+            return
+        _chosen[place] = _choose(kernel, gpu, _name(key), configs, rule, x, start)
+    start(_chosen[place])
+
+
+def forget() -> None:
+    """Ask the tables again: they have changed."""
+    _chosen.clear()
+
+
+def _name(key: Sequence[Any]) -> str:
+    """The key in a table."""
+    return " ".join(str(part).removeprefix("torch.") for part in key)
+
+
+def _measured(kernel, gpu, name, configs) -> tuple[int, ...] | None:
+    """The configuration that a table has for this key, unless it is one of an older version."""
+    for section in tuning_tables.sections("tiles", gpu, kernel):
+        entry = section.get(name)
+        if entry is not None and tuple(entry["config"]) in configs:
+            return tuple(entry["config"])
+    return None
+
+
+def _choose(kernel, gpu, name, configs, rule, x, start) -> tuple[int, ...]:
+    measured = _measured(kernel, gpu, name, configs)
+    if measured is not None:
+        return measured
+    if len(configs) > 1:
+        tuning_tables.missed("tiles", gpu, kernel, name)
+    if not _searches(x):
+        return configs[rule]
+    times = {config: _microseconds(start, config) for config in configs}
+    best = min(times, key=times.__getitem__)
+    entry = {"config": list(best), "us": round(times[best], 3)}
+    tuning_tables.write(tuning_tables.user_table("tiles", gpu), kernel, name, entry)
+    return best
+
+
+def _searches(x: Tensor) -> bool:
+    return tuning_tables.searching() and x.device.type == "cuda"
+
+
+def _microseconds(start, config) -> float:
+    """Median time of one launch; infinite where the GPU has not the shared memory for it."""
+    try:
+        return tuning_tables.microseconds(lambda: start(config))
+    except triton.runtime.errors.OutOfResources:
+        return float("inf")
+
+
+class Blocks(NamedTuple):
+    """A tile: BLOCK_R rows of BLOCK_I elements."""
+
+    r: int
+    i: int
+
+    def grid(self, rows: int, inner: int) -> tuple[int, int]:
+        """Programs over a tensor of `rows` × `inner`."""
+        return cdiv(rows, self.r), cdiv(inner, self.i)
+
+
+def pointwise(elements: int, inner: int, x: Tensor) -> Blocks:
+    """Tiles of about `elements` in whole rows of `inner`, or in parts of 512 of longer ones.
+
+    `elements` are of 2 bytes: wider ones are fewer, so that a tile takes as many registers.
+    """
+    elements = 2 * elements // x.element_size()
+    i = min(max(8, next_power_of_2(inner)), 512)
+    return Blocks(max(1, elements // i), i)
+
+
+def pixels(elements: int, channels: int, channels_last: bool, x: Tensor) -> Blocks:
+    """Tiles of `elements` of 2 bytes as pixels × channels, of 8 pixels at least.
+
+    In NHWC a tile is up to 64 channels wide, in NCHW 8 planes: neighbours stay together.
+    """
+    c = min(max(8, next_power_of_2(channels)), 64 if channels_last else 8)
+    return Blocks(max(8, 2 * elements // x.element_size() // c), c)
+
+
+class Split(NamedTuple):
+    """A reduction over pixels: `splits` programs, each over `tiles` of m pixels × c channels."""
+
+    splits: int
+    tiles: int
+    m: int
+    c: int
+
+    def grid(self, channels: int) -> tuple[int, int]:
+        """Programs for `channels`."""
+        return self.splits, cdiv(channels, self.c)
+
+
+def reduction(
+    elements: int, per_processor: int, count: int, channels: int, channels_last: bool, x: Tensor
+) -> Split:
+    """Tiles of `pixels`, `per_processor` programs a multiprocessor of x's GPU."""
+    m, c = pixels(elements, channels, channels_last, x)
+    wanted = per_processor * launch.target(x).multiprocessors // cdiv(channels, c)
+    all_tiles = cdiv(count, m)
+    tiles = cdiv(all_tiles, max(1, wanted))
+    return Split(cdiv(all_tiles, tiles), tiles, m, c)

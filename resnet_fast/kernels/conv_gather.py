@@ -1,0 +1,221 @@
+"""Convolution as implicit GEMM by gathers: any layout, geometry, dtype, groups and GPU."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..spec.chain import Conv
+from ..spec.dtypes import stats_dtype
+from . import config_select
+from .conv_epilogue import columns, epilogue, prologue, store_moments
+from .conv_plan import (
+    FLAT_CONFIGS,
+    IEEE_CONFIGS,
+    POINTER_CONFIGS,
+    Fusion,
+    double_configs,
+    eligible,
+    key,
+    pick,
+    precision,
+)  # fmt: skip
+from .conv_split import SPLITS, Gemm, is_last, meeting_place, share, sum_of_parts, with_splits
+from .launch import all_registers, launch, target
+from .sizes import cdiv, next_power_of_2
+
+
+@triton.jit
+def conv_affine_act_kernel(
+    x,
+    w,
+    residual,
+    y,
+    bias,
+    bn_weight,
+    bn_bias,
+    mean,
+    var,
+    res_scale,
+    res_shift,
+    in_scale,
+    in_shift,
+    partial,
+    sums,
+    counters,
+    x_sn,
+    x_sc,
+    x_sh,
+    x_sw,
+    w_sk,
+    w_sc,
+    w_sr,
+    w_ss,
+    r_sn,
+    r_sk,
+    r_sp,
+    r_sq,
+    y_sn,
+    y_sk,
+    y_sp,
+    y_sq,
+    H,
+    W,
+    P,
+    Q,
+    pixels,
+    channels,
+    filters,
+    k_tiles,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PAD_H: tl.constexpr,
+    PAD_W: tl.constexpr,
+    DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr,
+    EPS: tl.constexpr,
+    RELU: tl.constexpr,
+    PRECISION: tl.constexpr,
+    FLAT_CHANNELS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
+    """y = relu(BN(conv(φ(x), w) + bias) + residual) by gathers: any strides, geometry, groups.
+
+    φ and `partial` as in the descriptor kernel.
+
+    channels and filters are those of one group. FLAT_CHANNELS, their number when there are few (the
+    stem has 3), walks GEMM_K = R·S·C without a break; at 0 a step is BLOCK_K channels of one
+    filter tap, whose pixels are one vector of offsets.
+    Grid: axis 0 one program per BLOCK_M output pixels and BLOCK_N filters, filters fastest; axis 1
+    the groups; axis 2 the SPLIT parts of GEMM_K, where it is walked tap by tap (`conv_split`).
+    Bytes moved: as the descriptor kernel's; masks and offsets are what it costs more.
+    """
+    pid = tl.program_id(0)
+    group = tl.program_id(1)
+    acc_dtype: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
+    m = pid // k_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    k = pid % k_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    n, p, q = (m // Q // P).to(tl.int64), m // Q % P, m % Q
+    h0, v0 = p * STRIDE_H - PAD_H, q * STRIDE_W - PAD_W
+    x += group.to(tl.int64) * channels * x_sc
+    w += group.to(tl.int64) * filters * w_sk
+    pixel = n * x_sn + h0.to(tl.int64) * x_sh + v0.to(tl.int64) * x_sw
+    is_pixel, is_filter = m < pixels, k < filters
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), acc_dtype)
+    if FLAT_CHANNELS > 0:
+        tl.static_assert(SPLIT == 1)
+        for i in range(0, R * S * FLAT_CHANNELS, BLOCK_K):
+            f = i + tl.arange(0, BLOCK_K)
+            c, tap = f % FLAT_CHANNELS, f // FLAT_CHANNELS
+            r, s = tap // S, tap % S
+            dh, dv = r * DILATION_H, s * DILATION_W
+            h, v = h0[:, None] + dh[None, :], v0[:, None] + dv[None, :]
+            inside = is_pixel[:, None] & (tap < R * S)[None, :]
+            inside &= (h >= 0) & (h < H) & (v >= 0) & (v < W)
+            a = tl.load(
+                x + (pixel[:, None] + (c * x_sc + dh * x_sh + dv * x_sw)[None, :]), inside, 0.0
+            )
+            if in_scale is not None:
+                first = group * channels
+                a = prologue(a, in_scale + first, in_shift + first, c[None, :], channels, inside)
+            at = (c * w_sc + r * w_sr + s * w_ss)[:, None] + k[None, :] * w_sk
+            b = tl.load(w + at, (tap < R * S)[:, None] & is_filter[None, :], 0.0)
+            acc = tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc_dtype)
+    else:
+        c_tiles = tl.cdiv(channels, BLOCK_K)
+        begin, end = share(R * S * c_tiles, tl.program_id(2), SPLIT)
+        for i in range(begin, end):
+            tap = i // c_tiles
+            c = i % c_tiles * BLOCK_K + tl.arange(0, BLOCK_K)
+            r, s = tap // S, tap % S
+            h, v = h0 + r * DILATION_H, v0 + s * DILATION_W
+            inside = is_pixel & (h >= 0) & (h < H) & (v >= 0) & (v < W)
+            at = pixel + (r * DILATION_H * x_sh + s * DILATION_W * x_sw)
+            mask = inside[:, None] & (c < channels)[None, :]
+            a = tl.load(x + (at[:, None] + (c * x_sc)[None, :]), mask, 0.0)
+            if in_scale is not None:
+                first = group * channels
+                a = prologue(a, in_scale + first, in_shift + first, c[None, :], channels, mask)
+            at = (c * w_sc)[:, None] + (k * w_sk)[None, :] + (r * w_sr + s * w_ss)
+            b = tl.load(w + at, (c < channels)[:, None] & is_filter[None, :], 0.0)
+            acc = tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc_dtype)
+
+    if SPLIT > 1:
+        tile = group * tl.num_programs(0) + pid
+        if not is_last(acc, sums, counters, tile, tl.program_id(2), SPLIT):
+            return
+        acc = sum_of_parts(acc, sums, counters, tile, SPLIT)
+    vectors = (bias, bn_weight, bn_bias, mean, var, res_scale, res_shift)
+    r_at, y_at = n * r_sn + p * r_sp + q * r_sq, n * y_sn + p * y_sp + q * y_sq
+    first, last = group * filters, (group + 1) * filters
+    parts = columns(acc)
+    WIDTH: tl.constexpr = BLOCK_N if BLOCK_N < 64 else 64
+    for i in tl.static_range(BLOCK_N // WIDTH):
+        k = first + pid % k_tiles * BLOCK_N + i * WIDTH + tl.arange(0, WIDTH)[None, :]
+        inside = is_pixel[:, None] & (k < last)
+        rest = None
+        if residual is not None:
+            rest = tl.load(residual + (r_at[:, None] + k * r_sk), inside, 0.0)
+        part = epilogue(parts[i], rest, k, last, vectors, EPS, RELU).to(y.dtype.element_ty)
+        tl.store(y + (y_at[:, None] + k * y_sk), part, inside)
+        if partial is not None:
+            boxes, stride = tl.num_programs(0) // k_tiles, tl.num_programs(1) * filters
+            store_moments(partial, part, is_pixel[:, None], pid // k_tiles, boxes, k, last, stride)
+
+
+def by_pointers(x: Tensor, w: Tensor, conv: Conv, f: Fusion, y: Tensor) -> Tensor | None:
+    """Fill y; gives the tiles' moments where they are wanted."""
+    n, c, h, width = x.shape
+    channels, filters = w.size(1), w.size(0) // conv.groups
+    r, s = w.shape[2:]
+    p, q = y.shape[2:]
+    pixels = n * p * q
+    if max(pixels, c * h * width, w.size(0) * p * q) >= 2**31 - 512:
+        raise ValueError("x: expected fewer than 2^31 output pixels and values an image")
+    residual = y if f.residual is None else f.residual
+    flat_channels = channels if channels < 16 else 0
+    if x.dtype == torch.float64:
+        configs = double_configs(x)
+    elif precision(x) == "ieee":
+        configs = IEEE_CONFIGS
+    else:
+        configs = FLAT_CONFIGS if flat_channels else POINTER_CONFIGS
+
+    partial = None
+
+    def start(config: tuple[int, ...]) -> None:
+        nonlocal partial
+        block_m, block_n, block_k, warps, stages, split = config
+        block_k = block_k * 2 // x.element_size()
+        if not flat_channels:
+            block_k = min(block_k, max(16, next_power_of_2(channels)))
+        k_tiles = cdiv(filters, block_n)
+        boxes = cdiv(pixels, block_m)
+        if f.stats:
+            partial = x.new_empty(4, boxes, w.size(0), dtype=stats_dtype(x))
+        meeting = meeting_place(x, boxes * k_tiles * conv.groups, block_m, block_n, split)
+        launch(
+            conv_affine_act_kernel, (boxes * k_tiles, conv.groups, split),
+            x, w, f.residual, y, *f.vectors, partial, *meeting, *x.stride(), *w.stride(),
+            *residual.stride(), *y.stride(), h, width, p, q, pixels, channels, filters, k_tiles, r,
+            s, *conv.stride, *conv.padding, *conv.dilation, f.eps, f.relu,
+            precision(x), flat_channels, block_m, block_n, block_k, split,
+            num_warps=warps, num_stages=stages, **all_registers(x),
+        )  # fmt: skip
+
+    gpu = target(x)
+    configs = eligible(configs, filters, gpu.shared)
+    rule = pick(configs, pixels, filters, gpu.multiprocessors)
+    gemm = Gemm(pixels, filters, r * s, channels, conv.groups, x.element_size())
+    splits = () if flat_channels else SPLITS
+    configs, rule = with_splits(configs, rule, gemm, gpu.multiprocessors, splits)
+    config_select.run("conv_affine_act", key(x, w, conv, f), configs, rule, x, start)
+    return partial

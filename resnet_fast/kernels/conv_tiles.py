@@ -1,0 +1,106 @@
+"""Boxes of pixels: the tiles of a convolution in NHWC, described for descriptors or gathered.
+
+For a filter tap the input of a box of BOX_N × BOX_P × BOX_Q output pixels is a box too. Input-like
+tensors are walked as [N, H, 1, W, C], for stride 2 by their parities as [N, H/2, 2, W/2, 2·C];
+output-like ones as [N, P, Q, K]. What lies outside arrives as zero.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ..spec.chain import Conv
+from .tile_math import row_bits, widen
+
+Box = tuple[int, int, int]
+
+
+def walk(x: Tensor, y: Tensor, w: Tensor, conv: Conv) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """[N,H,W,C] of x and [N,P,Q,K] of y as kernels walk them.
+
+    A plain GEMM is one image of one row: the pixels of all images.
+    """
+    (n, c, h, width), (_, k, p, q) = x.shape, y.shape
+    if w.size(2) * w.size(3) == 1 and conv.stride == (1, 1) and conv.padding == (0, 0):
+        return (1, 1, n * h * width, c), (1, 1, n * p * q, k)
+    return (n, h, width, c), (n, p, q, k)
+
+
+def input_tiles(
+    t: Tensor, shape: tuple[int, ...], stride: int, box: Box, width: int
+) -> TensorDescriptor:
+    """Boxes of `width` channels of an input-like tensor of `shape` [N,H,W,C]."""
+    n, h, w, c = shape
+    row, image = w * c, h * w * c
+    sides = [box[0], box[1], 1, box[2], width]
+    if stride == 1:
+        return TensorDescriptor(t, [n, h, 1, w, c], [image, row, row, c, 1], sides)
+    parities = [n, h // 2, 2, w // 2, 2 * c]
+    return TensorDescriptor(t, parities, [image, 2 * row, row, 2 * c, 1], sides)
+
+
+def output_tiles(t: Tensor, shape: tuple[int, ...], box: Box, width: int) -> TensorDescriptor:
+    """Boxes of `width` filters of an output-like tensor of `shape` [N,P,Q,K]."""
+    n, p, q, k = shape
+    return TensorDescriptor(t, [n, p, q, k], [p * q * k, q * k, k, 1], [*box, width])
+
+
+def filter_tiles(w: Tensor, filters: int, channels: int) -> TensorDescriptor:
+    """Tiles of `filters` × `channels` of one tap of w, [K,R,S,C] in memory."""
+    k, c, r, s = w.shape
+    return TensorDescriptor(w, [k, r * s, c], [r * s * c, c, 1], [filters, 1, channels])
+
+
+@triton.jit
+def load_input(
+    src, n0, i0, parity, j0, first, pixel, channel, channels, inside, TMA: tl.constexpr,
+    M: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """[M, WIDTH] of an input-like tensor: a box, or `pixel` [M, 1] × `channel` [1, WIDTH]."""
+    if TMA:
+        return src.load([n0, i0, parity, j0, first]).reshape(M, WIDTH)
+    else:
+        return tl.load(src + (pixel * channels + channel), inside & (channel < channels), 0.0)
+
+
+@triton.jit
+def load_output(
+    src, n0, p0, q0, first, pixel, channel, channels, inside, TMA: tl.constexpr,
+    M: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """[M, WIDTH] of an output-like tensor: a box, or `pixel` [M, 1] × `channel` [1, WIDTH]."""
+    if TMA:
+        return src.load([n0, p0, q0, first]).reshape(M, WIDTH)
+    else:
+        return tl.load(src + (pixel * channels + channel), inside & (channel < channels), 0.0)
+
+
+@triton.jit
+def dz_tile(
+    dy, z, mask, a, mean, b, c, n0, p0, q0, k0, n, p, q, inside, P, Q, filters,
+    TMA: tl.constexpr, M: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """dz = a·dy' + b·(z − mean) + c [M, WIDTH] in dy's dtype, dy' under its mask.
+
+    Of pixels (n, p, q) [M, 1] of the box at (n0, p0, q0), filters from k0; zero where not `inside`.
+    What is None is left out.
+    """
+    k = k0 + tl.arange(0, WIDTH)[None, :]
+    pixel = (n.to(tl.int64) * P + p) * Q + q
+    g = load_output(dy, n0, p0, q0, k0, pixel, k, filters, inside, TMA, M, WIDTH)
+    v = g
+    if mask is not None:
+        on = row_bits(mask, pixel, inside, k0, filters, WIDTH)
+        v = tl.where(on, widen(v), 0.0)
+    if a is not None:
+        v = widen(v) * tl.load(a + k, k < filters, 0.0)
+    if b is not None:
+        t = load_output(z, n0, p0, q0, k0, pixel, k, filters, inside, TMA, M, WIDTH)
+        centred = widen(t) - tl.load(mean + k, k < filters, 0.0)
+        scaled = widen(v) + tl.load(c + k, k < filters, 0.0)
+        v = tl.fma(centred, tl.load(b + k, k < filters, 0.0), scaled)
+        v = tl.where(inside, v, 0.0)
+    return v.to(g.dtype)

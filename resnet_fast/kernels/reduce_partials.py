@@ -1,0 +1,240 @@
+"""Second half of every reduction over pixels: the partial results of the splits become one.
+
+Splits are merged in a fixed order by channel-sized launches, so a result has the same bits every
+time. Counts of splits are exact: all have `split` pixels but the last.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import all_registers, launch
+from .sizes import cdiv, next_power_of_2
+from .tile_math import sum_rows
+
+BLOCK_S, BLOCK_C = 64, 32
+TILES_A_SPLIT = 256
+SUMS_AT_ONCE = 4 * TILES_A_SPLIT  # more are first folded, by more programs
+
+
+@triton.jit
+def merge_sums_kernel(
+    partial,
+    rstd,
+    res_rstd,
+    sum_dy,
+    sum_dy_xhat,
+    sum_dy_res_xhat,
+    splits,
+    channels,
+    BLOCK_S: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Σ over splits of partial[0], rstd·Σ partial[1], res_rstd·Σ partial[2].
+
+    Grid: one program per sum and BLOCK_C channels. Bytes moved: sums · splits · channels values,
+    which the launch before left in L2.
+    """
+    which = tl.program_id(0)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    is_channel = c < channels
+    total = tl.zeros((BLOCK_S, BLOCK_C), partial.dtype.element_ty)
+    for s0 in range(0, splits, BLOCK_S):
+        s = s0 + tl.arange(0, BLOCK_S)
+        inside = (s < splits)[:, None] & is_channel[None, :]
+        at = (which * splits + s[:, None]) * channels + c[None, :]
+        total += tl.load(partial + at, inside, 0.0)
+    result = sum_rows(total)
+    c, is_channel = c[None, :], is_channel[None, :]
+    if which == 0:
+        tl.store(sum_dy + c, result, is_channel)
+    elif which == 1:
+        tl.store(sum_dy_xhat + c, result * tl.load(rstd + c, is_channel, 0.0), is_channel)
+    else:
+        if res_rstd is not None:
+            result *= tl.load(res_rstd + c, is_channel, 0.0)
+            tl.store(sum_dy_res_xhat + c, result, is_channel)
+
+
+@triton.jit
+def fold_kernel(partial, out, count, per_fold, size, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr):
+    """out[g, f] = Σ of partial[g, f·per_fold .. (f + 1)·per_fold), vectors of `size` elements.
+
+    Grid: one program per BLOCK_E elements, fold f and group g. Bytes moved: partial once, out once.
+    """
+    e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)[None, :]
+    fold, group = tl.program_id(1), tl.program_id(2)
+    begin = fold * per_fold
+    end = tl.minimum(begin + per_fold, count)
+    total = tl.zeros((BLOCK_S, BLOCK_E), partial.dtype.element_ty)
+    first = group.to(tl.int64) * count
+    for s0 in range(begin, end, BLOCK_S):
+        s = s0 + tl.arange(0, BLOCK_S)[:, None]
+        total += tl.load(partial + ((first + s) * size + e), (s < end) & (e < size), 0.0)
+    at = (group.to(tl.int64) * tl.num_programs(1) + fold) * size + e
+    tl.store(out + at, tl.sum(total, 0, keep_dims=True).to(out.dtype.element_ty), e < size)
+
+
+@triton.jit
+def merge_moments_kernel(
+    partial,
+    out_mean,
+    out_m2,
+    splits,
+    channels,
+    count,
+    split,
+    BLOCK_S: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """mean and m2 of all `count` pixels from those of splits of `split` pixels each (Chan et al.).
+
+    In what is left of x without the pivot (`bn_stats_kernel`): mean = p + Σ n·(mean_s − p)/M from
+    p = mean_0, and once more from there; m2 = Σ m2_s + Σ n·(mean_s − mean)². Chan, Golub & LeVeque
+    1979, "Updating formulae and a pairwise algorithm for computing sample variances", eq. 2.1.
+    Grid: one program per BLOCK_C channels. Bytes moved: 4 · splits · channels values out of L2.
+    """
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    is_channel = c < channels
+    wide = partial.dtype.element_ty
+    pivot = tl.load(partial + c, is_channel, 0.0)[None, :]
+    partial += channels
+    mean = tl.load(partial + c, is_channel, 0.0)[None, :]
+    for _ in tl.static_range(2):  # the second time on what is left: the first's rounding
+        drift = tl.zeros((BLOCK_S, BLOCK_C), wide)
+        for s0 in range(0, splits, BLOCK_S):
+            s = s0 + tl.arange(0, BLOCK_S)[:, None]
+            inside = (s < splits) & is_channel[None, :]
+            n = tl.minimum(split, count - s.to(tl.int64) * split).to(wide)
+            mean_s = tl.load(partial + s * channels + c[None, :], inside, 0.0)
+            drift += tl.where(inside, n * (mean_s - mean), 0.0)
+        mean += sum_rows(drift) / (tl.full((), 0.0, wide) + count)
+    m2 = tl.zeros((BLOCK_S, BLOCK_C), wide)
+    for s0 in range(0, splits, BLOCK_S):
+        s = s0 + tl.arange(0, BLOCK_S)[:, None]
+        inside = (s < splits) & is_channel[None, :]
+        n = tl.minimum(split, count - s.to(tl.int64) * split).to(wide)
+        mean_s = tl.load(partial + s * channels + c[None, :], inside, 0.0)
+        m2_s = tl.load(partial + (splits + s) * channels + c[None, :], inside, 0.0)
+        m2 += tl.where(inside, m2_s + n * (mean_s - mean) * (mean_s - mean), 0.0)
+    tl.store(out_mean + c[None, :], pivot + mean, is_channel[None, :])
+    tl.store(out_m2 + c[None, :], sum_rows(m2), is_channel[None, :])
+
+
+@triton.jit
+def merge_tiles_kernel(
+    partial,
+    out_n,
+    out_mean,
+    out_rest,
+    out_m2,
+    tiles,
+    tiles_per_split,
+    channels,
+    BLOCK_S: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Of moments of `tiles` tiles [4, tiles, C] those of splits of tiles_per_split: [4, splits, C].
+
+    Rows are n, mean, what the mean's rounding left, and m2; of all tiles together mean and m2 are
+    all that is wanted, and out_n and out_rest are None. With p the first tile's mean,
+    d = (mean_t − p) + rest_t: μ = Σ n·d/Σ n, m2 = Σ m2_t + Σ n·(d − μ)² (Chan et al. 1979).
+    Grid: one program per split and BLOCK_C channels. Bytes moved: partial twice, the second time
+    out of L2.
+    """
+    split = tl.program_id(0)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    is_channel = c < channels
+    wide = partial.dtype.element_ty
+    plane = (tl.full((), 0, tl.int64) + tiles) * channels
+    begin = split * tiles_per_split
+    end = tl.minimum(begin + tiles_per_split, tiles)
+    pivot = tl.load(partial + plane + (tl.full((), 0, tl.int64) + begin) * channels + c, is_channel)
+    count = tl.zeros((BLOCK_S, BLOCK_C), wide)
+    drift = tl.zeros((BLOCK_S, BLOCK_C), wide)
+    for t0 in range(begin, end, BLOCK_S):
+        t = t0 + tl.arange(0, BLOCK_S)[:, None]
+        inside = (t < end) & is_channel
+        at = partial + t.to(tl.int64) * channels + c
+        n = tl.load(at, inside, 0.0)
+        d = tl.load(at + plane, inside, 0.0) - pivot + tl.load(at + 2 * plane, inside, 0.0)
+        count += n
+        drift += tl.where(inside, n * d, 0.0)
+    total = sum_rows(count)
+    mu = sum_rows(drift) / tl.maximum(total, 1.0)
+    m2 = tl.zeros((BLOCK_S, BLOCK_C), wide)
+    for t0 in range(begin, end, BLOCK_S):
+        t = t0 + tl.arange(0, BLOCK_S)[:, None]
+        inside = (t < end) & is_channel
+        at = partial + t.to(tl.int64) * channels + c
+        d = tl.load(at + plane, inside, 0.0) - pivot + tl.load(at + 2 * plane, inside, 0.0) - mu
+        own = tl.load(at + 3 * plane, inside, 0.0)
+        m2 += tl.where(inside, own + tl.load(at, inside, 0.0) * d * d, 0.0)
+    mean = pivot + mu
+    at = split * channels + c
+    tl.store(out_mean + at, mean, is_channel)
+    tl.store(out_m2 + at, sum_rows(m2), is_channel)
+    if out_n is not None:
+        tl.store(out_n + at, total, is_channel)
+        tl.store(out_rest + at, pivot - mean + mu, is_channel)
+
+
+def merge_tiles(partial: Tensor) -> tuple[Tensor, Tensor]:
+    """mean, m2 [C] from the moments of tiles [4, tiles, C] (`conv_epilogue.store_moments`)."""
+    _, count, channels = partial.shape
+    mean, m2 = partial.new_empty(channels), partial.new_empty(channels)
+    while True:
+        splits = cdiv(count, TILES_A_SPLIT)
+        last = splits == 1
+        moments = None if last else partial.new_empty(4, splits, channels)
+        out = (None, mean, None, m2) if last else tuple(moments)
+        launch(
+            merge_tiles_kernel, (splits, cdiv(channels, BLOCK_C)),
+            partial, *out, count, TILES_A_SPLIT, channels, BLOCK_S, BLOCK_C, num_warps=4,
+        )  # fmt: skip
+        if last:
+            return mean, m2
+        partial, count = moments, splits
+
+
+def fold(partial: Tensor, out: Tensor, per_fold: int | None = None) -> None:
+    """Fill `out` with sums over the second to last axis of partial [..., count, size].
+
+    per_fold: how many go into one, all unless given; out is then [..., folds, size].
+    """
+    count, size = partial.shape[-2:]
+    groups = partial.numel() // max(1, count * size)
+    per_fold = per_fold or count
+    block = min(512, max(32, next_power_of_2(size)))
+    launch(
+        fold_kernel, (cdiv(size, block), cdiv(count, per_fold), groups),
+        partial, out, count, per_fold, size, 8, block, num_warps=4, **all_registers(partial),
+    )  # fmt: skip
+
+
+def merge_sums(partial: Tensor, rstd: Tensor, res_rstd: Tensor | None) -> tuple[Tensor, ...]:
+    """Three sums [C] from partial [2 or 3, splits, C], xhat's factors applied; one may be empty."""
+    sums, splits, channels = partial.shape
+    if splits > SUMS_AT_ONCE:
+        folds = partial.new_empty(sums, cdiv(splits, TILES_A_SPLIT), channels)
+        fold(partial, folds, TILES_A_SPLIT)
+        return merge_sums(folds, rstd, res_rstd)
+    out = [partial.new_empty(channels if i < sums else 0) for i in range(3)]
+    launch(
+        merge_sums_kernel, (sums, cdiv(channels, BLOCK_C)),
+        partial, rstd, res_rstd, *out, splits, channels, BLOCK_S, BLOCK_C, num_warps=4,
+    )  # fmt: skip
+    return tuple(out)
+
+
+def merge_moments(partial: Tensor, count: int, split: int) -> tuple[Tensor, Tensor]:
+    """mean, m2 [C] of `count` pixels from partial [1 + 2·splits, C]: `bn_stats_kernel`'s."""
+    splits, channels = partial.size(0) // 2, partial.size(1)
+    mean, m2 = partial.new_empty(channels), partial.new_empty(channels)
+    launch(
+        merge_moments_kernel, (cdiv(channels, BLOCK_C),),
+        partial, mean, m2, splits, channels, count, split, BLOCK_S, BLOCK_C, num_warps=4,
+    )  # fmt: skip
+    return mean, m2

@@ -1,0 +1,32 @@
+"""The dtypes: which ones the ops take, what statistics are kept in, what autocast casts to."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+# Asked once: the compiler of torch 2.6 does not trace the question.
+AUTOCAST_DEVICES = frozenset(
+    device for device in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(device)
+)
+
+
+def stats_dtype(x: Tensor) -> torch.dtype:
+    """dtype of channel vectors beside activations `x`: fp64 for double, else fp32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which a convolution takes x: autocast's where it is on (double stays double)."""
+    device = x.device.type
+    if x.dtype == torch.float64 or not x.is_floating_point() or device not in AUTOCAST_DEVICES:
+        return x.dtype
+    if not torch.is_autocast_enabled(device):
+        return x.dtype
+    return torch.get_autocast_dtype(device)
+
+
+def autocast(x: Tensor) -> Tensor:
+    """x as a convolution takes it under autocast; a norm or an addition takes x as it is."""
+    return x.to(autocast_dtype(x))

@@ -1,0 +1,53 @@
+"""A chain as layers: the `nn.Module`s that hold its numbers and tensors, and what they ask for."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from .chain import Chain, Pool
+from .dtypes import autocast_dtype
+from .values import pair
+
+NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
+
+
+class Parts(NamedTuple):
+    """The children of a block as a chain (`resnet_fast.spec.chain`): n convolutions, n + 1 norms.
+
+    One more shortcut than a chain has: "zero_pad", which takes every `stride`-th pixel of x.
+    around: what a plain call runs besides, each a ReLU or a `Sequential` of the others.
+    """
+
+    convs: tuple[nn.Conv2d, ...]
+    norms: tuple[nn.BatchNorm2d | nn.SyncBatchNorm | None, ...]
+    relu: bool
+    shortcut: str
+    projection: nn.Conv2d | None = None
+    projection_norm: nn.BatchNorm2d | nn.SyncBatchNorm | None = None
+    pool: nn.MaxPool2d | None = None
+    stride: int = 1
+    around: tuple[nn.Module, ...] = ()
+
+
+def windows_of(pool: nn.MaxPool2d) -> Pool:
+    """The windows of `pool`; ValueError, naming the argument, where no chain can end with them."""
+    if pair(pool.dilation, "dilation") != (1, 1):
+        raise ValueError(f"dilation: expected 1 of a fused max-pool, got {pool.dilation!r}")
+    for name in ("ceil_mode", "return_indices"):
+        if getattr(pool, name):
+            raise ValueError(f"{name}: expected False of a fused max-pool")
+    kernel = pair(pool.kernel_size, "kernel")
+    stride = kernel if pool.stride is None else pair(pool.stride, "stride")
+    return Pool(kernel, stride, pair(pool.padding, "padding"))
+
+
+def promotes(chain: Chain | Parts, x: Tensor) -> bool:
+    """Whether autocast casts x for convolutions of `chain`, and something else takes x as it is.
+
+    That is a norm before the first convolution, or the addition of a shortcut made of x.
+    """
+    if len(chain.convs) == 0 or autocast_dtype(x) == x.dtype:
+        return False
+    return chain.norms[0] is not None or chain.shortcut in ("identity", "zero_pad")

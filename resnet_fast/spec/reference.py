@@ -1,0 +1,377 @@
+"""The specification: every op in plain PyTorch.
+
+One function an op of `dispatch.ops`, with its exact arguments: what a kernel must compute,
+written to be read. The specification of whole layers and blocks is `resnet_fast.blocks`: their
+modules in ordinary autograd know nothing of the backward formulas here, so they judge them.
+
+Notation (Ioffe & Szegedy 2015, arXiv:1502.03167): for a channel with M values z,
+mean = Σz/M, m2 = Σ(z − mean)², rstd = (m2/M + eps)^(−1/2), xhat = (z − mean)·rstd,
+scale = weight·rstd, shift = bias − mean·scale, so that weight·xhat + bias = scale·z + shift.
+Channel vectors are fp32 (fp64 for double tensors), whatever the tensors' dtype.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .dtypes import stats_dtype
+from .layout import is_channels_last, mask_shape, memory_format
+
+CHANNELS = (1, -1, 1, 1)
+NONE = 255  # the index of a window that ReLU closed
+OVER_PIXELS = (0, 2, 3)
+
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(stats_dtype(x))
+
+
+def _affine(z: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
+    if scale is None:
+        return _wide(z)
+    # In fp64, as a fused multiply-add: where |mean| is large the two terms nearly cancel.
+    wide = z.double() * scale.double().view(CHANNELS) + shift.double().view(CHANNELS)
+    return wide.to(stats_dtype(z))
+
+
+def _rows(x: Tensor) -> Tensor:
+    n, c, h, w = x.shape
+    if is_channels_last(x):
+        return x.permute(0, 2, 3, 1).reshape(n * h * w, c)
+    return x.reshape(n * c, h * w)
+
+
+def pack_mask(positive: Tensor) -> Tensor:
+    """Bool [N,C,H,W] → uint8 bit mask: element i of a row is bit i % 8 of the row's byte i // 8."""
+    rows, width = mask_shape(positive)
+    bits = _rows(positive).to(torch.uint8)
+    bits = F.pad(bits, (0, 8 * width - bits.size(1))).view(rows, width, 8)
+    place = 2 ** torch.arange(8, device=bits.device, dtype=torch.uint8)
+    return (bits * place).sum(-1, dtype=torch.uint8)
+
+
+def unpack_mask(mask: Tensor, like: Tensor) -> Tensor:
+    """Inverse of `pack_mask`: bool tensor of the shape and format of dense `like`."""
+    n, c, h, w = like.shape
+    place = 2 ** torch.arange(8, device=mask.device, dtype=torch.uint8)
+    bits = (mask.unsqueeze(-1) & place).ne(0).flatten(1)
+    if is_channels_last(like):
+        return bits[:, :c].reshape(n, h, w, c).permute(0, 3, 1, 2)
+    return bits[:, : h * w].reshape(n, c, h, w)
+
+
+def bn_stats(x: Tensor) -> tuple[Tensor, Tensor]:
+    """mean, m2 of each channel over N, H, W; zeros for an empty batch."""
+    wide = _wide(x)
+    if x.numel() == 0:
+        zero = wide.new_zeros(x.size(1))
+        return zero, zero.clone()
+    mean = wide.mean(OVER_PIXELS)
+    return mean, (wide - mean.view(CHANNELS)).square().sum(OVER_PIXELS)
+
+
+def bn_finalize(
+    mean: Tensor, m2: Tensor, count: int, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """scale, shift, rstd of a normalization over `count` values a channel.
+
+    In fp64: where |mean| is large shift is a small difference, and it goes with scale as stored.
+    """
+    rstd = torch.rsqrt(m2.double() / max(count, 1) + eps)
+    scale = (rstd if weight is None else weight.double() * rstd).to(mean.dtype)
+    shift = -mean.double() * scale.double()
+    shift = shift if bias is None else shift + bias.double()
+    return scale.clone(), shift.to(mean.dtype), rstd.to(mean.dtype)
+
+
+def bn_bwd_finalize(
+    sum_dy: Tensor, sum_dy_xhat: Tensor, scale: Tensor, rstd: Tensor, count: int
+) -> tuple[Tensor, Tensor]:
+    """b, c of dz = scale·dy + b·(z − mean) + c, the gradient through batch statistics.
+
+    b = −scale·rstd·Σdy·xhat/M, c = −scale·Σdy/M (Ioffe & Szegedy 2015, section 3).
+    """
+    a = scale / max(count, 1)
+    return -a * rstd * sum_dy_xhat, -a * sum_dy
+
+
+def bn_act(
+    z: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor | None,
+    res_scale: Tensor | None,
+    res_shift: Tensor | None,
+    relu: bool,
+    save_mask: bool,
+) -> tuple[Tensor, Tensor]:
+    """y = relu(scale·z + shift + (res_scale·residual + res_shift)), and the ReLU's bit mask."""
+    y = _affine(z, scale, shift)
+    if residual is not None:
+        y = y + _affine(residual, res_scale, res_shift)
+    return _activate(y, z, relu, save_mask)
+
+
+def add_relu(x: Tensor, residual: Tensor, save_mask: bool) -> tuple[Tensor, Tensor]:
+    """y = relu(x + residual), and the ReLU's bit mask."""
+    return _activate(_wide(x) + _wide(residual), x, True, save_mask)
+
+
+def _activate(y: Tensor, like: Tensor, relu: bool, save_mask: bool) -> tuple[Tensor, Tensor]:
+    positive = ~(y <= 0)  # NaN counts as positive: it must reach the output and the gradient
+    out = torch.where(positive, y, 0.0) if relu else y
+    out = out.to(like.dtype).contiguous(memory_format=memory_format(like))
+    if not (relu and save_mask):
+        return out, torch.empty(0, dtype=torch.uint8, device=y.device)
+    fmt = torch.channels_last if is_channels_last(like) else torch.contiguous_format
+    return out, pack_mask(positive.contiguous(memory_format=fmt))
+
+
+def add_relu_bwd(dy: Tensor, mask: Tensor) -> Tensor:
+    """dx = dresidual = dy where the mask's bit is set, else 0."""
+    return torch.where(unpack_mask(mask, dy), dy, 0.0).to(memory_format=memory_format(dy))
+
+
+def bn_act_bwd_reduce(
+    dy: Tensor,
+    mask: Tensor | None,
+    z: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    residual: Tensor | None,
+    res_mean: Tensor | None,
+    res_rstd: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Σdz', Σdz'·xhat(z), Σdz'·xhat(residual), dz' = dy under the mask; the last may be empty."""
+    g = _masked(dy, mask)
+    sums = [g.sum(OVER_PIXELS)]
+    for value, center, spread in ((z, mean, rstd), (residual, res_mean, res_rstd)):
+        if value is None:
+            sums.append(g.new_empty(0))
+        else:
+            xhat = (_wide(value) - center.view(CHANNELS)) * spread.view(CHANNELS)
+            sums.append((g * xhat).sum(OVER_PIXELS))
+    return sums[0], sums[1], sums[2]
+
+
+def _masked(dy: Tensor, mask: Tensor | None) -> Tensor:
+    wide = _wide(dy)
+    return wide if mask is None else torch.where(unpack_mask(mask, dy), wide, 0.0)
+
+
+def bn_act_bwd_apply(
+    dy: Tensor,
+    mask: Tensor | None,
+    a: Tensor | None,
+    z: Tensor | None,
+    mean: Tensor | None,
+    b: Tensor | None,
+    c: Tensor | None,
+    residual: Tensor | None,
+) -> Tensor:
+    """dz = a·dz' + b·(z − mean) + c + residual with dz' = dy under the mask.
+
+    Without `b` the statistics were frozen: dz = a·dz' + residual; without `a` dz = dz' + residual.
+    """
+    dz = _masked(dy, mask)
+    if a is not None:
+        dz = dz * a.view(CHANNELS)
+    if b is not None:
+        dz = dz + (_wide(z) - mean.view(CHANNELS)) * b.view(CHANNELS) + c.view(CHANNELS)
+    if residual is not None:
+        dz = dz + _wide(residual)
+    return dz.to(dy.dtype).contiguous(memory_format=memory_format(dy))
+
+
+def bn_relu_max_pool(
+    z: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    save_index: bool,
+) -> tuple[Tensor, Tensor]:
+    """y = max over windows of relu(scale·z + shift), and which position of its window each y is.
+
+    The windows are those of `F.max_pool2d`; without scale and shift y is of relu(z). index, uint8
+    like y: r·S + s of the first of the largest values of an R×S window, NONE where ReLU let none
+    through, so that no gradient flows.
+    """
+    u = _affine(z, scale, shift)
+    u = torch.where(u <= 0, 0.0, u)
+    y, flat = F.max_pool2d(u, kernel, stride, padding, return_indices=True)
+    fmt = memory_format(z)
+    out = y.to(z.dtype).contiguous(memory_format=fmt)
+    if not save_index:
+        return out, torch.empty(0, dtype=torch.uint8, device=z.device)
+    row, column = flat // z.size(3), flat % z.size(3)
+    r = row - _starts(y, 0, stride, padding)
+    s = column - _starts(y, 1, stride, padding)
+    index = torch.where(y == 0, NONE, r * kernel[1] + s).to(torch.uint8)
+    return out, index.contiguous(memory_format=fmt)
+
+
+def _starts(y: Tensor, axis: int, stride: list[int], padding: list[int]) -> Tensor:
+    """The first row (axis 0) or column (axis 1) of each window, to broadcast over y."""
+    first = torch.arange(y.size(2 + axis), device=y.device) * stride[axis] - padding[axis]
+    return first.view((-1, 1) if axis == 0 else (1, -1))
+
+
+def max_pool_bwd(
+    dy: Tensor,
+    index: Tensor,
+    x: Tensor,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx like x: Σ of dy over the windows whose `index` names the pixel; Σdx and Σdx·xhat(x).
+
+    The gradient through max-pool and ReLU of `bn_relu_max_pool` on x, and the sums that the
+    backward of its normalization needs; they are empty without `mean` and `rstd`.
+    """
+    n, c, h, w = x.shape
+    code = index.long()
+    row = _starts(dy, 0, stride, padding) + code // kernel[1]
+    column = _starts(dy, 1, stride, padding) + code % kernel[1]
+    taken = index != NONE
+    flat = torch.where(taken, row * w + column, 0).flatten(2)
+    wide = _wide(dy).new_zeros(n, c, h * w)
+    wide.scatter_add_(2, flat, torch.where(taken, _wide(dy), 0.0).flatten(2))
+    wide = wide.view(n, c, h, w)
+    sums = [wide.new_empty(0), wide.new_empty(0)]
+    if mean is not None:
+        xhat = (_wide(x) - mean.view(CHANNELS)) * rstd.view(CHANNELS)
+        sums = [wide.sum(OVER_PIXELS), (wide * xhat).sum(OVER_PIXELS)]
+    return wide.to(dy.dtype).contiguous(memory_format=memory_format(x)), *sums
+
+
+def global_avg_pool(x: Tensor) -> Tensor:
+    """y[n, c] = mean over H, W of x[n, c]: [N,C,H,W] → [N,C]."""
+    return F.adaptive_avg_pool2d(x, 1).flatten(1).contiguous()
+
+
+def conv_fprop(
+    x: Tensor,
+    w: Tensor,
+    in_scale: Tensor | None,
+    in_shift: Tensor | None,
+    stats: bool,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """z = conv(φ(x), w), and z's mean and m2 when `stats`.
+
+    φ(x) = relu(in_scale·x + in_shift) when given (the prologue), else x. Padding is zero after φ.
+    """
+    fmt = memory_format(x, w)
+    h = x if in_scale is None else bn_act(x, in_scale, in_shift, None, None, None, True, False)[0]
+    z = F.conv2d(h, w.to(x.dtype), None, stride, padding, dilation, groups)
+    z = z.contiguous(memory_format=fmt)
+    empty = torch.empty(0, dtype=stats_dtype(x), device=x.device)
+    mean, m2 = bn_stats(z) if stats else (empty, empty.clone())
+    return z, mean, m2
+
+
+def conv_bprop(
+    dy: Tensor,
+    w: Tensor,
+    x: Tensor,
+    dy_mask: Tensor | None,
+    a: Tensor | None,
+    z: Tensor | None,
+    mean: Tensor | None,
+    b: Tensor | None,
+    c: Tensor | None,
+    in_scale: Tensor | None,
+    in_shift: Tensor | None,
+    in_mean: Tensor | None,
+    in_rstd: Tensor | None,
+    in_act: Tensor | None,
+    residual: Tensor | None,
+    residual_mask: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    need_dx: bool,
+    need_dw: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dx, dw of z = conv(φ(x), w), with what surrounds it in the chain.
+
+    Before: dz = bn_act_bwd_apply(dy, dy_mask, a, z, mean, b, c). After: dx = dgrad(dz) + residual
+    (under `residual_mask`); with a prologue also the ReLU's gradient, dx = 0 where
+    in_scale·x + in_shift ≤ 0, and, given `in_mean` and `in_rstd`, the sums Σdx and Σdx·xhat(x)
+    that the backward of that normalization needs. `in_act` is φ(x) where the caller kept it.
+    What is not asked for comes back empty.
+    """
+    dz = dy
+    if dy_mask is not None or a is not None:
+        dz = bn_act_bwd_apply(dy, dy_mask, a, z, mean, b, c, None)
+    h = x
+    if in_act is not None:
+        h = in_act
+    elif in_scale is not None:
+        h = bn_act(x, in_scale, in_shift, None, None, None, True, False)[0]
+    dx, dw, _ = torch.ops.aten.convolution_backward(
+        dz, h, w.to(x.dtype), None, stride, padding, dilation, False, [0, 0], groups,
+        [need_dx, need_dw, False],
+    )  # fmt: skip
+    empty = torch.empty(0, dtype=stats_dtype(x), device=x.device)
+    dw = dw.to(w.dtype) if need_dw else torch.empty(0, dtype=w.dtype, device=w.device)
+    if not need_dx:
+        return torch.empty(0, dtype=x.dtype, device=x.device), dw, empty, empty.clone()
+    wide = _wide(dx)
+    if residual is not None:
+        wide = wide + _masked(residual, residual_mask)
+    if in_scale is not None:
+        wide = torch.where(_affine(x, in_scale, in_shift) <= 0, 0.0, wide)
+    sums = (empty, empty.clone())
+    if in_mean is not None:
+        xhat = (_wide(x) - in_mean.view(CHANNELS)) * in_rstd.view(CHANNELS)
+        sums = wide.sum(OVER_PIXELS), (wide * xhat).sum(OVER_PIXELS)
+    dx = wide.to(x.dtype).contiguous(memory_format=memory_format(x, w))
+    return dx, dw, *sums
+
+
+def conv_bn_act(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    residual: Tensor | None,
+    relu: bool,
+    eps: float,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    """Inference: y = relu(BN(conv(x, w) + bias) + residual) with running statistics.
+
+    Without `running_mean` there is no BN: y = relu(conv(x, w) + bias + residual).
+    """
+    fmt = memory_format(x, w)
+    y = _wide(F.conv2d(x, w.to(x.dtype), None, stride, padding, dilation, groups))
+    if bias is not None:
+        y = y + bias.to(y.dtype).view(CHANNELS)
+    if running_mean is not None:
+        scale, shift, _ = bn_finalize(
+            running_mean.to(y.dtype), running_var.to(y.dtype), 1, bn_weight, bn_bias, eps
+        )
+        y = _affine(y, scale, shift)
+    if residual is not None:
+        y = y + _wide(residual)
+    y = torch.where(y <= 0, 0.0, y) if relu else y
+    return y.to(x.dtype).contiguous(memory_format=fmt)
