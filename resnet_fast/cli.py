@@ -11,7 +11,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from .runtime.settings import BadSetting
+from .runtime import settings
 
 COMMANDS = {
     "env": ("resnet_fast.commands.env", "versions, hardware, live implementations and why"),
@@ -43,10 +43,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     assert run is not None  # parse_args demands a command, and takes none but these
     try:
-        return run(args)
-    except BadSetting as error:
+        for setting in settings.ALL:
+            setting.read()
+    except settings.BadSetting as error:
         print(f"{parser.prog} {args.command}: error: {error}", file=sys.stderr)
         return 2
+    return run(args)
 
 
 def _version() -> str:

@@ -183,7 +183,7 @@ def run_chain(
     batch_stats = any(norm is not None and norm.batch_stats for norm in chain.all_norms)
     flat = [t if t is None or t.dim() > 1 else t.contiguous() for t in tensors.flat()]
     if not batch_stats and not _wants_gradient(x, residual, *flat):
-        return replay.run(_infer, (chain,), (x, residual, *flat))
+        return replay.run(_infer, chain, (), (x, residual, *flat))
     y, *statistics = ChainFunction.apply(chain, x, residual, *flat)
     follow = []
     for i, norm in enumerate(chain.all_norms):

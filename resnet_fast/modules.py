@@ -125,15 +125,10 @@ class Fused(Rechecked):
 
     def forward(self, x: Tensor) -> Tensor:
         """y of the block, x and y [N,C,H,W]."""
-        return self._forward(x)
-
-    def _forward(self, x: Tensor, *residual: Tensor | None) -> Tensor:
         parts = self.parts()
         if parts is None or not fusible(x, parts):
-            return super().forward(x, *residual)
-        return run_fused(
-            parts, x, *residual, impl=self.impl, keep_activations=self.keep_activations
-        )
+            return super().forward(x)
+        return run_fused(parts, x, impl=self.impl, keep_activations=self.keep_activations)
 
     def __prepare_scriptable__(self) -> nn.Module:
         """What `torch.jit.script` compiles: the plain twin, around the same children."""
@@ -152,7 +147,10 @@ class ConvBNAct2d(Fused, blocks.ConvBNAct2d):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """y [N,K,P,Q] of x [N,C,H,W]; `residual`, of y's shape, is added before the ReLU."""
-        return self._forward(x, residual)
+        parts = self.parts()
+        if not fusible(x, parts):
+            return blocks.ConvBNAct2d.forward(self, x, residual)
+        return run_fused(parts, x, residual, impl=self.impl, keep_activations=self.keep_activations)
 
 
 class BasicBlock(Fused, blocks.BasicBlock):

@@ -39,7 +39,7 @@ def forget(monkeypatch):
 
 
 def pick(args=ARGS, candidates=CANDIDATES):
-    return auto_impl.pick("op", GPU, args, candidates)
+    return auto_impl.pick("op", GPU, args, candidates)[0]
 
 
 def entry(impl):
@@ -60,8 +60,8 @@ def test_tables(monkeypatch):
     tuning_tables.write(tuning_tables.shipped_table("impls", GPU), "op", key, entry("native"))
     assert pick() == "native"
     assert pick((X[:1], *ARGS[1:])) == "triton", "another shape is another key"
-    assert auto_impl.pick("other", GPU, ARGS, CANDIDATES) == "triton"
-    assert auto_impl.pick("op", "another GPU", ARGS, CANDIDATES) == "triton"
+    assert auto_impl.pick("other", GPU, ARGS, CANDIDATES)[0] == "triton"
+    assert auto_impl.pick("op", "another GPU", ARGS, CANDIDATES)[0] == "triton"
     tuning_tables.write(tuning_tables.user_table("impls", GPU), "op", key, entry("triton"))
     assert pick() == "native", "asked once"
     forget(monkeypatch)
@@ -131,7 +131,7 @@ def test_backend_asks(monkeypatch):
 
     def picked(op, gpu, args, candidates):
         asked.append((op, gpu, len(args), list(candidates)))
-        return "native"
+        return "native", "measured"
 
     class OnGpu:
         device, dtype = torch.device("cuda", 0), torch.float32
@@ -139,10 +139,11 @@ def test_backend_asks(monkeypatch):
     monkeypatch.setattr(auto_impl, "pick", picked)
     monkeypatch.setattr(backends, "_live", lambda op, device, dtype: CANDIDATES)
     monkeypatch.setattr(backends, "_gpu", lambda index: GPU)
-    assert backends.resolve("bn_act", "auto", OnGpu(), (1, 2)) is CANDIDATES["native"]
+    chosen = backends.resolve("bn_act", "auto", OnGpu(), (1, 2))
+    assert chosen == ("native", CANDIDATES["native"], "measured")
     assert asked == [("bn_act", GPU, 3, ["triton", "native"])]
-    assert backends.resolve("bn_stats", "reference", X) is reference.bn_stats
-    assert backends.resolve("bn_stats", "reference", OnGpu()) is reference.bn_stats
+    assert backends.resolve("bn_stats", "reference", X).run is reference.bn_stats
+    assert backends.resolve("bn_stats", "reference", OnGpu()).run is reference.bn_stats
     assert len(asked) == 1
 
 
@@ -186,12 +187,12 @@ def test_channels_that_cutlass_does_not_take(channels, filters, change, why, mon
     built = {"cutlass": change.get("cutlass", "built in")}
     monkeypatch.setattr(backends, "build_info", lambda: built)
     monkeypatch.setattr(backends, "_gpu", lambda index: GPU)
-    monkeypatch.setattr(backends, "_resolve", lambda op, impl, device, dtype: (impl, impl))
+    monkeypatch.setattr(backends, "_resolve", lambda op, impl, *_: backends.Choice(impl, None, ""))
     live = {"native": "native"}
     monkeypatch.setattr(backends, "_live", lambda op, device, dtype: live)
 
     def resolve(impl, op="conv_bn_act"):
-        return backends.resolve(op, impl, OnGpu(x), (w, None))
+        return backends.resolve(op, impl, OnGpu(x), (w, None)).impl
 
     assert resolve("native", "conv_fprop") == "native" and resolve("reference") == "reference"
     if why is None:

@@ -17,7 +17,7 @@ import resnet_fast
 from resnet_fast import functional
 from resnet_fast.functional import global_avg_pool, run_chain
 from resnet_fast.spec.chain import Chain, Norm, NormParams, Running, Tensors
-from resnet_fast.spec.dtypes import promotes
+from resnet_fast.spec.layers import promotes
 from resnet_fast.spec.layout import memory_format
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")

@@ -202,11 +202,11 @@ def forced(monkeypatch):
 
     state = [0]
 
-    def run(kernel, key, configs, rule, x, start):
+    def choose(kernel, key, configs, rule, x, start, why=""):
         state[1:] = [config for config in configs if config[-1] > 1]
-        start(state[1:][state[0]] if state[1:] else configs[rule])
+        return state[1:][state[0]] if state[1:] else configs[rule]
 
-    monkeypatch.setattr(config_select, "run", run)
+    monkeypatch.setattr(config_select, "choose", choose)
     return state
 
 

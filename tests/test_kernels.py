@@ -66,11 +66,11 @@ def choose(monkeypatch):
     """choose(i): every kernel runs with configuration i of those it could, modulo their number."""
 
     def take(i):
-        def run(kernel, key, configs, rule, x, start):
+        def nth(kernel, key, configs, rule, x, start, why=""):
             taken.append((kernel, len(configs)))
-            start(configs[i % len(configs)])
+            return configs[i % len(configs)]
 
-        monkeypatch.setattr(config_select, "run", run)
+        monkeypatch.setattr(config_select, "choose", nth)
         return taken
 
     taken = []
@@ -148,7 +148,12 @@ GRADIENT_SHAPES = {name: conv for name, conv in CONV_SHAPES.items() if name != "
 
 def with_plan(monkeypatch, plan, tma):
     """conv_bprop by `plan`, its kernels by descriptors where they can or by pointers."""
-    monkeypatch.setattr(conv_train, "asked_plans", lambda plans: (plan,))
+
+    def plans(x, w, conv):
+        able = conv_plan.refuse_gradients(x, w, conv) is None
+        return conv_plan.Plans((plan if able else conv_plan.PLANS[-1],), 0, "the test's")
+
+    monkeypatch.setattr(conv_train, "backward_plans", plans)
     if not tma:
         for module in (conv_dgrad, conv_wgrad):
             monkeypatch.setattr(module, "refuse_tma", lambda *_: "by pointers")
@@ -204,12 +209,12 @@ def test_no_box_reaches_into_the_other_parity(monkeypatch):
     with_plan(monkeypatch, conv_train.PLANS[0], True)
     widths = []
 
-    def start(kernel, key, configs, rule, x, run):
+    def choose(kernel, key, configs, rule, x, start, why=""):
         if kernel == "conv_dgrad":
             widths.extend(config[1] for config in configs)
-        run(configs[rule])
+        return configs[rule]
 
-    monkeypatch.setattr(config_select, "run", start)
+    monkeypatch.setattr(config_select, "choose", choose)
     kernels.conv_bprop(*args)
     assert widths and all(192 % width == 0 for width in widths)
 
@@ -376,10 +381,8 @@ def cache(monkeypatch, tmp_path):
 
 
 def chosen(key=("k", 3), configs=((1, 1), (2, 2), (3, 3))):
-    started = []
     config_select._chosen.clear()
-    config_select.run("kernel", key, configs, 1, torch.empty(0), started.append)
-    return started[-1]
+    return config_select.choose("kernel", key, configs, 1, torch.empty(0), lambda config: None)
 
 
 def test_table_of_tiles(cache):
@@ -396,9 +399,9 @@ def test_table_of_tiles(cache):
     assert json.loads(user.read_text())["kernel"]["k 3"] == {"config": [1, 1], "us": 5.0}
     assert chosen(configs=((4, 4), (5, 5))) == (5, 5)
     assert chosen(key=("else",)) == (2, 2)
-    assert [path.name for path in user.parent.iterdir()] == ["interpreter.json"]
+    assert {path.suffix for path in user.parent.iterdir()} == {".json", ".lock"}
     user.write_text("{")
-    with pytest.raises(RuntimeError, match=r"interpreter\.json is no table of measurements"):
+    with pytest.raises(RuntimeError, match=r"interpreter\.json is not a valid tuning table"):
         chosen()
 
 
@@ -415,7 +418,8 @@ def test_what_is_compiled_is_what_would_run(cache):
         assert chosen() == (2, 2)
     started = []
     with launch.compile_for(target, print):
-        config_select.run("kernel", ("k", 3), ((1, 1), (2, 2)), 1, torch.empty(0), started.append)
+        args = "kernel", ("k", 3), ((1, 1), (2, 2)), 1, torch.empty(0), started.append
+        started.append(config_select.choose(*args))
     assert started == [(1, 1), (2, 2)]
 
 

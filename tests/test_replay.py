@@ -249,19 +249,41 @@ def test_error_is_recorded_by_nobody(recorded):
     assert not recorded and not replay._programs
 
 
-def test_shared_statistics_are_not_replayed(recorded, monkeypatch):
+def test_shared_statistics_are_not_replayed(recorded):
     """Collectives are no steps of a program."""
-    norms = (None, chain.Norm(group=object()))
-    assert chain.Chain((chain.Conv(),), norms).shared
-    asked = []
-    monkeypatch.setattr(replay, "run", lambda *args: asked.append(args))
-    from resnet_fast.autograd.chain import _run
+    x = torch.randn(2, 8, 3, 3)
+    for group in (None, object()):
+        one = chain.Chain((chain.Conv(),), (None, chain.Norm(group=group)))
+        assert one.shared == (group is not None)
+        assert torch.equal(replay.run(lambda chain, x: x + 1, one, (), (x,)), x + 1)
+        assert len(recorded) == 1
 
-    assert _run(lambda c, x: x, chain.Chain((chain.Conv(),), norms), (), 3) == 3 and not asked
+
+def test_forgotten_by_another_thread(recorded, monkeypatch):
+    """A key that was there may be gone when its program is asked for: it is looked up once."""
+    class Forgetful(dict):
+        def __contains__(self, key):
+            found = super().__contains__(key)
+            self.clear()
+            return found
+
+        def get(self, key, default=None):
+            found = super().get(key, default)
+            self.clear()
+            return found
+
+    monkeypatch.setattr(replay, "_programs", Forgetful())
+    x, one = torch.randn(2, 8, 3, 3), chain.Chain((chain.Conv(),), (None, chain.Norm()))
+    for _ in range(3):
+        assert torch.equal(replay.run(torch_add, one, (), (x,)), x + 1)
+
+
+def torch_add(chain, x):
+    return x + 1
 
 
 def record(function, *tensors):
-    return recording.record(function, tensors, {})
+    return recording.record(function, (), tensors, {})
 
 
 def test_program_on_other_tensors():

@@ -11,7 +11,7 @@ from op_cases import CONVOLUTIONS, CONVS, POINTWISE, Draw
 from resnet_fast import cli
 from resnet_fast.commands import tune
 from resnet_fast.dispatch import auto_impl, cost_model
-from resnet_fast.runtime import tuning_tables
+from resnet_fast.runtime import settings, tuning_tables
 from resnet_fast.spec import reference
 
 GPU = "NVIDIA Test 1"
@@ -103,10 +103,11 @@ def test_auto_follows_the_rule():
     for key, entry in section(("triton", "native")).items():
         tuning_tables.write(path, "add_relu", key, entry)
     tuning_tables.write(path, "add_relu", auto_impl.signature((x, x, False)), {"impl": "native"})
-    assert auto_impl.pick("add_relu", GPU, (x, x, False), candidates) == "native"
-    assert auto_impl.pick("add_relu", GPU, (x, x, True), candidates) == "triton"
-    assert auto_impl.pick("add_relu", GPU, (small, small, True), candidates) == "native"
-    assert auto_impl.pick("bn_stats", GPU, (x,), candidates) == "triton", "nothing is known of it"
+    assert auto_impl.pick("add_relu", GPU, (x, x, False), candidates)[0] == "native"
+    assert auto_impl.pick("add_relu", GPU, (x, x, True), candidates)[0] == "triton"
+    assert auto_impl.pick("add_relu", GPU, (small, small, True), candidates)[0] == "native"
+    unknown = auto_impl.pick("bn_stats", GPU, (x,), candidates)
+    assert unknown == ("triton", "first choice"), "nothing is known of it"
 
 
 def test_tune(monkeypatch, capsys):
@@ -126,7 +127,7 @@ def test_tune(monkeypatch, capsys):
 
     def step():
         for x in shapes:
-            candidates[auto_impl.pick("add_relu", GPU, (x, x, False), candidates)](x)
+            candidates[auto_impl.pick("add_relu", GPU, (x, x, False), candidates)[0]](x)
 
     def milliseconds(step):
         ran.clear()
@@ -140,7 +141,7 @@ def test_tune(monkeypatch, capsys):
     assert len(table) == 3 and all(entry["impl"] == "native" for entry in table.values())
     assert all(entry["bytes"] > 0 and entry["flop"] == 0 for entry in table.values())
     assert tune.tune(step, milliseconds) == tune.Gain(1.5, 1.5, 0)
-    assert "RESNET_FAST_AUTOTUNE" not in tune.os.environ
+    assert not settings.AUTOTUNE.read()
 
 
 @pytest.mark.parametrize("before", [False, True])

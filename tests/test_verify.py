@@ -81,7 +81,8 @@ def replace_op(monkeypatch, op, wrong):
 
     def resolve_wrong(name, *args):
         right = resolve(name, *args)
-        return (lambda *args: wrong(right(*args), args)) if name == op else right
+        changed = right._replace(run=lambda *args: wrong(right.run(*args), args))
+        return changed if name == op else right
 
     monkeypatch.setattr(backends, "resolve", resolve_wrong)
 

@@ -5,6 +5,7 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <torch/library.h>
 
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -109,7 +110,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_fprop(
   const at::AutoDispatchBelowADInplaceOrView guard;
   const Geometry g = {stride, padding, dilation, groups};
   check_conv_fprop(x, w, in_scale, in_shift, g);
-  if (tiled(x, w, g)) {
+  if (route(x, w, g).tiled) {
     return x.scalar_type() == at::kFloat ? tiled_fprop<float>(x, w, in_scale, in_shift, stats, g)
                                          : tiled_fprop<bf16>(x, w, in_scale, in_shift, stats, g);
   }
@@ -213,7 +214,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bprop(
   const Geometry g = {stride, padding, dilation, groups};
   check_conv_bprop(
       dy, w, x, dy_mask, a, z, mean, b, c, in_scale, in_shift, in_mean, in_rstd, in_act, residual, residual_mask, g);
-  if (tiled(x, w, g)) {
+  if (route(x, w, g).tiled) {
     return (x.scalar_type() == at::kFloat ? tiled_bprop<float> : tiled_bprop<bf16>)(
         dy, w, x, dy_mask, a, z, mean, b, c, in_scale, in_shift, in_mean, in_rstd, in_act, residual, residual_mask, g,
         need_dx, need_dw);
@@ -263,7 +264,7 @@ struct ChainOps {
   // Our tiles have the norm for nothing on the way out; oneDNN's result takes a pass.
   static bool pool_normalizes(const Tensor& x, const Tensor& w, const Geometry& g) {
     check_conv_act(x, w, {}, g);
-    return !tiled(x, w, g, true);
+    return !route(x, w, g, true).tiled;
   }
   static Tensor norm_relu_max_pool(
       const Tensor& x, const BatchNorm& norm, IntArrayRef kernel, IntArrayRef stride, IntArrayRef padding) {
@@ -272,6 +273,13 @@ struct ChainOps {
     return std::get<0>(bn_relu_max_pool(x, scale, shift, kernel, stride, padding, false));
   }
 };
+
+std::tuple<std::string, std::string> conv_route(
+    const Tensor& x, const Tensor& w, IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, int64_t groups,
+    bool inference) {
+  const Route found = route(x, w, {stride, padding, dilation, groups}, inference);
+  return {found.by, found.why};
+}
 
 Tensor infer_chains(const Tensor& x, const TensorList& tensors, IntArrayRef program, at::ArrayRef<double> eps) {
   const at::AutoDispatchBelowADInplaceOrView guard;
@@ -286,6 +294,7 @@ TORCH_LIBRARY_IMPL(resnet_fast_native, CPU, m) {
   m.impl("conv_fprop", &conv_fprop);
   m.impl("conv_bprop", &conv_bprop);
   m.impl("conv_bn_act", &conv_bn_act);
+  m.impl("conv_route", &conv_route);
   m.impl("infer_chains", &infer_chains);
 }
 

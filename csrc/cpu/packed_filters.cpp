@@ -145,7 +145,7 @@ Key make_key(const Tensor& x, const Tensor& w, const BatchNorm& bn, const Geomet
              int64_t(x.is_contiguous(at::MemoryFormat::ChannelsLast)), bits_of(bn.eps), at::get_num_threads(),
              onednn().takes(x, w, g)};
   // oneDNN's layout depends on the input's size; ours on whether the products are Winograd's.
-  if (tiled(x, w, g, true)) {
+  if (route(x, w, g, true).tiled) {
     key.push_back(x.scalar_type() == at::kFloat && by_winograd(conv_shape(x, w, g), false));
   } else {
     key.insert(key.end(), x.sizes().begin(), x.sizes().end());
@@ -170,7 +170,7 @@ std::vector<int64_t> list(at::IntArrayRef values) { return values.vec(); }
 PackedConv make(const Tensor& x, const Tensor& w, const BatchNorm& bn, const Geometry& g) {
   PackedConv packed;
   std::tie(packed.scale, packed.shift) = scale_and_shift(x, bn);
-  if (tiled(x, w, g, true)) {
+  if (route(x, w, g, true).tiled) {
     const ConvShape s = conv_shape(x, w, g);
     packed.panels = true;
     packed.weight = x.scalar_type() == at::kFloat ? pack_filters<float>(s, w, false, &empty_kept)
@@ -266,17 +266,25 @@ bool Trust::was_right() {
   return right;
 }
 
-bool tiled(const Tensor& x, const Tensor& w, const Geometry& g, bool inference) {
-  if (conv_by() == ConvBy::OneDnn) return false;
-  if (g.groups != 1 || format_of(x, &w) != at::MemoryFormat::ChannelsLast) return false;
+Route route(const Tensor& x, const Tensor& w, const Geometry& g, bool inference) {
+  const auto library = [&](const char* why) {
+    return Route{inference && onednn().takes(x, w, g) ? "onednn" : "aten", why, false};
+  };
+  if (conv_by() == ConvBy::OneDnn) return library("RESNET_FAST_CPU_CONV=onednn");
+  if (g.groups != 1) return library("groups");
+  if (format_of(x, &w) != at::MemoryFormat::ChannelsLast) return library("not channels_last");
+  const bool single = x.scalar_type() == at::kFloat;
+  if (!single && x.scalar_type() != at::kBFloat16) return library("neither fp32 nor bf16");
   const ConvShape s = conv_shape(x, w, g);
-  const bool choose = conv_by() == ConvBy::Auto && inference && is_intel() && x.scalar_type() == at::kFloat;
-  const int64_t pixels = s.images * s.rows * s.columns;
-  const bool streams = s.pointwise() && pixels * (s.channels + s.filters) > s.channels * s.filters;
-  if (choose && onednn().takes(x, w, g) && !streams && !by_winograd(s, false)) return false;
-  return x.scalar_type() == at::kFloat      ? tiled_conv_takes<float>(s)
-         : x.scalar_type() == at::kBFloat16 ? tiled_conv_takes<bf16>(s)
-                                            : false;
+  if (!(single ? tiled_conv_takes<float>(s) : tiled_conv_takes<bf16>(s))) {
+    return library("channels and filters are no multiples of 32, or the CPU has no tiles");
+  }
+  if (single && by_winograd(s, false)) return {"winograd", "fp32, 3x3, stride 1", true};
+  const bool streams = s.pointwise() && s.images * s.rows * s.columns * (s.channels + s.filters) > s.channels * s.filters;
+  if (inference && single && conv_by() == ConvBy::Auto && is_intel() && !streams && onednn().takes(x, w, g)) {
+    return library("fp32 inference on Intel");
+  }
+  return {"tiles", "channels and filters are multiples of 32", true};
 }
 
 namespace {

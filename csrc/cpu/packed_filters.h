@@ -16,11 +16,16 @@
 
 namespace resnet_fast::cpu {
 
-// Whether our own tiles run it: NHWC, one group, float or bf16, a CPU and channel counts that tiled_conv_takes.
-// In fp32 inference on Intel oneDNN measures faster, but for what goes by Winograd's products and for pointwise
-// convolutions whose pixels outweigh their filters: those are as fast, and with a residual faster (ResNet-50).
-// RESNET_FAST_CPU_CONV decides otherwise.
-bool tiled(const Tensor& x, const Tensor& w, const Geometry& geometry, bool inference = false);
+// Who convolves on a CPU, and why. Tiles take NHWC, one group, float or bf16, a CPU and channel counts that
+// tiled_conv_takes. In fp32 inference on Intel oneDNN measures faster, but for what goes by Winograd's products and for
+// pointwise convolutions whose pixels outweigh their filters: those are as fast, and with a residual faster (ResNet-50).
+// settings().cpu_conv decides otherwise.
+struct Route {
+  const char* by;  // "tiles", "winograd", "onednn" (filters packed for it) or "aten"
+  const char* why;
+  bool tiled;
+};
+Route route(const Tensor& x, const Tensor& w, const Geometry& geometry, bool inference = false);
 
 // Filters, as panels of tiled_conv.h or in x's dtype and oneDNN's blocked layout where it has one, and the vectors of
 // y = scale·conv + shift, in the dtype that x is summed in. A scale in the filters would round each filter once more;

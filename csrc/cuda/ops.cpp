@@ -520,6 +520,17 @@ struct ChainOps {
   }
 };
 
+std::tuple<std::string, std::string> conv_route(
+    const Tensor& x, const Tensor& w, IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, int64_t groups,
+    bool inference) {
+#if defined(RESNET_FAST_WITH_CUTLASS)
+  if (inference && !by_cudnn(x, w, {stride, padding, dilation, groups})) return {"cutlass", "inference in 16 bits"};
+  return {"cudnn", inference ? "CUTLASS has no kernel for it" : "training"};
+#else
+  return {"cudnn", "built without CUTLASS"};
+#endif
+}
+
 Tensor infer_chains(const Tensor& x, const TensorList& tensors, IntArrayRef program, at::ArrayRef<double> eps) {
   const at::AutoDispatchBelowADInplaceOrView below;
   return resnet_fast::infer_chains<ChainOps>(x, tensors, program, eps);
@@ -542,6 +553,7 @@ TORCH_LIBRARY_IMPL(resnet_fast_native, CUDA, m) {
   m.impl("conv_fprop", &conv_fprop);
   m.impl("conv_bprop", &conv_bprop);
   m.impl("conv_bn_act", &conv_bn_act);
+  m.impl("conv_route", &conv_route);
   m.impl("infer_chains", &infer_chains);
 }
 

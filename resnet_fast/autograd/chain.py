@@ -20,7 +20,8 @@ Not saved: anything after a ReLU (unless `Chain.keep_activations`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -52,6 +53,58 @@ class Affine(NamedTuple):
 
 
 
+class Saved(NamedTuple):
+    """What the backward pass reads.
+
+    mask: bits of the join's ReLU, or the index of each window of a pool; z_p: the projection's raw
+    output; weights: filters of `Chain.all_convs`; hs: h[j] of `spec.chain`; acts: φ[j](h[j]) where
+    it is kept; affines: of `Chain.all_norms`.
+    """
+
+    mask: Tensor | None
+    z_p: Tensor | None
+    weights: list[Tensor]
+    hs: list[Tensor | None]
+    acts: list[Tensor | None]
+    affines: list[Affine]
+
+    def flat(self) -> list[Tensor | None]:
+        """Every tensor in turn, as `save_for_backward` takes them."""
+        vectors = [t for affine in self.affines for t in affine]
+        return [self.mask, self.z_p, *self.weights, *self.hs, *self.acts, *vectors]
+
+    @classmethod
+    def of(cls, chain: Chain, flat: Iterable[Tensor | None]) -> Saved:
+        """Inverse of `flat`."""
+        rest, n = iter(flat), len(chain.convs)
+
+        def take(count: int) -> list[Any]:
+            return list(itertools.islice(rest, count))
+
+        return cls(
+            *take(2), take(len(chain.all_convs)), take(n + 1), take(n),
+            [Affine(*take(len(Affine._fields))) for _ in range(n + 2)],
+        )  # fmt: skip
+
+    def in_format(self, fmt: torch.memory_format, filters: Sequence[torch.memory_format]) -> Saved:
+        """The same in the formats that it had when it was saved: hooks may give it back in others.
+
+        `torch.autograd.graph.save_on_cpu(pin_memory=True)` gives everything back contiguous.
+        """
+
+        def dense(t: Tensor | None, fmt: torch.memory_format) -> Tensor | None:
+            return t if t is None else t.contiguous(memory_format=fmt)
+
+        bits = self.mask is None or self.mask.dim() == 4  # a pool's index follows z (before_pool)
+        return self._replace(
+            mask=self.mask if bits else self.mask.contiguous(),
+            z_p=dense(self.z_p, fmt),
+            weights=[dense(w, f) for w, f in zip(self.weights, filters, strict=True)],
+            hs=[dense(h, fmt) for h in self.hs],
+            acts=[dense(a, fmt) for a in self.acts],
+        )
+
+
 def values_per_channel(h: Tensor) -> int:
     """M of the normalization of h: N·H·W."""
     return h.size(0) * h.size(2) * h.size(3)
@@ -80,19 +133,10 @@ def _ready(
     return Affine(scale, shift, mean, rstd)
 
 
-def _run(
-    function: Callable[..., Any], chain: Chain, fixed: tuple[Any, ...], *tensors: Tensor | None
-) -> Any:
-    """function(chain, *fixed, *tensors), replayed unless it talks with other processes."""
-    if chain.shared:
-        return function(chain, *fixed, *tensors)
-    return replay.run(function, (chain, *fixed), tensors)
-
-
 def _forward(
     chain: Chain, x: Tensor, residual: Tensor | None, *flat: Tensor | None
-) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor | None, ...]]:
-    """y, the statistics and what the backward pass reads, of `ChainFunction`."""
+) -> tuple[Tensor, tuple[Tensor, ...], list[Tensor | None]]:
+    """y, the statistics and `Saved.flat`, of `ChainFunction`."""
     convs, norms = unflatten(chain, flat)
     n, impl = len(chain.convs), chain.impl
     fmt = memory_format(x, convs[0].weight if n else None)
@@ -153,14 +197,15 @@ def _forward(
         y, mask = ops.add_relu(hs[n], shortcut, True, impl)
     else:
         y = hs[n] if shortcut is None else hs[n] + shortcut
-    saved = (
+    saved = Saved(
         mask if chain.relu else None,
         shortcut if chain.projection is not None else None,
-        *(c.weight for c in convs), *hs[:n],
-        hs[n] if last.scale is not None else None,  # the backward pass of a norm reads it
-        *acts, *(t for affine in (*affines, through) for t in affine),
-    )  # fmt: skip
-    return y, tuple(statistics), saved
+        [c.weight for c in convs],
+        [*hs[:n], hs[n] if last.scale is not None else None],  # a norm's backward reads the last
+        acts,
+        [*affines, through],
+    )
+    return y, tuple(statistics), saved.flat()
 
 
 class ChainFunction(torch.autograd.Function):
@@ -174,7 +219,7 @@ class ChainFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, chain, x, residual, *flat):
-        y, statistics, saved = _run(_forward, chain, (), x, residual, *flat)
+        y, statistics, saved = replay.run(_forward, chain, (), (x, residual, *flat))
         filters = flat[: 2 * len(chain.all_convs) : 2]
         ctx.chain, ctx.format = chain, memory_format(x, filters[0] if filters else None)
         ctx.filter_formats = tuple(memory_format(w) for w in filters)
@@ -191,29 +236,8 @@ class ChainFunction(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError(DOUBLE_BACKWARD)
         fixed = ctx.format, ctx.needs_input_grad, ctx.dtypes
-        saved = _restored(ctx.saved_tensors, ctx.format, ctx.filter_formats)
-        return _run(_backward, ctx.chain, fixed, dy, *saved)
-
-
-def _restored(
-    saved: tuple[Tensor | None, ...],
-    fmt: torch.memory_format,
-    filter_formats: tuple[torch.memory_format, ...],
-) -> list[Tensor | None]:
-    """What `_forward` saved, in the formats it had: hooks may give it back in others.
-
-    `torch.autograd.graph.save_on_cpu(pin_memory=True)` gives everything back contiguous.
-    """
-    mask, *rest = saved  # a pool's index follows z (`_Backward.before_pool`)
-    mask = mask if mask is None or mask.dim() == 4 else mask.contiguous()
-    formats = (fmt, *filter_formats, *[fmt] * len(rest))  # of z_p, the filters, what is 4-D of rest
-    return [
-        mask,
-        *(
-            t if t is None or t.dim() != 4 else t.contiguous(memory_format=f)
-            for t, f in zip(rest, formats, strict=False)
-        ),
-    ]
+        saved = Saved.of(ctx.chain, ctx.saved_tensors).in_format(ctx.format, ctx.filter_formats)
+        return replay.run(_backward, ctx.chain, fixed, (dy, *saved.flat()))
 
 
 def _with_own_memory(grads: Sequence[Tensor | None], dy: Tensor) -> list[Tensor | None]:
@@ -251,7 +275,7 @@ def _backward(
     *saved: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
     """The gradients of `ChainFunction`'s arguments."""
-    return _Backward(chain, fmt, needs, dtypes, saved).run(dy)
+    return _Backward(chain, fmt, needs, dtypes, Saved.of(chain, saved)).run(dy)
 
 
 class _Backward:
@@ -265,33 +289,23 @@ class _Backward:
         fmt: torch.memory_format,
         needs: tuple[bool, ...],
         dtypes: tuple[torch.dtype | None, ...],
-        saved: tuple[Tensor | None, ...],
+        saved: Saved,
     ) -> None:
         self.chain, self.impl, self.format = chain, chain.impl, fmt
-        self.n = n = len(chain.convs)
+        self.n, self.saved = len(chain.convs), saved
         self.dy_masked: Tensor | None = None
-        convs, norms = len(chain.all_convs), n + 2
-        mask, self.z_p = saved[:2]
-        pools = chain.pool is not None
-        self.relu_mask, self.index = (None, mask) if pools else (mask, None)
-        self.weights, self.hs = saved[2 : 2 + convs], saved[2 + convs : 3 + convs + n]
-        self.acts = saved[3 + convs + n : 3 + convs + 2 * n]
-        flat = saved[3 + convs + 2 * n :]
-        size = len(Affine._fields)
-        self.affines = [Affine(*flat[size * i : size * (i + 1)]) for i in range(norms)]
-        self.need_x, self.need_residual = needs[1], needs[2]
-        self.need_conv = [needs[3 + 2 * i : 5 + 2 * i] for i in range(convs)]
-        self.need_norm = [needs[3 + 2 * convs + 4 * i :][:2] for i in range(norms)]
-        self.bias_dtypes = [dtypes[2 * i + 1] for i in range(convs)]
-        self.norm_dtypes = [dtypes[2 * convs + 4 * i :][:2] for i in range(norms)]
+        self.relu_mask = None if chain.pool is not None else saved.mask
+        self.need_x, self.need_residual = needs[1:3]
+        self.need, self.dtypes = unflatten(chain, needs[3:]), unflatten(chain, dtypes)
+        convs, norms = len(chain.all_convs), len(chain.all_norms)
         self.conv_grads: list[list[Tensor | None]] = [[None, None] for _ in range(convs)]
         self.norm_grads: list[list[Tensor | None]] = [[None] * 4 for _ in range(norms)]
 
     def needs_sums(self, i: int) -> bool:
         """Whether Σdy and Σdy·xhat of norm i are wanted: by its statistics or its parameters."""
         norm = self.chain.all_norms[i]
-        bias = i > 0 and i - 1 < len(self.need_conv) and self.need_conv[i - 1][1]
-        return norm is not None and (norm.batch_stats or any(self.need_norm[i]) or bias)
+        bias = 0 < i <= len(self.need.convs) and self.need.convs[i - 1].bias
+        return norm is not None and (norm.batch_stats or any(self.need.norms[i]) or bias)
 
     def flows_below(self, j: int) -> bool:
         """Whether anything under convolution j (its input norm included) wants a gradient.
@@ -300,12 +314,12 @@ class _Backward:
         """
         norms = self.chain.norms[: j + 1]
         shared = any(norm is not None and norm.group is not None for norm in norms)
-        below = [self.need_norm[i] for i in range(j + 1)] + self.need_conv[:j]
+        below = self.need.norms[: j + 1] + self.need.convs[:j]
         return shared or self.need_x or any(any(needs) for needs in below)
 
     def through_norm(self, i: int, h: Tensor, sums: Any) -> tuple[Tensor | None, ...]:
         """(a, z, mean, b, c) of `ops.bn_act_bwd_apply` for norm i on h; stores its gradients."""
-        norm, affine = self.chain.all_norms[i], self.affines[i]
+        norm, affine = self.chain.all_norms[i], self.saved.affines[i]
         if norm is None:
             return (None,) * 5
         if sums is not None:
@@ -321,23 +335,23 @@ class _Backward:
     def _store(self, i: int, norm: Norm, affine: Affine, sums: tuple[Tensor, Tensor]) -> None:
         sum_dy, sum_dy_xhat = sums
         for place, value in enumerate((sum_dy_xhat, sum_dy)):
-            if self.need_norm[i][place]:
-                self.norm_grads[i][place] = value.to(self.norm_dtypes[i][place])
-        if i > 0 and self.need_conv[i - 1][1]:
+            if self.need.norms[i][place]:
+                self.norm_grads[i][place] = value.to(self.dtypes.norms[i][place])
+        if i > 0 and self.need.convs[i - 1].bias:
             value = affine.scale * sum_dy
             if norm.batch_stats:  # a bias cancels in them: 0, or NaN where its parts are
                 value = (value + affine.scale * sum_dy_xhat) * 0.0
-            self.conv_grads[i - 1][1] = value.to(self.bias_dtypes[i - 1])
+            self.conv_grads[i - 1][1] = value.to(self.dtypes.convs[i - 1].bias)
 
     def through_conv(self, i, g, g_mask, prologue, h, below, act, more, more_mask, sums):
         """dx and its sums of convolution i with input φ(h) of norm values `below`; stores dw."""
         conv, need_dx = self.chain.all_convs[i], self.flows_below(i if i < self.n else 0)
         mean, rstd = (below.mean, below.rstd) if sums else (None, None)
         dx, dw, sum_dx, sum_dx_xhat = ops.conv_bprop(
-            g, self.weights[i], h, g_mask, *prologue, below.scale, below.shift, mean, rstd, act,
-            more, more_mask, *conv.args(), need_dx, self.need_conv[i][0], self.impl,
+            g, self.saved.weights[i], h, g_mask, *prologue, below.scale, below.shift, mean, rstd,
+            act, more, more_mask, *conv.args(), need_dx, self.need.convs[i].weight, self.impl,
         )  # fmt: skip
-        if self.need_conv[i][0]:
+        if self.need.convs[i].weight:
             self.conv_grads[i][0] = dw
         return (dx if need_dx else None), ((sum_dx, sum_dx_xhat) if sums else None)
 
@@ -351,7 +365,8 @@ class _Backward:
 
     def run(self, dy: Tensor) -> tuple[Any, ...]:
         chain, n = self.chain, self.n
-        x, z = self.hs[0], self.hs[n]
+        hs, acts, affines = self.saved.hs, self.saved.acts, self.saved.affines
+        x, z = hs[0], hs[n]
         given, dy = dy, dy.contiguous(memory_format=self.format)
         sums = sums_p = None
         if chain.pool is not None:
@@ -367,9 +382,9 @@ class _Backward:
         g, g_mask = dy, self.relu_mask
         more, more_mask = None, None  # what else flows into the input of the first convolution
         if chain.projection is not None:
-            prologue_p = self.through_norm(n + 1, self.z_p, sums_p)
+            prologue_p = self.through_norm(n + 1, self.saved.z_p, sums_p)
             more, _ = self.through_conv(
-                n, dy, self.relu_mask, prologue_p, x, self.affines[0], self.acts[0], None, None,
+                n, dy, self.relu_mask, prologue_p, x, affines[0], acts[0], None, None,
                 False,
             )  # fmt: skip
         elif identity and n and chain.norms[0] is None:
@@ -377,13 +392,13 @@ class _Backward:
         for j in reversed(range(n)):
             extra = (more, more_mask) if j == 0 else (None, None)
             g, sums = self.through_conv(
-                j, g, g_mask, prologue, self.hs[j], self.affines[j], self.acts[j], *extra,
+                j, g, g_mask, prologue, hs[j], affines[j], acts[j], *extra,
                 self.needs_sums(j) and self.flows_below(j),
             )  # fmt: skip
             if g is None:
                 break
             g_mask = None
-            prologue = self.through_norm(j, self.hs[j], sums)
+            prologue = self.through_norm(j, hs[j], sums)
         dx = g if self.need_x else None
         if n == 0 and chain.norms[0] is None:
             dx = self.masked(dy) if self.need_x else None
@@ -395,10 +410,11 @@ class _Backward:
 
     def before_pool(self, dy: Tensor, z: Tensor) -> tuple[Tensor, Any]:
         """The gradient at the last norm's result, and its Σdy and Σdy·xhat, in one pass."""
-        last, sums = self.affines[self.n], self.needs_sums(self.n)
+        last, sums = self.saved.affines[self.n], self.needs_sums(self.n)
         mean, rstd = (last.mean, last.rstd) if sums else (None, None)
         fmt = memory_format(z)
-        dy, index = dy.contiguous(memory_format=fmt), self.index.contiguous(memory_format=fmt)
+        dy = dy.contiguous(memory_format=fmt)
+        index = self.saved.mask.contiguous(memory_format=fmt)
         dx, total, xhat = ops.max_pool_bwd(
             dy, index, z, mean, rstd, *self.chain.pool.args(), self.impl
         )
@@ -406,10 +422,10 @@ class _Backward:
 
     def join_sums(self, dy: Tensor, z: Tensor) -> tuple[Any, Any]:
         """Σdy, Σdy·xhat of the last norm and of the projection's, in one pass."""
-        last, through = self.affines[self.n], self.affines[self.n + 1]
+        last, through = self.saved.affines[self.n :]
         dual = through.scale is not None
         total, xhat, xhat_p = ops.bn_act_bwd_reduce(
             dy, self.relu_mask, z, last.mean, last.rstd,
-            self.z_p if dual else None, through.mean, through.rstd, self.impl,
+            self.saved.z_p if dual else None, through.mean, through.rstd, self.impl,
         )  # fmt: skip
         return (total, xhat), ((total, xhat_p) if dual else None)

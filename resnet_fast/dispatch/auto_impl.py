@@ -20,31 +20,33 @@ from torch import Tensor
 from ..runtime import tuning_tables
 from . import cost_model
 
-_chosen: dict[tuple[str, str, str], str] = {}
+_chosen: dict[tuple[str, str, str], tuple[str, str]] = {}
 _written: dict[tuple[str, str], bool] = {}
 
 
 def pick(
     op: str, gpu: str, args: Sequence[Any], candidates: Mapping[str, Callable[..., Any]]
-) -> str:
-    """The name in `candidates`, functions in the order of preference, that is to run op(*args)."""
-    first = next(iter(candidates))
+) -> tuple[str, str]:
+    """Which of `candidates`, functions by name in the order of preference, runs op(*args); why."""
+    first = next(iter(candidates)), "first choice"
     if len(candidates) == 1 or not (tuning_tables.searching() or _is_written(op, gpu)):
         return first
     key = signature(args)
     place = (op, gpu, key)
-    if place not in _chosen:
-        name = _look_up(op, gpu, key, candidates)
-        if name is None:
+    chosen = _chosen.get(place)
+    if chosen is None:
+        chosen = _look_up(op, gpu, key, candidates)
+        if chosen is None:
             tuning_tables.missed("impls", gpu, op, key)
             if not tuning_tables.searching():
-                name = _predict(op, gpu, args, candidates)
+                chosen = _predict(op, gpu, args, candidates)
             elif tuning_tables.capturing():
                 return first
             else:
-                name = _measure(op, gpu, key, args, candidates)
-        _chosen[place] = name or first
-    return _chosen[place]
+                chosen = _measure(op, gpu, key, args, candidates)
+        chosen = chosen or first
+        _chosen[place] = chosen
+    return chosen
 
 
 def signature(args: Sequence[Any]) -> str:
@@ -68,35 +70,38 @@ def _part(value: Any) -> str:
 
 def _is_written(op: str, gpu: str) -> bool:
     """Whether a table says anything of `op`; asked once, so that a GPU without tables pays once."""
-    if (op, gpu) not in _written:
-        _written[op, gpu] = any(tuning_tables.sections("impls", gpu, op))
-    return _written[op, gpu]
+    written = _written.get((op, gpu))
+    if written is None:
+        written = _written[op, gpu] = any(tuning_tables.sections("impls", gpu, op))
+    return written
 
 
-def _look_up(op: str, gpu: str, key: str, candidates: Mapping[str, Any]) -> str | None:
+def _look_up(
+    op: str, gpu: str, key: str, candidates: Mapping[str, Any]
+) -> tuple[str, str] | None:
     for section in tuning_tables.sections("impls", gpu, op):
         name = section.get(key, {}).get("impl")
         if name in candidates:
-            return name
+            return name, "tuning table"
     return None
 
 
 def _predict(
     op: str, gpu: str, args: Sequence[Any], candidates: Mapping[str, Any]
-) -> str | None:
+) -> tuple[str, str] | None:
     """By the rule fitted to the first table with enough measurements."""
     dtype = _part(args[0]).partition("[")[0]
     for section in tuning_tables.sections("impls", gpu, op):
         if section:
             name = cost_model.fastest(section, dtype, cost_model.work(op, args), list(candidates))
             if name is not None:
-                return name
+                return name, "cost model"
     return None
 
 
 def _measure(
     op: str, gpu: str, key: str, args: Sequence[Any], candidates: Mapping[str, Any]
-) -> str:
+) -> tuple[str, str]:
     times = {name: _microseconds(run, args) for name, run in candidates.items()}
     best = min(times, key=times.__getitem__)
     us = {name: round(time, 3) for name, time in times.items() if time != float("inf")}
@@ -104,7 +109,7 @@ def _measure(
         entry = {"impl": best, "us": us, **cost_model.work(op, args)._asdict()}
         tuning_tables.write(tuning_tables.user_table("impls", gpu), op, key, entry)
         _written[op, gpu] = True
-    return best
+    return best, "measured"
 
 
 def _microseconds(run: Callable[..., Any], args: Sequence[Any]) -> float:

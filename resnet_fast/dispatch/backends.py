@@ -14,7 +14,7 @@ import importlib.util
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -158,14 +158,25 @@ def _function(impl: str, op: str) -> Callable[..., Any]:
     return checked(triton_module()[0].OPS[op])
 
 
+class Choice(NamedTuple):
+    """Who runs an op: the implementation's name, its function, and why it."""
+
+    impl: str
+    run: Callable[..., Any]
+    why: str
+
+
 @functools.cache
-def _resolve(op: str, impl: str, device: str, dtype: torch.dtype) -> tuple[str, Callable[..., Any]]:
+def _resolve(op: str, impl: str, device: str, dtype: torch.dtype) -> Choice:
     if impl not in IMPLS:
         raise ValueError(f"impl: expected one of {IMPLS}, got {impl!r}")
+    reasons = []
     for name in preference(device) if impl == "auto" else (impl,):
         why = refusal(name, op, device, dtype)
         if why is None:
-            return name, _function(name, op)
+            said = "; ".join(reasons) or ("first choice" if impl == "auto" else f"impl={impl!r}")
+            return Choice(name, _function(name, op), said)
+        reasons.append(f"not {name}: {why}")
     raise RuntimeError(f"impl={impl!r} cannot run {op}: {why}")
 
 
@@ -180,21 +191,22 @@ def _live(op: str, device: str, dtype: torch.dtype) -> dict[str, Callable[..., A
     return {name: _function(name, op) for name in names if name != "reference" or len(names) == 1}
 
 
-def resolve(op: str, impl: str, x: Tensor, args: Sequence[Any] = ()) -> Callable[..., Any]:
-    """The function that runs `op` on x and args under `impl`."""
+def resolve(op: str, impl: str, x: Tensor, args: Sequence[Any] = ()) -> Choice:
+    """Who runs `op` on x and args under `impl`."""
     if x.device.type != "cuda":
-        return _resolve(op, impl, x.device.type, x.dtype)[1]
+        return _resolve(op, impl, x.device.type, x.dtype)
     why = unsuited(op, x, args)
     if impl == "auto":
         live = _live(op, "cuda", x.dtype)
         if why is not None:
             live = {name: run for name, run in live.items() if name != "native"}
         if live:
-            return live[auto_impl.pick(op, _gpu(x.device.index), (x, *args), live)]
+            name, reason = auto_impl.pick(op, _gpu(x.device.index), (x, *args), live)
+            return Choice(name, live[name], reason)
         impl = "reference"
     elif impl == "native" and why is not None:
         raise RuntimeError(f"impl='native' cannot run {op}: {why}")
-    return _resolve(op, impl, "cuda", x.dtype)[1]
+    return _resolve(op, impl, "cuda", x.dtype)
 
 
 def eights(w: Tensor) -> bool:
@@ -230,7 +242,7 @@ def _gpu(index: int) -> str:
 
 def chosen(op: str, impl: str, device: str, dtype: torch.dtype) -> str:
     """The name of the implementation that `resolve` takes unless a table of `choice` differs."""
-    return _resolve(op, impl, device, dtype)[0]
+    return _resolve(op, impl, device, dtype).impl
 
 
 def status() -> list[Status]:

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from ..runtime import trace
 from ..spec.dtypes import autocast
 from ..spec.layers import Parts, promotes, windows_of
 from ..spec.layout import memory_format
@@ -32,7 +33,7 @@ def infer(chains: Iterable[Parts], x: Tensor, impl: str) -> Tensor | None:
     It must not where a gradient could be wanted, a norm would use the batch's statistics, autocast
     mixes dtypes, a compiler, a tracer or a dispatch mode looks on, or `impl` is not native for x.
     """
-    if type(x) is not Tensor or x.dim() != 4 or traced():
+    if type(x) is not Tensor or x.dim() != 4 or traced() or trace.on():
         return None
     program: list[int] = []
     tensors: list[Tensor | None] = []
@@ -78,9 +79,10 @@ def _write(
     rest. One that is kept elsewhere (a parametrized filter) is found by the ordinary way.
     """
     n = len(parts.convs)
-    if n == 0 or parts.shortcut not in SHORTCUTS:
-        return False
     pool, convs, norms = parts.pool, parts.convs, (*parts.norms, parts.projection_norm)
+    trains = any([norm is not None and norm.training for norm in norms])
+    if n == 0 or trains or parts.shortcut not in SHORTCUTS:
+        return False
     if parts.projection is not None:
         convs = (*convs, parts.projection)
     pads = parts.stride if parts.shortcut == "zero_pad" else 0
@@ -103,7 +105,7 @@ def _write(
             continue
         running = norm._buffers
         mean, var = running.get("running_mean"), running.get("running_var")
-        if norm.training or mean is None or var is None:
+        if mean is None or var is None:
             return False
         held = norm._parameters
         if norm.affine and ("weight" not in held or "bias" not in held):

@@ -16,15 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..runtime import trace
 from ..spec.chain import Conv, Pool
 from ..spec.dtypes import stats_dtype
 from ..spec.layout import mask_shape, memory_format
-from . import backends
+from . import auto_impl, backends
 from .guard import function_modes
 
 LIBRARY = torch.library.Library("resnet_fast", "DEF")
 NAMES: list[str] = []
 IMPLEMENTATIONS: dict[Any, Callable[..., Any]] = {}  # of an operator, what runs it
+CONVOLUTIONS = {"conv_fprop": 5, "conv_bprop": 16, "conv_bn_act": 10}  # where geometry stands
 _WINDOWS = "int[2] kernel, int[2] stride, int[2] padding"
 _GEOMETRY = "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups"
 
@@ -38,7 +40,11 @@ def _op(signature: str, returns: str) -> Callable[[Callable[..., Any]], Callable
         LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
 
         def run(x: Tensor, *args: Any) -> Any:
-            return backends.resolve(name, args[-1], x, args[:-1])(x, *args[:-1])
+            *args, impl = args
+            choice = backends.resolve(name, impl, x, args)
+            if trace.on():
+                return _traced(name, choice, (x, *args))
+            return choice.run(x, *args)
 
         LIBRARY.impl(name, run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"resnet_fast::{name}", fake, lib=LIBRARY)
@@ -55,6 +61,17 @@ def _op(signature: str, returns: str) -> Callable[[Callable[..., Any]], Callable
         return call
 
     return define
+
+
+def _traced(name: str, choice: backends.Choice, args: tuple[Any, ...]) -> Any:
+    """choice.run(*args), with its line in the trace."""
+    tensors = auto_impl.signature([t for t in args if isinstance(t, Tensor) and t.dim() > 1])
+    with trace.op(f"{name} {tensors}: {choice.impl} ({choice.why})"):
+        if choice.impl == "native" and name in CONVOLUTIONS:
+            at = CONVOLUTIONS[name]
+            route = backends.native_ops().conv_route
+            trace.note(*route(args[0], args[1], *args[at : at + 4], name == "conv_bn_act"))
+        return choice.run(*args)
 
 
 def watched() -> bool:

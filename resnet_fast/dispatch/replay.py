@@ -22,34 +22,39 @@ from torch import Tensor, nn
 
 from ..runtime import settings, tuning_tables
 from ..runtime.recording import Program, record
+from ..spec.chain import Chain
 from . import ops
 
 DEVICES = {"cuda"}  # elsewhere a launch takes longer than all decisions
 MOST = 1024  # programs; a full table starts over
+UNKNOWN = object()
 PLAIN = (Tensor, nn.Parameter)
 SETTINGS = (settings.TRITON_CONV.variable, settings.CUDA_CONV.variable)
 _programs: dict[Hashable, Program | None] = {}
 
 
 def run(
-    function: Callable[..., Any], fixed: Sequence[Hashable], tensors: Sequence[Tensor | None]
+    function: Callable[..., Any],
+    chain: Chain,
+    fixed: tuple[Hashable, ...],
+    tensors: Sequence[Tensor | None],
 ) -> Any:
-    """function(*fixed, *tensors), by its program where there is one.
+    """function(chain, *fixed, *tensors), by its program where there is one.
 
-    function: of a chain's tensors, the first of which is no None. It may depend on `fixed` and on
-    dtypes, shapes, strides and alignment, but on no value, and on nothing else that changes.
+    function: of the chain's tensors, the first of which is not None. It may depend on `chain`,
+    `fixed` and on dtypes, shapes, strides and alignment, but on no value, and on nothing else that
+    changes. A chain that shares statistics with other processes is never replayed.
     """
-    key = _key(function, fixed, tensors)
+    fixed = (chain, *fixed)
+    key = None if chain.shared else _key(function, fixed, tensors)
     if key is None:
         return function(*fixed, *tensors)
-    if key not in _programs:
+    program = _programs.get(key, UNKNOWN)  # once: another thread may forget it meanwhile
+    if program is UNKNOWN:
         if len(_programs) >= MOST:
             _programs.clear()
-        result, _programs[key] = record(
-            lambda *tensors: function(*fixed, *tensors), tensors, ops.IMPLEMENTATIONS
-        )
+        result, _programs[key] = record(function, fixed, tensors, ops.IMPLEMENTATIONS)
         return result
-    program = _programs[key]
     if program is None:
         return function(*fixed, *tensors)
     if torch.autograd._profiler_enabled():

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..spec.layout import is_channels_last, mask_shape, memory_format, rows_of
 from . import config_select
+from .config_select import Config
 from .launch import launch
 from .tile_math import pack_bits, relu, widen
 
@@ -82,7 +83,7 @@ def _run(z, scale, shift, residual, res_scale, res_shift, do_relu, save_mask):
     rows, inner = rows_of(z)
     channels_last = is_channels_last(z)
 
-    def start(config: tuple[int, ...]) -> None:
+    def start(config: Config) -> None:
         elements, warps = config
         block = config_select.pointwise(elements, inner, z)
         launch(
@@ -92,7 +93,8 @@ def _run(z, scale, shift, residual, res_scale, res_shift, do_relu, save_mask):
         )  # fmt: skip
 
     inputs = 1 + (residual is not None)
-    config_select.run("bn_act_fwd", (rows, inner, inputs, z.dtype), CONFIGS, 0, z, start)
+    key = rows, inner, inputs, z.dtype
+    start(config_select.choose("bn_act_fwd", key, CONFIGS, 0, z, start))
     return y, mask
 
 

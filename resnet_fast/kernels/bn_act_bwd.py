@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..spec.layout import is_channels_last, memory_format, rows_of
 from . import config_select
+from .config_select import Config
 from .launch import launch
 from .reduce_partials import merge_sums
 from .tile_math import element_offsets, mask_bits, sum_rows, unpack_bits, widen
@@ -141,10 +142,8 @@ def bn_act_bwd_reduce(
         return tuple(mean.new_zeros(channels if i < sums else 0) for i in range(3))
     count, pixels = dy.numel() // channels, dy.size(2) * dy.size(3)
     channels_last = is_channels_last(dy)
-    split, partial = None, None
 
-    def start(config: tuple[int, ...]) -> None:
-        nonlocal split, partial
+    def start(config: Config) -> Tensor:
         elements, per_processor, warps = config
         split = config_select.reduction(elements, per_processor, count, channels, channels_last, dy)
         partial = mean.new_empty(sums, split.splits, channels)
@@ -153,9 +152,10 @@ def bn_act_bwd_reduce(
             dy, mask, z, mean, residual, res_mean, partial, count, channels, pixels, split.tiles,
             channels_last, split.m, split.c, num_warps=warps,
         )  # fmt: skip
+        return partial
 
     key = (count, channels, sums, channels_last, dy.dtype)
-    config_select.run("bn_act_bwd_reduce", key, REDUCE_CONFIGS, 0, dy, start)
+    partial = start(config_select.choose("bn_act_bwd_reduce", key, REDUCE_CONFIGS, 0, dy, start))
     return merge_sums(partial, rstd, res_rstd)
 
 
@@ -176,7 +176,7 @@ def bn_act_bwd_apply(
     rows, inner = rows_of(dy)
     channels_last = is_channels_last(dy)
 
-    def start(config: tuple[int, ...]) -> None:
+    def start(config: Config) -> None:
         elements, warps = config
         block = config_select.pointwise(elements, inner, dy)
         launch(
@@ -187,7 +187,7 @@ def bn_act_bwd_apply(
 
     inputs = 1 + (b is not None) + (residual is not None)
     key = rows, inner, inputs, dy.dtype
-    config_select.run("bn_act_bwd_apply", key, APPLY_CONFIGS, 0, dy, start)
+    start(config_select.choose("bn_act_bwd_apply", key, APPLY_CONFIGS, 0, dy, start))
     return dz
 
 

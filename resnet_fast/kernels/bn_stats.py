@@ -9,6 +9,7 @@ from torch import Tensor
 from ..spec.dtypes import stats_dtype
 from ..spec.layout import is_channels_last
 from . import config_select
+from .config_select import Config
 from .launch import launch
 from .reduce_partials import merge_moments
 from .tile_math import element_offsets, sum_rows, widen
@@ -90,10 +91,8 @@ def bn_stats(x: Tensor) -> tuple[Tensor, Tensor]:
     if x.numel() == 0:
         return x.new_zeros(channels, dtype=dtype), x.new_zeros(channels, dtype=dtype)
     count, pixels, channels_last = x.numel() // channels, x.size(2) * x.size(3), is_channels_last(x)
-    split, partial = None, None
 
-    def start(config: tuple[int, ...]) -> None:
-        nonlocal split, partial
+    def start(config: Config) -> tuple[Tensor, int]:
         elements, per_processor, warps = config
         split = config_select.reduction(elements, per_processor, count, channels, channels_last, x)
         partial = x.new_empty(1 + 2 * split.splits, channels, dtype=dtype)
@@ -102,6 +101,8 @@ def bn_stats(x: Tensor) -> tuple[Tensor, Tensor]:
             x, partial, count, channels, pixels, split.tiles, channels_last, split.m, split.c,
             num_warps=warps, maxnreg=128,  # left to itself ptxas spills for the sake of occupancy
         )  # fmt: skip
+        return partial, split.m * split.tiles
 
-    config_select.run("bn_stats", (count, channels, channels_last, x.dtype), CONFIGS, 0, x, start)
-    return merge_moments(partial, count, split.m * split.tiles)
+    key = count, channels, channels_last, x.dtype
+    partial, values = start(config_select.choose("bn_stats", key, CONFIGS, 0, x, start))
+    return merge_moments(partial, count, values)

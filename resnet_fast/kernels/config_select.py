@@ -19,40 +19,46 @@ from typing import Any, NamedTuple
 import triton
 from torch import Tensor
 
-from ..runtime import tuning_tables
+from ..runtime import trace, tuning_tables
 from . import launch
 from .sizes import cdiv, next_power_of_2
 
-_chosen: dict[tuple[Any, ...], tuple[int, ...]] = {}
+Config = tuple[int, ...]
+Configs = tuple[Config, ...]
+_chosen: dict[tuple[Any, ...], tuple[Config, str]] = {}
 
 
-def run(
+def choose(
     kernel: str,
     key: Sequence[Any],
-    configs: tuple[tuple[int, ...], ...],
+    configs: Configs,
     rule: int,
     x: Tensor,
-    start: Callable[[tuple[int, ...]], None],
-) -> None:
-    """start(config) with the configuration of `configs` to take for `kernel` at `key` on x's GPU.
+    start: Callable[[Config], Any],
+    why: str = "",
+) -> Config:
+    """The one of `configs` to start(config) with, for `kernel` at `key` on x's GPU.
 
-    configs[rule] is the rule's. `start` must give the same results when it is called repeatedly.
+    configs[rule] is the rule's, for the reason `why`. `start` must give the same results when it is
+    called repeatedly: a search times it, and within `launch.compile_for` it is called with all that
+    are not returned.
     """
     if launch.compiling() == "every":
-        for config in configs:
+        for config in configs[:-1]:
             start(config)
-        return
+        return configs[-1]
     gpu = launch.target(x).name
     if launch.compiling():
-        start(_measured(kernel, gpu, _name(key), configs) or configs[rule])
-        return
+        return _measured(kernel, gpu, _name(key), configs) or configs[rule]
     place = (kernel, gpu, configs, *key)
-    if place not in _chosen:
+    chosen = _chosen.get(place)
+    if chosen is None:
         if _searches(x) and tuning_tables.capturing():
-            start(configs[rule])  # what cannot be measured now may be later
-            return
-        _chosen[place] = _choose(kernel, gpu, _name(key), configs, rule, x, start)
-    start(_chosen[place])
+            return configs[rule]  # what cannot be measured now may be later
+        chosen = _choose(kernel, gpu, _name(key), configs, rule, x, start, why)
+        _chosen[place] = chosen
+    trace.note(f"{kernel} {chosen[0]}", chosen[1])
+    return chosen[0]
 
 
 def forget() -> None:
@@ -65,7 +71,7 @@ def _name(key: Sequence[Any]) -> str:
     return " ".join(str(part).removeprefix("torch.") for part in key)
 
 
-def _measured(kernel, gpu, name, configs) -> tuple[int, ...] | None:
+def _measured(kernel, gpu, name, configs) -> Config | None:
     """The configuration that a table has for this key, unless it is one of an older version."""
     for section in tuning_tables.sections("tiles", gpu, kernel):
         entry = section.get(name)
@@ -74,19 +80,20 @@ def _measured(kernel, gpu, name, configs) -> tuple[int, ...] | None:
     return None
 
 
-def _choose(kernel, gpu, name, configs, rule, x, start) -> tuple[int, ...]:
+def _choose(kernel, gpu, name, configs, rule, x, start, why) -> tuple[Config, str]:
+    """The configuration, and why it."""
     measured = _measured(kernel, gpu, name, configs)
     if measured is not None:
-        return measured
+        return measured, "tuning table"
     if len(configs) > 1:
         tuning_tables.missed("tiles", gpu, kernel, name)
     if not _searches(x):
-        return configs[rule]
+        return configs[rule], why or "rule"
     times = {config: _microseconds(start, config) for config in configs}
     best = min(times, key=times.__getitem__)
     entry = {"config": list(best), "us": round(times[best], 3)}
     tuning_tables.write(tuning_tables.user_table("tiles", gpu), kernel, name, entry)
-    return best
+    return best, "measured"
 
 
 def _searches(x: Tensor) -> bool:

@@ -17,8 +17,9 @@ from ..spec.layout import memory_format
 from . import config_select
 from .bn_act import bn_act
 from .bn_finalize import bn_finalize
+from .config_select import Config
 from .conv_gather import by_pointers
-from .conv_plan import FUSED, LIBRARY, Fusion, asked_plans, key, refuse_tma
+from .conv_plan import LIBRARY, Fusion, forward_plans, key, refuse_tma
 from .conv_tma import by_descriptors
 
 
@@ -67,26 +68,22 @@ def conv_bn_act(
     """`reference.conv_bn_act` in one launch (two when the filters are wider than x).
 
     Or by the library's convolution and one pass over what it gives, where a table says that this is
-    faster, or RESNET_FAST_TRITON_CONV=library asks for it; the rule is one launch.
+    faster, or RESNET_FAST_TRITON_CONV=library asks for it.
     """
     fusion = Fusion(
         bias, bn_weight, bn_bias, running_mean, running_var, eps=eps, residual=residual, relu=relu
     )
     conv = Conv(tuple(stride), tuple(padding), tuple(dilation), groups)
-    y = None
+    filters = w.to(x.dtype)
 
-    def start(plan: tuple[int, ...]) -> None:
-        nonlocal y
-        run = _by_library if plan == LIBRARY else _by_us
-        y = run(x, w.to(x.dtype), conv, fusion)
+    def start(plan: Config) -> Tensor:
+        if plan == LIBRARY:
+            return _by_library(x, filters, conv, fusion)
+        return conv_fused(x, filters, conv, fusion)[0]
 
-    plans = asked_plans((FUSED, LIBRARY))
-    config_select.run("conv_bn_act", key(x, w, conv, fusion), plans, 0, x, start)
-    return y
-
-
-def _by_us(x: Tensor, w: Tensor, conv: Conv, fusion: Fusion) -> Tensor:
-    return conv_fused(x, w, conv, fusion)[0]
+    where = key(x, w, conv, fusion)
+    plans, rule, why = forward_plans(x, filters, conv, training=False)
+    return start(config_select.choose("conv_bn_act", where, plans, rule, x, start, why))
 
 
 def _by_library(x: Tensor, w: Tensor, conv: Conv, f: Fusion) -> Tensor:

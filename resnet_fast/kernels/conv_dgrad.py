@@ -15,6 +15,7 @@ from ..spec.chain import Conv
 from ..spec.dtypes import stats_dtype
 from ..spec.layout import memory_format
 from . import config_select
+from .config_select import Config
 from .conv_epilogue import columns
 from .conv_plan import (
     GradIn,
@@ -183,10 +184,10 @@ def conv_dgrad(
     tma = refuse_tma(x, w, conv, dy, grad_out.z, grad_in.residual) is None
     tma = tma and (stride == 1 or c % STORE_N == 0)  # no box may reach into the other parity
     dx = torch.empty_like(x, memory_format=memory_format(x, w))
-    partial, dtype = None, stats_dtype(x)
+    dtype = stats_dtype(x)
 
-    def start(config: tuple[int, ...]) -> None:
-        nonlocal partial
+    def start(config: Config) -> Tensor | None:
+        partial = None
         block_m, block_n, block_k, warps, stages = config
         block_k = block_k * 2 // x.element_size()
         rows, cols = cdiv(h, stride), cdiv(width, stride)
@@ -216,13 +217,14 @@ def conv_dgrad(
             precision(x), tl.float64 if dtype == torch.float64 else tl.float32, tma, *box, block_n,
             block_k, num_warps=warps, num_stages=stages, **all_registers(x),
         )  # fmt: skip
+        return partial
 
     configs = gradient_configs(x, w, tma, grad_out)
     if tma and stride == 2:
         configs = tuple(config for config in configs if c % config[1] == 0)
     rule = pick(configs, n * h * width, c, gpu.multiprocessors)
     key = gradient_key(x, w, conv, grad_out, grad_in)
-    config_select.run("conv_dgrad", key, configs, rule, x, start)
+    partial = start(config_select.choose("conv_dgrad", key, configs, rule, x, start))
     if partial is None:
         return dx, None
     return dx, merge_sums(partial, grad_in.rstd, None)[:2]

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..spec.chain import Conv
 from ..spec.dtypes import stats_dtype
 from . import config_select
+from .config_select import Config
 from .conv_epilogue import columns, epilogue, prologue, store_moments
 from .conv_plan import (
     FLAT_CONFIGS,
@@ -189,10 +190,9 @@ def by_pointers(x: Tensor, w: Tensor, conv: Conv, f: Fusion, y: Tensor) -> Tenso
     else:
         configs = FLAT_CONFIGS if flat_channels else POINTER_CONFIGS
 
-    partial = None
 
-    def start(config: tuple[int, ...]) -> None:
-        nonlocal partial
+    def start(config: Config) -> Tensor | None:
+        partial = None
         block_m, block_n, block_k, warps, stages, split = config
         block_k = block_k * 2 // x.element_size()
         if not flat_channels:
@@ -210,6 +210,7 @@ def by_pointers(x: Tensor, w: Tensor, conv: Conv, f: Fusion, y: Tensor) -> Tenso
             precision(x), flat_channels, block_m, block_n, block_k, split,
             num_warps=warps, num_stages=stages, **all_registers(x),
         )  # fmt: skip
+        return partial
 
     gpu = target(x)
     configs = eligible(configs, filters, gpu.shared)
@@ -217,5 +218,5 @@ def by_pointers(x: Tensor, w: Tensor, conv: Conv, f: Fusion, y: Tensor) -> Tenso
     gemm = Gemm(pixels, filters, r * s, channels, conv.groups, x.element_size())
     splits = () if flat_channels else SPLITS
     configs, rule = with_splits(configs, rule, gemm, gpu.multiprocessors, splits)
-    config_select.run("conv_affine_act", key(x, w, conv, f), configs, rule, x, start)
-    return partial
+    where = key(x, w, conv, f)
+    return start(config_select.choose("conv_affine_act", where, configs, rule, x, start))

@@ -12,7 +12,8 @@ from torch import Tensor
 from ..runtime import settings
 from ..spec.chain import Conv
 from ..spec.layout import memory_format
-from .launch import target
+from .config_select import Config, Configs
+from .launch import INTERPRETING, target
 from .sizes import cdiv, next_power_of_2
 
 # GEMM_M, GEMM_N, GEMM_K of a tile (GEMM_K in 2-byte elements), warps, stages of the pipeline
@@ -38,7 +39,6 @@ DGRAD_CONFIGS = ((128, 128, 64, 8, 3), (128, 64, 64, 8, 3), (64, 64, 64, 4, 3), 
 WGRAD_CONFIGS = ((128, 128, 64, 8, 3), (128, 64, 64, 8, 3), (64, 64, 64, 4, 3), (64, 32, 64, 4, 3))
 DOUBLE_WGRAD_CONFIGS = ((32, 32, 256, 8, 2),)
 FUSED, LIBRARY = (1,), (0,)  # plans of a convolution forward: one launch, or the library and passes
-Configs = tuple[tuple[int, ...], ...]
 
 
 class Fusion(NamedTuple):
@@ -101,12 +101,77 @@ class GradIn(NamedTuple):
 NOTHING = GradIn()
 
 
-def asked_plans(plans: Configs) -> Configs:
-    """Those of `plans` that RESNET_FAST_TRITON_CONV leaves: the first are ours, the last is not."""
+class Plan(NamedTuple):
+    """Who does what of conv_bprop: 1 is a kernel of ours, 0 is a pass of its own or the library.
+
+    on_load: dz and φ(x) are made by the kernels that use them. As long as one of the gradients is
+    the library's there must be a dz in memory, and then both read it.
+    """
+
+    on_load: int
+    dgrad: int
+    wgrad: int
+
+
+PLANS = (Plan(1, 1, 1), Plan(0, 1, 1), Plan(0, 1, 0), Plan(0, 0, 1), Plan(0, 0, 0))
+
+
+class Plans(NamedTuple):
+    """What may run a convolution: plans, the one to take until a GPU has measured them, and why."""
+
+    plans: Configs
+    rule: int
+    why: str
+
+
+def forward_plans(x: Tensor, w: Tensor, conv: Conv, training: bool) -> Plans:
+    """FUSED, one launch of ours, or LIBRARY, cuDNN's convolution between passes of ours.
+
+    Inference fuses. Training takes the library where there are no tensor descriptors, but not in
+    double, which gathers: that choice is to be measured.
+    """
+    plans, why = _asked((FUSED, LIBRARY), FUSED)
+    refusal = refuse_tma(x, w, conv)
+    if len(plans) == 1:
+        return Plans(plans, 0, why)
+    if not training or x.dtype == torch.float64 or refusal is None:
+        return Plans(plans, plans.index(FUSED), "one launch")
+    return Plans(plans, plans.index(LIBRARY), f"no tensor descriptors: {refusal}")
+
+
+def backward_plans(x: Tensor, w: Tensor, conv: Conv) -> Plans:
+    """Plans of both gradients.
+
+    Ours where descriptors can; 1x1 with everything on load, as memory bounds it. A larger filter
+    would make dz and φ(x) again for each tap, which by estimate takes longer than the tensor cores
+    do: there they are made once, and in double. The stem's 49 taps of three channels fill no tile.
+    In double all else is ours, by pointers.
+    """
+    refusal = refuse_gradients(x, w, conv)
+    if refusal is not None:
+        return Plans(PLANS[-1:], 0, f"no kernel: {refusal}")
+    # Not in double: Triton 3.6 compiles no bit mask beside its product. The interpreter runs it.
+    masks_on_load = x.dtype != torch.float64 or INTERPRETING
+    plans, why = _asked(PLANS if masks_on_load else PLANS[1:], *PLANS[:2])
+    taps = w.size(2) * w.size(3)
+    refusal = None if x.dtype == torch.float64 else refuse_tma(x, w, conv)
+    if refusal is not None or taps > 9:
+        best, reason = PLANS[-1], f"no tensor descriptors: {refusal}" if refusal else "many taps"
+    elif taps == 1 and masks_on_load:
+        best, reason = PLANS[0], "1x1: dz and its input made on load"
+    else:
+        best, reason = PLANS[1], "several taps: dz and its input made once"
+    return Plans(plans, plans.index(best), reason) if best in plans else Plans(plans, 0, why)
+
+
+def _asked(plans: Configs, *fused: Config) -> tuple[Configs, str]:
+    """Those of `plans` that RESNET_FAST_TRITON_CONV leaves, the last of them the library's."""
     asked = settings.TRITON_CONV.read()
     if asked == "library":
-        return plans[-1:]
-    return plans if asked == "auto" else tuple(plan for plan in plans if all(plan[-2:]))
+        plans = plans[-1:]
+    elif asked == "fused":
+        plans = tuple(plan for plan in plans if plan in fused)
+    return plans, f"{settings.TRITON_CONV.variable}={asked}"
 
 
 def refuse_tma(x: Tensor, w: Tensor, conv: Conv, *beside: Tensor | None) -> str | None:

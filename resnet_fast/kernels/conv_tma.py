@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..spec.chain import Conv
 from . import config_select
+from .config_select import Config
 from .conv_epilogue import columns, epilogue, prologue, store_moments
 from .conv_plan import CONFIGS, Fusion, box_of, eligible, key, pick, precision
 from .conv_split import Gemm, is_last, meeting_place, share, sum_of_parts, with_splits
@@ -135,10 +136,10 @@ def by_descriptors(x: Tensor, w: Tensor, conv: Conv, f: Fusion, y: Tensor) -> Te
     (n, h, width, c), (_, p, q, k) = walk(x, y, w, conv)
     r, s = w.shape[2:]
     stride = conv.stride[0]
-    partial, gpu = None, target(x)
+    gpu = target(x)
 
-    def start(config: tuple[int, ...]) -> None:
-        nonlocal partial
+    def start(config: Config) -> Tensor | None:
+        partial = None
         block_m, block_n, block_k, warps, stages, split = config
         block_k = block_k * 2 // x.element_size()
         box = box_of(block_m, n, p, q)
@@ -164,6 +165,7 @@ def by_descriptors(x: Tensor, w: Tensor, conv: Conv, f: Fusion, y: Tensor) -> Te
             precision(x), *box, block_n, block_k, split, num_warps=warps, num_stages=stages,
             **all_registers(x),
         )  # fmt: skip
+        return partial
 
     # What the epilogue holds beside wide tiles is more registers than a thread has on sm_100.
     extras = f.residual is not None or f.stats
@@ -172,5 +174,5 @@ def by_descriptors(x: Tensor, w: Tensor, conv: Conv, f: Fusion, y: Tensor) -> Te
     rule = pick(configs, n * p * q, k, gpu.multiprocessors)
     gemm = Gemm(n * p * q, k, r * s, c, 1, x.element_size())
     configs, rule = with_splits(configs, rule, gemm, gpu.multiprocessors)
-    config_select.run("conv_affine_act_tma", key(x, w, conv, f), configs, rule, x, start)
-    return partial
+    where = key(x, w, conv, f)
+    return start(config_select.choose("conv_affine_act_tma", where, configs, rule, x, start))

@@ -4,13 +4,13 @@ Forward ours is one launch: the previous normalization and ReLU on load, the sta
 Backward ours are two: dz and φ(x) made on load, ReLU's gradient and the sums of the normalization
 below on store. The library's stand between passes of ours that do the rest.
 
-Which plan a layer takes is looked up like a tile (`tiles`); RESNET_FAST_TRITON_CONV=fused asks for
-ours wherever they can, =library for the library's.
+`conv_plan` says which plans a layer may take; which one it takes is looked up like a tile
+(`config_select`).
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,43 +25,29 @@ from . import config_select
 from .bn_act import bn_act
 from .bn_act_bwd import bn_act_bwd_apply
 from .bn_stats import bn_stats
+from .config_select import Config
 from .conv import conv_fused
 from .conv_dgrad import conv_dgrad
 from .conv_plan import (
-    FUSED,
     LIBRARY,
     NOTHING,
+    PLANS,
     Fusion,
     GradIn,
     GradOut,
-    asked_plans,
+    Plan,
+    backward_plans,
+    forward_plans,
     gradient_key,
     key,
-    refuse_gradients,
-    refuse_tma,
 )
 from .conv_wgrad import conv_wgrad
-from .launch import INTERPRETING, launch
+from .launch import launch
 from .reduce_partials import merge_sums, merge_tiles
 from .tile_math import element_offsets, mask_bits, relu_gate, sum_rows, widen
 
 CONFIGS = ((4096, 4, 8), (2048, 8, 4), (4096, 2, 8), (2048, 4, 8))
 # elements of a tile, programs a multiprocessor, warps
-
-
-class Plan(NamedTuple):
-    """Who does what of conv_bprop: 1 is ours, 0 is a pass of its own or the library.
-
-    on_load: dz and φ(x) are made by the kernels that use them. As long as one of the gradients is
-    the library's there must be a dz in memory, and then both read it.
-    """
-
-    on_load: int
-    dgrad: int
-    wgrad: int
-
-
-PLANS = (Plan(1, 1, 1), Plan(0, 1, 1), Plan(0, 1, 0), Plan(0, 0, 1), Plan(0, 0, 0))
 
 
 @triton.jit
@@ -138,27 +124,15 @@ def conv_fprop(
     conv = Conv(tuple(stride), tuple(padding), tuple(dilation), groups)
     args = (x, w, in_scale, in_shift, stats)
     fusion = Fusion(in_scale=in_scale, in_shift=in_shift, relu=False, stats=stats)
-    result = None
 
-    def start(plan: tuple[int, ...]) -> None:
-        nonlocal result
+    def start(plan: Config) -> tuple[Tensor, Tensor, Tensor]:
         if plan == LIBRARY:
-            result = _library_fprop(*args, stride, padding, dilation, groups)
-        else:
-            result = _fused_fprop(x, w, conv, fusion)
+            return _library_fprop(*args, stride, padding, dilation, groups)
+        return _fused_fprop(x, w, conv, fusion)
 
-    plans = asked_plans((FUSED, LIBRARY))
-    rule = plans.index(LIBRARY) if len(plans) > 1 and by_library(x, w, conv) else 0
-    config_select.run("conv_fprop", key(x, w, conv, fusion), plans, rule, x, start)
-    return result
-
-
-def by_library(x: Tensor, w: Tensor, conv: Conv) -> bool:
-    """The rule until tables are measured: the library's where there are no descriptors.
-
-    In double it is ours, by pointers: their use is to be checked.
-    """
-    return x.dtype != torch.float64 and refuse_tma(x, w, conv) is not None
+    where = key(x, w, conv, fusion)
+    plans, rule, why = forward_plans(x, w, conv, training=True)
+    return start(config_select.choose("conv_fprop", where, plans, rule, x, start, why))
 
 
 def _fused_fprop(x, w, conv, fusion):
@@ -209,48 +183,21 @@ def conv_bprop(
     conv = Conv(tuple(stride), tuple(padding), tuple(dilation), groups)
     grad_out = GradOut(dy_mask, a, z, mean, b, c)
     grad_in = GradIn(in_scale, in_shift, in_mean, in_rstd, residual, residual_mask)
-    dx, dw, sums = None, None, None
 
-    def start(plan: tuple[int, ...]) -> None:
-        nonlocal dx, dw, sums
-        dx, dw, sums = _gradients(
-            Plan(*plan), dy, w, x, in_act, conv, grad_out, grad_in, need_dx, need_dw
-        )
+    def start(plan: Config) -> tuple[Tensor | None, Tensor | None, Any]:
+        return _gradients(Plan(*plan), dy, w, x, in_act, conv, grad_out, grad_in, need_dx, need_dw)
 
-    if x.numel() == 0 or dy.numel() == 0 or refuse_gradients(x, w, conv) is not None:
-        start(PLANS[-1])
+    if x.numel() == 0 or dy.numel() == 0:
+        dx, dw, sums = start(PLANS[-1])
     else:
-        plans = asked_plans(PLANS if _masks_on_load(x) else PLANS[1:])
-        best = by_rule(x, w, conv)
-        rule = plans.index(best) if best in plans else 0
         needs = f"{'dx' * need_dx}{'dw' * need_dw}"
         where = (*gradient_key(x, w, conv, grad_out, grad_in), needs)
-        config_select.run("conv_bprop", where, plans, rule, x, start)
+        plans, rule, why = backward_plans(x, w, conv)
+        dx, dw, sums = start(config_select.choose("conv_bprop", where, plans, rule, x, start, why))
     empty = [x.new_empty(0, dtype=stats_dtype(x)) for _ in range(2)]
     dx = dx if need_dx else x.new_empty(0)
     dw = dw.to(w.dtype) if need_dw else w.new_empty(0)
     return dx, dw, *(empty if sums is None else sums)
-
-
-def by_rule(x: Tensor, w: Tensor, conv: Conv) -> Plan:
-    """The plan until tables are measured.
-
-    Ours where descriptors can; 1x1 with everything on load, as memory bounds it. A larger filter
-    would make dz and φ(x) again for each tap, which by estimate takes longer than the tensor cores
-    do: there they are made once, and in double. The stem's 49 taps of three channels fill no tile.
-    In double all else is ours, by pointers.
-    """
-    taps = w.size(2) * w.size(3)
-    if by_library(x, w, conv) or taps > 9:
-        return PLANS[-1]
-    return PLANS[0] if taps == 1 and _masks_on_load(x) else PLANS[1]
-
-
-def _masks_on_load(x: Tensor) -> bool:
-    """Whether dz may be made as it is loaded: not in double, where Triton 3.6 compiles no bit mask
-    beside a multiplication. The interpreter takes it all the same, and so do its gradchecks.
-    """
-    return x.dtype != torch.float64 or INTERPRETING
 
 
 def _gradients(plan, dy, w, x, in_act, conv, grad_out, grad_in, need_dx, need_dw):
@@ -303,10 +250,9 @@ def dgrad_epilogue(
         return dx, None if mean is None else (torch.zeros_like(mean), torch.zeros_like(mean))
     count, pixels = dx.numel() // channels, dx.size(2) * dx.size(3)
     channels_last = is_channels_last(dx)
-    g, partial = torch.empty_like(dx), None
+    g = torch.empty_like(dx)
 
-    def start(config: tuple[int, ...]) -> None:
-        nonlocal partial
+    def start(config: Config) -> Tensor | None:
         elements, per_processor, warps = config
         split = config_select.reduction(elements, per_processor, count, channels, channels_last, dx)
         partial = None if mean is None else mean.new_empty(2, split.splits, channels)
@@ -315,9 +261,10 @@ def dgrad_epilogue(
             dx, x, scale, shift, mean, residual, residual_mask, g, partial, count, channels,
             pixels, split.tiles, channels_last, split.m, split.c, num_warps=warps,
         )  # fmt: skip
+        return partial
 
     key = (count, channels, residual is not None, mean is not None, channels_last, dx.dtype)
-    config_select.run("dgrad_epilogue", key, CONFIGS, 0, dx, start)
+    partial = start(config_select.choose("dgrad_epilogue", key, CONFIGS, 0, dx, start))
     if partial is None:
         return g, None
     return g, merge_sums(partial, rstd, None)[:2]

@@ -14,6 +14,7 @@ from ..spec.chain import Conv
 from ..spec.dtypes import stats_dtype
 from ..spec.layout import memory_format
 from . import config_select
+from .config_select import Config
 from .conv_epilogue import prologue
 from .conv_plan import (
     NOTHING,
@@ -140,10 +141,9 @@ def conv_wgrad(
     r, s = w.shape[2:]
     stride, gpu = conv.stride[0], target(x)
     tma = refuse_tma(x, w, conv, dy, grad_out.z) is None
-    partial, dtype = None, stats_dtype(x)
+    dtype = stats_dtype(x)
 
-    def start(config: tuple[int, ...]) -> None:
-        nonlocal partial
+    def start(config: Config) -> Tensor:
         block_m, block_n, block_k, warps, stages = config
         block_k = block_k * 2 // x.element_size()
         box = box_of(block_k, n, p, q)
@@ -169,10 +169,11 @@ def conv_wgrad(
             tl.float64 if dtype == torch.float64 else tl.float32, tma, *box, block_m, block_n,
             num_warps=warps, num_stages=stages, **all_registers(x),
         )  # fmt: skip
+        return partial
 
     configs = wgrad_configs(x, w, tma, grad_out)
     key = gradient_key(x, w, conv, grad_out, grad_in)
-    config_select.run("conv_wgrad", key, configs, 0, x, start)
+    partial = start(config_select.choose("conv_wgrad", key, configs, 0, x, start))
     like = w if like is None else like
     dw = torch.empty_like(like, memory_format=torch.channels_last)
     fold(partial, dw)

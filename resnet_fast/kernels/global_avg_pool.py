@@ -7,6 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import config_select
+from .config_select import Config
 from .launch import launch
 from .sizes import cdiv
 from .tile_math import sum_rows, widen
@@ -51,7 +52,7 @@ def global_avg_pool(x: Tensor) -> Tensor:
     if y.numel() == 0:
         return y
 
-    def start(config: tuple[int, ...]) -> None:
+    def start(config: Config) -> None:
         block_c, warps = config
         launch(
             global_avg_pool_kernel, (n, cdiv(channels, block_c)),
@@ -60,5 +61,5 @@ def global_avg_pool(x: Tensor) -> Tensor:
         )  # fmt: skip
 
     key = *x.shape, x.stride(1) == 1, x.dtype
-    config_select.run("global_avg_pool", key, CONFIGS, 0, x, start)
+    start(config_select.choose("global_avg_pool", key, CONFIGS, 0, x, start))
     return y

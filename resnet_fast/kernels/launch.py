@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -22,6 +23,22 @@ from ..runtime import recording
 INTERPRETING = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
+SHARED_KIB = {  # by compute capability: the most of one block
+    80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 110: 227, 120: 99, 121: 99,
+}  # fmt: skip
+
+
+@functools.cache
+def _warn_of(capability: int) -> None:
+    major, minor = divmod(capability, 10)
+    warnings.warn(
+        f"resnet_fast does not know compute capability {major}.{minor}: its Triton kernels use "
+        f"{min(SHARED_KIB.values())} KiB of shared memory, which may be slow",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+
+
 class Target(NamedTuple):
     """A GPU as tiles see it: compute capability times ten, multiprocessors, name."""
 
@@ -31,8 +48,14 @@ class Target(NamedTuple):
 
     @property
     def shared(self) -> int:
-        """Bytes of shared memory that one program may have (CUDA programming guide, table 30)."""
-        return {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}.get(self.capability, 99 << 10)
+        """Bytes of shared memory that one program may have.
+
+        Source: CUDA C++ programming guide, "Technical Specifications per Compute Capability". An
+        architecture that is not listed there gets the least of all, with a warning.
+        """
+        if self.capability not in SHARED_KIB:
+            _warn_of(self.capability)
+        return SHARED_KIB.get(self.capability, min(SHARED_KIB.values())) << 10
 
     @property
     def has_tma(self) -> bool:

@@ -11,6 +11,7 @@ from ..spec.chain import Pool
 from ..spec.dtypes import stats_dtype
 from ..spec.layout import memory_format
 from . import config_select
+from .config_select import Config
 from .launch import INTERPRETING, launch
 from .reduce_partials import merge_sums
 from .sizes import cdiv
@@ -228,7 +229,7 @@ def bn_relu_max_pool(
     channels_last = fmt == torch.channels_last
     count = y.numel() // channels
 
-    def start(config: tuple[int, ...]) -> None:
+    def start(config: Config) -> None:
         elements, warps = config
         block = config_select.pixels(_elements(elements, channels_last), channels, channels_last, z)
         launch(
@@ -239,7 +240,7 @@ def bn_relu_max_pool(
         )  # fmt: skip
 
     key = (*z.shape, *kernel, *stride, channels_last, z.dtype)
-    config_select.run("bn_relu_max_pool", key, CONFIGS, 0, z, start)
+    start(config_select.choose("bn_relu_max_pool", key, CONFIGS, 0, z, start))
     return y, nothing if index is None else index
 
 
@@ -261,10 +262,8 @@ def max_pool_bwd(
         return dx, *(x.new_zeros(sums, dtype=stats_dtype(x)) for _ in range(2))
     count, channels_last = x.numel() // channels, fmt == torch.channels_last
     windows = cdiv(kernel[0], stride[0]) * cdiv(kernel[1], stride[1])
-    partial = None
 
-    def start(config: tuple[int, ...]) -> None:
-        nonlocal partial
+    def start(config: Config) -> Tensor:
         elements, per_processor, warps = config
         elements = _elements(elements, channels_last)
         split = config_select.reduction(elements, per_processor, count, channels, channels_last, x)
@@ -275,9 +274,10 @@ def max_pool_bwd(
             count, split.tiles, *kernel, *stride, *padding, _at_once(windows), channels_last,
             split.m, split.c, num_warps=warps, maxnreg=REGISTERS,
         )  # fmt: skip
+        return partial
 
     key = (*x.shape, *kernel, *stride, bool(sums), channels_last, x.dtype)
-    config_select.run("max_pool_bwd", key, BWD_CONFIGS, 0, x, start)
+    partial = start(config_select.choose("max_pool_bwd", key, BWD_CONFIGS, 0, x, start))
     if not sums:
         return dx, partial.new_empty(0), partial.new_empty(0)
     return dx, *merge_sums(partial, rstd, None)[:2]

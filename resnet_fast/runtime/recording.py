@@ -64,9 +64,12 @@ class Program:
 
 
 def record(
-    run: Callable[..., Any], tensors: Sequence[Tensor | None], inline: Mapping[Any, Callable]
+    run: Callable[..., Any],
+    fixed: Sequence[Any],
+    tensors: Sequence[Tensor | None],
+    inline: Mapping[Any, Callable],
 ) -> tuple[Any, Program | None]:
-    """run(*tensors), and its program; None for one that no steps can be made of.
+    """run(*fixed, *tensors), and its program; None for one that no steps can be made of.
 
     That is one that looks at a value, or at a tensor that is no argument and was made by no step,
     or whose arguments are the same tensor twice. inline: operators to look into, by what runs them.
@@ -75,7 +78,7 @@ def record(
     _current.recorder = recorder
     try:
         with recorder:
-            result = run(*tensors)
+            result = run(*fixed, *tensors)
     finally:
         _current.recorder = None
     return result, recorder.program(result)

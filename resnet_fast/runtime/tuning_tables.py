@@ -14,6 +14,7 @@ import os
 import re
 import statistics
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,8 +25,14 @@ import torch
 from . import settings
 from .graph_timing import cold_ms
 
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None
+
 SHIPPED = Path(__file__).parents[1] / "measured"
 ROUNDS = 10  # of a measurement
+_writing = threading.Lock()
 _watches: list[Callable[[str, str, str, str], None]] = []
 
 
@@ -55,7 +62,7 @@ def sections(kind: str, gpu: str, section: str) -> Iterator[dict[str, Any]]:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The table at `path`; empty where none can be read. RuntimeError names a file that is none."""
+    """The table at `path`; empty where none can be read. RuntimeError names a damaged file."""
     try:
         text = path.read_text()
     except OSError:  # none there, or a home that is no folder or not ours
@@ -63,18 +70,33 @@ def read(path: Path) -> dict[str, Any]:
     try:
         table = json.loads(text)
     except json.JSONDecodeError as error:
-        raise RuntimeError(f"{path} is no table of measurements ({error}); delete it") from None
+        raise RuntimeError(f"{path} is not a valid tuning table ({error}); delete it") from None
     return table
 
 
 def write(path: Path, section: str, key: str, entry: dict[str, Any]) -> None:
-    """Add or replace one entry of the table at `path`; the file is whole at every moment."""
-    table = read(path)
-    table.setdefault(section, {})[key] = entry
+    """Add or replace one entry of the table at `path`; the file is whole at every moment.
+
+    Processes and threads that write at once wait for each other, so no entry is lost.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".json", delete=False) as file:
-        json.dump(table, file, indent=1, sort_keys=True)
-    os.replace(file.name, path)
+    with _alone(path):
+        table = read(path)
+        table.setdefault(section, {})[key] = entry
+        with tempfile.NamedTemporaryFile(
+            "w", dir=path.parent, suffix=".json", delete=False
+        ) as file:
+            json.dump(table, file, indent=1, sort_keys=True)
+        os.replace(file.name, path)
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """One thread of one process at a time, by a lock file beside the table."""
+    with _writing, path.with_suffix(".lock").open("w") as lock:
+        if fcntl is not None:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # until it is closed
+        yield
 
 
 def searching() -> bool:
@@ -95,12 +117,12 @@ def microseconds(run: Callable[[], Any]) -> float:
 
 
 def unsettled() -> bool:
-    """Whether a look into the tables may do more than look: search, or say what is missing."""
+    """Whether a lookup may also tune or report a miss."""
     return bool(_watches) or searching()
 
 
 def missed(kind: str, gpu: str, section: str, key: str) -> None:
-    """Say that no table has this entry: whoever is `watching` hears of it."""
+    """Report to every `watching` caller that no table has this entry."""
     for watch in _watches:
         watch(kind, gpu, section, key)
 
