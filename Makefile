@@ -134,7 +134,7 @@ bench: $(BUILT)
 # On a machine with an NVIDIA GPU, offline: with the interpreter whose packages are installed.
 # RESNET_FAST_BUILD=none builds nothing: Triton's kernels need no build.
 GPU_BUILD = $(GPU_PYTHON) setup.py build_ext --inplace
-SHARDS = $(GPU_PYTHON) tests/shards.py --out $(OUT) --jobs $(GPU_JOBS) --seconds $(GPU_SECONDS)
+SHARDS = $(GPU_PYTHON) tests/support/shards.py --out $(OUT) --jobs $(GPU_JOBS) --seconds $(GPU_SECONDS)
 
 gpu:
 	$(GPU_BUILD)

@@ -18,7 +18,7 @@ from bench.estimate import GPUS, Gpu
 from bench.launches import Launch
 from bench.sass import Sass, Section
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 H200 = GPUS["h200"]
 REQUIRED = {
     "kernel", "count", "grid", "registers", "shared_bytes", "programs_per_sm", "estimate_us",

@@ -18,7 +18,7 @@ from resnet_fast.training import checkpoint as files
 from resnet_fast.training.checkpoint import CheckpointError
 from resnet_fast.training.loop import _Run
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1] / "support"
 RECIPES = {
     "plain": RECIPE,
     "everything": replace(RECIPE, ema=0.9, precision="fp16", accumulate=2, clip=1.0,
@@ -124,7 +124,7 @@ def test_without_a_folder_signals_are_left_alone(stop_at):
 
 def worker(*words):
     """A process that trains and says so, step by step."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS.parent)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS.parents[1])}
     command = [sys.executable, str(TESTS / "training_worker.py"), *map(str, words)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
 

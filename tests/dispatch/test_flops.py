@@ -14,7 +14,7 @@ import resnet_fast
 from resnet_fast.dispatch import ops
 from resnet_fast.functional import add_relu, bn_act, conv_bn_act, global_avg_pool, run_chain
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 GEOMETRY = {  # filters, options of the convolution
     "3x3": ((6, 4, 3, 3), {"padding": 1}),
     "strided": ((6, 4, 3, 3), {"stride": 2, "padding": (1, 0)}),

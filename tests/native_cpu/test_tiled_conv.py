@@ -1,4 +1,4 @@
-"""The own convolution tiles of the CPU: every path of the engine in every instruction set."""
+"""The own convolution tiles of the CPU: every path in every instruction set."""
 
 import os
 import platform
@@ -15,6 +15,8 @@ from op_cases import CONVOLUTIONS, Conv, Draw
 
 from resnet_fast.dispatch import backends, ops
 
+TESTS = Path(__file__).parents[1]
+PATH = os.pathsep.join(map(str, (TESTS.parent, TESTS, TESTS / "support")))  # of a process
 TILED = {  # channels and filters in multiples of 32
     "1x1": Conv((2, 32, 7, 7), 64, (1, 1)),
     "1x1-many": Conv((1, 96, 31, 37), 32, (1, 1)),
@@ -62,9 +64,10 @@ def check_in_process(isa, dtype, *counts, **env):
     if isa not in isas or isas.index(isa) > isas.index(info["isa_detected"]):
         pytest.skip(f"this CPU has {info['isa_detected']} at most")
     run = subprocess.run(
-        [sys.executable, "-c", f"import test_tiles; test_tiles.check({dtype!r}, *{counts})"],
+        [sys.executable, "-c", f"import test_tiled_conv; test_tiled_conv.check({dtype!r}, *{counts})"],
         cwd=Path(__file__).parent, capture_output=True, text=True,
-        env={**os.environ, "RESNET_FAST_CPU_ISA": isa, "RESNET_FAST_CPU_CONV": "tiles", **env},
+        env={**os.environ, "PYTHONPATH": PATH, "RESNET_FAST_CPU_ISA": isa,
+             "RESNET_FAST_CPU_CONV": "tiles", **env},
     )  # fmt: skip
     assert run.returncode == 0, (run.returncode, run.stderr[-3000:])
 
@@ -128,7 +131,7 @@ def test_tiles_read_no_further(isa, dtype, by, tmp_path):
     if compiler is None or platform.libc_ver()[0] != "glibc":
         pytest.skip("guard pages need a C compiler and glibc")
     guard = tmp_path / "guard.so"
-    source = Path(__file__).parent / "guard_pages.c"
+    source = TESTS / "support" / "guard_pages.c"
     subprocess.run([compiler, "-O1", "-shared", "-fPIC", source, "-o", guard], check=True)
     check_in_process(isa, dtype, 2, LD_PRELOAD=str(guard), RESNET_FAST_CPU_CONV=by)
 

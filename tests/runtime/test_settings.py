@@ -9,7 +9,7 @@ import pytest
 
 from resnet_fast.runtime import settings
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 GOOD = {
     settings.TRACE: ("1", True),
     settings.AUTOTUNE: ("0", False),

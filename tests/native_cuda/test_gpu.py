@@ -378,7 +378,7 @@ def test_whole_models():
 def test_compute_sanitizer(tool, part):
     """A part of the native kernels' tests under NVIDIA's checkers, in a process of their own."""
     skip_unless("native", "bn_act", torch.bfloat16)
-    tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_ops.py"]
+    tests = [sys.executable, *"-m pytest -q -p no:cacheprovider tests/dispatch/test_ops.py".split()]
     chosen = "native-cuda and bf16 and channels_last and (test_pointwise or test_convolution)"
     command = ["compute-sanitizer", f"--tool={tool}", "--error-exitcode=9", *tests, "-k", chosen]
     command += ["--shard", f"{part}/{SANITIZED}"]

@@ -27,7 +27,7 @@ from resnet_fast.training.history import COLUMNS, History
 from resnet_fast.training.report import Log, plot_curves
 from resnet_fast.training.weights import load_weights
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SHORT = ["--size", "8", "--epochs", "2", "--batch-size", "256"]
 GOAL = 0.98
 

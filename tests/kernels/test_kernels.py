@@ -39,7 +39,7 @@ from resnet_fast.kernels import (
 )
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 EMULATOR = ROOT / "tests" / "cuda_emulator"
 KERNELS = ("bn_act", "max_pool", "reduce", "vectors")
 CXX = shlex.split(os.environ.get("CXX") or "c++")

@@ -1,4 +1,4 @@
-"""`python tests/shards.py --out DIR NAME [pytest options]`: the tests in N processes at once.
+"""`python tests/support/shards.py --out DIR NAME [pytest options]`: tests in N processes at once.
 
 Most of the time of a GPU test is the compilation of its kernels. A shard that fails, crashes or is
 out of time hides no other: DIR/NAME.log has every shard's output when it is done, DIR/NAME.txt a

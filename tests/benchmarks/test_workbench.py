@@ -18,7 +18,7 @@ from bench.step import Case
 from resnet_fast.dispatch import backends
 from resnet_fast.spec.chain import Conv
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_layers_of_resnet50():
@@ -253,8 +253,9 @@ def test_shards():
     """Every test is in one shard of two, and only there."""
 
     def collected(*options):
+        words = "-m pytest --collect-only -q tests/spec/test_layout.py".split()
         done = subprocess.run(
-            [sys.executable, *"-m pytest --collect-only -q tests/test_layout.py".split(), *options],
+            [sys.executable, *words, *options],
             cwd=ROOT, capture_output=True, text=True,
         )  # fmt: skip
         return [line for line in done.stdout.splitlines() if "::" in line], done

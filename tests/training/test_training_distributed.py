@@ -15,12 +15,12 @@ from training_worker import cases
 from resnet_fast.training import checkpoint, evaluate, fit
 from resnet_fast.training.distributed import World, batches
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1] / "support"
 
 
 def torchrun(*words, timeout=240):
     """`words` in two processes of one thread each."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS.parent)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS.parents[1])}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
                "--nproc-per-node", "2", *map(str, words)]  # fmt: skip
     done = subprocess.run(

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-SOURCE = Path(__file__).parent / "dry_gpu" / "runtime.cpp"
+SOURCE = Path(__file__).parents[1] / "dry_gpu" / "runtime.cpp"
 pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH")
 BF16, NO_SWIZZLE, SWIZZLE_128 = 9, 0, 3
 

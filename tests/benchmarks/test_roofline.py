@@ -18,7 +18,7 @@ from bench.ceilings import Ceilings
 from bench.estimate import GPUS
 from bench.floors import Step, total
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 H200 = Ceilings(*roofline.KNOWN["h200"], "bf16")
 
 
