@@ -56,7 +56,7 @@ SANITIZE := -fsanitize=address,undefined -fno-sanitize=vptr -fno-wrapv
 
 help:
 	@echo "make test    run the tests (PYTEST_ARGS=..., TEST_JOBS=processes)"
-	@echo "make lint    ruff"
+	@echo "make lint    ruff and mypy"
 	@echo "make demo    verify, train and measure; writes build/demo/report.html"
 	@echo "make bench   benchmarks of ops and of ResNet-50; writes build/bench"
 	@echo "make gpu     on a GPU machine: build, checks and measurements in 9 minutes (GPU_ARGS=...)"
@@ -120,6 +120,7 @@ test: $(BUILT)
 
 lint: $(DEPS)
 	$(PY) -m ruff check .
+	$(PY) -m mypy
 
 demo: $(BUILT)
 	$(PY) -m bench demo --out build/demo

@@ -8,6 +8,7 @@ ways. He et al. 2015 (arXiv:1512.03385); 2016 (arXiv:1603.05027, full pre-activa
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -189,18 +190,20 @@ class ResidualBlock(ChainBlock):
             return h + self.downsample(first)
         return h
 
-    def _projection(self) -> tuple[nn.Module, ...] | None:
+    def _projection(self) -> tuple[Any, ...] | None:
         """`downsample` as (conv, norm or None, its `Sequential`); None where it is another."""
-        bare = not isinstance(self.downsample, nn.Sequential)
-        layers = (self.downsample,) if bare else tuple(self.downsample)
-        kinds = (nn.Conv2d,) if self.preactivation else (nn.Conv2d, NORMS)
-        if len(layers) != len(kinds) or not all(map(isinstance, layers, kinds)):
+        layers: tuple[nn.Module | None, ...] = (self.downsample,)
+        around: tuple[nn.Module, ...] = ()
+        if isinstance(self.downsample, nn.Sequential):
+            layers, around = tuple(self.downsample), (self.downsample,)
+        if len(layers) != (1 if self.preactivation else 2) or not isinstance(layers[0], nn.Conv2d):
             return None
-        norm = None if self.preactivation else layers[1]
-        return layers[0], norm, *(() if bare else (self.downsample,))
+        if self.preactivation:
+            return layers[0], None, *around
+        return (*layers, *around) if isinstance(layers[1], NORMS) else None
 
     def parts(self) -> Parts | None:
-        held = self._modules  # asked at every call, where an attribute would cost more
+        held: Any = self._modules  # asked at every call, where an attribute would cost more
         convs = tuple([held[name] for name in CONVS[: self.depth]])
         norms = tuple([held[name] for name in BNS[: self.depth]])
         if None in (norms[1:] if self.preactivation else norms):
@@ -211,10 +214,10 @@ class ResidualBlock(ChainBlock):
             found = self._projection()
             if found is None:
                 return None
-            projection, norm, *around = found
+            projection, norm, around = found[0], found[1], found[2:]
         return Parts(
             convs, norms, not self.preactivation, self.shortcut, projection, norm,
-            stride=self.stride, around=tuple(around),
+            stride=self.stride, around=around,
         )  # fmt: skip
 
     def extra_repr(self) -> str:

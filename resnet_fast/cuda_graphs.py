@@ -71,7 +71,7 @@ class Step(Graph):
     def __init__(
         self,
         run: Callable[..., Tensor],
-        inputs: tuple[Tensor, Tensor],
+        inputs: tuple[Tensor, ...],
         model: nn.Module,
         optimizer: torch.optim.Optimizer | None,
         in_graph: bool,
@@ -80,7 +80,7 @@ class Step(Graph):
         self.in_graph, self._optimizer = in_graph, optimizer
         self._grads = [(p, p.grad) for p in model.parameters() if p.grad is not None]
 
-    def __call__(self, x: Tensor, target: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, target: Tensor) -> Tensor:  # type: ignore[override]
         """Loss of the batch, before the update that it leads to.
 
         Raises: as `Graph`.

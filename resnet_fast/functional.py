@@ -193,10 +193,9 @@ def run_chain(
             if norm.group is not None:
                 total, *statistics = statistics
                 count = total if count > 0 or total > 0 else 0  # who has values need not look
-            if running[i] is not None:
+            if (rule := running[i]) is not None:
                 conv_bias = tensors.convs[i - 1].bias if i > 0 else None
-                batch = Batch(mean, m2, count, conv_bias)
-                follow.append((running[i], tensors.norms[i], batch))
+                follow.append((rule, tensors.norms[i], Batch(mean, m2, count, conv_bias)))
     if follow:
         update_running(follow)
     return y
@@ -243,23 +242,9 @@ def _infer(chain: Chain, x: Tensor, residual: Tensor | None, *flat: Tensor | Non
     convolution (pre-activation) and a pool are launches of their own.
     """
     tensors = unflatten(chain, flat)
-    n, impl = len(chain.convs), chain.impl
+    n, impl, pool = len(chain.convs), chain.impl, chain.pool
     h, start = x, chain.norms[0]
-
-    def normalize(relu: bool) -> Tensor:
-        params = tensors.norms[0]
-        mean = params.running_mean.to(stats_dtype(x))
-        var = params.running_var.to(mean.dtype)
-        affine = ops.bn_finalize(mean, var, 1, params.weight, params.bias, start.eps, impl)
-        skip = x if chain.shortcut == "identity" else residual
-        if n:
-            skip = None
-        if chain.pool is not None and n == 0:
-            return pooled(x, *affine[:2])
-        return ops.bn_act(x, *affine[:2], skip, None, None, relu, False, impl)[0]
-
-    def pooled(h: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
-        return ops.bn_relu_max_pool(h, scale, shift, *chain.pool.args(), False, impl)[0]
+    skip = x if chain.shortcut == "identity" else residual
 
     def convolve(i: int, h: Tensor, skip: Tensor | None, relu: bool) -> Tensor:
         norm, params, conv = chain.all_norms[i + 1], tensors.norms[i + 1], tensors.convs[i]
@@ -270,19 +255,25 @@ def _infer(chain: Chain, x: Tensor, residual: Tensor | None, *flat: Tensor | Non
         )  # fmt: skip
         return y.contiguous(memory_format=memory_format(x, tensors.convs[0].weight))
 
-    if n == 0:
-        if start is not None:
-            return normalize(chain.relu)
-        return ops.add_relu(x, residual, False, impl)[0] if chain.relu else x + residual
     if start is not None:
-        h = normalize(True)
-    skip = x if chain.shortcut == "identity" else residual
+        params = tensors.norms[0]
+        statistics = params.running(stats_dtype(x))
+        affine = ops.bn_finalize(*statistics, 1, params.weight, params.bias, start.eps, impl)[:2]
+        if n == 0 and pool is not None:
+            return ops.bn_relu_max_pool(x, *affine, *pool.args(), False, impl)[0]
+        beside, relu = (skip, chain.relu) if n == 0 else (None, True)
+        h = ops.bn_act(x, *affine, beside, None, None, relu, False, impl)[0]
+    elif n == 0:
+        assert skip is not None  # Chain demands it
+        return ops.add_relu(x, skip, False, impl)[0] if chain.relu else x + skip
     if chain.projection is not None:
         skip = convolve(n, h, None, False)
     for j in range(n):
         last = j == n - 1
         h = convolve(j, h, skip if last else None, chain.relu if last else True)
-    return h if chain.pool is None else pooled(h)
+    if n == 0 or pool is None:
+        return h
+    return ops.bn_relu_max_pool(h, None, None, *pool.args(), False, impl)[0]
 
 
 def _wants_gradient(*tensors: Tensor | None) -> bool:

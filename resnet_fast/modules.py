@@ -12,6 +12,7 @@ processes of its `process_group`, on every device (`resnet_fast.autograd.sync`).
 from __future__ import annotations
 
 import copy
+from typing import Any, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -69,15 +70,17 @@ def run_fused(
 
 
 def _geometry(conv: nn.Conv2d) -> Conv:
-    names = ("stride", "padding", "dilation")
-    return Conv(*(pair(getattr(conv, name), name) for name in names), conv.groups)
+    stride, padding, dilation = (
+        pair(getattr(conv, name), name) for name in ("stride", "padding", "dilation")
+    )
+    return Conv(stride, padding, dilation, conv.groups)
 
 
 def _rule(norm: nn.BatchNorm2d | nn.SyncBatchNorm | None) -> Norm | None:
     if norm is None:
         return None
     shares = isinstance(norm, nn.SyncBatchNorm) and norm.training
-    group = group_of(norm.process_group) if shares else None
+    group = group_of(cast(Any, norm).process_group) if shares else None
     return Norm(norm.eps, norm.training or norm.running_mean is None, group)
 
 
@@ -88,7 +91,7 @@ def _params(norm: nn.BatchNorm2d | nn.SyncBatchNorm | None) -> NormParams:
     return NormParams(*_held(norm, "_parameters", ("weight", "bias")), *statistics)
 
 
-def _held(module: nn.Module, place: str, names: tuple[str, str]) -> list[Tensor | None]:
+def _held(module: nn.Module, place: str, names: tuple[str, str]) -> list[Any]:
     """Attributes of `module` from where it keeps them, which is much faster than by attribute.
 
     Replicas of `nn.DataParallel` keep them elsewhere.
@@ -106,7 +109,7 @@ def _running(norm: nn.BatchNorm2d | nn.SyncBatchNorm) -> Running | None:
     return Running(momentum, norm.num_batches_tracked)
 
 
-class Fused(Rechecked):
+class Fused(Rechecked, blocks.ChainBlock):
     """Mixin for a `blocks.ChainBlock`: the fused forward pass.
 
     Attributes:
@@ -132,7 +135,7 @@ class Fused(Rechecked):
 
     def __prepare_scriptable__(self) -> nn.Module:
         """What `torch.jit.script` compiles: the plain twin, around the same children."""
-        twin = copy.copy(self)
+        twin: Any = copy.copy(self)
         twin.__class__ = PLAIN.get(type(self), type(self))
         twin._modules = self._modules.copy()  # script puts prepared children there
         return twin
@@ -189,7 +192,7 @@ class GlobalAvgPool2d(nn.AdaptiveAvgPool2d):
         return nn.AdaptiveAvgPool2d(self.output_size)
 
 
-PLAIN = {
+PLAIN: dict[type[nn.Module], type[nn.Module]] = {
     ConvBNAct2d: blocks.ConvBNAct2d,
     BasicBlock: blocks.BasicBlock,
     Bottleneck: blocks.Bottleneck,

@@ -125,10 +125,9 @@ def _ready(
             m2, count = m2 / total, 1
         scale, shift, rstd = ops.bn_finalize(mean, m2, count, p.weight, p.bias, norm.eps, impl)
         return Affine(scale, shift, mean, rstd, total)
-    mean = p.running_mean.to(stats_dtype(h))
+    mean, var = p.running(stats_dtype(h))
     if conv_bias is not None:
         mean = mean - conv_bias.to(mean.dtype)
-    var = p.running_var.to(mean.dtype)
     scale, shift, rstd = ops.bn_finalize(mean, var, 1, p.weight, p.bias, norm.eps, impl)
     return Affine(scale, shift, mean, rstd)
 

@@ -10,14 +10,14 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import backends
 
 _watched: set[tuple[int, int]] = set()  # identity and address
 
 
-class Rechecked:
+class Rechecked(nn.Module):
     """Mixin for a fused `nn.Module`: after train, to or load_state_dict all values are compared."""
 
     def train(self, mode: bool = True):

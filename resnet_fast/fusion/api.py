@@ -8,7 +8,7 @@ class back. `resnet_fast.fusion` says what is recognized, and how it runs.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
@@ -22,8 +22,10 @@ from ..spec.checks import check_impl
 from .survey import survey
 from .swap import Swapped, apply, restore, runs
 
+Model = TypeVar("Model", bound=nn.Module)
 
-def fuse(model: nn.Module, *, impl: str = "auto", inplace: bool = False) -> nn.Module:
+
+def fuse(model: Model, *, impl: str = "auto", inplace: bool = False) -> Model:
     """`model` with all that `explain` lists as fusible run by this package; the same mathematics.
 
     Recognized by dataflow, whatever the classes are called: residual blocks (basic, bottleneck,
@@ -60,7 +62,7 @@ def fuse(model: nn.Module, *, impl: str = "auto", inplace: bool = False) -> nn.M
     return model
 
 
-def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
+def unfuse(model: Model, *, inplace: bool = False) -> Model:
     """`model` in plain PyTorch: what `fuse` changed is undone, our own modules run unfused.
 
     `inplace` and the returned model are as for `fuse`. Raises TypeError for a subclass of one of
@@ -85,7 +87,7 @@ def explain(model: nn.Module) -> Report:
     `model` is not changed: forwards run on copies, with fake tensors.
     """
     modules = list(_checked(model).modules())
-    swapped = {module: type(module) for module in modules if isinstance(module, Swapped)}
+    swapped: dict[Any, Any] = {m: type(m) for m in modules if isinstance(m, Swapped)}
     for module in swapped:
         module.__class__ = module._plain_class
     try:
@@ -133,13 +135,13 @@ class Report:
         return "\n".join([*lines, ", ".join(counts), f'impl="auto" picks {picks} ({self.where})'])
 
 
-def _checked(model: nn.Module) -> nn.Module:
+def _checked(model: Model) -> Model:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     return model
 
 
-def _prepare(model: nn.Module, inplace: bool) -> nn.Module:
+def _prepare(model: Model, inplace: bool) -> Model:
     """`model`, or a copy of its modules around the same tensors."""
     _checked(model)
     if inplace:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 class _Tensors(TorchFunctionMode):
@@ -24,10 +26,10 @@ class _Tensors(TorchFunctionMode):
 
 
 def copy_modules(
-    model: nn.Module,
+    model: Model,
     answer: Callable[[Tensor], Tensor] = lambda tensor: tensor,
     shared: Iterable[Any] = (),
-) -> nn.Module:
+) -> Model:
     """A deep copy of `model` that holds answer(t) for every tensor t, by itself t, and `shared`.
 
     Unlike `copy.deepcopy` it takes what a forward has kept (tensors with a history), gives a

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -96,7 +97,7 @@ class ResNet(nn.Module):
         check_flag(fused, "fused")
         check_callable(norm_layer, "norm_layer")
         dilate = [False, *(flags or [False] * (len(layers) - 1))]
-        block = block if fused else PLAIN.get(block, block)
+        block = block if fused else cast(type[ResidualBlock], PLAIN.get(block, block))
         _check(block, fused, layers, dilate, stem, shortcut, zero_init_residual)
         for name, value in {
             "num_classes": num_classes, "groups": groups, "width_per_group": width_per_group,
@@ -135,7 +136,7 @@ class ResNet(nn.Module):
             self.add_module(f"layer{i + 1}", nn.Sequential(*stage))
             planes *= 2
         if block.preactivation:
-            self.layer1[0].bn1 = None
+            cast(Any, self).layer1[0].bn1 = None
             self.bn_last = norm_layer(channels)
         self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
         self.fc = nn.Linear(channels, num_classes)
@@ -176,13 +177,13 @@ class ResNet(nn.Module):
     def _stem(self) -> tuple[Parts, bool]:
         """The stem as a chain, and whether that is all of it, its pooling included."""
         ends = refusal(self.maxpool, (nn.MaxPool2d,)) is None
-        pool = self.maxpool if ends else None
-        stem = Parts((self.conv1,), (None, self.bn1), True, "none", pool=pool, around=(self.relu,))
+        bn, pool = cast(Any, self.bn1), cast(Any, self.maxpool if ends else None)
+        stem = Parts((self.conv1,), (None, bn), True, "none", pool=pool, around=(self.relu,))
         return stem, ends or refusal(self.maxpool, (nn.Identity,)) is None
 
     def _head(self) -> Parts | None:
         """What follows the last addition of pre-activation blocks."""
-        norm = self._modules.get("bn_last")
+        norm: Any = self._modules.get("bn_last")
         return None if norm is None else Parts((), (norm,), True, "none", around=(self.relu,))
 
     def chains(self) -> list[Parts]:
@@ -196,8 +197,9 @@ class ResNet(nn.Module):
             if refusal(stage, (nn.Sequential,)) is not None:
                 return None
             for block in stage._modules.values():
-                ours = isinstance(block, Fused) and type(block).forward is Fused.forward
-                if not ours or hooked(block) or "forward" in vars(block):
+                if not isinstance(block, Fused) or type(block).forward is not Fused.forward:
+                    return None
+                if hooked(block) or "forward" in vars(block):
                     return None
                 parts = block.parts() if block.impl == self.impl else None
                 if parts is None or not fusible(x, parts):
@@ -218,11 +220,12 @@ class ResNet(nn.Module):
 
     def switch(self, fused: bool) -> None:
         """Run stem and pooling fused by `self.impl`, or plain; blocks are modules of their own."""
-        self.fused, pool = fused, self.avgpool
+        pool: Any = self.avgpool
+        self.fused = fused
         if fused and type(pool) is nn.AdaptiveAvgPool2d and pool.output_size in (1, (1, 1)):
             pool.__class__ = GlobalAvgPool2d
         elif not fused and type(pool) is GlobalAvgPool2d:
-            pool.__class__ = nn.AdaptiveAvgPool2d
+            cast(Any, pool).__class__ = nn.AdaptiveAvgPool2d
         if type(pool) is GlobalAvgPool2d:
             pool.impl = self.impl
 

@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from .values import check_pair, given, is_number
@@ -157,6 +158,11 @@ class NormParams(NamedTuple):
     running_mean: Tensor | None = None
     running_var: Tensor | None = None
 
+    def running(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Running mean and variance in `dtype`, of a norm that has them."""
+        assert self.running_mean is not None and self.running_var is not None  # check_chain
+        return self.running_mean.to(dtype), self.running_var.to(dtype)
+
 
 @dataclass(frozen=True)
 class Chain:
@@ -235,6 +241,7 @@ class Tensors(NamedTuple):
 def unflatten(chain: Chain, flat: tuple[Tensor | None, ...]) -> Tensors:
     """Inverse of `Tensors.flat`; the projection's convolution and norm come last."""
     n = len(chain.convs) + (chain.projection is not None)
-    convs = tuple(ConvParams(*flat[2 * i : 2 * i + 2]) for i in range(n))
+    pairs: Any = [flat[2 * i : 2 * i + 2] for i in range(n)]
+    convs = tuple(ConvParams(*pair) for pair in pairs)
     rest = flat[2 * n :]
     return Tensors(convs, tuple(NormParams(*rest[i : i + 4]) for i in range(0, len(rest), 4)))

@@ -63,8 +63,9 @@ def check_in_process(isa, dtype, *counts, **env):
     isas = info["isas"]  # in order
     if isa not in isas or isas.index(isa) > isas.index(info["isa_detected"]):
         pytest.skip(f"this CPU has {info['isa_detected']} at most")
+    code = f"import test_tiled_conv; test_tiled_conv.check({dtype!r}, *{counts})"
     run = subprocess.run(
-        [sys.executable, "-c", f"import test_tiled_conv; test_tiled_conv.check({dtype!r}, *{counts})"],
+        [sys.executable, "-c", code],
         cwd=Path(__file__).parent, capture_output=True, text=True,
         env={**os.environ, "PYTHONPATH": PATH, "RESNET_FAST_CPU_ISA": isa,
              "RESNET_FAST_CPU_CONV": "tiles", **env},
