@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 
 from bench import rows, timing
-from bench.step import DTYPES
 from resnet_fast.runtime import graph_timing
 from resnet_fast.runtime.options import DEVICES
+from resnet_fast.spec.dtypes import PRECISIONS
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def measure(device: torch.device, dtype: str) -> Ceilings:
     source = torch.empty(size, dtype=torch.uint8, device=device).fill_(1)
     target = torch.empty_like(source)
     side = 8192 if cuda else 1024
-    a, b = (torch.randn(side, side, device=device).to(DTYPES[dtype]) for _ in range(2))
+    a, b = (torch.randn(side, side, device=device).to(PRECISIONS[dtype]) for _ in range(2))
     copy_ms = best_ms(lambda: target.copy_(source), device)
     matmul_ms = best_ms(lambda: a @ b, device)
     launch_us = small_launch_us(device) if cuda else None
@@ -103,7 +103,7 @@ def row(facts: rows.Row, found: Ceilings) -> rows.Row:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `python -m bench ceilings`."""
     parser.add_argument("--device", choices=DEVICES, default="cpu")
-    parser.add_argument("--dtype", choices=list(DTYPES), default="bf16")
+    parser.add_argument("--dtype", choices=list(PRECISIONS), default="bf16")
     parser.add_argument("--out", type=Path, metavar="FILE.jsonl", help="append the row")
 
 

@@ -27,8 +27,9 @@ from bench import sass
 from bench.launches import Launch, launches_of
 from bench.machine_code import Code, tool
 from bench.models import MODES, model_names
-from bench.step import DTYPES, Case
+from bench.step import Case
 from resnet_fast.runtime.options import integers, names, positive
+from resnet_fast.spec.dtypes import PRECISIONS
 
 CAPABILITY, MULTIPROCESSORS = 90, 132  # Hopper
 
@@ -183,7 +184,7 @@ def add_case_arguments(parser: argparse.ArgumentParser) -> None:
     add("--mode", type=names(lambda: MODES), default=["train", "infer"], metavar="train,infer")
     add("--batch", type=integers, default=[256, 1], metavar="N,…",
         help="batch 1 is of inference alone")  # fmt: skip
-    add("--dtype", choices=list(DTYPES), default="bf16")
+    add("--dtype", choices=list(PRECISIONS), default="bf16")
     add("--image-size", type=positive(int), default=224, metavar="N")
     add("--jobs", type=positive(int), default=os.cpu_count(), metavar="N",
         help="processes that compile")  # fmt: skip

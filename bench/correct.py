@@ -19,9 +19,10 @@ from torch import Tensor, nn
 import resnet_fast
 from bench import gate, models, step
 from bench.layers import EPS, Layer, layers_of, tensors
-from bench.step import DTYPES, Case
+from bench.step import Case
 from resnet_fast.dispatch import ops
 from resnet_fast.spec import reference, tolerance
+from resnet_fast.spec.dtypes import PRECISIONS
 
 AWAY = 0.1  # conv_bprop recomputes a ReLU: its inputs keep this far from the kink
 RESULTS = {
@@ -59,7 +60,7 @@ def draws(
         for layer in layers_of(case.model, case.image_size):
             for name, make in makes.items():
                 what = f"{name} of {layer}, batch {case.batch}"
-                yield what, partial(make, layer, case.batch, DTYPES[case.dtype], where)
+                yield what, partial(make, layer, case.batch, PRECISIONS[case.dtype], where)
 
 
 def on(device: torch.device, cases: Iterable[Case]) -> None:
@@ -74,7 +75,7 @@ def splits() -> int:
     from resnet_fast.kernels import config_select
 
     chosen = config_select._chosen.items()
-    return sum("conv_affine_act" in name and config[-1] > 1 for (name, *_), config in chosen)
+    return sum("conv_affine_act" in name and config[-1] > 1 for (name, *_), (config, _) in chosen)
 
 
 def inference(layer: Layer, n: int, dtype: torch.dtype, device: torch.device) -> Call:
@@ -168,7 +169,7 @@ def of_graph(plain: nn.Module, case: Case) -> list[str]:
 def _eager(module: nn.Module, case: Case, x: Tensor, target: Tensor) -> dict[str, Tensor]:
     if case.mode == "infer":
         return {"logits": step.infer(module, x).clone()}
-    _, loss = step.train(module, x, target, DTYPES[case.dtype])
+    _, loss = step.train(module, x, target, PRECISIONS[case.dtype])
     return {"loss": loss.clone(), **_gradients(module)}
 
 
@@ -178,7 +179,7 @@ def _replayed(
     if case.mode == "infer":
         graph = resnet_fast.graph(module, batches[0][0])
         return [{"logits": graph(x).clone()} for x, _ in batches]
-    dtype = DTYPES[case.dtype]
+    dtype = PRECISIONS[case.dtype]
     narrow = dtype if dtype != torch.float32 else None
     recorded = resnet_fast.graph_step(module, F.cross_entropy, None, *batches[0], autocast=narrow)
     return [{"loss": recorded(*batch).clone(), **_gradients(module)} for batch in batches]

@@ -7,21 +7,19 @@ by `roofline.KNOWN`; the tensors of a small batch stay in a CPU's caches, and no
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from bench import roofline, rows
 from bench.ceilings import Ceilings
-from bench.step import DTYPES
 from bench.table import LABELS, columns
+from resnet_fast.spec.dtypes import PRECISIONS
 
 AXES = {"batch": "batch", "resolution": "image_size", "depth": "model"}
 """Axis → the field of a row that it sweeps."""
 
 ORDER = ("resnet_fast", "compile", "eager", "eager_nchw")
-SATURATED = 0.9  # of the highest rate
 
 Place = int | str
 """A batch size, pixels a side, or a model's name."""
@@ -31,15 +29,13 @@ Place = int | str
 class Work:
     """What a step at one place must do, and what that takes at the least.
 
-    floor_ms: all launches, each bound by its bytes or its operations; memory_share: the part of it
-    that is bound by bytes. bytes_ms, flops_ms: all bytes, all operations as one. None without
-    known limits.
+    floor_ms: all launches, each bound by its bytes or its operations. bytes_ms, flops_ms: all
+    bytes, all operations as one. None without known limits.
     """
 
     bytes: int
     flops: int
     floor_ms: float | None = None
-    memory_share: float | None = None
     bytes_ms: float | None = None
     flops_ms: float | None = None
 
@@ -79,11 +75,6 @@ class Panel:
         """Along the axis."""
         return list(self.work)
 
-    @cached_property
-    def lead(self) -> str | None:
-        """The provider that captions speak of first: ours, where it has figures."""
-        return next((name for name in self.curves if self.measured(name)), None)
-
     @property
     def origin(self) -> str:
         """Device, versions, day and commit of the rows."""
@@ -104,17 +95,15 @@ class Panel:
 
 def work_of(row: rows.Row, limits: Ceilings | None) -> Work:
     """Bytes, operations and floor of one step of the row's case."""
-    size = DTYPES[row["dtype"]].itemsize
+    size = PRECISIONS[row["dtype"]].itemsize
     steps = roofline.steps_of(row["model"], row["mode"], row["batch"], size, row["image_size"])
     moved = sum(step.count * step.bytes for step in steps)
     flops = sum(step.count * step.flops for step in steps)
     if limits is None:
         return Work(moved, flops)
-    floors = {step: step.count * step.floor_ms(limits) for step in steps}
-    total = sum(floors.values())
-    memory = sum(ms for step, ms in floors.items() if step.bound(limits) == "memory")
+    total = sum(step.count * step.floor_ms(limits) for step in steps)
     apart = limits.floor_ms(moved, 0), limits.floor_ms(0, flops)
-    return Work(moved, flops, total, memory / total, *apart)
+    return Work(moved, flops, total, *apart)
 
 
 def panels(found: Iterable[rows.Row]) -> list[Panel]:
@@ -163,48 +152,9 @@ def limits_of(row: rows.Row, found: Iterable[rows.Row]) -> Ceilings | None:
         last = max(own, key=lambda one: one["date"])
         return Ceilings(1e9 * last["gb_per_s"], 1e12 * last["tflop_per_s"], row["dtype"])
     for name, limits in roofline.KNOWN.items():
-        if name in row["cpu_or_gpu"].lower() and DTYPES[row["dtype"]].itemsize == 2:
+        if name in row["cpu_or_gpu"].lower() and PRECISIONS[row["dtype"]].itemsize == 2:
             return Ceilings(*limits, row["dtype"])
     return None
-
-
-def exponent(points: Mapping[float, float]) -> float | None:
-    """p of the y ~ x^p that fits best; None for fewer than two places."""
-    if len(points) < 2:
-        return None
-    x, y = ([math.log(v) for v in values] for values in (points, points.values()))
-    x_mean, y_mean = sum(x) / len(x), sum(y) / len(y)
-    along = sum((a - x_mean) * (b - y_mean) for a, b in zip(x, y, strict=True))
-    return along / sum((a - x_mean) ** 2 for a in x)
-
-
-def line(points: Mapping[float, float]) -> tuple[float, float] | None:
-    """a, b of the y ~ a + b·x with the least relative errors; None for fewer than two places."""
-    if len(points) < 2:
-        return None
-    weights = {x: 1 / y**2 for x, y in points.items()}
-    total = sum(weights.values())
-    x_mean = sum(w * x for x, w in weights.items()) / total
-    y_mean = sum(w * points[x] for x, w in weights.items()) / total
-    along = sum(w * (x - x_mean) * (points[x] - y_mean) for x, w in weights.items())
-    b = along / sum(w * (x - x_mean) ** 2 for x, w in weights.items())
-    return y_mean - b * x_mean, b
-
-
-def saturation(rates: Mapping[int, float]) -> tuple[str, int]:
-    """How rates over ascending batches end, and at which batch.
-
-    "full": from there on within SATURATED of the highest; "rising": only the largest batch is;
-    "falls": the highest one, where the largest is no longer near it.
-    """
-    enough = SATURATED * max(rates.values())
-    batches = list(rates)
-    short = [i for i, rate in enumerate(rates.values()) if rate < enough]
-    after = short[-1] + 1 if short else 0
-    if after == len(batches):
-        return "falls", max(rates, key=rates.__getitem__)
-    rising = after == len(batches) - 1
-    return "rising" if rising else "full", batches[after]
 
 
 def table(panel: Panel) -> str:

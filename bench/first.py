@@ -23,8 +23,9 @@ from typing import Any
 
 import torch
 
-from bench import models, rows, step, table
+from bench import models, rows, table
 from resnet_fast.runtime.options import device, names, positive
+from resnet_fast.spec.dtypes import PRECISIONS
 
 PROVIDERS = ("eager", "compile", "resnet_fast")
 CACHES = {
@@ -74,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", type=names(models.model_names), default=["resnet50"], metavar="NAME,…")
     add("--batch", type=positive(int), default=1, metavar="N")
     add("--image-size", type=positive(int), default=224, metavar="N")
-    add("--dtype", choices=list(step.DTYPES), help="fp32 on a CPU, bf16 on a GPU")
+    add("--dtype", choices=list(PRECISIONS), help="fp32 on a CPU, bf16 on a GPU")
     add("--device", type=device, default=torch.device("cpu"), metavar="cpu|cuda")
     add("--providers", type=names(lambda: PROVIDERS), default=list(PROVIDERS), metavar="NAME,…",
         help=f"of {', '.join(PROVIDERS)} (all)")  # fmt: skip

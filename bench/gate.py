@@ -22,7 +22,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from bench.step import DTYPES, Case, autocast, classes, infer, prepare, train
+from bench.step import Case, autocast, classes, infer, prepare, train
+from resnet_fast.spec.dtypes import PRECISIONS
 from resnet_fast.spec.tolerance import FACTOR
 
 GATE_BATCH = 4
@@ -122,7 +123,7 @@ def gate(
     """
     if not full:
         case = replace(case, batch=GATE_BATCH, image_size=min(case.image_size, GATE_SIZE))
-    dtype = DTYPES[case.dtype]
+    dtype = PRECISIONS[case.dtype]
     generator = torch.Generator().manual_seed(1)
     size = (case.batch, 3, case.image_size, case.image_size)
     x = torch.randn(size, generator=generator).to(case.device, case.parameter_dtype)
@@ -142,7 +143,7 @@ def at_full_size(logits: Tensor, plain: nn.Module, case: Case, x: Tensor) -> Che
     """The candidate's logits for the timed batch x: a kernel may be chosen by size."""
     eager = prepare(copy.deepcopy(plain), case, "channels_last")
     reference = copy.deepcopy(eager).double()
-    dtype = DTYPES[case.dtype]
+    dtype = PRECISIONS[case.dtype]
     if case.mode == "infer":
         own, expected = infer(eager, x), infer(reference, x.double())
     else:

@@ -39,6 +39,7 @@ from bench.stages import Context, Outcome, Stage
 from bench.step import Case
 from resnet_fast.runtime.options import names, positive
 from resnet_fast.runtime.settings import TRITON_CONV
+from resnet_fast.spec.dtypes import PRECISIONS
 
 BUDGET = 540.0
 OUT = Path("build/gpu")
@@ -219,7 +220,7 @@ def wanted(plan: Plan, target: Any) -> Iterator[tuple[str, list[Any]]]:
 def layer_on_meta(plan: Plan, mode: str, layer: layers.Layer) -> None:
     """What the stage `layers` runs of resnet_fast, on meta tensors."""
     make = layers.infer if mode == "infer" else layers.train(mode)
-    dtype = step.DTYPES[plan.first.dtype]
+    dtype = PRECISIONS[plan.first.dtype]
     make(layer, plan.batch, dtype, torch.device("meta"), plan.first.impl)["resnet_fast"]()
 
 

@@ -25,6 +25,7 @@ from bench import models, rows, step, timing
 from bench.step import Case
 from resnet_fast.dispatch import backends, ops
 from resnet_fast.runtime.options import integers, names, positive
+from resnet_fast.spec.dtypes import PRECISIONS
 
 PROVIDERS = ("eager", "auto", "triton", "native")
 ROUNDS = 20
@@ -37,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", type=names(models.model_names), default=["resnet50"], metavar="NAME,…")
     add("--batch", type=integers, default=[2], metavar="N,…")
     add("--image-size", type=positive(int), default=64, metavar="N")
-    add("--dtype", choices=list(step.DTYPES), default="bf16")
+    add("--dtype", choices=list(PRECISIONS), default="bf16")
     add("--providers", type=names(lambda: PROVIDERS), default=list(PROVIDERS), metavar="NAME,…",
         help=f"of {', '.join(PROVIDERS)} (default: all)")  # fmt: skip
     add("--rounds", type=positive(int), default=ROUNDS, metavar="N")
@@ -62,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
 
 def cases(args: argparse.Namespace, batch: int):
     """(what, steps by provider): one convolution alone, then models in both modes."""
-    yield "conv_bn_act", convolutions(batch, step.DTYPES[args.dtype], args.providers)
+    yield "conv_bn_act", convolutions(batch, PRECISIONS[args.dtype], args.providers)
     for name in args.model:
         plain = models.plain_model(name, args.image_size)
         for mode in models.MODES:
@@ -112,7 +113,7 @@ def whole(plain: nn.Module, case: Case, providers: list[str]) -> Steps:
             steps[name] = partial(step.infer, module, x)
         else:
             sgd = torch.optim.SGD(module.parameters(), 1e-3, momentum=0.9, fused=x.is_cuda)
-            steps[name] = partial(step.train, module, x, target, step.DTYPES[case.dtype], sgd)
+            steps[name] = partial(step.train, module, x, target, PRECISIONS[case.dtype], sgd)
     return steps
 
 

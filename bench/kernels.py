@@ -28,13 +28,8 @@ from bench.compile import Compiled, OfflineDriver, compile_one
 from bench.layers import Layer
 from bench.machine_code import write
 from resnet_fast.spec.chain import Conv
+from resnet_fast.spec.dtypes import BY_NAME
 
-DTYPES = {
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "fp32": torch.float32,
-    "fp64": torch.float64,
-}
 PROCESSORS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}  # of the largest of each kind
 # The layer of ResNet-50 that stands for each kind of convolution.
 ONE, THREE = (1, 1), (3, 3)
@@ -63,7 +58,7 @@ SMALL = "3x3@7"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--arch", default="sm_90", help="sm_80,sm_90,sm_100")
-    parser.add_argument("--dtype", default="bf16,fp16,fp32,fp64", help="of " + ",".join(DTYPES))
+    parser.add_argument("--dtype", default="bf16,fp16,fp32,fp64", help="of " + ",".join(BY_NAME))
     parser.add_argument("--only", default="", help="cases whose kernel or name contains this")
     parser.add_argument("--quick", action="store_true", help="the rule's configuration, few shapes")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N",
@@ -79,9 +74,10 @@ def run(args: argparse.Namespace) -> int:
         print(f"--arch: expected names like sm_80,sm_90, got {args.arch!r}", file=sys.stderr)
         return 2
     dtypes = args.dtype.split(",")
-    unknown = [name for name in dtypes if name not in DTYPES]
+    unknown = [name for name in dtypes if name not in BY_NAME]
     if unknown:
-        print(f"--dtype: expected some of {', '.join(DTYPES)}; got {unknown[0]!r}", file=sys.stderr)
+        known = ", ".join(BY_NAME)
+        print(f"--dtype: expected some of {known}; got {unknown[0]!r}", file=sys.stderr)
         return 2
     from resnet_fast import kernels
 
@@ -138,7 +134,7 @@ def compile_all(arch: int, dtype: str, quick: bool, only: str = "") -> Iterator[
     target = launch.Target(arch, PROCESSORS.get(arch, 100), f"sm_{arch}")
     driver.set_active(OfflineDriver(arch))
     seen: set[Any] = set()
-    for case, start in cases(DTYPES[dtype], quick):
+    for case, start in cases(BY_NAME[dtype], quick):
         asked: list[tuple[Any, Any, Any]] = []
 
         def sink(*what: Any, asked: list = asked) -> None:

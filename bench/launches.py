@@ -18,9 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils.flop_counter import flop_registry
 
 import resnet_fast
-from bench.step import DTYPES, Case
+from bench.step import Case
 from resnet_fast.dispatch import ops
 from resnet_fast.runtime.recording import MEMORY
+from resnet_fast.spec.dtypes import PRECISIONS
 from resnet_fast.spec.layout import memory_format
 
 aten = torch.ops.aten
@@ -122,7 +123,7 @@ def launches_by(run: Callable[[], object], target: Any) -> list[Launch]:
 
 def _step(case: Case) -> None:
     """A step on meta tensors."""
-    dtype = DTYPES[case.dtype]
+    dtype = PRECISIONS[case.dtype]
     with _disable_current_modes(), torch.device("meta"):  # making a model launches nothing
         net = resnet_fast.create_model(case.model, impl="triton")
         x = torch.empty(case.batch, 3, case.image_size, case.image_size)

@@ -33,13 +33,13 @@ from torch import Tensor, nn
 import resnet_fast
 from bench import rows
 from bench.ceilings import Ceilings, measure, median_ms
-from bench.step import DTYPES
 from resnet_fast.blocks import ChainBlock
 from resnet_fast.dispatch import ops
 from resnet_fast.dispatch.backends import refusal
 from resnet_fast.runtime.options import DEVICES
 from resnet_fast.runtime.settings import TRITON_CONV
 from resnet_fast.spec.chain import Conv
+from resnet_fast.spec.dtypes import PRECISIONS
 
 
 @dataclass(frozen=True)
@@ -277,16 +277,16 @@ def layer_rows(
     device = torch.device(facts["device"])
     make = infer if mode == "infer" else train(mode)
     with torch.no_grad():
-        runs = make(layer, n, DTYPES[dtype], device, impl)
+        runs = make(layer, n, PRECISIONS[dtype], device, impl)
         found, expected = runs["resnet_fast"]().float(), runs["torch"]().float()
         error = difference(found, expected)
         # gradients: a ReLU's input made anew may have the other sign where it is nearly zero
-        allowed = max(16 * torch.finfo(DTYPES[dtype]).eps, 1e-3 * (mode in MODES[2:]))
+        allowed = max(16 * torch.finfo(PRECISIONS[dtype]).eps, 1e-3 * (mode in MODES[2:]))
         if not error <= allowed:
             raise RuntimeError(f"fused and unfused differ by {error:.2e} of the norm")
         del found, expected
         times = {name: median_ms(run, device) for name, run in runs.items()}
-    size = DTYPES[dtype].itemsize
+    size = PRECISIONS[dtype].itemsize
     moved, flops = layer.bytes(n, size, mode), layer.flops(n)
     return [
         rows.layer_row(
@@ -341,7 +341,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         metavar="NAME")  # fmt: skip
     parser.add_argument("--mode", default="infer", help=f"of {','.join(MODES)}")
     parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--dtype", choices=list(DTYPES), default="bf16")
+    parser.add_argument("--dtype", choices=list(PRECISIONS), default="bf16")
     parser.add_argument("--device", choices=DEVICES, default="cpu")
     parser.add_argument("--impl", default="auto")
     parser.add_argument("--image-size", type=int, default=224)

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from bench import gate, memory, rows, step, table, timing
 from bench.step import Case
 from resnet_fast.runtime.options import device, integers, names, positive
+from resnet_fast.spec.dtypes import PRECISIONS
 
 MODES = ("infer", "train")
 OPTIMIZERS = ("none", "sgd")
@@ -122,7 +123,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", type=names(model_names), default=["resnet50"], metavar="NAME,…")
     add("--mode", type=names(lambda: MODES), default=["infer", "train"], metavar="infer,train")
     add("--batch", type=integers, default=[1, 16], metavar="N,…")
-    add("--dtype", type=names(lambda: step.DTYPES), default=["fp32"], metavar="fp32,bf16,fp16")
+    add("--dtype", type=names(lambda: PRECISIONS), default=["fp32"], metavar="fp32,bf16,fp16")
     add("--device", type=device, default=torch.device("cpu"), metavar="cpu|cuda")
     add("--providers", type=names(lambda: PROVIDERS), default=list(USUAL), metavar="NAME,…",
         help=f"of {', '.join(PROVIDERS)}; eager is channels_last (default: all but "
@@ -324,7 +325,7 @@ def step_of(
             return step.infer(module, batches[i % len(batches)][0])
 
         return infer
-    dtype, optimizer = step.DTYPES[case.dtype], step.optimizer_of(module, case)
+    dtype, optimizer = PRECISIONS[case.dtype], step.optimizer_of(module, case)
     if captured:
         narrow = dtype if dtype != torch.float32 else None
         kept: list[Tensor] = []

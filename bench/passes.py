@@ -19,10 +19,9 @@ from torch import Tensor
 
 from bench import rows
 from bench.ceilings import Ceilings, measure, median_ms
-from bench.step import DTYPES
 from resnet_fast.dispatch import backends, ops
 from resnet_fast.runtime.options import DEVICES
-from resnet_fast.spec.dtypes import stats_dtype
+from resnet_fast.spec.dtypes import PRECISIONS, stats_dtype
 from resnet_fast.spec.layout import mask_shape
 
 SHAPES = {  # channels, side: the stem, the ends of a bottleneck and its inside
@@ -71,7 +70,7 @@ def measurements(
     """(pass, implementation, what times it and gives its row) of every live one at a shape."""
     device = torch.device(facts["device"])
     channels, side = SHAPES[name]
-    x = torch.randn(n, channels, side, side, device=device).to(DTYPES[dtype])
+    x = torch.randn(n, channels, side, side, device=device).to(PRECISIONS[dtype])
     for what, (op, args, activations) in passes(
         x.contiguous(memory_format=torch.channels_last)
     ).items():
@@ -125,7 +124,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `python -m bench passes`."""
     parser.add_argument("--shape", default=",".join(SHAPES), help="of " + ", ".join(SHAPES))
     parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--dtype", choices=list(DTYPES), default="bf16")
+    parser.add_argument("--dtype", choices=list(PRECISIONS), default="bf16")
     parser.add_argument("--device", choices=DEVICES, default="cpu")
     parser.add_argument("--out", type=Path, metavar="FILE.jsonl", help="append the rows")
 

@@ -32,9 +32,10 @@ from bench.compile import hopper
 from bench.estimate import GPUS
 from bench.floors import PARTS, Schedules, Step, kind_of, launched, total
 from bench.layers import layers_of
-from bench.step import DTYPES, Case
+from bench.step import Case
 from resnet_fast.blocks import ChainBlock
 from resnet_fast.runtime.options import DEVICES
+from resnet_fast.spec.dtypes import PRECISIONS
 
 # bytes/s and 16-bit operations/s that a copy and a large product reach on a device
 KNOWN = {name: (gpu.bytes_per_s, gpu.flops_per_s) for name, gpu in GPUS.items()}
@@ -223,7 +224,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         metavar="NAME")  # fmt: skip
     parser.add_argument("--mode", default="infer,train", help="of infer,train")
     parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--dtype", choices=list(DTYPES), default="bf16")
+    parser.add_argument("--dtype", choices=list(PRECISIONS), default="bf16")
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--limits", default="h200", metavar="NAME",
                         help=f"{', '.join(KNOWN)}, or cpu or cuda: measured here")  # fmt: skip
@@ -241,7 +242,7 @@ def run(args: argparse.Namespace) -> int:
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
-    size = DTYPES[args.dtype].itemsize
+    size = PRECISIONS[args.dtype].itemsize
     found: dict[str, Schedules] = {}
     for kind in kinds:
         steps = steps_of(args.model, kind, args.batch, size, args.image_size)

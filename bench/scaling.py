@@ -4,8 +4,8 @@ One axis is swept while the other two stay at a centre (of `RANGES`, or the midd
 yours that lacks it). Points are measured as `bench.models` measures cases, behind the same gate,
 each axis from its ends inwards, so that a budget that runs out leaves coarse curves and no half
 ones. A provider that runs out of memory beside the others is measured alone; where that fails too
-the row says so and the curve goes on. `bench.curves` reads the rows, `bench.captions` says what
-they show, `--plot` draws them; with `--rows` nothing is measured.
+the row says so and the curve goes on. `bench.curves` reads the rows,
+`--plot` draws them; with `--rows` nothing is measured.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from bench import captions, ceilings, curves, memory, models, roofline, rows, scaling_plot, step
+from bench import ceilings, curves, memory, models, roofline, rows, scaling_plot
 from bench.step import Case
 from resnet_fast.runtime.options import device, integers, names, positive
+from resnet_fast.spec.dtypes import PRECISIONS
 
 Value = TypeVar("Value")
 
@@ -172,7 +173,7 @@ class Sweep:
 
 def bytes_of(case: Case) -> int:
     """What the fused schedule moves in one step of the case."""
-    size = step.DTYPES[case.dtype].itemsize
+    size = PRECISIONS[case.dtype].itemsize
     steps = roofline.steps_of(case.model, case.mode, case.batch, size, case.image_size)
     return sum(one.count * one.bytes for one in steps)
 
@@ -225,7 +226,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"swept by resolution, at least 32 ({ranges('sizes')})")  # fmt: skip
     add("--mode", type=names(lambda: models.MODES), default=list(models.MODES),
         metavar="infer,train")  # fmt: skip
-    add("--dtype", type=names(lambda: step.DTYPES), metavar="fp32,bf16,fp16",
+    add("--dtype", type=names(lambda: PRECISIONS), metavar="fp32,bf16,fp16",
         help="fp32 on a CPU, bf16 on a GPU")  # fmt: skip
     add("--device", type=device, default=torch.device("cpu"), metavar="cpu|cuda")
     add("--providers", type=names(lambda: models.PROVIDERS), metavar="NAME,…",
@@ -296,8 +297,7 @@ def show(found: Sequence[rows.Row], picture: Path | None) -> int:
         print("scaling: no rows of this benchmark", file=sys.stderr)
         return 1
     for panel in panels:
-        print(panel.title, curves.table(panel), sep="\n")
-        print(captions.rate_caption(panel), captions.memory_caption(panel), sep="\n", end="\n\n")
+        print(panel.title, curves.table(panel), sep="\n", end="\n\n")
     if picture is not None:
         try:
             scaling_plot.plot(panels, picture)

@@ -1,9 +1,8 @@
 """The picture of `python -m bench scaling`: images/s and peak memory against each axis.
 
-A column an axis, two rows a mode and dtype, logarithmic, a colour a provider; under each panel what
-`bench.captions` says of its figures. Crosses are points that had no memory, dashed is the rate
-that the floor allows, thin what bytes alone and operations alone would, dotted all that the device
-has of memory.
+A column an axis, two rows a mode and dtype, logarithmic, a colour a provider. Crosses are points
+that had no memory, dashed is the rate that the floor allows, thin what bytes alone and operations
+alone would allow, dotted the memory of the device.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.captions import memory_caption, rate_caption
 from bench.curves import AXES, Panel, label
 from bench.report import neutral
 
@@ -24,7 +22,7 @@ FLOORS = {
     "bytes_ms": {"linestyle": "-", "linewidth": 0.6, "label": "by bytes alone"},
     "flops_ms": {"linestyle": "-.", "linewidth": 0.6, "label": "by operations alone"},
 }
-WIDTH = 65  # of a caption's lines, in characters
+WIDTH = 65  # of the title's lines, in characters a panel
 
 
 def plot(panels: Sequence[Panel], path: Path) -> None:
@@ -39,7 +37,7 @@ def _plot(panels: Sequence[Panel], path: Path) -> None:
     blocks = list(dict.fromkeys((panel.mode, panel.dtype) for panel in panels))
     axes_names = [axis for axis in AXES if any(panel.axis == axis for panel in panels)]
     figure = Figure(
-        figsize=(4.7 * len(axes_names), 8.2 * len(blocks) + 0.4), layout="constrained"
+        figsize=(4.7 * len(axes_names), 7.0 * len(blocks) + 0.4), layout="constrained"
     )
     FigureCanvasAgg(figure)
     figure.get_layout_engine().set(h_pad=0.12)
@@ -75,7 +73,7 @@ def _rates(axes, panel: Panel) -> None:
             least = {place: getattr(work, name) for place, work in panel.work.items()}
             rates = [1e3 * batches[place] / ms for place, ms in least.items()]
             axes.plot(_x(panel, least), rates, color=FLOOR, **style)
-    _finish(axes, panel, "images/s", rate_caption(panel))
+    _finish(axes, panel, "images/s")
     axes.set_title(panel.title, fontsize=9.5, loc="left")
 
 
@@ -84,7 +82,7 @@ def _memory(axes, panel: Panel) -> None:
     room = next(iter(panel.curves.values()))[0]["device_mb"]
     if room and room < 4 * axes.get_ylim()[1]:
         axes.axhline(room, color=FLOOR, linestyle=":", linewidth=1.2, label="memory of the device")
-    _finish(axes, panel, "peak memory, MiB", memory_caption(panel))
+    _finish(axes, panel, "peak memory, MiB")
 
 
 def _curves(axes, panel: Panel, figure: str) -> None:
@@ -109,7 +107,7 @@ def _x(panel: Panel, places) -> list[float]:
     return [panel.places.index(p) if panel.axis == "depth" else p for p in places]
 
 
-def _finish(axes, panel: Panel, quantity: str, caption: str) -> None:
+def _finish(axes, panel: Panel, quantity: str) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
     ticks = _x(panel, panel.places)
@@ -133,5 +131,3 @@ def _finish(axes, panel: Panel, quantity: str, caption: str) -> None:
     axes.set_ylabel(quantity)
     axes.grid(alpha=0.25, linewidth=0.6, which="major")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.annotate(textwrap.fill(caption, WIDTH), (0, 0), (0, -48), xycoords="axes fraction",
-                  textcoords="offset points", va="top", fontsize=8)  # fmt: skip

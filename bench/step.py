@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from resnet_fast.spec.dtypes import PRECISIONS
+
 LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 ROTATION_BYTES = 2**26  # inputs rotated over at least this much, past the last-level cache
 ROTATION_INPUTS = (2, 64)
@@ -37,7 +38,7 @@ class Case:
     @property
     def parameter_dtype(self) -> torch.dtype:
         """dtype of parameters and inputs: training keeps fp32 and lets autocast narrow it."""
-        return DTYPES[self.dtype] if self.mode == "infer" else torch.float32
+        return PRECISIONS[self.dtype] if self.mode == "infer" else torch.float32
 
     def __str__(self) -> str:
         return f"{self.model} {self.mode} {self.dtype} batch {self.batch}, {self.image_size} px"

@@ -87,7 +87,7 @@ class Step(Graph):
         """
         loss = super().__call__(x, target)
         if self._optimizer is not None and not self.in_graph:
-            for parameter, grad in self._grads:  # where somebody set them to None
+            for parameter, grad in self._grads:  # also those that were set to None
                 parameter.grad = grad
             self._optimizer.step()
         return loss

@@ -10,8 +10,8 @@ pool it also makes the gradient before it); then each `conv_bprop` forms
 dz = a·dy + b·(z − mean) + c on load, computes dx and dw, masks dx by the ReLU recomputed from the
 stored h and sums it for the norm below (`reference.conv_bprop`).
 
-A norm with a `Norm.group` shares its statistics and these sums with other processes (`sync`). All
-must come by the same collectives, so there the sums are made whoever wants a gradient.
+A norm with a `Norm.group` shares its statistics and these sums with other processes (`sync`). Every
+rank computes the sums, with or without a gradient, so that collectives match.
 
 Saved: x, the filters, one raw output h a convolution, four vectors a norm, the join's bit mask (or
 the index of each of its windows' maxima).
@@ -50,7 +50,6 @@ class Affine(NamedTuple):
     mean: Tensor | None = None
     rstd: Tensor | None = None
     count: Tensor | None = None
-
 
 
 class Saved(NamedTuple):

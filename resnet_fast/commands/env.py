@@ -22,8 +22,7 @@ import torch
 from .. import __version__
 from ..dispatch import backends, ops
 from ..runtime import cpu_info, settings
-
-AUTO_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+from ..spec.dtypes import DTYPES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -115,7 +114,7 @@ def _auto() -> list[dict[str, Any]]:
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     rows = []
     for device in devices:
-        for dtype in AUTO_DTYPES:
+        for dtype in DTYPES:
             for op in ops.NAMES:
                 takes = backends.chosen(op, "auto", device, dtype)
                 order = backends.preference(device)

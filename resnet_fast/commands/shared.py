@@ -14,7 +14,7 @@ from ..dispatch import backends, ops
 from ..models.registry import check_name
 from ..runtime.optional import MissingPackage
 from ..spec.chain import IMPLS
-from ..verify.check import DTYPES
+from ..spec.dtypes import BY_NAME
 
 REFUSED = 2  # the exit status of argparse
 
@@ -85,7 +85,7 @@ def missing(impls: Sequence[str], devices: Sequence[str], dtypes: Sequence[str])
                 if impl == "auto":
                     continue
                 for op in ops.NAMES:
-                    why = backends.refusal(impl, op, device, DTYPES[dtype])
+                    why = backends.refusal(impl, op, device, BY_NAME[dtype])
                     if why is not None:
                         yield f"--impl {impl} cannot run {op} in {dtype} on {device}: {why}"
                         break

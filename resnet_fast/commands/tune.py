@@ -1,9 +1,8 @@
-"""`resnet-fast tune`: measure for a model what no table says yet, keep it, say what it gained.
+"""`resnet-fast tune`: measure what the tuning tables lack for a model, and print what it gains.
 
-For every model, batch, dtype and mode its step runs once by the choices that are there, to learn
-which shapes no table has; those are measured, implementations and tiles (`choice`,
-`kernels.tiles`), into the user's tables; the step is timed before and after. The tables are found
-from then on by every process of this user.
+For every model, batch, dtype and mode the step runs once to find shapes that no table has. Their
+implementations (`dispatch.auto_impl`) and tiles (`kernels.config_select`) are measured and kept in
+the user's tables, which every later process of this user reads. The step is timed before and after.
 """
 
 from __future__ import annotations
@@ -21,8 +20,8 @@ from tqdm import tqdm
 from ..dispatch import auto_impl, backends, replay
 from ..runtime import settings, tuning_tables
 from ..runtime.options import integers, names
+from ..spec.dtypes import PRECISIONS
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MODES = ("infer", "train")
 
 
@@ -49,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", type=names(list_models), required=True, metavar="NAME,…")
     add("--batch", type=integers, required=True, metavar="N,…")
-    add("--dtype", type=names(DTYPES), default=["bf16"], metavar="bf16,fp16,fp32")
+    add("--dtype", type=names(PRECISIONS), default=["bf16"], metavar="bf16,fp16,fp32")
     add("--mode", type=names(MODES), default=list(MODES), metavar="infer,train")
     add("--image-size", type=integers, default=[224], metavar="N,…")
 
@@ -69,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
             for dtype in args.dtype:
                 for size in args.image_size:
                     for batch in args.batch:
-                        step = step_of(model, mode, DTYPES[dtype], batch, size)
+                        step = step_of(model, mode, PRECISIONS[dtype], batch, size)
                         title = f"{model} {mode} {dtype} batch {batch} at {size}"
                         print(f"{title}: {tune(step, milliseconds, title)}", flush=True)
     for kind in ("impls", "tiles"):

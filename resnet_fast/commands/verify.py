@@ -13,8 +13,8 @@ from ..models import list_models
 from ..runtime import options, settings
 from ..runtime.options import DEVICES
 from ..spec.chain import IMPLS
+from ..spec.dtypes import BY_NAME
 from ..verify import PARTS, report, trials, verify
-from ..verify.check import DTYPES
 from ..verify.models import SMALL
 from . import env
 from .shared import missing
@@ -27,8 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"these whole models alone (default: ops, blocks and {SMALL})")  # fmt: skip
     add("--impl", type=options.names(IMPLS), default=["auto"], metavar="IMPL,…",
         help=f"of {', '.join(IMPLS)} (default: auto)")  # fmt: skip
-    add("--dtype", type=options.names(DTYPES), metavar="DTYPE,…",
-        help=f"of {', '.join(DTYPES)} (default: fp32,bf16; fp32 when --quick)")  # fmt: skip
+    add("--dtype", type=options.names(BY_NAME), metavar="DTYPE,…",
+        help=f"of {', '.join(BY_NAME)} (default: fp32,bf16; fp32 when --quick)")  # fmt: skip
     add("--device", type=options.names(DEVICES), metavar="cpu,cuda",
         help="default: cpu, and cuda where there is one")  # fmt: skip
     add("--json", type=Path, metavar="FILE", help="write every check to this file")

@@ -1,12 +1,12 @@
-"""Which live implementation "auto" takes for an op's arguments on a GPU, by measurement.
+"""The implementation that "auto" takes for an op on a GPU, by measurement.
 
-Where several can run an op, tables of kind "impls" (`runtime.tuning_tables`) say which was fastest
-on this GPU at these shapes: {op: {key: {"impl": name, "us": {name: microseconds}}}}. The key names
-every argument: dtype, shape and memory order of a tensor, the value of anything else. What is in no
-table goes to the one that a rule fitted to it predicts to be fastest (`rule`), where too little was
-measured for that to the first in `backends.preference`; never by a search. RESNET_FAST_AUTOTUNE=1
-measures what is in no table once, outside the capture of a CUDA graph, and keeps what it found;
-`resnet-fast tune` does so for a model.
+Where several implementations can run an op, the tuning tables of kind "impls"
+(`runtime.tuning_tables`) say which was fastest on this GPU at these shapes:
+{op: {key: {"impl": name, "us": {name: microseconds}}}}. The key names every argument: dtype, shape
+and memory order of a tensor, the value of anything else. For shapes not in a table, a fitted cost
+model decides (`cost_model`); with too few measurements for that, the first of
+`backends.preference`. RESNET_FAST_AUTOTUNE=1 measures what is in no table once, outside CUDA graph
+capture, and keeps the result; `resnet-fast tune` does so for a model.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Which implementations are live on this machine, why the others are not, and which one runs.
+"""Which implementations are live on this machine, why the others are not, and which one runs an op.
 
-An implementation is a table of functions named after the ops of `dispatch.ops`. `"auto"` takes
-the first live one that supports the op on the tensor's device and dtype, on a GPU the one that
-measured fastest for the op's arguments where a table says so (`choice`); a name asks for exactly
-that one and raises `RuntimeError` with the reason when it cannot be had.
+An implementation is a table of functions named after the ops of `dispatch.ops`. "auto" takes the
+first live one that supports the op on the tensor's device and dtype, on a GPU the fastest one where
+a tuning table knows it (`auto_impl`). An explicit name takes exactly that one, or raises
+`RuntimeError` with the reason.
 """
 
 from __future__ import annotations
@@ -22,13 +22,12 @@ from torch import Tensor
 from ..runtime import settings
 from ..spec import reference
 from ..spec.chain import IMPLS
+from ..spec.dtypes import NATIVE_DTYPES
 from ..spec.layout import memory_format
 from . import auto_impl
 from .op_checks import checked
 
-_NATIVE_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps ."
-NATIVE_DTYPES = {"cpu": _NATIVE_DTYPES, "cuda": (*_NATIVE_DTYPES, torch.float16)}
 
 
 @dataclass(frozen=True)
@@ -241,7 +240,7 @@ def _gpu(index: int) -> str:
 
 
 def chosen(op: str, impl: str, device: str, dtype: torch.dtype) -> str:
-    """The name of the implementation that `resolve` takes unless a table of `choice` differs."""
+    """The name of the implementation that `resolve` takes unless a tuning table differs."""
     return _resolve(op, impl, device, dtype).impl
 
 

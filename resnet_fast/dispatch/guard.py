@@ -1,8 +1,8 @@
 """When a call may run fused: one check, for the modules of this package and for those `fuse` found.
 
-A fused forward computes from the tensors and numbers of layers, and calls neither the layers nor
-what a user has put around them. So each layer must be no more than its class says (`refusal`), and
-the call must be one that fused ops follow (`fusible`). Everywhere else the plain forward runs.
+A fused forward computes from the tensors and numbers of layers. It calls neither the layers nor the
+user's code around them. So each layer must be no more than its class says (`refusal`), and the call
+must be one that fused ops follow (`fusible`). Otherwise the plain forward runs.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Several chains one after another in a single native call, where only inference is asked for.
+"""Inference of several chains, one after another, in a single native call.
 
 `native.infer_chains` (csrc/infer_chains.h) runs a block, or a ResNet up to its pooling, without
-Python and without a dispatcher between the convolutions, and adds a shortcut in place where nobody
-else reads it. It is a shorter way to the same bits: whatever it does not take (a gradient, batch
-statistics, a trace, another implementation, operands that do not fit) goes the ordinary way through
-`functional.run_chain`, op by op, which also has the better errors.
+Python and without a dispatcher between the convolutions, and adds a shortcut in place where
+nothing else reads it. The bits are the same. What it does not take (a gradient, batch statistics, a
+trace, another implementation, tensors that do not fit) runs op by op in `functional.run_chain`,
+which also has the better errors.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ NO_NORM = (None,) * 4
 
 
 def infer(chains: Iterable[Parts], x: Tensor, impl: str) -> Tensor | None:
-    """y of `chains` on x [N,C,H,W], each on the result of the one before; None where it must not.
+    """y of `chains` on x [N,C,H,W], each on the result of the one before; None where it declines.
 
-    It must not where a gradient could be wanted, a norm would use the batch's statistics, autocast
-    mixes dtypes, a compiler, a tracer or a dispatch mode looks on, or `impl` is not native for x.
+    It declines where a gradient could be wanted, a norm uses the batch's statistics, autocast mixes
+    dtypes, under compilation, tracing, a dispatch mode or RESNET_FAST_TRACE, and where `impl` is
+    not native for x.
     """
     if type(x) is not Tensor or x.dim() != 4 or traced() or trace.on():
         return None

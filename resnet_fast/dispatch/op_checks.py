@@ -1,7 +1,7 @@
-"""What every op takes, checked before a kernel walks plain pointers: one table, one wrapper.
+"""Checks of the arguments of every op, before a Triton kernel reads plain pointers.
 
-A kernel is told sizes and order once, from one activation; an operand of another size, dtype,
-device or memory order would be read past its end, or as what it is not.
+A kernel gets sizes and memory order once, from one activation. An argument of another size, dtype,
+device or memory order would be read out of bounds, or as another type.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from ..spec.chain import Conv, Pool
 from ..spec.dtypes import stats_dtype
 from ..spec.layout import is_channels_last, mask_shape, memory_format
 
-# Kinds of operands: activations like the input, or like the output of the convolution and in
-# whichever strides; filters; bits of the ReLU mask of another operand; vectors of the input's or
+# Kinds of arguments: activations like the input, or like the output of the convolution and in
+# whichever strides; filters; bits of the ReLU mask of another argument; vectors of the input's or
 # the output's channels in the dtype of statistics; parameters a channel of the output, of any
 # dtype; one byte for each element of the output. "Output" is what a convolution or a pool gives.
 X, Y, Y_STRIDED, W, BITS, C, K, PARAMETER, Y_BYTES = range(9)
 
 _NORM = dict.fromkeys(("bias", "bn_weight", "bn_bias", "running_mean", "running_var"), PARAMETER)
-OPERANDS = {
+ARGUMENTS = {
     "bn_stats": {"x": X},
     "global_avg_pool": {"x": X},
     "bn_relu_max_pool": {"z": X, "scale": C, "shift": C},
@@ -71,7 +71,7 @@ class _Expected(NamedTuple):
     shapes: dict[int, Any]
 
     def check(self, name: str, t: Tensor, kind: int, masked: Tensor | None) -> None:
-        """Raise ValueError if the operand `name` is none of its kind."""
+        """Raise ValueError if the argument `name` is not of its kind."""
         if t.device != self.x.device:
             _wrong(name, "device", f"{self.x.device}, that of {self.name}", t.device)
         if kind == W:
@@ -112,7 +112,7 @@ def checked(run: Callable[..., Any]) -> Callable[..., Any]:
     """The op `run`, which raises ValueError with op, argument and what was expected of it."""
     op, names = run.__name__, list(inspect.signature(run).parameters)
     position = {name: i for i, name in enumerate(names)}
-    kinds = [(position[name], name, kind) for name, kind in OPERANDS[op].items()]
+    kinds = [(position[name], name, kind) for name, kind in ARGUMENTS[op].items()]
     masked = {i: position[MASK_OF[name]] for i, name, kind in kinds if kind == BITS}
     first = names[position.get("x", 0)]
     groups = [group for group in TOGETHER if set(group) <= set(names)]
@@ -129,7 +129,7 @@ def checked(run: Callable[..., Any]) -> Callable[..., Any]:
                 raise ValueError(f"{other}: expected a tensor beside {name}, got None")
         x = args[position[first]]
         formats = {}
-        if OPERANDS[op][first] == C:
+        if ARGUMENTS[op][first] == C:
             shapes = {C: x.shape[:1], PARAMETER: x.shape[:1]}
         elif x.dim() != 4:
             _wrong(first, "shape", "[N, C, H, W]", tuple(x.shape))

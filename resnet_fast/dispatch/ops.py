@@ -75,16 +75,16 @@ def _traced(name: str, choice: backends.Choice, args: tuple[Any, ...]) -> Any:
 
 
 def watched() -> bool:
-    """Whether somebody wants to see the ops that run: a compiler, a tracer, a mode, a profiler.
+    """Whether ops must go through PyTorch's dispatcher: `traced`, or a profiler is on.
 
-    Where nobody does, and no gradient is recorded, a call goes straight to its implementation: the
-    way through the dispatcher and back into Python takes the host longer than most launches.
+    Otherwise, and without a gradient, a call goes straight to its implementation: the dispatcher
+    takes the host longer than most launches.
     """
     return traced() or torch.autograd._profiler_enabled()
 
 
 def traced() -> bool:
-    """Whether somebody makes something of the ops that run: a compiler, a tracer, a mode."""
+    """True under compile, tracing, a function or dispatch mode, or a transform of torch.func."""
     return (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()

@@ -1,14 +1,12 @@
-"""A chain that has run for such tensors before is run by its recorded steps.
+"""Recorded calls: the second call of a chain on tensors of the same kind replays the first.
 
-Checks, the choice of an implementation, of a plan and of tiles, and Triton's look at each argument
-depend on the chain and on dtypes, shapes, strides and alignment, not on values; on a GPU they take
-the host several times as long as the launches that come of them. So the first call for a kind of
-tensors is recorded (`runtime.recording`), and the next ones replay it: the same launches in the
-same order on the same bits. A capture of a CUDA graph sees no difference; a profile shows the
-replay by name, and its launches.
+Checks, the choice of implementation, plan and tile, and Triton's argument handling depend on the
+chain and on dtypes, shapes, strides and alignment, not on values. On a GPU they take the host
+several times as long as the launches. So the first call for a kind of tensors is recorded
+(`runtime.recording`), and later calls replay it: the same launches in the same order, with the same
+bits. CUDA graph capture sees no difference; a profile shows the replay by name, and its launches.
 
-Whoever makes something of the ops (a compiler, a tracer, a dispatch mode), searches tiles, or waits
-for what no table has, gets the ordinary way; so does what a program cannot be made of.
+Compilation, tracing and tuning take the normal path; so does a function that cannot be recorded.
 """
 
 from __future__ import annotations
@@ -29,7 +27,7 @@ DEVICES = {"cuda"}  # elsewhere a launch takes longer than all decisions
 MOST = 1024  # programs; a full table starts over
 UNKNOWN = object()
 PLAIN = (Tensor, nn.Parameter)
-SETTINGS = (settings.TRITON_CONV.variable, settings.CUDA_CONV.variable)
+SETTINGS = [s.variable for s in (settings.TRITON_CONV, settings.CUDA_CONV, settings.TRACE)]
 _programs: dict[Hashable, Program | None] = {}
 
 

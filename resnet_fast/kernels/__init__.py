@@ -16,6 +16,7 @@ except ImportError:
     message = f"they need Triton 3.4 or newer, this is {triton.__version__}"
     raise ImportError(message) from None
 
+from ..spec.dtypes import DTYPES
 from .bn_act import add_relu, bn_act
 from .bn_act_bwd import add_relu_bwd, bn_act_bwd_apply, bn_act_bwd_reduce
 from .bn_finalize import bn_bwd_finalize, bn_finalize
@@ -34,7 +35,6 @@ OPS = {
         global_avg_pool, max_pool_bwd,
     )
 }  # fmt: skip
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def refusal(op: str, device: str, dtype: torch.dtype) -> str | None:

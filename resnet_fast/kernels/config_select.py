@@ -1,14 +1,14 @@
-"""Which tile a kernel runs with: a measured table where there is one, else a rule.
+"""Which tile a kernel runs with: from a tuning table, else by the kernel's rule.
 
 Every kernel has a few configurations. For a kernel, a GPU and a key (shape and dtype) the choice is
 
 1. by the tables of kind "tiles" (`runtime.tuning_tables`), the user's, then the shipped one:
    {kernel: {key: {"config": [...], "us": microseconds}}};
-2. by the kernel's rule: the multiprocessors to fill and the shape, no measuring.
+2. by the kernel's rule: the multiprocessors to fill and the shape, without measuring.
 
-`RESNET_FAST_AUTOTUNE=1` measures every configuration once for what is in no table, outside the
-capture of a CUDA graph, and writes the fastest into the user's. A configuration that a later
-version no longer has is passed over.
+`RESNET_FAST_AUTOTUNE=1` measures every configuration once for what is in no table, outside CUDA
+graph capture, and writes the fastest into the user's table. Configurations that a later version no
+longer has are ignored. Plans of a convolution (`conv_plan`) are chosen the same way.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """One launch for a convolution and what is around it: implicit GEMM on NHWC.
 
 GEMM_M = N·P·Q output pixels, GEMM_N = K filters, GEMM_K = R·S·C. Two kernels share what they do on
-load and before they store: `conv_tma` on tiles that descriptors move, `conv_pointers` by gathers.
+load and before they store: `conv_tma` on tiles that descriptors move, `conv_gather` by gathers.
 Where there are few tiles, the programs of one share GEMM_K (`conv_split`).
 """
 
@@ -30,7 +30,7 @@ def conv_fused(
 
     x [N,C,H,W] and w [K,C/groups,R,S] of one dtype, y [N,K,P,Q] in x's format; channel vectors
     [K], those of φ [C]. tma: by descriptors or by pointers; None is descriptors where they can.
-    Gives y and, with `fusion.stats`, the moments of its tiles for `merge.merge_tiles`.
+    Gives y and, with `fusion.stats`, the moments of its tiles for `reduce_partials.merge_tiles`.
     Raises ValueError when descriptors are asked for and cannot be had.
     Equation: Ioffe & Szegedy 2015, arXiv:1502.03167, section 3.1; He et al. 2015, eq. 1.
     """

@@ -1,11 +1,10 @@
-"""What a function of tensors did, as a list of steps that other tensors can take.
+"""A function of tensors as a list of recorded steps that can be replayed on other tensors.
 
-`record` runs a function and notes what it asks of the device: memory, calls of PyTorch, launches of
-kernels. Every tensor among the operands is known by its place, as an argument or as the result of
-an earlier step, so the steps can be taken again with other arguments: without the function, its
-checks, and its choice of kernels, which for a small tensor take the host much longer than the
-launches take the device. Whoever replays a program answers for it that the function would have
-done the same (`dispatch.replay`).
+`record` runs a function and records its device work: allocations, calls of PyTorch and kernel
+launches. Each tensor is known by its place: an argument, or the result of an earlier step. So the
+steps can be replayed with other arguments, without the function, its checks and its choice of
+kernels, which for small tensors take the host much longer than the launches take the device. The
+caller must guarantee that the function would have done the same (`dispatch.replay`).
 """
 
 from __future__ import annotations

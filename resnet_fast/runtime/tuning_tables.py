@@ -1,10 +1,11 @@
-"""What was measured on a GPU and is kept: tables in JSON, the user's before the shipped ones.
+"""Tuning tables: measurements on a GPU in JSON; the user's come before the shipped ones.
 
-A table is of one kind and one GPU: {section: {key: entry}}. "tiles" says which tile a Triton kernel
-runs with (`kernels.tiles`), "impls" which implementation an op runs on (`choice`). The user's lie
-in `<cache>/<kind>/<gpu>.json`, where <cache> is RESNET_FAST_CACHE or ~/.cache/resnet_fast
-(XDG_CACHE_HOME is honoured), those that come with the package in `measured/<kind>/<gpu>.json`.
-`RESNET_FAST_AUTOTUNE=1` measures what is in no table and writes it into the user's.
+A table has one kind and one GPU: {section: {key: entry}}. Kind "tiles" says which tile a Triton
+kernel runs with (`kernels.config_select`), kind "impls" which implementation an op runs on
+(`dispatch.auto_impl`). The user's tables are `<cache>/<kind>/<gpu>.json`, where <cache> is
+RESNET_FAST_CACHE or ~/.cache/resnet_fast (XDG_CACHE_HOME is honoured); shipped tables are
+`measured/<kind>/<gpu>.json`. RESNET_FAST_AUTOTUNE=1 measures what is in no table and adds it to the
+user's.
 """
 
 from __future__ import annotations

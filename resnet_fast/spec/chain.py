@@ -51,7 +51,7 @@ class Conv:
     ) -> tuple[int, int, int, int]:
         """[N,K,P,Q] of inputs [N,C,H,W] and filters [K,C/groups,R,S], those called `weight`.
 
-        Raises ValueError where they do not fit each other or the geometry is none.
+        Raises ValueError where they do not fit each other or the geometry is not valid.
         """
         if len(w) != 4:
             raise ValueError(f"{weight}: expected 4 dimensions [K, C/groups, R, S], got {tuple(w)}")
@@ -86,7 +86,7 @@ MOST_POSITIONS = 255  # of a window: each has a code in one byte, and "none of t
 class Pool:
     """Windows of a max-pool, as `torch.nn.functional.max_pool2d` takes them without ceil_mode.
 
-    Raises ValueError for windows that are none, have over 255 positions or may be all padding.
+    Raises ValueError for windows that are empty, have over 255 positions or may be all padding.
     """
 
     kernel: tuple[int, int]

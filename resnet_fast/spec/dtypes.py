@@ -1,11 +1,21 @@
-"""The dtypes: which ones the ops take, what statistics are kept in, what autocast casts to."""
+"""Every set of dtypes: of ops, kernels and commands, of statistics, and of autocast."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+BY_NAME = {
+    "fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16, "fp16": torch.float16,
+}  # fmt: skip
+"""What the commands call the dtypes."""
+DTYPES = tuple(BY_NAME.values())
+"""Of the ops, of the reference and of the Triton kernels."""
+PRECISIONS = {name: dtype for name, dtype in BY_NAME.items() if name != "fp64"}
+"""Of training, tuning and benchmarks."""
+NATIVE_DTYPES = {"cpu": DTYPES[:3], "cuda": DTYPES}
+"""Of the native kernels, by device: the CPU's take no fp16."""
+
 # Asked once: the compiler of torch 2.6 does not trace the question.
 AUTOCAST_DEVICES = frozenset(
     device for device in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(device)

@@ -24,7 +24,6 @@ NONE = 255  # the index of a window that ReLU closed
 OVER_PIXELS = (0, 2, 3)
 
 
-
 def _wide(x: Tensor) -> Tensor:
     return x.to(stats_dtype(x))
 

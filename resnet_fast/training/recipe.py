@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..spec.dtypes import PRECISIONS
 from ..spec.values import check_flag, given, integer, is_number
 from .augment import AUGMENTATIONS
 from .checks import check_choice, check_seed
 
 SCHEDULES = ("cosine", "step", "constant")
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MILESTONES = (0.5, 0.75)
 FLAGS = (
     "nesterov", "decay_norms", "channels_last", "compile", "checkpointing", "sync_bn",

@@ -13,13 +13,8 @@ import torch
 from torch import Tensor
 
 from ..spec import tolerance
+from ..spec.dtypes import BY_NAME
 
-DTYPES = {
-    "fp32": torch.float32,
-    "fp64": torch.float64,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-}
 LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 GRADIENT = "grad "
 ACTIVATIONS = ("y", "z", "dx")
@@ -39,7 +34,7 @@ class Setting:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        return DTYPES[self.dtype]
+        return BY_NAME[self.dtype]
 
     @property
     def narrow(self) -> bool:

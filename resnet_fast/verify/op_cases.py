@@ -1,312 +1,360 @@
-"""Arguments for every op of `dispatch.ops`: random, repeatable, in any dtype and layout."""
+"""Arguments for every op of `dispatch.ops`: by name, for any shape, dtype and layout.
+
+`POINTWISE` and `CONVOLUTIONS` build the arguments of a variant; a variant is an op's name, or
+"op:what is special". The tests use them too.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..spec import reference
-from .check import Setting
+from ..spec.dtypes import stats_dtype
+from ..spec.layout import memory_format
+from ..spec.reference import bn_relu_max_pool, pack_mask
 
 Arguments = list[Any]
-SIZES = {"8x7x5": (2, 8, 7, 5), "3x9x7": (3, 3, 9, 7), "24x7x7 N=1": (1, 24, 7, 7)}
-AWAY = 0.1  # conv_bprop recomputes a ReLU: its inputs keep this far from the kink
+EPS = 1e-5
+
+SHAPES = {  # [N,C,H,W] of the ops without a convolution
+    "7x7": (2, 24, 7, 7),
+    "rgb": (3, 3, 9, 11),
+    "one-channel": (2, 1, 5, 7),
+    "one-image": (1, 8, 6, 6),
+    "one-pixel": (5, 24, 1, 1),
+    "one-value": (1, 1, 1, 1),
+    "c17": (3, 17, 5, 3),
+    "c531": (1, 531, 3, 2),  # more than the widest tile of a row, 512
+    "many-pixels": (2, 5, 67, 65),
+    "vectors": (2, 72, 8, 8),
+}
+
+
+EMPTY = (0, 8, 5, 5)
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """A source of random tensors for one setting; equal seeds give equal values.
+class Conv:
+    """One convolution: input shape, filters, kernel and geometry in the order of the ops."""
 
-    All values are exact in `Setting.exact_dtype`, so fp64 sees what the kernel sees.
-    """
-
-    setting: Setting
-    generator: torch.Generator
-
-    def act(self, *shape: int) -> Tensor:
-        """Activations or filters, standard normal."""
-        return self.exact(torch.randn(shape, generator=self.generator))
-
-    def exact(self, x: Tensor) -> Tensor:
-        """x [N,C,H,W] rounded to what every run represents, in the setting's dtype and layout."""
-        x = x.to(self.setting.exact_dtype).to(self.setting.device, self.setting.torch_dtype)
-        return x.contiguous(memory_format=self.setting.memory_format)
-
-    def vec(self, size: int, low: float = -1.0, high: float = 1.0) -> Tensor:
-        """A channel vector, uniform."""
-        v = torch.rand(size, generator=self.generator) * (high - low) + low
-        wide = torch.float64 if self.setting.dtype == "fp64" else torch.float32
-        return v.to(self.setting.device, wide)
-
-    def param(self, size: int, low: float = 0.5, high: float = 1.5) -> Tensor:
-        """A parameter of a normalization, in the activations' dtype."""
-        v = self.vec(size, low, high)
-        return v.to(self.setting.exact_dtype).to(self.setting.torch_dtype)
-
-    def mask(self, like: Tensor) -> Tensor:
-        """A ReLU's bit mask beside `like`, half of it set."""
-        bits = torch.rand(like.shape, generator=self.generator) < 0.5
-        bits = bits.to(like.device).contiguous(memory_format=self.setting.memory_format)
-        return reference.pack_mask(bits)
-
-
-def _bn_stats(size: str, mean: float = 0.0) -> Callable[[Inputs], Arguments]:
-    return lambda make: [make.exact(make.act(*SIZES[size]) + mean)]
-
-
-def _global_avg_pool(size: str) -> Callable[[Inputs], Arguments]:
-    return lambda make: [make.act(*SIZES[size])]
-
-
-def _bn_finalize(affine: bool) -> Callable[[Inputs], Arguments]:
-    def build(make: Inputs) -> Arguments:
-        weight, bias = (make.param(24), make.param(24, -1, 1)) if affine else (None, None)
-        return [make.vec(24), make.vec(24, 1, 200), 98, weight, bias, 1e-5]
-
-    return build
-
-
-def _bn_bwd_finalize(make: Inputs) -> Arguments:
-    return [make.vec(24), make.vec(24), make.vec(24, 0.5, 2), make.vec(24, 0.5, 2), 98]
-
-
-def _bn_act(
-    size: str, residual: bool = False, dual: bool = False, relu: bool = True, mask: bool = True
-) -> Callable[[Inputs], Arguments]:
-    def build(make: Inputs) -> Arguments:
-        shape = SIZES[size]
-        scale, shift = make.vec(shape[1], -1.5, 1.5), make.vec(shape[1])
-        skip = make.act(*shape) if residual or dual else None
-        more = (make.vec(shape[1], 0.5, 1.5), make.vec(shape[1])) if dual else (None, None)
-        return [make.act(*shape), scale, shift, skip, *more, relu, mask]
-
-    return build
-
-
-def _add_relu(size: str, mask: bool = True) -> Callable[[Inputs], Arguments]:
-    return lambda make: [make.act(*SIZES[size]), make.act(*SIZES[size]), mask]
-
-
-def _add_relu_bwd(size: str) -> Callable[[Inputs], Arguments]:
-    def build(make: Inputs) -> Arguments:
-        dy = make.act(*SIZES[size])
-        return [dy, make.mask(dy)]
-
-    return build
-
-
-def _bn_act_bwd_reduce(
-    size: str, dual: bool = False, relu: bool = True
-) -> Callable[[Inputs], Arguments]:
-    def build(make: Inputs) -> Arguments:
-        shape = SIZES[size]
-        dy, z = make.act(*shape), make.act(*shape)
-        spread = make.vec(shape[1]), make.vec(shape[1], 0.5, 2)
-        more = (make.act(*shape), make.vec(shape[1]), make.vec(shape[1], 0.5, 2))
-        mask = make.mask(dy) if relu else None
-        return [dy, mask, z, *spread, *(more if dual else (None,) * 3)]
-
-    return build
-
-
-def _bn_act_bwd_apply(
-    size: str, relu: bool = True, batch: bool = True, norm: bool = True, residual: bool = False
-) -> Callable[[Inputs], Arguments]:
-    def build(make: Inputs) -> Arguments:
-        shape = SIZES[size]
-        dy = make.act(*shape)
-        a = make.vec(shape[1], 0.5, 2) if norm else None
-        through = [make.act(*shape), *(make.vec(shape[1]) for _ in range(3))]
-        skip = make.act(*shape) if residual else None
-        mask = make.mask(dy) if relu else None
-        return [dy, mask, a, *(through if norm and batch else (None,) * 4), skip]
-
-    return build
-
-
-WINDOWS = {"3x3 stride 2": ([3, 3], [2, 2], [1, 1]), "2x3": ([2, 3], [1, 2], [1, 0])}
-
-
-def _bn_relu_max_pool(size: str, windows: str, norm: bool = True) -> Callable[[Inputs], Arguments]:
-    def build(make: Inputs) -> Arguments:
-        shape = SIZES[size]
-        affine = (make.vec(shape[1], -1.5, 1.5), make.vec(shape[1])) if norm else (None, None)
-        return [make.act(*shape), *affine, *WINDOWS[windows], False]
-
-    return build
-
-
-def _max_pool_bwd(size: str, windows: str, sums: bool = True) -> Callable[[Inputs], Arguments]:
-    def build(make: Inputs) -> Arguments:
-        x = make.act(*SIZES[size])
-        y, index = reference.bn_relu_max_pool(x, None, None, *WINDOWS[windows], True)
-        spread = (make.vec(x.size(1)), make.vec(x.size(1), 0.5, 2)) if sums else (None, None)
-        return [make.act(*y.shape), index, x, *spread, *WINDOWS[windows]]
-
-    return build
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """A convolution's shapes: x, filters [K,R,R] and how they meet."""
-
-    x: tuple[int, int, int, int]
-    k: int
-    r: int
-    stride: int = 1
-    padding: int = 0
-    dilation: int = 1
+    shape: tuple[int, int, int, int]
+    filters: int
+    kernel: tuple[int, int]
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
     groups: int = 1
 
-    def args(self) -> tuple[list[int], list[int], list[int], int]:
-        return [self.stride] * 2, [self.padding] * 2, [self.dilation] * 2, self.groups
+    @property
+    def geometry(self) -> list[Any]:
+        return [list(self.stride), list(self.padding), list(self.dilation), self.groups]
 
-    def tensors(self, make: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-        """x, w and a tensor like the output."""
-        x = make.act(*self.x)
-        w = make.act(self.k, self.x[1] // self.groups, self.r, self.r) * 0.25
-        reach = self.dilation * (self.r - 1) + 1
-        out = [(s + 2 * self.padding - reach) // self.stride + 1 for s in self.x[2:]]
-        return x, w, make.act(self.x[0], self.k, *out)
+    @property
+    def weight_shape(self) -> tuple[int, int, int, int]:
+        return (self.filters, self.shape[1] // self.groups, *self.kernel)
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        weight = torch.empty(self.weight_shape, device="meta")
+        x = torch.empty(self.shape, device="meta")
+        return tuple(torch.conv2d(x, weight, None, *self.geometry).shape)
 
 
-GEOMETRIES = {
-    "3x3": Geometry((2, 8, 7, 5), 16, 3, padding=1),
-    "1x1": Geometry((2, 16, 7, 7), 24, 1),
-    "1x1 stride 2": Geometry((2, 16, 9, 7), 24, 1, stride=2),
-    "7x7 stride 2": Geometry((2, 3, 15, 13), 16, 7, stride=2, padding=3),
-    "3x3 stride 2 groups 4": Geometry((2, 16, 9, 7), 16, 3, stride=2, padding=1, groups=4),
-    "3x3 dilation 2": Geometry((1, 8, 9, 9), 8, 3, padding=2, dilation=2),
+CONVS = {
+    "1x1": Conv((2, 8, 7, 7), 24, (1, 1)),
+    "1x1-stride2": Conv((2, 16, 7, 9), 24, (1, 1), (2, 2)),
+    "3x3": Conv((2, 8, 7, 7), 24, (3, 3), padding=(1, 1)),
+    "3x3-stride2": Conv((3, 5, 9, 6), 7, (3, 3), (2, 2), (1, 1)),
+    "stem": Conv((2, 3, 17, 19), 24, (7, 7), (2, 2), (3, 3)),
+    "grouped": Conv((2, 8, 7, 7), 12, (3, 3), padding=(1, 1), groups=4),
+    "depthwise": Conv((2, 6, 7, 5), 6, (3, 3), padding=(1, 1), groups=6),
+    "dilated": Conv((2, 4, 9, 9), 8, (3, 3), padding=(2, 2), dilation=(2, 2)),
+    "rectangle": Conv((2, 4, 6, 9), 8, (1, 3), (1, 2), (0, 1)),
+    "one-channel": Conv((2, 1, 7, 7), 24, (3, 3), padding=(1, 1)),
+    "three-filters": Conv((2, 8, 5, 5), 3, (1, 1)),
+    "one-pixel": Conv((4, 24, 1, 1), 17, (1, 1)),
+    "one-image": Conv((1, 8, 5, 5), 16, (3, 3), padding=(1, 1)),
+    "c259": Conv((2, 259, 3, 3), 5, (1, 1)),
+}
+EMPTY_CONV = Conv((0, 8, 5, 5), 16, (3, 3), padding=(1, 1))
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Random arguments of one dtype, layout and device.
+
+    Values are drawn on the CPU, by `generator` or PyTorch's default one; those in double are exact
+    in fp32.
+    """
+
+    dtype: torch.dtype
+    layout: torch.memory_format = torch.contiguous_format
+    device: str = "cpu"
+    generator: torch.Generator | None = None
+
+    @property
+    def vector_dtype(self) -> torch.dtype:
+        return stats_dtype(torch.empty(0, dtype=self.dtype))
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.generator)
+
+    def activations(self, shape: Sequence[int], mean: float = 0.5) -> Tensor:
+        """Values of `self.dtype`, dense in `self.layout`; a mean, so that no sum cancels out."""
+        x = (self.normal(*shape) + mean).to(self.dtype)
+        return x.contiguous(memory_format=self.layout).to(self.device)
+
+    def filters(self, conv: Conv, dtype: torch.dtype | None = None) -> Tensor:
+        """Of `dtype` where activations have 16 bits, else of theirs."""
+        fan_in = conv.weight_shape[1] * conv.kernel[0] * conv.kernel[1]
+        dtype = dtype if dtype is not None and self.dtype.itemsize == 2 else self.dtype
+        w = (self.normal(*conv.weight_shape) / fan_in**0.5).to(dtype)
+        return w.contiguous(memory_format=self.layout).to(self.device)
+
+    def vector(self, size: int) -> Tensor:
+        """Channel values in the dtype of statistics."""
+        return self.normal(size).to(self.vector_dtype).to(self.device)
+
+    def positive(self, size: int, times: float = 1) -> Tensor:
+        """Channel values from `times`/2."""
+        values = (self.normal(size).abs() + 0.5) * times
+        return values.to(self.vector_dtype).to(self.device)
+
+    def mask(self, like: Tensor) -> Tensor:
+        """A random ReLU bit mask for activations `like`."""
+        bits = (self.normal(*like.shape) > -0.3).to(like.device)
+        return pack_mask(bits.contiguous(memory_format=self.layout))
+
+
+def _bn_act(affine, residual, relu, save_mask):
+    def make(draw, shape):
+        c = shape[1]
+        z, res = draw.activations(shape), draw.activations(shape) if residual else None
+        through = [draw.vector(c), draw.vector(c)] if residual == "dual" else [None, None]
+        return [z, draw.vector(c), draw.vector(c), res, *through, relu, save_mask]
+
+    def add(draw, shape):
+        return [draw.activations(shape), draw.activations(shape), save_mask]
+
+    return make if affine else add
+
+
+def _finalize(affine):
+    def make(draw, shape):
+        n, c, h, w = shape
+        vectors = [draw.vector(c), draw.vector(c)] if affine else [None, None]
+        count = n * h * w
+        return [draw.vector(c), draw.positive(c, count), count, *vectors, EPS]
+
+    return make
+
+
+def _bwd_finalize(draw, shape):
+    n, c, h, w = shape
+    return [draw.vector(c), draw.vector(c), draw.vector(c), draw.positive(c), n * h * w]
+
+
+def _add_relu_bwd(draw, shape):
+    dy = draw.activations(shape)
+    return [dy, draw.mask(dy)]
+
+
+def _bwd_reduce(masked, dual):
+    def make(draw, shape):
+        c = shape[1]
+        dy, z = draw.activations(shape), draw.activations(shape)
+        args = [dy, draw.mask(dy) if masked else None, z, draw.vector(c), draw.positive(c)]
+        other = [draw.activations(shape), draw.vector(c), draw.positive(c)]
+        return args + (other if dual else [None] * 3)
+
+    return make
+
+
+def _bwd_apply(masked, a, batch, residual):
+    def make(draw, shape):
+        c = shape[1]
+        dy = draw.activations(shape)
+        z = [draw.activations(shape), draw.vector(c)] if batch else [None, None]
+        bc = [draw.vector(c), draw.vector(c)] if batch else [None, None]
+        res = draw.activations(shape) if residual else None
+        mask = draw.mask(dy) if masked else None
+        return [dy, mask, draw.vector(c) if a else None, *z, *bc, res]
+
+    return make
+
+
+def _pool(affine, kernel, stride, padding, save_index=True):
+    def make(draw, shape):
+        vectors = [draw.vector(shape[1]), draw.vector(shape[1])] if affine else [None, None]
+        windows = [list(kernel), list(stride), list(padding)]
+        return [draw.activations(shape), *vectors, *windows, save_index]
+
+    return make
+
+
+def _pool_bwd(sums, *windows):
+    forward = _pool(False, *windows)
+
+    def make(draw, shape):
+        x, _, _, *rest = forward(draw, shape)
+        y, index = bn_relu_max_pool(x, None, None, *rest)
+        vectors = [draw.vector(shape[1]), draw.positive(shape[1])] if sums else [None, None]
+        dy = draw.activations(y.shape).contiguous(memory_format=memory_format(y))
+        return [dy, index, x, *vectors, *rest[:3]]
+
+    return make
+
+
+STEM = (3, 3), (2, 2), (1, 1)
+HALVES = (2, 2), (2, 2), (1, 1)
+OBLONG = (5, 4), (3, 2), (2, 2)
+POINTWISE = {  # variant → arguments for (Draw, [N,C,H,W]); the op is the part before ":"
+    "bn_stats": lambda draw, shape: [draw.activations(shape)],
+    "bn_stats:far": lambda draw, shape: [draw.activations(shape, mean=1000.0)],
+    "bn_relu_max_pool": _pool(True, *STEM),
+    "bn_relu_max_pool:no-norm": _pool(False, *HALVES),
+    "bn_relu_max_pool:no-index": _pool(True, *OBLONG, save_index=False),
+    "bn_relu_max_pool:oblong": _pool(True, *OBLONG),
+    "max_pool_bwd": _pool_bwd(True, *STEM),
+    "max_pool_bwd:no-sums": _pool_bwd(False, *HALVES),
+    "max_pool_bwd:oblong": _pool_bwd(True, *OBLONG),
+    "global_avg_pool": lambda draw, shape: [draw.activations(shape)],
+    "bn_finalize": _finalize(affine=True),
+    "bn_finalize:no-affine": _finalize(affine=False),
+    "bn_bwd_finalize": _bwd_finalize,
+    "bn_act": _bn_act(True, None, True, True),
+    "bn_act:linear": _bn_act(True, None, False, False),
+    "bn_act:linear-residual": _bn_act(True, "plain", False, True),
+    "bn_act:no-mask": _bn_act(True, None, True, False),
+    "bn_act:residual": _bn_act(True, "plain", True, True),
+    "bn_act:dual": _bn_act(True, "dual", True, True),
+    "add_relu": _bn_act(False, "plain", True, True),
+    "add_relu:no-mask": _bn_act(False, "plain", True, False),
+    "add_relu_bwd": _add_relu_bwd,
+    "bn_act_bwd_reduce": _bwd_reduce(masked=True, dual=False),
+    "bn_act_bwd_reduce:linear": _bwd_reduce(masked=False, dual=False),
+    "bn_act_bwd_reduce:dual": _bwd_reduce(masked=True, dual=True),
+    "bn_act_bwd_reduce:linear-dual": _bwd_reduce(masked=False, dual=True),
+    "bn_act_bwd_apply": _bwd_apply(masked=True, a=True, batch=True, residual=False),
+    "bn_act_bwd_apply:linear": _bwd_apply(masked=False, a=True, batch=True, residual=False),
+    "bn_act_bwd_apply:residual": _bwd_apply(masked=True, a=True, batch=True, residual=True),
+    "bn_act_bwd_apply:frozen": _bwd_apply(masked=True, a=True, batch=False, residual=False),
+    "bn_act_bwd_apply:frozen-residual": _bwd_apply(True, True, False, True),
+    "bn_act_bwd_apply:add": _bwd_apply(masked=True, a=False, batch=False, residual=True),
 }
 
 
-def _conv_fprop(
-    geometry: str, prologue: bool, stats: bool, wide_filters: bool = False
-) -> Callable[[Inputs], Arguments]:
-    def build(make: Inputs) -> Arguments:
-        shape = GEOMETRIES[geometry]
-        x, w, _ = shape.tensors(make)
-        c = x.size(1)
-        affine = (make.vec(c, 0.5, 1.5), make.vec(c)) if prologue else (None, None)
-        return [x, _widened(w, wide_filters), *affine, stats, *shape.args()]
+def _fprop(prologue, stats, filters=None):
+    def make(draw, conv):
+        c = conv.shape[1]
+        affine = [draw.vector(c), draw.vector(c)] if prologue else [None, None]
+        x = draw.activations(conv.shape)
+        return [x, draw.filters(conv, filters), *affine, stats, *conv.geometry]
 
-    return build
+    return make
 
 
-def _conv_bprop(
-    geometry: str,
-    norm: bool = True,
-    prologue: bool = True,
-    sums: bool = True,
-    act: bool = False,
-    relu: bool = False,
-    residual: bool = False,
-    wide_filters: bool = False,
-    need: tuple[bool, bool] = (True, True),
-) -> Callable[[Inputs], Arguments]:
-    def build(make: Inputs) -> Arguments:
-        shape = GEOMETRIES[geometry]
-        x, w, dy = shape.tensors(make)
-        c, k = x.size(1), w.size(0)
-        through = [make.vec(k, 0.5, 2), make.act(*dy.shape), *(make.vec(k) for _ in range(3))]
-        affine = [make.vec(c, 0.5, 1.5), make.vec(c)]
-        u = x.double() * affine[0].view(1, -1, 1, 1) + affine[1].view(1, -1, 1, 1)
-        x = make.exact(torch.where(u.abs() < AWAY, x + torch.where(u < 0, -3, 3) * AWAY, x))
-        spread = [make.vec(c), make.vec(c, 0.5, 2)]
-        kept = reference.bn_act(x, *affine, None, None, None, True, False)[0] if act else None
-        skip = [make.act(*x.shape), make.mask(x)] if residual else [None, None]
+def _bprop(masked=True, batch=True, prologue=True, sums=True, kept=False, more=None, need=(1, 1)):
+    """conv_bprop: what precedes it (mask, BN backward), what follows it (prologue's BN, more)."""
+
+    def make(draw, conv):
+        c, k = conv.shape[1], conv.filters
+        dy, x = draw.activations(conv.out_shape), draw.activations(conv.shape)
+        dz = [None] * 5
+        if batch:
+            z, vectors = draw.activations(conv.out_shape), [draw.vector(k) for _ in range(4)]
+            dz = [vectors[0], z, *vectors[1:]]
+        affine = [draw.vector(c), draw.vector(c)] if prologue else [None, None]
+        inner = [draw.vector(c), draw.positive(c)] if sums else [None, None]
+        act = draw.activations(conv.shape).relu() if kept else None
+        residual = draw.activations(conv.shape) if more else None
+        residual_mask = draw.mask(residual) if more == "masked" else None
+        mask = draw.mask(dy) if masked else None
         return [
-            dy, _widened(w, wide_filters), x, make.mask(dy) if relu else None,
-            *(through if norm else [None] * 5), *(affine if prologue else [None] * 2),
-            *(spread if prologue and sums else [None] * 2), kept, *skip, *shape.args(), *need,
+            dy, draw.filters(conv), x, mask, *dz, *affine, *inner, act, residual, residual_mask,
+            *conv.geometry, bool(need[0]), bool(need[1]),
         ]  # fmt: skip
 
-    return build
+    return make
 
 
-def _conv_bn_act(
-    geometry: str, norm: bool = True, bias: bool = False, residual: bool = False, relu: bool = True
-) -> Callable[[Inputs], Arguments]:
-    def build(make: Inputs) -> Arguments:
-        shape = GEOMETRIES[geometry]
-        x, w, like = shape.tensors(make)
-        k = w.size(0)
-        params = [make.param(k), make.param(k, -1, 1), make.param(k, -1, 1), make.param(k)]
+def _infer(bias=False, norm=True, affine=True, residual=False, relu=True, filters=None, kept=()):
+    """conv_bn_act; `kept`: the dtypes of bias, bn_weight, bn_bias and the running statistics."""
+
+    def make(draw, conv):
+        k = conv.filters
+        vectors = [draw.vector(k), draw.vector(k)] if norm and affine else [None, None]
+        running = [draw.vector(k), draw.positive(k)] if norm else [None, None]
+        vectors = [draw.vector(k) if bias else None, *vectors, *running]
+        if kept:
+            vectors = [v.to(dtype) for v, dtype in zip(vectors, kept, strict=True)]
         return [
-            x, w, make.param(k, -1, 1) if bias else None, *(params if norm else [None] * 4),
-            like if residual else None, relu, 1e-5, *shape.args(),
+            draw.activations(conv.shape), draw.filters(conv, filters), *vectors,
+            draw.activations(conv.out_shape) if residual else None, relu, EPS, *conv.geometry,
         ]  # fmt: skip
 
-    return build
+    return make
 
 
-def _widened(w: Tensor, wide: bool) -> Tensor:
-    """fp32 filters beside 16-bit activations, as under autocast."""
-    return w.float() if wide and w.dtype.itemsize == 2 else w
-
-
-CASES: dict[str, dict[str, Callable[[Inputs], Arguments]]] = {
-    "bn_stats": {
-        **{size: _bn_stats(size) for size in SIZES},
-        "mean 1000, std 1": _bn_stats("8x7x5", 1000.0),
-    },
-    "global_avg_pool": {size: _global_avg_pool(size) for size in SIZES},
-    "bn_finalize": {"weight, bias": _bn_finalize(True), "neither": _bn_finalize(False)},
-    "bn_bwd_finalize": {"24 channels": _bn_bwd_finalize},
-    "bn_act": {
-        **{f"relu, {size}": _bn_act(size) for size in SIZES},
-        "residual": _bn_act("8x7x5", residual=True),
-        "normalized residual": _bn_act("24x7x7 N=1", dual=True),
-        "no relu": _bn_act("8x7x5", residual=True, relu=False),
-        "no mask": _bn_act("3x9x7", dual=True, mask=False),
-    },
-    "add_relu": {
-        **{size: _add_relu(size) for size in SIZES},
-        "no mask": _add_relu("8x7x5", mask=False),
-    },
-    "add_relu_bwd": {size: _add_relu_bwd(size) for size in SIZES},
-    "bn_act_bwd_reduce": {
-        **{f"relu, {size}": _bn_act_bwd_reduce(size) for size in SIZES},
-        "normalized residual": _bn_act_bwd_reduce("24x7x7 N=1", dual=True),
-        "no relu": _bn_act_bwd_reduce("8x7x5", relu=False),
-    },
-    "bn_act_bwd_apply": {
-        **{f"relu, {size}": _bn_act_bwd_apply(size) for size in SIZES},
-        "residual": _bn_act_bwd_apply("8x7x5", relu=False, residual=True),
-        "frozen": _bn_act_bwd_apply("24x7x7 N=1", batch=False, residual=True),
-        "no norm": _bn_act_bwd_apply("3x9x7", norm=False, residual=True),
-    },
-    "bn_relu_max_pool": {
-        **{f"3x3 stride 2, {size}": _bn_relu_max_pool(size, "3x3 stride 2") for size in SIZES},
-        "2x3, no norm": _bn_relu_max_pool("8x7x5", "2x3", norm=False),
-    },
-    "max_pool_bwd": {
-        **{f"3x3 stride 2, {size}": _max_pool_bwd(size, "3x3 stride 2") for size in SIZES},
-        "2x3, no sums": _max_pool_bwd("8x7x5", "2x3", sums=False),
-    },
-    "conv_fprop": {
-        **{f"{g}, prologue, stats": _conv_fprop(g, True, True) for g in GEOMETRIES},
-        "3x3": _conv_fprop("3x3", False, False),
-        "1x1, stats, fp32 filters": _conv_fprop("1x1", False, True, wide_filters=True),
-    },
-    "conv_bprop": {
-        **{f"{g}, norm, prologue, sums": _conv_bprop(g) for g in GEOMETRIES},
-        "3x3": _conv_bprop("3x3", norm=False, prologue=False),
-        "1x1, relu, residual": _conv_bprop("1x1", relu=True, residual=True),
-        "3x3, kept activation": _conv_bprop("3x3", act=True),
-        "1x1, prologue alone": _conv_bprop("1x1", norm=False, sums=False, wide_filters=True),
-        "7x7, dw alone": _conv_bprop("7x7 stride 2", prologue=False, need=(False, True)),
-        "1x1 stride 2, dx alone": _conv_bprop("1x1 stride 2", need=(True, False)),
-    },
-    "conv_bn_act": {
-        **{g: _conv_bn_act(g) for g in GEOMETRIES},
-        "3x3, residual": _conv_bn_act("3x3", residual=True),
-        "1x1, bias, no relu": _conv_bn_act("1x1", bias=True, relu=False),
-        "3x3, no norm": _conv_bn_act("3x3", norm=False, residual=True),
-    },
+CONVOLUTIONS = {  # variant → arguments for (Draw, Conv)
+    "conv_fprop": _fprop(prologue=False, stats=False),
+    "conv_fprop:stats": _fprop(prologue=False, stats=True),
+    "conv_fprop:prologue": _fprop(prologue=True, stats=True),
+    "conv_fprop:fp32-filters": _fprop(True, True, torch.float32),
+    "conv_bprop": _bprop(),
+    "conv_bprop:bare": _bprop(masked=False, batch=False, prologue=False, sums=False),
+    "conv_bprop:no-prologue": _bprop(prologue=False, sums=False),
+    "conv_bprop:frozen-input": _bprop(masked=False, sums=False),
+    "conv_bprop:kept": _bprop(masked=False, kept=True),
+    "conv_bprop:residual": _bprop(prologue=False, sums=False, more="plain"),
+    "conv_bprop:residual-masked": _bprop(more="masked"),
+    "conv_bprop:only-dx": _bprop(need=(1, 0)),
+    "conv_bprop:only-dw": _bprop(sums=False, need=(0, 1)),
+    "conv_bn_act": _infer(),
+    "conv_bn_act:bias-residual": _infer(bias=True, residual=True),
+    "conv_bn_act:linear": _infer(relu=False, affine=False),
+    "conv_bn_act:no-norm": _infer(norm=False, bias=True),
+    "conv_bn_act:bare": _infer(norm=False, relu=False),
+    "conv_bn_act:half-vectors": _infer(bias=True, kept=[torch.float16] * 5),
+    "conv_bn_act:mixed-vectors": _infer(
+        bias=True,
+        kept=[torch.float32, torch.float16, torch.float64, torch.float32, torch.float16],
+    ),
+    "conv_bn_act:fp32-filters": _infer(residual=True, filters=torch.float32),
 }
-"""Builders of each op's arguments by op and case; the first case is the one `--quick` runs."""
+
+
+def op_of(variant: str) -> str:
+    """The op's name in a variant's."""
+    return variant.partition(":")[0]
+
+
+def cast(args: Arguments, dtype: torch.dtype = torch.float64) -> Arguments:
+    """The same arguments with every floating tensor in `dtype`; formats are kept."""
+    return [a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
+
+
+VERIFIED = ("7x7", "rgb", "one-image")  # SHAPES and CONVS of `resnet-fast verify`
+VERIFIED_CONVS = ("3x3", "1x1", "1x1-stride2", "stem", "grouped", "dilated")
+
+
+def cases_of(op: str) -> Iterator[tuple[str, str]]:
+    """(variant, shape's name) of `resnet-fast verify`: the op itself in every shape, a variant in
+    one of them. The first is the one of `--quick`.
+    """
+    for variants, names in ((POINTWISE, VERIFIED), (CONVOLUTIONS, VERIFIED_CONVS)):
+        own = [variant for variant in variants if op_of(variant) == op]
+        for i, variant in enumerate(own):
+            for name in names if i == 0 else names[i % len(names) :][:1]:
+                yield variant, name
+
+
+def build(variant: str, shape: str, draw: Draw) -> Arguments:
+    """Arguments of a variant at one of SHAPES or CONVS."""
+    if variant in POINTWISE:
+        return POINTWISE[variant](draw, SHAPES[shape])
+    return CONVOLUTIONS[variant](draw, CONVS[shape])

@@ -367,3 +367,15 @@ def test_the_summary(tmp_path):
 def test_names_of_the_clock():
     assert gpu.clock_of("NVIDIA H100 80GB HBM3") == "h100"
     assert gpu.clock_of("NVIDIA H200 (dry)") == gpu.clock_of("another") == "h200"
+
+
+def test_splits_are_counted(monkeypatch):
+    """Of what was chosen, the convolutions whose last number is above 1."""
+    config_select = pytest.importorskip("resnet_fast.kernels.config_select")
+    chosen = {
+        ("conv_affine_act_tma", "gpu"): ((64, 64, 64, 4, 3, 4), "rule"),
+        ("conv_affine_act", "gpu"): ((64, 64, 64, 4, 3, 1), "rule"),
+        ("bn_stats", "gpu"): ((4096, 4, 8), "rule"),
+    }
+    monkeypatch.setattr(config_select, "_chosen", chosen)
+    assert correct.splits() == 1

@@ -1,4 +1,4 @@
-"""`python -m bench scaling`: points, budget, memory that runs out, captions, the picture."""
+"""`python -m bench scaling`: points, budget, memory that runs out, the table, the picture."""
 
 import functools
 import sys
@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from bench import captions, curves, models, rows, scaling, step
+from bench import curves, models, rows, scaling, step
 from bench.__main__ import main
 
 SMALL = ["--model", "cifar_resnet20", "--mode", "infer", "--seconds", "0.01", "--threads", "1",
@@ -156,7 +156,8 @@ def test_memory_that_runs_out_is_a_row_and_the_curve_goes_on(tmp_path, monkeypat
     (failed,) = (row for row in found if row["failed"])
     assert (failed["provider"], failed["batch"], failed["failed"]) == ("eager", 2, "out of memory")
     assert failed["images_per_s"] is None and failed["peak_mb"] is None
-    assert "Out of memory: eager at batch 2." in capsys.readouterr().out
+    (said,) = (line for line in capsys.readouterr().out.splitlines() if "out of memory" in line)
+    assert said.split()[:2] == ["2", "eager"]
 
 
 @pytest.mark.parametrize(
@@ -221,37 +222,6 @@ def test_a_cpu_is_not_asked_for_more_than_it_has(monkeypatch):
     assert found[2]["batch"] == 16 and found[2]["device_mb"] == 64.0
 
 
-def test_fits():
-    assert curves.exponent({2: 12.0, 4: 48.0, 8: 192.0}) == pytest.approx(2)
-    assert curves.line({1: 13.0, 2: 16.0, 512: 1546.0}) == pytest.approx((10, 3))
-    assert curves.exponent({2: 1.0}) is None and curves.line({2: 1.0}) is None
-    assert curves.saturation({1: 10.0, 2: 91.0, 4: 100.0}) == ("full", 2)
-    assert curves.saturation({1: 10.0, 2: 60.0, 4: 100.0}) == ("rising", 4)
-    assert curves.saturation({1: 10.0, 2: 60.0, 4: 50.0}) == ("falls", 2)
-    assert curves.saturation({1: 95.0, 2: 80.0, 4: 95.0, 8: 100.0}) == ("full", 4)
-
-
-def test_captions_of_batches():
-    """Where rates saturate, what is flat, MiB an image, where memory ends; all from the rows."""
-    (panel,) = curves.panels(BATCHES)
-    said = captions.rate_caption(panel)
-    assert "Within 10% of the highest rate from batch 8 (resnet_fast)." in said
-    assert "Still rising at batch 8 (eager)." in said
-    assert "Up to batch 4 a step takes at most 1.25x its time at 1 (resnet_fast)" in said
-    assert captions.memory_caption(panel) == (
-        "MiB: 50 + 10 an image (resnet_fast), 100 + 20 an image (eager). So 1 GiB last to batch 95 "
-        "(resnet_fast), 45 (eager). resnet_fast needs 0.50x of eager's at batch 8. "
-        "Out of memory: eager at batch 16."
-    )
-    (panel,) = curves.panels([row | {"device_mb": 4000.0} for row in BATCHES])
-    assert "So 4 GiB" not in captions.memory_caption(panel)  # 195 and 395 are too far from 16
-    other = [row if row["provider"] == "eager" else row | {"images_per_s": 99.0 * row["batch"]}
-             for row in BATCHES]  # fmt: skip
-    assert "Still rising at batch 16 (resnet_fast), 8 (eager)." in captions.rate_caption(
-        curves.panels(other)[0]
-    )
-
-
 def test_the_table_says_what_failed_and_the_share_of_the_floor():
     (panel,) = curves.panels(BATCHES)
     lines = [line.split() for line in curves.table(panel).splitlines()]
@@ -261,31 +231,6 @@ def test_the_table_says_what_failed_and_the_share_of_the_floor():
     assert lines[-1] == ["16", "eager", "out", "of", "memory", *"––––"]
     (panel,) = curves.panels([row | {"device": "cpu"} for row in BATCHES])
     assert "floor" not in curves.table(panel)
-
-
-def test_captions_of_resolution_and_depth():
-    sizes = [
-        point("resnet_fast", image_size=size, images_per_s=1e6 / size**1.5, peak_mb=size**2 / 100,
-              over="resolution")
-        for size in (32, 64, 128)
-    ]  # fmt: skip
-    (panel,) = curves.panels(sizes)
-    assert "side to the power of 1.50 (resnet_fast)" in captions.rate_caption(panel)
-    assert "side to the power of 2.00 (resnet_fast)" in captions.memory_caption(panel)
-    deep = [
-        point("resnet_fast", model=name, images_per_s=rate, peak_mb=peak, over="depth")
-        for name, rate, peak in (("cifar_resnet56", 100.0, 30.0), ("cifar_resnet20", 250.0, 20.0))
-    ]
-    (panel,) = curves.panels(deep)
-    ratio = panel.work["cifar_resnet56"].flops / panel.work["cifar_resnet20"].flops
-    said = captions.rate_caption(panel)
-    assert "cifar_resnet56 takes 2.5x (resnet_fast) the time of cifar_resnet20 for" in said
-    assert f"for {ratio:.1f}x the operations" in said and 3 < ratio < 3.2
-    assert captions.memory_caption(panel) == (
-        "cifar_resnet56 needs 1.5x (resnet_fast) the memory of cifar_resnet20."
-    )
-    (panel,) = curves.panels(deep[:1])
-    assert captions.rate_caption(panel) == captions.memory_caption(panel) == captions.ONE
 
 
 def test_the_floor_is_the_limits_of_that_gpu():
@@ -303,11 +248,9 @@ def test_the_floor_is_the_limits_of_that_gpu():
     assert curves.limits_of(row | {"dtype": "fp32"}, ceilings) is None
     assert curves.limits_of(row | {"device": "cpu"}, ceilings) is None
     (panel,) = curves.panels([*BATCHES, *ceilings])
-    work, first = panel.work[1], BATCHES[-5]
-    assert work.floor_ms >= 1e3 * work.bytes / 1e12 and 0 < work.memory_share <= 1
+    work = panel.work[1]
+    assert work.floor_ms >= 1e3 * work.bytes / 1e12
     assert max(work.bytes_ms, work.flops_ms) <= work.floor_ms <= work.bytes_ms + work.flops_ms
-    said = f"resnet_fast is at {work.floor_ms / first['ms_p50']:.0%} of the floor's rate at batch 1"
-    assert said in captions.rate_caption(panel)
 
 
 def test_the_newest_run_of_each_axis():

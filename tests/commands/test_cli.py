@@ -12,6 +12,7 @@ from resnet_fast import cli
 from resnet_fast.commands import env
 from resnet_fast.dispatch import backends, ops
 from resnet_fast.spec.chain import IMPLS
+from resnet_fast.spec.dtypes import DTYPES
 
 BARE = """
 import sys
@@ -45,7 +46,7 @@ def test_env_json_says_what_auto_takes(capsys):
     assert found["cpu"]["threads"] == torch.get_num_threads()
     assert {row["impl"] for row in found["implementations"]} == set(IMPLS) - {"auto"}
     cpu = [row for row in found["auto"] if row["device"] == "cpu"]
-    assert len(cpu) == len(ops.NAMES) * len(env.AUTO_DTYPES)
+    assert len(cpu) == len(ops.NAMES) * len(DTYPES)
     for row in cpu:
         dtype = getattr(torch, row["dtype"])
         assert row["takes"] == backends.chosen(row["op"], "auto", "cpu", dtype)

@@ -6,13 +6,13 @@ import re
 import numpy as np
 import pytest
 import torch
-from op_cases import CONVOLUTIONS, CONVS, POINTWISE, Draw
 
 from resnet_fast import cli
 from resnet_fast.commands import tune
 from resnet_fast.dispatch import auto_impl, cost_model
 from resnet_fast.runtime import settings, tuning_tables
 from resnet_fast.spec import reference
+from resnet_fast.verify.op_cases import CONVOLUTIONS, CONVS, POINTWISE, Draw
 
 GPU = "NVIDIA Test 1"
 

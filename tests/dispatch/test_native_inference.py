@@ -40,7 +40,7 @@ def image(dtype=torch.float32, layout=torch.channels_last, n=3):
 
 @pytest.fixture
 def asked(monkeypatch):
-    """What `inference.infer` gave, call by call."""
+    """What `native_inference.infer` gave, call by call."""
     given = []
 
     def watched(*args):

@@ -9,10 +9,10 @@ import inspect
 
 import pytest
 import torch
-from op_cases import CONVOLUTIONS, POINTWISE, Conv, Draw, op_of
 
 from resnet_fast.dispatch import backends
 from resnet_fast.spec import reference
+from resnet_fast.verify.op_cases import CONVOLUTIONS, POINTWISE, Conv, Draw, op_of
 
 REFUSED = (RuntimeError, TypeError, ValueError)
 WHOLE = {  # op → a variant with as many of its operands as go together
@@ -73,7 +73,7 @@ def wrong(value):
 def call(impl, op, values):
     """Past the op's dispatcher, which takes any operand on "meta" for a question of shapes."""
     x = torch.empty(0, dtype=torch.float32)
-    return backends.resolve(op, impl.name, x)(*values.values())
+    return backends.resolve(op, impl.name, x).run(*values.values())
 
 
 @pytest.fixture

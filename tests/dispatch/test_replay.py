@@ -334,7 +334,7 @@ def test_no_program(what):
 
 
 def test_step_has_tensors_of_its_own():
-    """What `program.step` runs is one step, and no stranger to those that follow."""
+    """What `recording.step` runs is one step, and no stranger to those that follow."""
     kept, asked = torch.arange(3.0), []
 
     def counters(x, count):

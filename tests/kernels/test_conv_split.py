@@ -7,7 +7,6 @@ import sys
 
 import pytest
 import torch
-from op_cases import CONVOLUTIONS, Conv, Draw
 from test_kernels import DEVICE, ROOT, Launches, judge
 
 from bench.layers import layers_of
@@ -22,6 +21,7 @@ from resnet_fast.kernels import (
     launch,
 )
 from resnet_fast.spec import chain
+from resnet_fast.verify.op_cases import CONVOLUTIONS, Conv, Draw
 
 interpreted = pytest.mark.skipif(not launch.INTERPRETING, reason="of the interpreter alone")
 pytestmark = pytest.mark.usefixtures("poisoned_memory")

@@ -13,7 +13,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from judge import GRADIENTS, is_floating, outputs
-from op_cases import CONVOLUTIONS, CONVS, EMPTY_CONV, POINTWISE, Conv, Draw, op_of, widen
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -37,6 +36,16 @@ from resnet_fast.kernels import (
     launch,
     reduce_partials,
 )
+from resnet_fast.verify.op_cases import (
+    CONVOLUTIONS,
+    CONVS,
+    EMPTY_CONV,
+    POINTWISE,
+    Conv,
+    Draw,
+    cast,
+    op_of,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,7 +55,7 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 def judge(op, args, what, run):
     """run() against `reference.op` of args in fp64 and in the dtype, by the one rule."""
     specification = getattr(reference, op)
-    exact = outputs(specification(*widen(args)))
+    exact = outputs(specification(*cast(args)))
     if args[0].dtype == torch.float64:  # as in test_ops
         args = [a.float() if is_floating(a) else a for a in args]
     found = zip(outputs(run()), outputs(specification(*args)), exact, strict=True)
@@ -314,7 +323,7 @@ def test_scaled_residual(tma):
         return reference.bn_act(y, one, torch.zeros_like(a), residual, a, b, True, False)[0]
 
     tensors = [x, w, weight, shift, mean, var, residual, a, b]
-    assert_close(y, expected(*tensors), expected(*widen(tensors)), "scaled residual")
+    assert_close(y, expected(*tensors), expected(*cast(tensors)), "scaled residual")
 
 
 LARGE = (5, 72, 19, 23)

@@ -11,9 +11,9 @@ import pytest
 import torch
 from conftest import DTYPES, IMPLS
 from judge import judge
-from op_cases import CONVOLUTIONS, Conv, Draw
 
 from resnet_fast.dispatch import backends, ops
+from resnet_fast.verify.op_cases import CONVOLUTIONS, Conv, Draw
 
 TESTS = Path(__file__).parents[1]
 PATH = os.pathsep.join(map(str, (TESTS.parent, TESTS, TESTS / "support")))  # of a process

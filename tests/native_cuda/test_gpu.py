@@ -9,7 +9,6 @@ import time
 
 import pytest
 import torch
-from op_cases import CONVOLUTIONS, Conv, Draw, op_of, widen
 
 pytest.importorskip("triton")
 
@@ -20,6 +19,7 @@ from resnet_fast.dispatch import backends, ops
 from resnet_fast.runtime import tuning_tables
 from resnet_fast.spec import reference
 from resnet_fast.spec.tolerance import assert_close, compare
+from resnet_fast.verify.op_cases import CONVOLUTIONS, Conv, Draw, cast, op_of
 
 pytestmark = [
     pytest.mark.gpu,
@@ -45,7 +45,7 @@ def test_layers_of_resnet50(layer, dtype, impl):
     skip_unless(impl, "conv_bn_act", dtype)
     x, w, norm, residual = tensors(layer, 4, dtype, torch.device("cuda"))
     args = [x, w, None, *norm, residual, layer.relu, 1e-5, *layer.conv.args()]
-    same, exact = reference.conv_bn_act(*args), reference.conv_bn_act(*widen(args))
+    same, exact = reference.conv_bn_act(*args), reference.conv_bn_act(*cast(args))
     assert_close(ops.conv_bn_act(*args, impl), same, exact, str(layer))
 
 
@@ -71,7 +71,7 @@ def test_training_layers_of_resnet50(layer, dtype, plan, monkeypatch):
     for variant in ("conv_fprop:prologue", "conv_bprop:residual-masked"):
         op = op_of(variant)
         args = training_args(variant, layer, dtype)
-        same, exact = getattr(reference, op)(*args), getattr(reference, op)(*widen(args))
+        same, exact = getattr(reference, op)(*args), getattr(reference, op)(*cast(args))
         found = getattr(ops, op)(*args, "triton")
         for i, results in enumerate(zip(found, same, exact, strict=True)):
             assert_close(*results, f"{variant} result {i} of {layer}", gradient=op == "conv_bprop")
@@ -84,7 +84,7 @@ def test_tf32_is_pytorchs_to_allow(layer, monkeypatch):
     skip_unless("triton", "conv_bn_act", torch.float32)
     x, w, norm, residual = tensors(layer, 2, torch.float32, torch.device("cuda"))
     args = [x, w, None, *norm, residual, layer.relu, 1e-5, *layer.conv.args()]
-    same, exact = reference.conv_bn_act(*args), reference.conv_bn_act(*widen(args))
+    same, exact = reference.conv_bn_act(*args), reference.conv_bn_act(*cast(args))
     verdict = compare(ops.conv_bn_act(*args, "triton"), same, exact)
     error = (ops.conv_bn_act(*args, "triton").double() - exact).norm() / exact.norm()
     assert verdict.ok or error < 2**-10, verdict
@@ -97,7 +97,7 @@ def test_native_convolutions_at_other_batches(layer, batch):
     skip_unless("native", "conv_bn_act", torch.bfloat16)
     x, w, norm, residual = tensors(layer, batch, torch.bfloat16, torch.device("cuda"))
     args = [x, w, None, *norm, residual, layer.relu, 1e-5, *layer.conv.args()]
-    same, exact = reference.conv_bn_act(*args), reference.conv_bn_act(*widen(args))
+    same, exact = reference.conv_bn_act(*args), reference.conv_bn_act(*cast(args))
     assert_close(ops.conv_bn_act(*args, "native"), same, exact, str(layer))
 
 
@@ -128,7 +128,7 @@ def test_memory_bound_kernels_at_size(shape, dtype, impl):
         "global_avg_pool": [z],
     }.items():
         found = getattr(ops, op)(*args, impl)
-        same, exact = getattr(reference, op)(*args), getattr(reference, op)(*widen(args))
+        same, exact = getattr(reference, op)(*args), getattr(reference, op)(*cast(args))
         if isinstance(found, torch.Tensor):
             found, same, exact = (found,), (same,), (exact,)
         for i, results in enumerate(zip(found, same, exact, strict=True)):
@@ -222,7 +222,7 @@ def test_splits_of_one_image(layer, tma, forced):
     if tma and refuse_tma(x, w, layer.conv, residual) is not None:
         pytest.skip(f"descriptors: {refuse_tma(x, w, layer.conv, residual)}")
     args = [x, w, None, *norm, residual, layer.relu, 1e-5, *layer.conv.args()]
-    same, exact = reference.conv_bn_act(*args), reference.conv_bn_act(*widen(args))
+    same, exact = reference.conv_bn_act(*args), reference.conv_bn_act(*cast(args))
     fusion = Fusion(None, *norm, eps=1e-5, residual=residual, relu=layer.relu)
 
     def run():

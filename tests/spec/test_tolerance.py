@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from resnet_fast.spec.dtypes import PRECISIONS
 from resnet_fast.spec.tolerance import (
     FACTOR,
     GRADIENT_FACTOR,
@@ -16,8 +17,6 @@ from resnet_fast.spec.tolerance import (
     plain_runs,
 )
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
 
 def triple(dtype=torch.float32, size=(4, 8, 7, 5), seed=0):
     """A result in `dtype` and the same in fp64, apart by rounding."""
@@ -26,7 +25,7 @@ def triple(dtype=torch.float32, size=(4, 8, 7, 5), seed=0):
     return exact.to(dtype), exact
 
 
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("dtype", PRECISIONS.values(), ids=PRECISIONS)
 def test_identical_passes(dtype):
     same, exact = triple(dtype)
     verdict = compare(same, same, exact)

@@ -8,8 +8,9 @@ from torch import nn
 
 from resnet_fast import blocks, cli, functional, models, modules, verify
 from resnet_fast.dispatch import backends, ops
+from resnet_fast.spec.dtypes import BY_NAME
 from resnet_fast.verify import report
-from resnet_fast.verify.check import DTYPES, LAYOUTS, Runs, Setting, Trial
+from resnet_fast.verify.check import LAYOUTS, Runs, Setting, Trial
 from resnet_fast.verify.settle import BAND, settle
 
 
@@ -25,7 +26,7 @@ def failures(block):
 @pytest.mark.parametrize("dtype", ["fp32", "fp64", "bf16"])
 @pytest.mark.parametrize("part", ["ops", "blocks"])
 def test_every_case_passes(impl, dtype, part):
-    impl.need(DTYPES[dtype])
+    impl.need(BY_NAME[dtype])
     if (part, dtype) == ("blocks", "fp64"):  # gradcheck takes every block through in double
         impl.need_speed()
     quick = part == "blocks" and impl.interpreted  # test_modules takes the others through there
@@ -38,7 +39,7 @@ def test_every_case_passes(impl, dtype, part):
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", ["cifar_resnet20", "preact_resnet18"])
 def test_whole_models_pass(impl, dtype, name):
-    impl.need(DTYPES[dtype])
+    impl.need(BY_NAME[dtype])
     impl.need_speed()
     trials = verify.trials([impl.name], [impl.device], [dtype], parts=["models"], names=[name])
     checks = verify.verify(list(trials))
@@ -244,7 +245,7 @@ def test_settled_blocks_keep_clear_of_the_kink(kind, dtype):
     block = kind(8, 8, 2).double()
     x = torch.randn(2, 8, 7, 5, dtype=torch.float64)
     before = {name: value.clone() for name, value in block.named_parameters()}
-    assert settle(block, x, dtype=DTYPES[dtype])
+    assert settle(block, x, dtype=BY_NAME[dtype])
     seen = []
     with SeesReLU(seen):
         block(x)
