@@ -109,7 +109,7 @@ def compile_file(source: Path, arch: str, flags: list[str]) -> list[Compiled]:
     for (mangled, numbers), name in zip(functions, names(functions), strict=True):
         row = Compiled(name, arch, seconds=seconds, file=source.name)
         row.read(numbers, bodies[mangled])
-        rows.append(judge(row))
+        rows.append(with_failure(row))
     return rows
 
 
@@ -133,7 +133,7 @@ def short(name: str) -> str:
     return found[1].removesuffix("_kernel") + arguments
 
 
-def judge(row: Compiled) -> Compiled:
+def with_failure(row: Compiled) -> Compiled:
     """The row, with a failure where its code has one."""
     if row.local:
         row.failure = f"spills {row.local} bytes a thread"

@@ -63,7 +63,7 @@ def relative(value: Tensor | None, expected: Tensor) -> float:
     return difference / size if size > 0 else (0.0 if difference == 0 else math.inf)
 
 
-def judge(
+def compare(
     kind: str,
     candidate: Tensors,
     eager: Tensors,
@@ -135,7 +135,7 @@ def gate(
     if case.mode == "infer":
         results = [{"logits": infer(m, i)} for m, i in ((candidate, last), (eager, last))]
         expected = {"logits": infer(reference, x.double())}
-        return [judge("output", *results, expected, dtype)]
+        return [compare("output", *results, expected, dtype)]
     return _train_checks(candidate, eager, reference, last, target, dtype)
 
 
@@ -152,7 +152,7 @@ def at_full_size(logits: Tensor, plain: nn.Module, case: Case, x: Tensor) -> Che
         with torch.no_grad():
             expected = reference(x.double())
     results = [{"logits": value} for value in (logits, own, expected)]
-    return judge("output at full size", *results, dtype)
+    return compare("output at full size", *results, dtype)
 
 
 def _train_checks(
@@ -167,7 +167,7 @@ def _train_checks(
     inputs = (x, x, x.double())
     dtypes = (dtype, dtype, torch.float64)
     steps = [train(m, i, target, d) for m, i, d in zip(modules, inputs, dtypes, strict=True)]
-    output = judge("output", *({"logits": logits} for logits, _ in steps), dtype)
+    output = compare("output", *({"logits": logits} for logits, _ in steps), dtype)
     # the loss is 2-Lipschitz in the largest logit; eager's own loss may be exact by luck
     losses = [loss.double().item() for _, loss in steps]
     slack = 2 * (steps[1][0].double() - steps[2][0]).abs().max().item()
@@ -178,6 +178,6 @@ def _train_checks(
     return [
         output,
         loss,
-        judge("parameter gradients", *grads, dtype, gradients=True),
-        judge("running statistics", *running, dtype),
+        compare("parameter gradients", *grads, dtype, gradients=True),
+        compare("running statistics", *running, dtype),
     ]

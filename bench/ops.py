@@ -249,7 +249,7 @@ def check(op: str, layer: Layer, mode: str, dtype: torch.dtype) -> None:
     kinds = zip(("output", "gradients", "running statistics"), zip(*runs, strict=True), strict=True)
     for kind, tensors in kinds:
         if tensors[2]:
-            verdict = gate.judge(kind, *tensors, dtype, gradients=kind == "gradients")
+            verdict = gate.compare(kind, *tensors, dtype, gradients=kind == "gradients")
             assert verdict.ok, f"{op} {layer}: {verdict}"
 
 

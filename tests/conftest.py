@@ -108,6 +108,8 @@ def shard(text):
 def pytest_addoption(parser):
     parser.addoption("--shard", type=shard, metavar="I/N", default=(0, 1),
                      help="every N-th test from the I-th, for N processes at once")  # fmt: skip
+    parser.addoption("--quick", action="store_true",
+                     help="one case a test and implementation, and no slow tests")  # fmt: skip
 
 
 @pytest.hookimpl(hookwrapper=True)
@@ -120,7 +122,7 @@ def pytest_collection_modifyitems(config, items):
     arguments only. In the interpreter fp16 differs from fp32 where values are widened and rounded,
     which channels_last shows.
     """
-    kept, rest, seen = [], [], set()
+    kept, rest, seen, quick = [], [], set(), config.getoption("quick")
     for item in items:
         params = item.callspec.params if hasattr(item, "callspec") else {}
         impl = params.get("impl")
@@ -131,7 +133,10 @@ def pytest_collection_modifyitems(config, items):
         covered = covered and any(params.get(name, value) != value for name, value in ALONE.items())
         if impl == IMPLS["triton-interpreter"] and params.get("dtype") == torch.float16:
             covered = covered or params.get("layout") == torch.contiguous_format
-        key = (item.path, item.originalname, impl) if missing else item
+        key = item
+        if missing or quick:
+            key = (item.path, item.cls, item.originalname, impl)
+        covered = covered or (quick and item.get_closest_marker("slow") is not None)
         (rest if key in seen or covered else kept).append(item)
         seen.add(key)
     config.hook.pytest_deselected(items=rest)

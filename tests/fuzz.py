@@ -30,7 +30,6 @@ from dataclasses import asdict, dataclass, field, replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import resnet_fast
 from resnet_fast import blocks
@@ -39,7 +38,7 @@ from resnet_fast.models.resnet import ResNet
 from resnet_fast.spec import tolerance
 from resnet_fast.verify.check import GRADIENT, Setting, Values
 from resnet_fast.verify.modules import evaluate, randomize, round_to
-from resnet_fast.verify.settle import decided, settle
+from resnet_fast.verify.settle import Kinks, settle
 
 EXCEPTIONS = {
     "tie": "gradients by value where no bias keeps every ReLU clear of zero, or rounding to 16 "
@@ -368,30 +367,6 @@ def native(plain: nn.Module, case: Case) -> nn.Module:
             if hasattr(part, "keep_activations"):
                 part.keep_activations = case.seed % 4 == 0
     return Laid(module, case.lay)
-
-
-class Kinks(TorchDispatchMode):
-    """What every ReLU and max-pool inside reads."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.relus: list[Tensor] = []
-        self.pools: list[tuple] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func in (torch.ops.aten.relu.default, torch.ops.aten.relu_.default):
-            self.relus.append(args[0].detach().to(torch.float64, copy=True))
-        if func is torch.ops.aten.max_pool2d_with_indices.default:
-            self.pools.append((args[0].detach().double(), *args[1:]))
-        return func(*args, **(kwargs or {}))
-
-    def outlast(self, other: Kinks) -> bool:
-        """Whether the side of each is what it is by more than `other` is away at most."""
-        relus = zip(self.relus, other.relus, strict=True)
-        pools = zip(self.pools, other.pools, strict=True)
-        clear = (u.abs() > (u - v).abs().max() for u, v in relus if u.numel())
-        won = (decided(*p, lead=(p[0] - v[0]).abs().max()) for p, v in pools)
-        return all(c.all() for c in clear) and all(won)
 
 
 def attempt(run) -> tuple[Values | None, str]:

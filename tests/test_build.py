@@ -188,6 +188,7 @@ def test_missing_torch_is_explained():
     assert "Traceback" not in run.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("requested", ["auto", "cpu"])
 def test_missing_compiler(requested):
     run = python("setup.py", "--version", RESNET_FAST_BUILD=requested, CXX="no-such-compiler")
@@ -244,6 +245,7 @@ ISA_CODE = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("isa", ISAS)
 def test_isa_override(native, isa):
     detected = native.build_info()["isa_detected"]
@@ -279,6 +281,7 @@ with torch.no_grad():
 """
 
 
+@pytest.mark.slow
 def test_who_convolves(native):
     """RESNET_FAST_CPU_CONV: ours, by two ways, and oneDNN give what the reference gives."""
     words = ("auto", "tiles", "winograd", "onednn")

@@ -85,6 +85,7 @@ def test_autocast(impl):
     check_same(actual, expected)
 
 
+@pytest.mark.slow
 def test_dynamic_batch(impl):
     """One graph serves every batch size."""
     impl.need(torch.float32, *OPS)
@@ -99,6 +100,7 @@ def test_dynamic_batch(impl):
             assert y.shape == (batch, 16, 4, 3)
 
 
+@pytest.mark.slow
 def test_inductor(impl):
     """The default backend, once: code is generated around the ops."""
     if shutil.which("g++") is None and shutil.which("clang++") is None:

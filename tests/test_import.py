@@ -118,6 +118,7 @@ UNUSABLE = {  # extensions that are there: how they come, what is said of them
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compile"])
 @pytest.mark.parametrize("name", UNUSABLE)
 def test_with_an_extension_that_cannot_be_used(name, compiled):

@@ -95,3 +95,35 @@ def decided(x: Tensor, kernel, stride, padding=(0, 0), *_, lead: float = POOL_BA
     windows = F.unfold(x.contiguous(), kernel, padding=padding, stride=stride)
     first, second = windows.view(n, c, kernel[0] * kernel[1], -1).topk(2, dim=2).values.unbind(2)
     return ((first - second >= lead) | (first <= 0)).all().item()
+
+
+class Kinks(TorchDispatchMode):
+    """The inputs of every ReLU and max-pool that runs inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.relus: list[Tensor] = []
+        self.pools: list[tuple] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in (aten.relu.default, aten.relu_.default):
+            self.relus.append(args[0].detach().to(torch.float64, copy=True))
+        if func is aten.max_pool2d_with_indices.default:
+            self.pools.append((args[0].detach().double(), *args[1:]))
+        return func(*args, **(kwargs or {}))
+
+    @property
+    def least(self) -> float:
+        """The least |input| of a ReLU; infinite where none ran."""
+        return min((u.abs().amin().item() for u in self.relus), default=float("inf"))
+
+    def outlast(self, other: Kinks) -> bool:
+        """Whether rounding decides none of them: each is further from its tie than `other` is off.
+
+        other: of another run of the same computation.
+        """
+        relus = zip(self.relus, other.relus, strict=True)
+        pools = zip(self.pools, other.pools, strict=True)
+        clear = (u.abs() > (u - v).abs().max() for u, v in relus if u.numel())
+        won = (decided(*p, lead=(p[0] - v[0]).abs().max()) for p, v in pools)
+        return all(c.all() for c in clear) and all(won)

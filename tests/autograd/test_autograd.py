@@ -103,6 +103,7 @@ def test_no_graph_without_gradients(impl, kind):
             assert torch.equal(module(x.detach()), y)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @BLOCK
 def test_each_gradient_alone(impl, kind, training):
@@ -329,6 +330,7 @@ def test_unused_output_needs_no_backward(impl):
     assert torch.equal(x.grad, 2 * x) and module.conv1.weight.grad is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", [resnet_fast.Bottleneck, resnet_fast.BasicBlock])
 def test_same_bits_twice(impl, block):
     """Output, gradients and running statistics of the same training step, bit by bit."""

@@ -113,6 +113,7 @@ def test_add_relu(impl, layout):
     assert gradcheck(impl, run, args)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("keep", "bias"),
     [(False, False), (True, False), (False, True)],
@@ -142,6 +143,7 @@ def test_chain(impl, layout, chain, bias, keep):
     assert gradcheck(impl, fused, values, fast_mode=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("training", "keep"),
     [(True, False), (True, True), (False, False)],

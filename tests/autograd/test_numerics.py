@@ -83,6 +83,7 @@ def test_bn_far_from_zero(impl, layout, make):
     call.judge(impl, resnet_fast)
 
 
+@pytest.mark.slow
 def test_statistics_do_not_depend_on_threads(impl, layout):
     """The same bits with one thread and with two."""
     if impl.name == "reference":
@@ -152,6 +153,7 @@ def test_training_curve(impl, layout, keep):
         torch.testing.assert_close(actual[name], value, rtol=1e-7, atol=1e-7, msg=name)
 
 
+@pytest.mark.slow
 def test_training_curve_fp32(impl, layout):
     """The first losses in fp32 stay as near to double's as plain PyTorch's do."""
     impl.need(torch.float32, *OPS)

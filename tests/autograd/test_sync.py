@@ -117,8 +117,8 @@ def close(actual, expected):
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
 
 
-def judge(found, module, x, dy):
-    """Results in fp64 by the digits, in fp32 by the one rule."""
+def assert_plain(found, module, x, dy):
+    """Results are those of plain PyTorch: in fp64 by the digits, in fp32 by the one rule."""
     exact = plain_step(module, x, dy)
     if found["y"].dtype == torch.float64:
         close(found, exact)
@@ -145,6 +145,7 @@ def together(found):
     return whole
 
 
+@pytest.mark.slow
 @IMPLS
 @DTYPES
 @pytest.mark.parametrize("sizes", [(3, 5), (0, 4), (4, 1, 3)], ids=str)
@@ -154,7 +155,7 @@ def test_is_one_process_with_the_whole_batch(processes, name, sizes, dtype, impl
     module, x, dy = draw(name, sum(sizes))
     found = processes.run(step, module, impl, dtype, x, dy, sizes)
     assert found[len(sizes) :] == [None] * (WORLD - len(sizes))
-    judge(together(found[: len(sizes)]), module, x, dy)
+    assert_plain(together(found[: len(sizes)]), module, x, dy)
 
 
 @IMPLS
@@ -322,13 +323,14 @@ def compiled_step(rank, module, impl, x, dy):
     return twins.module_step(module, x[part(rank, (3, 2, 3))], dy[part(rank, (3, 2, 3))], run=run)
 
 
+@pytest.mark.slow
 def test_compiled(processes):
     """The collectives are in the graph."""
     module = resnet_fast.BasicBlock(8, 8).double()
     x = torch.randn(8, 8, 6, 5, dtype=torch.float64)
     dy = torch.randn_like(module(x))
     found = together(processes.run(compiled_step, module, "reference", x, dy))
-    judge(found, module, x, dy)
+    assert_plain(found, module, x, dy)
 
 
 def copied(rank, model):
@@ -365,7 +367,7 @@ def test_on_gpus(tmp_path):
         found = started.run(step_on_gpu, module, x, dy, (3, 5))
     finally:
         started.close()
-    judge(together(found), module, x, dy)
+    assert_plain(together(found), module, x, dy)
 
 
 class TestInOneProcess:
@@ -378,7 +380,7 @@ class TestInOneProcess:
         x = torch.randn(shape, dtype=torch.float64)
         dy = torch.randn_like(module(x))
         found = twins.module_step(synchronized(copy.deepcopy(module), impl), x, dy)
-        judge(found, module, x, dy)
+        assert_plain(found, module, x, dy)
 
     def test_norm_layer(self):
         """Built with it, at every depth; unfused it is PyTorch's, with the same children."""

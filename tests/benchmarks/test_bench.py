@@ -97,6 +97,7 @@ def sample_row(provider="resnet_fast", **changes):
     return values | changes
 
 
+@pytest.mark.slow
 def test_a_row_has_every_field_in_order(tiny, tmp_path, capsys):
     out = tmp_path / "deep" / "rows.jsonl"
     arguments = ["--mode", "infer,train", "--batch", "1,2", "--dtype", "fp32,bf16"]

@@ -100,6 +100,7 @@ def test_a_folder_of_another_gpu_or_commit(tmp_path, capsys, monkeypatch):
     assert "holds rows of NVIDIA H100 at abc, this is NVIDIA H200 at abc" in said
 
 
+@pytest.mark.slow
 def test_models_are_checked_once(tmp_path, quick, monkeypatch):
     """After green `correct_*` no second reference in fp64 is run; else it is here."""
     gated = []
@@ -121,6 +122,7 @@ def test_models_are_checked_once(tmp_path, quick, monkeypatch):
     assert stages.read_rows(tmp_path / "other") == []
 
 
+@pytest.mark.slow
 def test_the_librarys_rows_are_named(tmp_path, quick, monkeypatch):
     """Another plan has another name in the rows, and its output is looked at."""
     plan = "RESNET_FAST_TRITON_CONV"
@@ -138,6 +140,7 @@ def test_the_librarys_rows_are_named(tmp_path, quick, monkeypatch):
     assert {row["provider"] for row in stages.read_rows(tmp_path)} == {"library"}
 
 
+@pytest.mark.slow
 def test_a_case_that_fails_leaves_the_others(tmp_path, quick, monkeypatch):
     def broken(plain, case, x):
         if case.mode == "train":

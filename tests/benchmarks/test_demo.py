@@ -51,6 +51,7 @@ def test_batches_repeat_and_shift(data):
     assert (windows == x[0, 0]).flatten(1).all(1).any()  # one of the scans, moved
 
 
+@pytest.mark.slow
 def test_the_fused_net_follows_the_plain_one(data, impl):
     impl.need(torch.float64)
     impl.need_speed()

@@ -305,6 +305,7 @@ def test_the_report(small):
     assert all(one["registers"] > 0 and one["programs_per_sm"] > 0 for one in convs)
 
 
+@pytest.mark.slow
 def test_a_warm_cache_compiles_nothing(small, cache):
     step = (*OF_A_SMALL_NET, "--mode", "infer", "--batch", "64")
     done = offline("compile", *step, TRITON_CACHE_DIR=str(cache))
@@ -327,6 +328,7 @@ def test_compared_with_an_earlier_one(small):
     assert changed["kernel"] in last and last.endswith(f"{before:8.1f} -> {2 * before:8.1f} us")
 
 
+@pytest.mark.slow
 def test_commands_say_why_they_cannot(cache):
     for command in ("compile", "estimate"):
         done = offline(command, *OF_A_SMALL_NET, "--batch", "2", TRITON_INTERPRET="1")

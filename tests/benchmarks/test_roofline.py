@@ -184,6 +184,7 @@ def test_an_h100(capsys):
     assert "513.8" in line and f"{513.8e6 / 3.0e12 * 1e3:.4f}" in line
 
 
+@pytest.mark.slow
 def test_the_ideal_schedule_alone(capsys):
     """Without Triton, or without a GPU's launches, the command says why what runs is missing."""
     done = command("--mode", "infer", first="sys.modules['triton'] = None")

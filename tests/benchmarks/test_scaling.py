@@ -88,6 +88,7 @@ def test_the_budget(capsys):
     assert "left out m infer fp32 batch 2, 32 px: 6 s, 3 s left" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_rows_table_and_picture(tmp_path, capsys):
     """A row a place and provider, the centre on both axes; the picture is made from them again."""
     pytest.importorskip("matplotlib")
@@ -148,6 +149,7 @@ def short_of_memory(monkeypatch, times, error):
     monkeypatch.setitem(models.PROVIDERS, "eager", models.Provider(build, provider.layout))
 
 
+@pytest.mark.slow
 def test_memory_that_runs_out_is_a_row_and_the_curve_goes_on(tmp_path, monkeypatch, capsys):
     short_of_memory(monkeypatch, 2, torch.OutOfMemoryError("Tried to allocate 2 GiB"))
     status, found = measure(tmp_path / "rows.jsonl", "--over", "batch", "--batch", "1,2,4",

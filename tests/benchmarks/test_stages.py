@@ -117,6 +117,7 @@ def test_a_stage_that_fails_stops_no_other(tmp_path):
     assert sum("at most" in one for one in said) == len(todo)
 
 
+@pytest.mark.slow
 def test_a_stage_that_hangs_is_ended(tmp_path):
     """With its children, at its limit; the log says where it was."""
     began = time.monotonic()

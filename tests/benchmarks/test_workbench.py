@@ -43,6 +43,7 @@ def test_bytes_of_a_layer():
     assert limits.floor_ms(2e6, 3e9) == pytest.approx(3.0)
 
 
+@pytest.mark.slow
 def test_layers_command(tmp_path, capsys):
     """A row a provider and layer; the fused time of a layer is the floor over its share."""
     path = tmp_path / "rows.jsonl"
@@ -249,6 +250,7 @@ def test_bad_values(capsys):
         rows.layer_row({}, nonsense=1)
 
 
+@pytest.mark.slow
 def test_shards():
     """Every test is in one shard of two, and only there."""
 
@@ -267,6 +269,7 @@ def test_shards():
     assert "expected I/N with 0 <= I < N, got '2/2'" in collected("--shard", "2/2")[1].stderr
 
 
+@pytest.mark.slow
 def test_a_shard_that_fails_hides_no_other(tmp_path, monkeypatch, capsys):
     """Every shard's output is kept, one that crashes or hangs is named; no tests are no failure."""
 

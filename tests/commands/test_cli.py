@@ -54,6 +54,7 @@ def test_env_json_says_what_auto_takes(capsys):
         assert all(row["not"].values())  # every implementation before it has a reason
 
 
+@pytest.mark.slow
 def test_env_with_nothing_built_and_no_triton():
     done = bare("env")
     assert done.returncode == 0, done.stderr

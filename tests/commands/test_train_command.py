@@ -162,6 +162,7 @@ def test_every_option_reaches_the_recipe(monkeypatch, tmp_path):
     assert not torch.equal(seen["net"].conv1.weight, first)
 
 
+@pytest.mark.slow
 def test_sigterm_and_resume(tmp_path):
     """Status 143, a checkpoint, and a second command that ends as if nothing had been."""
     words = ["train", "digits", *SHORT, "--epochs", "5", "--out"]  # seconds in which to stop it

@@ -87,6 +87,7 @@ def test_every_op_has_a_formula():
     assert all(getattr(torch.ops.resnet_fast, name) in flop_registry for name in ops.NAMES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", ["resnet_fast", "torch.utils.flop_counter"])
 def test_order_of_imports(first):
     """Whichever comes first; and the package alone does not import the counter."""

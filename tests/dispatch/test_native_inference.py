@@ -193,6 +193,7 @@ def test_gradients_and_modes(asked):
     assert asked[-1] is not None, "nothing wants a gradient"
 
 
+@pytest.mark.slow
 def test_compilers_see_the_ops():
     """`torch.compile` and `torch.export` get a graph of ops, not one that hides them."""
     model, x = net("bottlenecks"), image()

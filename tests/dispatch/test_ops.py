@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from judge import judge
+from judge import judge_impl
 
 from resnet_fast.dispatch import backends, ops
 from resnet_fast.spec import reference
@@ -36,14 +36,16 @@ def shapes(impl, variant):
     return {name: shape for name, shape in SHAPES.items() if not (pools and name == "c531")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", POINTWISE)
 def test_pointwise(impl, dtype, layout, variant):
     impl.need(dtype, op_of(variant))
     for name, shape in shapes(impl, variant).items():
         args = POINTWISE[variant](Draw(dtype, layout, impl.device), shape)
-        judge(impl, dtype, variant, args, name)
+        judge_impl(impl, variant, args, name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", CONVOLUTIONS)
 def test_convolution(impl, dtype, layout, variant):
     if "fp32-filters" in variant and dtype == torch.float64:
@@ -51,7 +53,7 @@ def test_convolution(impl, dtype, layout, variant):
     impl.need(dtype, op_of(variant))
     for name, conv in CONVS.items():
         args = CONVOLUTIONS[variant](Draw(dtype, layout, impl.device), conv)
-        judge(impl, dtype, variant, args, name)
+        judge_impl(impl, variant, args, name)
 
 
 @pytest.mark.parametrize("name", CONVS)
@@ -66,7 +68,7 @@ def test_cutlass_by_name(impl, layout, name, monkeypatch):
     monkeypatch.setenv("RESNET_FAST_CUDA_CONV", "cutlass")
     eights = conv.filters % 8 == 0 and (conv.shape[1] % 8 == 0 or conv.shape[1] < 8)
     if eights or conv.groups != 1 or memory_format(*args[:2]) != torch.channels_last:
-        judge(impl, torch.bfloat16, "conv_bn_act", args, name)
+        judge_impl(impl, "conv_bn_act", args, name)
         return
     with pytest.raises(RuntimeError, match="w: CUTLASS takes channels and filters that are mult"):
         ops.conv_bn_act(*args, impl.name)
@@ -77,7 +79,7 @@ def test_empty_batch(impl, layout, variant):
     impl.need(torch.float32, op_of(variant))
     make, size = (CONVOLUTIONS, EMPTY_CONV) if variant in CONVOLUTIONS else (POINTWISE, EMPTY)
     args = make[variant](Draw(torch.float32, layout, impl.device), size)
-    judge(impl, torch.float32, variant, args, "an empty batch")
+    judge_impl(impl, variant, args, "an empty batch")
 
 
 @pytest.mark.parametrize("variant", ["bn_act", "bn_act:residual", "bn_act:dual", "add_relu"])
@@ -218,6 +220,7 @@ def test_past_the_dispatcher(monkeypatch):
                 ops.global_avg_pool(x, "auto")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_large_results_lie_in_kept_memory(dtype):
     """A convolution's result that the C library would take from the system at every call."""

@@ -108,6 +108,7 @@ def infer(module, x):
         return module(x)
 
 
+@pytest.mark.slow
 def test_autocast(impl, recorded):
     """Filters are cast in the program, anew in each run."""
     narrow = torch.float16 if impl.interpreted else torch.bfloat16
@@ -380,6 +381,7 @@ def test_launches_are_steps():
     assert torch.equal(steps([x]), 2 * x)
 
 
+@pytest.mark.slow
 def test_memory_goes_with_its_last_use():
     """A program keeps no tensor, and one that runs keeps none longer than its steps need."""
     seen = []

@@ -74,6 +74,7 @@ def check_page(name, out, record):
     assert record["experiment"] == name and record["settings"]["seed"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_what_it_is_there_to_show(name, tmp_path, capsys):
     record = run(name, tmp_path)
@@ -254,6 +255,7 @@ def test_what_cannot_be_run_is_told(words, expected, tmp_path, capsys, monkeypat
     assert expected in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_without_matplotlib_the_figures_are_there(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     words = ["experiment", "bottleneck", *SMALL["bottleneck"].split(), "--out", str(tmp_path)]

@@ -144,6 +144,7 @@ class TestWhatIsFused:
         x = torch.randn(shape, dtype=torch.float64, device=impl.device)
         assert_same_mathematics(model, x, impl=impl.name)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", ["resnet", "dense", "vgg"])
     @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
     def test_compiles_in_one_graph(self, name, training):

@@ -135,6 +135,7 @@ def check(recipe):
         )
 
 
+@pytest.mark.slow
 @FIXED
 @hypothesis.given(recipes)
 def test_equals_plain_pytorch(recipe):

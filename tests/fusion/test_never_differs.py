@@ -288,6 +288,7 @@ def frozen_or_not(module, frozen):
         yield
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 @pytest.mark.parametrize("frozen", [True, False], ids=["no_grad", "grad"])
 @pytest.mark.parametrize("transform", TRANSFORMS)

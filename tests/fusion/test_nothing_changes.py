@@ -154,6 +154,7 @@ def assert_same(actual, expected):
 
 @pytest.mark.parametrize("name", MODELS)
 class TestEveryModel:
+    @pytest.mark.slow
     def test_stays_as_it_was(self, name):
         model = in_mode(build(name), name, training=True)
         before = snapshot(model)

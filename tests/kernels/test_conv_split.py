@@ -7,7 +7,8 @@ import sys
 
 import pytest
 import torch
-from test_kernels import DEVICE, ROOT, Launches, judge
+from judge import judge
+from test_kernels import DEVICE, ROOT, Launches
 
 from bench.layers import layers_of
 from resnet_fast import kernels
@@ -204,6 +205,7 @@ def test_what_is_offered():
                 assert tile[1] <= 64 and steps >= 4 * split and grid * split < 2 * 132
 
 
+@pytest.mark.slow
 def test_order_of_memory():
     """Sums stored, a barrier, the count released and acquired, a barrier, sums from L2: in PTX.
 

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from judge import GRADIENTS, is_floating, outputs
+from judge import judge
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -52,18 +52,6 @@ ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
-def judge(op, args, what, run):
-    """run() against `reference.op` of args in fp64 and in the dtype, by the one rule."""
-    specification = getattr(reference, op)
-    exact = outputs(specification(*cast(args)))
-    if args[0].dtype == torch.float64:  # as in test_ops
-        args = [a.float() if is_floating(a) else a for a in args]
-    found = zip(outputs(run()), outputs(specification(*args)), exact, strict=True)
-    for i, results in enumerate(found):
-        if results[0].is_floating_point():
-            assert_close(*results, f"{what} result {i}", gradient=op in GRADIENTS)
-
-
 @pytest.fixture(autouse=True)
 def tf32(monkeypatch):
     """Descriptors take fp32 where tf32 is allowed."""
@@ -95,6 +83,7 @@ CONV_SHAPES = {  # more than one tile every way, none of them full
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tma", [True, False], ids=["descriptors", "pointers"])
 @pytest.mark.parametrize("name", CONV_SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
@@ -122,6 +111,7 @@ def test_every_configuration_of_a_convolution(choose, dtype, name, tma):
     assert len(taken) == taken[0][1] > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tma", [True, False], ids=["descriptors", "pointers"])
 @pytest.mark.parametrize("prologue", [True, False], ids=["prologue", "plain"])
 @pytest.mark.parametrize("name", CONV_SHAPES)
@@ -168,6 +158,7 @@ def with_plan(monkeypatch, plan, tma):
             monkeypatch.setattr(module, "refuse_tma", lambda *_: "by pointers")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "tma", "variant"),
     [
@@ -228,6 +219,7 @@ def test_no_box_reaches_into_the_other_parity(monkeypatch):
     assert widths and all(192 % width == 0 for width in widths)
 
 
+@pytest.mark.slow
 def test_gradients_of_fp32_filters(monkeypatch):
     """16-bit activations beside fp32 filters: the gradient is summed and stored in fp32."""
     with_plan(monkeypatch, conv_train.PLANS[0], True)
@@ -329,6 +321,7 @@ def test_scaled_residual(tma):
 LARGE = (5, 72, 19, 23)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format],
                          ids=["channels_last", "NCHW"])  # fmt: skip
 @pytest.mark.parametrize(
@@ -571,6 +564,7 @@ def test_launches_of_a_training_step(monkeypatch, block, convs):
     assert not any("conv" in call for call in launches.calls), launches.calls
 
 
+@pytest.mark.slow
 def test_launches_of_resnet50(monkeypatch):
     """53 convolutions, max-pool, average pool, classifier."""
     net = resnet_fast.ResNet(
@@ -611,6 +605,7 @@ def run_offline(*arguments):
     return compiling("-m", "bench", "kernels", *arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 def test_kernels_compile_without_a_gpu(arch, tmp_path):
     """The rule's configurations in bf16: nothing spills, convolutions use the tensor cores."""
@@ -626,6 +621,7 @@ def test_kernels_compile_without_a_gpu(arch, tmp_path):
         assert ("TMA" in row["loads"]) == (arch == "sm_90" and "7x7" not in row["case"])
 
 
+@pytest.mark.slow
 def test_parts_in_processes_of_their_own():
     """Two dtypes at once give the rows of both."""
     options = ("--quick", "--arch", "sm_90", "--only", "bn_finalize", "--jobs", "2")
@@ -635,6 +631,7 @@ def test_parts_in_processes_of_their_own():
     assert [line.split()[1] for line in rows] == ["bf16", "fp64"]
 
 
+@pytest.mark.slow
 def test_a_spill_is_found():
     """A tile far too large for its warps fails the command's verdict."""
     script = (
@@ -673,6 +670,7 @@ def test_helpers_read_no_global():
     assert done.returncode == 0 and int(done.stdout) > 30, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_command_errors():
     assert "expected names like sm_80" in run_offline("--arch", "90").stderr
     assert "--dtype: expected some of" in run_offline("--dtype", "int8").stderr

@@ -345,6 +345,7 @@ class TestRuns:
         )
         assert repr(other) == repr(model)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("family", ["cifar", "cifar-preact-bottleneck"])
     def test_compiles_whole(self, family):
         model = randomize(tiny(family)).double()

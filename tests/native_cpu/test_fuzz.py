@@ -15,6 +15,7 @@ pytestmark = pytest.mark.skipif(backends.native_module()[0] is None, reason="nat
 COUNT = 16  # a pair
 
 
+@pytest.mark.slow
 def test_a_minute_of_it(capsys):
     """Every instruction set of this CPU, every way to convolve; the cases are always the same."""
     status = fuzz.main(["--count", str(COUNT), "--seed", "0", "--small"])

@@ -53,6 +53,7 @@ def run(body, megabytes=None):
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_models_that_go_leave_nothing():
     sizes = run("""
         def use():
@@ -83,6 +84,7 @@ def test_a_checkpoint_assigned_again_and_again():
     assert len(set(sizes)) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["channels_last", "contiguous_format"])
 def test_sizes_stay_within_the_budget(layout):
     """Packed filters and free blocks together; the results are those of an unbounded run."""
@@ -106,6 +108,7 @@ def test_sizes_stay_within_the_budget(layout):
     assert bounded["sums"] == none["sums"] == free["sums"]
 
 
+@pytest.mark.slow
 def test_training_over_sizes_stays_within_the_budget():
     most = run("""
         torch.set_grad_enabled(True)
@@ -133,6 +136,7 @@ def test_empty_cache_gives_memory_to_the_system():
     assert sizes["fell"] > 0.8 * sizes["freed"]
 
 
+@pytest.mark.slow
 def test_the_least_recently_used_goes_first():
     """Of two models the one in use stays packed when blocks want its place."""
     kept = run("""
@@ -191,6 +195,7 @@ def test_env_prints_budget_and_use():
     assert re.search(r"kept memory +\d+ MiB of at most \d+ MiB", done.stdout)
 
 
+@pytest.mark.slow
 def test_a_fork_waits_for_onednn():
     """Whose locks nobody would open in the child: none of the convolution is left after it."""
     left = run("""
@@ -218,6 +223,7 @@ def test_a_fork_waits_for_onednn():
     assert left < 0.4
 
 
+@pytest.mark.slow
 def test_forks_while_threads_run():
     """Children of a process whose threads hold the locks run to their end."""
     ended = run("""

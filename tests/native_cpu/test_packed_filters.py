@@ -106,6 +106,7 @@ for case in range(200):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("way", "limits"),
     [("auto", {}), ("onednn", {}), ("onednn", {"ONEDNN_MAX_CPU_ISA": "AVX2"})],

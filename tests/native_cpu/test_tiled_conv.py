@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import DTYPES, IMPLS
-from judge import judge
+from judge import judge_impl
 
 from resnet_fast.dispatch import backends, ops
 from resnet_fast.verify.op_cases import CONVOLUTIONS, Conv, Draw
@@ -52,7 +52,7 @@ def check(dtype, *counts):
             for name, conv in TILED.items():
                 torch.manual_seed(0)
                 args = arguments(Draw(DTYPES[dtype], torch.channels_last, "cpu"), conv)
-                judge(IMPLS["native-cpu"], DTYPES[dtype], variant, args, name)
+                judge_impl(IMPLS["native-cpu"], variant, args, name)
 
 
 def check_in_process(isa, dtype, *counts, **env):
@@ -78,11 +78,13 @@ EACH = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.slow
 @EACH
 def test_tiles(isa, dtype):
     check_in_process(isa, dtype, 2, 1)
 
 
+@pytest.mark.slow
 def test_winograd():
     """The 3x3 convolutions by Winograd's products, however few tiles they have."""
     check_in_process("avx512", "fp32", 2, 1, RESNET_FAST_CPU_CONV="winograd")
@@ -104,6 +106,7 @@ print((~run(x).isfinite())[0].any(0).nonzero().tolist())
 """
 
 
+@pytest.mark.slow
 def test_rounding_errors_of_winograd():
     """Of direct products' size, and an infinity shows where its windows are alone."""
     info = backends.build_info()
@@ -121,6 +124,7 @@ def test_rounding_errors_of_winograd():
     assert found["winograd"][2:] == found["tiles"][2:] == [windows, windows]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("isa", "dtype", "by"),
     [("avx512", "fp32", "tiles"), ("avx512", "fp32", "winograd"),

@@ -19,6 +19,7 @@ for i in range(25):
 """
 
 
+@pytest.mark.slow
 def test_processes_that_write_at_once(tmp_path):
     path = tmp_path / "a" / "table.json"
     writers = [

@@ -1,4 +1,4 @@
-"""An op under one implementation, held against the reference by the tolerance rule."""
+"""An op's results, held against the reference by the tolerance rule."""
 
 import functools
 
@@ -17,30 +17,31 @@ def outputs(result):
     return result if isinstance(result, tuple | list) else (result,)
 
 
-def judge(impl, dtype, variant, args, name):
-    """Run the op under `impl` and hold every floating result against the reference's."""
+def judge_impl(impl, variant, args, name):
+    """`judge` of a variant's op under `impl`."""
     op = op_of(variant)
-    actual = outputs(getattr(torch.ops.resnet_fast, op)(*args, impl.name))
-    specification = getattr(reference, op)
+    run = getattr(torch.ops.resnet_fast, op)
+    judge(op, args, f"{variant} of {name}", lambda: run(*args, impl.name))
+
+
+def judge(op, args, what, run):
+    """Hold every floating result of run() against `reference.op` of args, in fp64 and in theirs."""
+    actual, specification = outputs(run()), getattr(reference, op)
     exact = outputs(specification(*cast(args)))
-    if dtype == torch.float64:  # nothing is wider: the rule scales the fp32 result's error
-        args = [a.float() if is_floating(a) else a for a in args]
+    if args[0].dtype == torch.float64:  # nothing is wider: the rule scales the fp32 result's error
+        args = cast(args, torch.float32)
     again = functools.partial(specification, *args)
     same = outputs(again())
     for i, results in enumerate(zip(actual, same, exact, strict=True)):
-        what = f"{variant} result {i} of {name}"
-        assert results[0].shape == results[1].shape, what
+        result = f"{what}, result {i}"
+        assert results[0].shape == results[1].shape, result
         if results[0].dtype == torch.uint8:
             continue  # test_mask, test_index
         assert_close(
-            *results, what, gradient=op in GRADIENTS,
+            *results, result, gradient=op in GRADIENTS,
             more=lambda i=i: [outputs(run)[i] for run in plain_runs(again)],
         )  # fmt: skip
         for format in (torch.contiguous_format, torch.channels_last):
             if results[0].dim() == 4 and results[0].numel():
                 dense = [r.is_contiguous(memory_format=format) for r in results[:2]]
-                assert dense[0] == dense[1], f"{what}: {format}"
-
-
-def is_floating(value):
-    return isinstance(value, torch.Tensor) and value.is_floating_point()
+                assert dense[0] == dense[1], f"{result}: {format}"

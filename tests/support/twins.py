@@ -5,12 +5,11 @@ import functools
 
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from resnet_fast.modules import PLAIN, GlobalAvgPool2d
 from resnet_fast.spec.layers import NORMS
 from resnet_fast.spec.tolerance import assert_close, plain_runs
-from resnet_fast.verify.settle import settle
+from resnet_fast.verify.settle import Kinks, settle
 
 TWINS = {**PLAIN, GlobalAvgPool2d: torch.nn.AdaptiveAvgPool2d}
 
@@ -96,25 +95,12 @@ def randomize(model):
     return model
 
 
-class KinkDistance(TorchDispatchMode):
-    """Records the least |input| of every ReLU that runs inside."""
-
-    def __init__(self):
-        super().__init__()
-        self.least = float("inf")
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func in (torch.ops.aten.relu.default, torch.ops.aten.relu_.default):
-            self.least = min(self.least, args[0].detach().abs().amin().item())
-        return func(*args, **(kwargs or {}))
-
-
 def away_from_kink(draw, run, margin=1e-4):
     """draw() from the first seed whose plain `run(*draw())` keeps every ReLU's input off zero."""
     for seed in range(200):
         torch.manual_seed(seed)
         drawn = draw()
-        with KinkDistance() as kink, torch.no_grad():
+        with Kinks() as kink, torch.no_grad():
             run(*drawn)
         if kink.least > margin:
             return drawn
@@ -134,7 +120,7 @@ def settled(draw, dtype=torch.float32):
             continue
         module.load_state_dict(exact.state_dict())
         margin = 2 * max(torch.finfo(dtype).eps, 1e-5)
-        with KinkDistance() as kink, torch.no_grad():
+        with Kinks() as kink, torch.no_grad():
             plain(module).double()(x.double())
         if kink.least > margin:
             return module, x

@@ -213,6 +213,7 @@ def test_checkpointing_changes_nothing_but_memory(monkeypatch, fused):
     assert "forward" not in vars(recomputed.layer1[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "apart"),
     [

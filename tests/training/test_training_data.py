@@ -200,6 +200,7 @@ def test_a_folder_without_a_test(folder):
     assert ImageFolder(folder, 16).files == data.files
 
 
+@pytest.mark.slow
 def test_a_net_learns_from_a_folder(folder):
     data = load_data("imagefolder", folder, size=16)
     net = model()

@@ -150,6 +150,7 @@ def sync_refusal():
     return None
 
 
+@pytest.mark.slow
 def test_two_processes_with_sync_bn_equal_one(tmp_path):
     """Batch statistics of the whole batch: weights, running statistics and losses."""
     why = sync_refusal()

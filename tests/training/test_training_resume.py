@@ -140,6 +140,7 @@ def whole(tmp_path_factory):
     torch.set_num_threads(2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("last", "kind", "left"),
     [
@@ -162,6 +163,7 @@ def test_kill_9_loses_at_most_the_running_epoch(tmp_path, whole, last, kind, lef
     assert not list((tmp_path / "checkpoints").glob(".*"))  # no torn file stays
 
 
+@pytest.mark.slow
 def test_sigterm_to_a_process(tmp_path, whole):
     """From outside, within an epoch; not one step is lost."""
     process = worker("train", tmp_path, STEPS + 1, "wait")

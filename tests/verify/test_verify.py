@@ -22,6 +22,7 @@ def failures(block):
     return [check for check in checks if not check.ok]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("dtype", ["fp32", "fp64", "bf16"])
 @pytest.mark.parametrize("part", ["ops", "blocks"])
@@ -29,13 +30,15 @@ def test_every_case_passes(impl, dtype, part):
     impl.need(BY_NAME[dtype])
     if (part, dtype) == ("blocks", "fp64"):  # gradcheck takes every block through in double
         impl.need_speed()
-    quick = part == "blocks" and impl.interpreted  # test_modules takes the others through there
+    # test_modules takes the others through there
+    quick = part == "blocks" and (impl.interpreted or impl.name == "reference")
     trials = verify.trials([impl.name], [impl.device], [dtype], parts=[part], quick=quick)
     checks = verify.verify(list(trials))
     assert {check.setting.layout for check in checks} == set(LAYOUTS)
     assert not [report.failure(check) for check in checks if not check.ok]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", ["cifar_resnet20", "preact_resnet18"])
 def test_whole_models_pass(impl, dtype, name):
@@ -120,6 +123,7 @@ def bias_running_variance(monkeypatch):
     monkeypatch.setattr(functional, "update_running", biased)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("wrong", "tensor", "why"),
     [
@@ -147,6 +151,7 @@ def test_a_wrong_op_is_named(monkeypatch, capsys, tmp_path, wrong, tensor, why):
     assert wrong_ops == {"bn_act"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("op", "wrong", "block", "tensor"),
     [
