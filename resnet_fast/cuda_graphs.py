@@ -36,6 +36,7 @@ class Graph:
         self, run: Callable[..., Any], inputs: tuple[Tensor, ...], names: tuple[str, ...]
     ) -> None:
         self.inputs, self._names = inputs, names
+        self._run = run  # and with it the model, whose memory a replay reads
         self._replay = _record(lambda: run(*inputs), inputs[0].device)
 
     def __call__(self, *inputs: Tensor) -> Any:

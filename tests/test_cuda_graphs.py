@@ -5,6 +5,8 @@ graph repeats kernels.
 """
 
 import copy
+import gc
+import weakref
 
 import pytest
 import tape
@@ -258,3 +260,22 @@ def test_on_a_gpu(make):
             assert all(torch.equal(run(x), ours(x)) for x, _ in work)
     finally:
         torch.backends.cudnn.deterministic = False
+
+
+def test_a_graph_keeps_its_model(monkeypatch):
+    """A replay reads the parameters' memory: they live as long as the graph does."""
+    monkeypatch.setattr(cuda_graphs, "_record", lambda run, device: lambda: None)  # as a GPU's
+    x, target = batches(1)[0]
+    for record in (
+        lambda model: graph(model.eval(), x),
+        lambda model: graph_step(model, F.cross_entropy, None, x, target),
+    ):
+        model = net()
+        weights = weakref.ref(model.conv1.weight)
+        recorded = record(model)
+        del model
+        gc.collect()
+        assert weights() is not None
+        del recorded
+        gc.collect()
+        assert weights() is None
