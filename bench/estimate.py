@@ -251,11 +251,17 @@ def family(one: Launch, mode: str) -> str:
 
 
 def estimate(
-    case: Case, gpu: str | Gpu = "h200", jobs: int = 1, compiled: Iterable[Compiled] | None = None
+    case: Case,
+    gpu: str | Gpu = "h200",
+    jobs: int = 1,
+    compiled: Iterable[Compiled] | None = None,
+    target: Any = None,
 ) -> dict[str, Any]:
     """The clock's answer for one step: totals and a row a distinct launch, slowest first.
 
-    compiled: what `compile_launches` gave for these launches, where it is at hand.
+    compiled: what `compile_launches` gave for these launches, where it is at hand. target: what
+    they are made for; by itself a Hopper with the plans and tiles of the rules, as the clock has no
+    time for cuDNN, which a tuning table may prefer.
 
     Raises:
         RuntimeError: a kernel that does not compile or spills, or one whose loop has no trips here.
@@ -264,8 +270,9 @@ def estimate(
     import triton
 
     gpu = GPUS[gpu] if isinstance(gpu, str) else gpu
-    launches = launches_of(case, hopper())
-    found = compile_launches(launches, hopper(), jobs) if compiled is None else compiled
+    target = hopper() if target is None else target
+    launches = launches_of(case, target)
+    found = compile_launches(launches, target, jobs) if compiled is None else compiled
     codes = {one.code: one for one in found}
     entries = [
         entry(one, codes[one.code] if one.kernel else None, case.mode, gpu) for one in launches

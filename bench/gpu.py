@@ -229,9 +229,10 @@ def estimates(plan: Plan, context: Context, compiled: list[Any]) -> None:
     from bench.estimate import estimate
 
     gpu, found = clock_of(rows.device_name(plan.first.device)), []
+    target = target_of(plan.first.device)
     for case in plan.cases:
         try:
-            found.append(estimate(case, gpu, compiled=compiled))
+            found.append(estimate(case, gpu, compiled=compiled, target=target))
         except (RuntimeError, KeyError) as error:  # no reason not to measure
             print(f"{case}: no estimate: {type(error).__name__}: {error}")
     stages.replace_file(context.out / ESTIMATES, json.dumps(found) + "\n")

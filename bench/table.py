@@ -19,6 +19,7 @@ LABELS = {
     "eager_nchw": "eager NCHW",
     "eager": "eager",
     "compile": "torch.compile",
+    "compile_default": "torch.compile default",
     "resnet_fast": "resnet_fast",
 }
 MACHINE = ("device", "cpu_or_gpu", "threads", "isa", "torch", "triton", "cuda")
@@ -104,7 +105,7 @@ def markdown(found: Iterable[rows.Row]) -> str:
 def _machine(runs: Sequence[Run]) -> str:
     every = [one for run in runs for one in run.values()]
     providers = _providers(runs)
-    peers = [name for name in ("eager", "compile") if name in providers]
+    peers = [name for name in ("eager", "compile", "compile_default") if name in providers]
     ours = "resnet_fast" in providers
     header = ["model", "mode", "dtype", "batch", *(LABELS.get(p, p) for p in providers)]
     header += [f"vs {LABELS[p]}" for p in peers if ours] + ["peak MiB"] * bool(ours and peers)

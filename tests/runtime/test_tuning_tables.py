@@ -6,8 +6,10 @@ import sys
 import threading
 
 import pytest
+import torch
 
 from resnet_fast.runtime import tuning_tables
+from resnet_fast.spec.chain import Conv
 
 WRITE = """
 import sys
@@ -64,3 +66,30 @@ def test_shared_memory_of_an_unknown_gpu(launch):
     launch._warn_of.cache_clear()
     with pytest.warns(RuntimeWarning, match="does not know compute capability 20.7: .* 99 KiB"):
         assert launch.Target(207, 1, "a GPU").shared == 99 << 10
+
+
+@pytest.mark.parametrize("path", sorted(tuning_tables.SHIPPED.glob("tiles/*.json")), ids=str)
+def test_shipped_tables_name_plans_that_are_there(path):
+    """A plan that is no more would be passed over without a word."""
+    conv_plan = pytest.importorskip("resnet_fast.kernels.conv_plan")
+    forward = {conv_plan.FUSED, conv_plan.LIBRARY}
+    plans = {"conv_bn_act": forward, "conv_fprop": forward, "conv_bprop": set(conv_plan.PLANS)}
+    table = tuning_tables.read(path)
+    assert set(table) == set(plans)
+    for kernel, entries in table.items():
+        assert entries and {tuple(entry["config"]) for entry in entries.values()} <= plans[kernel]
+
+
+def test_a_shipped_table_is_found():
+    """By the key of a convolution of ResNet-50, on the GPU that the table is of."""
+    config_select = pytest.importorskip("resnet_fast.kernels.config_select")
+    conv_plan = pytest.importorskip("resnet_fast.kernels.conv_plan")
+    x = torch.empty(256, 64, 56, 56, dtype=torch.bfloat16, device="meta")
+    w = torch.empty(256, 64, 1, 1, dtype=torch.bfloat16, device="meta")
+    x, w = (t.contiguous(memory_format=torch.channels_last) for t in (x, w))
+    conv, fusion = Conv(), conv_plan.Fusion(relu=False, stats=True, in_scale=x, in_shift=x)
+    where = config_select._name(conv_plan.key(x, w, conv, fusion))
+    plans = conv_plan.FUSED, conv_plan.LIBRARY
+    found = config_select._measured("conv_fprop", "NVIDIA H200", where, plans)
+    assert found == conv_plan.LIBRARY
+    assert config_select._measured("conv_fprop", "another GPU", where, plans) is None
