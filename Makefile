@@ -51,12 +51,13 @@ ON_LARGE_DRY_GPU = $(subst GIB=8,GIB=139,$(ON_DRY_GPU))
 SANITIZED := $(CURDIR)/build/sanitize
 SANITIZE := -fsanitize=address,undefined -fno-sanitize=vptr -fno-wrapv
 
-.PHONY: help setup env verify test test-quick lint demo bench fuzz sanitize gpu gpu-test gpu-sanitize dry-gpu kernels \
+.PHONY: help setup env verify test test-quick test-all lint demo bench fuzz sanitize gpu gpu-test gpu-sanitize dry-gpu kernels \
   cuda-check clean distclean
 
 help:
 	@echo "make test    run the tests (PYTEST_ARGS=..., TEST_JOBS=processes)"
 	@echo "make test-quick  one case a test, without the slow ones: the inner loop"
+	@echo "make test-all    every combination of parameters, not those alone that hold each pair"
 	@echo "make lint    ruff and mypy"
 	@echo "make demo    verify, train and measure; writes build/demo/report.html"
 	@echo "make bench   benchmarks of ops and of ResNet-50; writes build/bench"
@@ -121,6 +122,9 @@ test: $(BUILT)
 
 test-quick: $(BUILT)
 	$(PY) -m pytest -n $(TEST_JOBS) --quick $(PYTEST_ARGS)
+
+test-all: $(BUILT)
+	$(PY) -m pytest -n $(TEST_JOBS) --every $(PYTEST_ARGS)
 
 lint: $(DEPS)
 	$(PY) -m ruff check .

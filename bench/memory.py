@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 import torch
 from torch._C._profiler import _EventType
@@ -90,23 +89,3 @@ def _peak_cuda(build):
     peak = torch.cuda.max_memory_allocated() - before
     torch.cuda.empty_cache()
     return step, max(peak, torch.cuda.memory_reserved() - reserved) / MIB
-
-
-def device_mb(device: torch.device) -> float | None:
-    """All the memory of `device` in MiB; None where the system does not say."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory / MIB
-    return _meminfo("MemTotal")
-
-
-def available_mb() -> float | None:
-    """MiB that a process on the CPU can still have; None where the system does not say."""
-    return _meminfo("MemAvailable")
-
-
-def _meminfo(name: str) -> float | None:
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith(name)), None)

@@ -26,8 +26,6 @@ FIELDS = (
 EXTRA_FIELDS = ("image_size", "rounds", "isa", "impl", "optimizer", "graph", "resnet_fast")
 
 LAYER_FIELDS = ("layer", "launches", "gb_per_s", "tflop_per_s", "percent_of_floor", "launch_us")
-POINT_FIELDS = ("over", "failed", "device_mb")
-FIRST_FIELDS = ("caches", "import_torch_s", "import_s", "build_s", "first_s", "total_s")
 
 Row = dict[str, Any]
 
@@ -50,31 +48,11 @@ def layer_row(facts: Mapping[str, Any], **values: Any) -> Row:
 
     What is not given is None.
     """
-    return _open_row("layer_row", LAYER_FIELDS, {**facts, **values})
-
-
-def point_row(facts: Mapping[str, Any], **values: Any) -> Row:
-    """A row of one point of a curve (`bench.scaling`): as `row`, with POINT_FIELDS.
-
-    over: the axes that the point lies on, a comma list. failed: why it has no figures, or None.
-    device_mb: the memory of the device. What is not given is None.
-    """
-    return _open_row("point_row", POINT_FIELDS, {**facts, **values})
-
-
-def first_row(facts: Mapping[str, Any], **values: Any) -> Row:
-    """A row of a first inference (`bench.first`): as `row`, with FIRST_FIELDS, in seconds.
-
-    What is not given is None.
-    """
-    return _open_row("first_row", FIRST_FIELDS, {**facts, **values})
-
-
-def _open_row(name: str, more: tuple[str, ...], given: Mapping[str, Any]) -> Row:
-    fields = (*FIELDS, *EXTRA_FIELDS, *more)
+    given = {**facts, **values}
+    fields = (*FIELDS, *EXTRA_FIELDS, *LAYER_FIELDS)
     unknown = [field for field in given if field not in fields]
     if unknown:
-        raise ValueError(f"{name}: unknown fields {unknown}")
+        raise ValueError(f"layer_row: unknown fields {unknown}")
     return {field: _rounded(given.get(field)) for field in fields}
 
 

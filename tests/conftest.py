@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from collections import defaultdict
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -13,6 +14,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import emulation
 import pytest
 import torch
+from pairs import every_pair
 
 # Before the kernels are imported: without a GPU they run in Triton's interpreter, on CPU tensors.
 if not torch.cuda.is_available():
@@ -110,6 +112,8 @@ def pytest_addoption(parser):
                      help="every N-th test from the I-th, for N processes at once")  # fmt: skip
     parser.addoption("--quick", action="store_true",
                      help="one case a test and implementation, and no slow tests")  # fmt: skip
+    parser.addoption("--every", action="store_true",
+                     help="every case; else those that hold each pair of parameters")  # fmt: skip
 
 
 @pytest.hookimpl(hookwrapper=True)
@@ -126,7 +130,7 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         params = item.callspec.params if hasattr(item, "callspec") else {}
         impl = params.get("impl")
-        missing = isinstance(impl, Impl) and impl.refusal() is not None
+        missing = isinstance(impl, Impl) and impl.refusal(dtype_of(params)) is not None
         if isinstance(impl, Impl) and impl.device == "cuda":
             item.add_marker(pytest.mark.gpu)
         covered = isinstance(impl, Impl) and impl.interpreted and item.path.stem != "test_ops"
@@ -135,16 +139,44 @@ def pytest_collection_modifyitems(config, items):
             covered = covered or params.get("layout") == torch.contiguous_format
         key = item
         if missing or quick:
-            key = (item.path, item.cls, item.originalname, impl)
+            key = (item.path, item.cls, item.originalname, impl, missing and dtype_of(params))
         covered = covered or (quick and item.get_closest_marker("slow") is not None)
         (rest if key in seen or covered else kept).append(item)
         seen.add(key)
     config.hook.pytest_deselected(items=rest)
     items[:] = kept
-    yield  # what -m and -k leave is dealt out
+    yield  # what -m and -k leave is thinned out and dealt out
+    if not config.getoption("every"):
+        keep(config, items, thinned(items))
     i, n = config.getoption("shard")
-    config.hook.pytest_deselected(items=[item for j, item in enumerate(items) if j % n != i])
-    items[:] = items[i::n]
+    keep(config, items, set(range(i, len(items), n)))
+
+
+def dtype_of(params):
+    """The dtype that a case asks its implementation for."""
+    return params.get("dtype", params.get("narrow", torch.float32))
+
+
+def thinned(items):
+    """Indices of the cases that hold, for each implementation, each pair of a test's parameters."""
+    tests = defaultdict(list)
+    for i, item in enumerate(items):
+        impl = item.callspec.params.get("impl") if hasattr(item, "callspec") else None
+        tests[item.path, item.cls, getattr(item, "originalname", item.name), id(impl)].append(i)
+    kept = set()
+    for places in tests.values():
+        cases = [getattr(items[i], "callspec", None) for i in places]
+        if None in cases:
+            kept.update(places)
+        else:
+            kept.update(places[j] for j in every_pair([case.params for case in cases]))
+    return kept
+
+
+def keep(config, items, kept):
+    """Deselect all of `items` but those at the indices `kept`."""
+    config.hook.pytest_deselected(items=[item for i, item in enumerate(items) if i not in kept])
+    items[:] = [item for i, item in enumerate(items) if i in kept]
 
 
 @pytest.fixture(params=DTYPES.values(), ids=DTYPES.keys())
