@@ -115,7 +115,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_fprop(
                                          : tiled_fprop<bf16>(x, w, in_scale, in_shift, stats, g);
   }
   const Tensor h = in_scale ? activate(x, *in_scale, *in_shift) : x;
-  const Tensor z = conv2d(h, w.to(x.scalar_type()), {}, g).contiguous(format_of(x, &w));
+  const Tensor z = conv2d(h, w.to(x.scalar_type()), g).contiguous(format_of(x, &w));
   if (!stats) return {z, empty_vector(x, 0), empty_vector(x, 0)};
   auto [mean, m2] = bn_stats(z);
   return {z, mean, m2};

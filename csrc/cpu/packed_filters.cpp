@@ -96,6 +96,16 @@ bool pads_whole_windows(const Tensor& w, const Geometry& g) {
   return false;
 }
 
+// Whether oneDNN may convolve in bf16. On CPUs with AMX, oneDNN 3.x writes out of bounds or gives wrong values for a
+// dilation together with a stride, for a dilation larger than x (a window can then miss x between two of its taps),
+// and for several taps with a stride across a single output column.
+bool onednn_takes_bf16(const Tensor& x, const Tensor& w, const Geometry& g) {
+  const auto dilation = dilation_of(w, g);
+  const bool dilated = dilation[0] > 1 || dilation[1] > 1, strided = g.stride[0] > 1 || g.stride[1] > 1;
+  if (dilated && (strided || dilation[0] > x.size(2) || dilation[1] > x.size(3))) return false;
+  return w.size(3) == 1 || g.stride[1] == 1 || conv_shape(x, w, g).columns > 1;
+}
+
 // x, and the padding that a convolution of it has left to do, where oneDNN cannot do it all.
 std::pair<Tensor, std::vector<int64_t>> pad_whole_windows(const Tensor& x, const Tensor& w, const Geometry& g) {
   if (!pads_whole_windows(w, g)) return {x, g.padding.vec()};
@@ -125,7 +135,8 @@ struct OneDnn {
   bool takes(const Tensor& x, const Tensor& w, const Geometry& g) const {
     return plain && reorder && at::globalContext().userEnabledMkldnn() && x.numel() > 0 && x.size(1) > 1 &&
            !pads_whole_windows(w, g) &&
-           (x.scalar_type() == at::kFloat || (takes_bf16 && x.scalar_type() == at::kBFloat16));
+           (x.scalar_type() == at::kFloat ||
+            (takes_bf16 && x.scalar_type() == at::kBFloat16 && onednn_takes_bf16(x, w, g)));
   }
 };
 
@@ -280,7 +291,8 @@ Route route(const Tensor& x, const Tensor& w, const Geometry& g, bool inference)
     return library("channels and filters are no multiples of 32, or the CPU has no tiles");
   }
   if (single && by_winograd(s, false)) return {"winograd", "fp32, 3x3, stride 1", true};
-  const bool streams = s.pointwise() && s.images * s.rows * s.columns * (s.channels + s.filters) > s.channels * s.filters;
+  const int64_t values = s.images * s.rows * s.columns * (s.channels + s.filters);
+  const bool streams = s.pointwise() && values > s.channels * s.filters;
   if (inference && single && conv_by() == ConvBy::Auto && is_intel() && !streams && onednn().takes(x, w, g)) {
     return library("fp32 inference on Intel");
   }
@@ -328,19 +340,22 @@ Tensor run_onednn(const Tensor& x, const Tensor& w, const PackedConv& packed, co
 
 }  // namespace
 
-Tensor conv2d(const Tensor& x, const Tensor& w, const OptTensor& bias, const Geometry& g) {
+Tensor conv2d(const Tensor& x, const Tensor& w, const Geometry& g) {
   const InOneDnn inside;
+  if (x.scalar_type() == at::kBFloat16 && !onednn_takes_bf16(x, w, g)) {
+    return conv2d(x.to(at::kFloat), w.to(at::kFloat), g).to(at::kBFloat16);
+  }
   const auto [in, padding] = pad_whole_windows(x, w, g);
-  return at::conv2d(in, w, bias, g.stride, padding, g.dilation, g.groups);
+  return at::conv2d(in, w, {}, g.stride, padding, g.dilation, g.groups);
 }
 
 std::tuple<Tensor, Tensor> conv2d_backward(
     const Tensor& dz, const Tensor& x, const Tensor& w, const Geometry& g, bool need_dx, bool need_dw) {
   const InOneDnn inside;
-  const bool narrow = x.size(3) <= 2 && g.stride[1] > 1;
-  if (narrow && x.scalar_type() == at::kBFloat16 && need_dw) {
-    const auto [dx, dw] = conv2d_backward(dz.to(at::kFloat), x.to(at::kFloat), w.to(at::kFloat), g, need_dx, true);
-    return {need_dx ? dx.to(x.scalar_type()) : dx, dw.to(w.scalar_type())};
+  const bool narrow = x.size(3) <= 2 && g.stride[1] > 1 && need_dw;
+  if (x.scalar_type() == at::kBFloat16 && (narrow || !onednn_takes_bf16(x, w, g))) {
+    const auto [dx, dw] = conv2d_backward(dz.to(at::kFloat), x.to(at::kFloat), w.to(at::kFloat), g, need_dx, need_dw);
+    return {need_dx ? dx.to(x.scalar_type()) : dx, need_dw ? dw.to(w.scalar_type()) : dw};
   }
   const auto [in, padding] = pad_whole_windows(x, w, g);
   const auto pixels = [&](const Tensor& t) {  // that a single tap reads
@@ -370,7 +385,7 @@ Tensor run_packed(
     return run(x, w, packed, residual, relu, g, over);
   }
   const Tensor y = (onednn().takes(x, w, g) ? run_onednn(x, w, packed, g)
-                                            : conv2d(x, packed.weight.defined() ? packed.weight : w, {}, g))
+                                            : conv2d(x, packed.weight.defined() ? packed.weight : w, g))
                        .contiguous(format_of(x, &w));
   // Not oneDNN's own ReLU, which makes zeros of NaN.
   if (relu || residual || packed.scale) bn_act_over(y, packed.scale, packed.shift, residual, relu);

@@ -66,7 +66,8 @@ Tensor run_packed(
 //   it writes out of bounds where windows lie in the padding alone      the padding is made before
 //   so does dw of a strided 1x1 unless channels are a multiple of 16    the pixels that it reads are gathered before
 //   dw in bf16 of one or two columns with a stride is uninitialized     computed in fp32
-Tensor conv2d(const Tensor& x, const Tensor& w, const OptTensor& bias, const Geometry& geometry);
+//   bf16 on AMX fails for the geometries of onednn_takes_bf16           computed in fp32
+Tensor conv2d(const Tensor& x, const Tensor& w, const Geometry& geometry);
 std::tuple<Tensor, Tensor> conv2d_backward(
     const Tensor& dz, const Tensor& x, const Tensor& w, const Geometry& geometry, bool need_dx, bool need_dw);
 

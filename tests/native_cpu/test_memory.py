@@ -199,8 +199,8 @@ def test_env_prints_budget_and_use():
 def test_a_fork_waits_for_onednn():
     """Whose locks nobody would open in the child: none of the convolution is left after it."""
     left = run("""
-        conv = resnet_fast.ConvBNAct2d(128, 128, 3, impl="native").eval()
-        x, began, ended = torch.randn(8, 128, 112, 112), [], []  # NCHW
+        conv = resnet_fast.ConvBNAct2d(256, 256, 3, impl="native").eval()
+        x, began, ended = torch.randn(8, 256, 56, 56), [], []  # NCHW
         def work():
             torch.set_grad_enabled(False)
             began.append(time.monotonic())
