@@ -6,6 +6,7 @@ from collections import defaultdict
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 # Before torch loads OpenMP: over a few elements its threads mostly wait for each other, and where
 # the cores are shared those that wait by spinning keep the others from working.
@@ -141,6 +142,8 @@ def pytest_collection_modifyitems(config, items):
         if missing or quick:
             key = (item.path, item.cls, item.originalname, impl, missing and dtype_of(params))
         covered = covered or (quick and item.get_closest_marker("slow") is not None)
+        for mark in item.iter_markers("leave_out"):
+            covered = covered or mark.kwargs["cases"](SimpleNamespace(**params))
         (rest if key in seen or covered else kept).append(item)
         seen.add(key)
     config.hook.pytest_deselected(items=rest)

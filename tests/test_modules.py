@@ -85,11 +85,12 @@ def gradient_like(module, x):
 
 @MODES
 @MODULE
+@pytest.mark.leave_out(cases=
+    lambda case: case.dtype == torch.float64 and case.name != "basic" and case.impl.interpreted
+)
 def test_matches_plain(impl, dtype, layout, name, training):
     """y, dx, every parameter's gradient and every buffer, the whole module in `dtype`."""
     impl.need(dtype, *OPS)
-    if dtype == torch.float64 and name != "basic":
-        impl.need_speed()
     module, x = twins.settled(lambda: build(name, impl, training, dtype, layout), dtype)
     y = compare(module, x, gradient_like(module, x))["y"]
     assert y.dtype == dtype and y.is_contiguous(memory_format=layout)
@@ -229,11 +230,10 @@ CHANGES = [freeze_one, freeze_last, freeze_all, cumulative, untracked, tracking_
 @MODES
 @pytest.mark.parametrize("change", CHANGES, ids=[change.__name__ for change in CHANGES])
 @BLOCKS
+@pytest.mark.leave_out(cases=lambda case: case.name != "conv" and case.impl.interpreted)
 def test_changed_children(impl, name, change, training):
     """Children keep their own settings: three steps that add up in statistics, then inference."""
     impl.need(torch.float64, *OPS)
-    if name != "conv":
-        impl.need_speed()
     module, _ = build(name, impl, training, torch.float64)
     change(module.float())
     module.double()

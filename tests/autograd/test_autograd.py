@@ -106,11 +106,10 @@ def test_no_graph_without_gradients(impl, kind):
 @pytest.mark.slow
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @BLOCK
+@pytest.mark.leave_out(cases=lambda case: case.kind != "BasicBlock" and case.impl.interpreted)
 def test_each_gradient_alone(impl, kind, training):
     """Whatever subset wants gradients: those come out as with all, the others stay None."""
     impl.need(torch.float32, *OPS)
-    if kind != "BasicBlock":
-        impl.need_speed()
     module, x = block_and_input(kind, impl=impl.name)
     module.train(training)
     everything = twins.module_step(module, x)
@@ -285,11 +284,12 @@ UNPACKED = {  # what a hook makes of the strides of a saved tensor
 
 @pytest.mark.parametrize("unpack", UNPACKED)
 @SOME
+@pytest.mark.leave_out(cases=
+    lambda case: case.impl.interpreted and case.name not in ("conv-norm-pool", "basic-projection")
+)
 def test_saved_tensors_in_another_format(impl, layout, name, unpack):
     """Hooks may unpack what was saved, a pool's index and filters too, with other strides."""
     impl.need(torch.float32, *OPS)
-    if name not in ("conv-norm-pool", "basic-projection"):
-        impl.need_speed()
     for keep in (False, True):
         chain = with_options(CHAINS[name], impl.name, keep)
         expected = gradients(chain, layout=layout)[1]

@@ -151,10 +151,9 @@ def test_chain(impl, layout, chain, bias, keep):
 )
 @pytest.mark.parametrize("shortcut", SHORTCUTS)
 @pytest.mark.parametrize("kind", BLOCKS)
+@pytest.mark.leave_out(cases=lambda case: case.shortcut != "projection" and case.impl.interpreted)
 def test_block(impl, layout, kind, shortcut, training, keep):
     impl.need(torch.float64, "bn_act", "conv_fprop", "conv_bprop")
-    if shortcut != "projection":
-        impl.need_speed()
     block, inplanes, planes = BLOCKS[kind]
     stride, growth = SHORTCUTS[shortcut]
 

@@ -57,23 +57,14 @@ def trained(tmp_path_factory):
 
 @pytest.mark.slow
 def test_resnet20_reads_digits(tmp_path, capsys):
-    """98% of the test scans, fused and by the reference, along one curve."""
-    for impl in ("auto", "reference"):
-        out = tmp_path / impl
-        assert cli.main(["train", "digits", "--impl", impl, "--out", str(out)]) == 0
-        assert rows(out)[-1]["test_accuracy"] >= GOAL
-    auto, reference = (files.read_last(tmp_path / impl / "checkpoints")[1]["training"]["history"]
-                       for impl in ("auto", "reference"))  # fmt: skip
-    assert auto["losses"][:5] == pytest.approx(reference["losses"][:5], rel=1e-3)
-    for ours, plain in zip(auto["epochs"], reference["epochs"], strict=True):
-        assert ours["lr"] == plain["lr"]
-    last, plain = auto["epochs"][-1], reference["epochs"][-1]
-    assert last["test_accuracy"] == pytest.approx(plain["test_accuracy"], abs=0.015)
-    assert last["train_loss"] == pytest.approx(plain["train_loss"], abs=0.05)
+    """98% of the test scans; that the reference has the same curve is test_training's."""
+    assert cli.main(["train", "digits", "--out", str(tmp_path)]) == 0
+    reached = rows(tmp_path)[-1]["test_accuracy"]
+    assert reached >= GOAL
     capsys.readouterr()
-    words = ["eval", "digits", "--weights", str(tmp_path / "auto" / "model.pt"), "--json"]
+    words = ["eval", "digits", "--weights", str(tmp_path / "model.pt"), "--json"]
     assert cli.main(words) == 0
-    assert json.loads(capsys.readouterr().out)["top1"] == pytest.approx(last["test_accuracy"])
+    assert json.loads(capsys.readouterr().out)["top1"] == pytest.approx(reached)
 
 
 def test_what_a_run_writes(trained):

@@ -81,13 +81,14 @@ EACH = pytest.mark.parametrize(
 @pytest.mark.slow
 @EACH
 def test_tiles(isa, dtype):
-    check_in_process(isa, dtype, 2, 1)
+    """With one thread; `test_tiles_read_no_further` has two."""
+    check_in_process(isa, dtype, 1)
 
 
 @pytest.mark.slow
 def test_winograd():
     """The 3x3 convolutions by Winograd's products, however few tiles they have."""
-    check_in_process("avx512", "fp32", 2, 1, RESNET_FAST_CPU_CONV="winograd")
+    check_in_process("avx512", "fp32", 1, RESNET_FAST_CPU_CONV="winograd")
 
 
 ERRORS = """
