@@ -142,6 +142,7 @@ def pytest_collection_modifyitems(config, items):
         if missing or quick:
             key = (item.path, item.cls, item.originalname, impl, missing and dtype_of(params))
         covered = covered or (quick and item.get_closest_marker("slow") is not None)
+        covered = covered or (item.get_closest_marker("minutes") and not config.getoption("every"))
         for mark in item.iter_markers("leave_out"):
             covered = covered or mark.kwargs["cases"](SimpleNamespace(**params))
         (rest if key in seen or covered else kept).append(item)

@@ -119,8 +119,9 @@ UNUSABLE = {  # extensions that are there: how they come, what is said of them
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compile"])
-@pytest.mark.parametrize("name", UNUSABLE)
+@pytest.mark.parametrize(
+    ("name", "compiled"), [*((name, False) for name in UNUSABLE), ("other-torch", True)]
+)
 def test_with_an_extension_that_cannot_be_used(name, compiled):
     """One warning says why and what to do; auto goes on without it, an explicit choice does not."""
     setup, why = UNUSABLE[name]

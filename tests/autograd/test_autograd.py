@@ -50,6 +50,7 @@ def saved_bytes(run, *modules):
     return sum(kept.values())
 
 
+@pytest.mark.leave_out(cases=lambda case: case.impl.interpreted)
 def test_saved_by_bottleneck(impl):
     """x, three raw conv outputs, four vectors a norm and one bit an element: 10.1a, plain 16a.
 

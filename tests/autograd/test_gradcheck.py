@@ -113,7 +113,13 @@ def test_add_relu(impl, layout):
     assert gradcheck(impl, run, args)
 
 
+CHAINS_OF_ALL = ("conv-norm-pool", "basic-projection", "bottleneck-grouped", "preact-projection")
+
+
 @pytest.mark.slow
+@pytest.mark.leave_out(
+    cases=lambda case: case.impl.interpreted and case.chain not in map(CHAINS.get, CHAINS_OF_ALL)
+)
 @pytest.mark.parametrize(
     ("keep", "bias"),
     [(False, False), (True, False), (False, True)],

@@ -154,13 +154,12 @@ def test_training_curve(impl, layout, keep):
 
 
 @pytest.mark.slow
+@pytest.mark.leave_out(cases=lambda case: case.impl.interpreted)
 def test_training_curve_fp32(impl, layout):
     """The first losses in fp32 stay as near to double's as plain PyTorch's do."""
     impl.need(torch.float32, *OPS)
-    if impl.emulated:
-        impl.need_speed()
     net = Net(impl.name).to(impl.device, memory_format=layout)
-    n, steps = (4, 2) if impl.interpreted else (16, 5)
+    n, steps = 16, 5
     x = torch.randn(n, 3, 16, 16).contiguous(memory_format=layout)
     target = torch.arange(n) % 10
     plain = twins.plain(net)

@@ -16,11 +16,18 @@ OF_TEMPLATES = ("conv_sm80.cu", "conv_sm90_bf16.cu")  # CUTLASS' kernels
 
 
 # For Hopper, but for the convolutions of other GPUs; fp16's code is bf16's but for the type in its
-# instructions. `make cuda-check` compiles all for both.
+# instructions. `make cuda-check` compiles all for both. CUTLASS' for Hopper take a minute.
+LONG = "conv_sm90_bf16.cu"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "source",
-    [pytest.param(file, id=file.name) for file in FILES if file.name != "conv_sm90_fp16.cu"],
+    [
+        pytest.param(file, id=file.name, marks=[pytest.mark.minutes] * (file.name == LONG))
+        for file in FILES
+        if file.name != "conv_sm90_fp16.cu"
+    ],
 )
 def test_machine_code(source):
     arch = "sm_80" if source.name == "conv_sm80.cu" else "sm_90a"
