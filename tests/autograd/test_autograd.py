@@ -285,8 +285,10 @@ UNPACKED = {  # what a hook makes of the strides of a saved tensor
 
 @pytest.mark.parametrize("unpack", UNPACKED)
 @SOME
-@pytest.mark.leave_out(cases=
-    lambda case: case.impl.interpreted and case.name not in ("conv-norm-pool", "basic-projection")
+@pytest.mark.leave_out(
+    cases=lambda case: (
+        case.impl.interpreted and case.name not in ("conv-norm-pool", "basic-projection")
+    )
 )
 def test_saved_tensors_in_another_format(impl, layout, name, unpack):
     """Hooks may unpack what was saved, a pool's index and filters too, with other strides."""

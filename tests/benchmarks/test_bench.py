@@ -100,13 +100,13 @@ def sample_row(provider="resnet_fast", **changes):
 @pytest.mark.slow
 def test_a_row_has_every_field_in_order(tiny, tmp_path, capsys):
     out = tmp_path / "deep" / "rows.jsonl"
-    arguments = ["--mode", "infer,train", "--batch", "1,2", "--dtype", "fp32,bf16"]
+    arguments = ["--mode", "infer,train", "--batch", "1,2", "--dtype", "bf16"]
     asked = ["eager_nchw", "eager", "resnet_fast"]
     arguments += ["--providers", ",".join(asked), "--out", str(out), "--json"]
     assert main([*TINY, *arguments]) == 0
     found = [json.loads(line) for line in out.read_text().splitlines()]
     assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == found
-    assert len(found) == 2 * 2 * 2 * len(asked)
+    assert len(found) == 2 * 2 * len(asked)
     for one in found:
         assert tuple(one) == rows.FIELDS + rows.EXTRA_FIELDS
         assert 0 < one["ms_p20"] <= one["ms_p50"] <= one["ms_p80"]

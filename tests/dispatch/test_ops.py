@@ -47,8 +47,8 @@ def test_pointwise(impl, dtype, layout, variant):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", CONVOLUTIONS)
-@pytest.mark.leave_out(cases=
-    lambda case: "fp32-filters" in case.variant and case.dtype == torch.float64
+@pytest.mark.leave_out(
+    cases=lambda case: "fp32-filters" in case.variant and case.dtype == torch.float64
 )
 def test_convolution(impl, dtype, layout, variant):
     impl.need(dtype, op_of(variant))

@@ -225,8 +225,10 @@ SHAPES = [(64, 64, 3), (256, 64, 1), (64, 256, 1), (3, 64, 7), (512, 16, 3), (25
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize(("c", "k", "taps"), SHAPES)
 @pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.leave_out(cases=
-    lambda case: case.change == "a patch of a hundredth" and case.layout == torch.channels_last
+@pytest.mark.leave_out(
+    cases=lambda case: (
+        case.change == "a patch of a hundredth" and case.layout == torch.channels_last
+    )
 )
 def test_seen_at_the_next_call(change, c, k, taps, layout):
     """The version counter stays, and the result follows, wherever the change is."""

@@ -26,8 +26,8 @@ def failures(block):
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("dtype", ["fp32", "fp64", "bf16"])
 @pytest.mark.parametrize("part", ["ops", "blocks"])
-@pytest.mark.leave_out(cases=
-    lambda case: (case.part, case.dtype) == ("blocks", "fp64") and case.impl.interpreted
+@pytest.mark.leave_out(
+    cases=lambda case: (case.part, case.dtype) == ("blocks", "fp64") and case.impl.interpreted
 )
 def test_every_case_passes(impl, dtype, part):
     impl.need(BY_NAME[dtype])
@@ -39,11 +39,11 @@ def test_every_case_passes(impl, dtype, part):
 
 
 @pytest.mark.slow
+@pytest.mark.leave_out(cases=lambda case: case.impl.interpreted or case.impl.name == "reference")
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", ["cifar_resnet20", "preact_resnet18"])
 def test_whole_models_pass(impl, dtype, name):
     impl.need(BY_NAME[dtype])
-    impl.need_speed()
     trials = verify.trials([impl.name], [impl.device], [dtype], parts=["models"], names=[name])
     checks = verify.verify(list(trials))
     assert not [report.failure(check) for check in checks if not check.ok]
