@@ -117,6 +117,17 @@ def test_nan_passes_relu(impl, layout, variant):
     assert reference.unpack_mask(mask, y)[1, 3, 2, 1]
 
 
+def test_relu_of_zero_has_no_gradient(impl, layout):
+    """Where scale·x + shift is 0 exactly, as PyTorch has it."""
+    impl.need(torch.float32, "conv_bprop")
+    draw = Draw(torch.float32, layout, impl.device)
+    dy, w, x, *rest = CONVOLUTIONS["conv_bprop:only-dx"](draw, CONVS["3x3"])
+    scale, shift = rest[6:8]
+    x[:, :, ::2], shift[:] = 0.0, 0.0
+    dx = torch.ops.resnet_fast.conv_bprop(dy, w, x, *rest, impl.name)[0]
+    assert scale.abs().min() > 0 and not dx[:, :, ::2].any() and dx[:, :, 1::2].any()
+
+
 @pytest.mark.parametrize("variant", ["bn_relu_max_pool", "bn_relu_max_pool:oblong"])
 def test_index(impl, dtype, layout, variant):
     """The index names a position of its window that has the maximum; NONE says there was none."""
