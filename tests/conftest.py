@@ -121,6 +121,10 @@ def pytest_addoption(parser):
 def pytest_collection_modifyitems(config, items):
     """Mark what needs a GPU, and leave out what shows nothing and what another shard has.
 
+    Without --every, tests marked `minutes` are left out, and of the cases that remain those are
+    taken that hold every pair of parameters (`thinned`). Cases that a test marks by `leave_out`
+    never run.
+
     Of a missing implementation one case a test is kept: it skips and stands for the rest. The
     interpreter and the emulator take milliseconds for an operation; there the ops run in full
     (`test_ops`), and what is made of them in the cases of ALONE: the rest differs in the ops'
