@@ -13,12 +13,11 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 from torch import fx, nn
 
 from ..dispatch.guard import refusal
-from ..spec.layers import NORMS
+from ..spec.layers import NORMS, Parts
 from .dataflow import ADD, ADD_IN_PLACE, Forward, Mismatch, is_call, is_layer, label
 
 # Chains in letters: c conv, b conv with a bias (a norm after it takes that in), n norm, r relu,
@@ -31,33 +30,26 @@ WORDS = {"c": "conv", "b": "conv", "n": "norm", "r": "relu", "m": "pool", "-": "
 
 @dataclass(frozen=True)
 class Block:
-    """`spec.layers.Parts` by name: modules dotted from the one that holds them.
+    """A chain by name: modules dotted from the one that holds them.
 
-    residual: the child to call on x where the shortcut is "residual". absorbed: every module that
-    will not be called any more, with the class and the number of children it has.
+    parts: of names. residual: the child to call on x, whose result is added. absorbed: every module
+    that will not be called any more, with the class and the number of children it has.
     """
 
-    convs: tuple[str, ...]
-    norms: tuple[str | None, ...]
-    relu: bool
-    shortcut: str = "none"
-    projection: str | None = None
-    projection_norm: str | None = None
+    parts: Parts
     residual: str | None = None
-    pool: str | None = None
     absorbed: tuple[tuple[str, type[nn.Module], int], ...] = ()
 
     def __str__(self) -> str:
-        words = []
-        for norm, conv in zip(self.norms, (*self.convs, None), strict=True):
+        parts, words = self.parts, []
+        for norm, conv in zip(parts.norms, (*parts.convs, None), strict=True):
             words += [norm and "norm", norm and conv and "relu", conv and "conv"]
         shortcut = {
-            "none": None,
+            "none": self.residual and f"+ {self.residual}(x)",
             "identity": "+ x",
-            "projection": "+ conv norm(x)" if self.projection_norm else "+ conv(x)",
-            "residual": f"+ {self.residual}(x)",
+            "projection": "+ conv norm(x)" if parts.projection_norm else "+ conv(x)",
         }
-        words += [shortcut[self.shortcut], self.relu and "relu", self.pool and "pool"]
+        words += [shortcut[parts.shortcut], parts.relu and "relu", parts.pool and "pool"]
         return " ".join(filter(None, words))
 
 
@@ -96,8 +88,8 @@ def words(letters: str) -> str:
     return " ".join(WORDS[one] for one in letters)
 
 
-def chain(letters: str, names: Iterable[str], **rest: Any) -> Block:
-    """The Block of a chain in letters; `rest` are its other fields."""
+def chain(letters: str, names: Iterable[str], shortcut: str = "none", **projection: str) -> Parts:
+    """The chain in letters, by name, beside a shortcut."""
     convs, norms, pool = [], [None], None
     for one, name in zip(letters, names, strict=True):
         if one == "n":
@@ -107,7 +99,8 @@ def chain(letters: str, names: Iterable[str], **rest: Any) -> Block:
             norms.append(None)
         elif one == "m":
             pool = name
-    return Block(tuple(convs), tuple(norms), pool=pool, **rest)
+    relu, found = ends_in_relu(letters), (tuple(convs), tuple(norms))
+    return Parts(*found, relu, shortcut, pool=pool, **projection)
 
 
 def ends_in_relu(letters: str) -> bool:
@@ -150,11 +143,9 @@ def _groups(module: nn.Module, path: list[fx.Node]) -> Iterator[Group]:
             first, last = calls[at], calls[at + len(found) - 1]
             group = path[path.index(first) : path.index(last) + 1]
             names = [call.target if call.op == "call_module" else "" for call in group]
-            block = chain(
-                found, [name for name, call in zip(names, group, strict=True) if call in calls],
-                relu=ends_in_relu(found), absorbed=absorbed(module, filter(None, names)),
-            )  # fmt: skip
-            yield Group(tuple(group), block)
+            own = [name for name, call in zip(names, group, strict=True) if call in calls]
+            gone = absorbed(module, filter(None, names))
+            yield Group(tuple(group), Block(chain(found, own), absorbed=gone))
         at += max(len(found), 1)
 
 
@@ -216,18 +207,18 @@ def _match_graph(module: nn.Module, graph: fx.Graph) -> Block:
     if len(inputs) != 1 or not isinstance(output.args[0], fx.Node):
         raise Mismatch("its forward does not take one tensor and return one")
     x, end = inputs[0], _Path(module, output.args[0])
-    relu = ends_in_relu(end.letters)
     if end.base is x:
         end.expect(ALONE, "it")
-        block, known = chain(end.letters, end.names, relu=relu), end.seen
+        block, known = Block(chain(end.letters, end.names)), end.seen
     else:
         block, known = _match_sum(module, end.base, x)
         end.expect(re.compile("r?"), "what follows its addition")
-        block, known = replace(block, relu=relu), {**known, **end.seen}
+        block = replace(block, parts=block.parts._replace(relu=ends_in_relu(end.letters)))
+        known = {**known, **end.seen}
     for node in graph.nodes:
         if node not in known and node is not output:
             raise Mismatch(f"its forward also runs {label(node)}")
-    if not any(block.norms) or (end.base is x and len(end.letters) < 2):
+    if not any(block.parts.norms) or (end.base is x and len(end.letters) < 2):
         raise Mismatch("there is nothing in it to fuse with a BatchNorm2d")
     called = [node.target for node in known if node.op == "call_module"]
     called = [name for name in called if name != block.residual]
@@ -247,38 +238,39 @@ def _match_sum(module: nn.Module, join: fx.Node, x: fx.Node) -> tuple[Block, dic
             if path.base is not x:
                 raise Mismatch(path.problem or f"its main path comes from {label(path.base)}")
             path.expect(BESIDE_A_SHORTCUT, "its main path")
-            fields, nodes = _match_shortcut(module, path, shortcut)
+            block, nodes = _match_shortcut(module, path, shortcut)
             in_place = is_call(join, ADD_IN_PLACE) and join.args[0] is shortcut
-            if in_place and fields["shortcut"] != "projection":
+            if in_place and block.parts.projection is None:
                 raise Mismatch("it adds in place to its input")
         except Mismatch as reason:
             reasons.append(reason)
         else:
-            return chain(path.letters, path.names, relu=False, **fields), {**path.seen, **nodes}
+            return block, {**path.seen, **nodes}
     raise reasons[0]
 
 
 def _match_shortcut(
     module: nn.Module, main: _Path, end: fx.Node
-) -> tuple[dict[str, Any], dict[fx.Node, int]]:
-    """The fields of `Block` for the shortcut that gives `end`, and the nodes it is made of."""
+) -> tuple[Block, dict[fx.Node, int]]:
+    """`main` beside the shortcut that gives `end`, and the nodes that the shortcut is made of."""
+    letters, names = main.letters, main.names
     path = _Path(module, end, stops=main.seen)
     begins = None if path.problem else main.seen.get(path.base)
-    convs = [m for m in map(module.get_submodule, main.names) if isinstance(m, nn.Conv2d)]
-    if path.letters == "" and begins == 0 and main.letters:
+    convs = [m for m in map(module.get_submodule, names) if isinstance(m, nn.Conv2d)]
+    if path.letters == "" and begins == 0 and letters:
         if convs and convs[0].in_channels != convs[-1].out_channels:
             raise Mismatch("its addition broadcasts channels")
-        return {"shortcut": "identity"}, path.seen
-    inside = 2 if main.letters.startswith("nr") else 0  # a projection reads φ[0](x)
-    kinds = ("c", "cn", "bn") if main.letters.endswith("n") else ("c",)
+        return Block(chain(letters, names, "identity")), path.seen
+    inside = 2 if letters.startswith("nr") else 0  # a projection reads φ[0](x)
+    kinds = ("c", "cn", "bn") if letters.endswith("n") else ("c",)
     if path.letters in kinds and begins == inside and convs:
         fields = dict(zip(("projection", "projection_norm"), path.names, strict=False))
-        return {"shortcut": "projection", **fields}, path.seen
+        return Block(chain(letters, names, "projection", **fields)), path.seen
     if is_layer(end) and end.op == "call_module" and end.args[0] is main.base:
         first = module.get_submodule(end.target)
         while isinstance(first, nn.Sequential) and len(first):
             first = first[0]
         if getattr(first, "inplace", False):
             raise Mismatch(f"{end.target} changes its input in place")
-        return {"shortcut": "residual", "residual": end.target}, {end: 0}
+        return Block(chain(letters, names), end.target), {end: 0}
     raise Mismatch(path.problem or f"its shortcut is {words(path.letters) or label(path.base)}")

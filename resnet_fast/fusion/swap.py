@@ -25,7 +25,6 @@ from ..dispatch.packed_filters import Rechecked
 from ..models import ResNet
 from ..models.copies import copy_modules
 from ..modules import PLAIN, Fused, run_fused
-from ..spec.layers import Parts
 from .dataflow import Forward, Mismatch, sequence, trace
 from .match import Block, Group, match_block, match_groups
 from .sandbox import Notes, below
@@ -161,15 +160,10 @@ def is_unchanged(child: nn.Module | None, cls: type[nn.Module], children: int) -
 
 
 def _run(block: Block, module: nn.Module, x: Tensor) -> Tensor:
-    def get(name: str | None) -> Any:
-        return None if name is None else below(module, name)
-
-    residual, shortcut = None, block.shortcut
-    if shortcut == "residual":
-        residual, shortcut = _beside(get(block.residual), block.residual, x), "none"
-    convs, norms = tuple(map(get, block.convs)), tuple(map(get, block.norms))
-    ends = get(block.projection), get(block.projection_norm)
-    parts = Parts(convs, norms, block.relu, shortcut, *ends, get(block.pool))
+    residual = None
+    if block.residual is not None:
+        residual = _beside(below(module, block.residual), block.residual, x)
+    parts = block.parts.each(functools.partial(below, module))
     return run_fused(parts, x, residual, impl=module._fused_impl)
 
 
@@ -244,12 +238,9 @@ def _fused_calls(group: Group, impl: str) -> Callable[..., Tensor]:
     A ReLU that is no module is None. Where the layers are no longer what they were, they are
     called, one after another.
     """
-    block = group.block
     names = [call.target if call.op == "call_module" else "" for call in group.calls]
-    convs = [names.index(name) for name in block.convs]
-    norms = [None if name is None else names.index(name) for name in block.norms]
-    pool = None if block.pool is None else names.index(block.pool)
-    absorbed = {name: (cls, children) for name, cls, children in block.absorbed}
+    places = group.block.parts.each(names.index)
+    absorbed = {name: (cls, children) for name, cls, children in group.block.absorbed}
 
     def fused_calls(x: Tensor, *layers: nn.Module | None) -> Tensor:
         same = x.dim() == 4 and not plain_call(x)
@@ -258,12 +249,7 @@ def _fused_calls(group: Group, impl: str) -> Callable[..., Tensor]:
                 cls, children = absorbed[name]
                 same = is_unchanged(layer, cls, children)
         if same:
-            parts = Parts(
-                tuple([layers[i] for i in convs]),
-                tuple([None if i is None else layers[i] for i in norms]),
-                block.relu, "none", pool=None if pool is None else layers[pool],
-            )  # fmt: skip
-            return run_fused(parts, x, impl=impl)
+            return run_fused(places.each(layers.__getitem__), x, impl=impl)
         for name, layer in zip(names, layers, strict=True):
             x = layer(x) if name else F.relu(x)
         return x

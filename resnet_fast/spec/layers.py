@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -18,6 +19,7 @@ class Parts(NamedTuple):
 
     One more shortcut than a chain has: "zero_pad", which takes every `stride`-th pixel of x.
     around: what a plain call runs besides, each a ReLU or a `Sequential` of the others.
+    `each` gives the same block of what stands for its layers: their names, for one.
     """
 
     convs: tuple[nn.Conv2d, ...]
@@ -29,6 +31,16 @@ class Parts(NamedTuple):
     pool: nn.MaxPool2d | None = None
     stride: int = 1
     around: tuple[nn.Module, ...] = ()
+
+    def each(self, get: Callable[[Any], Any]) -> Parts:
+        """The block with get(layer) in the place of each layer, and nothing around them."""
+
+        def got(layer: Any) -> Any:
+            return None if layer is None else get(layer)
+
+        convs, norms = tuple([*map(get, self.convs)]), tuple([*map(got, self.norms)])
+        ends = got(self.projection), got(self.projection_norm), got(self.pool)
+        return Parts(convs, norms, self.relu, self.shortcut, *ends, self.stride)
 
 
 def windows_of(pool: nn.MaxPool2d) -> Pool:

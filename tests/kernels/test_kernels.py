@@ -77,17 +77,20 @@ def choose(monkeypatch):
 CONV_SHAPES = {  # more than one tile every way, none of them full
     "1x1": Conv((3, 72, 9, 7), 136, (1, 1)),
     "3x3": Conv((2, 24, 13, 15), 72, (3, 3), padding=(1, 1)),
-    "3x3-stride2": Conv((2, 64, 14, 10), 40, (3, 3), (2, 2), (1, 1)),
+    "3x3-stride2": Conv((2, 64, 14, 10), 40, (3, 3), (2, 2), (1, 0)),
     "dilated": Conv((2, 16, 11, 13), 72, (3, 3), padding=(2, 3), dilation=(2, 3)),
     "stem": Conv((2, 3, 31, 29), 24, (7, 7), (2, 2), (3, 3)),
+    "grouped": Conv((2, 48, 9, 7), 272, (3, 3), padding=(1, 1), groups=2),
+    "groups of 3": Conv((1, 6, 13, 11), 272, (3, 3), padding=(1, 1), groups=2),
 }
+BY_POINTERS = ("stem", "grouped", "groups of 3")  # descriptors take none of them
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tma", [True, False], ids=["descriptors", "pointers"])
 @pytest.mark.parametrize("name", CONV_SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
-@pytest.mark.leave_out(cases=lambda case: case.name == "stem" and case.tma)
+@pytest.mark.leave_out(cases=lambda case: case.name in BY_POINTERS and case.tma)
 def test_every_configuration_of_a_convolution(choose, dtype, name, tma):
     args = CONVOLUTIONS["conv_bn_act:bias-residual"](
         Draw(dtype, torch.channels_last, DEVICE), CONV_SHAPES[name]
@@ -121,7 +124,7 @@ def test_descriptors_take_no_3_channels():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16],
                          ids=["fp64", "fp32", "fp16"])  # fmt: skip
 @pytest.mark.leave_out(
-    cases=lambda case: case.tma and (case.name == "stem" or case.dtype == torch.float64)
+    cases=lambda case: case.tma and (case.name in BY_POINTERS or case.dtype == torch.float64)
 )
 def test_training_forward_in_one_launch(choose, monkeypatch, dtype, name, prologue, tma):
     """Prologue and statistics of every configuration, whose tiles end where the images do not."""
@@ -138,11 +141,11 @@ def test_training_forward_in_one_launch(choose, monkeypatch, dtype, name, prolog
     assert {name for name, _ in taken} == {"conv_fprop", kernel}
 
 
-GRADIENT_SHAPES = {name: conv for name, conv in CONV_SHAPES.items() if name != "stem"} | {
+GRADIENT_SHAPES = {name: conv for name, conv in CONV_SHAPES.items() if name not in BY_POINTERS} | {
     "1x1-stride2": Conv((3, 64, 6, 8), 40, (1, 1), (2, 2)),
     "192-stride2": Conv((1, 192, 4, 6), 16, (3, 3), (2, 2), (1, 1)),  # no multiple of 128
     "96-stride2": Conv((2, 96, 4, 4), 16, (1, 1), (2, 2)),
-    "odd-stride2": Conv((2, 8, 9, 7), 24, (3, 3), (2, 2), (1, 1)),
+    "odd-stride2": Conv((2, 8, 9, 7), 24, (2, 3), (2, 2), (0, 1)),
 }
 
 
@@ -273,15 +276,33 @@ def test_inference_by_the_library(monkeypatch, variant):
         assert kernels.conv_bn_act(*empty).numel() == 0
 
 
-def test_sums_of_many_tiles():
-    """More tiles than one launch sums."""
+@pytest.mark.parametrize("more", [0, 3])
+def test_sums_of_many_tiles(more):
+    """More tiles than one launch sums; the last fold is full, or not."""
     torch.manual_seed(0)
-    partial = torch.randn(2, 2 * reduce_partials.SUMS_AT_ONCE + 3, 40)
+    partial = torch.randn(2, 2 * reduce_partials.SUMS_AT_ONCE + more, 40)
     rstd = torch.rand(40)
     found = reduce_partials.merge_sums(partial.to(DEVICE), rstd.to(DEVICE), None)
     exact = partial.double().sum(1)
     torch.testing.assert_close(found[0].cpu().double(), exact[0], rtol=1e-6, atol=1e-3)
     torch.testing.assert_close(found[1].cpu().double(), exact[1] * rstd, rtol=1e-6, atol=1e-3)
+
+
+def test_statistics_of_splits_far_apart():
+    """A first split far from the rest: what the first pass over their means rounds is added."""
+    torch.manual_seed(0)
+    splits, pixels, channels = 300, 64, 40
+    n = torch.full((splits, 1), float(pixels))
+    n[-1] = pixels - 5
+    mean, m2 = torch.randn(splits, channels), torch.rand(splits, channels)
+    mean[0] += 1e5
+    partial = torch.cat([torch.zeros(1, channels), mean, m2]).to(DEVICE)
+    found = reduce_partials.merge_moments(partial, int(n.sum()), pixels)
+    n, mean, m2 = n.double(), mean.double(), m2.double()
+    exact = (n * mean).sum(0) / n.sum()
+    spread = m2.sum(0) + (n * (mean - exact).square()).sum(0)
+    torch.testing.assert_close(found[0].cpu().double(), exact, rtol=1e-6, atol=0)
+    torch.testing.assert_close(found[1].cpu().double(), spread, rtol=1e-6, atol=0)
 
 
 def test_statistics_of_many_tiles():
