@@ -42,53 +42,60 @@ TILED = {  # channels and filters in multiples of 32
 }
 
 
-def check(dtype, *counts):
-    """Every variant of every convolution op on every shape, NaN in memory that nobody wrote."""
+def check(dtype):
+    """Every variant of every convolution op on every shape, NaN in memory that nobody wrote.
+
+    Each variant and each shape meets one thread and two.
+    """
     torch.utils.deterministic.fill_uninitialized_memory = True
     torch.use_deterministic_algorithms(True)
-    for threads in counts:
-        torch.set_num_threads(threads)
-        for variant, arguments in CONVOLUTIONS.items():
-            for name, conv in TILED.items():
-                torch.manual_seed(0)
-                args = arguments(Draw(DTYPES[dtype], torch.channels_last, "cpu"), conv)
-                judge_impl(IMPLS["native-cpu"], variant, args, name)
+    for i, (variant, arguments) in enumerate(CONVOLUTIONS.items()):
+        for j, (name, conv) in enumerate(TILED.items()):
+            torch.set_num_threads(1 + (i + j) % 2)
+            torch.manual_seed(0)
+            args = arguments(Draw(DTYPES[dtype], torch.channels_last, "cpu"), conv)
+            judge_impl(IMPLS["native-cpu"], variant, args, name)
 
 
-def check_in_process(isa, dtype, *counts, **env):
-    """`check` in a process of its own: instruction set and who convolves are asked once in one."""
+@pytest.fixture(scope="session")
+def guard(tmp_path_factory):
+    """Environment that puts a page behind scratch memory which stops who reads past it.
+
+    Empty where there is no C compiler, or no glibc.
+    """
+    compiler = shutil.which("cc")
+    if compiler is None or platform.libc_ver()[0] != "glibc":
+        return {}
+    library = tmp_path_factory.mktemp("guard") / "guard.so"
+    source = TESTS / "support" / "guard_pages.c"
+    subprocess.run([compiler, "-O1", "-shared", "-fPIC", source, "-o", library], check=True)
+    return {"LD_PRELOAD": str(library)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("isa", "dtype", "by"),
+    [("avx512", "fp32", "tiles"), ("avx512", "fp32", "winograd"),
+     ("avx512_bf16", "bf16", "tiles"), ("amx_bf16", "bf16", "tiles")],
+)  # fmt: skip
+def test_tiles(isa, dtype, by, guard):
+    """Also Winograd's of 3x3 convolutions, however few tiles they have; none reads too far.
+
+    In a process of its own: instruction set and who convolves are asked once in one.
+    """
     info = backends.build_info()
     if info is None:
         pytest.skip("resnet_fast._C is not built")
     isas = info["isas"]  # in order
     if isa not in isas or isas.index(isa) > isas.index(info["isa_detected"]):
         pytest.skip(f"this CPU has {info['isa_detected']} at most")
-    code = f"import test_tiled_conv; test_tiled_conv.check({dtype!r}, *{counts})"
     run = subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-c", f"import test_tiled_conv; test_tiled_conv.check({dtype!r})"],
         cwd=Path(__file__).parent, capture_output=True, text=True,
         env={**os.environ, "PYTHONPATH": PATH, "RESNET_FAST_CPU_ISA": isa,
-             "RESNET_FAST_CPU_CONV": "tiles", **env},
+             "RESNET_FAST_CPU_CONV": by, **guard},
     )  # fmt: skip
     assert run.returncode == 0, (run.returncode, run.stderr[-3000:])
-
-
-EACH = pytest.mark.parametrize(
-    ("isa", "dtype"), [("avx512", "fp32"), ("avx512_bf16", "bf16"), ("amx_bf16", "bf16")]
-)
-
-
-@pytest.mark.slow
-@EACH
-def test_tiles(isa, dtype):
-    """With one thread; `test_tiles_read_no_further` has two."""
-    check_in_process(isa, dtype, 1)
-
-
-@pytest.mark.slow
-def test_winograd():
-    """The 3x3 convolutions by Winograd's products, however few tiles they have."""
-    check_in_process("avx512", "fp32", 1, RESNET_FAST_CPU_CONV="winograd")
 
 
 ERRORS = """
@@ -123,23 +130,6 @@ def test_rounding_errors_of_winograd():
     assert 0 < many < 2 and 0 < few < 1, (many, few)
     windows = str([[i, j] for i in (5, 6, 7) for j in (6, 7, 8)])
     assert found["winograd"][2:] == found["tiles"][2:] == [windows, windows]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("isa", "dtype", "by"),
-    [("avx512", "fp32", "tiles"), ("avx512", "fp32", "winograd"),
-     ("avx512_bf16", "bf16", "tiles"), ("amx_bf16", "bf16", "tiles")],
-)  # fmt: skip
-def test_tiles_read_no_further(isa, dtype, by, tmp_path):
-    """The same with a page behind their scratch memory that stops who reads past it."""
-    compiler = shutil.which("cc")
-    if compiler is None or platform.libc_ver()[0] != "glibc":
-        pytest.skip("guard pages need a C compiler and glibc")
-    guard = tmp_path / "guard.so"
-    source = TESTS / "support" / "guard_pages.c"
-    subprocess.run([compiler, "-O1", "-shared", "-fPIC", source, "-o", guard], check=True)
-    check_in_process(isa, dtype, 2, LD_PRELOAD=str(guard), RESNET_FAST_CPU_CONV=by)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
