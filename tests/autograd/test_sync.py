@@ -286,6 +286,23 @@ def test_no_value_in_any_process(processes, impl):
         assert torch.equal(buffers["0.running_var"], torch.ones(3, dtype=torch.float64))
 
 
+def gradients_of_nothing(rank, impl):
+    """Of a step without an image."""
+    layers = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU()
+    module = synchronized(nn.Sequential(*layers).double(), impl)
+    module(torch.empty(0, 3, 5, 5, dtype=torch.float64)).sum().backward()
+    return {name: p.grad for name, p in module.named_parameters()}
+
+
+@IMPLS
+def test_gradients_without_a_value_in_any_process(processes, impl):
+    """Zero, where a division by their number would make NaN."""
+    for gradients in processes.run(gradients_of_nothing, impl):
+        assert len(gradients) == 4
+        for name, gradient in gradients.items():
+            assert gradient is not None and gradient.abs().max() == 0, (name, gradient)
+
+
 def train(model, x, labels, rank=None):
     """The state of `model` after two steps of SGD."""
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
