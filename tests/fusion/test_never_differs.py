@@ -68,6 +68,13 @@ class Doubled(nn.BatchNorm2d):
         return 2 * super().forward(x)
 
 
+class Called(nn.BatchNorm2d):
+    """More than its forward, by a `__call__` of its own."""
+
+    def __call__(self, x):
+        return super().__call__(x) + 1
+
+
 class Shifted(nn.Conv2d):
     def _conv_forward(self, x, weight, bias):
         return super()._conv_forward(x, weight, bias) + 1
@@ -136,6 +143,7 @@ SITUATIONS = {
     "own-conv": lambda m, c, n, seen: put(m, c, rebuilt(child(m, c), Standardized)),
     "own-conv-inside": lambda m, c, n, seen: put(m, c, rebuilt(child(m, c), Shifted)),
     "own-norm": lambda m, c, n, seen: put(m, n, rebuilt(child(m, n), Doubled)),
+    "own-call": lambda m, c, n, seen: put(m, n, rebuilt(child(m, n), Called)),
     "group-norm": lambda m, c, n, seen: put(m, n, nn.GroupNorm(2, child(m, n).num_features)),
     "identity-norm": lambda m, c, n, seen: put(m, n, nn.Identity()),
     "replaced-forward": replaced_forward,
