@@ -152,9 +152,8 @@ int64_t bits_of(double value) {
 }
 
 Key make_key(const Tensor& x, const Tensor& w, const BatchNorm& bn, const Geometry& g) {
-  Key key = {reinterpret_cast<int64_t>(w.const_data_ptr()), int64_t(x.scalar_type()), g.groups,
-             int64_t(x.is_contiguous(at::MemoryFormat::ChannelsLast)), bits_of(bn.eps), at::get_num_threads(),
-             onednn().takes(x, w, g)};
+  Key key = {reinterpret_cast<int64_t>(w.const_data_ptr()), int64_t(x.scalar_type()), g.groups, bits_of(bn.eps),
+             at::get_num_threads(), onednn().takes(x, w, g)};
   // oneDNN's layout depends on the input's size; ours on whether the products are Winograd's.
   if (route(x, w, g, true).tiled) {
     key.push_back(x.scalar_type() == at::kFloat && by_winograd(conv_shape(x, w, g), false));
