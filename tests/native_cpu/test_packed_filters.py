@@ -358,6 +358,20 @@ def test_dropped_when_others_are_packed():
     assert len(set(sizes)) == 1
 
 
+def test_both_formats_of_x_share_them():
+    """Where neither is for our tiles, which read one alone."""
+    resnet_fast.empty_cache()
+    x, w, one = torch.randn(1, 16, 6, 6), torch.randn(8, 16, 3, 3), torch.ones(8)
+    with torch.no_grad():
+        results, sizes = [], []
+        for layout in (torch.contiguous_format, torch.channels_last):
+            own = x.contiguous(memory_format=layout)
+            results.append(resnet_fast.conv_bn_act(own, w, one, one, one, one, impl="native"))
+            sizes.append(backends.kept()["packed_filters"])
+    assert sizes[0] == sizes[1] > 0
+    torch.testing.assert_close(*results)
+
+
 def test_padding_as_wide_as_the_filter():
     """The right values, which oneDNN writes out of bounds for; and their gradients."""
     x = torch.randn(2, 8, 5, 4, dtype=torch.float64, requires_grad=True)
