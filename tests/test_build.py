@@ -264,34 +264,6 @@ def test_unknown_isa_is_an_error(native):
     assert "RESNET_FAST_CPU_ISA: expected baseline, avx2" in run.stderr
 
 
-CONV_CODE = """
-import torch
-from resnet_fast.dispatch import ops
-from resnet_fast.spec import reference
-x = torch.randn(2, 32, 9, 7).to(memory_format=torch.channels_last)
-w, v = torch.randn(48, 32, 3, 3).to(memory_format=torch.channels_last), torch.rand(48)
-geometry = [1, 1], [1, 1], [1, 1], 1
-residual = torch.randn(2, 48, 9, 7).to(memory_format=torch.channels_last)
-args = x, w, None, v, v, v, v, residual, True, 1e-5, *geometry
-with torch.no_grad():
-    for op, args in (("conv_bn_act", args), ("conv_fprop", (x, w, None, None, True, *geometry))):
-        found, expected = getattr(ops, op)(*args, "native"), getattr(reference, op)(*args)
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-        print((found if torch.is_tensor(found) else found[0]).double().sum().item())
-"""
-
-
-@pytest.mark.slow
-def test_who_convolves(native):
-    """RESNET_FAST_CPU_CONV: ours, by two ways, and oneDNN give what the reference gives."""
-    words = ("auto", "tiles", "winograd", "onednn")
-    runs = {word: python("-c", CONV_CODE, RESNET_FAST_CPU_CONV=word) for word in words}
-    assert all(run.returncode == 0 for run in runs.values()), [run.stderr for run in runs.values()]
-    run = python("-c", CONV_CODE, RESNET_FAST_CPU_CONV="mkl")
-    assert run.returncode != 0
-    assert "CPU_CONV: expected auto, tiles, winograd or onednn, got 'mkl'" in run.stderr
-
-
 def test_cutlass_path(tmp_path, monkeypatch):
     """CUTLASS_PATH is where the headers are, or an error that says they are not."""
     monkeypatch.setenv("CUTLASS_PATH", str(tmp_path))
