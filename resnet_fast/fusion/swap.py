@@ -163,7 +163,7 @@ def _run(block: Block, module: nn.Module, x: Tensor) -> Tensor:
     residual = None
     if block.residual is not None:
         residual = _beside(below(module, block.residual), block.residual, x)
-    parts = block.parts.each(functools.partial(below, module))
+    parts = block.parts.each(lambda name: below(module, name))
     return run_fused(parts, x, residual, impl=module._fused_impl)
 
 
@@ -249,7 +249,7 @@ def _fused_calls(group: Group, impl: str) -> Callable[..., Tensor]:
                 cls, children = absorbed[name]
                 same = is_unchanged(layer, cls, children)
         if same:
-            return run_fused(places.each(layers.__getitem__), x, impl=impl)
+            return run_fused(places.each(lambda place: layers[place]), x, impl=impl)
         for name, layer in zip(names, layers, strict=True):
             x = layer(x) if name else F.relu(x)
         return x
