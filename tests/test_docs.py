@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import resnet_fast
+from bench.__main__ import COMMANDS as BENCH
 from resnet_fast.cli import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,6 +42,17 @@ def test_commands_are_there(page):
                 parser = argparse.ArgumentParser()
                 importlib.import_module(COMMANDS[words[1]][0]).add_arguments(parser)
                 parser.parse_args(words[2:])
+
+
+def test_commands_in_prose_are_there():
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for path in (*ROOT.glob("*.md"), *PAGES.values()):
+        text = path.read_text(encoding="utf-8")
+        for command, known in (
+            ("make", targets), ("python -m bench", BENCH), ("resnet-fast", COMMANDS),
+        ):  # fmt: skip
+            named = re.findall(rf"`{command} (\w[\w-]*)", text)
+            assert [name for name in named if name not in known] == [], path.name
 
 
 def test_links_and_pictures_are_there(page):
