@@ -32,8 +32,8 @@ WORDS = {"c": "conv", "b": "conv", "n": "norm", "r": "relu", "m": "pool", "-": "
 class Block:
     """A chain by name: modules dotted from the one that holds them.
 
-    parts: of names. residual: the child to call on x, whose result is added. absorbed: every module
-    that will not be called any more, with the class and the number of children it has.
+    parts: the chain, each layer by its name. residual: the child that is called on x and added.
+    absorbed: every module that a fused call does not call, with its class and number of children.
     """
 
     parts: Parts
@@ -99,8 +99,8 @@ def chain(letters: str, names: Iterable[str], shortcut: str = "none", **projecti
             norms.append(None)
         elif one == "m":
             pool = name
-    relu, found = ends_in_relu(letters), (tuple(convs), tuple(norms))
-    return Parts(*found, relu, shortcut, pool=pool, **projection)
+    layers = tuple(convs), tuple(norms)
+    return Parts(*layers, ends_in_relu(letters), shortcut, pool=pool, **projection)
 
 
 def ends_in_relu(letters: str) -> bool:

@@ -19,7 +19,6 @@ class Parts(NamedTuple):
 
     One more shortcut than a chain has: "zero_pad", which takes every `stride`-th pixel of x.
     around: what a plain call runs besides, each a ReLU or a `Sequential` of the others.
-    `each` gives the same block of what stands for its layers: their names, for one.
     """
 
     convs: tuple[nn.Conv2d, ...]
@@ -33,7 +32,7 @@ class Parts(NamedTuple):
     around: tuple[nn.Module, ...] = ()
 
     def each(self, get: Callable[[Any], Any]) -> Parts:
-        """The block with get(layer) in the place of each layer, and nothing around them."""
+        """The same block with get(layer) for each layer, such as its name; `around` is empty."""
 
         def got(layer: Any) -> Any:
             return None if layer is None else get(layer)

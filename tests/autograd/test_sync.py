@@ -287,7 +287,7 @@ def test_no_value_in_any_process(processes, impl):
 
 
 def gradients_of_nothing(rank, impl):
-    """Of a step without an image."""
+    """The gradients of one step on a batch of no images."""
     layers = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU()
     module = synchronized(nn.Sequential(*layers).double(), impl)
     module(torch.empty(0, 3, 5, 5, dtype=torch.float64)).sum().backward()
@@ -296,7 +296,7 @@ def gradients_of_nothing(rank, impl):
 
 @IMPLS
 def test_gradients_without_a_value_in_any_process(processes, impl):
-    """Zero, where a division by their number would make NaN."""
+    """They are zero, not NaN from a division by the number of values."""
     for gradients in processes.run(gradients_of_nothing, impl):
         assert len(gradients) == 4
         for name, gradient in gradients.items():

@@ -289,7 +289,7 @@ def test_sums_of_many_tiles(more):
 
 
 def test_statistics_of_splits_far_apart():
-    """A first split far from the rest: what the first pass over their means rounds is added."""
+    """The first split's mean is far from the others: a second pass corrects rounding."""
     torch.manual_seed(0)
     splits, pixels, channels = 300, 64, 40
     n = torch.full((splits, 1), float(pixels))

@@ -359,7 +359,7 @@ def test_dropped_when_others_are_packed():
 
 
 def test_both_formats_of_x_share_them():
-    """Where neither is for our tiles, which read one alone."""
+    """NCHW and channels_last, for a convolution that oneDNN runs: filters are packed once."""
     resnet_fast.empty_cache()
     x, w, one = torch.randn(1, 16, 6, 6), torch.randn(8, 16, 3, 3), torch.ones(8)
     with torch.no_grad():

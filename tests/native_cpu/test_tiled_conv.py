@@ -3,6 +3,7 @@
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -59,9 +60,9 @@ def check(dtype):
 
 @pytest.fixture(scope="session")
 def guard(tmp_path_factory):
-    """Environment that puts a page behind scratch memory which stops who reads past it.
+    """Environment with a guard page behind scratch memory: a read past its end stops the process.
 
-    Empty where there is no C compiler, or no glibc.
+    Empty without a C compiler or glibc.
     """
     compiler = shutil.which("cc")
     if compiler is None or platform.libc_ver()[0] != "glibc":
@@ -79,9 +80,9 @@ def guard(tmp_path_factory):
      ("avx512_bf16", "bf16", "tiles"), ("amx_bf16", "bf16", "tiles")],
 )  # fmt: skip
 def test_tiles(isa, dtype, by, guard):
-    """Also Winograd's of 3x3 convolutions, however few tiles they have; none reads too far.
+    """Direct tiles, and Winograd's for every 3x3 convolution; no read past scratch memory.
 
-    In a process of its own: instruction set and who convolves are asked once in one.
+    In a process of its own, which reads the instruction set and the way to convolve once.
     """
     info = backends.build_info()
     if info is None:
@@ -96,6 +97,22 @@ def test_tiles(isa, dtype, by, guard):
              "RESNET_FAST_CPU_CONV": by, **guard},
     )  # fmt: skip
     assert run.returncode == 0, (run.returncode, run.stderr[-3000:])
+
+
+OVERREAD = """
+import ctypes, sys
+aligned_alloc = ctypes.CDLL(None).aligned_alloc
+aligned_alloc.argtypes, aligned_alloc.restype = [ctypes.c_size_t] * 2, ctypes.c_void_p
+ctypes.string_at(aligned_alloc(64, 4096), 4096 + int(sys.argv[1]))
+"""
+
+
+def test_guard_pages_stop_a_read_past_the_end(guard):
+    if not guard:
+        pytest.skip("guard pages need a C compiler and glibc")
+    run = [sys.executable, "-c", OVERREAD]
+    status = [subprocess.run([*run, past], env={**os.environ, **guard}).returncode for past in "01"]
+    assert status == [0, -signal.SIGSEGV]
 
 
 ERRORS = """
