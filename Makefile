@@ -35,6 +35,7 @@ PIP := $(PY) -m pip --disable-pip-version-check
 # Headers alone: what else the package names is for its Python half.
 CUTLASS := $(PIP) install --no-deps nvidia-cutlass
 DEPS := $(VENV)/.resnet_fast-deps
+SITE := $(VENV)/.resnet_fast-docs
 # One stamp for the native build, named after what it was built for: another VENV or another
 # RESNET_FAST_BUILD has another name, so it builds again.
 BUILT := build/stamps/$(subst /,_,$(abspath $(VENV)))-$(or $(RESNET_FAST_BUILD),auto)
@@ -51,7 +52,7 @@ ON_LARGE_DRY_GPU = $(subst GIB=8,GIB=139,$(ON_DRY_GPU))
 SANITIZED := $(CURDIR)/build/sanitize
 SANITIZE := -fsanitize=address,undefined -fno-sanitize=vptr -fno-wrapv
 
-.PHONY: help setup env verify test test-quick test-all lint demo bench fuzz sanitize gpu gpu-test gpu-sanitize dry-gpu kernels \
+.PHONY: help setup env verify test test-quick test-all lint docs demo bench fuzz sanitize gpu gpu-test gpu-sanitize dry-gpu kernels \
   cuda-check clean distclean
 
 help:
@@ -59,6 +60,7 @@ help:
 	@echo "make test-quick  one case a test, without the slow ones: the inner loop"
 	@echo "make test-all    every combination of parameters, not those alone that hold each pair"
 	@echo "make lint    ruff and mypy"
+	@echo "make docs    build the documentation site; open build/site/index.html"
 	@echo "make demo    verify, train and measure; writes build/demo/report.html"
 	@echo "make bench   benchmarks of ops and of ResNet-50; writes build/bench"
 	@echo "make gpu     on a GPU machine: build, checks and measurements in 9 minutes (GPU_ARGS=...)"
@@ -129,6 +131,14 @@ test-all: $(BUILT)
 lint: $(DEPS)
 	$(PY) -m ruff check .
 	$(PY) -m mypy
+
+# The site is made from the sources; the package need not be built.
+$(SITE): pyproject.toml | $(DEPS)
+	RESNET_FAST_BUILD=none $(PIP) install --no-build-isolation -c $(VENV)/torch.txt -e ".[docs]"
+	@touch $@
+
+docs: $(SITE)
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 demo: $(BUILT)
 	$(PY) -m bench demo --out build/demo

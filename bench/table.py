@@ -1,4 +1,7 @@
-"""`python -m bench table`: README's table, and bar charts, from the rows under `bench/results`.
+"""`python -m bench table`: the tables of README and docs/benchmarks.md, and bar charts, from rows.
+
+A page holds its table between `<!-- bench:begin -->` and `<!-- bench:end -->`; the name of a model
+after `begin` limits the table to that model.
 
 A line of the table holds one case, and only rows of one run: what was not timed in turns is not
 compared. The newest run of a case is the one shown, faster or slower than the one before.
@@ -7,6 +10,7 @@ compared. The newest run of a case is the one shown, faster or slower than the o
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -14,7 +18,9 @@ from typing import Any
 
 from bench import rows
 
-BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+BEGIN, END = "<!-- bench:begin", "<!-- bench:end -->"
+BLOCK = re.compile(rf"{BEGIN}(?: ([\w.-]+))? -->\n(?:(?!{BEGIN}).)*?{END}", re.DOTALL)
+PAGES = (rows.ROOT / "README.md", rows.ROOT / "docs" / "benchmarks.md")
 LABELS = {
     "eager_nchw": "eager NCHW",
     "eager": "eager",
@@ -33,46 +39,51 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `python -m bench table`."""
     parser.add_argument("files", nargs="*", type=Path, metavar="FILE.jsonl",
                         help="rows to read (default: bench/results/*.jsonl)")  # fmt: skip
-    parser.add_argument("--update", type=Path, metavar="README.md",
-                        help=f"put the table between {BEGIN} and {END} of this file")  # fmt: skip
+    parser.add_argument("--update", nargs="*", type=Path, metavar="PAGE.md",
+                        help="write the tables of these pages (default: README.md and "
+                             "docs/benchmarks.md)")  # fmt: skip
     parser.add_argument("--check", action="store_true",
-                        help="write nothing; 1 when the file's table (README.md, or the one "
-                             "--update names) is not the one the rows give")  # fmt: skip
+                        help="write nothing; exit status 1 when a page's table differs from the "
+                             "rows")  # fmt: skip
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw a bar chart too")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print, write or check the table; 1 when it differs or rows or markers are at fault."""
+    """Print, write or check tables; 1 when one differs, or rows or markers are at fault."""
     files = args.files or sorted(rows.RESULTS.glob("*.jsonl"))
     try:
         found = rows.read(files)
-        table = markdown(found)
         if args.plot is not None:
             plot_throughput(found, args.plot)
         if not args.check and args.update is None:
-            print(table)
+            print(markdown(found))
             return 0
-        readme = args.update or rows.ROOT / "README.md"
-        before = readme.read_text()
-        after = splice(before, table, str(readme))
+        pages = args.update or PAGES
+        before = [page.read_text(encoding="utf-8") for page in pages]
+        after = [splice(text, found, page.name) for text, page in zip(before, pages, strict=True)]
     except (OSError, ValueError, RuntimeError) as error:
         print(f"table: {error}", file=sys.stderr)
         return 1
-    if args.check:
-        if before != after:
-            print(f"table: {readme} differs from the rows; run `python -m bench table "
-                  f"--update {readme.name}`", file=sys.stderr)  # fmt: skip
-        return int(before != after)
-    readme.write_text(after)
-    return 0
+    changed = [(page, new) for page, old, new in zip(pages, before, after, strict=True) if old != new]
+    for page, text in changed:
+        if args.check:
+            print(f"table: {page} differs from the rows; run `python -m bench table --update`",
+                  file=sys.stderr)  # fmt: skip
+        else:
+            page.write_text(text, encoding="utf-8")
+    return int(args.check and bool(changed))
 
 
-def splice(text: str, table: str, name: str) -> str:
-    """`text` with what stands between its markers replaced. ValueError unless there is one pair."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"{name}: expected one {BEGIN} followed by one {END}")
-    head, _, rest = text.partition(BEGIN)
-    return f"{head}{BEGIN}\n{table}\n{END}{rest.partition(END)[2]}"
+def splice(text: str, found: Sequence[rows.Row], name: str) -> str:
+    """`text` with the table of `found` between its markers. ValueError unless there is one pair."""
+    blocks = list(BLOCK.finditer(text))
+    if len(blocks) != 1 or text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise ValueError(f"{name}: expected one {BEGIN} --> followed by one {END}")
+    (block,) = blocks
+    model = block[1]
+    table = markdown(one for one in found if model in (None, one.get("model")))
+    begin = block[0].partition("\n")[0]
+    return f"{text[: block.start()]}{begin}\n{table}\n{END}{text[block.end() :]}"
 
 
 def newest(found: Iterable[rows.Row]) -> list[Run]:
