@@ -66,8 +66,8 @@ def native_module() -> tuple[Any | None, str]:
 def _unusable(why: str) -> str:
     """Warn with the reason `why`, and return it."""
     warnings.warn(
-        f"{why}. resnet_fast runs without its native kernels, which is slower. To rebuild them, "
-        f"run in the resnet_fast source folder: {REBUILD}",
+        f"{why}. The slower plain PyTorch runs instead of the native kernels. To rebuild them, run "
+        f"in the resnet_fast source folder: {REBUILD}",
         RuntimeWarning,
         stacklevel=3,
     )
@@ -212,7 +212,7 @@ def resolve(op: str, impl: str, x: Tensor, args: Sequence[Any] = ()) -> Choice:
 
 
 def eights(w: Tensor) -> bool:
-    """Whether CUTLASS supports filters w [K,C,R,S]: K a multiple of 8, and C too or less than 8."""
+    """Whether CUTLASS takes filters w [K,C,R,S]: K and C multiples of 8, or C < 8 (padded)."""
     filters, channels = w.shape[:2]
     return filters % 8 == 0 and (channels % 8 == 0 or channels < 8)
 
