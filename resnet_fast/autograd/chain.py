@@ -7,8 +7,8 @@ ReLU. With a pool, it also takes the maximum of each window and keeps one byte f
 
 Backward, from the join to the input: one reduction gives Σdy and Σdy·xhat of the last norm. With a
 pool, it also computes the gradient before the pool. Then each `conv_bprop` forms
-dz = a·dy + b·(z − mean) + c on load, computes dx and dw, masks dx by the ReLU recomputed from the
-stored h, and sums it for the norm below (`reference.conv_bprop`).
+dz = a·dy + b·(z − mean) + c on load and computes dx and dw. It masks dx by the ReLU recomputed from
+the stored h, and sums it for the norm below (`reference.conv_bprop`).
 
 A norm with a `Norm.group` shares its statistics and these sums with other processes (`sync`). Every
 rank computes the sums, with or without a gradient, so that collectives match.
@@ -212,8 +212,8 @@ class ChainFunction(torch.autograd.Function):
 
     x [N,C,H,W] is dense in NCHW or channels_last; y has the same format. residual is like y for
     the shortcut "residual", else None. `statistics` holds mean and m2 of every norm with batch
-    statistics, in chain order, the projection's last, each followed by its count if the norm has a
-    group. They have no gradient.
+    statistics, and the count if the norm has a group. They are in chain order, the projection's
+    last, and have no gradient.
     """
 
     @staticmethod

@@ -2,9 +2,10 @@
 
 The time of an op in microseconds is modelled as t = a + b·bytes + c·flop with a, b, c ≥ 0: fixed
 cost of a launch, inverse memory rate and inverse arithmetic rate of this implementation on this
-GPU. The fit is least squares of relative errors, (predicted − t) / t, over the measurements of one
-dtype, so that short launches count as much as long ones. Bytes and flop are the minimum that the op
-needs, each tensor moved once (`work`); Williams, Waterman & Patterson 2009, "Roofline", CACM 52(4).
+GPU. The fit is least squares over the measurements of one dtype. It uses relative errors,
+(predicted − t) / t, so that short launches count as much as long ones. Bytes and flop are the
+minimum for the op, with each tensor moved once (`work`); Williams, Waterman & Patterson 2009,
+"Roofline", CACM 52(4).
 """
 
 from __future__ import annotations

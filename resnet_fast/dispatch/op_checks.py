@@ -123,10 +123,10 @@ def checked(run: Callable[..., Any]) -> Callable[..., Any]:
             there = [name for name in group if args[position[name]] is not None]
             if there and len(there) < len(group):
                 missing = next(name for name in group if name not in there)
-                raise ValueError(f"{missing}: expected a tensor with {there[0]}, got None")
+                raise ValueError(f"{missing}: expected a tensor together with {there[0]}, got None")
         for name, other in needs:
             if args[position[name]] is not None and args[position[other]] is None:
-                raise ValueError(f"{other}: expected a tensor with {name}, got None")
+                raise ValueError(f"{other}: expected a tensor together with {name}, got None")
         x = args[position[first]]
         formats = {}
         if ARGUMENTS[op][first] == C:

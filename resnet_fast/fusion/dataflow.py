@@ -49,7 +49,7 @@ class _Proxy(fx.Proxy):
     """Stands for a value while a forward is traced.
 
     To code outside PyTorch and resnet_fast, an input has the class Tensor, since fused calls take
-    only tensors. The type of any other value is unknown, so asking for it is a Mismatch.
+    only tensors. The type of any other value is unknown, so reading it raises Mismatch.
     """
 
     _is_param = False
@@ -197,7 +197,10 @@ def trace(module: nn.Module, fake: FakeTensorMode) -> Forward:
                 if tracer.leaks():
                     raise Mismatch("it stores a value that it computes")
                 if str(graph) != str(graphs.setdefault(training, graph)):
-                    raise Mismatch("its calls differ from run to run, or under no_grad or autocast")
+                    raise Mismatch(
+                        "its calls differ between runs, or with grad mode, autocast or the modes "
+                        "of its children"
+                    )
     except DataDependentOutputException:
         raise Mismatch("its forward cannot run fused: it depends on a tensor's values") from None
     except (Change, Mismatch) as error:

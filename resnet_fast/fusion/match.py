@@ -20,7 +20,7 @@ from ..dispatch.guard import refusal
 from ..spec.layers import NORMS, Parts
 from .dataflow import ADD, ADD_IN_PLACE, Forward, Mismatch, is_call, is_layer, label
 
-# Chains in letters: c conv, b conv with a bias (which must be followed by a norm), n norm, r relu,
+# Chains in letters: c conv, b conv with a bias (absorbed by the norm after it), n norm, r relu,
 # m max-pool.
 UNITS = "((nr)?(c|b(?=n)))*"
 ALONE = re.compile(f"{UNITS}(n(rm?)?)?")

@@ -1,7 +1,7 @@
 """A copy of a module on which its forward may run: its reads are noted, its changes detected.
 
 The copy has fake tensors, and copies of every object that the forward can name. So the original
-does not change, and no branch can depend on a random value. State that copy and original share
+does not change, and no branch can depend on a random tensor. State that copy and original share
 (generators, variables of Python modules, closures and classes) is restored. `Notes.hold` checks
 later whether everything that was read is unchanged.
 """

@@ -4,8 +4,8 @@
     forward  chains among the calls of any other forward   `FusedForward`
 
 Children do not change and are looked up at every call, so other code may still call them. The
-original forward runs if a child or anything else that the traced forward read has changed, and
-where fused ops do not support the call (`dispatch.guard`).
+original forward runs if a child, or anything else that the traced forward read, has changed. It
+also runs if fused ops do not support the call (`dispatch.guard`).
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ class Setting:
 
     @property
     def exact_dtype(self) -> torch.dtype:
-        """The narrowest dtype of all runs; inputs are rounded to it, so that all runs agree."""
+        """The narrowest dtype of all runs; inputs are rounded to it, so all runs get the same."""
         return self.torch_dtype if self.narrow else torch.float32
 
     @property
