@@ -140,7 +140,7 @@ def refusal(impl: str, op: str, device: str, dtype: torch.dtype) -> str | None:
         if device == "cuda" and not module.build_info()["cuda"]:
             return f"resnet_fast._C is built without CUDA ({module.build_info()['build_why']})"
         if device == "cuda" and not torch.cuda.is_available():
-            return "PyTorch finds no CUDA device on this machine"
+            return "this machine has no CUDA device"
         if dtype not in NATIVE_DTYPES[device]:
             names = ", ".join(str(d).removeprefix("torch.") for d in NATIVE_DTYPES[device])
             given = str(dtype).removeprefix("torch.")
