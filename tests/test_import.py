@@ -114,7 +114,7 @@ UNUSABLE = {  # extensions that are there: how they come, what is said of them
         "resnet_fast._C does not load: undefined symbol: _ZN2at4_ops5emptyE",
     ),
     "older": (OTHER_TORCH + "del fake.configure", "resnet_fast._C is older than the package"),
-    "other-torch": (OTHER_TORCH, "resnet_fast._C is built for torch 1.0, this is "),
+    "other-torch": (OTHER_TORCH, "resnet_fast._C is built for torch 1.0, not for "),
 }
 
 

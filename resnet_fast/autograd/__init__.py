@@ -1,4 +1,4 @@
-"""The autograd Functions: which op runs when, what is saved, what is recomputed."""
+"""The autograd Function: the order of the ops, and what is saved or recomputed for backward."""
 
 from .chain import ChainFunction
 

@@ -1,20 +1,20 @@
 """One autograd Function that runs any `Chain`: conv+BN+ReLU, BN+ReLU, add+ReLU, residual blocks.
 
-Forward, for each convolution j: z[j] = h[j+1] is stored raw, with the mean and m2 of its channels;
-the normalization and ReLU between two convolutions are the prologue of the next one. The join
-normalizes the last z and adds the shortcut in one pass and keeps one bit an element of its ReLU;
-with a pool it also takes the windows' maxima and keeps one byte of each.
+Forward: for each convolution j, the raw output z[j] = h[j+1] is stored, with mean and m2 of its
+channels. The normalization and ReLU between two convolutions are the prologue of the second one.
+The join normalizes the last z and adds the shortcut in one pass. It keeps one bit per value for its
+ReLU. With a pool, it also takes the maximum of each window and keeps one byte for its position.
 
-Backward, from the join to the input: one reduction gives Σdy and Σdy·xhat of the last norm (with a
-pool it also makes the gradient before it); then each `conv_bprop` forms
-dz = a·dy + b·(z − mean) + c on load, computes dx and dw, masks dx by the ReLU recomputed from the
-stored h and sums it for the norm below (`reference.conv_bprop`).
+Backward, from the join to the input: one reduction gives Σdy and Σdy·xhat of the last norm. With a
+pool, it also computes the gradient before the pool. Then each `conv_bprop` forms
+dz = a·dy + b·(z − mean) + c on load and computes dx and dw. It masks dx by the ReLU recomputed from
+the stored h, and sums it for the norm below (`reference.conv_bprop`).
 
 A norm with a `Norm.group` shares its statistics and these sums with other processes (`sync`). Every
 rank computes the sums, with or without a gradient, so that collectives match.
 
-Saved: x, the filters, one raw output h a convolution, four vectors a norm, the join's bit mask (or
-the index of each of its windows' maxima).
+Saved: x, the filters, one raw output h per convolution, four vectors per norm, and the join's bit
+mask (or the index of each window's maximum).
 Not saved: anything after a ReLU (unless `Chain.keep_activations`).
 """
 
@@ -34,15 +34,15 @@ from ..spec.layout import memory_format
 from . import sync
 
 DOUBLE_BACKWARD = (
-    "resnet_fast: the backward of a fused chain is not differentiable (create_graph=True); "
+    "resnet_fast: the backward pass of a fused chain is not differentiable (create_graph=True); "
     "use resnet_fast.unfuse(model) or resnet_fast.spec.reference for second derivatives"
 )
 
 
 class Affine(NamedTuple):
-    """A norm made ready: y = scale·z + shift, xhat = (z − mean)·rstd; all None without a norm.
+    """A norm as an affine map: y = scale·z + shift, xhat = (z − mean)·rstd; None without a norm.
 
-    count [1]: of a norm with a group, the values a channel in all its processes, at least 1.
+    count [1]: only for a norm with a group: values per channel in all its processes, at least 1.
     """
 
     scale: Tensor | None = None
@@ -53,11 +53,11 @@ class Affine(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What the backward pass reads.
+    """Tensors that the backward pass reads.
 
-    mask: bits of the join's ReLU, or the index of each window of a pool; z_p: the projection's raw
-    output; weights: filters of `Chain.all_convs`; hs: h[j] of `spec.chain`; acts: φ[j](h[j]) where
-    it is kept; affines: of `Chain.all_norms`.
+    mask: bits of the join's ReLU, or the index of the maximum of each pool window; z_p: the
+    projection's raw output; weights: filters of `Chain.all_convs`; hs: h[j] of `spec.chain`; acts:
+    φ[j](h[j]) if kept; affines: one for each of `Chain.all_norms`.
     """
 
     mask: Tensor | None
@@ -68,7 +68,7 @@ class Saved(NamedTuple):
     affines: list[Affine]
 
     def flat(self) -> list[Tensor | None]:
-        """Every tensor in turn, as `save_for_backward` takes them."""
+        """All tensors in order, for `save_for_backward`."""
         vectors = [t for affine in self.affines for t in affine]
         return [self.mask, self.z_p, *self.weights, *self.hs, *self.acts, *vectors]
 
@@ -86,9 +86,10 @@ class Saved(NamedTuple):
         )  # fmt: skip
 
     def in_format(self, fmt: torch.memory_format, filters: Sequence[torch.memory_format]) -> Saved:
-        """The same in the formats that it had when it was saved: hooks may give it back in others.
+        """The same tensors in the memory formats in which they were saved.
 
-        `torch.autograd.graph.save_on_cpu(pin_memory=True)` gives everything back contiguous.
+        Hooks may change them: `torch.autograd.graph.save_on_cpu(pin_memory=True)` returns every
+        tensor contiguous.
         """
 
         def dense(t: Tensor | None, fmt: torch.memory_format) -> Tensor | None:
@@ -105,21 +106,21 @@ class Saved(NamedTuple):
 
 
 def values_per_channel(h: Tensor) -> int:
-    """M of the normalization of h: N·H·W."""
+    """Number of values per channel of h [N,C,H,W]: N·H·W."""
     return h.size(0) * h.size(2) * h.size(3)
 
 
 def _ready(
     norm: Norm, p: NormParams, conv_bias: Tensor | None, h: Tensor, stats: Any, impl: str
 ) -> Affine:
-    """The affine map of `norm` on h, from the statistics of this batch or from the running ones.
+    """The affine map of `norm` on h, from batch statistics or from running statistics.
 
-    A convolution's bias cancels in batch statistics; with running ones it moves their mean.
+    A convolution's bias cancels in batch statistics; with running statistics it shifts the mean.
     """
     if norm.batch_stats:
         mean, m2, *shared = stats
         count, total = values_per_channel(h), None
-        if shared:  # a tensor, where the op takes a number: it gets the variance and 1
+        if shared:  # the op takes a number as count: pass the variance and 1
             total = shared[0].clamp(min=1)
             m2, count = m2 / total, 1
         scale, shift, rstd = ops.bn_finalize(mean, m2, count, p.weight, p.bias, norm.eps, impl)
@@ -134,7 +135,7 @@ def _ready(
 def _forward(
     chain: Chain, x: Tensor, residual: Tensor | None, *flat: Tensor | None
 ) -> tuple[Tensor, tuple[Tensor, ...], list[Tensor | None]]:
-    """y, the statistics and `Saved.flat`, of `ChainFunction`."""
+    """y, the statistics and `Saved.flat` of `ChainFunction`."""
     convs, norms = unflatten(chain, flat)
     n, impl = len(chain.convs), chain.impl
     fmt = memory_format(x, convs[0].weight if n else None)
@@ -147,7 +148,7 @@ def _forward(
         conv_bias = None if i == 0 else convs[i - 1].bias
         if norm.batch_stats:
             stats = ops.bn_stats(h, impl) if stats is None else stats
-            if conv_bias is not None:  # it cancels, unless it is not finite
+            if conv_bias is not None:  # it cancels if it is finite
                 stats = (stats[0], stats[1] + 0.0 * conv_bias)
             if norm.group is not None:
                 stats = sync.merge_moments(*stats, values_per_channel(h), norm.group)
@@ -155,13 +156,13 @@ def _forward(
         return _ready(norm, norms[i], conv_bias, h, stats, impl)
 
     def convolve(i: int, h: Tensor, affine: Affine) -> tuple[Tensor, Affine]:
-        """Convolution i of (convs, projection) on φ(h), and the norm after it made ready."""
+        """Convolution i of (convs, projection) on φ(h), and the affine map of the norm after it."""
         norm = chain.all_norms[i + 1]
         z, mean, m2 = ops.conv_fprop(
             h, convs[i].weight, affine.scale, affine.shift,
             norm is not None and norm.batch_stats, *chain.all_convs[i].args(), impl,
         )  # fmt: skip
-        z = _dense(z, fmt)  # a single channel on the way fits either format
+        z = _dense(z, fmt)  # with a single channel, either format fits
         return z, ready(i + 1, z, (mean, m2))
 
     hs, acts, affines = [x], [], [ready(0, x, None)]
@@ -199,7 +200,7 @@ def _forward(
         mask if chain.relu else None,
         shortcut if chain.projection is not None else None,
         [c.weight for c in convs],
-        [*hs[:n], hs[n] if last.scale is not None else None],  # a norm's backward reads the last
+        [*hs[:n], hs[n] if last.scale is not None else None],  # only a norm reads the last
         acts,
         [*affines, through],
     )
@@ -209,10 +210,10 @@ def _forward(
 class ChainFunction(torch.autograd.Function):
     """y, *statistics = ChainFunction.apply(chain, x, residual, *Tensors.flat()).
 
-    x [N,C,H,W] dense in NCHW or channels_last; residual like y or None (only for the shortcut
-    "residual"). y has x's format. `statistics` holds mean and m2 of every norm with batch
-    statistics, in chain order, the projection's last, and after them the count of one with a
-    group; they carry no gradient.
+    x [N,C,H,W] is dense in NCHW or channels_last; y has the same format. residual is like y for
+    the shortcut "residual", else None. `statistics` holds mean and m2 of every norm with batch
+    statistics, and the count if the norm has a group. They are in chain order, the projection's
+    last, and have no gradient.
     """
 
     @staticmethod
@@ -239,7 +240,7 @@ class ChainFunction(torch.autograd.Function):
 
 
 def _with_own_memory(grads: Sequence[Tensor | None], dy: Tensor) -> list[Tensor | None]:
-    """`grads`, cloned where one is dy or another one again: each may change in place alone."""
+    """`grads`, cloned where one is dy or a repeated tensor, so that in-place changes are safe."""
     given, own = [dy], []
     for grad in grads:
         if grad is not None:
@@ -251,10 +252,10 @@ def _with_own_memory(grads: Sequence[Tensor | None], dy: Tensor) -> list[Tensor 
 
 
 def _dense(t: Tensor, fmt: torch.memory_format) -> Tensor:
-    """t in `fmt`, without a call where it has it.
+    """t in `fmt`; no call if t already has it.
 
-    The compiler of torch 2.11 takes t.contiguous() for another output beside t, and where both are
-    one tensor its gradient goes astray.
+    The compiler of torch 2.11 treats t.contiguous() as a separate output, and computes a wrong
+    gradient if it is t itself.
     """
     return t if t.is_contiguous(memory_format=fmt) else t.contiguous(memory_format=fmt)
 
@@ -277,8 +278,8 @@ def _backward(
 
 
 class _Backward:
-    """The backward pass of one chain, from the join down; norms and convs are numbered as in
-    `Chain.all_norms` and `Chain.all_convs`, the projection last.
+    """The backward pass of one chain, from the join to the input. Indices are those of
+    `Chain.all_norms` and `Chain.all_convs`, with the projection last.
     """
 
     def __init__(
@@ -300,15 +301,15 @@ class _Backward:
         self.norm_grads: list[list[Tensor | None]] = [[None] * 4 for _ in range(norms)]
 
     def needs_sums(self, i: int) -> bool:
-        """Whether Σdy and Σdy·xhat of norm i are wanted: by its statistics or its parameters."""
+        """Whether norm i needs Σdy and Σdy·xhat, for batch statistics or parameter gradients."""
         norm = self.chain.all_norms[i]
         bias = 0 < i <= len(self.need.convs) and self.need.convs[i - 1].bias
         return norm is not None and (norm.batch_stats or any(self.need.norms[i]) or bias)
 
     def flows_below(self, j: int) -> bool:
-        """Whether anything under convolution j (its input norm included) wants a gradient.
+        """Whether anything before convolution j, its input norm included, needs a gradient.
 
-        So does a norm with a group: other processes may wait for its sums.
+        Always true for a norm with a group, because other processes may wait for its sums.
         """
         norms = self.chain.norms[: j + 1]
         shared = any(norm is not None and norm.group is not None for norm in norms)
@@ -337,12 +338,12 @@ class _Backward:
                 self.norm_grads[i][place] = value.to(self.dtypes.norms[i][place])
         if i > 0 and self.need.convs[i - 1].bias:
             value = affine.scale * sum_dy
-            if norm.batch_stats:  # a bias cancels in them: 0, or NaN where its parts are
+            if norm.batch_stats:  # a bias cancels in them: 0, or NaN if a term is
                 value = (value + affine.scale * sum_dy_xhat) * 0.0
             self.conv_grads[i - 1][1] = value.to(self.dtypes.convs[i - 1].bias)
 
     def through_conv(self, i, g, g_mask, prologue, h, below, act, more, more_mask, sums):
-        """dx and its sums of convolution i with input φ(h) of norm values `below`; stores dw."""
+        """dx of convolution i with input φ(h) under the norm `below`, and its sums; stores dw."""
         conv, need_dx = self.chain.all_convs[i], self.flows_below(i if i < self.n else 0)
         mean, rstd = (below.mean, below.rstd) if sums else (None, None)
         dx, dw, sum_dx, sum_dx_xhat = ops.conv_bprop(
@@ -354,7 +355,7 @@ class _Backward:
         return (dx if need_dx else None), ((sum_dx, sum_dx_xhat) if sums else None)
 
     def masked(self, dy: Tensor) -> Tensor:
-        """dy under the join's ReLU, made once."""
+        """dy masked by the join's ReLU, computed once."""
         if self.relu_mask is None:
             return dy
         if self.dy_masked is None:
@@ -378,7 +379,7 @@ class _Backward:
             dresidual = self.masked(dy)
 
         g, g_mask = dy, self.relu_mask
-        more, more_mask = None, None  # what else flows into the input of the first convolution
+        more, more_mask = None, None  # gradient that is added at the input of the first convolution
         if chain.projection is not None:
             prologue_p = self.through_norm(n + 1, self.saved.z_p, sums_p)
             more, _ = self.through_conv(
@@ -407,7 +408,7 @@ class _Backward:
         return (None, *_with_own_memory([dx, dresidual, *grads], given))
 
     def before_pool(self, dy: Tensor, z: Tensor) -> tuple[Tensor, Any]:
-        """The gradient at the last norm's result, and its Σdy and Σdy·xhat, in one pass."""
+        """The gradient of the last norm's result, and its Σdy and Σdy·xhat, in one pass."""
         last, sums = self.saved.affines[self.n], self.needs_sums(self.n)
         mean, rstd = (last.mean, last.rstd) if sums else (None, None)
         fmt = memory_format(z)
@@ -419,7 +420,7 @@ class _Backward:
         return dx, ((total, xhat) if sums else None)
 
     def join_sums(self, dy: Tensor, z: Tensor) -> tuple[Any, Any]:
-        """Σdy, Σdy·xhat of the last norm and of the projection's, in one pass."""
+        """Σdy and Σdy·xhat of the last norm and of the projection's norm, in one pass."""
         last, through = self.saved.affines[self.n :]
         dual = through.scale is not None
         total, xhat, xhat_p = ops.bn_act_bwd_reduce(

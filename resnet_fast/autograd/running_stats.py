@@ -1,4 +1,4 @@
-"""Running statistics follow the batch: one update of all norms of a chain, in place."""
+"""Update of the running statistics of all norms of a chain, in place and at once."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from ..spec.chain import NormParams, Running
 
 
 class Batch(NamedTuple):
-    """What a norm saw: mean and m2 [C] of a convolution's raw output, `count` values a channel, a
-    number or a tensor of one that is positive. The convolution's bias moves the mean.
+    """Batch statistics of a norm: mean and m2 [C] of the raw output of a convolution over `count`
+    values per channel, a number or a positive one-element tensor. `conv_bias` is added to the mean.
     """
 
     mean: Tensor
@@ -23,14 +23,14 @@ class Batch(NamedTuple):
 
 
 def update_running(norms: Sequence[tuple[Running, NormParams, Batch]]) -> None:
-    """running = (1 − momentum)·running + momentum·batch in place, the variance unbiased.
+    """running = (1 − momentum)·running + momentum·batch in place, with the unbiased variance.
 
-    Of all norms of a chain at once: a GPU gets a launch, of `lerp`, for what would be one a norm.
-    A CPU takes the two terms: a difference of infinities is NaN, and a variance that overflowed
-    stays infinite there, as PyTorch's does.
+    All norms of a chain are updated at once: on a GPU by one `lerp` launch instead of one per norm.
+    On a CPU the two terms are computed separately, because `lerp` subtracts: a variance that
+    overflowed to infinity could become NaN; here it stays infinite, as in PyTorch.
     """
     if len({id(params.running_mean) for _, params, _ in norms}) < len(norms):
-        for norm in norms:  # one norm in two places follows both, one after the other
+        for norm in norms:  # a norm used twice is updated twice, in order
             update_running([norm])
         return
     tracked = [r.num_batches_tracked for r, *_ in norms if r.num_batches_tracked is not None]

@@ -1,22 +1,22 @@
 """Batch statistics over several processes: the two collectives of a synchronized normalization.
 
-Forward, one all-gather: each process r has the count, the mean and m2 = Σ(z − mean)² of its own
-values, and from everybody's, in the order of ranks, all make the same
+Forward, one all-gather: each process r has count, mean and m2 = Σ(z − mean)² of its own values.
+From those of all processes, in the order of ranks, every process computes the same
 
     count = Σ count[r]                    mean = Σ count[r]·mean[r] / count, in fp64
     m2 = Σ m2[r] + count[r]·(mean[r] − mean)²
 
-Sums of squares around means, never differences of raw sums: a channel with mean 1000 and deviation
-1 is right, and an infinite mean stays infinite. It is the formula of Chan, Golub & LeVeque 1983
-(The American Statistician 37, p. 242) for any number of parts at once: as many launches for 64
-processes as for two. A process may have more values than another, or none.
+These are sums of squares around means, not differences of raw sums: a channel with mean 1000 and
+deviation 1 is accurate, and an infinite mean stays infinite. The formula is that of Chan, Golub &
+LeVeque 1983 (The American Statistician 37, p. 242) for any number of parts at once: 64 processes
+need as many launches as two. Processes may have different numbers of values, or none.
 
 Backward, one all-reduce: Σdy and Σdy·xhat over all values, from which dz = a·dy + b·(z − mean) + c
-follows. The gradients of weight and bias stay the process's own sums, for DistributedDataParallel
-to average as it does all others: so does `torch.nn.SyncBatchNorm`.
+follows. The gradients of weight and bias remain the sums of each process, and
+DistributedDataParallel averages them like all other gradients, as with `torch.nn.SyncBatchNorm`.
 
-The count travels with them, rounded from 2²⁴ values on as they are, and stays on the device: the
-host waits for it only in a process that has no more than one value a channel itself.
+The count is gathered with the statistics in their dtype, so fp32 rounds it from 2²⁴ on. It stays
+on the device; the host waits for it only in a process with at most one value per channel.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from torch import Tensor
 
 
 def group_of(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
-    """The processes to share statistics with, this one among them; None where there is no other.
+    """The group of processes that share statistics; None if this process is the only one.
 
-    process_group: as of `nn.SyncBatchNorm`, None for the default group.
+    process_group: as in `nn.SyncBatchNorm`; None is the default group.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return None
@@ -40,15 +40,15 @@ def group_of(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup | Non
 def merge_moments(
     mean: Tensor, m2: Tensor, count: int, group: dist.ProcessGroup
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """mean [C], m2 [C] and count [1] over all processes of `group`, the same bits on each.
+    """mean [C], m2 [C] and count [1] over all processes of `group`, bit-identical on each.
 
-    mean, m2: of this process's `count` values a channel; zeros without values.
-    Raises ValueError, on every process, for a single value a channel in all of them.
+    mean, m2: of this process's `count` values per channel; zeros if it has no values.
+    Raises ValueError on every process if all together have a single value per channel.
     """
     own = torch.cat([mean, m2, mean.new_full((1,), count)])
     ranks, channels = dist.get_world_size(group), mean.numel()
     gathered = own.new_empty(ranks * own.numel())
-    # all_gather_into_tensor is its name before torch 2.13.
+    # Before torch 2.13, all_gather_single is named all_gather_into_tensor.
     all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     all_gather(gathered, own, group=group)
     means, m2s, counts = gathered.view(ranks, -1).double().split([channels, channels, 1], dim=1)

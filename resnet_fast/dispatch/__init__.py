@@ -1,1 +1,1 @@
-"""Who computes an op, and when: schemas, implementations, the choice between them, replay."""
+"""Dispatch of the ops: schemas, implementations, the choice between them, replay."""

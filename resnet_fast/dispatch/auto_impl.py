@@ -1,12 +1,12 @@
 """The implementation that "auto" takes for an op on a GPU, by measurement.
 
-Where several implementations can run an op, the tuning tables of kind "impls"
+If several implementations can run an op, the tuning tables of kind "impls"
 (`runtime.tuning_tables`) say which was fastest on this GPU at these shapes:
-{op: {key: {"impl": name, "us": {name: microseconds}}}}. The key names every argument: dtype, shape
+{op: {key: {"impl": name, "us": {name: microseconds}}}}. The key lists every argument: dtype, shape
 and memory order of a tensor, the value of anything else. For shapes not in a table, a fitted cost
-model decides (`cost_model`); with too few measurements for that, the first of
-`backends.preference`. RESNET_FAST_AUTOTUNE=1 measures what is in no table once, outside CUDA graph
-capture, and keeps the result; `resnet-fast tune` does so for a model.
+model decides (`cost_model`). With too few measurements for that, the first one of
+`backends.preference` runs. With RESNET_FAST_AUTOTUNE=1, shapes not in a table are measured once,
+outside CUDA graph capture, and the result is stored; `resnet-fast tune` does this for a model.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _written: dict[tuple[str, str], bool] = {}
 def pick(
     op: str, gpu: str, args: Sequence[Any], candidates: Mapping[str, Callable[..., Any]]
 ) -> tuple[str, str]:
-    """Which of `candidates`, functions by name in the order of preference, runs op(*args); why."""
+    """(name, reason) of the one of `candidates`, in order of preference, that runs op(*args)."""
     first = next(iter(candidates)), "first choice"
     if len(candidates) == 1 or not (tuning_tables.searching() or _is_written(op, gpu)):
         return first
@@ -50,12 +50,12 @@ def pick(
 
 
 def signature(args: Sequence[Any]) -> str:
-    """The arguments of an op as a key: what its time depends on, and no value of a tensor."""
+    """The arguments of an op as a table key: all that its time depends on, without values."""
     return " ".join(map(_part, args))
 
 
 def forget() -> None:
-    """Ask the tables again: they have changed."""
+    """Forget all choices, because the tables have changed."""
     _chosen.clear()
     _written.clear()
 
@@ -69,7 +69,7 @@ def _part(value: Any) -> str:
 
 
 def _is_written(op: str, gpu: str) -> bool:
-    """Whether a table says anything of `op`; asked once, so that a GPU without tables pays once."""
+    """Whether any table has entries for `op`; cached, so a GPU without tables looks only once."""
     written = _written.get((op, gpu))
     if written is None:
         written = _written[op, gpu] = any(tuning_tables.sections("impls", gpu, op))
@@ -89,7 +89,7 @@ def _look_up(
 def _predict(
     op: str, gpu: str, args: Sequence[Any], candidates: Mapping[str, Any]
 ) -> tuple[str, str] | None:
-    """By the rule fitted to the first table with enough measurements."""
+    """The choice of the cost model fitted to the first table with enough measurements."""
     dtype = _part(args[0]).partition("[")[0]
     for section in tuning_tables.sections("impls", gpu, op):
         if section:
@@ -113,13 +113,13 @@ def _measure(
 
 
 def _microseconds(run: Callable[..., Any], args: Sequence[Any]) -> float:
-    """Median time of run(*args); infinite where it does not take these arguments."""
+    """Median time of run(*args) in microseconds; inf if `run` does not support the arguments."""
     import triton.errors
 
     try:
         with torch.cuda.device_of(args[0]):
             return tuning_tables.microseconds(lambda: run(*args))
-    except torch.OutOfMemoryError:  # of this moment, not of this candidate
+    except torch.OutOfMemoryError:  # temporary, not a property of this candidate
         raise
     except (RuntimeError, ValueError, triton.errors.TritonError):
         return float("inf")

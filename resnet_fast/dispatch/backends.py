@@ -1,9 +1,9 @@
-"""Which implementations are live on this machine, why the others are not, and which one runs an op.
+"""Which implementations are available on this machine, why others are not, and which runs an op.
 
 An implementation is a table of functions named after the ops of `dispatch.ops`. "auto" takes the
-first live one that supports the op on the tensor's device and dtype, on a GPU the fastest one where
-a tuning table knows it (`auto_impl`). An explicit name takes exactly that one, or raises
-`RuntimeError` with the reason.
+first available one that supports the op on the tensor's device and dtype. On a GPU, it takes the
+fastest one if a tuning table has the shape (`auto_impl`). An explicit name takes exactly that
+implementation, or raises `RuntimeError` with the reason.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps ."
 
 @dataclass(frozen=True)
 class Status:
-    """One implementation on one kind of device: live or not, and why."""
+    """One implementation on one device type: available (`live`) or not, and why."""
 
     impl: str
     device: str
@@ -42,10 +42,10 @@ class Status:
 
 @functools.cache
 def native_module() -> tuple[Any | None, str]:
-    """The compiled extension `resnet_fast._C` and how loading it went.
+    """The compiled extension `resnet_fast._C`, or None, and why.
 
-    Warns, once a process, of one that is there and cannot be used. BadSetting (`runtime.settings`)
-    names an environment variable with a bad value.
+    Warns once per process if the extension exists but cannot be used. Raises BadSetting
+    (`runtime.settings`) if an environment variable has an invalid value.
     """
     if importlib.util.find_spec("resnet_fast._C") is None:
         return None, "resnet_fast._C is not built (RESNET_FAST_BUILD=none or no compiler)"
@@ -58,16 +58,16 @@ def native_module() -> tuple[Any | None, str]:
     module.configure(**settings.native())
     built_for = module.build_info()["torch_version"]
     if built_for != torch.__version__:
-        why = f"resnet_fast._C is built for torch {built_for}, this is {torch.__version__}"
+        why = f"resnet_fast._C is built for torch {built_for}, not for {torch.__version__}"
         return None, _unusable(why)
     return module, "built"
 
 
 def _unusable(why: str) -> str:
-    """`why`, after a warning that says it."""
+    """Warn with the reason `why`, and return it."""
     warnings.warn(
-        f"{why}. The slower plain PyTorch runs instead of the native kernels. Rebuild them in "
-        f"resnet_fast's source folder: {REBUILD}",
+        f"{why}. The slower plain PyTorch runs instead of the native kernels. To rebuild them, run "
+        f"in the resnet_fast source folder: {REBUILD}",
         RuntimeWarning,
         stacklevel=3,
     )
@@ -75,13 +75,13 @@ def _unusable(why: str) -> str:
 
 
 def native_ops() -> Any:
-    """The native ops' namespace; each dispatches to the kernels of its tensors' device."""
+    """The namespace of the native ops. Each op dispatches by the device of its tensors."""
     return torch.ops.resnet_fast_native
 
 
 @functools.cache
 def triton_module() -> tuple[Any | None, str]:
-    """The package of Triton kernels and how loading it went."""
+    """The package of Triton kernels, or None, and why."""
     if importlib.util.find_spec("triton") is None:
         return None, "Triton is not installed"
     try:
@@ -93,30 +93,33 @@ def triton_module() -> tuple[Any | None, str]:
 def preference(device: str) -> tuple[str, ...]:
     """The order in which "auto" tries implementations on `device`.
 
-    On a CPU Triton is its interpreter, which is for tests.
+    On a CPU, Triton runs only in its interpreter, for tests, so "auto" does not take it.
     """
     return ("native", "reference") if device == "cpu" else ("triton", "native", "reference")
 
 
 def build_info() -> dict[str, Any] | None:
-    """What the extension was built with (compiler, flags, instruction sets), or None without it."""
+    """Compiler, flags and instruction sets of the native extension, or None without it."""
     module, _ = native_module()
     return None if module is None else module.build_info()
 
 
 def empty_cache() -> int:
-    """Return the cached memory of the native CPU kernels to the system; its size in bytes.
+    """Free the memory that the native CPU kernels cache, and return it to the system.
 
-    The cache holds packed inference filters and memory blocks of large results. Its limit is
-    RESNET_FAST_CPU_CACHE_MB, by default 1/8 of the memory of the machine or container. The least
-    recently used entries are dropped first.
+    The cache holds packed inference filters and memory blocks for large results. Its limit is
+    RESNET_FAST_CPU_CACHE_MB; the default is 1/8 of the memory of the machine or container. The
+    least recently used entries are dropped first.
+
+    Returns:
+        Size of the freed memory in bytes; 0 without the native extension.
     """
     module, _ = native_module()
     return 0 if module is None else module.empty_cache()
 
 
 def kept() -> dict[str, int] | None:
-    """The cache of the CPU kernels in bytes: budget, packed_filters, free_blocks.
+    """State of the CPU kernels' cache in bytes: budget, packed_filters, free_blocks.
 
     None without the native extension.
     """
@@ -133,15 +136,15 @@ def refusal(impl: str, op: str, device: str, dtype: torch.dtype) -> str | None:
         if module is None:
             return why
         if device not in NATIVE_DTYPES:
-            return f"the native kernels run on {', '.join(NATIVE_DTYPES)} tensors, not on {device}"
+            return f"the native kernels run on {', '.join(NATIVE_DTYPES)}, not on {device}"
         if device == "cuda" and not module.build_info()["cuda"]:
-            return f"built without CUDA ({module.build_info()['build_why']})"
+            return f"resnet_fast._C is built without CUDA ({module.build_info()['build_why']})"
         if device == "cuda" and not torch.cuda.is_available():
             return "this machine has no CUDA device"
         if dtype not in NATIVE_DTYPES[device]:
             names = ", ".join(str(d).removeprefix("torch.") for d in NATIVE_DTYPES[device])
             given = str(dtype).removeprefix("torch.")
-            return f"the native {device} kernels take {names}, not {given}"
+            return f"the native {device} kernels support {names}, not {given}"
         if not hasattr(native_ops(), op):
             return f"there is no native kernel for {op}"
         return None
@@ -158,7 +161,7 @@ def _function(impl: str, op: str) -> Callable[..., Any]:
 
 
 class Choice(NamedTuple):
-    """Who runs an op: the implementation's name, its function, and why it."""
+    """The implementation that runs an op: its name, its function, and the reason."""
 
     impl: str
     run: Callable[..., Any]
@@ -176,22 +179,22 @@ def _resolve(op: str, impl: str, device: str, dtype: torch.dtype) -> Choice:
             said = "; ".join(reasons) or ("first choice" if impl == "auto" else f"impl={impl!r}")
             return Choice(name, _function(name, op), said)
         reasons.append(f"not {name}: {why}")
-    raise RuntimeError(f"impl={impl!r} cannot run {op}: {why}")
+    raise RuntimeError(f"impl={impl!r} cannot run {op}: {why}; use impl='auto'")
 
 
 @functools.cache
 def _live(op: str, device: str, dtype: torch.dtype) -> dict[str, Callable[..., Any]]:
-    """What "auto" chooses among by measurement, in the order of preference: all but the reference.
+    """The implementations that "auto" compares by measurement, in the order of preference.
 
-    The reference is left where nothing else is: on a GPU it is the library's convolutions, which
-    the others take themselves where those are faster.
+    The reference is included only if there is no other. On a GPU it runs cuDNN's convolutions,
+    which the other implementations also use where cuDNN is faster.
     """
     names = [name for name in preference(device) if refusal(name, op, device, dtype) is None]
     return {name: _function(name, op) for name in names if name != "reference" or len(names) == 1}
 
 
 def resolve(op: str, impl: str, x: Tensor, args: Sequence[Any] = ()) -> Choice:
-    """Who runs `op` on x and args under `impl`."""
+    """The implementation that runs op(x, *args) for `impl`."""
     if x.device.type != "cuda":
         return _resolve(op, impl, x.device.type, x.dtype)
     why = unsuited(op, x, args)
@@ -209,16 +212,16 @@ def resolve(op: str, impl: str, x: Tensor, args: Sequence[Any] = ()) -> Choice:
 
 
 def eights(w: Tensor) -> bool:
-    """Whether CUTLASS takes filters w [K,C,R,S]: by 8 channels, a stem's few padded to 8."""
+    """Whether CUTLASS takes filters w [K,C,R,S]: K and C multiples of 8, or C < 8 (padded)."""
     filters, channels = w.shape[:2]
     return filters % 8 == 0 and (channels % 8 == 0 or channels < 8)
 
 
 def unsuited(op: str, x: Tensor, args: Sequence[Any]) -> str | None:
-    """Why CUTLASS, native's convolution in inference, has no kernel for these arguments, or None.
+    """Why CUTLASS, which native uses in inference, has no kernel for these arguments, or None.
 
-    Asked of 16-bit channels_last tensors in one group, which are its own; what else native
-    convolves is cuDNN's in any case. RESNET_FAST_CUDA_CONV=auto gives cuDNN these too.
+    CUTLASS runs 16-bit channels_last tensors with groups=1; native runs all others by cuDNN. With
+    RESNET_FAST_CUDA_CONV=auto, cuDNN also runs the shapes that CUTLASS does not support.
     """
     if op != "conv_bn_act" or x.dtype.itemsize != 2:
         return None
@@ -230,7 +233,7 @@ def unsuited(op: str, x: Tensor, args: Sequence[Any]) -> str | None:
         return None
     return (
         f"w: CUTLASS takes channels and filters that are multiples of 8, got {channels} channels "
-        f"and {filters} filters; use impl='auto', or RESNET_FAST_CUDA_CONV=auto for cuDNN"
+        f"and {filters} filters. Use impl='auto', or RESNET_FAST_CUDA_CONV=auto for cuDNN"
     )
 
 
@@ -240,13 +243,13 @@ def _gpu(index: int) -> str:
 
 
 def chosen(op: str, impl: str, device: str, dtype: torch.dtype) -> str:
-    """The name of the implementation that `resolve` takes unless a tuning table differs."""
+    """The implementation that `resolve` takes if no tuning table chooses another."""
     return _resolve(op, impl, device, dtype).impl
 
 
 def status() -> list[Status]:
-    """Every implementation on every kind of device it knows, live or not, and why."""
-    rows = [Status("reference", "any", True, "plain PyTorch, always there")]
+    """Every implementation on every device type that it supports: available or not, and why."""
+    rows = [Status("reference", "any", True, "plain PyTorch, always available")]
     for device in ("cpu", "cuda"):
         why = refusal("native", "bn_act", device, torch.float32)
         rows.append(Status("native", device, why is None, why or "built"))

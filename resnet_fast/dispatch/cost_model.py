@@ -1,10 +1,11 @@
-"""A rule fitted to a table of measurements: how long an implementation would take at a new shape.
+"""A cost model fitted to a tuning table: the time of an implementation at a new shape.
 
-Microseconds of an op are modelled as t = a + b·bytes + c·flop with a, b, c ≥ 0: a launch's fixed
-cost, memory's rate, the arithmetic's rate as this implementation reaches them on this GPU. Least
-squares of relative errors, (predicted − t) / t, over what was measured in one dtype, so that short
-launches count as much as long ones. Bytes and operations are those that the op cannot do without
-(`work`): each tensor moved once; Williams, Waterman & Patterson 2009, "Roofline", CACM 52(4).
+The time of an op in microseconds is modelled as t = a + b·bytes + c·flop with a, b, c ≥ 0: fixed
+cost of a launch, inverse memory rate and inverse arithmetic rate of this implementation on this
+GPU. The fit is least squares over the measurements of one dtype. It uses relative errors,
+(predicted − t) / t, so that short launches count as much as long ones. Bytes and flop are the
+minimum for the op, with each tensor moved once (`work`); Williams, Waterman & Patterson 2009,
+"Roofline", CACM 52(4).
 """
 
 from __future__ import annotations
@@ -17,18 +18,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-LEAST_POINTS = 4  # measurements an implementation, below which nothing is fitted
+LEAST_POINTS = 4  # minimum number of measurements per implementation for a fit
 
 
 class Work(NamedTuple):
-    """Bytes of an op's operands and results, each once, and floating-point operations."""
+    """Bytes of an op's operands and results, each counted once, and floating-point operations."""
 
     bytes: int
     flop: int
 
 
 def work(op: str, args: Sequence[Any]) -> Work:
-    """The work of `dispatch.ops.<op>(*args)`; no operations where memory alone bounds it."""
+    """The work of `dispatch.ops.<op>(*args)`; flop is 0 for memory-bound ops."""
     meta = [a.to("meta") if isinstance(a, Tensor) else a for a in args]
     found = getattr(torch.ops.resnet_fast, op)(*meta, "reference")
     results = found if isinstance(found, tuple | list) else (found,)
@@ -44,10 +45,10 @@ def work(op: str, args: Sequence[Any]) -> Work:
 def fastest(
     section: Mapping[str, Mapping[str, Any]], dtype: str, wanted: Work, names: Sequence[str]
 ) -> str | None:
-    """The one of `names` that a table's section predicts to be fastest at `wanted`.
+    """The one of `names` that the fit to a table's section predicts to be fastest at `wanted`.
 
-    section: {key: {"us": {name: microseconds}, "bytes": …, "flop": …}}, keys beginning with the
-    dtype. None where one of `names` has fewer than LEAST_POINTS measurements in it.
+    section: {key: {"us": {name: microseconds}, "bytes": …, "flop": …}}; each key begins with the
+    dtype. None if one of `names` has fewer than LEAST_POINTS measurements in the section.
     """
     predicted = {}
     for name in names:
@@ -63,8 +64,8 @@ def fastest(
 
 
 def fit(points: Sequence[tuple[float, float, float]]) -> np.ndarray:
-    """a, b, c ≥ 0 of t = a + b·bytes + c·flop for points (bytes, flop, t): the best of all choices
-    of which are zero, as least squares with three unknowns allow.
+    """a, b, c ≥ 0 of t = a + b·bytes + c·flop for points (bytes, flop, t): the best least-squares
+    solution over all choices of which unknowns are zero.
     """
     table = np.asarray(points, dtype=np.float64)
     time = table[:, 2]

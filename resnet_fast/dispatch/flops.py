@@ -1,10 +1,10 @@
 """FLOPs of the ops, for `torch.utils.flop_counter.FlopCounterMode`.
 
-Convolutions count what PyTorch counts of the same convolutions; everything else counts 0, as
-PyTorch counts a batch normalization. So a fused model has the FLOPs of its plain twin.
+Convolutions count as PyTorch counts the same convolutions. Everything else counts 0, as a batch
+normalization does in PyTorch. So a fused model has the same FLOPs as the plain one.
 
-PyTorch's counter imports Triton, which takes longer than this package. So the formulas wait until
-the counter is imported.
+PyTorch's counter imports Triton, which takes longer than importing resnet_fast. So the formulas are
+registered only when the counter is imported.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def register(counter: ModuleType) -> None:
 
 
 class _OnImport(importlib.abc.MetaPathFinder):
-    """Finds COUNTER as the other finders do, and registers the formulas once it has run."""
+    """Finds COUNTER by the other finders, and registers the formulas after its import."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         if name != COUNTER:

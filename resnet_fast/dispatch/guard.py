@@ -1,8 +1,8 @@
-"""When a call may run fused: one check, for the modules of this package and for those `fuse` found.
+"""When a call may run fused: one check for resnet_fast's modules and for modules fused by `fuse`.
 
-A fused forward computes from the tensors and numbers of layers. It calls neither the layers nor the
-user's code around them. So each layer must be no more than its class says (`refusal`), and the call
-must be one that fused ops follow (`fusible`). Otherwise the plain forward runs.
+A fused forward uses only the tensors and numbers of layers. It calls neither the layers nor the
+user's code around them. So each layer must behave exactly as its PyTorch class (`refusal`), and
+fused ops must support the call (`fusible`). Otherwise the plain forward runs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.utils._device import DeviceContext
 from ..spec.layers import NORMS, Parts, windows_of
 
 TENSORS = frozenset((Tensor, nn.Parameter, FakeTensor, FunctionalTensor))
-LAYERS = (  # what a chain is made of
+LAYERS = (  # the layers of a chain
     nn.Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.ReLU, nn.MaxPool2d, nn.Identity, nn.Sequential,
 )  # fmt: skip
 FORWARDS = {kind: kind.forward for kind in LAYERS}
@@ -30,24 +30,24 @@ CONV, POOL, AROUND = (nn.Conv2d,), (nn.MaxPool2d,), (nn.ReLU, nn.Identity, nn.Se
 
 
 def fusible(x: Tensor, parts: Parts) -> bool:
-    """Whether a fused call on x computes what calls of the modules of `parts` would."""
+    """Whether a fused call on x computes the same as calls of the modules of `parts`."""
     return not plain_call(x) and obstacle(parts) is None
 
 
 def plain_call(*inputs: Tensor) -> bool:
-    """Whether a call on `inputs` must be plain: they are transformed, or module calls watched."""
+    """Whether a call on `inputs` must be plain: they are `transformed`, or calls are `watched`."""
     return watched() or any(map(transformed, inputs))
 
 
 def watched() -> bool:
-    """Whether something sees every call of a module: a global hook, or another `__call__`."""
+    """Whether global module hooks or a replaced `nn.Module.__call__` observe every module call."""
     if _has_any_global_hook():
         return True
     return nn.Module.__call__ is not CALL and not torch.compiler.is_compiling()
 
 
 def obstacle(parts: Parts) -> tuple[nn.Module, str] | None:
-    """The first module of `parts` that is more than its class, and why; None where none is."""
+    """The first module of `parts` that cannot be fused, and why; None if all can."""
     roles = (
         ((*parts.convs, parts.projection), CONV),
         ((*parts.norms, parts.projection_norm), NORMS),
@@ -62,10 +62,10 @@ def obstacle(parts: Parts) -> tuple[nn.Module, str] | None:
 
 
 def transformed(x: Tensor) -> bool:
-    """Whether x goes through something that follows PyTorch's own ops alone.
+    """Whether x needs PyTorch's own ops, because fused ops do not support it.
 
-    That is a transform of `torch.func`, forward-mode AD, `torch.fx` or `torch.jit.trace`, a
-    function mode, or a tensor of another class or layout.
+    True under a transform of `torch.func`, forward-mode AD, `torch.fx`, `torch.jit.trace` or a
+    function mode, and for a tensor of another class or layout.
     """
     if type(x) not in TENSORS or forward_ad._current_level >= 0:
         return True
@@ -77,7 +77,7 @@ def transformed(x: Tensor) -> bool:
 
 
 def function_modes() -> bool:
-    """Whether a function mode is on, but that of `torch.set_default_device`, which sees no op."""
+    """Whether a function mode is active, other than the one of `torch.set_default_device`."""
     if torch._C._len_torch_function_stack() == 0:
         return False
     stack = torch.overrides._get_current_function_mode_stack()
@@ -85,21 +85,21 @@ def function_modes() -> bool:
 
 
 def refusal(module: nn.Module, kinds: tuple[type[nn.Module], ...] = LAYERS) -> str | None:
-    """Why a call of `module` is more than one of `kinds`, as in "has hooks"; None where it is one.
+    """Why a fused call cannot replace a call of `module` as one of `kinds`, such as "has hooks".
 
-    Asked of every layer at every fused call, so it looks into dictionaries and builds nothing.
+    None if it can. It runs for every layer at every fused call, so it only reads dictionaries.
     """
     cls = type(module)
     kind = cls if cls in FORWARDS else _kind(cls)
     if kind not in kinds:
-        return f"is of class {cls.__name__}"
+        return f"is of class {cls.__name__}, which cannot be fused here"
     held = module.__dict__
     if hooked(module):
         if isinstance(module, LazyModuleMixin):
-            return "is lazy: run the model once before"
-        return "has hooks, which would not run (weight_norm and pruning are hooks too)"
+            return "is lazy; run the model once, then fuse it"
+        return "has hooks (weight_norm and pruning are hooks too); remove them to fuse"
     if cls is not kind and "parametrizations" in held["_modules"]:
-        return "has parametrizations"
+        return "has parametrizations; remove them to fuse"
     own = (
         cls.forward is not FORWARDS[kind]
         or "forward" in held
@@ -110,31 +110,31 @@ def refusal(module: nn.Module, kinds: tuple[type[nn.Module], ...] = LAYERS) -> s
     elif kind is nn.Sequential:
         own = own or cls.__iter__ is not ITER
     if own:
-        return f"has a forward of its own ({cls.__name__})"
+        return f"overrides the forward of nn.{kind.__name__} (class {cls.__name__})"
     weight = held["_parameters"].get("weight")
     if weight is not None and type(weight) not in TENSORS:
-        return f"has a weight of class {type(weight).__name__}"
+        return f"has a weight of class {type(weight).__name__}, expected nn.Parameter"
     if kind is nn.Conv2d:
         if module.padding_mode != "zeros":
-            return f"pads with padding_mode={module.padding_mode!r}"
+            return f"has padding_mode={module.padding_mode!r}; only 'zeros' can be fused"
         if isinstance(module.padding, str):
-            return f"pads with padding={module.padding!r}, not with a number"
+            return f"has padding={module.padding!r}; only integer padding can be fused"
     elif kind is nn.MaxPool2d:
         try:
             windows_of(module)
         except ValueError as reason:
-            return f"cannot end a chain ({reason})"
+            return f"cannot be fused ({reason})"
     return None
 
 
 @functools.cache
 def _kind(cls: type) -> type[nn.Module] | None:
-    """Which of `LAYERS` the class `cls` derives from."""
+    """The class of `LAYERS` that `cls` derives from, or None."""
     return next((kind for kind in LAYERS if issubclass(cls, kind)), None)
 
 
 def hooked(module: nn.Module) -> bool:
-    """Whether a call of `module` would run hooks of its own."""
+    """Whether `module` has forward or backward hooks."""
     held = module.__dict__
     return bool(
         held["_forward_hooks"]

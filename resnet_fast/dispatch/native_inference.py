@@ -1,10 +1,10 @@
 """Inference of several chains, one after another, in a single native call.
 
 `native.infer_chains` (csrc/infer_chains.h) runs a block, or a ResNet up to its pooling, without
-Python and without a dispatcher between the convolutions, and adds a shortcut in place where
-nothing else reads it. The bits are the same. What it does not take (a gradient, batch statistics, a
-trace, another implementation, tensors that do not fit) runs op by op in `functional.run_chain`,
-which also has the better errors.
+Python and without the dispatcher between the convolutions. It adds a shortcut in place where
+nothing else reads that tensor. The results are bit-identical. Calls that it does not support
+(gradients, batch statistics, tracing, another implementation, tensors that do not fit) run op by
+op in `functional.run_chain`, which also gives better errors.
 """
 
 from __future__ import annotations
@@ -28,11 +28,10 @@ NO_NORM = (None,) * 4
 
 
 def infer(chains: Iterable[Parts], x: Tensor, impl: str) -> Tensor | None:
-    """y of `chains` on x [N,C,H,W], each on the result of the one before; None where it declines.
+    """y of `chains` on x [N,C,H,W], each on the result of the one before, or None if unsupported.
 
-    It declines where a gradient could be wanted, a norm uses the batch's statistics, autocast mixes
-    dtypes, under compilation, tracing, a dispatch mode or RESNET_FAST_TRACE, and where `impl` is
-    not native for x.
+    Unsupported: gradients, batch statistics, autocast that mixes dtypes, compilation, tracing, a
+    dispatch mode, RESNET_FAST_TRACE, and an `impl` that is not native for x.
     """
     if type(x) is not Tensor or x.dim() != 4 or traced() or trace.on():
         return None
@@ -51,15 +50,15 @@ def infer(chains: Iterable[Parts], x: Tensor, impl: str) -> Tensor | None:
     try:
         y = backends.native_ops().infer_chains(x, tensors, program, eps)
     except (RuntimeError, ValueError, TypeError, IndexError):
-        return None  # the ordinary way names the argument
+        return None  # the op-by-op path raises an error that names the argument
     if not x.is_cuda:
         drop_with(tensors)
     return y
 
 
 def _native(x: Tensor, impl: str, tensors: list[Tensor | None]) -> bool:
-    """Whether native runs all of it by `impl`: device and dtype, and on a GPU channels by 8, as
-    others are CUTLASS' to refuse, one op at a time (`backends.unsuited`).
+    """Whether `impl` is native for x. On a GPU, channels must also fit CUTLASS (`backends.eights`);
+    for others the op-by-op path raises the error (`backends.unsuited`).
     """
     try:
         chosen = backends.chosen("conv_bn_act", impl, x.device.type, x.dtype)
@@ -74,10 +73,10 @@ def _native(x: Tensor, impl: str, tensors: list[Tensor | None]) -> bool:
 def _write(
     parts: Parts, program: list[int], tensors: list[Tensor | None], eps: list[float]
 ) -> bool:
-    """Append a chain in the order of csrc/infer_chains.h; False where it is not one for inference.
+    """Append a chain in the order of csrc/infer_chains.h; False if it is unsupported.
 
-    Tensors are taken from where a module keeps them: a plain attribute would cost as much as the
-    rest. One that is kept elsewhere (a parametrized filter) is found by the ordinary way.
+    Tensors are read from the module's dictionaries, because attribute access would cost as much as
+    the rest. A tensor stored elsewhere (a parametrized filter) takes the op-by-op path.
     """
     n = len(parts.convs)
     pool, convs, norms = parts.pool, parts.convs, (*parts.norms, parts.projection_norm)

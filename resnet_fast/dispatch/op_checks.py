@@ -1,7 +1,7 @@
-"""Checks of the arguments of every op, before a Triton kernel reads plain pointers.
+"""Checks of the arguments of every op, before a Triton kernel reads raw pointers.
 
-A kernel gets sizes and memory order once, from one activation. An argument of another size, dtype,
-device or memory order would be read out of bounds, or as another type.
+A kernel takes sizes and memory order from one activation. It would read an argument of another
+size, dtype, device or memory order out of bounds, or as another type.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from ..spec.chain import Conv, Pool
 from ..spec.dtypes import stats_dtype
 from ..spec.layout import is_channels_last, mask_shape, memory_format
 
-# Kinds of arguments: activations like the input, or like the output of the convolution and in
-# whichever strides; filters; bits of the ReLU mask of another argument; vectors of the input's or
-# the output's channels in the dtype of statistics; parameters a channel of the output, of any
-# dtype; one byte for each element of the output. "Output" is what a convolution or a pool gives.
+# Kinds of arguments: X activations like the input; Y like the output; Y_STRIDED the same with any
+# strides; W filters; BITS the ReLU mask of another argument, one bit per value; C and K vectors in
+# the dtype of statistics, one value per input or output channel; PARAMETER one value per output
+# channel, of any dtype; Y_BYTES one byte per output value. Output: of the convolution or pool.
 X, Y, Y_STRIDED, W, BITS, C, K, PARAMETER, Y_BYTES = range(9)
 
 _NORM = dict.fromkeys(("bias", "bn_weight", "bn_bias", "running_mean", "running_var"), PARAMETER)
@@ -56,14 +56,14 @@ TOGETHER = (  # all of them or none
     ("scale", "shift"), ("mean", "rstd"), ("running_mean", "running_var"),
     ("z", "mean", "b", "c"), ("residual", "res_mean", "res_rstd"),
 )  # fmt: skip
-NEEDS = {  # argument → the other without which it says nothing
+NEEDS = {  # argument → the argument that it requires
     "res_scale": "residual", "in_mean": "in_scale", "in_act": "in_scale",
     "residual_mask": "residual", "bn_weight": "running_mean", "bn_bias": "running_mean",
 }  # fmt: skip
 
 
 class _Expected(NamedTuple):
-    """What operands must be like: the activation they are compared with, and shapes by kind."""
+    """Expected properties of arguments: the reference activation x, formats and shapes by kind."""
 
     name: str
     x: Tensor
@@ -71,9 +71,9 @@ class _Expected(NamedTuple):
     shapes: dict[int, Any]
 
     def check(self, name: str, t: Tensor, kind: int, masked: Tensor | None) -> None:
-        """Raise ValueError if the argument `name` is not of its kind."""
+        """Raise ValueError if the argument `name` is not as expected for its kind."""
         if t.device != self.x.device:
-            _wrong(name, "device", f"{self.x.device}, that of {self.name}", t.device)
+            _wrong(name, "device", f"{self.x.device} as {self.name}", t.device)
         if kind == W:
             wider = t.dtype == torch.float32 and self.x.element_size() == 2
             if t.dtype != self.x.dtype and not wider:
@@ -109,7 +109,7 @@ def _wrong(name: str, what: str, expected: Any, got: Any) -> None:
 
 
 def checked(run: Callable[..., Any]) -> Callable[..., Any]:
-    """The op `run`, which raises ValueError with op, argument and what was expected of it."""
+    """The op `run` with checks: ValueError names the op, the argument and what was expected."""
     op, names = run.__name__, list(inspect.signature(run).parameters)
     position = {name: i for i, name in enumerate(names)}
     kinds = [(position[name], name, kind) for name, kind in ARGUMENTS[op].items()]
@@ -123,10 +123,10 @@ def checked(run: Callable[..., Any]) -> Callable[..., Any]:
             there = [name for name in group if args[position[name]] is not None]
             if there and len(there) < len(group):
                 missing = next(name for name in group if name not in there)
-                raise ValueError(f"{missing}: expected a tensor beside {there[0]}, got None")
+                raise ValueError(f"{missing}: expected a tensor together with {there[0]}, got None")
         for name, other in needs:
             if args[position[name]] is not None and args[position[other]] is None:
-                raise ValueError(f"{other}: expected a tensor beside {name}, got None")
+                raise ValueError(f"{other}: expected a tensor together with {name}, got None")
         x = args[position[first]]
         formats = {}
         if ARGUMENTS[op][first] == C:

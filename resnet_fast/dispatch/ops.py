@@ -1,10 +1,10 @@
 """The contract: schema, fake kernel and dispatch of every op, in one place.
 
 `torch.ops.resnet_fast.NAME(..., impl)` is what `torch.compile`, `torch.export` and `opcheck` see.
-`spec.reference.NAME` says what each must compute; `dispatch.backends` picks who computes
-it. Activations are dense 4-D tensors in NCHW or channels_last (`spec.layout`), filters may
-be wider than the activations (fp32 parameters beside bf16 activations), channel vectors are fp32
-(fp64 for double). Ops are functional: they return new tensors and update nothing.
+`spec.reference.NAME` defines the result of each op; `dispatch.backends` picks the implementation.
+Activations are dense 4-D tensors in NCHW or channels_last (`spec.layout`). Filters may be wider
+than the activations (fp32 filters with bf16 activations). Channel vectors are fp32 (fp64 for fp64
+activations). Ops are functional: they return new tensors and update nothing in place.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from .guard import function_modes
 
 LIBRARY = torch.library.Library("resnet_fast", "DEF")
 NAMES: list[str] = []
-IMPLEMENTATIONS: dict[Any, Callable[..., Any]] = {}  # of an operator, what runs it
-CONVOLUTIONS = {"conv_fprop": 5, "conv_bprop": 16, "conv_bn_act": 10}  # where geometry stands
+IMPLEMENTATIONS: dict[Any, Callable[..., Any]] = {}  # operator → function that runs it
+CONVOLUTIONS = {"conv_fprop": 5, "conv_bprop": 16, "conv_bn_act": 10}  # index of geometry
 _WINDOWS = "int[2] kernel, int[2] stride, int[2] padding"
 _GEOMETRY = "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups"
 
 
 def _op(signature: str, returns: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Define the op `signature` of the decorated fake kernel and give back its caller."""
+    """Decorator of a fake kernel: define the op `signature` and return a function that calls it."""
     name = signature.partition("(")[0]
 
     def define(fake: Callable[..., Any]) -> Callable[..., Any]:
@@ -64,7 +64,7 @@ def _op(signature: str, returns: str) -> Callable[[Callable[..., Any]], Callable
 
 
 def _traced(name: str, choice: backends.Choice, args: tuple[Any, ...]) -> Any:
-    """choice.run(*args), with its line in the trace."""
+    """choice.run(*args), with a line in the trace."""
     tensors = auto_impl.signature([t for t in args if isinstance(t, Tensor) and t.dim() > 1])
     with trace.op(f"{name} {tensors}: {choice.impl} ({choice.why})"):
         if choice.impl == "native" and name in CONVOLUTIONS:
@@ -75,10 +75,10 @@ def _traced(name: str, choice: backends.Choice, args: tuple[Any, ...]) -> Any:
 
 
 def watched() -> bool:
-    """Whether ops must go through PyTorch's dispatcher: `traced`, or a profiler is on.
+    """Whether ops must go through PyTorch's dispatcher: if `traced`, or under a profiler.
 
-    Otherwise, and without a gradient, a call goes straight to its implementation: the dispatcher
-    takes the host longer than most launches.
+    Otherwise a call without gradients goes directly to its implementation, because the dispatcher
+    takes more host time than most kernel launches.
     """
     return traced() or torch.autograd._profiler_enabled()
 

@@ -1,8 +1,8 @@
-"""The cache of packed filters follows the modules that own the filters.
+"""Keeps the cache of packed filters consistent with the modules that own the filters.
 
-The kernels detect changed filters (csrc/cpu/witness.h). Two events come from Python: a change of a
-whole module, after which the kernels compare all values, and the end of a parameter, after which
-they drop its packed filters.
+The kernels detect changed filters (csrc/cpu/witness.h). Python reports two events to them. After a
+change of a whole module, the kernels compare all values. After a parameter is freed, they drop its
+packed filters.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ _watched: set[tuple[int, int]] = set()  # identity and address
 
 
 class Rechecked(nn.Module):
-    """Mixin for a fused `nn.Module`: after train, to or load_state_dict all values are compared."""
+    """Mixin for a fused `nn.Module` that calls `recheck` in train, to and load_state_dict."""
 
     def train(self, mode: bool = True):
-        """As `nn.Module.train`."""
+        """Set the mode as `nn.Module.train` does, and recheck the packed filters."""
         recheck()
         return super().train(mode)
 
@@ -35,7 +35,7 @@ class Rechecked(nn.Module):
 
 
 def recheck() -> None:
-    """Make the kernels compare every packed filter completely with its source at the next use."""
+    """Make the kernels compare every packed filter with all values of its source at next use."""
     module, _ = backends.native_module()
     if module is not None:
         module.recheck()
@@ -48,7 +48,7 @@ def drop_with(tensors: Iterable[Tensor | None]) -> None:
             continue
         key = id(t), t.data_ptr()
         if key in _watched:
-            return  # and so were those beside it
+            return  # the other tensors of the module are watched too
         _watched.add(key)
         weakref.finalize(t, _drop, key).atexit = False
 

@@ -1,10 +1,11 @@
 """Recorded calls: the second call of a chain on tensors of the same kind replays the first.
 
 Checks, the choice of implementation, plan and tile, and Triton's argument handling depend on the
-chain and on dtypes, shapes, strides and alignment, not on values. On a GPU they take the host
-several times as long as the launches. So the first call for a kind of tensors is recorded
-(`runtime.recording`), and later calls replay it: the same launches in the same order, with the same
-bits. CUDA graph capture sees no difference; a profile shows the replay by name, and its launches.
+chain and on dtypes, shapes, strides and alignment, not on values. On a GPU they take several times
+as much host time as the kernel launches. So the first call for a kind of tensors is recorded
+(`runtime.recording`). Later calls replay it: the same launches in the same order, with
+bit-identical results. CUDA graph capture works as without replay; a profile shows the replay by
+name, and its launches.
 
 Compilation, tracing and tuning take the normal path; so does a function that cannot be recorded.
 """
@@ -23,8 +24,8 @@ from ..runtime.recording import Program, record
 from ..spec.chain import Chain
 from . import ops
 
-DEVICES = {"cuda"}  # elsewhere a launch takes longer than all decisions
-MOST = 1024  # programs; a full table starts over
+DEVICES = {"cuda"}  # on a CPU, an op takes longer than all decisions
+MOST = 1024  # programs; a full table is cleared
 UNKNOWN = object()
 PLAIN = (Tensor, nn.Parameter)
 SETTINGS = [s.variable for s in (settings.TRITON_CONV, settings.CUDA_CONV, settings.TRACE)]
@@ -37,17 +38,17 @@ def run(
     fixed: tuple[Hashable, ...],
     tensors: Sequence[Tensor | None],
 ) -> Any:
-    """function(chain, *fixed, *tensors), by its program where there is one.
+    """function(chain, *fixed, *tensors), replayed if it was recorded.
 
-    function: of the chain's tensors, the first of which is not None. It may depend on `chain`,
-    `fixed` and on dtypes, shapes, strides and alignment, but on no value, and on nothing else that
-    changes. A chain that shares statistics with other processes is never replayed.
+    `function` may depend on `chain`, `fixed`, dtypes, shapes, strides and alignment, but not on
+    values or other state that changes. The first of `tensors` is not None. A chain that shares
+    statistics with other processes is never replayed.
     """
     fixed = (chain, *fixed)
     key = None if chain.shared else _key(function, fixed, tensors)
     if key is None:
         return function(*fixed, *tensors)
-    program = _programs.get(key, UNKNOWN)  # once: another thread may forget it meanwhile
+    program = _programs.get(key, UNKNOWN)  # one lookup: another thread may clear the table
     if program is UNKNOWN:
         if len(_programs) >= MOST:
             _programs.clear()
@@ -62,14 +63,14 @@ def run(
 
 
 def forget() -> None:
-    """Record anew: what decides has changed."""
+    """Drop all recordings, because what the decisions depend on has changed."""
     _programs.clear()
 
 
 def _key(
     function: Callable[..., Any], fixed: Sequence[Hashable], tensors: Sequence[Tensor | None]
 ) -> Hashable | None:
-    """What the steps of the function depend on; None where it must run the ordinary way."""
+    """All that the recorded steps depend on; None if the call must take the normal path."""
     device = tensors[0].device
     if device.type not in DEVICES or ops.traced() or tuning_tables.unsettled():
         return None

@@ -1,5 +1,5 @@
-"""How `resnet_fast.fusion.api` sees what can run fused, and how it makes it so.
+"""How `fuse` and `explain` (`resnet_fast.fusion.api`) find what can run fused, and run it.
 
-sandbox: a copy on which a forward may run. dataflow: what the forward calls. match: blocks and
-chains in it. swap: the classes that modules get. survey: a whole model.
+sandbox: a copy on which a forward may run. dataflow: the calls that the forward makes. match:
+blocks and chains among them. swap: the classes of fused modules. survey: a whole model.
 """

@@ -1,8 +1,8 @@
-"""`fuse`, `unfuse` and `explain`: a model built elsewhere, run by this package, and back.
+"""`fuse`, `unfuse` and `explain`: run any PyTorch model by resnet_fast, and undo it.
 
-Fusing gives a module a subclass of its own class with another `forward`. Nothing else changes: the
-object, its children, parameters, buffers, state-dict keys and hooks stay, and unfusing gives the
-class back. `resnet_fast.fusion` says what is recognized, and how it runs.
+`fuse` gives a module a subclass of its own class with another `forward`. Nothing else changes: the
+object, its children, parameters, buffers, state-dict keys and hooks stay. `unfuse` restores the
+class. The other files of `resnet_fast.fusion` recognize and run what can be fused.
 """
 
 from __future__ import annotations
@@ -26,33 +26,41 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def fuse(model: Model, *, impl: str = "auto", inplace: bool = False) -> Model:
-    """`model` with all that `explain` lists as fusible run by this package; the same mathematics.
+    """Fuse everything in `model` that `explain` lists as fusible. The mathematics stay the same.
 
-    Recognized by dataflow, whatever the classes are called: residual blocks (basic, bottleneck,
-    ResNeXt, wide, pre-activation; shortcut identity, projection or any child called on x), and in
-    all other forwards chains of Conv2d, BatchNorm2d or SyncBatchNorm, ReLU and MaxPool2d. Modules
-    and models of this package are switched to their fused forward. Fusing again starts anew.
+    `fuse` reads the dataflow of each forward, not class names. It recognizes
 
-    A fused forward computes what the original would, or the original runs. The original runs where
-    a child has hooks or more than its class, where anything has changed that the forward read when
-    it was fused, under global module hooks, `torch.func`, forward-mode AD, `torch.fx` and
-    `torch.jit`. A forward with side effects, or that decides by more than its arguments,
-    attributes and mode, is left alone; `explain` says so.
+    - residual blocks: basic, bottleneck, ResNeXt, wide and pre-activation, with an identity
+      shortcut, a projection, or any child that is called on x;
+    - in all other forwards, chains of Conv2d, BatchNorm2d or SyncBatchNorm, ReLU and MaxPool2d.
+
+    Modules and models of resnet_fast are switched to their fused forward. On a fused model, `fuse`
+    first undoes the earlier fusion.
+
+    A fused module falls back to its original forward
+
+    - if a child has hooks, parametrizations or an overridden forward;
+    - if anything has changed that the forward read when it was fused;
+    - under global module hooks, `torch.func`, forward-mode AD, `torch.fx` and `torch.jit`.
+
+    A forward is left alone if it has side effects, or if it depends on more than its arguments,
+    attributes and mode. `explain` gives the reason.
 
     Args:
-        model: any module. In fp32, fp64, bf16 or fp16, on any device, in either mode.
+        model: Any module, in fp32, fp64, bf16 or fp16, on any device, in train or eval mode.
         impl: "auto", "reference", "native" or "triton", for every fused module.
-        inplace: False returns a copy of the module tree that shares parameters and buffers with
-            `model` (training one trains both; `copy.deepcopy` it to part them, and move it to
-            another device or dtype before fusing, since `.to` replaces buffers in one tree only).
-            True changes `model` itself and returns it; optimizers go on as they were.
+        inplace: If False, return a copy of the module tree that shares parameters and buffers
+            with `model`: training one trains both. Use `copy.deepcopy` for separate parameters.
+            Move `model` to its device and dtype before fusing, because `.to` replaces buffers in
+            one tree only. If True, change `model` itself and return it; optimizers stay valid.
 
     Returns:
         The fused model, with the same state-dict keys and train/eval flags.
 
     Raises:
         TypeError: `model` is not an nn.Module, or cannot be copied.
-        ValueError: an unknown `impl`. One that cannot run here raises RuntimeError when called.
+        ValueError: `impl` is unknown. An `impl` that cannot run on this machine raises
+            RuntimeError when the model is called.
     """
     check_impl(impl)
     model = _prepare(model, inplace)
@@ -63,15 +71,26 @@ def fuse(model: Model, *, impl: str = "auto", inplace: bool = False) -> Model:
 
 
 def unfuse(model: Model, *, inplace: bool = False) -> Model:
-    """`model` in plain PyTorch: what `fuse` changed is undone, our own modules run unfused.
+    """Turn `model` back into plain PyTorch: undo `fuse`, and run resnet_fast's modules unfused.
 
-    `inplace` and the returned model are as for `fuse`. Raises TypeError for a subclass of one of
-    our fused modules, whose plain twin is unknown.
+    Args:
+        model: Any module, fused or not.
+        inplace: As for `fuse`.
+
+    Returns:
+        The plain model, with the same state-dict keys and train/eval flags.
+
+    Raises:
+        TypeError: `model` is not an nn.Module, cannot be copied, or holds a subclass of a fused
+            class, whose plain class is unknown.
     """
     model = _prepare(model, inplace)
     for path, module in model.named_modules():
         if isinstance(module, Fused) and type(module) not in PLAIN:
-            raise TypeError(f"{path}: {type(module).__name__} has no plain twin to go back to")
+            raise TypeError(
+                f"{path}: {type(module).__name__} is a subclass of a fused class and cannot be "
+                "unfused; derive it from the plain class in resnet_fast.blocks"
+            )
     restore(model)
     for module in model.modules():
         if isinstance(module, ResNet):
@@ -81,10 +100,19 @@ def unfuse(model: Model, *, inplace: bool = False) -> Model:
 
 
 def explain(model: nn.Module) -> Report:
-    """What of `model` is fused, what `fuse(model)` would fuse, what it leaves alone and why.
+    """List what in `model` is fused, what `fuse` would fuse, and what it leaves alone and why.
 
-    `print(explain(model))` shows a table; `.rows` holds it as data, `.impls` what "auto" picks.
-    `model` is not changed: forwards run on copies, with fake tensors.
+    `explain` does not change `model`: forwards run on copies, with fake tensors.
+
+    Args:
+        model: Any module, fused or not.
+
+    Returns:
+        A `Report`: `print` shows it as a table, `.rows` holds the table as data, and `.impls` the
+        implementations that "auto" picks.
+
+    Raises:
+        TypeError: `model` is not an nn.Module.
     """
     modules = list(_checked(model).modules())
     swapped: dict[Any, Any] = {m: type(m) for m in modules if isinstance(m, Swapped)}
@@ -98,7 +126,7 @@ def explain(model: nn.Module) -> Report:
     rows = []
     for path, what, why, holder, plan in found:
         if plan is not None and watched():
-            plan, why = None, "hooks of all modules are set, and a fused forward calls no children"
+            plan, why = None, "global module hooks are set, or nn.Module.__call__ is replaced"
         state = "left alone" if plan is None else "fused" if runs(holder, plan) else "fusible"
         rows.append(Line(path or "(model)", what, state, why))
     first = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
@@ -109,7 +137,14 @@ def explain(model: nn.Module) -> Report:
 
 
 class Line(NamedTuple):
-    """A row of a `Report`; state is "fused", "fusible" or "left alone", `why` says why alone."""
+    """A row of a `Report`.
+
+    Attributes:
+        path: Name of the module in the model, or "(model)".
+        what: Its class, or the layers that run as one chain.
+        state: "fused", "fusible" or "left alone".
+        why: Why the module is left alone, or when its fused forward runs; "" otherwise.
+    """
 
     path: str
     what: str
@@ -119,7 +154,13 @@ class Line(NamedTuple):
 
 @dataclass(frozen=True)
 class Report:
-    """What `explain` returns: `rows`, and `impls`, what "auto" picks for `where`."""
+    """The result of `explain`; `print` shows it as a table.
+
+    Attributes:
+        rows: One `Line` per block, chain or layer, in the order of the model.
+        impls: The implementation that "auto" picks, for "inference" and for "training".
+        where: The dtype and device to which `impls` applies, such as "float32 on cpu".
+    """
 
     rows: list[Line]
     impls: dict[str, str]
@@ -142,7 +183,7 @@ def _checked(model: Model) -> Model:
 
 
 def _prepare(model: Model, inplace: bool) -> Model:
-    """`model`, or a copy of its modules around the same tensors."""
+    """`model`, or a copy of its module tree that shares its tensors."""
     _checked(model)
     if inplace:
         return model

@@ -1,6 +1,6 @@
 """The dataflow of a module's own forward: `torch.fx` traces it with the children as leaves.
 
-Nothing is computed, no class name matters, and nothing of the module changes.
+Tracing computes nothing, ignores class names and does not change the module.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ ADD_IN_PLACE = (operator.iadd, "add_")
 
 
 class Mismatch(Exception):
-    """Why something is not the pattern."""
+    """Why a module cannot run fused, or does not match a pattern."""
 
 
 @dataclass(frozen=True)
 class Forward:
-    """The graphs of a module's own forward, and what it read beside its inputs."""
+    """The graphs of a module's own forward, and `notes`: what it read besides its inputs."""
 
     training: fx.Graph
     evaluation: fx.Graph
@@ -46,10 +46,10 @@ class Forward:
 
 
 class _Proxy(fx.Proxy):
-    """What stands for a value while a forward runs.
+    """Stands for a value while a forward is traced.
 
-    An input is a tensor to those who ask (`fused` calls have no other); what the type of any other
-    value is cannot be known.
+    To code outside PyTorch and resnet_fast, an input has the class Tensor, since fused calls take
+    only tensors. The type of any other value is unknown, so reading it raises Mismatch.
     """
 
     _is_param = False
@@ -62,19 +62,19 @@ class _Proxy(fx.Proxy):
             return type(self)
         if self.node.op == "placeholder":
             return Tensor
-        raise Mismatch("it decides by the type of a value")
+        raise Mismatch("it depends on the type of a value")
 
     def __getattr__(self, name):
         if not hasattr(Tensor, name):
-            raise AttributeError(f"a tensor has no {name!r}")
+            raise AttributeError(f"torch.Tensor has no attribute {name!r}")
         return super().__getattr__(name)
 
-    def __iadd__(self, other):  # fx would take x += y for x + y
+    def __iadd__(self, other):  # fx would record x += y as x + y
         return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
 
 
 class _Tracer(fx.Tracer):
-    """Every registered module is a leaf; `inputs` are the arguments that are traced."""
+    """Treats every registered module as a leaf; `inputs` are the names of the traced arguments."""
 
     def __init__(self, inputs: list[str]) -> None:
         super().__init__()
@@ -88,7 +88,7 @@ class _Tracer(fx.Tracer):
         return proxy
 
     def leaks(self) -> bool:
-        """Whether a value of the forward was still held somewhere; containers lose it."""
+        """Whether a value of the forward is still referenced; it is removed from containers."""
         if all(proxy() is None for proxy in self.proxies):
             return False
         gc.collect()
@@ -106,13 +106,13 @@ class _Tracer(fx.Tracer):
         return True
 
     def create_arg(self, a):
-        if type(a) is _Proxy:  # before any question for its type
+        if type(a) is _Proxy:  # before anything reads its __class__
             return a.node
         if isinstance(a, Tensor) and not self._held(a):
-            raise Mismatch("it makes a tensor of its own")
+            raise Mismatch("it uses a tensor that is not an input, parameter or buffer")
         own = isinstance(a, (list, dict, tuple)) and type(a) not in (list, dict, tuple, torch.Size)
         if own and not hasattr(a, "_fields") and not internal(type(a).__module__):
-            raise Mismatch(f"it makes a {type(a).__name__}, which a graph does not keep")
+            raise Mismatch(f"it builds a {type(a).__name__}; use list, tuple, dict or NamedTuple")
         return super().create_arg(a)
 
     def _held(self, tensor: Tensor) -> bool:
@@ -121,11 +121,11 @@ class _Tracer(fx.Tracer):
 
     def create_node(self, kind, target, *args, **kwargs):
         if _ambient() != self.ambient:
-            raise Mismatch("it switches gradients, autocast or hooks on saved tensors")
+            raise Mismatch("it changes grad mode, autocast, saved-tensor hooks or function modes")
         return super().create_node(kind, target, *args, **kwargs)
 
     def call_module(self, m, forward, args, kwargs):
-        if m not in self.submodule_paths:  # made by the forward itself: nn.ReLU()(x)
+        if m not in self.submodule_paths:  # created in the forward: nn.ReLU()(x)
             return forward(*args, **kwargs)
         return super().call_module(m, forward, args, kwargs)
 
@@ -135,7 +135,7 @@ class _Tracer(fx.Tracer):
 
 
 def _ambient() -> tuple[Any, ...]:
-    """What a context manager may have changed that decides how an op runs."""
+    """The state that context managers change and that decides how an op runs."""
     autocast = [torch.is_autocast_cache_enabled()]
     for device in ("cpu", "cuda"):
         autocast += torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
@@ -146,7 +146,7 @@ def _ambient() -> tuple[Any, ...]:
 
 @contextlib.contextmanager
 def _autocast() -> Iterator[None]:
-    """Autocast on every device, whether it is there or not."""
+    """Autocast for every device, present or not."""
     devices = ("cpu", "cuda")
     before = [torch.is_autocast_enabled(device) for device in devices]
     for device in devices:
@@ -159,7 +159,7 @@ def _autocast() -> Iterator[None]:
 
 
 def _modes() -> Iterator[tuple[bool, bool, contextlib.AbstractContextManager]]:
-    """(training, the same of all below, context): each is varied beside the others."""
+    """(mode of the module, mode of all modules below it, context) for every traced run."""
     for training in (True, False):
         yield training, training, contextlib.nullcontext()
         yield training, not training, torch.no_grad()
@@ -170,17 +170,17 @@ def _modes() -> Iterator[tuple[bool, bool, contextlib.AbstractContextManager]]:
 def trace(module: nn.Module, fake: FakeTensorMode) -> Forward:
     """The graphs of `module`'s own forward in training and in evaluation mode.
 
-    Arguments with a default take it. The forward runs on a copy (`sandbox`), several times, with
-    and without gradients and autocast, and must do the same every time.
+    Arguments with a default take it. The forward runs several times on a copy (`sandbox`), with
+    and without gradients and autocast, and must make the same calls every time.
 
     Raises:
-        Mismatch: a forward without a named input (wrappers such as DistributedDataParallel), one
-            replaced on the instance, one that the tracer cannot follow, one that does more than
-            compute its result, or one that decides by anything but arguments, attributes and mode.
+        Mismatch: the forward has no required argument (wrappers such as DistributedDataParallel),
+            is replaced on the instance, cannot be traced, has side effects, or depends on more
+            than its arguments, attributes and mode.
     """
     inputs = _required(module)
     if _asks_for_types(module):
-        raise Mismatch("its forward cannot run fused: it decides by the type of a value")
+        raise Mismatch("its forward cannot run fused: it depends on the type of a value")
     graphs: dict[bool, fx.Graph] = {}
     try:
         with sandbox(module, fake) as (copied, reads):
@@ -193,13 +193,16 @@ def trace(module: nn.Module, fake: FakeTensorMode) -> Forward:
                     graph = tracer.trace(copied)
                 modes = [one.training for one in copied.modules()]
                 if modes != [training] + [below] * (len(modes) - 1):
-                    raise Mismatch("it changes modes")
+                    raise Mismatch("it switches modules between train and eval mode")
                 if tracer.leaks():
-                    raise Mismatch("it keeps what it computes")
+                    raise Mismatch("it stores a value that it computes")
                 if str(graph) != str(graphs.setdefault(training, graph)):
-                    raise Mismatch("it decides by more than its arguments and attributes")
+                    raise Mismatch(
+                        "its calls differ between runs, or with grad mode, autocast or the modes "
+                        "of its children"
+                    )
     except DataDependentOutputException:
-        raise Mismatch("its forward cannot run fused: it decides by values of a tensor") from None
+        raise Mismatch("its forward cannot run fused: it depends on a tensor's values") from None
     except (Change, Mismatch) as error:
         raise Mismatch(f"its forward cannot run fused: {error}") from None
     except Exception as error:
@@ -209,16 +212,13 @@ def trace(module: nn.Module, fake: FakeTensorMode) -> Forward:
 
 
 def _asks_for_types(module: nn.Module) -> bool:
-    """Whether the forward of `module` may call `type`.
-
-    What that gives for a value of a forward that is traced cannot be told from outside.
-    """
+    """Whether the forward of `module` may call `type`, whose result tracing cannot replace."""
     code = (line for function in functions_of(module) for line in dis.get_instructions(function))
     return any("GLOBAL" in line.opname and line.argval == "type" for line in code)
 
 
 def sequence(module: nn.Module) -> Forward | None:
-    """What `trace` gives for a `Sequential` that is no more than that; None for other modules."""
+    """The result of `trace` for a `Sequential` with PyTorch's forward; None for other modules."""
     cls = type(module)
     same = cls.forward is nn.Sequential.forward and cls.__iter__ is nn.Sequential.__iter__
     if not same or "forward" in vars(module):
@@ -232,28 +232,28 @@ def sequence(module: nn.Module) -> Forward | None:
 
 
 def _required(module: nn.Module) -> list[str]:
-    """Names of the positional arguments without default of `module.forward`."""
+    """Names of the positional arguments of `module.forward` that have no default."""
     if "forward" in vars(module):
-        raise Mismatch("its forward was replaced on the instance")
+        raise Mismatch("its forward is replaced on the instance; override it in a class")
     parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     names = [p.name for p in parameters if p.kind in kinds and p.default is p.empty]
     if not names:
-        raise Mismatch("its forward names no input")
+        raise Mismatch("its forward has no required positional argument")
     return names
 
 
 def is_call(node: fx.Node, functions: Collection[Any]) -> bool:
-    """Whether `node` calls one of `functions`, or a method of such a name."""
+    """Whether `node` calls one of `functions`, which are functions or names of methods."""
     return node.op in ("call_function", "call_method") and node.target in functions
 
 
 def is_layer(node: fx.Node) -> bool:
-    """Whether `node` is the call of a module or of a ReLU on one value."""
+    """Whether `node` calls a module or a ReLU function on one value."""
     unary = len(node.args) == 1 and isinstance(node.args[0], fx.Node)
     return unary and (is_call(node, RELU) or (node.op == "call_module" and not node.kwargs))
 
 
 def label(node: fx.Node) -> str:
-    """What `node` calls."""
+    """The name of what `node` calls."""
     return node.target if isinstance(node.target, str) else node.target.__name__

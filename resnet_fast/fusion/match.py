@@ -1,10 +1,10 @@
-"""The patterns that can run fused, matched on the dataflow of a forward pass, not on names.
+"""The patterns that can run fused, matched on the dataflow of a forward, not on class names.
 
     block  a whole forward that is one `spec.chain`, with or without a shortcut
     group  consecutive calls in any other forward that form a chain without a shortcut
 
-where conv is a Conv2d, norm a BatchNorm2d or SyncBatchNorm, relu a ReLU (in a block also a call of
-F.relu or its kin); a MaxPool2d may end a chain without a shortcut. What is not the pattern raises
+A chain consists of conv (Conv2d), norm (BatchNorm2d or SyncBatchNorm) and relu (a ReLU module or
+function). A MaxPool2d may end a chain without a shortcut. A forward that does not match raises
 `Mismatch` with the reason.
 """
 
@@ -20,20 +20,20 @@ from ..dispatch.guard import refusal
 from ..spec.layers import NORMS, Parts
 from .dataflow import ADD, ADD_IN_PLACE, Forward, Mismatch, is_call, is_layer, label
 
-# Chains in letters: c conv, b conv with a bias (a norm after it takes that in), n norm, r relu,
+# Chains in letters: c conv, b conv with a bias (absorbed by the norm after it), n norm, r relu,
 # m max-pool.
 UNITS = "((nr)?(c|b(?=n)))*"
 ALONE = re.compile(f"{UNITS}(n(rm?)?)?")
 BESIDE_A_SHORTCUT = re.compile(f"{UNITS}n?")
-WORDS = {"c": "conv", "b": "conv", "n": "norm", "r": "relu", "m": "pool", "-": "other"}
+WORDS = {"c": "conv", "b": "conv+bias", "n": "norm", "r": "relu", "m": "pool", "-": "other"}
 
 
 @dataclass(frozen=True)
 class Block:
-    """A chain by name: modules dotted from the one that holds them.
+    """A chain by name; names are dotted paths from the module that holds the layers.
 
     parts: the chain, each layer by its name. residual: the child that is called on x and added.
-    absorbed: every module that a fused call does not call, with its class and number of children.
+    absorbed: every module that a fused call replaces, with its class and number of children.
     """
 
     parts: Parts
@@ -55,7 +55,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Group:
-    """Calls that a graph makes one after another, as a chain: `block` names what they call."""
+    """Consecutive calls in a graph that form a chain; `block` names the modules that they call."""
 
     calls: tuple[fx.Node, ...]
     block: Block
@@ -72,7 +72,7 @@ def letter(module: nn.Module) -> str:
 
 
 def layers(name: str, module: nn.Module) -> Iterator[tuple[str, str]]:
-    """(letter, name) of each layer that a call of `module` runs; Mismatch where it runs others."""
+    """(letter, name) of each layer that `module` runs; Mismatch if one cannot be fused."""
     why = refusal(module)
     if why is not None:
         raise Mismatch(f"{name} {why}")
@@ -89,7 +89,7 @@ def words(letters: str) -> str:
 
 
 def chain(letters: str, names: Iterable[str], shortcut: str = "none", **projection: str) -> Parts:
-    """The chain in letters, by name, beside a shortcut."""
+    """The chain of `letters`, with the `names` of its layers, beside `shortcut`."""
     convs, norms, pool = [], [None], None
     for one, name in zip(letters, names, strict=True):
         if one == "n":
@@ -104,14 +104,14 @@ def chain(letters: str, names: Iterable[str], shortcut: str = "none", **projecti
 
 
 def ends_in_relu(letters: str) -> bool:
-    """Whether a chain's last activation is a ReLU, pooled or not."""
+    """Whether the chain ends in a ReLU, or in a ReLU and a pool."""
     return letters.removesuffix("m").endswith("r")
 
 
 def absorbed(
     module: nn.Module, names: Iterable[str]
 ) -> tuple[tuple[str, type[nn.Module], int], ...]:
-    """Name, class and number of children of the children `names` of `module` and all below."""
+    """Name, class and number of children of each child in `names` and of every module below."""
     return tuple(
         (path, type(m), len(m._modules))
         for name in dict.fromkeys(names)
@@ -120,7 +120,7 @@ def absorbed(
 
 
 def match_groups(module: nn.Module, graph: fx.Graph) -> list[Group]:
-    """The longest chains among the calls that follow each other in `graph`."""
+    """The longest chains among consecutive calls in `graph`."""
     groups, path = [], []
     for node in [*graph.nodes, None]:
         follows = path and node is not None and is_layer(node) and node.args[0] is path[-1]
@@ -133,7 +133,7 @@ def match_groups(module: nn.Module, graph: fx.Graph) -> list[Group]:
 
 
 def _groups(module: nn.Module, path: list[fx.Node]) -> Iterator[Group]:
-    """The chains among calls of which each alone reads the one before."""
+    """The chains in `path`, where each call is the only reader of the one before it."""
     calls = [call for call in path if not _is_identity(module, call)]
     letters = "".join(_letter(module, call) for call in calls)
     at = 0
@@ -161,10 +161,10 @@ def _is_identity(module: nn.Module, call: fx.Node) -> bool:
 
 
 class _Path:
-    """The layers, in letters and by name, on the way from the value `base` to the value `end`.
+    """The layers, in letters and by name, from the value `base` to the value `end`.
 
-    base: one of `stops`, or what no layer makes. seen: for each value on the way, how many layers
-    lie before it. problem: why the layers cannot be told, or "".
+    base: one of `stops`, or a value that is not the result of a layer. seen: for each value on the
+    path, the number of layers before it. problem: why a layer cannot be fused, or "".
     """
 
     def __init__(self, module: nn.Module, end: fx.Node, stops: Collection[fx.Node] = ()) -> None:
@@ -187,25 +187,26 @@ class _Path:
             self.seen[call] = len(self.letters)
 
     def expect(self, pattern: re.Pattern[str], what: str) -> None:
-        """Mismatch unless the layers are `pattern`."""
+        """Mismatch unless the layers match `pattern`; `what` names the path in the message."""
         if self.problem or not pattern.fullmatch(self.letters):
-            raise Mismatch(self.problem or f"{what} is {words(self.letters) or 'empty'}")
+            found = words(self.letters) or "empty"
+            raise Mismatch(self.problem or f"{what} is {found}, which has no fused form")
 
 
 def match_block(module: nn.Module, forward: Forward) -> Block:
-    """The chain that `forward`, of `module`, is; Mismatch where it is anything else."""
+    """The chain that `forward` of `module` computes; Mismatch if it is not exactly one chain."""
     training, evaluation = (_match_graph(module, graph) for graph in forward)
     if training != evaluation:
-        raise Mismatch("its forward differs between training and evaluation")
+        raise Mismatch("its forward differs between training and evaluation mode")
     return training
 
 
 def _match_graph(module: nn.Module, graph: fx.Graph) -> Block:
-    """y = main(x) or y = relu(main(x) + shortcut(x)), read backwards from y; nothing beside it."""
+    """Match y = main(x) or y = relu(main(x) + shortcut(x)) from y backwards; no other calls."""
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     output = next(node for node in graph.nodes if node.op == "output")
     if len(inputs) != 1 or not isinstance(output.args[0], fx.Node):
-        raise Mismatch("its forward does not take one tensor and return one")
+        raise Mismatch("its forward does not take one tensor and return one tensor")
     x, end = inputs[0], _Path(module, output.args[0])
     if end.base is x:
         end.expect(ALONE, "it")
@@ -219,29 +220,30 @@ def _match_graph(module: nn.Module, graph: fx.Graph) -> Block:
         if node not in known and node is not output:
             raise Mismatch(f"its forward also runs {label(node)}")
     if not any(block.parts.norms) or (end.base is x and len(end.letters) < 2):
-        raise Mismatch("there is nothing in it to fuse with a BatchNorm2d")
+        raise Mismatch("it has no BatchNorm2d with another layer to fuse")
     called = [node.target for node in known if node.op == "call_module"]
     called = [name for name in called if name != block.residual]
     return replace(block, absorbed=absorbed(module, called))
 
 
 def _match_sum(module: nn.Module, join: fx.Node, x: fx.Node) -> tuple[Block, dict[fx.Node, int]]:
-    """main(x) + shortcut(x), either way round, and the nodes it is made of."""
+    """Match main(x) + shortcut(x), in either order; the block, and the nodes that it covers."""
     sides = join.all_input_nodes
     if not is_call(join, ADD) or len(sides) != 2 or len(join.args) != 2 or join.kwargs:
-        raise Mismatch(f"its result comes from {label(join)}")
+        raise Mismatch(f"its result comes from {label(join)}, not from a plain sum of two values")
     sides = sorted(sides, key=lambda side: -len(_Path(module, side).letters))
     reasons = []
     for main, shortcut in (sides, sides[::-1]):
         try:
             path = _Path(module, main)
             if path.base is not x:
-                raise Mismatch(path.problem or f"its main path comes from {label(path.base)}")
+                start = f"its main path starts at {label(path.base)}, not at its input"
+                raise Mismatch(path.problem or start)
             path.expect(BESIDE_A_SHORTCUT, "its main path")
             block, nodes = _match_shortcut(module, path, shortcut)
             in_place = is_call(join, ADD_IN_PLACE) and join.args[0] is shortcut
             if in_place and block.parts.projection is None:
-                raise Mismatch("it adds in place to its input")
+                raise Mismatch("it adds in place to its input; write a + b")
         except Mismatch as reason:
             reasons.append(reason)
         else:
@@ -252,14 +254,15 @@ def _match_sum(module: nn.Module, join: fx.Node, x: fx.Node) -> tuple[Block, dic
 def _match_shortcut(
     module: nn.Module, main: _Path, end: fx.Node
 ) -> tuple[Block, dict[fx.Node, int]]:
-    """`main` beside the shortcut that gives `end`, and the nodes that the shortcut is made of."""
+    """The block of `main` and the shortcut that ends in `end`, and the shortcut's nodes."""
     letters, names = main.letters, main.names
     path = _Path(module, end, stops=main.seen)
     begins = None if path.problem else main.seen.get(path.base)
     convs = [m for m in map(module.get_submodule, names) if isinstance(m, nn.Conv2d)]
     if path.letters == "" and begins == 0 and letters:
         if convs and convs[0].in_channels != convs[-1].out_channels:
-            raise Mismatch("its addition broadcasts channels")
+            sizes = f"{convs[0].in_channels} input to {convs[-1].out_channels} output channels"
+            raise Mismatch(f"its addition broadcasts {sizes}")
         return Block(chain(letters, names, "identity")), path.seen
     inside = 2 if letters.startswith("nr") else 0  # a projection reads φ[0](x)
     kinds = ("c", "cn", "bn") if letters.endswith("n") else ("c",)
@@ -271,6 +274,7 @@ def _match_shortcut(
         while isinstance(first, nn.Sequential) and len(first):
             first = first[0]
         if getattr(first, "inplace", False):
-            raise Mismatch(f"{end.target} changes its input in place")
+            raise Mismatch(f"{end.target} changes its input in place; set inplace=False")
         return Block(chain(letters, names), end.target), {end: 0}
-    raise Mismatch(path.problem or f"its shortcut is {words(path.letters) or label(path.base)}")
+    found = words(path.letters) or label(path.base)
+    raise Mismatch(path.problem or f"its shortcut is {found}, which has no fused form")

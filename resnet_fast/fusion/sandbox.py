@@ -1,9 +1,9 @@
-"""A copy of a module whose forward may run: what it reads is noted, what it changes is found out.
+"""A copy of a module on which its forward may run: its reads are noted, its changes detected.
 
-The copy has fake tensors, and its own of whatever the forward can name, so nothing of the original
-changes and a random draw has no value to decide by. What copy and original share (generators,
-variables of Python modules, closures and classes) is put back. `Notes.hold` asks later whether what
-was read is as it was.
+The copy has fake tensors, and copies of every object that the forward can name. So the original
+does not change, and no branch can depend on a random tensor. State that copy and original share
+(generators, variables of Python modules, closures and classes) is restored. `Notes.hold` checks
+later whether everything that was read is unchanged.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ from ..models.copies import copy_modules
 
 SIMPLE = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 CONTAINERS = (list, tuple, dict, set, frozenset)
-HELD = frozenset(vars(nn.Module()))  # what every module has
-ABSENT = object()  # the value of a variable that is not there
+HELD = frozenset(vars(nn.Module()))  # attributes of every module
+ABSENT = object()  # the value of a missing variable
 
 
 def internal(name: str) -> bool:
-    """Whether the code of the Python module `name` is PyTorch's or of this package."""
+    """Whether the Python module `name` belongs to PyTorch or resnet_fast."""
     return name == "torch" or name.startswith(("torch.", "resnet_fast."))
 
 
 class Change(Exception):
-    """What a forward did beside computing its result."""
+    """A side effect of a forward."""
 
 
 class _Object:
-    """A value that is equal to itself alone; a bound method to one of the same module."""
+    """A value compared by identity; bound methods are equal if function and module are the same."""
 
     def __init__(self, value: Any) -> None:
         self.value = value
@@ -58,8 +58,8 @@ class _Object:
 
 @dataclass(frozen=True)
 class Notes:
-    """What a forward read, each by the path of a module and a name: children as their classes,
-    other `values` as `_kept` keeps them.
+    """What a forward read: `children` as (path of the module, name, class of the child), other
+    `values` as (path, name, the form that `_kept` gives).
     """
 
     children: tuple[tuple[str, str, type[nn.Module]], ...] = ()
@@ -67,7 +67,7 @@ class Notes:
 
     @classmethod
     def of(cls, module: nn.Module, reads: set[tuple[str, str]]) -> Notes:
-        """What `module` holds at `reads`."""
+        """Notes of what `module` has at `reads`."""
         children, values = [], []
         for path, name in sorted(reads):
             value = _look(module.get_submodule(path), name)
@@ -78,7 +78,7 @@ class Notes:
         return cls(tuple(children), tuple(values))
 
     def without(self, names: Collection[str]) -> Notes:
-        """All but the children `names`."""
+        """These notes without the children `names`."""
         children = (read for read in self.children if read[0] != "" or read[1] not in names)
         return Notes(tuple(children), self.values)
 
@@ -102,7 +102,7 @@ def _plain_class(module: nn.Module | None) -> type:
 
 
 def below(module: nn.Module, path: str) -> nn.Module | None:
-    """The module at `path` under `module`, faster than by attributes; None where there is none."""
+    """The module at `path` under `module`, or None; faster than `get_submodule`."""
     for name in path.split(".") if path else ():
         module = module._modules.get(name)
         if module is None:
@@ -111,7 +111,7 @@ def below(module: nn.Module, path: str) -> nn.Module | None:
 
 
 def _look(module: nn.Module, name: str) -> Any:
-    """The attribute `name` without a call of a property or a `__getattr__`."""
+    """The attribute `name`, looked up without calling a property or `__getattr__`."""
     held = module.__dict__
     for place in (held, held["_modules"], held["_parameters"], held["_buffers"]):
         if name in place:
@@ -120,10 +120,10 @@ def _look(module: nn.Module, name: str) -> Any:
 
 
 def _kept(value: Any) -> Any:
-    """A value that can be compared later: simple ones, contents of containers, classes of modules.
+    """A form of `value` to compare later: simple values, contents of containers, module classes.
 
-    Of a tensor it is what a graph holds as numbers; its values are read anew. Another object is
-    itself.
+    Of a tensor it keeps shape, dtype, device and requires_grad, which a graph records as constants.
+    Any other object is compared by identity.
     """
     if isinstance(value, SIMPLE):
         return type(value), value
@@ -142,11 +142,11 @@ def _kept(value: Any) -> Any:
 
 @contextlib.contextmanager
 def sandbox(module: nn.Module, fake: FakeTensorMode) -> Iterator[tuple[nn.Module, set]]:
-    """A copy of `module` to run its forward on, and the set of (path, name) that it will read.
+    """A copy of `module` to run its forward on, and the set of (path, name) that it reads.
 
     Raises:
-        Change: the forward changed something, prints or draws random numbers.
-        TypeError: `module` holds what cannot be copied.
+        Change: the forward changes state, prints or draws random numbers.
+        TypeError: `module` holds an object that cannot be copied.
     """
     reads: set[tuple[str, str]] = set()
     functions = functions_of(module)
@@ -182,11 +182,11 @@ def sandbox(module: nn.Module, fake: FakeTensorMode) -> Iterator[tuple[nn.Module
     if drawn:
         raise Change("it draws random numbers in Python")
     if printed.getvalue():
-        raise Change("it prints")
+        raise Change("it prints to stdout")
 
 
 def functions_of(module: nn.Module) -> set[types.FunctionType]:
-    """The functions outside PyTorch that the forward of `module` can reach by name."""
+    """The functions outside PyTorch that the forward of `module` can access by name."""
     found: set[types.FunctionType] = set()
     todo = [type(module).forward]
     while todo:
@@ -211,7 +211,7 @@ def _faked(fake: FakeTensorMode, t: Tensor) -> Tensor:
 
 
 class _Writes(TorchDispatchMode):
-    """Sees writes to tensors, those past the version counter too."""
+    """Detects writes to tensors, including those that bypass the version counter."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -224,7 +224,7 @@ class _Writes(TorchDispatchMode):
 
 @functools.cache
 def _noting(cls: type[nn.Module]) -> type[nn.Module]:
-    """A subclass of `cls` that notes the attributes which code outside PyTorch reads."""
+    """A subclass of `cls` that notes which attributes code outside PyTorch reads."""
 
     def __getattribute__(self, name):
         if not name.startswith("__") and name not in ("_noted", "training"):
@@ -242,7 +242,7 @@ def _noting(cls: type[nn.Module]) -> type[nn.Module]:
 
 
 def _forgotten(copied: nn.Module) -> list[str]:
-    """What was set on the classes of the copy, which lose it."""
+    """Delete the attributes that the forward set on classes of the copy; their names."""
     names = []
     for cls in {type(module) for module in copied.modules()}:
         for name in vars(cls).keys() - getattr(cls, "_own", vars(cls).keys()):
@@ -252,7 +252,7 @@ def _forgotten(copied: nn.Module) -> list[str]:
 
 
 def _state(copied: nn.Module, named: frozenset[str]) -> dict[str, Any]:
-    """The attributes of every module by their dotted names, looked into where one of `named`."""
+    """The attributes of every module by dotted name; the contents of those in `named`."""
     state, seen = {}, {}
     for path, module in copied.named_modules():
         for name, value in vars(module).items():
@@ -263,9 +263,9 @@ def _state(copied: nn.Module, named: frozenset[str]) -> dict[str, Any]:
 
 
 def _contents(value: Any, seen: dict[int, Any], objects: bool = False) -> Any:
-    """What a change of `value` in place would change; seen: what is being looked into.
+    """A fingerprint of `value` that an in-place change alters; seen: values already visited.
 
-    objects: look into those of any class, else only into containers.
+    objects: also look into objects of any class, not only into containers.
     """
     if isinstance(value, SIMPLE):
         return type(value), value
@@ -291,7 +291,7 @@ def _contents(value: Any, seen: dict[int, Any], objects: bool = False) -> Any:
 
 
 class _Shared:
-    """Variables outside a module that its class and `functions` can reach by name."""
+    """Variables outside a module that its class and `functions` can access by name."""
 
     def __init__(self, cls: type, functions: set[types.FunctionType]) -> None:
         self.places: dict[tuple[int, str], tuple[Any, str, Any, Any, Any]] = {}
@@ -312,7 +312,7 @@ class _Shared:
             self.places[id(where), name] = where, name, value, kept, _contents(value, {})
 
     def put_back(self) -> list[str]:
-        """Undo what was done to them; the names of those that had been changed."""
+        """Restore changed variables; their names."""
         changed = []
         for where, name, value, kept, contents in self.places.values():
             now = _variable(where, name)
@@ -350,7 +350,7 @@ def _assign(where: Any, name: str, value: Any) -> None:
 
 
 def _generators() -> dict[Any, Any]:
-    """The states of the generators that all code shares, by the function that sets each."""
+    """The states of the global random generators, by the function that sets each state."""
     states = {random.setstate: random.getstate(), torch.set_rng_state: torch.get_rng_state()}
     if "numpy" in sys.modules:
         numpy = sys.modules["numpy"].random
@@ -359,7 +359,7 @@ def _generators() -> dict[Any, Any]:
 
 
 def _drawn(before: dict[Any, Any], after: dict[Any, Any]) -> bool:
-    """Whether a generator has moved."""
+    """Whether a generator has advanced."""
     return any(
         not torch.equal(state, after[by]) if isinstance(state, Tensor)
         else pickle.dumps(state) != pickle.dumps(after[by])

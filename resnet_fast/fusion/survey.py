@@ -1,7 +1,7 @@
-"""A walk over a model: what `fuse` is to change, and what `explain` says of everything in it.
+"""A walk over a model: what `fuse` changes in it, and what `explain` reports about it.
 
-From the root down: modules of this package; blocks; then, in every other forward that can be
-traced, chains among its calls (`match`).
+The walk starts at the root. It looks for modules of resnet_fast, then blocks, then chains among the
+calls of every other forward that can be traced (`match`).
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ from .dataflow import ADD, Forward, Mismatch, is_call, is_layer, label, sequence
 from .match import Block, match_block
 from .swap import Own, Plan, plan_block, plan_forward
 
-NOT_CALLED = "only where it is called: no forward that can be traced calls it"
+NOT_CALLED = "only if it is called; no forward that can be traced calls it"
+WRONG_ARGUMENTS = "it is called with arguments that a fused forward does not take"
 
 
 class Row(NamedTuple):
-    """What is at `path`. `holder` runs `plan`, or it is left alone: `why` says why, or when."""
+    """One row of the report. `holder` runs `plan`; `why` says why there is none, or a condition."""
 
     path: str
     what: str
@@ -39,14 +40,14 @@ class Row(NamedTuple):
 
 @dataclass
 class Survey:
-    """`plans`: all that can be fused, module and plan; `rows`: that and what cannot, by path."""
+    """`plans`: module and plan of everything fusible; `rows`: the report, in model order."""
 
     plans: list[tuple[nn.Module, Own | Plan]] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
 
 
 def survey(model: nn.Module, impl: str = "auto") -> Survey:
-    """All that can be fused in `model`, whose modules must be unfused but for our own."""
+    """Everything that can be fused in `model`; undo `fuse` before the call (`swap.restore`)."""
     walk = _Walk(model, impl)
     walk.visit(model)
     walk.find_rest()
@@ -57,9 +58,10 @@ def survey(model: nn.Module, impl: str = "auto") -> Survey:
 
 
 class _Walk:
-    """claimed: modules that are taken, or that an untraced forward may call in ways unknown.
+    """State of the walk.
 
-    calls: the calls of each module in all traced forwards.
+    claimed: modules that have a row or a plan, or that an untraced forward may call. calls: the
+    calls of each module in all traced forwards.
     """
 
     def __init__(self, model: nn.Module, impl: str) -> None:
@@ -90,11 +92,11 @@ class _Walk:
                 self.visit(child)
 
     def own(self, module: nn.Module, chains: list[Parts | None]) -> None:
-        """A module of this package, whose forward is `chains` and what it calls."""
+        """Add a module of resnet_fast whose forward runs `chains`."""
         what, why = f"resnet_fast {type(module).__name__}", ""
         for parts in chains:
             if parts is None:
-                why = "its children are no longer a chain"
+                why = "its children have been replaced and no longer form a chain"
             elif (found := obstacle(parts)) is not None:
                 why = f"{self.paths[found[0]]} {found[1]}"
         self.add(module, what, why, plan=None if why else Own())
@@ -110,10 +112,10 @@ class _Walk:
             self.calls[child] = []
 
     def forward(self, module: nn.Module) -> None:
-        """A block, or else chains among its calls."""
+        """Add `module` as a block, or add the chains among its calls."""
         try:
             if isinstance(module, fx.GraphModule):
-                raise Mismatch("it is a GraphModule")
+                raise Mismatch("it is a torch.fx.GraphModule; fuse the model before tracing it")
             forward = sequence(module)
             if forward is not None:
                 self.chains(module, forward)
@@ -130,7 +132,7 @@ class _Walk:
         except Mismatch as reason:
             adds = any(is_call(node, ADD) for graph in forward for node in graph.nodes)
             if adds and any(isinstance(m, _ConvNd) for m in module.children()):
-                self.add(module, type(module).__name__, f"not one block: {reason}")
+                self.add(module, type(module).__name__, f"not a residual block: {reason}")
             self.chains(module, forward)
         else:
             self.claimed.update(module.get_submodule(name) for name, *_ in block.absorbed)
@@ -140,7 +142,7 @@ class _Walk:
                 self.calls[module.get_submodule(block.residual)] = []
 
     def chains(self, module: nn.Module, forward: Forward) -> None:
-        """Chains among the calls of `module`, and why its other convolutions are in none."""
+        """Add the chains among the calls of `module`, and its other layers with a reason."""
         plan = plan_forward(module, forward, self.impl)
         taken = set()
         for block in plan.blocks if plan else ():
@@ -161,30 +163,31 @@ class _Walk:
         self.claimed.update(taken)
 
     def reason(self, module: nn.Module, call: fx.Node) -> str:
-        """Why the layer of `call` is in no chain."""
+        """Why the layer of `call` is not part of a chain."""
         why = refusal(module.get_submodule(call.target))
         if why is not None:
             return f"it {why}"
         users = list(call.users)
         if len(users) != 1:
-            return f"its result goes to {len(users)} places"
+            return f"its result is used {len(users)} times; only a result used once can be fused"
         if users[0].op != "call_module" or not is_layer(users[0]):
-            return f"its result goes to {label(users[0])}"
+            return f"its result goes to {label(users[0])}, not to a layer that can be fused with it"
         reader = module.get_submodule(users[0].target)
         why = refusal(reader)
         if why is not None:
             return f"its result goes to {self.paths[reader]}, which {why}"
-        return "no BatchNorm2d that can be fused follows it"
+        reads = f"its result goes to {self.paths[reader]} ({type(reader).__name__})"
+        return f"{reads}; fusible are conv + BatchNorm2d and BatchNorm2d + ReLU"
 
     def find_rest(self) -> None:
-        """Convolutions that nothing has been said of."""
+        """Add convolutions that have no row yet."""
         said = {row.path for row in self.found.rows}
         for module, path in self.paths.items():
             if isinstance(module, _ConvNd) and module not in self.claimed and path not in said:
                 self.add(module, type(module).__name__, "no forward that can be traced calls it")
 
     def find_uncalled(self, model: nn.Module) -> None:
-        """Modules that no traced forward calls, or none in the way that runs fused."""
+        """Mark or drop modules that no traced forward calls, or calls with other arguments."""
         for module, plan in self.found.plans.copy():
             if isinstance(plan, Own) or module is model:
                 continue
@@ -198,10 +201,10 @@ class _Walk:
                     self.found.rows[at] = row._replace(why=NOT_CALLED)
             elif self.calls[module] and not any(map(plan.fits, self.calls[module])):
                 self.drop(module, plan, mine)
-                self.add(module, type(module).__name__, "it is called with other arguments")
+                self.add(module, type(module).__name__, WRONG_ARGUMENTS)
 
     def drop(self, module: nn.Module, plan: Plan, rows: list[Row]) -> None:
-        """Leave `module` alone after all."""
+        """Remove the plan and the rows of `module`."""
         self.found.plans.remove((module, plan))
         for row in rows:
             self.found.rows.remove(row)

@@ -1,11 +1,11 @@
-"""The classes that modules get when they are fused: subclasses of their own with another `forward`.
+"""The classes of fused modules: subclasses of each module's own class with another `forward`.
 
     block    its forward is one chain                      `FusedBlock`
     forward  chains among the calls of any other forward   `FusedForward`
 
-Children stay what they are and are looked up at every call; other code may call them as ever. Where
-one has since been changed, or what the forward read when it was traced, or the call is one that
-fused ops do not follow, the original forward runs.
+Children do not change and are looked up at every call, so other code may still call them. The
+original forward runs if a child, or anything else that the traced forward read, has changed. It
+also runs if fused ops do not support the call (`dispatch.guard`).
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ FUSED = {plain: fused for fused, plain in PLAIN.items()}
 
 
 class Swapped(Rechecked):
-    """Mixin of the classes that `fuse` gives a module: its own class with another `forward`.
+    """Mixin of the classes that `fuse` gives to modules.
 
-    Such a class exists once for each class of modules. Copies and pickles name that class, so they
-    work wherever those of the plain module do.
+    There is one such class for each class of modules. Copies and pickles store the plain class, so
+    they work wherever those of the plain module work.
     """
 
     _fused_mixin: type[Swapped]
@@ -65,8 +65,8 @@ class Swapped(Rechecked):
 
 @dataclass(frozen=True)
 class Plan:
-    """What a fused module runs, and what must still hold: `plain`, its class's own forward, what
-    that read (`notes`), and the names of the module's children.
+    """What a fused module runs, and what must be unchanged for that: `plain`, the forward of its
+    class; `notes`, what that forward read; `children`, the names of the module's children.
     """
 
     plain: Callable[..., Any]
@@ -74,7 +74,7 @@ class Plan:
     children: tuple[str, ...]
 
     def holds(self, module: nn.Module) -> bool:
-        """Whether the forward of `module` is still the one that was traced."""
+        """Whether the forward of `module`, and what it reads, is unchanged since tracing."""
         same = type(module)._plain_class.forward is self.plain
         return same and tuple(module._modules) == self.children and self.notes.hold(module)
 
@@ -85,13 +85,13 @@ class Plan:
         return Unread, ()
 
     def fits(self, call: fx.Node) -> bool:
-        """Whether `call` of the module passes what the traced forward takes."""
+        """Whether `call` passes the arguments that the traced forward takes."""
         return len(call.args) == self.inputs and not call.kwargs
 
 
 @dataclass(frozen=True)
 class BlockPlan(Plan):
-    """A forward that is `block`."""
+    """The plan of a forward that is one `block`."""
 
     block: Block
     inputs = 1
@@ -102,16 +102,16 @@ class BlockPlan(Plan):
 
 
 class Own:
-    """In the place of a plan: a module of this package, which has a switch of its own."""
+    """Stands for the plan of a module of resnet_fast, which has its own fused forward."""
 
 
 class Unread:
-    """In the place of a plan that a pickle leaves out; it is made anew at reading."""
+    """Stands in a pickle for the plan, which is computed again when the pickle is loaded."""
 
 
 @dataclass(frozen=True)
 class ForwardPlan(Plan):
-    """A forward of `inputs` tensors in which calls of `blocks` are one call each."""
+    """The plan of a forward with `inputs` tensors in which each of `blocks` is one call."""
 
     inputs: int
     blocks: tuple[Block, ...]
@@ -133,7 +133,7 @@ class FusedBlock(Swapped):
 
 
 class FusedForward(Swapped):
-    """A module with chains among the calls of its forward. Slices of a `Sequential` are plain."""
+    """A module with chains among its forward's calls. Slices of a fused `Sequential` are plain."""
 
     def forward(self, *args, **kwargs):
         plan = self._fused_plan
@@ -145,7 +145,7 @@ class FusedForward(Swapped):
 
 
 def _unchanged(block: Block, module: nn.Module) -> bool:
-    """Whether what `block` absorbs is of the same classes, and no more than that."""
+    """Whether all modules that `block` absorbs are unchanged."""
     for name, cls, children in block.absorbed:
         child = below(module, name)
         if not is_unchanged(child, cls, children):
@@ -154,7 +154,7 @@ def _unchanged(block: Block, module: nn.Module) -> bool:
 
 
 def is_unchanged(child: nn.Module | None, cls: type[nn.Module], children: int) -> bool:
-    """Whether `child` is a layer of class `cls` with so many children, and no more than that."""
+    """Whether `child` is a fusible layer of class `cls` with `children` children."""
     same = type(child) is cls and len(child._modules) == children
     return same and refusal(child) is None
 
@@ -168,12 +168,12 @@ def _run(block: Block, module: nn.Module, x: Tensor) -> Tensor:
 
 
 def _beside(child: nn.Module, name: str, x: Tensor) -> Tensor:
-    """child(x) before the main path reads x, which must be as it was."""
+    """child(x), computed before the main path reads x; the child must not change x."""
     before = None if x.is_inference() else x._version
     residual = child(x)
     if before is not None and x._version != before:
         raise RuntimeError(
-            f"{name} changes its input in place, which a fused block cannot follow; "
+            f"{name} changes its input in place, which a fused block does not support; "
             "use resnet_fast.unfuse(model)"
         )
     return residual
@@ -186,7 +186,7 @@ def plan_block(module: nn.Module, forward: Forward, block: Block) -> BlockPlan:
 
 
 def plan_forward(module: nn.Module, forward: Forward, impl: str) -> ForwardPlan | None:
-    """The plan of a module with groups in its forward; None where there are none."""
+    """The plan of a module with groups in its forward; None if there are no groups."""
     found = [match_groups(module, graph) for graph in forward]
     blocks = dict.fromkeys(group.block for groups in found for group in groups)
     if not blocks:
@@ -198,7 +198,7 @@ def plan_forward(module: nn.Module, forward: Forward, impl: str) -> ForwardPlan 
 
 
 def _plan_again(module: Swapped) -> Plan | None:
-    """The plan of a module that was read from a pickle."""
+    """The plan of a module that was loaded from a pickle."""
     cls, fake = type(module), FakeTensorMode(allow_non_fake_inputs=True)
     module.__class__ = cls._plain_class
     try:
@@ -213,7 +213,7 @@ def _plan_again(module: Swapped) -> Plan | None:
 
 
 def _rewritten(graph: fx.Graph, groups: list[Group], impl: str) -> Callable[..., Any]:
-    """forward(self, *inputs) that does what `graph` says, each of `groups` in one call."""
+    """A function forward(self, *inputs) that runs `graph`, with one call for each of `groups`."""
     ends = {group.calls[-1]: group for group in groups}
     inner = {call for group in groups for call in group.calls}
     new, values = fx.Graph(), {}
@@ -233,10 +233,9 @@ def _rewritten(graph: fx.Graph, groups: list[Group], impl: str) -> Callable[...,
 
 
 def _fused_calls(group: Group, impl: str) -> Callable[..., Tensor]:
-    """The function of x and the group's layers that runs them as one chain.
+    """A function of x and the group's layers that runs them as one chain.
 
-    A ReLU that is no module is None. Where the layers are no longer what they were, they are
-    called, one after another.
+    A ReLU function is passed as None. If a layer has changed, the layers are called one by one.
     """
     names = [call.target if call.op == "call_module" else "" for call in group.calls]
     places = group.block.parts.each(names.index)
@@ -258,7 +257,7 @@ def _fused_calls(group: Group, impl: str) -> Callable[..., Tensor]:
 
 
 def apply(module: nn.Module, plan: Own | Plan, impl: str) -> None:
-    """Make `module` run `plan` under `impl`."""
+    """Make `module` run `plan` with `impl`."""
     if isinstance(plan, Plan):
         mixin = FusedBlock if isinstance(plan, BlockPlan) else FusedForward
         module.__class__ = _subclass(mixin, type(module))
@@ -271,7 +270,7 @@ def apply(module: nn.Module, plan: Own | Plan, impl: str) -> None:
 
 
 def runs(module: nn.Module, block: Own | Block) -> bool:
-    """Whether `module` runs `block` fused, as it is now."""
+    """Whether `module` currently runs `block` fused."""
     if isinstance(block, Block):
         plan = module._fused_plan if isinstance(module, Swapped) else None
         return plan is not None and block in plan.blocks and plan.holds(module)
@@ -279,12 +278,13 @@ def runs(module: nn.Module, block: Own | Block) -> bool:
 
 
 def restore(model: nn.Module) -> None:
-    """Give every fused module of `model` its own class back, or raise and change none."""
+    """Restore the class of every fused module of `model`. Changes nothing if it raises."""
     swapped = [module for module in model.modules() if isinstance(module, Swapped)]
     for cls in map(type, swapped):
         if "_plain_class" not in vars(cls):
             raise TypeError(
-                f"model: expected fused classes as they are, got {cls.__name__}, made of one"
+                f"model: expected classes made by fuse, got {cls.__name__}, derived from one "
+                "(by a parametrization, for example); remove what derived it"
             )
     for module in swapped:
         module.__class__ = type(module)._plain_class
@@ -294,7 +294,7 @@ def restore(model: nn.Module) -> None:
 
 @functools.cache
 def _subclass(mixin: type[Swapped], cls: type[nn.Module]) -> type[nn.Module]:
-    @functools.wraps(cls.forward)  # tracers read the arguments of what it wraps
+    @functools.wraps(cls.forward)  # tracers read the arguments of the wrapped function
     def forward(self, *args, **kwargs):
         return mixin.forward(self, *args, **kwargs)
 

@@ -1,11 +1,11 @@
-"""Ops, blocks and whole models against plain PyTorch in fp64.
+"""Compares ops, blocks and whole models with plain PyTorch in fp64.
 
-Each result is judged under the one rule of `spec.tolerance`, from the error that plain
-PyTorch makes in the same dtype on the same inputs:
+`spec.tolerance` sets the allowed error of each result, from the error of plain PyTorch in the same
+dtype on the same inputs:
 
     ops      every op of `dispatch.ops` against `spec.reference`
     blocks   every module with every shortcut: output, gradients, running statistics, inference
-    models   a training step of a whole network and inference with the statistics it leaves
+    models   a training step of a whole network, then inference with the updated statistics
 """
 
 from __future__ import annotations
@@ -33,7 +33,19 @@ def trials(
     names: Sequence[str] = (models.SMALL,),
     quick: bool = False,
 ) -> Iterator[Trial]:
-    """The cases of `parts` in every setting, none of them run yet."""
+    """The cases of `parts` in every setting, not yet run.
+
+    Args:
+        impls: Implementations: "auto", "reference", "native" or "triton".
+        devices: "cpu" or "cuda".
+        dtypes: Names of `spec.dtypes.BY_NAME`, such as "fp32" or "bf16".
+        parts: Any of "ops", "blocks" and "models".
+        names: Models to check, as `list_models` names them.
+        quick: If True, take only the first case of each op and block.
+
+    Returns:
+        An iterator over the cases, for `verify`.
+    """
     settings = [
         Setting(impl, device, dtype, layout)
         for impl in impls
@@ -53,10 +65,17 @@ def trials(
 
 
 def verify(work: Sequence[Trial]) -> list[Check]:
-    """Run the cases, with a progress bar on stderr where that is a terminal."""
+    """Run the cases, with a progress bar if stderr is a terminal.
+
+    Args:
+        work: Cases from `trials`.
+
+    Returns:
+        One check for each compared tensor.
+    """
     checks = []
     bar = tqdm(work, desc="verify", unit="case", leave=False, disable=None)
-    # Cases are drawn on the CPU, whatever torch.set_default_device says.
+    # Inputs are drawn on the CPU, also under torch.set_default_device.
     with bar, torch.device("cpu"), _without_tf32():
         for trial in bar:
             bar.set_postfix_str(str(trial), refresh=False)
@@ -66,7 +85,7 @@ def verify(work: Sequence[Trial]) -> list[Check]:
 
 @contextmanager
 def _without_tf32() -> Iterator[None]:
-    """fp32 is fp32 on a GPU: how two libraries round to tf32 differs by more than it does."""
+    """Switch cuDNN's TF32 off: TF32 rounding differs between libraries by more than fp32 does."""
     before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
     try:
         yield

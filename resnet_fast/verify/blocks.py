@@ -1,4 +1,4 @@
-"""Every fused module with every shortcut: forward, backward, running statistics, inference."""
+"""Compares every fused module with every shortcut: forward, backward, statistics, inference."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Case:
-    """One block: its arguments, the size of its input, and how it is called."""
+    """One block: constructor arguments and options, `size` (N, H, W) of x, and its inputs."""
 
     kind: str
     shortcut: str
@@ -81,7 +81,7 @@ class Case:
         return KINDS[self.kind][0](*self.args, **self.options, impl=impl, **keep)
 
     def draw(self, seed: int, exact: torch.dtype) -> list[Tensor]:
-        """x, and residual where the block takes one."""
+        """x, and residual if the block takes one."""
         generator = torch.Generator().manual_seed(100 + seed)
         n, h, w = self.size
         shape = (n, self.args[0] if self.args else 8, h, w)
@@ -94,7 +94,7 @@ class Case:
 
 
 def _residual_cases(kind: str, channels: int) -> Iterator[Case]:
-    """Cases of a residual block whose output has `channels` for 8 planes."""
+    """Cases of a residual block with 8 planes and `channels` output channels."""
 
     def case(shortcut: str, name: str, *args: int, **more: Any) -> Case:
         options = {"shortcut": shortcut} | more.pop("options", {})
@@ -116,7 +116,7 @@ def _residual_cases(kind: str, channels: int) -> Iterator[Case]:
 
 
 def cases() -> Iterator[Case]:
-    """All cases, those of one kind and shortcut in a row."""
+    """All cases, grouped by kind and shortcut."""
     yield Case("add+ReLU", "", "7x5", (), residual=True)
     yield Case("BN+ReLU", "", "7x5", (12,))
     yield Case("BN+ReLU", "residual", "7x5", (12,), residual=True)
@@ -132,7 +132,7 @@ def cases() -> Iterator[Case]:
 
 
 def trials(setting: Setting, quick: bool) -> Iterator[Trial]:
-    """All cases in all modes; when `quick` the first of each kind and shortcut, in training."""
+    """All cases in all modes; if `quick`, the first of each kind and shortcut, in training."""
     seen: set[str] = set()
     for case in cases():
         if quick and case.what in seen:

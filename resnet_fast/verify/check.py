@@ -1,4 +1,4 @@
-"""What a check is: a few runs of one thing, judged tensor by tensor by `spec.tolerance`."""
+"""A check: several runs of one case, compared tensor by tensor by `spec.tolerance`."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ GRADIENT = "grad "
 ACTIVATIONS = ("y", "z", "dx")
 
 Values = dict[str, Tensor]
-"""Results by name; a name that starts with `GRADIENT` is judged as a gradient."""
+"""Results by name; names that start with `GRADIENT` have the tolerance of gradients."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Who computes, where, in which dtype and layout."""
+    """Implementation, device, dtype and layout."""
 
     impl: str
     device: str
@@ -43,12 +43,12 @@ class Setting:
 
     @property
     def exact_dtype(self) -> torch.dtype:
-        """The narrowest dtype in play: inputs are rounded to it, so that all runs get the same."""
+        """The narrowest dtype of all runs; inputs are rounded to it, so all runs get the same."""
         return self.torch_dtype if self.narrow else torch.float32
 
     @property
     def other_layout(self) -> Setting:
-        """The same in the other of the two LAYOUTS."""
+        """The same setting with the other layout of LAYOUTS."""
         (other,) = set(LAYOUTS) - {self.layout}
         return replace(self, layout=other)
 
@@ -59,7 +59,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Check:
-    """One tensor of one case, judged."""
+    """The verdict on one tensor of one case."""
 
     part: str
     what: str
@@ -74,14 +74,14 @@ class Check:
 
     @property
     def severity(self) -> float:
-        """error / allowed, infinite where it failed for another reason: the worst comes first."""
+        """error / allowed; infinite if the check failed for another reason than its error."""
         error, allowed = self.verdict.error, self.verdict.allowed
         if not self.ok and error <= allowed:
             return math.inf
         return error / allowed if allowed > 0 else (0.0 if error == 0 else math.inf)
 
     def row(self) -> dict[str, object]:
-        """The check for JSON; an error that is no number is null."""
+        """The check for JSON; an error that is not finite is null."""
         verdict, setting = self.verdict, self.setting
         return {
             "part": self.part, "what": self.what, "case": self.case, "impl": setting.impl,
@@ -94,9 +94,9 @@ class Check:
 class Runs(NamedTuple):
     """The runs of a case.
 
-    `actual` is what is judged, `wide` plain PyTorch in fp64, and `same` in the dtype that is
-    judged, once or more often; beside fp64 it is fp32. `kinks` and `rms` are options of
-    `tolerance.compare`.
+    `actual` is the tested run and `wide` is plain PyTorch in fp64. `same` is plain PyTorch in the
+    tested dtype, one or more runs; if that dtype is fp64, `same` includes fp32. `kinks` and `rms`
+    are options of `tolerance.compare`.
     """
 
     actual: Callable[[], Values]
@@ -108,7 +108,7 @@ class Runs(NamedTuple):
 
 @dataclass(frozen=True)
 class Trial:
-    """One case, not yet run: `prepare` makes its inputs, `group` a result's row under `what`."""
+    """One case, not yet run. `prepare` creates its runs; `group` names a result's table row."""
 
     part: str
     what: str
@@ -122,7 +122,7 @@ class Trial:
         return f"{self.what} [{self.case}] {setting.impl} {setting.dtype} {setting.layout}"
 
     def run(self) -> list[Check]:
-        """A check for every tensor; a single failed one when a run raises or misses a tensor."""
+        """One check per tensor; a single failed check if a run raises or tensors are missing."""
         who = "plain PyTorch"
         try:
             runs = self.prepare()
@@ -133,7 +133,7 @@ class Trial:
             return [self._failed("result", f"{who} raised {type(error).__name__}: {error}")]
         if actual.keys() != wide.keys():
             differ = ", ".join(sorted(actual.keys() ^ wide.keys()))
-            return [self._failed("result", f"missing or additional: {differ}")]
+            return [self._failed("result", f"missing or unexpected results: {differ}")]
         others = functools.cache(lambda: list(itertools.chain(*tolerance.plain_runs(runs.same))))
         checks = []
         for name, expected in wide.items():
@@ -153,7 +153,8 @@ class Trial:
         if verdict.ok and name.removeprefix(GRADIENT) in ACTIVATIONS:
             fmt = self.setting.memory_format
             if actual.dim() == 4 and not actual.is_contiguous(memory_format=fmt):
-                return self._failed(name, f"its memory format is not {self.setting.layout}")
+                expected = f"expected memory format {self.setting.layout}"
+                return self._failed(name, f"{expected}, got strides {actual.stride()}")
         return self._check(name, verdict)
 
     def _check(self, name: str, verdict: tolerance.Verdict) -> Check:

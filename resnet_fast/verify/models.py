@@ -1,4 +1,4 @@
-"""Whole models: a training step, the running statistics it leaves, and inference with them."""
+"""Whole models: a training step, the updated running statistics, and inference with them."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from .modules import compared, randomize
 
 SMALL = "cifar_resnet20"
 BATCH = 4
-CLASSES = 100  # so many logits that their worst is no matter of luck
+CLASSES = 100  # enough logits for a stable maximum error
 IMAGE_SIZES = {"imagenet": 64, "cifar": 16}
 BRANCH = 0.25
 
 
 def trials(setting: Setting, name: str) -> Iterator[Trial]:
-    """The one trial of model `name`; its checks are grouped into rows by `group`."""
+    """The trial of model `name`; `group` assigns its checks to table rows."""
     yield Trial("models", name, "train, infer", setting, _prepare(name, setting), group)
 
 
 def group(tensor: str) -> str:
-    """The row of the table that a tensor belongs to."""
+    """The table row of a tensor."""
     if tensor == GRADIENT + "x":
         return "input gradient"
     if tensor.startswith(GRADIENT):
@@ -33,11 +33,11 @@ def group(tensor: str) -> str:
 
 
 def plain_model(name: str) -> nn.Module:
-    """Model `name` in plain PyTorch, from a fixed seed, in a state in which faults show.
+    """Model `name` in plain PyTorch, from a fixed seed, in a state that reveals errors.
 
-    Normalizations get random vectors, and each residual branch is scaled by BRANCH: a net fresh
-    from initialization multiplies an error in every block, and a deep one ends in chaos, where
-    nothing can be told from rounding. Running statistics are those of a batch of noise.
+    Normalizations get random vectors, and each residual branch is scaled by BRANCH. Without that,
+    every block of a newly initialized network amplifies errors; in a deep one, rounding then hides
+    any other error. Running statistics are those of a batch of noise.
     """
     from .. import models
 

@@ -1,4 +1,4 @@
-"""Runs of a module: fused in the given dtype, plain in the same dtype and plain in fp64."""
+"""Runs of a module: fused in the tested dtype, plain in the same dtype, and plain in fp64."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ DRAWS = 20
 
 
 def randomize(module: nn.Module, generator: torch.Generator) -> None:
-    """Give every vector of a normalization values of its own.
+    """Fill every vector of a normalization with random values.
 
-    A swapped, ignored or transposed vector then shows. One weight in eight is negative.
+    This reveals swapped, ignored or reordered vectors. One weight in eight is negative.
     """
     with torch.no_grad():
         for norm in module.modules():
@@ -54,8 +54,8 @@ def evaluate(
 ) -> Values:
     """Results of a copy of `module` in `dtype` and one of MODES, forward and backward from `dy`.
 
-    y, and with gradients those of the inputs (x, residual) and of every parameter; after training
-    also the running statistics. "train, infer" goes on to an inference, "infer y".
+    They are y; with gradients, those of the inputs (x, residual) and of every parameter; after
+    training, also the running statistics. "train, infer" adds an inference after it, "infer y".
     """
     train, infer = mode.startswith("train"), mode == "infer"
     autocast = dtype.itemsize == 2 and not infer
@@ -92,11 +92,11 @@ def compared(
     mode: str,
     settled: bool = True,
 ) -> Runs:
-    """The runs of `fused()`, given the weights of `plain`, against those of `plain` (fp32, CPU).
+    """The runs of `fused()` with the weights of `plain`, and of `plain` (fp32, on the CPU).
 
-    `draw(seed)` makes inputs, exact in `Setting.exact_dtype`. With `settled`, and where gradients
-    are compared, the biases of `plain` are moved away from ties (`resnet_fast.verify.settle`);
-    without, root mean squares are compared.
+    `draw(seed)` makes inputs, exact in `Setting.exact_dtype`. If `settled`, and gradients are
+    compared, the biases of `plain` are moved away from ties (`resnet_fast.verify.settle`). If not
+    `settled`, root mean squares are compared.
     """
     round_to(plain, setting.exact_dtype)
     inputs = draw(0)
@@ -129,11 +129,11 @@ def compared(
 def _settled(
     plain: nn.Module, draw: Callable[[int], list[Tensor]], dtype: torch.dtype
 ) -> list[Tensor]:
-    """Inputs on which `plain` could be settled; its biases move."""
+    """Inputs for which `plain` can be settled; changes its biases."""
     for seed in range(DRAWS):
         inputs = draw(seed)
         wide = copy.deepcopy(plain).double()
         if settle(wide, *(x.double() for x in inputs), dtype=dtype):
             plain.load_state_dict(wide.state_dict())
             return inputs
-    raise RuntimeError(f"no inputs out of {DRAWS} keep every ReLU and max-pool clear of a tie")
+    raise RuntimeError(f"none of {DRAWS} random inputs keeps every ReLU and max-pool off a tie")

@@ -1,7 +1,7 @@
 """Arguments for every op of `dispatch.ops`: by name, for any shape, dtype and layout.
 
-`POINTWISE` and `CONVOLUTIONS` build the arguments of a variant; a variant is an op's name, or
-"op:what is special". The tests use them too.
+`POINTWISE` and `CONVOLUTIONS` build the arguments of a variant. A variant is named "op" or
+"op:special case". The tests use them too.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SHAPES = {  # [N,C,H,W] of the ops without a convolution
     "one-pixel": (5, 24, 1, 1),
     "one-value": (1, 1, 1, 1),
     "c17": (3, 17, 5, 3),
-    "c531": (1, 531, 3, 2),  # more than the widest tile of a row, 512
+    "c531": (1, 531, 3, 2),  # more channels than the widest tile, 512
     "many-pixels": (2, 5, 67, 65),
     "vectors": (2, 72, 8, 8),
 }
@@ -39,7 +39,7 @@ EMPTY = (0, 8, 5, 5)
 
 @dataclass(frozen=True)
 class Conv:
-    """One convolution: input shape, filters, kernel and geometry in the order of the ops."""
+    """One convolution: input shape, number of filters, kernel size, and geometry as in the ops."""
 
     shape: tuple[int, int, int, int]
     filters: int
@@ -87,8 +87,8 @@ EMPTY_CONV = Conv((0, 8, 5, 5), 16, (3, 3), padding=(1, 1))
 class Draw:
     """Random arguments of one dtype, layout and device.
 
-    Values are drawn on the CPU, by `generator` or PyTorch's default one; those in double are exact
-    in fp32.
+    Values are drawn in fp32 on the CPU, from `generator` or PyTorch's default generator. So fp64
+    values are exact in fp32.
     """
 
     dtype: torch.dtype
@@ -104,23 +104,23 @@ class Draw:
         return torch.randn(shape, generator=self.generator)
 
     def activations(self, shape: Sequence[int], mean: float = 0.5) -> Tensor:
-        """Values of `self.dtype`, dense in `self.layout`; a mean, so that no sum cancels out."""
+        """Values of `self.dtype`, dense in `self.layout`; the mean keeps sums away from 0."""
         x = (self.normal(*shape) + mean).to(self.dtype)
         return x.contiguous(memory_format=self.layout).to(self.device)
 
     def filters(self, conv: Conv, dtype: torch.dtype | None = None) -> Tensor:
-        """Of `dtype` where activations have 16 bits, else of theirs."""
+        """Filters in `dtype` if activations have 16 bits, else in the dtype of the activations."""
         fan_in = conv.weight_shape[1] * conv.kernel[0] * conv.kernel[1]
         dtype = dtype if dtype is not None and self.dtype.itemsize == 2 else self.dtype
         w = (self.normal(*conv.weight_shape) / fan_in**0.5).to(dtype)
         return w.contiguous(memory_format=self.layout).to(self.device)
 
     def vector(self, size: int) -> Tensor:
-        """Channel values in the dtype of statistics."""
+        """One value per channel, in the dtype of statistics."""
         return self.normal(size).to(self.vector_dtype).to(self.device)
 
     def positive(self, size: int, times: float = 1) -> Tensor:
-        """Channel values from `times`/2."""
+        """Channel values of at least `times`/2, in the dtype of statistics."""
         values = (self.normal(size).abs() + 0.5) * times
         return values.to(self.vector_dtype).to(self.device)
 
@@ -259,7 +259,7 @@ def _fprop(prologue, stats, filters=None):
 
 
 def _bprop(masked=True, batch=True, prologue=True, sums=True, kept=False, more=None, need=(1, 1)):
-    """conv_bprop: what precedes it (mask, BN backward), what follows it (prologue's BN, more)."""
+    """conv_bprop: mask and BN backward before it, the prologue's BN and a residual after it."""
 
     def make(draw, conv):
         c, k = conv.shape[1], conv.filters
@@ -329,12 +329,12 @@ CONVOLUTIONS = {  # variant → arguments for (Draw, Conv)
 
 
 def op_of(variant: str) -> str:
-    """The op's name in a variant's."""
+    """The op of a variant."""
     return variant.partition(":")[0]
 
 
 def cast(args: Arguments, dtype: torch.dtype = torch.float64) -> Arguments:
-    """The same arguments with every floating tensor in `dtype`; formats are kept."""
+    """The arguments with every floating-point tensor in `dtype`, in the same memory format."""
     return [a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
 
 
@@ -343,8 +343,8 @@ VERIFIED_CONVS = ("3x3", "1x1", "1x1-stride2", "stem", "grouped", "dilated")
 
 
 def cases_of(op: str) -> Iterator[tuple[str, str]]:
-    """(variant, shape's name) of `resnet-fast verify`: the op itself in every shape, a variant in
-    one of them. The first is the one of `--quick`.
+    """(variant, name of the shape) for `resnet-fast verify`: the op itself with every shape, each
+    other variant with one shape. `--quick` takes only the first case.
     """
     for variants, names in ((POINTWISE, VERIFIED), (CONVOLUTIONS, VERIFIED_CONVS)):
         own = [variant for variant in variants if op_of(variant) == op]

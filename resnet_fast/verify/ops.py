@@ -1,4 +1,4 @@
-"""Every op of `dispatch.ops`, one by one, against its namesake in `spec.reference`."""
+"""Compares every op of `dispatch.ops` with the function of the same name in `spec.reference`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ GRADIENTS = {
 
 
 def trials(setting: Setting, quick: bool) -> Iterator[Trial]:
-    """All cases of all ops; the first of each op when `quick`."""
+    """All cases of all ops; only the first case of each op if `quick`."""
     for op in ops.NAMES:
         for variant, shape in islice(cases_of(op), 1 if quick else None):
             yield _trial(op, variant, shape, setting)
@@ -52,7 +52,7 @@ def _trial(op: str, variant: str, shape: str, setting: Setting) -> Trial:
 
 
 def _named(op: str, results: Any, like: Tensor) -> Values:
-    """Results by the names of the op's schema, what is empty left out; bit masks unpacked, the
+    """Results by the names in the op's schema, without empty ones. Bit masks are unpacked, with the
     elements in the order of `like`.
     """
     results = results if isinstance(results, (tuple, list)) else (results,)
@@ -60,7 +60,7 @@ def _named(op: str, results: Any, like: Tensor) -> Values:
     prefix = GRADIENT if op in GRADIENTS else ""
     values = {}
     for value, result in zip(results, returns, strict=True):
-        if value.numel() and result.name != "index":  # equal maxima: either is right
+        if value.numel() and result.name != "index":  # the index of equal maxima is ambiguous
             bits = value.dtype == torch.uint8
             value = reference.unpack_mask(value, like) if bits else value
             values[prefix + (result.name or ("dx" if prefix else "y"))] = value
@@ -68,7 +68,7 @@ def _named(op: str, results: Any, like: Tensor) -> Values:
 
 
 def _kink(arguments: Arguments) -> Mapping[str, Tensor]:
-    """Where bn_act's mask may be either: its affine is computed in the channel vectors' dtype."""
+    """Where rounding may decide bn_act's mask: its affine map runs in the vectors' dtype."""
     z, *rest = cast(arguments)
     u, _ = reference.bn_act(z, *rest[:5], False, False)
     return {"mask": tolerance.near_kink(u, stats_dtype(arguments[0]))}

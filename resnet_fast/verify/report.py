@@ -1,4 +1,4 @@
-"""Checks for people and for programs: the table, the summary line, the JSON document."""
+"""The report of the checks: the table, the summary line, and the JSON document."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ HEADER = ("what", "impl", "dtype", "layout", "checks", "error", "allowed", "verd
 
 @dataclass(frozen=True)
 class Row:
-    """The checks of one thing in one setting: the worst of them speaks for all."""
+    """All checks of one op, block or model part in one setting; the row shows the worst of them."""
 
     part: str
     what: str
@@ -30,7 +30,7 @@ class Row:
         return all(check.ok for check in self.checks)
 
     def cells(self) -> tuple[str, ...]:
-        """The row under HEADER."""
+        """The cells of the row, in the order of HEADER."""
         verdict, setting = self.worst.verdict, self.setting
         impl = setting.impl if setting.device == "cpu" else f"{setting.impl} {setting.device}"
         return (
@@ -40,7 +40,7 @@ class Row:
 
 
 def rows(checks: Iterable[Check]) -> list[Row]:
-    """One row for every thing and setting, in the order in which they came."""
+    """One row for every part, `what` and setting, in the order of the checks."""
     groups: dict[tuple[str, str, Setting], list[Check]] = {}
     for check in checks:
         groups.setdefault((check.part, check.what, check.setting), []).append(check)
@@ -48,7 +48,7 @@ def rows(checks: Iterable[Check]) -> list[Row]:
 
 
 def text(checks: Sequence[Check]) -> str:
-    """The table, what failed in it tensor by tensor, and the summary line."""
+    """The table, one line for each failed tensor, and the summary line."""
     lines = [HEADER, *(row.cells() for row in rows(checks))]
     widths = [max(len(line[i]) for line in lines) for i in range(len(HEADER))]
     numbers = ("checks", "error", "allowed")
@@ -65,14 +65,14 @@ def text(checks: Sequence[Check]) -> str:
 
 
 def failure(check: Check) -> str:
-    """One line that says which tensor of which case failed, and how."""
+    """A line with the tensor and the case that failed, and the reason."""
     s = check.setting
     where = f"{s.impl} {s.device} {s.dtype} {s.layout}"
     return f"FAIL {check.what} [{check.case}] {where}, {check.tensor}: {check.verdict}"
 
 
 def summary(checks: Sequence[Check]) -> str:
-    """verify: ok or FAILED, how many, and the check that came closest to what is allowed."""
+    """The last line: ok or FAILED, the number of checks, and the largest error."""
     failed = sum(not check.ok for check in checks)
     if not checks:
         return "verify: FAILED, nothing was checked"
@@ -80,8 +80,8 @@ def summary(checks: Sequence[Check]) -> str:
         return f"verify: FAILED, {failed} of {len(checks)} checks"
     worst = max(checks, key=lambda check: check.severity)
     return (
-        f"verify: ok, {len(checks)} checks; the closest reached {worst.severity:.0%} of what is "
-        f"allowed ({worst.what}, {worst.tensor}, {worst.setting.dtype} {worst.setting.layout})"
+        f"verify: ok, {len(checks)} checks; largest error: {worst.severity:.0%} of the allowed "
+        f"error ({worst.what}, {worst.tensor}, {worst.setting.dtype} {worst.setting.layout})"
     )
 
 
@@ -96,5 +96,5 @@ def document(checks: Sequence[Check], environment: dict[str, Any]) -> dict[str, 
 
 
 def figure(value: float) -> str:
-    """A number in three figures; a dash where it is none."""
+    """`value` with three digits; a dash if it is not finite."""
     return f"{value:.2e}" if math.isfinite(value) else "–"

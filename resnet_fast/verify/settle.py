@@ -1,11 +1,11 @@
-"""A point at which a network is smooth: no ReLU's input, and no race in a max-pool, close to a tie.
+"""Moves a network to a point where rounding decides no ReLU and no max-pool.
 
-The gradient of a ReLU network jumps where a pre-activation crosses zero, and one value within
-rounding of it, on either side, throws the gradients of a whole layer. Among the millions of a
-ResNet-50 some always are. Here the biases of the normalizations are moved by a few times BAND until
-none is, so that fp64, the plain run and any correct kernel agree on every sign and differ by
-rounding alone. Channels with thousands of values have no gap wide enough for 16 bits: in whole
-models signs flip then, in the plain run and the judged one alike, and the rule compares the two.
+The gradient of a ReLU network jumps where a pre-activation crosses zero. One value within rounding
+of zero changes the gradients of a whole layer, and the millions of values of a ResNet-50 always
+include some. Here the biases of the normalizations are moved by a few times BAND until there are
+none. Then fp64, the plain run and any correct kernel agree on every sign and differ only by
+rounding. In 16 bits, channels with thousands of values have no gap that is wide enough. So in whole
+models signs flip in the plain run and in the tested run, and the tolerance compares their errors.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ aten = torch.ops.aten
 
 
 def settle(module: nn.Module, *inputs: Tensor, dtype: torch.dtype = torch.float32) -> bool:
-    """Move the biases of plain PyTorch `module`, as it is (mode, in fp64), on fp64 `inputs`.
+    """Move the biases of the plain fp64 `module`, in its current mode, for the fp64 `inputs`.
 
-    Every ReLU must follow a BatchNorm2d, directly or through an addition: the last one that ran
-    before it is the one whose bias moves, by a multiple of the band, kept exact in fp32. The band
-    is BAND, or BAND_EPS·eps(dtype) where that is more.
+    Every ReLU must follow a BatchNorm2d, directly or through an addition. The bias of the last
+    BatchNorm2d before the ReLU moves by a multiple of the band, exact in fp32. The band is BAND, or
+    BAND_EPS·eps(dtype) if that is larger.
 
     Returns:
-        Whether every |ReLU input| is as large as the band, and the two largest values of every
-        max-pool window differ by POOL_BAND; else other inputs have to be tried.
+        True if every |ReLU input| is at least the band, and the two largest values of every
+        max-pool window differ by at least POOL_BAND. If False, try other inputs.
     """
     band = max(BAND, BAND_EPS * torch.finfo(dtype).eps)
     probe = copy.deepcopy(module)
@@ -52,7 +52,7 @@ def settle(module: nn.Module, *inputs: Tensor, dtype: torch.dtype = torch.float3
 
 
 class _Settle(TorchDispatchMode):
-    """Sees every ReLU and max-pool of a forward pass, and moves the ReLU's input with its norm."""
+    """Handles every ReLU and max-pool of a forward, and moves each ReLU's input by its norm."""
 
     def __init__(self, band: float) -> None:
         super().__init__()
@@ -74,9 +74,9 @@ class _Settle(TorchDispatchMode):
 
 
 def _shift(u: Tensor, bias: Tensor, band: float) -> tuple[Tensor, bool]:
-    """What to add to each channel of u [N,C,H,W], and whether all of them then keep clear of 0."""
+    """The shift of each channel of u [N,C,H,W], and whether all are then at least `band` from 0."""
     shift = torch.zeros_like(bias)
-    left = torch.arange(bias.numel(), device=bias.device)  # channels not yet clear
+    left = torch.arange(bias.numel(), device=bias.device)  # channels with values too close to 0
     values = u.transpose(0, 1).flatten(1)
     for step in range(STEPS):
         offset = band * ((step + 1) // 2) * (1 if step % 2 else -1)  # 0, +1, −1, +2, … bands
@@ -90,7 +90,7 @@ def _shift(u: Tensor, bias: Tensor, band: float) -> tuple[Tensor, bool]:
 
 
 def decided(x: Tensor, kernel, stride, padding=(0, 0), *_, lead: float = POOL_BAND) -> bool:
-    """Whether the winner of every max-pool window of x ≥ 0 leads by `lead`, or is 0."""
+    """Whether the maximum of every window of x ≥ 0 is larger than the next by `lead`, or is 0."""
     n, c = x.shape[:2]
     windows = F.unfold(x.contiguous(), kernel, padding=padding, stride=stride)
     first, second = windows.view(n, c, kernel[0] * kernel[1], -1).topk(2, dim=2).values.unbind(2)
@@ -98,7 +98,7 @@ def decided(x: Tensor, kernel, stride, padding=(0, 0), *_, lead: float = POOL_BA
 
 
 class Kinks(TorchDispatchMode):
-    """The inputs of every ReLU and max-pool that runs inside."""
+    """Records the inputs of every ReLU and max-pool that runs in this mode."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -114,13 +114,13 @@ class Kinks(TorchDispatchMode):
 
     @property
     def least(self) -> float:
-        """The least |input| of a ReLU; infinite where none ran."""
+        """The smallest |input| of a ReLU; infinite if no ReLU ran."""
         return min((u.abs().amin().item() for u in self.relus), default=float("inf"))
 
     def outlast(self, other: Kinks) -> bool:
-        """Whether rounding decides none of them: each is further from its tie than `other` is off.
+        """Whether each input is further from a tie than it differs from `other`.
 
-        other: of another run of the same computation.
+        other: another run of the same computation. If True, rounding decides no ReLU or max-pool.
         """
         relus = zip(self.relus, other.relus, strict=True)
         pools = zip(self.pools, other.pools, strict=True)

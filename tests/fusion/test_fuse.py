@@ -425,7 +425,7 @@ class TestChangedLater:
         for changed in (model, plain):
             changed.bn1 = nn.InstanceNorm2d(4).double()
         close(model(x), plain(x))
-        assert why(model, "conv1").endswith("goes to bn1, which is of class InstanceNorm2d")
+        assert "goes to bn1, which is of class InstanceNorm2d" in why(model, "conv1")
         fuse(model, inplace=True)
         assert "conv1" not in fused(model) and "layer1.0" in fused(model)
 
@@ -512,7 +512,7 @@ class TestOurOwn:
         class Mine(modules.BasicBlock):
             pass
 
-        with pytest.raises(TypeError, match=r"^0: Mine has no plain twin"):
+        with pytest.raises(TypeError, match=r"^0: Mine is a subclass of a fused class"):
             unfuse(nn.Sequential(Mine(4, 4)))
 
 
@@ -557,14 +557,14 @@ class TestExplain:
             def forward(self, x):
                 return self.block(x) if x.mean() > 0 else x
 
-        assert why(fuse(Deciding()), "block").startswith("fused: only where it is called")
+        assert why(fuse(Deciding()), "block").startswith("fused: only if it is called")
 
     def test_under_global_hooks_nothing_is_fused(self, net):
         model = fuse(net)
         handle = register_module_forward_hook(lambda *args: None)
         try:
             assert fused(model) == {}
-            assert why(model, "layer1.0").startswith("left alone: hooks of all modules are set")
+            assert why(model, "layer1.0").startswith("left alone: global module hooks are set")
         finally:
             handle.remove()
         assert "layer1.0" in fused(model)
@@ -596,5 +596,5 @@ class TestErrors:
         block = model.layer1[0]
         block.scale = nn.Parameter(torch.ones(1))
         parametrize.register_parametrization(block, "scale", nn.Identity())
-        with pytest.raises(TypeError, match="got ParametrizedFusedBasic, made of one"):
+        with pytest.raises(TypeError, match="got ParametrizedFusedBasic, derived from one"):
             unfuse(model, inplace=True)

@@ -517,9 +517,9 @@ def replaced_forward():
 # Model, the path of a row, and what the row says.
 LEFT_ALONE = {
     "reflect": (lambda: basic(conv2=conv(padding_mode="reflect")), "conv2", "'reflect'"),
-    "same": (lambda: basic(conv2=conv(padding="same")), "conv2", "pads with padding='same'"),
+    "same": (lambda: basic(conv2=conv(padding="same")), "conv2", "has padding='same'"),
     "own-forward": (
-        lambda: basic(conv2=OtherConv(4, 4, 3, padding=1)), "conv2", "a forward of its own",
+        lambda: basic(conv2=OtherConv(4, 4, 3, padding=1)), "conv2", "overrides the forward",
     ),
     "transposed": (
         lambda: basic(conv2=nn.ConvTranspose2d(4, 4, 3, padding=1)), "conv2", "ConvTranspose2d",
@@ -539,9 +539,9 @@ LEFT_ALONE = {
         lambda: basic(conv1=parametrizations.weight_norm(conv())), "conv1", "has parametrizations",
     ),
     "lazy": (lambda: basic(conv1=nn.LazyConv2d(4, 3, padding=1)), "conv1", "is lazy"),
-    "read-twice": (TwoReaders, "conv", "goes to 2 places"),
+    "read-twice": (TwoReaders, "conv", "is used 2 times"),
     "control-flow": (lambda: Branching(4, 4), "(model)", "cannot be traced: TraceError: symbolic"),
-    "no-named-input": (lambda: Wrapper(conv()), "(model)", "names no input"),
+    "no-named-input": (lambda: Wrapper(conv()), "(model)", "no required positional"),
     "untraced-list": (lambda: Wrapper(nn.ModuleList([conv()])), "conv.0", "no forward that can be"),
     "replaced-forward": (replaced_forward, "(model)", "replaced on the instance"),
     "dropout": (lambda: Dropping(4, 4), "(model)", "its result comes from dropout"),
@@ -551,11 +551,11 @@ LEFT_ALONE = {
     "stochastic-depth": (lambda: StochasticDepth(4, 4), "(model)", "differs between training"),
     "in-place-input": (lambda: IntoItsInput(4, 4), "(model)", "in place to its input"),
     "scaled-addition": (lambda: Scaled(4, 4), "(model)", "its result comes from add"),
-    "broadcasting": (Broadcasting, "(model)", "broadcasts channels"),
+    "broadcasting": (Broadcasting, "(model)", "addition broadcasts 1 input to 4 output"),
     "two-inputs": (lambda: TwoInputs(4, 4), "(model)", "does not take one tensor"),
     "no-relu-between": (lambda: NoReLUBetween(4, 4), "(model)", "main path is conv norm conv norm"),
     "bias-without-norm": (lambda: PreAct(bias=True), "(model)", "main path is norm relu conv"),
-    "gate": (Attention, "(model)", "main path comes from mul"),
+    "gate": (Attention, "(model)", "main path starts at mul"),
 }  # fmt: skip
 # Those that can be copied, and run in plain PyTorch on one tensor with the same result twice.
 RUNS = [name for name in LEFT_ALONE if name not in (
