@@ -110,7 +110,7 @@ def _first_line(command: str, *arguments: str) -> str | None:
 
 
 def _auto() -> list[dict[str, Any]]:
-    """What "auto" takes for every op, device and dtype, and why it skips those it prefers."""
+    """What "auto" takes per op, device and dtype, and why it refuses those it prefers."""
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     rows = []
     for device in devices:
@@ -169,7 +169,7 @@ def _kept_lines(host: dict[str, Any]) -> list[tuple[str, str]]:
         return []
     mib = {key: round(value / 2**20) for key, value in host["kept"].items()}
     used = mib["packed_filters"] + mib["free_blocks"]
-    return [("kept memory", f"{used} MiB of at most {mib['budget']} MiB (packed filters, blocks)")]
+    return [("CPU cache", f"{used} MiB of at most {mib['budget']} MiB (packed filters, blocks)")]
 
 
 def _onednn_lines(host: dict[str, Any]) -> list[tuple[str, str]]:

@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch-size", type=int, default=256, metavar="N",
         help="images per forward pass (default: 256)")  # fmt: skip
     add("--precision", choices=list(PRECISIONS), default="fp32",
-        help="autocast dtype; fp32 is no autocast (default: fp32)")  # fmt: skip
+        help="fp32, or autocast in bf16 or fp16 (default: fp32)")  # fmt: skip
     add("--json", action="store_true", help="print one JSON object instead of tables")
     add_where(parser)
 
@@ -77,7 +77,7 @@ def document(found: Evaluation, classes: tuple[str, ...]) -> dict[str, Any]:
 
 
 def text(found: Evaluation, classes: tuple[str, ...]) -> str:
-    """Totals, per-class figures and the confusion matrix; for many classes, its worst cells."""
+    """Totals, per-class figures and the confusion matrix or, for many classes, its worst cells."""
     figures = document(found, classes)
     width = max(len("class"), *map(len, classes))
     lines = [

@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch-size", type=int, default=32, metavar="N",
         help="images per forward pass (default: 32)")  # fmt: skip
     add("--precision", choices=list(PRECISIONS), default="fp32",
-        help="autocast dtype; fp32 is no autocast (default: fp32)")  # fmt: skip
+        help="fp32, or autocast in bf16 or fp16 (default: fp32)")  # fmt: skip
     add("--json", action="store_true", help="print a JSON array instead of a table")
     add_where(parser)
 

@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("accumulate", whole, "N", "backward passes per optimizer step"),
         ("augment", {"choices": ("auto", *AUGMENTATIONS)}, None, "auto is the data set's own"),
         ("precision", {"choices": list(PRECISIONS)}, None,
-         "autocast dtype; fp16 with a gradient scaler"),
+         "fp32, or autocast in bf16 or fp16 (fp16 with a gradient scaler)"),
         ("channels-last", switch, None, "memory format of model and images"),
         ("compile", switch, None, "run the model with torch.compile"),
         ("checkpointing", switch, None, "recompute residual blocks in the backward pass"),

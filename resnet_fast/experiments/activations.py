@@ -23,15 +23,15 @@ from .options import add_count, add_depth
 
 ABOUT = """\
 One image goes through {what} in eval mode. For each stage the picture shows the {maps} channels \
-that vary most over the image, and the mean, the standard deviation and the sparsity (the share \
-of zeros, which ReLU makes) of all its values.
+that vary most over the image. Beside them are the mean, the standard deviation and the sparsity \
+(the share of zeros, which ReLU makes) of all values of the stage.
 
 With each stage the maps become coarser and the channels more: early maps still look like the \
 image, later ones show where something was found. Prediction for this image: {reading}.
 
 A ReLU after a normalization makes about half of its values zero, as after the stem. In a \
-residual stage fewer values are zero: x is not negative, and F(x) must cancel it to reach zero. \
-Each block adds to the signal, so its values grow."""
+residual stage fewer values are zero: x is not negative, and only F(x) ≤ −x gives zero. Each \
+block adds to the signal, so its values grow."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -43,7 +43,7 @@ of {batch} images of {pixels} pixels.
 At equal depth bottlenecks have fewer parameters and fewer multiply-adds, and give the \
 classifier four times as many channels. The time falls less than the arithmetic: a bottleneck's \
 wide 1×1 convolutions, and the normalization, addition and ReLU on its {channels} or more \
-channels, are memory-bound. resnet_fast fuses these passes over memory."""
+channels, are passes over memory. These passes are what resnet_fast fuses."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -4,9 +4,8 @@ On paper: a stack of layers multiplies the gradient by each layer's derivative; 
 the stack adds 1, since d(F(x) + x)/dx = dF/dx + 1 (He et al. 2016, arXiv:1603.05027, eq. 5).
 
 In nets, before training: ‖∂L/∂w‖ of every 3×3 convolution. In a plain net batch normalization
-keeps the signal's size and makes the gradient grow from layer to layer in the backward pass (Yang
-et al. 2019, arXiv:1902.08129); without it the gradient shrinks. In a residual net it hardly
-changes.
+keeps the signal's size, and the gradient grows from layer to layer in the backward pass (Yang et
+al. 2019, arXiv:1902.08129). Without it the gradient shrinks. In a residual net it hardly changes.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A self-contained page: one HTML file with embedded pictures, light or dark.
 
 Pictures are PNG with a transparent background and grey text, readable in both modes. A page embeds
-them as base64.
+them as base64; they are also written as files.
 """
 
 from __future__ import annotations

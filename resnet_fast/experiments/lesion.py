@@ -27,15 +27,15 @@ COLORS = {"plain": "#4dabf7", "residual": "#e8590c"}
 
 ABOUT = """\
 A plain and a residual net of equal depth are trained by the same recipe. Then, without further \
-training, blocks are deleted (replaced by the identity), one at a time or several at random, and \
-pairs of blocks of a stage are exchanged. Only blocks whose output has the shape of their input \
-are used. The figures are test errors: the share of test images predicted wrongly, for random \
-choices the mean of {draws} draws.
+training, blocks are deleted (replaced by the identity), one at a time or several at random. In \
+the same way pairs of blocks of a stage are exchanged. Only blocks whose output has the shape of \
+their input are used. The figures are test errors (shares of test images predicted wrongly), for \
+random choices the mean of {draws} draws.
 
-In the plain net every block depends on the output of the block before it, and no block can be \
-missing. In the residual net a block adds a correction to its input: one missing block costs \
-little, several cost more, step by step, and the order of blocks matters less than in a plain \
-net."""
+In the plain net every block depends on the output of the block before it, and deleting any \
+block ruins the result. In the residual net a block adds a correction to its input: one missing \
+block costs little, several cost more, step by step, and the order of blocks matters less than \
+in a plain net."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

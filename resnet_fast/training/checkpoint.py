@@ -70,7 +70,7 @@ def read(path: Path) -> dict[str, Any]:
     """
     content = read_any(path)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: not a checkpoint of resnet-fast train")
+        raise CheckpointError(f"{path}: not a resnet_fast checkpoint")
     return content
 
 

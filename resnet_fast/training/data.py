@@ -42,7 +42,7 @@ class Data(Inputs):
         test_y: their labels, as train_y.
 
     Raises:
-        ValueError: an attribute is invalid, or images and labels do not match; names the attribute.
+        ValueError: an attribute is invalid, or x and y do not match; the message names it.
     """
 
     name: str
@@ -120,7 +120,7 @@ def load_data(
             "imagefolder" (one folder per class), or "synthetic" (patterns with noise).
         path: archive or extracted folder of cifar10, or root of imagefolder; None for the others.
         size: height and width of an input in pixels, at least 8. None is 16 for digits, 32 for
-            synthetic, 224 for imagefolder; cifar10 has always 32.
+            synthetic, 224 for imagefolder; cifar10 is always 32.
         preprocessing: that of a trained model, in place of the data set's own.
         seed: of the synthetic patterns, and of the split of digits and of an imagefolder without
             a test folder.

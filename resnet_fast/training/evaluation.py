@@ -23,7 +23,7 @@ class Evaluation:
     Attributes:
         loss: mean cross-entropy, without label smoothing.
         accuracy: top-1 accuracy, from 0 to 1.
-        top5: top-5 accuracy, from 0 to 1; with fewer than five classes 1.
+        top5: top-5 accuracy, from 0 to 1; always 1 with at most five classes.
         confusion: [K,K] int64 on the CPU, number of images by label (row) and prediction (column).
     """
 

@@ -32,7 +32,7 @@ class ImageFolder(Inputs):
     Args:
         root: folder as above.
         size: height and width of an input in pixels.
-        seed: of the split, where there is no test folder.
+        seed: of the split, if there is no test folder.
 
     Raises:
         ValueError: a folder is missing, has fewer than two classes or no images, or leaves no test

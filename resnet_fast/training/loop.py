@@ -61,8 +61,8 @@ def fit(
         out: folder for checkpoints, metrics and the final `model.pt`; None writes nothing.
         resume: True continues from the last checkpoint under `out`, or starts if there is none; a
             path continues from that checkpoint. The result is bitwise that of an uninterrupted
-            run, on the same kind of machine with the same numbers of threads and processes (on a
-            GPU only with `recipe.deterministic`).
+            run, given an equal machine and equal numbers of threads and processes. A GPU also
+            needs `recipe.deterministic`.
         spec: how to create the model; stored in the files, so that `resnet-fast eval` and
             `predict` need no model name.
         workers: processes that read the images of an imagefolder; 0 reads them in this one.
@@ -249,7 +249,7 @@ def _check(data: Any, recipe: Recipe, out: Path | None, resume: bool | str | Pat
             f"{recipe.accumulate} parts), got {recipe.batch_size}"
         )
     if resume and out is None:
-        raise ValueError("resume: expected out too, the folder of the run")
+        raise ValueError("resume: expected out too, the folder of the run to continue")
     if out is not None and not resume and checkpoint.checkpoints(out / "checkpoints"):
         raise ValueError(f"out: {out} has checkpoints of another run; resume it or change out")
 

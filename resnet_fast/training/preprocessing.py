@@ -40,7 +40,7 @@ class Preprocessing:
         return replace(self, size=size, resize=round(self.resize * size / self.size))
 
     def normalize(self, x: Tensor) -> Tensor:
-        """(x − mean) / std of x [N,C,H,W]; uint8 is divided by 255. Keeps the memory format."""
+        """(x − mean) / std of x [N,C,H,W]; uint8 counts as x / 255. fp32, in x's memory format."""
         x = x.float() / 255 if x.dtype == torch.uint8 else x
         constants = torch.tensor([self.mean, self.std], device=x.device)
         mean, std = constants.view(2, 1, -1, 1, 1)

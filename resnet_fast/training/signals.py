@@ -55,7 +55,7 @@ class Stop:
 
 @contextmanager
 def stop_signals(enabled: bool) -> Iterator[Stop]:
-    """Within it, signals set the yielded `Stop`; in other threads than the main one, none do."""
+    """Within it, signals set the yielded `Stop`; only in the main thread."""
     stop = Stop()
     before = {}
     if enabled and threading.current_thread() is threading.main_thread():
