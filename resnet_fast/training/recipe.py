@@ -44,7 +44,7 @@ class Recipe:
         clip: maximum norm of all gradients together, or None.
         accumulate: parts of each process's batch, with one backward pass each before the optimizer
             step. Batch statistics are those of a part.
-        augment: one of `augment.AUGMENTATIONS`, or "auto": the data set's own.
+        augment: "none", "crop", "crop-flip", "resized-crop-flip", or "auto": the data set's own.
         precision: "fp32", or autocast in "bf16" or "fp16" (with a gradient scaler).
         channels_last: channels_last memory format for model and images.
         compile: run the model with `torch.compile`.

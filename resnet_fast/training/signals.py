@@ -21,7 +21,7 @@ class Interrupted(Exception):
 
     Attributes:
         number: the signal.
-        path: the checkpoint; on other processes than the first its folder.
+        path: the checkpoint file; on processes other than the first, its folder.
     """
 
     def __init__(self, number: int, path: Path) -> None:
