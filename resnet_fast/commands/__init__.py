@@ -1,1 +1,1 @@
-"""The commands that train and use models, one a file."""
+"""The commands of `resnet-fast`, one per file."""

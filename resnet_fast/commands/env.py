@@ -1,6 +1,6 @@
-"""`resnet-fast env`: what a bug report starts with.
+"""`resnet-fast env`: the environment, for the start of a bug report.
 
-Versions, hardware, which implementations are live here and why the others are not, and which one
+Versions, hardware, which implementations are live and why the others are not, and which one
 `impl="auto"` takes for every op, device and dtype. Works with nothing built and without Triton.
 """
 
@@ -27,11 +27,11 @@ from ..spec.dtypes import DTYPES
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `resnet-fast env`."""
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the environment; 0."""
+    """Print the environment; returns 0."""
     found = collect()
     print(json.dumps(found, indent=2) if args.json else text(found))
     return 0
@@ -72,7 +72,7 @@ def collect() -> dict[str, Any]:
 
 
 def _settings() -> dict[str, Any]:
-    """Value of every environment variable; a folder as text."""
+    """The value of every environment variable; paths as text."""
     values = {setting.variable: setting.read() for setting in settings.ALL}
     return {name: str(v) if isinstance(v, Path) else v for name, v in values.items()}
 
@@ -96,7 +96,7 @@ def _package(name: str) -> str | None:
 
 
 def _first_line(command: str, *arguments: str) -> str | None:
-    """The line with a version that a program prints, or None where it is missing or fails."""
+    """The version line that a program prints; None if the program is missing or fails."""
     path = shutil.which(command)
     if path is None:
         return None
@@ -105,12 +105,12 @@ def _first_line(command: str, *arguments: str) -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     lines = [line for line in done.stdout.splitlines() if any(c.isdigit() for c in line)]
-    releases = [line for line in lines if "release" in line]  # nvcc begins with a copyright
+    releases = [line for line in lines if "release" in line]  # nvcc prints its copyright first
     return (releases or lines or [None])[0]
 
 
 def _auto() -> list[dict[str, Any]]:
-    """What "auto" takes for every op, device and dtype, and why not what comes before it."""
+    """What "auto" takes per op, device and dtype, and why it refuses those it prefers."""
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     rows = []
     for device in devices:
@@ -128,7 +128,7 @@ def _auto() -> list[dict[str, Any]]:
 
 
 def text(found: dict[str, Any]) -> str:
-    """`collect()` for the terminal."""
+    """`collect()` formatted for the terminal."""
     versions, host, build = found["versions"], found["cpu"], found["build"]
     cuda = f"CUDA {versions['torch_cuda']}" if versions["torch_cuda"] else "without CUDA"
     lines = [
@@ -169,14 +169,14 @@ def _kept_lines(host: dict[str, Any]) -> list[tuple[str, str]]:
         return []
     mib = {key: round(value / 2**20) for key, value in host["kept"].items()}
     used = mib["packed_filters"] + mib["free_blocks"]
-    return [("kept memory", f"{used} MiB of at most {mib['budget']} MiB (packed filters, blocks)")]
+    return [("CPU cache", f"{used} MiB of at most {mib['budget']} MiB (packed filters, blocks)")]
 
 
 def _onednn_lines(host: dict[str, Any]) -> list[tuple[str, str]]:
     if host["onednn_max_isa"] is None:
         return []
-    why = " (AMX is announced here and cannot be used)" if host["unusable_amx"] else ""
-    return [("oneDNN", f"held to {host['onednn_max_isa']}{why}")]
+    why = " (this machine reports AMX but cannot use it)" if host["unusable_amx"] else ""
+    return [("oneDNN", f"limited to {host['onednn_max_isa']}{why}")]
 
 
 def _build_lines(build: dict[str, Any] | None) -> list[tuple[str, str]]:
@@ -192,7 +192,7 @@ def _build_lines(build: dict[str, Any] | None) -> list[tuple[str, str]]:
 
 
 def auto_lines(auto: Sequence[dict[str, Any]]) -> list[tuple[str, str, str, str]]:
-    """Rows of `collect()["auto"]`, ops that go the same way in one: device, dtype, impl, which."""
+    """`collect()["auto"]` as rows: device, dtype, impl, and all ops with that choice."""
     groups: dict[tuple[str, str, str, tuple], list[str]] = {}
     count: dict[tuple[str, str], int] = {}
     for row in auto:

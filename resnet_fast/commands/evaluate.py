@@ -1,4 +1,4 @@
-"""`resnet-fast eval DATA [PATH] --weights FILE`: top-1, top-5, confusion matrix, every class."""
+"""`resnet-fast eval DATA [PATH] --weights FILE`: top-1, top-5, per-class figures, confusion."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..training.recipe import PRECISIONS
 from ..training.weights import load_weights
 from .shared import add_data, add_where, check_where, model_name, refusing
 
-MATRIX_UP_TO = 20  # classes that fit a line
+MATRIX_UP_TO = 20  # a matrix with more columns does not fit a line
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,19 +21,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_data(parser)
     add = parser.add_argument
     add("--weights", type=Path, required=True, metavar="FILE",
-        help="of resnet-fast train, or a state dict such as torchvision's")  # fmt: skip
+        help="file of resnet-fast train, or a state dict with torchvision's keys")  # fmt: skip
     add("--model", type=model_name, metavar="NAME",
-        help="where the file names none (default: by its keys)")  # fmt: skip
-    add("--split", choices=("train", "test"), default="test")
-    add("--batch-size", type=int, default=256, metavar="N")
-    add("--precision", choices=list(PRECISIONS), default="fp32", help="autocast")
-    add("--json", action="store_true", help="one JSON object instead of tables")
+        help="model of the weights (default: as in FILE, or recognized by keys)")  # fmt: skip
+    add("--split", choices=("train", "test"), default="test",
+        help="images to evaluate (default: test)")  # fmt: skip
+    add("--batch-size", type=int, default=256, metavar="N",
+        help="images per forward pass (default: 256)")  # fmt: skip
+    add("--precision", choices=list(PRECISIONS), default="fp32",
+        help="fp32, or autocast in bf16 or fp16 (default: fp32)")  # fmt: skip
+    add("--json", action="store_true", help="print one JSON object instead of tables")
     add_where(parser)
 
 
 @refusing("eval")
 def run(args: argparse.Namespace) -> int:
-    """Evaluate and print; 0, 2 where an argument or file does not fit."""
+    """Evaluate and print; returns 0, or 2 for a wrong argument or file."""
     check_where(args.impl, args.device, args.precision)
     if args.batch_size < 1:
         raise ValueError(f"batch-size: expected at least 1, got {args.batch_size}")
@@ -42,11 +45,11 @@ def run(args: argparse.Namespace) -> int:
         args.data, args.path, size=args.size, preprocessing=loaded.preprocessing
     )
     if loaded.classes not in (None, data.classes):
-        raise ValueError(f"weights: {args.weights} knows other classes than {args.data}")
+        raise ValueError(f"weights: the classes of {args.weights} are not those of {args.data}")
     outputs = loaded.model.fc.out_features
     if outputs != data.num_classes:
         raise ValueError(
-            f"weights: {args.weights} has {outputs} classes, {args.data} {data.num_classes}"
+            f"weights: {args.weights} has {outputs} classes, {args.data} has {data.num_classes}"
         )
     found = evaluate(
         loaded.model, data, device=args.device, batch_size=args.batch_size,
@@ -57,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def document(found: Evaluation, classes: tuple[str, ...]) -> dict[str, Any]:
-    """All figures as plain values; null where a class has no image, or was never predicted."""
+    """All figures as plain values; null if a class has no image or was never predicted."""
     counts = found.confusion.sum(1).tolist()
     rows = zip(classes, counts, found.recall(), found.precision(), strict=True)
     return {
@@ -74,7 +77,7 @@ def document(found: Evaluation, classes: tuple[str, ...]) -> dict[str, Any]:
 
 
 def text(found: Evaluation, classes: tuple[str, ...]) -> str:
-    """The figures, every class, and the confusion matrix or, of many classes, its worst cells."""
+    """Totals, per-class figures and the confusion matrix or, for many classes, its worst cells."""
     figures = document(found, classes)
     width = max(len("class"), *map(len, classes))
     lines = [
@@ -98,7 +101,7 @@ def _matrix(found: Evaluation, classes: tuple[str, ...]) -> list[str]:
     labels = [str(i) if name == str(i) else f"{i} {name}" for i, name in enumerate(classes)]
     names = max(map(len, labels))
     head = "".join(f"{i:{width}}" for i in range(len(classes)))
-    lines = ["confusion: a row a class, a column a prediction", f"{'':{names}}{head}"]
+    lines = ["confusion matrix: rows are classes, columns are predictions", f"{'':{names}}{head}"]
     for label, row in zip(labels, cells, strict=True):
         lines.append(f"{label:{names}}" + "".join(f"{n:{width}}" for n in row))
     return lines
@@ -107,7 +110,7 @@ def _matrix(found: Evaluation, classes: tuple[str, ...]) -> list[str]:
 def _worst(found: Evaluation, classes: tuple[str, ...], shown: int = 20) -> list[str]:
     wrong = found.confusion.clone().fill_diagonal_(0).flatten()
     counts, cells = wrong.topk(min(shown, len(wrong)))
-    lines = ["most often taken for another"]
+    lines = ["most frequent errors: images, class, prediction"]
     for count, cell in zip(counts.tolist(), cells.tolist(), strict=True):
         if count:
             label, prediction = divmod(cell, len(classes))

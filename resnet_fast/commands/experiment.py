@@ -1,4 +1,4 @@
-"""`resnet-fast experiment NAME`: one experiment of `resnet_fast.experiments`, told and written."""
+"""`resnet-fast experiment NAME`: run one of `resnet_fast.experiments`, print and write it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def load(name: str) -> ModuleType:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """One sub-command an experiment, with its options."""
+    """One subcommand per experiment, with its options."""
     from ..experiments.options import add_common
 
     names = parser.add_subparsers(dest="experiment", required=True, metavar="NAME")
@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @refusing("experiment")
 def run(args: argparse.Namespace) -> int:
-    """Run the experiment; 0, or 2 where it cannot run. A claim that fails is a finding too."""
+    """Run the experiment; returns 0, also if a claim fails, or 2 if it cannot run."""
     from ..experiments import findings
     from ..experiments.options import settings
 
@@ -46,5 +46,5 @@ def run(args: argparse.Namespace) -> int:
     found = load(name).run(args)
     print(findings.text(found))
     path = findings.write(found, name, settings(args), out)
-    print(f"\n{path}, after {time.perf_counter() - start:.0f} s")
+    print(f"\nwrote {path} after {time.perf_counter() - start:.0f} s")
     return 0

@@ -1,4 +1,4 @@
-"""`resnet-fast predict IMAGE… --weights FILE`: the likeliest classes of each image."""
+"""`resnet-fast predict IMAGE… --weights FILE`: the most probable classes of each image."""
 
 from __future__ import annotations
 
@@ -20,25 +20,29 @@ from .shared import add_where, check_where, model_name, refusing
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `resnet-fast predict`."""
     add = parser.add_argument
-    add("images", nargs="+", type=Path, metavar="IMAGE")
+    add("images", nargs="+", type=Path, metavar="IMAGE", help="image file")
     add("--weights", type=Path, required=True, metavar="FILE",
-        help="of resnet-fast train, or a state dict such as torchvision's (then preprocessed as "
-        "for ImageNet)")  # fmt: skip
+        help="file of resnet-fast train, or a state dict with torchvision's keys (preprocessing "
+        "is then ImageNet's)")  # fmt: skip
     add("--model", type=model_name, metavar="NAME",
-        help="where the file names none (default: by its keys)")  # fmt: skip
+        help="model of the weights (default: as in FILE, or recognized by keys)")  # fmt: skip
     add("--classes", type=Path, metavar="FILE",
-        help="their names, one a line (default: the weights' own, else numbers)")  # fmt: skip
-    add("--size", type=int, metavar="PX", help="height and width of an input")
-    add("--top", type=int, default=5, metavar="N", help="classes an image (default: 5)")
-    add("--batch-size", type=int, default=32, metavar="N")
-    add("--precision", choices=list(PRECISIONS), default="fp32", help="autocast")
-    add("--json", action="store_true", help="a JSON array instead of a table")
+        help="text file of class names, one per line (default: those in the weights, else "
+        "numbers)")  # fmt: skip
+    add("--size", type=int, metavar="PX",
+        help="input height and width in pixels (default: as trained; else 224)")  # fmt: skip
+    add("--top", type=int, default=5, metavar="N", help="classes to print per image (default: 5)")
+    add("--batch-size", type=int, default=32, metavar="N",
+        help="images per forward pass (default: 32)")  # fmt: skip
+    add("--precision", choices=list(PRECISIONS), default="fp32",
+        help="fp32, or autocast in bf16 or fp16 (default: fp32)")  # fmt: skip
+    add("--json", action="store_true", help="print a JSON array instead of a table")
     add_where(parser)
 
 
 @refusing("predict")
 def run(args: argparse.Namespace) -> int:
-    """Predict and print; 0, 2 where an argument or file does not fit."""
+    """Predict and print; returns 0, or 2 for a wrong argument or file."""
     check_where(args.impl, args.device, args.precision)
     for name in ("top", "batch_size", "size"):
         value = getattr(args, name)
@@ -49,7 +53,8 @@ def run(args: argparse.Namespace) -> int:
     outputs = loaded.model.fc.out_features
     if names is not None and len(names) != outputs:
         raise ValueError(
-            f"classes: {args.classes} has {len(names)} names, {args.weights} {outputs} classes"
+            f"classes: {args.classes} has {len(names)} names; expected {outputs}, one per class of "
+            f"{args.weights}"
         )
     found = list(predictions(args, loaded, names))
     print(json.dumps(found, indent=1) if args.json else text(found))
@@ -60,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
 def predictions(
     args: argparse.Namespace, loaded: Loaded, names: Sequence[str] | None
 ) -> Iterator[dict[str, Any]]:
-    """For every image its path and its `args.top` likeliest classes, probabilities by softmax."""
+    """For every image its path and its `args.top` most probable classes (softmax)."""
     device, model = torch.device(args.device), loaded.model
     preprocessing = loaded.preprocessing
     if args.size is not None:
@@ -83,7 +88,7 @@ def predictions(
 
 
 def text(found: Sequence[dict[str, Any]]) -> str:
-    """A paragraph an image."""
+    """One paragraph per image."""
     parts = []
     for one in found:
         lines = [f"{row['probability']:9.2%}  {row['name']}" for row in one["top"]]

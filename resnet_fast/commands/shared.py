@@ -1,4 +1,4 @@
-"""What the commands share: where they run, and how they refuse what they were given."""
+"""Options and error handling that several commands share."""
 
 from __future__ import annotations
 
@@ -23,11 +23,12 @@ def add_where(parser: argparse.ArgumentParser) -> None:
     """--device, --impl and --workers."""
     add = parser.add_argument
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu",
-        help="default here: %(default)s")  # fmt: skip
+        help="default on this machine: %(default)s")  # fmt: skip
     add("--impl", choices=IMPLS, default="auto",
         help="what runs the fused blocks; reference is plain PyTorch (default: auto)")  # fmt: skip
     add("--workers", type=int, default=min(8, os.cpu_count() or 1), metavar="N",
-        help="processes that read images of a folder (default here: %(default)s)")  # fmt: skip
+        help="processes that read the images of imagefolder (default on this machine: "
+        "%(default)s)")  # fmt: skip
 
 
 def add_data(parser: argparse.ArgumentParser) -> None:
@@ -35,16 +36,18 @@ def add_data(parser: argparse.ArgumentParser) -> None:
     from ..training.data import DATA
 
     add = parser.add_argument
-    add("data", choices=DATA, metavar="DATA", help=f"one of {', '.join(DATA)}")
+    add("data", choices=DATA, metavar="DATA", help=f"data set: one of {', '.join(DATA)}")
     add("path", nargs="?", metavar="PATH",
-        help="cifar10: the python archive (.tar.gz) or its folder; imagefolder: a folder of one "
-        "folder a class, perhaps under train and val")  # fmt: skip
+        help="cifar10: the official python archive (.tar.gz) or its extracted folder; "
+        "imagefolder: a folder with one folder per class, or with such folders under train "
+        "and val")  # fmt: skip
     add("--size", type=int, metavar="PX",
-        help="height and width of an input: digits 16, folders 224, others 32")  # fmt: skip
+        help="input height and width in pixels (default: 16 for digits, 224 for imagefolder, "
+        "32 for others; in eval, as trained)")  # fmt: skip
 
 
 def model_name(text: str) -> str:
-    """A name of `resnet_fast.list_models()`, as a type of argparse."""
+    """A name of `resnet_fast.list_models()`: an argparse `type=`."""
     try:
         return check_name(text)
     except ValueError as error:
@@ -52,13 +55,15 @@ def model_name(text: str) -> str:
 
 
 def check_where(impl: str, device: str, precision: str) -> None:
-    """ValueError, with the reason, where `impl` or `device` is not to be had here."""
+    """Raise ValueError, with the reason, if `impl` or `device` cannot be used on this machine."""
     for why in missing([impl], [device], [precision]):
         raise ValueError(why)
 
 
 def refusing(command: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
-    """Decorator of a `run`: a wrong argument, file or package is a line on stderr and status 2."""
+    """Decorator of a `run`: a wrong argument or file or a missing package gives one line on stderr
+    and exit status 2.
+    """
 
     def decorate(run: Callable[..., int]) -> Callable[..., int]:
         @wraps(run)
@@ -75,7 +80,7 @@ def refusing(command: str) -> Callable[[Callable[..., int]], Callable[..., int]]
 
 
 def missing(impls: Sequence[str], devices: Sequence[str], dtypes: Sequence[str]) -> Iterator[str]:
-    """Reasons why what was asked for by name cannot run here: a device, or an implementation."""
+    """Reasons why a requested device or implementation cannot run on this machine."""
     if "cuda" in devices and not torch.cuda.is_available():
         yield "--device cuda: torch.cuda.is_available() is False here"
         return

@@ -1,6 +1,6 @@
-"""`resnet-fast train DATA [PATH]`: a model's weights, checkpoints, metrics and curves in --out.
+"""`resnet-fast train DATA [PATH]`: train; write weights, checkpoints, metrics, curves to --out.
 
-On several processes: `torchrun --nproc-per-node 2 -m resnet_fast train …`.
+With several processes: `torchrun --nproc-per-node 2 -m resnet_fast train …`.
 """
 
 from __future__ import annotations
@@ -27,45 +27,47 @@ from .shared import add_data, add_where, check_where, model_name, refusing
 
 MODELS = {"imagefolder": "resnet18"}
 DEFAULT_MODEL = "cifar_resnet20"
-KILLED = 128  # a shell's exit status of a signal is this and its number
+KILLED = 128  # a shell reports a signal as this plus its number
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of `resnet-fast train`; those of the recipe bear the names of its attributes."""
+    """Options of `resnet-fast train`; those of the recipe are named after its attributes."""
     add_data(parser)
     add = parser.add_argument
     add("--model", type=model_name, metavar="NAME",
-        help="default: resnet18 for folders, else cifar_resnet20")  # fmt: skip
-    add("--out", type=Path, metavar="DIR", help="default: runs/DATA-MODEL")
+        help="default: resnet18 for imagefolder, else cifar_resnet20")  # fmt: skip
+    add("--out", type=Path, metavar="DIR", help="output folder (default: runs/DATA-MODEL)")
     add("--resume", nargs="?", const=True, default=False, metavar="FILE",
-        help="go on from the last checkpoint in --out, or from this one")  # fmt: skip
+        help="continue from the last checkpoint in --out, or from FILE")  # fmt: skip
     add_where(parser)
     recipe = parser.add_argument_group(
-        "recipe", "in brackets what cifar10 takes; other data sets have some values of their own"
+        "recipe", "defaults of cifar10 in parentheses; other data sets change some of them"
     ).add_argument
     whole, real, switch = {"type": int}, {"type": float}, {"action": argparse.BooleanOptionalAction}
     for flag, options, metavar, what in (
-        ("epochs", whole, "N", ""),
-        ("batch-size", whole, "N", "images an optimizer step, over all processes"),
+        ("epochs", whole, "N", "passes over the training images"),
+        ("batch-size", whole, "N", "images per optimizer step, over all processes"),
         ("lr", real, "LR", "learning rate after the warm-up"),
-        ("momentum", real, "M", ""),
-        ("nesterov", switch, None, ""),
-        ("weight-decay", real, "W", ""),
-        ("decay-norms", switch, None, "weight decay for normalizations and biases too"),
-        ("schedule", {"choices": SCHEDULES}, None, ""),
-        ("warmup", real, "EPOCHS", ""),
-        ("label-smoothing", real, "SHARE", ""),
-        ("ema", real, "DECAY", "test and keep a moving average of the weights"),
-        ("clip", real, "NORM", "greatest norm of the gradient"),
-        ("accumulate", whole, "N", "backward passes a step"),
-        ("augment", {"choices": ("auto", *AUGMENTATIONS)}, None, ""),
-        ("precision", {"choices": list(PRECISIONS)}, None, "autocast, fp16 with a scaler"),
-        ("channels-last", switch, None, ""),
-        ("compile", switch, None, "by torch.compile"),
+        ("momentum", real, "M", "momentum of SGD"),
+        ("nesterov", switch, None, "Nesterov momentum"),
+        ("weight-decay", real, "W", "weight decay of SGD"),
+        ("decay-norms", switch, None, "weight decay also for normalizations and biases"),
+        ("schedule", {"choices": SCHEDULES}, None, "decay of the learning rate"),
+        ("warmup", real, "EPOCHS", "epochs of linear warm-up; by default at most a fifth of "
+         "--epochs"),
+        ("label-smoothing", real, "SHARE", "share of the label spread over all classes"),
+        ("ema", real, "DECAY", "test and save a moving average of the weights"),
+        ("clip", real, "NORM", "clip the norm of the gradient to NORM"),
+        ("accumulate", whole, "N", "backward passes per optimizer step"),
+        ("augment", {"choices": ("auto", *AUGMENTATIONS)}, None, "auto is the data set's own"),
+        ("precision", {"choices": list(PRECISIONS)}, None,
+         "fp32, or autocast in bf16 or fp16 (fp16 with a gradient scaler)"),
+        ("channels-last", switch, None, "memory format of model and images"),
+        ("compile", switch, None, "run the model with torch.compile"),
         ("checkpointing", switch, None, "recompute residual blocks in the backward pass"),
         ("sync-bn", switch, None, "batch statistics over all processes"),
-        ("deterministic", switch, None, "refuse operations that do not repeat"),
-        ("seed", whole, "N", "of weights, order and augmentation"),
+        ("deterministic", switch, None, "raise an error for nondeterministic operations"),
+        ("seed", whole, "N", "seed of weights, image order and augmentation"),
     ):  # fmt: skip
         named = {} if metavar is None else {"metavar": metavar}
         default = getattr(Recipe, flag.replace("-", "_"))
@@ -74,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def recipe_of(args: argparse.Namespace) -> Recipe:
-    """What was asked for, else what the data set asks for, else `Recipe`'s own."""
+    """The options given; defaults are those of the data set, then those of `Recipe`."""
     asked = {f.name: getattr(args, f.name) for f in fields(Recipe)}
     asked = {name: value for name, value in asked.items() if value is not None}
     return recipe_for(args.data, **asked)
@@ -82,7 +84,7 @@ def recipe_of(args: argparse.Namespace) -> Recipe:
 
 @refusing("train")
 def run(args: argparse.Namespace) -> int:
-    """Train; 0, 2 where an argument or file does not fit, 128 and the signal that ended it."""
+    """Train; returns 0, 2 for a wrong argument or file, or 128 + the signal that stopped it."""
     recipe = recipe_of(args)
     check_where(args.impl, args.device, recipe.precision)
     data = load_data(args.data, args.path, size=args.size)
@@ -102,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
             )  # fmt: skip
         except Interrupted as stopped:
             if world().first:
-                print(f"{stopped}: go on with --resume", flush=True)
+                print(f"{stopped}; continue with --resume", flush=True)
             return KILLED + stopped.number
         if world().first:
             _finish(history, out, f"{name} on {data.name}")
@@ -122,7 +124,7 @@ def _announce(data, name: str, model, recipe: Recipe, impl: str, device: torch.d
 
 
 class _Line:
-    """Prints an epoch in a line, with the time that the rest will take."""
+    """Prints one line per epoch, with the estimated time left."""
 
     def __init__(self, epochs: int) -> None:
         self.epochs = epochs
@@ -147,4 +149,4 @@ def _finish(history: History, out: Path, title: str) -> None:
     except MissingPackage as error:
         print(f"no curves.png: {error}")
     print(f"test accuracy {history.epochs[-1]['test_accuracy']:.2%}")
-    print(f"in {out}: {', '.join(written)}")
+    print(f"wrote to {out}: {', '.join(written)}")

@@ -1,8 +1,8 @@
-"""`resnet-fast tune`: measure what the tuning tables lack for a model, and print what it gains.
+"""`resnet-fast tune`: measure what the tuning tables lack for a model, and print the speedup.
 
-For every model, batch, dtype and mode the step runs once to find shapes that no table has. Their
-implementations (`dispatch.auto_impl`) and tiles (`kernels.config_select`) are measured and kept in
-the user's tables, which every later process of this user reads. The step is timed before and after.
+For every model, batch, dtype and mode one step finds the shapes that are in no table. Their
+implementations (`dispatch.auto_impl`) and tiles (`kernels.config_select`) are measured and written
+to the user's tables, which later processes of this user read. The step is timed before and after.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MODES = ("infer", "train")
 
 @dataclass(frozen=True)
 class Gain:
-    """A step before and after, in milliseconds, and how many entries the tables gained."""
+    """Milliseconds per step before and after, and the number of entries measured."""
 
     before: float
     after: float
@@ -36,29 +36,33 @@ class Gain:
     def __str__(self) -> str:
         ratio = self.before / self.after
         return (
-            f"{self.entries} measured, {self.before:.2f} ms a step before, {self.after:.2f} after "
-            f"({ratio:.2f}x)"
+            f"{self.entries} entries measured; {self.before:.2f} ms per step before, "
+            f"{self.after:.2f} ms after ({ratio:.2f}x)"
         )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of `resnet-fast tune`; comma lists are checked item by item."""
+    """Options of `resnet-fast tune`; each item of a comma list is checked."""
     from ..models import list_models
 
     add = parser.add_argument
-    add("--model", type=names(list_models), required=True, metavar="NAME,…")
-    add("--batch", type=integers, required=True, metavar="N,…")
-    add("--dtype", type=names(PRECISIONS), default=["bf16"], metavar="bf16,fp16,fp32")
-    add("--mode", type=names(MODES), default=list(MODES), metavar="infer,train")
-    add("--image-size", type=integers, default=[224], metavar="N,…")
+    add("--model", type=names(list_models), required=True, metavar="NAME,…",
+        help="models, of resnet_fast.list_models()")  # fmt: skip
+    add("--batch", type=integers, required=True, metavar="N,…", help="batch sizes in images")
+    add("--dtype", type=names(PRECISIONS), default=["bf16"], metavar="DTYPE,…",
+        help="of bf16, fp16, fp32 (default: bf16); in training that of autocast")  # fmt: skip
+    add("--mode", type=names(MODES), default=list(MODES), metavar="MODE,…",
+        help="of infer, train (default: both)")  # fmt: skip
+    add("--image-size", type=integers, default=[224], metavar="PX,…",
+        help="input heights and widths in pixels (default: 224)")  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
-    """Tune what was asked for; 0, or 2 without a GPU."""
+    """Tune every combination of the options; returns 0, or 2 without a GPU."""
     if not torch.cuda.is_available():
         print(
-            "resnet-fast tune: error: torch.cuda.is_available() is False here; on a CPU there is "
-            "one implementation and nothing to choose",
+            "resnet-fast tune: error: torch.cuda.is_available() is False here; tuning needs a GPU "
+            "(on a CPU there is nothing to choose)",
             file=sys.stderr,
         )
         return 2
@@ -78,9 +82,9 @@ def run(args: argparse.Namespace) -> int:
 
 def tune(step: Callable[[], object], time: Callable[[Callable[[], object]], float], title: str = "",
          ) -> Gain:  # fmt: skip
-    """Measure what `step` misses in the tables; time(step) before and after.
+    """Measure the entries that `step` needs and the tables lack; time(step) before and after.
 
-    cuDNN searches for its fastest algorithms meanwhile (`torch.backends.cudnn.benchmark`).
+    Runs with `torch.backends.cudnn.benchmark`: cuDNN searches for its fastest algorithms.
     """
     with _cudnn_benchmark():
         before = time(step)
@@ -92,7 +96,7 @@ def tune(step: Callable[[], object], time: Callable[[Callable[[], object]], floa
             def measured(*entry: str) -> None:
                 if entry not in found:
                     found.add(entry)
-                    bar.total = max(bar.total, len(found))  # candidates have tiles of their own
+                    bar.total = max(bar.total, len(found))  # each candidate has its own tiles
                     bar.update()
 
             _forget()
@@ -131,7 +135,7 @@ def _cudnn_benchmark() -> Iterator[None]:
 def step_of(
     model: str, mode: str, dtype: torch.dtype, batch: int, size: int, device: str = "cuda"
 ) -> Callable[[], object]:
-    """A step of inference, or of training without an optimizer, on noise."""
+    """One step on random images: inference, or forward and backward without an optimizer."""
     from ..models import create_model
 
     net = create_model(model).to(device, memory_format=torch.channels_last)
@@ -158,7 +162,7 @@ def step_of(
 
 
 def milliseconds(step: Callable[[], object]) -> float:
-    """Median time of a step."""
+    """Median time of a step in milliseconds."""
     from torch.utils.benchmark import Timer
 
     return 1e3 * Timer("step()", globals={"step": step}).blocked_autorange(min_run_time=1.0).median

@@ -1,4 +1,4 @@
-"""`resnet-fast verify`: ops, blocks and whole models against plain PyTorch in fp64."""
+"""`resnet-fast verify`: compare ops, blocks and whole models with plain PyTorch in fp64."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ from .shared import missing
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of `resnet-fast verify`; comma lists are checked item by item."""
+    """Options of `resnet-fast verify`; each item of a comma list is checked."""
     add = parser.add_argument
     add("--model", type=options.names(list_models), metavar="NAME,…",
-        help=f"these whole models alone (default: ops, blocks and {SMALL})")  # fmt: skip
+        help=f"verify only these whole models (default: ops, blocks and {SMALL})")  # fmt: skip
     add("--impl", type=options.names(IMPLS), default=["auto"], metavar="IMPL,…",
         help=f"of {', '.join(IMPLS)} (default: auto)")  # fmt: skip
     add("--dtype", type=options.names(BY_NAME), metavar="DTYPE,…",
         help=f"of {', '.join(BY_NAME)} (default: fp32,bf16; fp32 when --quick)")  # fmt: skip
     add("--device", type=options.names(DEVICES), metavar="cpu,cuda",
-        help="default: cpu, and cuda where there is one")  # fmt: skip
-    add("--json", type=Path, metavar="FILE", help="write every check to this file")
-    add("--quick", action="store_true", help="one case of every op and block, no model")
+        help="devices (default: cpu, and cuda if available)")  # fmt: skip
+    add("--json", type=Path, metavar="FILE", help="write every check to FILE")
+    add("--quick", action="store_true", help="one case per op and block, no model")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Verify what was asked for; 0, 1 when a check failed, 2 when an `--impl` is not to be had."""
-    # Cases have few channels, and those that CUTLASS does not take are to be verified too.
+    """Run the checks; returns 0, 1 if one fails, or 2 if an `--impl` or `--device` cannot run."""
+    # The cases have few channels: with "auto", cuDNN runs those that CUTLASS cannot.
     settings.CUDA_CONV.prefer("auto")
     dtypes = args.dtype or (["fp32"] if args.quick else ["fp32", "bf16"])
     devices = args.device or ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]

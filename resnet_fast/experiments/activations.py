@@ -1,7 +1,7 @@
-"""What each stage of a net makes of one image: feature maps, mean, spread, sparsity.
+"""Feature maps, mean, standard deviation and sparsity of every stage of a net for one image.
 
-Either a small net trained here on the way, or one of yours: `--weights FILE` of `resnet-fast train`
-or torchvision's, with an image of yours.
+The net is trained first, or read from `--weights FILE` (of `resnet-fast train`, or torchvision's);
+`--image FILE` replaces the test image.
 """
 
 from __future__ import annotations
@@ -22,32 +22,32 @@ from .findings import Claim, Findings
 from .options import add_count, add_depth
 
 ABOUT = """\
-One image goes through {what} in inference. Shown are, for each stage, the {maps} channels that \
-vary most over the image; below them the mean, the standard deviation and the sparsity (the \
-share of zeros, which ReLU makes) of all its values.
+One image goes through {what} in eval mode. For each stage the picture shows the {maps} channels \
+that vary most over the image. Beside them are the mean, the standard deviation and the sparsity \
+(the share of zeros, which ReLU makes) of all values of the stage.
 
-With each stage the maps get coarser and their channels more: early ones are still pictures, \
-later ones say where something was found. The reading for this image: {reading}.
+With each stage the maps become coarser and the channels more: early maps still look like the \
+image, later ones show where something was found. Prediction for this image: {reading}.
 
 A ReLU after a normalization makes about half of its values zero, as after the stem. In a \
-residual stage fewer are: x is there already, not negative, and a block has to outweigh it to \
-reach zero. And what passes through the stages is a sum, so that its values grow."""
+residual stage fewer values are zero: x is not negative, and only F(x) ≤ −x gives zero. Each \
+block adds to the signal, so its values grow."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `resnet-fast experiment activations`."""
     add = parser.add_argument
-    add("--index", type=int, default=0, metavar="I", help="which test image (default: 0)")
-    add("--image", type=Path, metavar="FILE", help="an image of yours instead")
-    add("--weights", type=Path, metavar="FILE", help="a trained net instead of a new one")
-    add("--model", metavar="NAME", help="whose weights they are, where the file does not tell")
-    add_count(parser, "--maps", 8, "channels shown of a stage")
+    add("--index", type=int, default=0, metavar="I", help="number of the test image (default: 0)")
+    add("--image", type=Path, metavar="FILE", help="an image file, in place of a test image")
+    add("--weights", type=Path, metavar="FILE", help="weights, in place of training")
+    add("--model", metavar="NAME", help="model of --weights (default: as in FILE)")
+    add_count(parser, "--maps", 8, "channels to show per stage")
     add_depth(parser, 20)
     compare.add_training(parser, epochs=10, repeats=None)
 
 
 def stages(model: ResNet, x: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    """The result of the stem and of every stage for x, and the logits; in eval mode."""
+    """Outputs of the stem and of every stage for x, and the logits, in eval mode."""
     found: dict[str, Tensor] = {}
     hooks = []
     for number in range(1, model.stages + 1):
@@ -75,7 +75,7 @@ def statistics(h: Tensor) -> dict[str, float]:
 
 
 def run(args: argparse.Namespace) -> Findings:
-    """Train or load a net and look into it."""
+    """Train or load a net; collect the outputs of its stages for one image."""
     if args.weights is not None:
         loaded = load_weights(args.weights, args.model, impl=args.impl, device=args.device)
         model, names, preprocessing = loaded.model, loaded.classes, loaded.preprocessing
@@ -95,8 +95,8 @@ def run(args: argparse.Namespace) -> Findings:
     found, logits = stages(model, x)
     figures = {name: statistics(h) for name, h in found.items()}
     share, label = logits.float().softmax(1)[0].max(0)
-    reading = f"{names[label] if names else int(label)}, {share:.1%} sure"
-    claims = _claims(figures) if args.weights is None else []  # they are of these nets alone
+    reading = f"{names[label] if names else int(label)}, probability {share:.1%}"
+    claims = _claims(figures) if args.weights is None else []  # of these nets only
     return Findings(
         "Activations", ABOUT.format(what=what, maps=args.maps, reading=reading),
         claims, _table(figures), {"stages": figures, "reading": reading},
@@ -128,13 +128,13 @@ def _claims(figures: dict[str, dict[str, float]]) -> list[Claim]:
     most = max(one["sparsity"] for one in later)
     return [
         Claim(
-            f"the stem leaves {stem['sparsity']:.0%} of its values at zero, the residual stages "
-            f"fewer: at most {most:.0%}",
+            f"{stem['sparsity']:.0%} of the stem's values are zero, and fewer in the residual "
+            f"stages: at most {most:.0%}",
             most < stem["sparsity"],
         ),
         Claim(
-            f"the values spread from stem to last stage: their standard deviation is "
-            f"{stem['std']:.2f}, then {later[-1]['std']:.2f}",
+            f"the standard deviation grows from {stem['std']:.2f} after the stem to "
+            f"{later[-1]['std']:.2f} after the last stage",
             stem["std"] < later[-1]["std"],
         ),
     ]

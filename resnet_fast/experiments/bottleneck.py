@@ -1,8 +1,8 @@
-"""Basic against bottleneck blocks at 50 layers: parameters, multiply-adds, measured speed.
+"""Basic and bottleneck blocks at 50 layers: parameters, multiply-adds, measured speed.
 
-He et al. 2015 (arXiv:1512.03385, section 4.1): a bottleneck narrows to a quarter of its channels
-for its 3×3 convolution, so that depth and width cost less. ResNet-50 is [3, 4, 6, 3] bottlenecks of
-three layers; the net beside it has as many layers, in the same proportions, of basic blocks.
+He et al. 2015 (arXiv:1512.03385, section 4.1): the 3×3 convolution of a bottleneck has a quarter of
+the block's channels, which makes depth and width cheaper. ResNet-50 is [3, 4, 6, 3] bottlenecks of
+three layers; the other net has as many layers, in basic blocks, in similar proportions.
 """
 
 from __future__ import annotations
@@ -35,26 +35,26 @@ IMAGENET = 224
 CHANNELS = 256
 
 ABOUT = """\
-Three nets for ImageNet with the same stem and the same widths of stages: ResNet-50 of \
-bottlenecks, ResNet-34, and a net of basic blocks with 50 layers too. Multiply-adds are those of \
-the convolutions for an image of 224 pixels. Speed is measured here, in turns, the median of \
-{rounds} rounds of {batch} images of {pixels} pixels.
+Three nets for ImageNet with the same stem and stage widths: ResNet-50 (bottlenecks), ResNet-34, \
+and a net of 50 layers in basic blocks. Multiply-adds are those of the convolutions for one image \
+of 224 pixels. Speed is measured on this machine, the nets in turn: the median of {rounds} rounds \
+of {batch} images of {pixels} pixels.
 
-At equal depth bottlenecks take fewer parameters and fewer multiply-adds, and give the \
-classifier four times as many channels. The time falls by less than the arithmetic: a \
-bottleneck's wide 1×1 convolutions, and the normalization, addition and ReLU on its {channels} \
-or more channels, are passes over memory. Those are what this package fuses."""
+At equal depth bottlenecks have fewer parameters and fewer multiply-adds, and give the \
+classifier four times as many channels. The time falls less than the arithmetic: a bottleneck's \
+wide 1×1 convolutions, and the normalization, addition and ReLU on its {channels} or more \
+channels, are passes over memory. These passes are what resnet_fast fuses."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `resnet-fast experiment bottleneck`."""
-    add_count(parser, "--pixels", 112, "height and width of images")
+    add_count(parser, "--pixels", 112, "height and width of images in pixels")
     add_count(parser, "--batch-size", 8, "images in a batch")
-    add_count(parser, "--rounds", 9, "rounds that are timed")
+    add_count(parser, "--rounds", 9, "timed rounds")
 
 
 def multiply_adds(model: nn.Module, pixels: int = IMAGENET) -> int:
-    """Multiply-adds of the convolutions of plain `model` for one image; nothing is computed."""
+    """Multiply-adds of the convolutions of plain `model` for one image, counted on meta."""
     total = 0
 
     def count(conv: nn.Conv2d, _: Any, z: torch.Tensor) -> None:
@@ -70,7 +70,7 @@ def multiply_adds(model: nn.Module, pixels: int = IMAGENET) -> int:
 
 
 def run(args: argparse.Namespace) -> Findings:
-    """Count, then time inference and training steps of the three nets in turns."""
+    """Count, then time inference and training steps of the three nets in turn."""
     figures: dict[str, dict[str, float]] = {}
     models = {}
     plain = args.impl == "reference"
@@ -120,7 +120,7 @@ def _train(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> None:
 def _medians(
     actions: dict[str, Callable[[], None]], rounds: int, device: str, what: str
 ) -> dict[str, float]:
-    """Seconds of every action: one call to warm up, then the median of `rounds`, in turns."""
+    """Median seconds of each action over `rounds`, in turn, after one warm-up call each."""
     seconds: dict[str, list[float]] = {name: [] for name in actions}
     for number in tqdm(range(rounds + 1), desc=what, unit="round", leave=False, disable=None):
         for name, action in actions.items():
@@ -138,17 +138,17 @@ def _claims(figures: dict[str, Any], blocks: dict[str, int]) -> list[Claim]:
     ratio = blocks["BasicBlock"] / blocks["Bottleneck"]
     return [
         Claim(
-            f"50 layers of bottlenecks have {narrow['parameters'] / 1e6:.1f} M parameters, "
-            f"of basic blocks {basic['parameters'] / 1e6:.1f} M",
+            f"50 layers of bottlenecks have {narrow['parameters'] / 1e6:.1f} M parameters, 50 "
+            f"layers of basic blocks {basic['parameters'] / 1e6:.1f} M",
             narrow["parameters"] < basic["parameters"],
         ),
         Claim(
-            f"and {narrow['multiply_adds'] / 1e9:.2f} G multiply-adds instead of "
+            f"bottlenecks take {narrow['multiply_adds'] / 1e9:.2f} G multiply-adds, basic blocks "
             f"{basic['multiply_adds'] / 1e9:.2f} G",
             narrow["multiply_adds"] < basic["multiply_adds"],
         ),
         Claim(
-            f"with {narrow['features']} channels before the classifier instead of "
+            f"bottlenecks give the classifier {narrow['features']} channels, basic blocks "
             f"{basic['features']}",
             narrow["features"] == 4 * basic["features"],
         ),

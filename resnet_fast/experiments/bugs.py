@@ -1,12 +1,12 @@
-"""Blocks that are nearly right, and run without any complaint: they only train worse.
+"""Two wrong blocks that run without an error and only train worse.
 
 ReLU before the addition: relu(F(x)) + x can only add, so values grow from block to block, and no
-block can take back what one before it has added (He et al. 2016, arXiv:1603.05027, fig. 4c).
+block can subtract what an earlier one added (He et al. 2016, arXiv:1603.05027, fig. 4c).
 
 No normalization: with He initialization F(x) is as large as x, so the signal's variance doubles in
 every block (Zhang et al. 2019, arXiv:1901.09321).
 
-They exist for this experiment alone: subclasses whose children are those of the right block.
+Only this experiment uses these classes: subclasses with the submodules of the right block.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from .options import add_depth
 RIGHT, EARLY, BARE = "right", "ReLU before the addition", "no normalization"
 
 ABOUT = """\
-Three nets with zero-pad shortcuts, equal in all but a line of their blocks. Right: relu(F(x) + \
+Three nets with zero-pad shortcuts; only one line of their blocks differs. Right: relu(F(x) + \
 x). ReLU before the addition: relu(F(x)) + x. No normalization: relu(F(x) + x), where F is two \
-convolutions with a ReLU between.
+convolutions with a ReLU between them.
 
-Nothing crashes, shapes fit and the loss may even fall, which is why such a mistake lives long. \
-What gives it away is a comparison with the right net."""
+There is no error, the shapes fit and the loss may even fall, so such a bug is easy to miss. A \
+comparison with the right net shows it."""
 
 
 class PlainEarlyReLU(blocks.BasicBlock):
@@ -44,7 +44,7 @@ class PlainEarlyReLU(blocks.BasicBlock):
 
 
 class FusedEarlyReLU(modules.BasicBlock):
-    """The same on the fused chain of F, which has no shortcut."""
+    """The same, with F as a fused chain without a shortcut."""
 
     def forward(self, x: Tensor) -> Tensor:
         h = modules.run_fused(self.parts()._replace(shortcut="none"), x, impl=self.impl)
@@ -52,7 +52,7 @@ class FusedEarlyReLU(modules.BasicBlock):
 
 
 class PlainNoNorm(blocks.BasicBlock):
-    """y = relu(conv2(relu(conv1(x))) + shortcut(x)); the block's norms lie idle."""
+    """y = relu(conv2(relu(conv1(x))) + shortcut(x)); the block's norms are unused."""
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv2(F.relu(self.conv1(x)))
@@ -105,7 +105,7 @@ def _claims(runs: compare.Runs) -> list[Claim]:
         Claim(
             f"{name}: training loss, mean of all epochs, {loss[name]:.3f} (right: "
             f"{loss[RIGHT]:.3f}), test accuracy {right[name]:.1%} (right: {right[RIGHT]:.1%})",
-            not loss[name] <= loss[RIGHT],  # NaN, of a net that diverged, is worse too
+            not loss[name] <= loss[RIGHT],  # so that NaN, of a net that diverged, counts as worse
         )
         for name in (EARLY, BARE)
     ]

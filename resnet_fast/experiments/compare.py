@@ -1,4 +1,4 @@
-"""Nets trained by one recipe on one data set, side by side, some times each from other weights."""
+"""Train several nets by one recipe on one data set, each with one or more seeds."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ MOST_WARMUP = 2.0  # epochs
 
 
 def add_training(parser: argparse.ArgumentParser, **defaults: Any) -> None:
-    """Options of a training, with `defaults` in place of DEFAULTS; without `repeats` one alone."""
+    """Options of training; `defaults` override DEFAULTS; repeats=None leaves out --repeats."""
     values = DEFAULTS | defaults
     add = parser.add_argument
     whole, real = {"type": positive(int), "metavar": "N"}, {"type": float, "metavar": "X"}
     helps = {
         "--data": ("data set", {"choices": DATA}),
         "--epochs": ("passes over the training images", whole),
-        "--batch-size": ("images a step", whole),
+        "--batch-size": ("images per optimizer step", whole),
         "--lr": ("learning rate", real),
-        "--warmup": ("epochs of warm-up", real),
+        "--warmup": ("epochs of linear warm-up", real),
         "--weight-decay": ("weight decay", real),
         "--planes": ("channels of the first stage", whole),
-        "--repeats": ("trainings of every net, from other weights", whole),
+        "--repeats": ("training runs of each net, with different seeds", whole),
     }
     if values["repeats"] is None:
         del helps["--repeats"]
@@ -48,17 +48,17 @@ def add_training(parser: argparse.ArgumentParser, **defaults: Any) -> None:
         default = values[flag.lstrip("-").replace("-", "_")]
         shown = "" if default is None else f" (default: {default})"
         if flag == "--warmup" and default is None:
-            shown = f" (default: a quarter of all, at most {MOST_WARMUP:g})"
+            shown = f" (default: a quarter of --epochs, at most {MOST_WARMUP:g})"
         add(flag, default=default, help=what + shown, **options)
-    add("--path", type=Path, metavar="PATH", help="where the data set lies, for those with files")
+    add("--path", type=Path, metavar="PATH", help="file or folder of cifar10 or imagefolder")
     add("--size", type=positive(int), metavar="PX",
-        help=f"height and width of an image (default: digits {values['digits_size']}, "
-        "others their own)")  # fmt: skip
+        help=f"height and width of an image in pixels (default: {values['digits_size']} for "
+        "digits, 224 for imagefolder, 32 for others)")  # fmt: skip
     parser.set_defaults(schedule=values["schedule"], digits_size=values["digits_size"])
 
 
 def data_of(args: argparse.Namespace) -> Any:
-    """The data set that `args` name, in memory or as a folder."""
+    """The data set that `args` name."""
     size = args.digits_size if args.size is None and args.data == "digits" else args.size
     return load_data(args.data, args.path, size=size)
 
@@ -76,7 +76,7 @@ def recipe_of(args: argparse.Namespace, seed: int = 0) -> Recipe:
 
 @dataclass
 class Trained:
-    """One net after its training: the model, and a row of figures an epoch (`History.epochs`)."""
+    """A trained net: the model, and its metrics, one row per epoch (`History.epochs`)."""
 
     model: nn.Module
     rows: list[dict[str, Any]]
@@ -90,9 +90,9 @@ def compare(
     data: Any,
     args: argparse.Namespace,
 ) -> dict[str, list[Trained]]:
-    """Train what every builder gives, `args.repeats` times, and print a line for each.
+    """Train the net of every builder `args.repeats` times; print one line per run.
 
-    Equal seeds meet equal batches.
+    Runs with equal seeds see equal batches.
     """
     found: dict[str, list[Trained]] = {name: [] for name in builders}
     total = len(builders) * args.repeats * args.epochs
@@ -120,17 +120,17 @@ def compare(
 
 
 def last(runs: Sequence[Trained], key: str) -> float:
-    """The mean over repeats of `key` after the last epoch."""
+    """`key` after the last epoch, mean over repeats."""
     return fmean(run.rows[-1][key] for run in runs)
 
 
 def course(runs: Sequence[Trained], key: str) -> float:
-    """The mean of `key` over all epochs and repeats: low for a loss that falls early."""
+    """`key`, mean over all epochs and repeats: low for a loss that falls early."""
     return fmean(row[key] for run in runs for row in run.rows)
 
 
 def figures(runs: Runs) -> dict[str, Any]:
-    """Parameters and every epoch's figures of every repeat, as plain values."""
+    """Number of parameters, and metrics per epoch and repeat, as plain values."""
     return {
         name: {"parameters": nets.parameters(repeats[0].model),
                "repeats": [run.rows for run in repeats]}
@@ -139,7 +139,7 @@ def figures(runs: Runs) -> dict[str, Any]:
 
 
 def table(runs: Runs, head: str = "net") -> list[list[str]]:
-    """Name, parameters, last training loss, last test accuracy (mean, and range of repeats)."""
+    """Rows: name, parameters, last training loss, last test accuracy (mean, worst, best)."""
     lines = [[head, "parameters", "training loss", "test accuracy", "worst", "best"]]
     for name, repeats in runs.items():
         accuracies = [run.rows[-1]["test_accuracy"] for run in repeats]
@@ -152,7 +152,7 @@ def table(runs: Runs, head: str = "net") -> list[list[str]]:
 
 
 def draw_curves(axes: Any, runs: Runs, key: str, styles: Mapping[str, Mapping[str, Any]]) -> None:
-    """`key` by epoch, a line a net: the mean of its repeats, and their range as a band."""
+    """`key` by epoch, one line per net: mean over repeats, with their range as a band."""
     factor = 100 if key.endswith("accuracy") else 1
     for name, repeats in runs.items():
         courses = [[factor * row[key] for row in run.rows] for run in repeats]

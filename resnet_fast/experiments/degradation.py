@@ -1,8 +1,8 @@
-"""Plain against residual nets by depth: He et al. 2015 (arXiv:1512.03385, sections 1 and 4.2).
+"""Plain and residual nets by depth: He et al. 2015 (arXiv:1512.03385, sections 1 and 4.2).
 
-A deeper net could copy a shallower one and leave the rest as identities, so its training loss need
-not be higher. In plain nets it is; in residual nets, where the identity is what a block does when
-it has learned nothing, it is not.
+A deeper net could copy a shallower one and make the other layers identities, so its training loss
+need not be higher. In plain nets it is higher. In residual nets, where a block with F = 0 is the
+identity, it is not.
 """
 
 from __future__ import annotations
@@ -24,29 +24,29 @@ FULL = SMALL | {
 ABOUT = """\
 The same recipe for every net: a 3×3 stem and three stages of n blocks of two convolutions with \
 batch normalization, with and without a shortcut around each block (option A: no parameters). \
-Plain and residual nets of a depth have as many parameters, start from the same numbers and see \
-the same batches.
+Plain and residual nets of equal depth have equally many parameters, start from the same values \
+and see the same batches.
 
-What to look at is the training loss: were this overfitting, the deep plain nets would have a \
-low one. They have a high one. They could hold a copy of the shallow net, and descent does not \
-find it."""
+Look at the training loss: with overfitting, the deep plain nets would have a low one. They have \
+a high one. They could represent a copy of the shallow net, but gradient descent does not find \
+it."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `resnet-fast experiment degradation`."""
     shown = ",".join(map(str, SMALL["depths"]))
     parser.add_argument("--depths", type=depths, metavar="N,…",
-                        help=f"layers, each 6n + 2 (default: {shown})")  # fmt: skip
+                        help=f"numbers of layers, each 6n + 2 (default: {shown})")  # fmt: skip
     compare.add_training(parser, **SMALL)
     parser.add_argument(
         "--full", action="store_true",
-        help="the paper's size: CIFAR-10 (give --path), 20 to 110 layers, 164 epochs",
+        help="the paper's setting: CIFAR-10 (needs --path), 20 to 110 layers, 164 epochs",
     )  # fmt: skip
-    parser.set_defaults(**dict.fromkeys(SMALL))  # `run` fills in those of the size asked for
+    parser.set_defaults(**dict.fromkeys(SMALL))  # `run` fills in those of SMALL or FULL
 
 
 def run(args: argparse.Namespace) -> Findings:
-    """Train every depth of both kinds."""
+    """Train a plain and a residual net of every depth."""
     for name, value in (FULL if args.full else SMALL).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -73,11 +73,11 @@ def _claims(runs: compare.Runs, layers: list[int]) -> list[Claim]:
     plain, residual = f"plain-{deep}", f"residual-{deep}"
     claims = [
         Claim(
-            f"at {deep} layers the residual net's training loss is lower: {loss[residual]:.3f}",
+            f"at {deep} layers the residual net has the lower training loss: {loss[residual]:.3f}",
             loss[residual] < loss[plain],
         ),
         Claim(
-            f"and it reads {right[residual]:.1%} of the test images, the plain net "
+            f"and the higher test accuracy: {right[residual]:.1%}, the plain net "
             f"{right[plain]:.1%}",
             right[residual] > right[plain],
         ),

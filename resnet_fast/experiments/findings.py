@@ -1,4 +1,4 @@
-"""What an experiment found, and how it is told: a table, JSON, a PNG and a page."""
+"""The result of an experiment, as a table, JSON, a PNG and an HTML page."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DPI = 144
 
 @dataclass(frozen=True)
 class Claim:
-    """One sentence, and whether this run bears it out."""
+    """One sentence, and whether it holds in this run."""
 
     text: str
     holds: bool
@@ -33,16 +33,16 @@ class Claim:
 
 @dataclass(frozen=True)
 class Findings:
-    """All that one run of an experiment has to say.
+    """The result of one run of an experiment.
 
     Attributes:
         title: a heading.
-        about: what was done and why, paragraphs parted by empty lines.
-        claims: what the experiment is there to show.
-        table: lines of cells, the first one the header; the first column holds words.
-        figures: every number behind table and picture, as plain values.
+        about: what was done and why; empty lines separate paragraphs.
+        claims: what the experiment should show.
+        table: rows of cells; the first row is the header, the first column is text.
+        figures: every number of the table and the picture, as plain values.
         draw: draws the picture into a matplotlib figure.
-        size: of the picture, in inches.
+        size: width and height of the picture, in inches.
     """
 
     title: str
@@ -68,9 +68,9 @@ def text(findings: Findings) -> str:
 
 
 def write(findings: Findings, name: str, settings: Mapping[str, Any], out: Path) -> Path:
-    """OUT/figures.json, OUT/NAME.png and OUT/index.html; the page's path.
+    """Write OUT/figures.json, OUT/NAME.png and OUT/index.html; returns the path of the page.
 
-    RuntimeError without matplotlib; the figures are written all the same.
+    MissingPackage without matplotlib, after figures.json is written.
     """
     out.mkdir(parents=True, exist_ok=True)
     facts = {
@@ -103,7 +103,7 @@ def _machine(device: str) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """`value` with null for what JSON does not have, such as the loss of a net that diverged."""
+    """`value` for JSON: NaN and infinity (the loss of a net that diverged) become None."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -124,7 +124,7 @@ def _picture(findings: Findings, path: Path) -> None:
 
 
 def plain_axes(*axes: Any, counts: bool = False) -> None:
-    """A light grid, no frame, a legend where lines are labelled; `counts`: x is whole numbers."""
+    """Light grid, no frame, a legend if lines have labels; `counts`: x ticks are integers."""
     from matplotlib.ticker import MaxNLocator
 
     for one in axes:

@@ -1,11 +1,11 @@
-"""How much of the gradient reaches the first layer: a product of numbers, then real nets.
+"""The gradient's size by layer: first a product of derivatives, then real nets.
 
 On paper: a stack of layers multiplies the gradient by each layer's derivative; a shortcut around
-the stack adds one, since d(F(x) + x)/dx = dF/dx + 1 (He et al. 2016, arXiv:1603.05027, eq. 5).
+the stack adds 1, since d(F(x) + x)/dx = dF/dx + 1 (He et al. 2016, arXiv:1603.05027, eq. 5).
 
-In nets, at their start: ‖∂L/∂w‖ of every 3×3 convolution. Batch normalization keeps a plain net's
-signal alive, and makes its gradient grow from layer to layer on the way back (Yang et al. 2019,
-arXiv:1902.08129); without it a plain net's gradient shrinks. A residual net's hardly changes.
+In nets, before training: ‖∂L/∂w‖ of every 3×3 convolution. In a plain net batch normalization
+keeps the signal's size, and the gradient grows from layer to layer in the backward pass (Yang et
+al. 2019, arXiv:1902.08129). Without it the gradient shrinks. In a residual net it hardly changes.
 """
 
 from __future__ import annotations
@@ -28,38 +28,38 @@ LAYERS, LOW, HIGH, SEED = 18, 0.4, 0.8, 42
 KINDS = {"plain": "none", "residual": "zero_pad"}
 
 ABOUT = """\
-On paper. A layer multiplies the gradient that passes it by its derivative. With {layers} layers \
-whose derivatives NumPy draws from {low} to {high} (seed {seed}) the product is {plain:.2g}: \
-next to nothing arrives. One shortcut around the stack makes it 1 + {plain:.2g} = \
-{residual:.6f}, as d(F(x) + x)/dx = dF/dx + 1: {ratio:.2g} times as much. A shortcut around \
-every layer makes it the product of all 1 + d = {each:.3g}: nothing vanishes, but where all \
-derivatives have one sign it grows, so real blocks need a normalization. (The example is usually \
-told with 4.6e-5, 1.000046 and 2.2e4, without its seed; the layers, the range and the seed are \
-chosen here to agree with that.)
+On paper. Each layer multiplies the gradient by its derivative. With {layers} layers whose \
+derivatives NumPy draws from {low} to {high} (seed {seed}) the product is {plain:.2g}: the \
+gradient vanishes. One shortcut around the stack makes it 1 + {plain:.2g} = {residual:.6f}, as \
+d(F(x) + x)/dx = dF/dx + 1: {ratio:.2g} times as much. A shortcut around every layer makes it \
+the product of all 1 + d = {each:.3g}: it does not vanish, but if all derivatives have one sign \
+it grows, so real blocks need a normalization. (This example is often quoted with 4.6e-5, \
+1.000046 and 2.2e4, without a seed; the layers, the range and the seed are chosen to reproduce \
+these numbers.)
 
 In nets. The norm of the gradient of every 3×3 convolution, from the image to the classifier, \
-for a batch before the first step. In a plain net with batch normalization the gradient grows by \
-a factor a layer on the way back, so that no learning rate suits all layers; without \
-normalization it shrinks for all of them at once, and there is nothing to learn from. In a \
-residual net the first and the last layer are within a small factor of each other."""
+for one batch before the first step. In a plain net with batch normalization the gradient grows \
+by a factor per layer in the backward pass, so no learning rate suits all layers. Without \
+normalization it shrinks in all layers at once, and the net cannot learn. In a residual net the \
+first and the last layer are within a small factor of each other."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `resnet-fast experiment gradient-flow`."""
     add = parser.add_argument
     add("--depths", type=depths, default=[8, 20, 56, 110], metavar="N,…",
-        help="layers of the real nets (default: 8,20,56,110)")  # fmt: skip
+        help="numbers of layers, each 6n + 2 (default: 8,20,56,110)")  # fmt: skip
     add_count(parser, "--planes", nets.PLANES, "channels of the first stage")
-    add_count(parser, "--batch-size", 128, "images of the one batch")
+    add_count(parser, "--batch-size", 128, "images in the batch")
 
 
 def product(
     layers: int = LAYERS, low: float = LOW, high: float = HIGH, seed: int = SEED
 ) -> dict[str, float]:
-    """The gradient through `layers` derivatives drawn uniformly from [low, high).
+    """The gradient through `layers` derivatives d, drawn uniformly from [low, high).
 
-    plain = Π d, residual = 1 + Π d (one shortcut around the stack), each = Π (1 + d) (one around
-    every layer), ratio = residual / plain.
+    plain = Π d, residual = 1 + Π d (one shortcut around the stack), each = Π (1 + d) (a shortcut
+    around every layer), ratio = residual / plain.
     """
     derivatives = np.random.RandomState(seed).uniform(low, high, layers)
     plain = float(np.prod(derivatives))
@@ -69,7 +69,7 @@ def product(
 
 
 def gradient_norms(model: nn.Module, x: Tensor, y: Tensor) -> list[float]:
-    """‖∂L/∂w‖ of every 3×3 convolution of `model` in order, L the cross-entropy of (x, y)."""
+    """‖∂L/∂w‖ of every 3×3 convolution of `model`, in order; L is the cross-entropy of (x, y)."""
     convs = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
     model.train()
     loss = F.cross_entropy(model(x), y)
@@ -78,7 +78,7 @@ def gradient_norms(model: nn.Module, x: Tensor, y: Tensor) -> list[float]:
 
 
 def run(args: argparse.Namespace) -> Findings:
-    """The product, and the norms by layer for every depth, kind and normalization."""
+    """Compute the product, and the norms by layer for every depth and kind of net."""
     from ..training import load_data
 
     data = load_data("digits")
@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> Findings:
     bar = tqdm(cases, desc="gradient-flow", unit="net", leave=False, disable=None)
     for depth, kind, norm in bar:
         if not norm and kind == "residual":
-            continue  # its signal doubles in every block: that is `bugs`' to show
+            continue  # its variance doubles in every block, which `bugs` shows
         torch.manual_seed(args.seed)
         model = nets.net(
             depth, KINDS[kind], num_classes=data.num_classes, in_channels=data.channels,
@@ -108,7 +108,7 @@ def run(args: argparse.Namespace) -> Findings:
 
 
 def _spread(values: list[float]) -> float:
-    """First layer's norm over the last one's."""
+    """Norm of the first layer over that of the last."""
     return values[0] / values[-1] if values[-1] else math.nan
 
 
@@ -118,18 +118,18 @@ def _claims(paper: dict[str, float], norms: dict[str, Any]) -> list[Claim]:
     bare = norms["plain, no normalization"]
     return [
         Claim(
-            f"on paper one shortcut makes {paper['plain']:.2g} into {paper['residual']:.6f}, "
-            f"{paper['ratio']:.2g} times as much",
+            f"on paper one shortcut raises the gradient from {paper['plain']:.2g} to "
+            f"{paper['residual']:.6f}, {paper['ratio']:.2g} times as much",
             paper["ratio"] > 1e4,
         ),
         Claim(
-            f"{deep} layers: the first layer's gradient is {plain:.3g} times the last one's in a "
-            f"plain net, {residual:.3g} times in a residual one",
+            f"at {deep} layers the first layer's gradient is {plain:.3g} times the last layer's in "
+            f"a plain net, {residual:.3g} times in a residual net",
             plain > 2 * residual and residual < 100,
         ),
         Claim(
-            f"without normalization a plain net of {deep} layers has {bare[deep][0]:.2g} left in "
-            f"the first layer, one of {min(bare)} layers {bare[min(bare)][0]:.2g}",
+            f"without normalization the first layer's gradient is {bare[deep][0]:.2g} in a plain "
+            f"net of {deep} layers, {bare[min(bare)][0]:.2g} in one of {min(bare)}",
             bare[deep][0] < bare[min(bare)][0],
         ),
     ]

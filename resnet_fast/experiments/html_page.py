@@ -1,7 +1,7 @@
-"""A page that needs nothing else: one HTML file with its pictures in it, light or dark.
+"""A self-contained page: one HTML file with embedded pictures, light or dark.
 
-Pictures are PNG with a transparent ground and grey text, so that they suit either; a page holds
-them as base64, and they lie beside it as files too.
+Pictures are PNG with a transparent background and grey text, readable in both modes. A page embeds
+them as base64; they are also written as files.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ COLORS = (GREY, "#e8590c", "#4dabf7", "#845ef7", "#2f9e44", "#f08c00")
 
 
 def neutral(draw: Callable[..., None], *arguments: Any) -> None:
-    """draw(*arguments) with grey text and lines on a transparent ground, COLORS in turn.
+    """draw(*arguments) with grey text and axes on a transparent background and lines in COLORS.
 
-    MissingPackage, a RuntimeError that says what to install, without matplotlib.
+    MissingPackage without matplotlib.
     """
     matplotlib = imported("matplotlib", "pictures", "matplotlib")
-    from cycler import cycler  # one of its own dependencies
+    from cycler import cycler  # a dependency of matplotlib
 
     grey = dict.fromkeys(
         ("text.color", "axes.labelcolor", "axes.edgecolor", "axes.titlecolor", "xtick.color",
@@ -37,7 +37,7 @@ def neutral(draw: Callable[..., None], *arguments: Any) -> None:
 
 
 def document(title: str, body: str) -> str:
-    """The page: `body` is what stands between <body> and </body>."""
+    """The page; `body` is the content of its body element."""
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -55,7 +55,7 @@ def document(title: str, body: str) -> str:
 
 
 def claims(found: Sequence[tuple[str, bool]]) -> str:
-    """A list of sentences, each with a tick or a cross."""
+    """A list of claims, each with a tick or a cross."""
     items = "".join(
         f'<li class="{"good" if held else "bad"}">{html.escape(text)}</li>' for text, held in found
     )
@@ -63,14 +63,14 @@ def claims(found: Sequence[tuple[str, bool]]) -> str:
 
 
 def picture(path: Path, alt: str) -> str:
-    """The PNG at `path`, in the page."""
+    """The PNG at `path` as an embedded image."""
     data = base64.b64encode(path.read_bytes()).decode()
     image = f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{data}">'
     return f'<div class="scroll">{image}</div>'
 
 
 def table(lines: Sequence[Sequence[str]], left: int = 1) -> str:
-    """A table whose first line is the header and whose first `left` columns are words."""
+    """A table; its first line is the header, its first `left` columns are text."""
     out = []
     for number, line in enumerate(lines):
         tag = "th" if number == 0 else "td"

@@ -1,7 +1,7 @@
 """Delete or exchange blocks of a trained net: Veit et al. 2016 (arXiv:1605.06431).
 
-n residual blocks are 2^n paths, since each may be passed by its shortcut; without one of them half
-of the paths are left. A plain net is a single path.
+n residual blocks form 2^n paths, since a path takes either the block or its shortcut. Without one
+block half of the paths are left. A plain net is a single path.
 """
 
 from __future__ import annotations
@@ -26,29 +26,30 @@ KINDS = {"plain": "none", "residual": "zero_pad"}
 COLORS = {"plain": "#4dabf7", "residual": "#e8590c"}
 
 ABOUT = """\
-A plain and a residual net of equal depth are trained by the same recipe. Then, without any \
-further training, blocks are deleted (the identity stands in their place), each one alone and \
-several at random; and pairs of blocks of a stage are exchanged. Only blocks that keep shapes \
-take part. The figures are the share of test images read wrong, the mean of {draws} draws.
+A plain and a residual net of equal depth are trained by the same recipe. Then, without further \
+training, blocks are deleted (replaced by the identity), one at a time or several at random. In \
+the same way pairs of blocks of a stage are exchanged. Only blocks whose output has the shape of \
+their input are used. The figures are test errors (shares of test images predicted wrongly), for \
+random choices the mean of {draws} draws.
 
-In the plain net every block reads what the one before it wrote, and without any one of them all \
-is lost. In the residual net a block adds a correction to what passes it by: a missing one costs \
-a little, several cost more, step by step, and even their order matters less than one would \
-think."""
+In the plain net every block depends on the output of the block before it, and deleting any \
+block ruins the result. In the residual net a block adds a correction to its input: one missing \
+block costs little, several cost more, step by step, and the order of blocks matters less than \
+in a plain net."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `resnet-fast experiment lesion`."""
     add_depth(parser, 32)
-    add_count(parser, "--most", 8, "blocks that go at once, at most")
-    add_count(parser, "--draws", 20, "random choices of them")
+    add_count(parser, "--most", 8, "maximum number of blocks or pairs at once")
+    add_count(parser, "--draws", 20, "random choices for each number of them")
     compare.add_training(parser, epochs=15, digits_size=8, repeats=None)
 
 
 def run(args: argparse.Namespace) -> Findings:
-    """Train both nets, then operate on them."""
+    """Train both nets, then delete and exchange blocks and evaluate."""
     if blocks_of(args.depth) < 2:
-        raise ValueError(f"depth: {args.depth} layers have no two blocks to exchange")
+        raise ValueError(f"depth: expected at least 14, to exchange blocks, got {args.depth}")
     data = compare.data_of(args)
 
     def build(kind: str):
@@ -92,7 +93,7 @@ def _several(
     error: Callable[[], float],
     what: str,
 ) -> list[float]:
-    """The mean error under 1, 2, … of `choices` at once, drawn `args.draws` times each."""
+    """The error with 1, 2, … random `choices` at once, each the mean of `args.draws` draws."""
     generator = random.Random(args.seed)
     means = []
     most = min(args.most, len(choices))
@@ -108,18 +109,18 @@ def _claims(errors: dict[str, Any]) -> list[Claim]:
     gone = residual["deleted"]
     return [
         Claim(
-            f"one block less costs a residual net {100 * cost['residual']:.1f} points of error, a "
-            f"plain net {100 * cost['plain']:.1f}",
+            f"deleting one block adds {100 * cost['residual']:.1f} points of error in the residual "
+            f"net, {100 * cost['plain']:.1f} in the plain net",
             cost["residual"] < cost["plain"] / 2,
         ),
         Claim(
-            f"a residual net's error grows with the number of blocks that go: "
+            f"the residual net's error grows with the number of deleted blocks: "
             f"{residual['whole']:.1%} with none, {gone[0]:.1%} with 1, {gone[-1]:.1%} with "
             f"{len(gone)}",
             residual["whole"] < gone[0] < gone[-1],
         ),
         Claim(
-            f"with two blocks exchanged it is {residual['exchanged'][0]:.1%}, a plain net's "
+            f"with two blocks exchanged it is {residual['exchanged'][0]:.1%}, the plain net's "
             f"{plain['exchanged'][0]:.1%}",
             residual["exchanged"][0] < plain["exchanged"][0],
         ),

@@ -1,4 +1,4 @@
-"""Nets of a given depth, and how they are run.
+"""Nets of a given depth.
 
 The family is He et al. 2015's for CIFAR (arXiv:1512.03385, section 4.2): a 3×3 stem and three
 stages of n basic blocks, 6n + 2 layers.
@@ -19,7 +19,7 @@ PLANES = 16
 
 
 def blocks_of(depth: int) -> int:
-    """n of a net with 6n + 2 layers; ValueError for a depth that is none."""
+    """n of a net with 6n + 2 layers; ValueError for any other depth."""
     n, rest = divmod(depth - 2, 6)
     if n < 1 or rest:
         raise ValueError(f"depth: expected 6n + 2 layers (8, 14, 20, …), got {depth}")
@@ -38,8 +38,8 @@ def net(
 ) -> ResNet:
     """A net of `depth` layers with the `shortcut` of `ResNet`; "none" makes it plain.
 
-    impl "reference" builds it of ordinary PyTorch modules, without a line of the fused ones; the
-    parameters that a seed gives are the same.
+    impl="reference" builds it from plain PyTorch modules, without the fused ones; a seed gives the
+    same parameters.
     """
     plain = impl == "reference"
     options = {"fused": False} if plain else {"impl": impl}
@@ -50,12 +50,12 @@ def net(
 
 
 def parameters(model: nn.Module) -> int:
-    """How many numbers are learned."""
+    """Number of parameters."""
     return sum(p.numel() for p in model.parameters())
 
 
 def without_norms(model: nn.Module) -> nn.Module:
-    """A copy of `model`, in plain PyTorch, whose normalizations are gone."""
+    """A copy of `model` in plain PyTorch without its normalizations."""
     from ..fusion.api import unfuse
 
     model = unfuse(copy.deepcopy(model))

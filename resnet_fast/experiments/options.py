@@ -15,14 +15,16 @@ NOT_SETTINGS = {"command", "experiment", "out"}
 def add_common(parser: argparse.ArgumentParser) -> None:
     """--out, --impl, --device, --seed, --threads."""
     add = parser.add_argument
-    add("--out", type=Path, metavar="DIR", help="default: build/experiments/NAME")
+    add("--out", type=Path, metavar="DIR",
+        help="output folder (default: build/experiments/NAME)")  # fmt: skip
     add("--impl", choices=IMPLS, default="auto",
         help="what runs the blocks; reference is plain PyTorch (default: auto)")  # fmt: skip
-    add("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
+    add("--device", choices=("cpu", "cuda"), default="cpu",
+        help="device to run on (default: cpu)")  # fmt: skip
     add("--threads", type=positive(int), metavar="N",
-        help="of PyTorch on the CPU (default: PyTorch's own)")  # fmt: skip
+        help="CPU threads (default: PyTorch's)")  # fmt: skip
     add("--seed", type=int, default=0, metavar="N",
-        help="of the parameters and the batches (default: 0)")  # fmt: skip
+        help="seed of parameters and batches (default: 0)")  # fmt: skip
 
 
 def add_count(parser: argparse.ArgumentParser, flag: str, default: int, what: str) -> None:
@@ -41,7 +43,7 @@ def add_depth(parser: argparse.ArgumentParser, default: int) -> None:
 
 
 def depth(text: str) -> int:
-    """A number of layers 6n + 2, for argparse."""
+    """A number of layers 6n + 2: an argparse `type=`."""
     from .nets import blocks_of
 
     try:
@@ -52,10 +54,10 @@ def depth(text: str) -> int:
 
 
 def depths(text: str) -> list[int]:
-    """ "8,20,32" as such numbers, ascending, for argparse."""
+    """Such numbers from a comma list, each once, ascending: an argparse `type=`."""
     return sorted({depth(word) for word in text.split(",")})
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
-    """What `args` asked for, without what is no setting of the experiment."""
+    """The settings of the experiment in `args`."""
     return {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}

@@ -1,8 +1,8 @@
-"""Post-activation against pre-activation blocks at depth: He et al. 2016 (arXiv:1603.05027).
+"""Post-activation and pre-activation blocks at depth: He et al. 2016 (arXiv:1603.05027).
 
-With the normalization and ReLU before each convolution nothing stands on the path of the shortcuts:
-x[L] = x[l] + Σ F(x[i]) (eq. 4), and a gradient reaches every block as it is (eq. 5). In the blocks
-of 2015 a ReLU follows every addition. At few layers it does not matter.
+With normalization and ReLU before each convolution the path of the shortcuts is an identity:
+x[L] = x[l] + Σ F(x[i]) (eq. 4), and the gradient reaches every block unchanged (eq. 5). In the
+blocks of 2015 a ReLU follows every addition, which does not matter for few layers.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ COLORS = {"post": "#4dabf7", "pre": "#e8590c"}
 ABOUT = """\
 Nets of equal depth, of basic blocks with zero-pad shortcuts: post-activation (convolution, \
 normalization, ReLU after the addition, as in 2015) and pre-activation (normalization and ReLU \
-before the convolutions, nothing after the addition, as in 2016). The learning rate starts at \
-its full height, without a warm-up.
+before the convolutions, nothing after the addition, as in 2016). The learning rate has its full \
+value from the first step, without a warm-up.
 
-In a shallow net the order hardly matters. In a deep one the post-activation net loses its first \
-epochs, or all of them: the paper of 2015 had to start its 110 layers with a tenth of the \
-learning rate, and `--warmup 2` helps here. The pre-activation net needs none of that."""
+In a shallow net the order hardly matters. A deep post-activation net does not train in its \
+first epochs, or not at all: the paper of 2015 had to start its 110 layers with a tenth of the \
+learning rate, and `--warmup 2` helps here. The pre-activation net needs no warm-up."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `resnet-fast experiment preact`."""
     parser.add_argument("--depths", type=depths, default=[20, 110], metavar="N,…",
-                        help="layers, each 6n + 2 (default: 20,110)")  # fmt: skip
+                        help="numbers of layers, each 6n + 2 (default: 20,110)")  # fmt: skip
     compare.add_training(parser, digits_size=8, planes=8, epochs=8, lr=0.1, warmup=0.0, repeats=2)
 
 
 def run(args: argparse.Namespace) -> Findings:
-    """Train every depth of both kinds."""
+    """Train a net of both kinds for every depth."""
     data = compare.data_of(args)
 
     def build(depth: int, kind: str):
@@ -68,8 +68,8 @@ def _claims(runs: compare.Runs, deep: int) -> list[Claim]:
             loss["pre"] < loss["post"],
         ),
         Claim(
-            f"and {right['pre']:.1%} of the test images are read right, {right['post']:.1%} with "
-            "post-activation",
+            f"and the test accuracy is {right['pre']:.1%} with pre-activation and "
+            f"{right['post']:.1%} with post-activation",
             right["pre"] > right["post"],
         ),
     ]

@@ -1,10 +1,10 @@
-"""Which shortcut: He et al. 2015 (arXiv:1512.03385, table 3), 2016 (arXiv:1603.05027, table 1).
+"""Kinds of shortcut: He et al. 2015 (arXiv:1512.03385, table 3), 2016 (arXiv:1603.05027, table 1).
 
 none         a plain net
-identity     x where the shapes agree, nothing where they change
-A            identity, and zeros in the new channels where shapes change: no parameters
-B            identity, and a 1×1 projection where shapes change
-C            a projection everywhere
+identity     x if the block keeps the shape, else nothing
+A            identity; zeros in the new channels if the shape changes: no parameters
+B            identity; a 1×1 projection if the shape changes
+C            a projection in every block
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ KINDS = {
 NONE, IDENTITY, A, B, C = KINDS
 
 ABOUT = """\
-One net with five kinds of shortcut: none at all; the identity wherever shapes agree, and \
-nothing in the two blocks where they change; there zeros in the new channels (A); there a 1×1 \
-projection (B); projections everywhere (C).
+One net with five kinds of shortcut. None: no shortcuts. Identity: x in every block that keeps \
+the shape, nothing in the two blocks that change it. A, B: as identity, but in these two blocks \
+zeros in the new channels (A) or a 1×1 projection (B). C: projections in every block.
 
-Having shortcuts is what matters. Whether the two blocks that change shapes have zeros or a \
-projection matters little, and B is what became usual. Projections everywhere are another thing: \
-they have more parameters and train worse, since no block is left that passes x on by itself. \
-(The paper of 2015 found C a little better than B on ImageNet, at 34 layers; the one of 2016 \
-found 1×1 convolutions on the shortcuts of 110 layers much worse than the identity.)"""
+What matters is to have shortcuts. Zeros or a projection in the two blocks that change the shape \
+make little difference; B became usual. Projections in every block have more parameters and \
+train worse, since no block passes x on unchanged. (The paper of 2015 found C a little better \
+than B on ImageNet, at 34 layers; the one of 2016 found 1×1 convolutions on the shortcuts of \
+110 layers much worse than the identity.)"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def identity_only(model: ResNet) -> ResNet:
-    """`model` without the zero-pad shortcuts of the blocks that change shapes."""
+    """Remove the zero-pad shortcuts of blocks that change shapes, in place; returns `model`."""
     for module in model.modules():
         if getattr(module, "shortcut", None) == "zero_pad":
             module.shortcut = "none"
@@ -79,22 +79,22 @@ def _claims(runs: compare.Runs) -> list[Claim]:
     apart, gap = abs(right[A] - right[B]), min(right[A], right[B]) - right[NONE]
     return [
         Claim(
-            f"every kind has a lower training loss than none ({loss[NONE]:.3f}): "
+            f"every shortcut gives a lower training loss than none ({loss[NONE]:.3f}): "
             + ", ".join(f"{kind} {loss[kind]:.3f}" for kind in KINDS if kind != NONE),
             all(loss[kind] < loss[NONE] for kind in KINDS if kind != NONE),
         ),
         Claim(
-            f"A and B are {100 * apart:.1f} points apart in accuracy, the worse of them is "
+            f"A and B differ by {100 * apart:.1f} points in test accuracy; the worse of them is "
             f"{100 * gap:.1f} points above none",
             apart < gap,
         ),
         Claim(
-            f"C, which has no identity left, has a higher training loss ({loss[C]:.3f}) than A "
+            f"C, without identities, has a higher training loss ({loss[C]:.3f}) than A "
             f"({loss[A]:.3f}) and B ({loss[B]:.3f})",
             loss[C] > max(loss[A], loss[B]),
         ),
         Claim(
-            f"A adds no parameter; B adds {count[B] - count[A]:,}, C {count[C] - count[A]:,}",
+            f"A adds no parameters; B adds {count[B] - count[A]:,}, C {count[C] - count[A]:,}",
             count[NONE] == count[A] < count[B] < count[C],
         ),
     ]

@@ -1,6 +1,7 @@
-"""Blocks taken out of a net, or exchanged, for the time of a `with`.
+"""Delete or exchange blocks of a net within a `with` statement.
 
-Only blocks that keep shapes: the identity in their place, or one another, fits everything around.
+Only blocks whose output has the shape of their input: the identity, or another such block of the
+stage, can replace them.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from ..models import ResNet
 
 
 class Place(NamedTuple):
-    """Where a block stands: number `index` of `stage`."""
+    """The place of a block: number `index` of `stage`."""
 
     stage: nn.Sequential
     index: int
@@ -26,12 +27,12 @@ class Place(NamedTuple):
         return self.stage[self.index]
 
     def put(self, block: nn.Module) -> None:
-        """Let `block` stand here."""
+        """Put `block` here."""
         self.stage[self.index] = block
 
 
 def places(model: ResNet) -> list[Place]:
-    """Where `model` has blocks whose result has the shape of their input, first to last."""
+    """Places of the blocks whose output has the shape of their input, first to last."""
     stages = (getattr(model, f"layer{i + 1}") for i in range(model.stages))
     return [
         Place(stage, index)
@@ -43,7 +44,7 @@ def places(model: ResNet) -> list[Place]:
 
 @contextmanager
 def deleted(chosen: Sequence[Place]) -> Iterator[None]:
-    """The identity in place of the `chosen` blocks: x for relu(F(x) + x), and for relu(F(x))."""
+    """Within it, the identity replaces the `chosen` blocks: x for relu(F(x) + x) or relu(F(x))."""
     blocks = [place.block for place in chosen]
     for place in chosen:
         place.put(nn.Identity())
@@ -56,7 +57,7 @@ def deleted(chosen: Sequence[Place]) -> Iterator[None]:
 
 @contextmanager
 def exchanged(chosen: Sequence[tuple[Place, Place]]) -> Iterator[None]:
-    """The blocks of every pair in each other's place, one pair after the other."""
+    """Within it, the blocks of every pair are swapped, one pair after the other."""
 
     def swap(first: Place, second: Place) -> None:
         one, other = first.block, second.block
@@ -73,7 +74,7 @@ def exchanged(chosen: Sequence[tuple[Place, Place]]) -> Iterator[None]:
 
 
 def pairs(model: ResNet) -> list[tuple[Place, Place]]:
-    """All pairs of places in one stage, where blocks fit each other's place."""
+    """All pairs of places in the same stage, whose blocks can be exchanged."""
     stages: dict[int, list[Place]] = {}
     for place in places(model):
         stages.setdefault(id(place.stage), []).append(place)

@@ -1,4 +1,4 @@
-"""Training: data, recipe, loop, checkpoints, figures. Nothing here is imported by the package."""
+"""Training: data, recipe, loop, checkpoints, metrics. `import resnet_fast` does not import it."""
 
 from .data import load_data
 from .evaluation import Evaluation, evaluate

@@ -1,7 +1,7 @@
-"""Augmentation of whole batches on the device that trains, from an explicit generator.
+"""Augmentation of whole batches on the training device, from an explicit generator.
 
-The numbers are drawn for the batch of all processes, and a process takes its `share`: what an image
-becomes does not depend on how many processes there are.
+Random numbers are drawn for the batch of all processes, and each process takes its `share`: the
+result does not depend on the number of processes.
 """
 
 from __future__ import annotations
@@ -19,30 +19,30 @@ RATIO = (3 / 4, 4 / 3)
 
 @dataclass(frozen=True)
 class Draws:
-    """Random numbers for the `total` images of a step, of which this process has `share`."""
+    """Random numbers for the `total` images of a step; this process takes `share`."""
 
     generator: torch.Generator
     total: int
     share: slice
 
     def integers(self, high: int) -> Tensor:
-        """Uniform in 0 … high − 1, one an image of the share."""
+        """Uniform in 0 … high − 1, one per image of the share."""
         where = {"generator": self.generator, "device": self.generator.device}
         return torch.randint(high, (self.total,), **where)[self.share]
 
     def uniform(self, low: float, high: float) -> Tensor:
-        """Uniform in [low, high), one an image of the share."""
+        """Uniform in [low, high), one per image of the share."""
         where = {"generator": self.generator, "device": self.generator.device}
         return low + (high - low) * torch.rand(self.total, **where)[self.share]
 
 
 def augment(name: str, x: Tensor, size: int, draws: Draws) -> Tensor:
-    """x [N,C,H,W] of `draws`' share, changed as `name` of AUGMENTATIONS says: [N,C,size,size].
+    """Augment x [N,C,H,W], the share of `draws`, by `name` of AUGMENTATIONS: [N,C,size,size].
 
-    none: the middle.
-    crop: padded by size / 8 zeros a side, a random window (He et al. 2015, section 4.2).
-    flip: mirrored, half of the images.
-    resized-crop: a random part of random shape, resized (Szegedy et al. 2014, arXiv:1409.4842).
+    none: centre crop.
+    crop: size / 8 zeros on every side, then a random window (He et al. 2015, section 4.2).
+    flip: half of the images are mirrored left to right.
+    resized-crop: a random box of random shape, resized (Szegedy et al. 2014, arXiv:1409.4842).
     """
     if name == "none":
         top, left = (x.size(2) - size) // 2, (x.size(3) - size) // 2
@@ -55,7 +55,7 @@ def augment(name: str, x: Tensor, size: int, draws: Draws) -> Tensor:
 
 
 def pad_crop(x: Tensor, size: int, pad: int, draws: Draws) -> Tensor:
-    """A window of size × size out of x with `pad` zeros on every side; channels_last."""
+    """A random size × size window of x, padded by `pad` zeros on every side; channels_last."""
     side = torch.arange(size, device=x.device)
     padded = F.pad(x, (pad,) * 4)
     rows = draws.integers(padded.size(2) - size + 1).view(-1, 1, 1) + side.view(-1, 1)
@@ -65,14 +65,15 @@ def pad_crop(x: Tensor, size: int, pad: int, draws: Draws) -> Tensor:
 
 
 def flip(x: Tensor, draws: Draws) -> Tensor:
-    """Every image mirrored left to right with probability 1/2."""
+    """Mirror each image left to right with probability 1/2."""
     return torch.where(draws.integers(2).bool().view(-1, 1, 1, 1), x.flip(3), x)
 
 
 def resized_crop(x: Tensor, size: int, draws: Draws) -> Tensor:
-    """A box of AREA of the image and RATIO of width to height, bilinear to size × size; floats.
+    """A random box of each image, resized bilinearly to size × size; floats.
 
-    A box that would be too wide or too high is cut to the image.
+    Its share of the image's area is in AREA, its width over its height in RATIO. A box wider or
+    higher than the image is cut to the image.
     """
     x = x.float() / 255 if x.dtype == torch.uint8 else x
     h, w = x.shape[2:]
@@ -81,7 +82,7 @@ def resized_crop(x: Tensor, size: int, draws: Draws) -> Tensor:
     ratio = draws.uniform(low, high).exp()
     wide = (area * ratio * h / w).sqrt().clamp(max=1)  # of the image's width
     tall = (area / ratio * w / h).sqrt().clamp(max=1)
-    # In grid_sample's coordinates the image is [-1, 1]: a box is its half-width and its centre.
+    # grid_sample's coordinates of the image are [-1, 1]; a box is given by half-width and centre.
     centre_x = draws.uniform(-1, 1) * (1 - wide)
     centre_y = draws.uniform(-1, 1) * (1 - tall)
     zero = torch.zeros_like(wide)

@@ -1,7 +1,7 @@
-"""Checkpoint files: written whole or not at all, read without running code from them.
+"""Checkpoint files: written atomically, read without running code from them.
 
-A file is written beside its place, flushed to the disk and renamed, and only then are older ones
-removed: whenever the process dies, the last whole checkpoint and the one before it are there.
+A file is written under another name, flushed to disk and renamed; only then are older ones
+removed. If the process dies at any time, the last complete checkpoint and the one before it remain.
 """
 
 from __future__ import annotations
@@ -23,12 +23,17 @@ KEPT = 2
 
 
 class CheckpointError(ValueError):
-    """A file that is no whole checkpoint; the message names it."""
+    """A file is missing, damaged or not a checkpoint; the message names it."""
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """How a model is made again: `resnet_fast.create_model(name, **options)`."""
+    """How to create a model again: `resnet_fast.create_model(name, **options)`.
+
+    Attributes:
+        name: of `resnet_fast.list_models()`.
+        options: keyword arguments, plain values.
+    """
 
     name: str
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -36,7 +41,7 @@ class ModelSpec:
 
 @contextmanager
 def replacing(path: Path, mode: str = "wb", **options: Any) -> Iterator[IO]:
-    """A file that takes the place of `path` once it is whole and on the disk."""
+    """Open a file that replaces `path` once it is complete and on disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
     with open(part, mode, **options) as file:
@@ -52,46 +57,46 @@ def replacing(path: Path, mode: str = "wb", **options: Any) -> Iterator[IO]:
 
 
 def write(path: Path, content: Mapping[str, Any]) -> None:
-    """`content`, of tensors and plain values, as a checkpoint at `path`."""
+    """Write `content`, tensors and plain values, as a checkpoint to `path`."""
     with replacing(path) as file:
         torch.save({"format": FORMAT, **content}, file)
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The content of a file that `write` made, on the CPU.
+    """The content of a file that `write` wrote, on the CPU.
 
     Raises:
-        CheckpointError: naming the file, for one that is missing, truncated or something else.
+        CheckpointError: the file is missing, damaged or not a resnet_fast checkpoint.
     """
     content = read_any(path)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: no checkpoint of {FORMAT.split()[0]}")
+        raise CheckpointError(f"{path}: not a resnet_fast checkpoint")
     return content
 
 
 def read_any(path: Path) -> Any:
-    """What `torch.save` wrote to `path`: tensors and plain values, nothing that would run code."""
+    """Load what `torch.save` wrote to `path`: tensors and plain values; never runs code from it."""
     try:
-        if zipfile.is_zipfile(path):  # torch.load does not look at the checksums
+        if zipfile.is_zipfile(path):  # torch.load does not check the checksums
             with zipfile.ZipFile(path) as archive:
                 torn = archive.testzip()
             if torn is not None:
-                raise ValueError(f"{torn} in it has another checksum")
+                raise ValueError(f"wrong checksum of {torn}")
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file") from None
-    except Exception as error:  # a broken file may raise anything
+    except Exception as error:  # a damaged file may raise any exception
         why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{path}: truncated, or no checkpoint: {why}") from None
+        raise CheckpointError(f"{path}: damaged, or not a checkpoint: {why}") from None
 
 
 def name_of(epoch: int, step: int) -> str:
-    """The file for `epoch` whole epochs and `step` steps of the next."""
+    """File name after `epoch` complete epochs and `step` steps of the next."""
     return f"epoch-{epoch:04}" + (f"-step-{step:06}" if step else "") + ".pt"
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in `folder`, the furthest last."""
+    """The checkpoints in `folder`, in training order."""
     found = []
     for path in folder.glob("epoch-*.pt"):
         match = NAME.fullmatch(path.name)
@@ -101,10 +106,10 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def read_last(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The furthest checkpoint in `folder`, None where there is none.
+    """Path and content of the last checkpoint in `folder`; None without one.
 
     Raises:
-        CheckpointError: it cannot be read; the message names it and the one before it.
+        CheckpointError: the file cannot be read; the message names it and the one before it.
     """
     *before, last = [None, *checkpoints(folder)]
     if last is None:
@@ -112,17 +117,17 @@ def read_last(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     try:
         return last, read(last)
     except CheckpointError as error:
-        offer = "there is none before it"
+        offer = "no earlier one is left; remove the file to train from the beginning"
         if before[-1] is not None:
-            offer = f"the one before it can be asked for: --resume {before[-1]}"
+            offer = f"to continue from the one before it: --resume {before[-1]}"
         raise CheckpointError(f"{error}; {offer}") from None
 
 
 class Keeper:
     """Writes the checkpoints of a run into `folder` and keeps the last KEPT of them.
 
-    `resumed` is the file that the run goes on from; what lies beside it from a run that went
-    further is removed once it is replaced.
+    `resumed` is the file that the run continues from. All other checkpoints in `folder`, such as
+    later ones, are removed when the next one is written.
     """
 
     def __init__(self, folder: Path, resumed: Path | None = None) -> None:
@@ -130,7 +135,7 @@ class Keeper:
         self.kept = [] if resumed is None else [resumed]
 
     def write(self, epoch: int, step: int, content: Mapping[str, Any]) -> Path:
-        """The checkpoint after `epoch` epochs and `step` steps; its path."""
+        """Write the checkpoint after `epoch` epochs and `step` steps; returns its path."""
         path = self.folder / name_of(epoch, step)
         write(path, content)
         self.kept = [*(kept for kept in self.kept if kept != path), path][-KEPT:]

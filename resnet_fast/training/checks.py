@@ -1,4 +1,4 @@
-"""What `fit` and `evaluate` are given: every message names the argument."""
+"""Checks of the arguments of `fit` and `evaluate`: every message names the argument."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ def check_choice(value: Any, name: str, choices: Sequence[str]) -> None:
 
 
 def check_seed(value: Any) -> None:
-    """Whether value is a seed of PyTorch's generators."""
+    """Whether value is a seed for PyTorch's generators: a signed 64-bit integer."""
     if not -MOST_SEED <= integer(value, "seed") < MOST_SEED:
-        raise ValueError(f"seed: expected an integer of at most 63 bits, got {given(value)}")
+        raise ValueError(f"seed: expected a signed 64-bit integer, got {given(value)}")
 
 
 def check_path(value: Any, name: str) -> None:
-    """Whether value is the name of a file or folder."""
+    """Whether value is a path of a file or folder."""
     if not isinstance(value, (str, os.PathLike)):
         raise ValueError(f"{name}: expected a path, got {given(value)}")
 
 
 def check_device(device: str | torch.device) -> torch.device:
-    """`device`, of which this process can make tensors."""
+    """`device`, on which this process can create tensors."""
     try:
         if isinstance(device, bool):
             raise TypeError("a bool is not a device")
@@ -44,7 +44,7 @@ def check_device(device: str | torch.device) -> torch.device:
         why = str(error).strip().splitlines()[0]
         raise ValueError(f"device: {given(device)} cannot be used here: {why}") from None
     if here.type == "meta":
-        raise ValueError("device: expected one that holds values, got 'meta'")
+        raise ValueError("device: expected one that stores values, got 'meta'")
     return where
 
 
@@ -54,11 +54,11 @@ def check_model(model: nn.Module) -> None:
         raise ValueError(f"model: expected an nn.Module, got {given(model)}")
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
-            raise ValueError(f"model: {name} lies on meta and has no values")
+            raise ValueError(f"model: {name} is on the meta device; expected one with values")
 
 
 def check_data(data: Any) -> None:
-    """Whether data is a data set as `load_data` gives it."""
+    """Whether data has the attributes of a data set from `load_data`."""
     lacks = [name for name in DATA if not hasattr(data, name)]
     if lacks:
         raise ValueError(
@@ -67,9 +67,9 @@ def check_data(data: Any) -> None:
 
 
 def check_logits(logits: Tensor, classes: int) -> None:
-    """Whether a model's output has one column a class of the data."""
+    """Whether a model's output has one column per class of the data."""
     shape = list(logits.shape) if isinstance(logits, Tensor) else given(logits)
     if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.size(1) != classes:
         raise ValueError(
-            f"model: expected logits [N, {classes}], a column a class of the data, got {shape}"
+            f"model: expected logits [N, {classes}], one column per class of the data, got {shape}"
         )

@@ -1,4 +1,4 @@
-"""CIFAR-10 as its makers distribute it: pickled batches in a folder or in its .tar.gz.
+"""The python version of CIFAR-10: pickled batches in a folder or in its .tar.gz.
 
 https://www.cs.toronto.edu/~kriz/cifar.html: five training batches and a test batch, each a dict of
 `data` (bytes [N, 3072], the red plane first) and `labels`, and `batches.meta` with the names.
@@ -23,22 +23,22 @@ BROKEN = (tarfile.TarError, EOFError, zlib.error, pickle.UnpicklingError, OSErro
 
 
 class _ArraysOnly(pickle.Unpickler):
-    """Unpickles NumPy arrays and plain values; a pickle that names anything else is refused."""
+    """Unpickles NumPy arrays and plain values; raises UnpicklingError for anything else."""
 
     def find_class(self, module: str, name: str):
-        reconstruct = np.zeros(0).__reduce__()[0]  # numpy 1 and 2 keep it in different modules
+        reconstruct = np.zeros(0).__reduce__()[0]  # its module differs between numpy 1 and 2
         known = {"_reconstruct": reconstruct, "ndarray": np.ndarray, "dtype": np.dtype}
         if module.split(".")[0] == "numpy" and name in known:
             return known[name]
         if (module, name) == ("_codecs", "encode"):
             return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it holds a {module}.{name}, and batches hold arrays only")
+        raise pickle.UnpicklingError(f"contains {module}.{name}; expected arrays and plain values")
 
 
 def read_cifar10(path: Path) -> tuple[tuple[str, ...], Tensor, Tensor, Tensor, Tensor]:
-    """(class names, train_x, train_y, test_x, test_y) of the archive or folder at `path`.
+    """Read (class names, train_x, train_y, test_x, test_y) from the archive or folder `path`.
 
-    x [N,3,32,32] in bytes, y [N]. Raises ValueError naming the file that is missing or broken.
+    x [N,3,32,32] in uint8, y [N] in int64. Raises ValueError naming a missing or damaged file.
     """
     files = _files(path)
     names = files[META].get(b"label_names")
@@ -51,7 +51,7 @@ def read_cifar10(path: Path) -> tuple[tuple[str, ...], Tensor, Tensor, Tensor, T
 
 
 def _files(path: Path) -> dict[str, dict]:
-    """The batches by their names."""
+    """The unpickled batches by name."""
     wanted = (*TRAIN, TEST, META)
     if not path.exists():
         raise ValueError(f"{path}: no such file or folder")
@@ -59,7 +59,7 @@ def _files(path: Path) -> dict[str, dict]:
         folder = path / FOLDER if (path / FOLDER).is_dir() else path
         for name in wanted:
             if not (folder / name).is_file():
-                raise ValueError(f"{folder / name}: no such file; it is one of CIFAR-10's")
+                raise ValueError(f"{folder / name}: no such file; CIFAR-10 needs it")
         return {name: _load(folder / name, (folder / name).read_bytes()) for name in wanted}
     found = {}
     try:
@@ -70,20 +70,20 @@ def _files(path: Path) -> dict[str, dict]:
                     content = archive.extractfile(member).read()
                     found[name] = _load(f"{path}: {member.name}", content)
     except BROKEN as error:
-        raise ValueError(f"{path}: no whole archive: {error}") from None
+        raise ValueError(f"{path}: damaged, or not a tar archive: {error}") from None
     for name in wanted:
         if name not in found:
-            raise ValueError(f"{path}: has no {name}; expected CIFAR-10's python version")
+            raise ValueError(f"{path}: has no {name}; expected the python version of CIFAR-10")
     return found
 
 
 def _load(where: Path | str, content: bytes) -> dict:
     try:
         batch = _ArraysOnly(io.BytesIO(content), encoding="bytes").load()
-    except Exception as error:  # a broken pickle may raise anything
-        raise ValueError(f"{where}: no batch of CIFAR-10: {error}") from None
+    except Exception as error:  # a damaged pickle may raise any exception
+        raise ValueError(f"{where}: not a CIFAR-10 batch: {error}") from None
     if not isinstance(batch, dict):
-        raise ValueError(f"{where}: no batch of CIFAR-10: expected a dict")
+        raise ValueError(f"{where}: not a CIFAR-10 batch: expected a dict, got {type(batch)}")
     return batch
 
 
@@ -91,8 +91,8 @@ def _images(path: Path, name: str, batch: dict, classes: int) -> tuple[Tensor, T
     data, labels = batch.get(b"data"), batch.get(b"labels")
     right = isinstance(data, np.ndarray) and data.dtype == np.uint8 and data.shape[1:] == (3072,)
     if not right or labels is None or len(labels) != len(data):
-        raise ValueError(f"{path}: {name} does not hold 3072 bytes and a label an image")
+        raise ValueError(f"{path}: {name}: expected 3072 bytes and one label per image")
     y = torch.tensor(labels)
     if len(y) and not 0 <= int(y.min()) <= int(y.max()) < classes:
-        raise ValueError(f"{path}: {name} has labels outside 0 … {classes - 1}")
+        raise ValueError(f"{path}: {name}: expected labels from 0 to {classes - 1}")
     return torch.from_numpy(data.copy()).view(-1, 3, 32, 32), y

@@ -1,6 +1,6 @@
 """Data sets by name: `load_data("digits" | "cifar10" | "imagefolder" | "synthetic", path)`.
 
-Nothing is downloaded. Small sets are tensors in memory; a folder of images is read as it is used.
+Nothing is downloaded. Small sets are tensors in memory; imagefolder reads files during training.
 """
 
 from __future__ import annotations
@@ -32,15 +32,17 @@ class Data(Inputs):
     """Labelled images in memory.
 
     Attributes:
-        name: of DATA.
-        classes: the names of the classes, in the order of their labels.
-        preprocessing: how images become inputs; x is not normalized yet.
-        augmentation: what suits these images, of `resnet_fast.training.augment.AUGMENTATIONS`.
-        train_x, test_x: [N,C,H,W], bytes or floats in [0, 1].
-        train_y, test_y: [N], labels from 0, in int64.
+        name: one of DATA.
+        classes: class names, in the order of their labels.
+        preprocessing: from images to inputs; train_x and test_x are not yet normalized.
+        augmentation: the default for these images, of `augment.AUGMENTATIONS`.
+        train_x: training images [N,C,H,W], uint8, or floats in [0, 1].
+        train_y: their labels [N], int64, from 0.
+        test_x: test images, as train_x.
+        test_y: their labels, as train_y.
 
     Raises:
-        ValueError: naming the attribute, for images and labels that do not fit each other.
+        ValueError: an attribute is invalid, or x and y do not match; the message names it.
     """
 
     name: str
@@ -66,27 +68,27 @@ class Data(Inputs):
                 raise ValueError(f"{split}_x: expected [N, C, H, W], got shape {tuple(x.shape)}")
             if y.shape != x.shape[:1] or y.dtype != torch.int64:
                 raise ValueError(
-                    f"{split}_y: expected {len(x)} labels in int64, one an image, got "
+                    f"{split}_y: expected {len(x)} labels in int64, one per image, got "
                     f"{tuple(y.shape)} in {str(y.dtype).removeprefix('torch.')}"
                 )
             if len(y) and not 0 <= int(y.min()) <= int(y.max()) < self.num_classes:
                 raise ValueError(
-                    f"{split}_y: expected labels 0 to {self.num_classes - 1}, one a class of "
+                    f"{split}_y: expected labels 0 to {self.num_classes - 1}, one per entry of "
                     f"classes, got {int(y.min())} to {int(y.max())}"
                 )
 
     def seen_by(self, preprocessing: Preprocessing) -> Data:
-        """The same images for a model that wants them so."""
+        """The same images with another preprocessing, that of a trained model."""
         return replace(self, preprocessing=preprocessing)
 
     def count(self, split: str) -> int:
-        """Images in `split`, "train" or "test"."""
+        """Number of images in `split`, "train" or "test"."""
         return len(self._split(split)[1])
 
     def batches(
         self, split: str, chosen: Sequence[Tensor], device: torch.device, workers: int = 0
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """(x, y) on `device` for the indices of every batch in `chosen`."""
+        """Yield (x, y) on `device` for each batch of indices in `chosen`; `workers` is not used."""
         x, y = (t.to(device) for t in self._split(split))
         for indices in chosen:
             indices = indices.to(device)
@@ -111,20 +113,25 @@ def load_data(
     preprocessing: Preprocessing | None = None,
     seed: int = 0,
 ) -> Data | ImageFolder:
-    """The data set `name`.
+    """Load the data set `name`. Nothing is downloaded.
 
     Args:
-        name: "digits" (scikit-learn's 1,797 scans), "cifar10" (the official python archive or the
-            folder in it), "imagefolder" (one folder a class), "synthetic" (patterns under noise).
-        path: of the archive or folder; digits and synthetic have none.
-        size: height and width of an input: 16 for digits, 32 for synthetic, 224 for folders unless
-            given; CIFAR's is 32.
-        preprocessing: what a trained model wants to see, instead of what the data set gives.
-        seed: of a split or of patterns that no file gives.
+        name: "digits" (scikit-learn's 1,797 scans), "cifar10" (the official python archive),
+            "imagefolder" (one folder per class), or "synthetic" (patterns with noise).
+        path: archive or extracted folder of cifar10, or root of imagefolder; None for the others.
+        size: height and width of an input in pixels, at least 8. None is 16 for digits, 32 for
+            synthetic, 224 for imagefolder; cifar10 is always 32.
+        preprocessing: that of a trained model, in place of the data set's own.
+        seed: of the synthetic patterns, and of the split of digits and of an imagefolder without
+            a test folder.
+
+    Returns:
+        A `Data` in memory, or an `ImageFolder`. Both have `name`, `classes`, `num_classes`,
+        `channels`, `size`, `preprocessing`, `augmentation`, `count(split)` and `batches(…)`.
 
     Raises:
-        ValueError: naming the argument or the file that is missing or broken.
-        MissingPackage: naming the package to install.
+        ValueError: an argument is invalid, or a file is missing or damaged; the message names it.
+        MissingPackage: a package is not installed; the message says how to install it.
     """
     if size is not None:
         integer(size, "size", "at least 8 pixels", 8)
@@ -137,9 +144,9 @@ def load_data(
     if path is not None:
         check_path(path, "path")
     if name in ("cifar10", "imagefolder") and path is None:
-        raise ValueError(f"path: {name} is read from a file or folder; give its path")
+        raise ValueError(f"path: {name} needs the path of its file or folder")
     if name in ("digits", "synthetic") and path is not None:
-        raise ValueError(f"path: {name} needs none, got {str(path)!r}")
+        raise ValueError(f"path: expected None for {name}, got {str(path)!r}")
     if name == "digits":
         return digits(size or 16, seed)
     if name == "synthetic":
@@ -147,14 +154,14 @@ def load_data(
     if name == "imagefolder":
         return ImageFolder(Path(path), size or 224, seed)
     if size not in (None, 32):
-        raise ValueError(f"size: CIFAR's images have 32 pixels, got {size}")
+        raise ValueError(f"size: expected 32 pixels for cifar10, got {size}")
     return cifar10(Path(path))
 
 
 def digits(size: int = 16, seed: int = 0) -> Data:
-    """Scans of 8×8 pixels and 17 grey levels (Alpaydin & Kaynak 1998, UCI), a fifth for the test.
+    """Scans of 8×8 pixels and 17 grey levels (Alpaydin & Kaynak 1998, UCI); a fifth is for test.
 
-    Bilinear to size × size, in three equal channels. No mirror image: it would be another digit.
+    Resized bilinearly to size × size, in three equal channels. Digits are never mirrored.
     """
     sklearn = imported("sklearn.datasets", "digits", "scikit-learn")
     images, labels = sklearn.load_digits(return_X_y=True)
@@ -183,7 +190,7 @@ def cifar10(path: Path) -> Data:
 
 
 def synthetic(size: int = 32, seed: int = 0) -> Data:
-    """A smooth pattern a class under noise: learnt in a few epochs, for trials without a file."""
+    """One smooth pattern per class plus noise: learned in a few epochs, needs no file."""
     generator = torch.Generator().manual_seed(seed)
     classes, counts = SYNTHETIC["classes"], (SYNTHETIC["train"], SYNTHETIC["test"])
     coarse = torch.rand(classes, 3, 4, 4, generator=generator)

@@ -1,4 +1,4 @@
-"""Training on several processes, as `torchrun` starts them, or on this one alone."""
+"""Training in one process, or in several that `torchrun` started."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from torch.utils.data import DistributedSampler
 
 @dataclass(frozen=True)
 class World:
-    """This process among all: `rank` of `size`."""
+    """This process is number `rank` of `size`."""
 
     rank: int
     size: int
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that writes and speaks."""
+        """Whether this is the process that writes files and prints."""
         return self.rank == 0
 
 
 def world() -> World:
-    """The processes of the default group; where there is none, this one alone."""
+    """The processes of the default group; without a group, this process alone."""
     if dist.is_available() and dist.is_initialized():
         return World(dist.get_rank(), dist.get_world_size())
     return World(0, 1)
@@ -36,9 +36,9 @@ def world() -> World:
 
 @contextmanager
 def processes(device: str) -> Iterator[torch.device]:
-    """Join the processes that `torchrun` started; the device of this one.
+    """Join the processes that `torchrun` started; yields this process's device.
 
-    NCCL for "cuda", one GPU a process of a machine; gloo for "cpu". Without torchrun: `device`.
+    "cuda" takes NCCL and GPU number LOCAL_RANK, "cpu" takes gloo. Without torchrun: `device`.
     """
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         yield torch.device(device)
@@ -55,15 +55,15 @@ def processes(device: str) -> Iterator[torch.device]:
 
 
 def batches(images: int, batch_size: int, seed: int, epoch: int, here: World) -> list[Tensor]:
-    """This process's indices for every step of an epoch: shuffled anew, the same in every run.
+    """This process's image indices for every step of `epoch`: shuffled, the same in every run.
 
-    All processes together see batch i of `batch_size` images; a process sees every size-th of
-    them. What does not fill a batch is left out.
+    All processes together see batch i of `batch_size` images, and each process every size-th of
+    them. The incomplete last batch is left out.
     """
     sampler = DistributedSampler(range(images), here.size, here.rank, shuffle=True, seed=seed)
     sampler.set_epoch(epoch)
     own = batch_size // here.size
-    with torch.device("cpu"):  # whatever torch.set_default_device says
+    with torch.device("cpu"):  # also under torch.set_default_device
         order = torch.tensor(list(sampler), dtype=torch.int64)
     return list(order[: images // batch_size * own].split(own))
 
@@ -84,14 +84,14 @@ def any_of(flag: bool, device: torch.device) -> bool:
 
 
 def same_buffers(module: nn.Module) -> None:
-    """Every process takes the first one's buffers: batch statistics differ among processes."""
+    """Broadcast the first process's buffers: running statistics differ between processes."""
     if world().size > 1:
         for buffer in module.buffers():
             dist.broadcast(buffer, 0)
 
 
 def gathered(value: Any) -> list[Any]:
-    """`value` of every process on the first one; elsewhere an empty list."""
+    """The `value` of every process, on the first one; an empty list on the others."""
     here = world()
     if here.size == 1:
         return [value]

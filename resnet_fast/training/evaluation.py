@@ -1,4 +1,4 @@
-"""How good a model is: loss, top-1, top-5, and which class is taken for which."""
+"""Loss, top-1 and top-5 accuracy and confusion matrix of a model."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ from .recipe import PRECISIONS
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Means over the images of a split.
+    """Figures of a model on one split, over all its images.
 
     Attributes:
-        loss: cross-entropy, without smoothing.
-        accuracy, top5: shares of images whose label is the first, or among the first five.
-        confusion: [K,K], images by label (row) and prediction (column).
+        loss: mean cross-entropy, without label smoothing.
+        accuracy: top-1 accuracy, from 0 to 1.
+        top5: top-5 accuracy, from 0 to 1; always 1 with at most five classes.
+        confusion: [K,K] int64 on the CPU, number of images by label (row) and prediction (column).
     """
 
     loss: float
@@ -32,11 +33,11 @@ class Evaluation:
     confusion: Tensor
 
     def recall(self) -> list[float]:
-        """The share of each class's images that were read right; NaN for a class without any."""
+        """Per class, the share of its images predicted correctly; NaN if it has no images."""
         return (self.confusion.diag() / self.confusion.sum(1)).tolist()
 
     def precision(self) -> list[float]:
-        """The share of right ones among the images read as each class; NaN where there are none."""
+        """Per class, the share of its predictions that are correct; NaN if never predicted."""
         return (self.confusion.diag() / self.confusion.sum(0)).tolist()
 
 
@@ -51,14 +52,28 @@ def evaluate(
     split: str = "test",
     workers: int = 0,
 ) -> Evaluation:
-    """`model` on `split` of `data` (`load_data`), shared out among the processes.
+    """Evaluate `model` on one split of `data`.
 
-    The model runs in eval mode, in its own dtype and memory format, and is left in the mode it
-    was in. `precision` is that of autocast.
+    The model runs in eval mode without gradients, in its own dtype and memory format; its mode is
+    restored. With several processes each evaluates a share of the images, and every process must
+    call this function.
+
+    Args:
+        model: maps images [N, data.channels, data.size, data.size] to logits
+            [N, data.num_classes]; on `device`.
+        data: from `load_data`.
+        device: device to run on.
+        batch_size: images per forward pass and process.
+        precision: "fp32", or autocast in "bf16" or "fp16".
+        split: "test" or "train".
+        workers: processes that read the images of an imagefolder; 0 reads them in this one.
+
+    Returns:
+        The figures over the images of all processes.
 
     Raises:
-        ValueError: naming the argument; so for a model that lies on another device, or has not one
-            logit a class of the data.
+        ValueError: an argument is invalid, the model is on another device, or its logits do not
+            match the classes of the data; the message names the argument.
     """
     check_model(model)
     check_data(data)
@@ -71,7 +86,7 @@ def evaluate(
     sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, right, among five
     first = next(model.parameters(), sums)
     if first.device != sums.device:
-        raise ValueError(f"model: lies on {first.device}, expected device {sums.device}")
+        raise ValueError(f"model: expected parameters on {sums.device}, got {first.device}")
     confusion = torch.zeros(classes * classes, dtype=torch.int64, device=device)
     indices = torch.arange(here.rank, data.count(split), here.size)
     mode = model.training
@@ -96,7 +111,7 @@ def evaluate(
 
 
 def as_input(x: Tensor, preprocessing: Preprocessing, model: nn.Module) -> Tensor:
-    """x normalized, in the dtype and memory format of the model's filters."""
+    """x normalized, in the dtype and memory format of the model's first filters."""
     filters = next((p for p in model.parameters() if p.ndim == 4), None)
     x = preprocessing.normalize(x)
     if filters is None:
@@ -107,11 +122,11 @@ def as_input(x: Tensor, preprocessing: Preprocessing, model: nn.Module) -> Tenso
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
-    """x in fp32, or in fp64 where it is: the dtype of a loss."""
+    """x in fp32, or in fp64 if x is: the dtype of the loss."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Autocast in `precision`; for fp32 none."""
+    """Autocast in `precision`; disabled for fp32."""
     dtype = PRECISIONS[precision]
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)

@@ -1,4 +1,4 @@
-"""What a run measured."""
+"""Metrics of a training run."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ TIMES = COLUMNS[-2:]
 
 @dataclass
 class History:
-    """Metrics of a run.
+    """Metrics of a training run.
 
     Attributes:
-        epochs: one dict an epoch, of COLUMNS; `epoch` counts from 1, `lr` is that of the last
-            step, accuracies are shares, `seconds` are those of training and test together,
-            `images_per_second` that of training alone.
-        losses: the training loss of every step.
+        epochs: one dict per epoch with the keys `epoch` (from 1), `lr` (of the last step),
+            `train_loss`, `train_accuracy`, `test_loss`, `test_accuracy` (accuracies from 0 to 1),
+            `images_per_second` (training alone) and `seconds` (training and test).
+        losses: training loss of every step.
     """
 
     epochs: list[dict[str, Any]] = field(default_factory=list)

@@ -1,7 +1,7 @@
-"""A folder of images, one folder a class, read while it is used.
+"""A folder of images, one folder per class; the files are read during training.
 
-    ROOT/train/CLASS/*.jpg and ROOT/val/CLASS/*.jpg (or test), or
-    ROOT/train/CLASS/*.jpg or ROOT/CLASS/*.jpg alone: every fifth image of a class is for the test
+    ROOT/train/CLASS/*.jpg and ROOT/val/CLASS/*.jpg (or valid, or test), or only
+    ROOT/train/CLASS/*.jpg or ROOT/CLASS/*.jpg: then every fifth image of a class is a test image
 """
 
 from __future__ import annotations
@@ -24,14 +24,19 @@ File = tuple[Path, int]
 
 
 class ImageFolder(Inputs):
-    """Images by path, with ImageNet's preprocessing at `size`; attributes as of `data.Data`.
+    """A data set of image files, with ImageNet's preprocessing at `size`.
 
-    Training reads the middle square of the shorter side, `preprocessing.resize` wide, and leaves
-    the rest to the augmentation on the device.
+    Attributes as `data.Data`, with `files` in place of tensors. For training, images are resized
+    and centre-cropped to `preprocessing.resize`; the augmentation on the device does the rest.
+
+    Args:
+        root: folder as above.
+        size: height and width of an input in pixels.
+        seed: of the split, if there is no test folder.
 
     Raises:
-        ValueError: naming the folder that is missing, has less than two classes or none of the
-            images, or leaves nothing for the test.
+        ValueError: a folder is missing, has fewer than two classes or no images, or leaves no test
+            images; the message names it.
     """
 
     name: ClassVar[str] = "imagefolder"
@@ -48,29 +53,32 @@ class ImageFolder(Inputs):
             classes, test = _images(tests[0])
             if classes != self.classes:
                 odd = sorted(set(classes) ^ set(self.classes))
-                raise ValueError(f"{tests[0]}: its classes are not those of train: {odd[0]!r}")
+                raise ValueError(f"{tests[0]}: its classes differ from those of train: {odd[0]!r}")
         else:
             train, test = _part(train, seed)
             if not test:
-                raise ValueError(f"{root}: no class has {TEST_EVERY} images, so none is for a test")
+                raise ValueError(
+                    f"{root}: no test images; expected a val folder or a class of at least "
+                    f"{TEST_EVERY} images"
+                )
         self.files = {"train": train, "test": test}
 
     def seen_by(self, preprocessing: Preprocessing) -> ImageFolder:
-        """The same images for a model that wants them so."""
+        """The same images with another preprocessing, that of a trained model."""
         other = copy.copy(self)
         other.preprocessing = preprocessing
         return other
 
     def count(self, split: str) -> int:
-        """Images in `split`, "train" or "test"."""
+        """Number of images in `split`, "train" or "test"."""
         return len(self.files[split])
 
     def batches(
         self, split: str, chosen: Sequence[Tensor], device: torch.device, workers: int = 0
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """(x, y) on `device` for the indices of every batch in `chosen`, read by `workers`.
+        """Yield (x, y) on `device` for each batch of indices in `chosen`, read by `workers`.
 
-        x is bytes [N,3,H,W], H = W = `size` for the test and `preprocessing.resize` for training.
+        x is uint8 [N,3,H,W]; H = W is `size` for test, `preprocessing.resize` for training.
         """
         crop = self.preprocessing.resize if split == "train" else self.size
         loader = torch.utils.data.DataLoader(
@@ -79,7 +87,7 @@ class ImageFolder(Inputs):
             collate_fn=_collate,
             num_workers=workers,
             pin_memory=device.type == "cuda",
-            generator=torch.Generator(),  # else every loader draws from the global one
+            generator=torch.Generator(),  # by default a loader draws from the global generator
         )
         for batch in loader:
             if isinstance(batch, str):
@@ -88,7 +96,7 @@ class ImageFolder(Inputs):
 
 
 class _Files(torch.utils.data.Dataset):
-    """What a worker reads; an error crosses the process as text, without its traceback."""
+    """The Dataset of the workers; returns an error as text, so that no traceback is printed."""
 
     def __init__(self, folder: ImageFolder, files: Sequence[File], crop: int) -> None:
         self.preprocessing, self.files, self.crop = folder.preprocessing, files, crop
@@ -116,18 +124,18 @@ def _images(root: Path) -> tuple[tuple[str, ...], list[File]]:
     folders = sorted(f for f in root.iterdir() if f.is_dir() and not f.name.startswith("."))
     if len(folders) < 2:
         found = " and ".join(folder.name for folder in folders) or "none"
-        raise ValueError(f"{root}: expected one folder a class, two at least; found {found}")
+        raise ValueError(f"{root}: expected one folder per class, at least two; found {found}")
     files: list[File] = []
     for label, folder in enumerate(folders):
         found = sorted(f for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES)
         if not found:
-            raise ValueError(f"{folder}: has no images ({', '.join(sorted(SUFFIXES))})")
+            raise ValueError(f"{folder}: no images; expected {', '.join(sorted(SUFFIXES))} files")
         files += [(path, label) for path in found]
     return tuple(folder.name for folder in folders), files
 
 
 def _part(files: Sequence[File], seed: int) -> tuple[list[File], list[File]]:
-    """Every TEST_EVERY-th image of a class, in a shuffled order, for the test."""
+    """Split into train and test: every TEST_EVERY-th image of a class, shuffled, is for test."""
     generator = torch.Generator().manual_seed(seed)
     train: list[File] = []
     test: list[File] = []

@@ -45,28 +45,36 @@ def fit(
     workers: int = 0,
     progress: bool = False,
 ) -> History:
-    """Train `model` on `data` as `recipe` says.
+    """Train `model` on `data` by `recipe`, and test it after every epoch.
 
     Under `torchrun` (`distributed.processes`) every process calls it, with equal models.
 
     Args:
-        model: logits [N, data.num_classes] of images [N, data.channels, data.size, data.size]. It
-            is moved to `device`, trained in place and left in training mode.
+        model: maps images [N, data.channels, data.size, data.size] to logits
+            [N, data.num_classes]. It is moved to `device`, trained in place and left in training
+            mode.
         data: from `load_data`.
+        recipe: the hyperparameters.
+        device: device to train on.
         on_epoch: called after every epoch, on the first process, with its row of
             `History.epochs`.
         out: folder for checkpoints, metrics and the final `model.pt`; None writes nothing.
-        resume: True goes on from the furthest checkpoint under `out`, or starts where there is
-            none; a path from that one. The run then ends as if it had not been interrupted, bit by
-            bit, on equal machines with equal numbers of threads and processes (on a GPU with
-            `recipe.deterministic`).
-        spec: how the model is made, for `resnet-fast predict`.
-        workers: processes that read images of a folder.
-        progress: draw bars where stderr is a terminal.
+        resume: True continues from the last checkpoint under `out`, or starts if there is none; a
+            path continues from that checkpoint. The result is bitwise that of an uninterrupted
+            run, given an equal machine and equal numbers of threads and processes. A GPU also
+            needs `recipe.deterministic`.
+        spec: how to create the model; stored in the files, so that `resnet-fast eval` and
+            `predict` need no model name.
+        workers: processes that read the images of an imagefolder; 0 reads them in this one.
+        progress: show progress bars if stderr is a terminal.
+
+    Returns:
+        The metrics of every epoch and the loss of every step, those before a resume included.
 
     Raises:
-        ValueError: naming the argument, attribute of the recipe or file that does not fit.
-        Interrupted: with `out`, after SIGTERM or SIGINT; the step it came in is in a checkpoint.
+        ValueError: an argument, an attribute of the recipe or a file is invalid; the message names
+            it.
+        Interrupted: SIGTERM or SIGINT came, and `out` is given; a checkpoint has every step so far.
     """
     check_model(model)
     check_data(data)
@@ -95,7 +103,7 @@ def fit(
         keeper = Keeper(folder / "checkpoints", resumed)
 
     def save() -> Path:
-        content = run.state.state_dict()  # all processes together
+        content = run.state.state_dict()  # a collective call
         if not run.here.first:
             return keeper.folder
         weights = run.state.best.state_dict()
@@ -107,8 +115,8 @@ def fit(
         stack.enter_context(_deterministic(recipe.deterministic))
         stack.enter_context(checkpointing(model, recipe.checkpointing))
         stack.enter_context(warnings.catch_warnings())
-        # The schedule goes on where the scaler leaves out a step, and PyTorch takes that for an
-        # error where it is the first step.
+        # The schedule also advances when the scaler skips a step; PyTorch warns if that is the
+        # first one.
         warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
         stop = stack.enter_context(stop_signals(keeper is not None))
         log = stack.enter_context(Log(folder if run.here.first else None))
@@ -131,7 +139,7 @@ def fit(
 
 
 class _Run:
-    """A training run: what is trained on what, and how far it is (`state`)."""
+    """A training run: model, data, recipe and progress (`state`)."""
 
     def __init__(self, model, data, recipe: Recipe, device, workers: int, progress: bool) -> None:
         self.data, self.recipe, self.device, self.workers = data, recipe, device, workers
@@ -146,11 +154,11 @@ class _Run:
         if self.here.size > 1:
             devices = [device] if device.type == "cuda" else None
             self.runner = DistributedDataParallel(self.runner, devices)
-        if recipe.sync_bn:  # in place, and afterwards: on a CPU DDP refuses a converted model
+        if recipe.sync_bn:  # in place, after DDP: on a CPU DDP rejects a converted model
             nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
     def steps(self) -> Iterator[int]:
-        """Train what is left of the running epoch; after each step, how many there have been."""
+        """Train the rest of the current epoch; yields the number of steps so far after each."""
         state, images = self.state, self.recipe.batch_size
         order = distributed.batches(
             self.data.count("train"), images, self.recipe.seed, state.epoch, self.here
@@ -172,7 +180,7 @@ class _Run:
                 yield state.epoch * len(order) + state.step
 
     def step(self, x: Tensor, y: Tensor) -> Tensor:
-        """One optimizer step on this process's x, y: its shares of loss and correct images."""
+        """One optimizer step on this process's x, y; returns its part of [loss, correct images]."""
         state, recipe, parts = self.state, self.recipe, self.recipe.accumulate
         figures = torch.zeros(2, device=self.device)
         for part, (xs, ys) in enumerate(zip(x.chunk(parts), y.chunk(parts), strict=True)):
@@ -198,7 +206,7 @@ class _Run:
         return figures
 
     def end_epoch(self) -> dict[str, Any]:
-        """Test the model; the epoch's row, which is in the history then."""
+        """Test the model and add the epoch's row to the history; returns the row."""
         state, recipe, steps = self.state, self.recipe, self.steps_an_epoch
         tally = state.reduced_tally()  # waits for the device
         trained = time.perf_counter() - self.start
@@ -232,22 +240,22 @@ def _check(data: Any, recipe: Recipe, out: Path | None, resume: bool | str | Pat
     images, here = data.count("train"), world()
     if recipe.batch_size > images:
         raise ValueError(
-            f"batch_size: {recipe.batch_size} is more than the {images} training images"
+            f"batch_size: expected at most the {images} training images, got {recipe.batch_size}"
         )
     parts = here.size * recipe.accumulate
     if recipe.batch_size % parts:
         raise ValueError(
-            f"batch_size: {recipe.batch_size} does not go into {here.size} processes of "
-            f"{recipe.accumulate} parts"
+            f"batch_size: expected a multiple of {parts} ({here.size} processes × "
+            f"{recipe.accumulate} parts), got {recipe.batch_size}"
         )
     if resume and out is None:
-        raise ValueError("resume: needs out, the folder that the run goes on in")
+        raise ValueError("resume: expected out too, the folder of the run to continue")
     if out is not None and not resume and checkpoint.checkpoints(out / "checkpoints"):
-        raise ValueError(f"out: {out} holds the checkpoints of another run; resume goes on with it")
+        raise ValueError(f"out: {out} has checkpoints of another run; resume it or change out")
 
 
 def _about(spec: ModelSpec | None, data: Any, recipe: Recipe) -> dict[str, Any]:
-    """What every file of the run says besides tensors."""
+    """What every file of the run stores besides tensors."""
     return {
         "spec": None if spec is None else {"name": spec.name, "options": dict(spec.options)},
         "data": data.name,
@@ -258,7 +266,7 @@ def _about(spec: ModelSpec | None, data: Any, recipe: Recipe) -> dict[str, Any]:
 
 
 def _resume(state: State, about: dict[str, Any], out: Path, resume: bool | str | Path):
-    """Bring `state` to where a checkpoint is; its path, or None where there is none yet."""
+    """Load a checkpoint into `state`; returns its path, or None if there is none yet."""
     if resume is True:
         found = checkpoint.read_last(out / "checkpoints")
         if found is None:
@@ -268,18 +276,18 @@ def _resume(state: State, about: dict[str, Any], out: Path, resume: bool | str |
         path = Path(resume)
         content = checkpoint.read(path)
     if "training" not in content:
-        raise ValueError(f"resume: {path} holds a model alone, nothing to go on with")
+        raise ValueError(f"resume: {path} has only a model; expected a checkpoint")
     for name, here in {**about, **about["recipe"]}.items():
         there = {**content, **content["recipe"]}.get(name)
         if name != "recipe" and there != here:
-            raise ValueError(f"resume: {path} is of {name} {there!r}, this run of {here!r}")
+            raise ValueError(f"resume: {path} has {name} {there!r}, this run has {here!r}")
     state.load_state_dict(content["training"])
     return path
 
 
 @contextmanager
 def _deterministic(enabled: bool) -> Iterator[None]:
-    """Within it, what would not repeat raises an error."""
+    """Within it, nondeterministic operations raise an error."""
     if not enabled:
         yield
         return

@@ -1,4 +1,4 @@
-"""From an image to a model's input: what a checkpoint keeps so that prediction can repeat it."""
+"""From an image to a model's input. A checkpoint stores it, for prediction to repeat."""
 
 from __future__ import annotations
 
@@ -17,9 +17,13 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """Shorter side to `resize`, the middle `size` × `size`, then (x − mean) / std a channel.
+    """Resize, centre crop, normalize: (x − mean) / std per channel.
 
-    mean and std are of values in [0, 1], one a channel.
+    Attributes:
+        size: height and width of the crop, in pixels.
+        resize: length of the shorter side before the crop, in pixels.
+        mean: one value per channel, for x in [0, 1].
+        std: one value per channel, for x in [0, 1].
     """
 
     size: int
@@ -32,11 +36,11 @@ class Preprocessing:
         return len(self.mean)
 
     def at(self, size: int) -> Preprocessing:
-        """The same for inputs of another size, `resize` in proportion."""
+        """The same for inputs of another size; `resize` is scaled in proportion."""
         return replace(self, size=size, resize=round(self.resize * size / self.size))
 
     def normalize(self, x: Tensor) -> Tensor:
-        """(x − mean) / std of x [N,C,H,W]; bytes count as 255ths. fp32, x's memory format."""
+        """(x − mean) / std of x [N,C,H,W]; uint8 counts as x / 255. fp32, in x's memory format."""
         x = x.float() / 255 if x.dtype == torch.uint8 else x
         constants = torch.tensor([self.mean, self.std], device=x.device)
         mean, std = constants.view(2, 1, -1, 1, 1)
@@ -44,7 +48,7 @@ class Preprocessing:
 
 
 class Inputs:
-    """Mixin of a data set with `classes` and `preprocessing`: what a model of it looks like."""
+    """Mixin of a data set with `classes` and `preprocessing`: sizes that a model needs."""
 
     classes: tuple[str, ...]
     preprocessing: Preprocessing
@@ -64,18 +68,18 @@ class Inputs:
 
 
 def imagenet(size: int = 224) -> Preprocessing:
-    """ImageNet's: shorter side to 256, the middle 224 × 224 (He et al. 2015, section 3.4)."""
+    """ImageNet's: shorter side to 256, centre crop 224 × 224 (He et al. 2015, section 3.4)."""
     return Preprocessing(size, round(size * 256 / 224), IMAGENET_MEAN, IMAGENET_STD)
 
 
 def read_image(path: Path, preprocessing: Preprocessing, crop: int | None = None) -> Tensor:
-    """The image as bytes [C, crop, crop], resized and cut from the middle; crop None is `size`.
+    """Read an image as uint8 [C, crop, crop], resized and centre-cropped; None is `size`.
 
-    The same pixels as torchvision's `Resize` and `CenterCrop` take.
+    The same pixels as torchvision's `Resize` and `CenterCrop`.
 
     Raises:
-        ValueError: naming the file, for one that is missing or no image.
-        MissingPackage: without Pillow.
+        ValueError: the file is missing, damaged or not an image; the message names it.
+        MissingPackage: Pillow is not installed.
     """
     Image = imported("PIL.Image", "images", "pillow")
     crop = preprocessing.size if crop is None else crop
@@ -84,7 +88,7 @@ def read_image(path: Path, preprocessing: Preprocessing, crop: int | None = None
         with Image.open(path) as image:
             image = image.convert(mode)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: no image that can be read: {error}") from None
+        raise ValueError(f"{path}: not a readable image: {error}") from None
     width, height = (preprocessing.resize * side // min(image.size) for side in image.size)
     image = image.resize((width, height), Image.Resampling.BILINEAR)
     left, top = round((width - crop) / 2), round((height - crop) / 2)

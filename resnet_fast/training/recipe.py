@@ -1,4 +1,4 @@
-"""How to train: `Recipe`, the optimizer and the learning rate it asks for."""
+"""`Recipe`: the hyperparameters of training, and their optimizer and schedule."""
 
 from __future__ import annotations
 
@@ -24,34 +24,39 @@ FLAGS = (
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that decides what training computes, given model and data.
+    """The hyperparameters of training: with model and data they determine the result.
 
     Attributes:
-        epochs: passes over the training images; each leaves out what fills no batch, others each.
-        batch_size: images an optimizer step, over all processes and parts of `accumulate`.
+        epochs: passes over the training images. Images are shuffled in each; the incomplete last
+            batch is left out.
+        batch_size: images per optimizer step, over all processes and all parts of `accumulate`.
         lr: learning rate after the warm-up.
-        momentum, nesterov, weight_decay: as `torch.optim.SGD`.
-        decay_norms: whether weight decay holds for normalizations and biases too.
-        schedule: "cosine" to 0 (arXiv:1608.03983), "step" (a tenth after a half and after three
-            quarters, as He et al. 2015), or "constant".
-        warmup: epochs in which the learning rate rises to `lr` (arXiv:1706.02677).
-        label_smoothing: as `nn.CrossEntropyLoss`, in training.
-        ema: decay of a moving average of weights and statistics, or None. It is what is tested.
-        clip: greatest norm of all gradients together, or None.
-        accumulate: parts of a process's batch, one backward pass each before the step. Batch
-            statistics are of a part.
-        augment: of `augment.AUGMENTATIONS`, or "auto": what the data set asks for.
+        momentum: as `torch.optim.SGD`.
+        nesterov: as `torch.optim.SGD`.
+        weight_decay: as `torch.optim.SGD`.
+        decay_norms: apply weight decay to normalizations and biases too.
+        schedule: "cosine" to 0 (arXiv:1608.03983), "step" (a factor of 0.1 after 1/2 and after 3/4
+            of all epochs, as He et al. 2015), or "constant".
+        warmup: epochs in which the learning rate rises linearly to `lr` (arXiv:1706.02677).
+        label_smoothing: as `nn.CrossEntropyLoss`, in training only.
+        ema: decay of an exponential moving average of parameters and buffers, or None. The average
+            is what is tested and saved.
+        clip: maximum norm of all gradients together, or None.
+        accumulate: parts of each process's batch, with one backward pass each before the optimizer
+            step. Batch statistics are those of a part.
+        augment: "none", "crop", "crop-flip", "resized-crop-flip", or "auto": the data set's own.
         precision: "fp32", or autocast in "bf16" or "fp16" (with a gradient scaler).
-        channels_last: memory format of model and images.
-        compile: run the model by `torch.compile`.
-        checkpointing: keep only the inputs of residual blocks and recompute them in the backward
-            pass.
+        channels_last: channels_last memory format for model and images.
+        compile: run the model with `torch.compile`.
+        checkpointing: activation checkpointing: store only the inputs of residual blocks, and run
+            the blocks again in the backward pass.
         sync_bn: batch statistics over all processes.
-        deterministic: refuse operations that do not repeat (`torch.use_deterministic_algorithms`).
-        seed: of the order of images and of their augmentation.
+        deterministic: raise an error for nondeterministic operations
+            (`torch.use_deterministic_algorithms`).
+        seed: of image order and augmentation.
 
     Raises:
-        ValueError: naming the attribute.
+        ValueError: an attribute is invalid; the message names it.
     """
 
     epochs: int = 30
@@ -82,11 +87,11 @@ class Recipe:
         check_seed(self.seed)
         for name in ("lr", "momentum", "weight_decay", "warmup"):
             value = getattr(self, name)
-            _expect(name, value, "a number from 0", is_number(value) and value >= 0)
+            _expect(name, value, "a number of at least 0", is_number(value) and value >= 0)
         for name in ("label_smoothing", "ema"):
             value = getattr(self, name)
             allowed = value is None and name == "ema"
-            _expect(name, value, "a number from 0 to below 1",
+            _expect(name, value, "a number from 0 to less than 1",
                     allowed or (is_number(value) and 0 <= value < 1))  # fmt: skip
         _expect("clip", self.clip, "a number above 0 or None",
                 self.clip is None or (is_number(self.clip) and self.clip > 0))  # fmt: skip
@@ -98,21 +103,22 @@ class Recipe:
         for name in FLAGS:
             check_flag(getattr(self, name), name)
         if self.nesterov and self.momentum == 0:
-            raise ValueError("nesterov: needs a momentum above 0")
+            raise ValueError("nesterov: expected a momentum above 0, got 0")
         if self.compile and self.checkpointing:
-            raise ValueError("checkpointing: torch.compile recomputes by itself; leave one out")
+            raise ValueError("checkpointing: torch.compile recomputes by itself; use only one")
         if self.batch_size % self.accumulate:
             raise ValueError(
-                f"accumulate: {self.accumulate} parts do not divide batch_size {self.batch_size}"
+                f"accumulate: expected a divisor of batch_size {self.batch_size}, got "
+                f"{self.accumulate}"
             )
 
     @property
     def dtype(self) -> torch.dtype:
-        """What autocast multiplies in."""
+        """The dtype of autocast."""
         return PRECISIONS[self.precision]
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values; `Recipe(**values)` gives it back."""
+        """The attributes as plain values; `Recipe(**values)` recreates the recipe."""
         return asdict(self)
 
 
@@ -122,15 +128,15 @@ PRESETS: dict[str, dict[str, Any]] = {
     "imagefolder": {"epochs": 90, "batch_size": 256, "weight_decay": 1e-4, "warmup": 5.0},
     "synthetic": {"epochs": 2, "batch_size": 100, "lr": 0.05},
 }
-"""Where a data set asks for other values than `Recipe`'s own."""
+"""Data set → attributes whose default differs from `Recipe`'s."""
 
 WARMUP_SHARE = 0.2
 
 
 def recipe_for(data: str, **asked: Any) -> Recipe:
-    """`asked`, else what the data set asks for, else `Recipe`'s own.
+    """A recipe from `asked`; other attributes are those of PRESETS[data], then `Recipe`'s own.
 
-    Unless asked for, the warm-up takes no more than WARMUP_SHARE of the epochs.
+    If `asked` has no warmup, it is at most WARMUP_SHARE of the epochs.
     """
     values = {"epochs": Recipe.epochs, "warmup": Recipe.warmup, **PRESETS[data], **asked}
     if "warmup" not in asked:
@@ -139,7 +145,7 @@ def recipe_for(data: str, **asked: Any) -> Recipe:
 
 
 def optimizer_of(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
-    """SGD with momentum; without `decay_norms` vectors (normalizations, biases) do not decay."""
+    """SGD with momentum; without `decay_norms`, normalizations and biases have no weight decay."""
     groups = [{"params": [p for p in model.parameters() if p.requires_grad]}]
     if not recipe.decay_norms:
         parameters = groups[0]["params"]
@@ -156,15 +162,15 @@ def optimizer_of(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
 def schedule_of(
     optimizer: torch.optim.Optimizer, recipe: Recipe, steps: int
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """lr · `lr_factor` at every step, for epochs of `steps` steps."""
+    """A scheduler of lr · `lr_factor` at every step, for epochs of `steps` steps."""
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: lr_factor(recipe, i, steps))
 
 
 def lr_factor(recipe: Recipe, step: int, steps: int) -> float:
-    """The share of `recipe.lr` for step number `step` (from 0) in epochs of `steps` steps.
+    """The factor of `recipe.lr` at step number `step` (from 0), with `steps` steps per epoch.
 
     Warm-up of w steps: (step + 1) / w. Then, with t from 0 to 1 over the rest, cosine:
-    (1 + cos πt) / 2; step: 1, 0.1 from a half of all epochs, 0.01 from three quarters.
+    (1 + cos πt) / 2; step: 1, then 0.1 from 1/2 of all epochs and 0.01 from 3/4; constant: 1.
     """
     total, warmup = recipe.epochs * steps, round(recipe.warmup * steps)
     if step < warmup:

@@ -1,8 +1,8 @@
 """Activation checkpointing of residual blocks (Chen et al. 2016, arXiv:1604.06174).
 
-A block keeps its input alone; the backward pass runs it again. Its normalizations must not count
-the batch twice (pytorch/pytorch#96136): while a block runs again, their running statistics stand
-still.
+Only the input of a block is stored; the backward pass runs the block again. The batch must not
+count twice in the running statistics (pytorch/pytorch#96136), so the second run leaves them as they
+are.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from ..blocks import ResidualBlock
 
 @contextmanager
 def checkpointing(model: nn.Module, enabled: bool = True) -> Iterator[None]:
-    """Within it, training keeps only the inputs of the model's residual blocks.
+    """Within it, training stores only the inputs of the model's residual blocks.
 
-    Raises ValueError for a model without any.
+    Raises ValueError for a model without residual blocks.
     """
     blocks = [m for m in model.modules() if isinstance(m, ResidualBlock)] if enabled else []
     if enabled and not blocks:
-        raise ValueError("checkpointing: the model has no residual block of resnet_fast")
+        raise ValueError("checkpointing: expected a model with residual blocks of resnet_fast")
     for block in blocks:
         block.forward = partial(_run, block)
     try:
@@ -45,15 +45,15 @@ def _run(block: ResidualBlock, *inputs: Tensor) -> Tensor:
 
 
 def _contexts(block: ResidualBlock):
-    """The contexts of `torch.utils.checkpoint`: of the first run, of the second."""
+    """The contexts of `torch.utils.checkpoint`: for the first run and for the second."""
     return nullcontext(), _still(block)
 
 
 @contextmanager
 def _still(block: ResidualBlock) -> Iterator[None]:
-    """Within it, running statistics follow the batch by a momentum of 0, and a copy counts it.
+    """Within it, running statistics have momentum 0, and a copy of the counter is incremented.
 
-    They are still passed on, since autograd keeps them, and must find as many tensors as before.
+    They are still passed to the op: autograd saves them, and must save as many tensors as before.
     """
     norms = [m for m in block.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     before = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms if norm.training]

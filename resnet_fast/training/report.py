@@ -1,4 +1,4 @@
-"""Metrics as files: `metrics.csv`, `metrics.jsonl`, TensorBoard's where it is installed, curves."""
+"""Metrics as files: `metrics.csv`, `metrics.jsonl`, TensorBoard if installed, and curves."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from .history import COLUMNS, History
 
 
 class Log:
-    """Keeps the metrics of a run in `folder`; None keeps nothing.
+    """Writes the metrics of a run to `folder`; None writes nothing.
 
-    The files are written anew from the whole history, so that a run that was resumed leaves the
-    same ones as a run that was not.
+    Each epoch rewrites the files from the whole history, so a resumed run leaves the same files as
+    an uninterrupted one.
     """
 
     def __init__(self, folder: Path | None) -> None:
@@ -31,7 +31,7 @@ class Log:
             self.board.close()
 
     def start(self, history: History) -> None:
-        """Begin, or go on after the epochs of `history`."""
+        """Start, or continue after the epochs of `history`."""
         if self.folder is None:
             return
         try:
@@ -46,7 +46,7 @@ class Log:
             self._write(history)
 
     def epoch(self, history: History) -> None:
-        """The last epoch of `history` has ended."""
+        """Write the last epoch of `history`."""
         if self.folder is None:
             return
         self._write(history)
@@ -62,13 +62,13 @@ class Log:
             writer.writeheader()
             writer.writerows(history.epochs)
         with replacing(self.folder / "metrics.jsonl", "w") as file:
-            for row in history.epochs:  # what diverged is null: JSON knows no NaN
+            for row in history.epochs:  # NaN and infinity become null in JSON
                 known = {key: v if math.isfinite(v) else None for key, v in row.items()}
                 file.write(json.dumps(known) + "\n")
 
 
 def plot_curves(history: History, path: Path, title: str = "") -> None:
-    """Loss, accuracy and learning rate by epoch as a PNG. MissingPackage without matplotlib."""
+    """Loss, accuracy and learning rate by epoch, as a PNG. MissingPackage without matplotlib."""
     imported("matplotlib", "curves", "matplotlib")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT as a wish that the loop asks for between two steps."""
+"""SIGTERM and SIGINT set a flag that the training loop reads after each step."""
 
 from __future__ import annotations
 
@@ -13,25 +13,30 @@ import torch
 from .distributed import any_of, world
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-AGREE_EVERY = 8  # steps between two times that processes ask each other
+AGREE_EVERY = 8  # steps between two checks over all processes
 
 
 class Interrupted(Exception):
-    """A signal ended `fit` after a step; `path` is the checkpoint it wrote, `number` the signal."""
+    """A signal stopped `fit` after a step, and `fit` wrote a checkpoint.
+
+    Attributes:
+        number: the signal.
+        path: the checkpoint file; on processes other than the first, its folder.
+    """
 
     def __init__(self, number: int, path: Path) -> None:
-        super().__init__(f"stopped by {signal.Signals(number).name}; {path} has every step so far")
+        super().__init__(f"stopped by {signal.Signals(number).name}; checkpoint: {path}")
         self.number, self.path = number, path
 
 
 class Stop:
-    """Whether to stop, and which signal said so (of another process: SIGTERM)."""
+    """Whether to stop, and the signal number (SIGTERM if another process received it)."""
 
     def __init__(self) -> None:
         self.number = 0
 
     def __call__(self, number: int, frame) -> None:
-        """The handler; Ctrl-C for the second time does not wait for a step."""
+        """The signal handler; a second Ctrl-C stops at once."""
         if self.number == number == signal.SIGINT:
             raise KeyboardInterrupt
         self.number = number
@@ -50,7 +55,7 @@ class Stop:
 
 @contextmanager
 def stop_signals(enabled: bool) -> Iterator[Stop]:
-    """A `Stop` that the process's signals set, within; handlers belong to the main thread alone."""
+    """Within it, signals set the yielded `Stop`; only in the main thread."""
     stop = Stop()
     before = {}
     if enabled and threading.current_thread() is threading.main_thread():

@@ -1,4 +1,4 @@
-"""All that changes while training runs, in one place: what a checkpoint must hold."""
+"""All that changes during training, in one place: the content of a checkpoint."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ PARTS = ("model", "optimizer", "schedule", "scaler", "averaged")
 
 
 class State:
-    """Model, optimizer, schedule, gradient scaler, average, random numbers, place and metrics.
+    """Model, optimizer, schedule, gradient scaler, average, generators, progress and metrics.
 
     Attributes:
-        epoch, step: whole epochs, and optimizer steps of the running one.
-        tally: [steps, 2], loss and correct images of each step of the running epoch, in this
-            process.
+        epoch: complete epochs.
+        step: optimizer steps in the current epoch.
+        tally: [steps, 2], loss and correct images per step of the current epoch, this process's
+            part.
         generator: of the augmentation, on the device; the same numbers in every process.
     """
 
@@ -44,15 +45,15 @@ class State:
 
     @property
     def best(self) -> nn.Module:
-        """The model to test and to keep: the average where there is one."""
+        """The model to test and save: the average if there is one."""
         return self.model if self.averaged is None else self.averaged.module
 
     def reduced_tally(self) -> Tensor:
-        """`tally` over all processes, on the CPU, in double."""
+        """`tally` summed over all processes, fp64, on the CPU."""
         return total(self.tally).double().cpu()
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain values; a collective call: every process makes it."""
+        """Tensors and plain values; a collective call, made by every process."""
         parts = {name: getattr(self, name) for name in PARTS}
         return {
             **{name: None if part is None else part.state_dict() for name, part in parts.items()},
@@ -65,15 +66,15 @@ class State:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state_dict()`.
+        """Continue from `state_dict()`.
 
         Raises:
-            ValueError: it is of another number of processes.
+            ValueError: the state is from another number of processes.
         """
         here = world()
         if len(state["random"]) != here.size:
             raise ValueError(
-                f"resume: the checkpoint is of {len(state['random'])} processes, these are "
+                f"resume: expected {len(state['random'])} processes, as in the checkpoint, got "
                 f"{here.size}"
             )
         for name in PARTS:
@@ -81,7 +82,7 @@ class State:
             if part is not None:
                 part.load_state_dict(state[name])
         self.epoch, self.step = state["epoch"], state["step"]
-        if here.first:  # the others' share is in it
+        if here.first:  # it is the sum over all processes
             self.tally.copy_(state["tally"])
         self.history = History(**state["history"])
         self.generator.set_state(state["generator"])
@@ -89,7 +90,7 @@ class State:
 
 
 def _random_state() -> list[Tensor]:
-    """PyTorch's own generators: of the CPU, and of this process's GPU where it has one."""
+    """PyTorch's default generators: the CPU's, and this process's GPU's if it has one."""
     states = [torch.get_rng_state()]
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         states.append(torch.cuda.get_rng_state())

@@ -1,4 +1,4 @@
-"""A model from a file: one of ours, or a plain state dict such as torchvision's."""
+"""A model from a file: of resnet-fast train, or a plain state dict such as torchvision's."""
 
 from __future__ import annotations
 
@@ -20,9 +20,13 @@ from .preprocessing import Preprocessing, imagenet
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model in eval mode, what its outputs are called, and what it wants to see.
+    """A model in eval mode, with its classes and preprocessing.
 
-    `classes` is None where the file names none.
+    Attributes:
+        model: in fp32 and channels_last.
+        name: of `resnet_fast.list_models()`.
+        classes: class names; None if the file has none.
+        preprocessing: of the model's inputs.
     """
 
     model: nn.Module
@@ -38,17 +42,19 @@ def load_weights(
     impl: str = "auto",
     device: str | torch.device = "cpu",
 ) -> Loaded:
-    """The model whose weights are at `path`, in fp32 and channels_last on `device`.
+    """Load the model whose weights are at `path`, in fp32 and channels_last on `device`.
 
     Args:
-        path: a checkpoint or `model.pt` of `fit`, which says all that is needed, or a plain state
-            dict with torchvision's keys, which gets ImageNet's preprocessing.
-        model: of `resnet_fast.list_models()`; None takes the file's, or the one whose keys and
-            shapes those of the file are.
+        path: a checkpoint or `model.pt` of `fit`, or a plain state dict with torchvision's keys,
+            which gets ImageNet's preprocessing.
+        model: name, of `resnet_fast.list_models()`. None takes the name in the file; without one,
+            the model with the same keys and shapes.
+        impl: implementation of the fused blocks.
+        device: device of the model.
 
     Raises:
-        ValueError: naming the file that is missing, broken or of another model, or `model` where
-            the file fits none or several.
+        ValueError: the file is missing, damaged or of another model, or no model or several match
+            it; the message names the file or `model`.
     """
     check_path(path, "path")
     if model is not None:
@@ -74,23 +80,23 @@ def load_weights(
         options = _sizes(path, weights)
     if model is None:
         model = _recognize(path, weights, options)
-    with torch.device("meta"):  # what would be drawn at random is not wanted
+    with torch.device("meta"):  # skips the random initialization
         net = create_model(model, impl=impl, **options)
     try:
         net.load_state_dict(weights, assign=True)
     except RuntimeError as error:
         why = " ".join(str(error).split("\n\t")[1:2]).strip()
-        raise ValueError(f"model: {path} does not hold the weights of {model}: {why}") from None
+        raise ValueError(f"model: the weights in {path} do not fit {model}: {why}") from None
     net.to(device, torch.float32, memory_format=torch.channels_last).eval()
     return Loaded(net, model, classes, preprocessing)
 
 
 def read_names(path: Path) -> tuple[str, ...]:
-    """Class names of a text file, one a line. ValueError naming a file that cannot be read."""
+    """Class names from a text file, one per line. Raises ValueError if it cannot be read."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: no text file of class names: {error}") from None
+        raise ValueError(f"{path}: not a readable text file of class names: {error}") from None
     return tuple(line.strip() for line in lines if line.strip())
 
 
@@ -106,17 +112,17 @@ def _preprocessing(content: Mapping[str, Any]) -> Preprocessing:
 
 
 def _sizes(path: Path, weights: Mapping[str, Tensor]) -> dict[str, int]:
-    """The options of a model that the shapes of its first and last filters say."""
+    """num_classes and in_channels, from the shapes of the last and first layers."""
     try:
         classes, channels = weights["fc.weight"].size(0), weights["conv1.weight"].size(1)
     except KeyError as error:
-        raise ValueError(f"{path}: has no {error}, as every ResNet has") from None
+        raise ValueError(f"{path}: expected a ResNet; the state dict has no {error}") from None
     return {"num_classes": classes, "in_channels": channels}
 
 
 def _recognize(path: Path, weights: Mapping[str, Tensor], options: Mapping[str, int]) -> str:
     wanted = _shapes(weights)
-    preactivation = "bn_last.weight" in wanted  # which no other net has
+    preactivation = "bn_last.weight" in wanted  # only pre-activation nets have it
     found = []
     for name in list_models():
         if ("preact" in name) != preactivation:
@@ -132,5 +138,5 @@ def _recognize(path: Path, weights: Mapping[str, Tensor], options: Mapping[str, 
 
 
 def _shapes(weights: Mapping[str, Tensor]) -> dict[str, torch.Size]:
-    """Shapes by key, without the counters that files from before PyTorch 0.4.1 lack."""
+    """Shapes by key, without the counters, which files from before PyTorch 0.4.1 lack."""
     return {k: v.shape for k, v in weights.items() if not k.endswith("num_batches_tracked")}

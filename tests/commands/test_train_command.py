@@ -170,7 +170,7 @@ def test_sigterm_and_resume(tmp_path):
     out, err = process.communicate(timeout=120)
     assert (process.returncode, err) == (128 + signal.SIGTERM, "")
     assert "stopped by SIGTERM" in out
-    assert "go on with --resume" in out
+    assert "continue with --resume" in out
     assert cli.main([*words, str(tmp_path / "parts"), "--resume"]) == 0
     assert cli.main([*words, str(tmp_path / "whole")]) == 0
     outs = (tmp_path / "parts", tmp_path / "whole")
@@ -183,12 +183,12 @@ def test_sigterm_and_resume(tmp_path):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        ("train cifar10", "path: cifar10 is read from a file or folder"),
+        ("train cifar10", "path: cifar10 needs the path of its file or folder"),
         ("train cifar10 nowhere.tar.gz", "nowhere.tar.gz: no such file or folder"),
         ("train imagefolder nowhere", "nowhere: no such folder"),
         ("train digits --epochs 0", "epochs: expected an integer of at least 1, got 0"),
         ("train digits --resume nowhere.pt", "nowhere.pt: no such file"),
-        ("train digits --batch-size 5000", "batch_size: 5000 is more than the 1437"),
+        ("train digits --batch-size 5000", "batch_size: expected at most the 1437"),
         ("train synthetic --workers -1", "workers: expected an integer of at least 0, got -1"),
         ("train digits --impl triton --precision bf16", "--impl triton cannot run"),
         ("eval digits --weights nowhere.pt", "nowhere.pt: no such file"),
@@ -197,10 +197,10 @@ def test_sigterm_and_resume(tmp_path):
         ("eval digits --weights {trained}/model.pt --size 0", "size: expected at least 8 pixels"),
         ("predict a.png --weights {trained}/model.pt --size 0", "size: expected at least 1, got 0"),
         ("predict a.png --weights nowhere.pt", "nowhere.pt: no such file"),
-        ("predict a.png --weights {trained}/model.pt", "a.png: no image that can be read"),
-        ("predict a.png --weights {trained}/metrics.csv", "metrics.csv: truncated, or no check"),
+        ("predict a.png --weights {trained}/model.pt", "a.png: not a readable image"),
+        ("predict a.png --weights {trained}/metrics.csv", "metrics.csv: damaged, or not a check"),
         ("predict a.png --weights {trained}/model.pt --top 0", "top: expected at least 1"),
-        ("predict a.png --weights {trained}/model.pt --classes nowhere", "nowhere: no text file"),
+        ("predict a.png --weights {trained}/model.pt --classes nowhere", "nowhere: not a readable"),
         ("predict a.png --weights {trained}/model.pt --model resnet18", "model: "),
     ],
 )
@@ -228,12 +228,12 @@ def test_a_run_is_not_overwritten_and_a_torn_checkpoint_not_used(tmp_path, capsy
     words = ["train", "digits", *SHORT, "--out", str(tmp_path)]
     assert cli.main(words) == 0
     assert cli.main(words) == 2
-    assert f"out: {tmp_path} holds the checkpoints of another run" in capsys.readouterr().err
+    assert f"out: {tmp_path} has checkpoints of another run" in capsys.readouterr().err
     first, last = files.checkpoints(tmp_path / "checkpoints")
     last.write_bytes(last.read_bytes()[:1000])
     assert cli.main([*words, "--resume"]) == 2
     said = capsys.readouterr().err
-    assert f"{last}: truncated" in said
+    assert f"{last}: damaged" in said
     assert f"--resume {first}" in said
     assert cli.main([*words, "--resume", str(first)]) == 0
 
@@ -319,7 +319,7 @@ def test_tables_of_an_evaluation():
         "dog               2    0.00%      0.00%",
         "a long name       0        -      0.00%",
         "",
-        "confusion: a row a class, a column a prediction",
+        "confusion matrix: rows are classes, columns are predictions",
         "              0 1 2",
         "0 cat         3 1 0",
         "1 dog         0 0 2",
@@ -330,7 +330,7 @@ def test_tables_of_an_evaluation():
     names = tuple(f"c{i}" for i in range(21))
     text = eval_command.text(Evaluation(0.5, 0.5, 1.0, many), names)
     assert text.splitlines()[-3:] == [
-        "most often taken for another",
+        "most frequent errors: images, class, prediction",
         "     7  c2 as c1",
         "     2  c3 as c4",
     ]
@@ -339,7 +339,7 @@ def test_tables_of_an_evaluation():
 def test_eval_refuses_other_classes(trained, capsys):
     weights = str(trained / "model.pt")
     assert cli.main(["eval", "synthetic", "--weights", weights]) == 2
-    assert "knows other classes than synthetic" in capsys.readouterr().err
+    assert "are not those of synthetic" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -445,7 +445,7 @@ def test_torchvisions_files_are_recognized(tmp_path, name):
          "are those of cifar_resnet20 and plain_cifar_resnet20; give its name"),
         (lambda: {"fc.weight": torch.zeros(3, 4), "conv1.weight": torch.zeros(4, 3, 3, 3)},
          "are those of no model"),
-        (lambda: {"weight": torch.zeros(3)}, "has no 'fc.weight', as every ResNet has"),
+        (lambda: {"weight": torch.zeros(3)}, "the state dict has no 'fc.weight'"),
         (lambda: [torch.zeros(3)], "neither a checkpoint of resnet_fast nor a state dict"),
         (lambda: {}, "neither a checkpoint of resnet_fast nor a state dict"),
     ],
@@ -464,7 +464,7 @@ def test_a_model_of_another_kind_is_named(tmp_path):
     torch.save(resnet_fast.create_model("cifar_resnet20").state_dict(), path)
     loaded = load_weights(path, "cifar_resnet20")
     assert loaded.name == "cifar_resnet20"
-    with pytest.raises(ValueError, match=f"model: {path} does not hold the weights of resnet18"):
+    with pytest.raises(ValueError, match=f"model: the weights in {path} do not fit resnet18"):
         load_weights(path, "resnet18")
     with pytest.raises(ValueError, match="did you mean"):
         load_weights(path, "resnet-18")

@@ -136,7 +136,7 @@ def test_tune(monkeypatch, capsys):
 
     gain = tune.tune(step, milliseconds)
     assert gain == tune.Gain(3.0, 1.5, 3)
-    assert str(gain) == "3 measured, 3.00 ms a step before, 1.50 after (2.00x)"
+    assert str(gain) == "3 entries measured; 3.00 ms per step before, 1.50 ms after (2.00x)"
     table = json.loads(tuning_tables.user_table("impls", GPU).read_text())["add_relu"]
     assert len(table) == 3 and all(entry["impl"] == "native" for entry in table.values())
     assert all(entry["bytes"] > 0 and entry["flop"] == 0 for entry in table.values())

@@ -244,7 +244,7 @@ def test_full_is_the_size_of_the_paper(monkeypatch):
     [
         ("degradation --full", "path: cifar10"),
         ("activations --index -1 --epochs 1 --size 8 --depth 8", "index: expected 0 to 359"),
-        ("lesion --depth 8", "no two blocks"),
+        ("lesion --depth 8", "depth: expected at least 14"),
         ("bugs --impl triton --device cuda", "cuda"),
     ],
 )

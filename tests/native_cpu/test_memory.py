@@ -192,7 +192,7 @@ def test_env_prints_budget_and_use():
     assert found["budget"] > 0
     done = subprocess.run([sys.executable, "-m", "resnet_fast", "env"], capture_output=True,
                           text=True, check=True)  # fmt: skip
-    assert re.search(r"kept memory +\d+ MiB of at most \d+ MiB", done.stdout)
+    assert re.search(r"CPU cache +\d+ MiB of at most \d+ MiB", done.stdout)
 
 
 @pytest.mark.slow

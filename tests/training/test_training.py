@@ -315,23 +315,23 @@ def test_the_net_follows_the_plain_one(impl):
         ({"batch_size": 0}, "batch_size: expected an integer of at least 1"),
         ({"batch_size": "24"}, "batch_size: expected an integer of at least 1, got '24'"),
         ({"accumulate": 1.5}, "accumulate: expected an integer of at least 1"),
-        ({"seed": 2**63}, "seed: expected an integer of at most 63 bits"),
-        ({"lr": "0.1"}, "lr: expected a number from 0, got '0.1'"),
-        ({"momentum": True}, "momentum: expected a number from 0, got True"),
+        ({"seed": 2**63}, "seed: expected a signed 64-bit integer"),
+        ({"lr": "0.1"}, "lr: expected a number of at least 0, got '0.1'"),
+        ({"momentum": True}, "momentum: expected a number of at least 0, got True"),
         ({"label_smoothing": None}, "label_smoothing: expected a number from 0"),
         ({"precision": torch.bfloat16}, "precision: expected one of fp32, bf16, fp16, got torch"),
         ({"nesterov": "no"}, "nesterov: expected True or False, got 'no'"),
-        ({"lr": -1.0}, "lr: expected a number from 0"),
-        ({"lr": math.nan}, "lr: expected a number from 0"),
+        ({"lr": -1.0}, "lr: expected a number of at least 0"),
+        ({"lr": math.nan}, "lr: expected a number of at least 0"),
         ({"warmup": 4.0}, "warmup: expected at most epochs"),
-        ({"label_smoothing": 1.0}, "label_smoothing: expected a number from 0 to below 1"),
-        ({"ema": 1.0}, "ema: expected a number from 0 to below 1"),
+        ({"label_smoothing": 1.0}, "label_smoothing: expected a number from 0 to less than 1"),
+        ({"ema": 1.0}, "ema: expected a number from 0 to less than 1"),
         ({"clip": 0.0}, "clip: expected a number above 0"),
         ({"schedule": "linear"}, "schedule: expected one of cosine, step, constant"),
         ({"precision": "fp8"}, "precision: expected one of fp32, bf16, fp16"),
         ({"augment": "mixup"}, "augment: expected one of auto, none"),
-        ({"accumulate": 5}, "accumulate: 5 parts do not divide batch_size 24"),
-        ({"momentum": 0.0, "nesterov": True}, "nesterov: needs a momentum"),
+        ({"accumulate": 5}, "accumulate: expected a divisor of batch_size 24, got 5"),
+        ({"momentum": 0.0, "nesterov": True}, "nesterov: expected a momentum"),
         ({"compile": True, "checkpointing": True}, "checkpointing: torch.compile recomputes"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
@@ -344,18 +344,18 @@ def test_a_recipe_names_what_is_wrong(wrong, says):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"recipe": replace(RECIPE, batch_size=200)}, "batch_size: 200 is more than the 100"),
-        ({"resume": True}, "resume: needs out"),
+        ({"recipe": replace(RECIPE, batch_size=200)}, "batch_size: expected at most the 100"),
+        ({"resume": True}, "resume: expected out too"),
         ({"model": without_norms(), "recipe": replace(RECIPE, checkpointing=True)},
-         "checkpointing: the model has no residual block"),
+         "checkpointing: expected a model with residual blocks"),
         ({"model": torch.relu}, "model: expected an nn.Module"),
-        ({"model": model().to("meta")}, "model: conv1.weight lies on meta"),
+        ({"model": model().to("meta")}, "model: conv1.weight is on the meta device"),
         ({"model": OTHER}, r"model: expected logits \[N, 4\], .* got \[24, 3\]"),
         ({"data": torch.zeros(2)}, "data: expected a data set of load_data"),
         ({"recipe": {"epochs": 1}}, "recipe: expected a Recipe, got {'epochs': 1}"),
         ({"device": "cuda:99"}, "device: 'cuda:99' cannot be used here"),
         ({"device": "gpu"}, "device: 'gpu' cannot be used here"),
-        ({"device": "meta"}, "device: expected one that holds values"),
+        ({"device": "meta"}, "device: expected one that stores values"),
         ({"workers": -1}, "workers: expected an integer of at least 0, got -1"),
         ({"out": 5}, "out: expected a path, got 5"),
         ({"resume": 5}, "resume: expected a path, got 5"),
@@ -375,7 +375,7 @@ def test_fit_names_what_is_wrong(options, says):
     [
         ({"model": OTHER}, r"model: expected logits \[N, 4\], .* got \[31, 3\]"),
         ({"model": nn.Identity()}, r"model: expected logits \[N, 4\], .* got \[31, 3, 8, 8\]"),
-        ({"model": model().to("meta")}, "model: conv1.weight lies on meta"),
+        ({"model": model().to("meta")}, "model: conv1.weight is on the meta device"),
         ({"model": "resnet18"}, "model: expected an nn.Module, got 'resnet18'"),
         ({"data": [1, 2]}, r"data: expected a data set of load_data, got \[1, 2\] without"),
         ({"precision": "fp8"}, "precision: expected one of fp32, bf16, fp16, got 'fp8'"),
@@ -398,7 +398,7 @@ def test_evaluate_names_what_is_wrong(options, says):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device")
 @pytest.mark.gpu
 def test_a_model_on_another_device_is_named():
-    with pytest.raises(ValueError, match="model: lies on cpu, expected device cuda:0"):
+    with pytest.raises(ValueError, match="model: expected parameters on cuda:0, got cpu"):
         evaluate(model(), data(), device="cuda")
 
 

@@ -198,8 +198,8 @@ def test_a_truncated_checkpoint_is_refused_and_the_one_before_it_offered(out, sh
     last.write_bytes(whole[: int(share * len(whole))])
     with pytest.raises(CheckpointError) as raised:
         fit(model(), data(), RECIPE, out=out, resume=True)
-    assert str(raised.value).startswith(f"{last}: truncated, or no checkpoint: ")
-    assert str(raised.value).endswith(f"the one before it can be asked for: --resume {before}")
+    assert str(raised.value).startswith(f"{last}: damaged, or not a checkpoint: ")
+    assert str(raised.value).endswith(f"to continue from the one before it: --resume {before}")
     fit(model(), data(), RECIPE, out=out, resume=before)
     assert last.read_bytes() != whole  # its times are others
     history = content(out)["training"]["history"]
@@ -215,14 +215,14 @@ def test_a_changed_byte_is_seen(out):
     assert at > 0
     changed[at] ^= 1
     last.write_bytes(bytes(changed))
-    with pytest.raises(CheckpointError, match=f"{last}: truncated, or no checkpoint"):
+    with pytest.raises(CheckpointError, match=f"{last}: damaged, or not a checkpoint"):
         files.read(last)
 
 
 def test_the_only_checkpoint_has_none_before_it(out):
     (out / "checkpoints" / "epoch-0002.pt").unlink()
     (out / "checkpoints" / "epoch-0003.pt").write_bytes(b"PK")
-    with pytest.raises(CheckpointError, match="there is none before it"):
+    with pytest.raises(CheckpointError, match="no earlier one is left"):
         fit(model(), data(), RECIPE, out=out, resume=True)
 
 
@@ -262,18 +262,18 @@ def test_resume_starts_where_there_is_nothing(tmp_path):
 
 
 def test_another_run_is_not_overwritten(out):
-    with pytest.raises(ValueError, match=f"out: {out} holds the checkpoints of another run"):
+    with pytest.raises(ValueError, match=f"out: {out} has checkpoints of another run"):
         fit(model(), data(), RECIPE, out=out)
 
 
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (lambda out: (data(), replace(RECIPE, lr=0.2), True), "is of lr 0.05, this run of 0.2"),
-        (lambda out: (replace(data(), name="digits"), RECIPE, True), "is of data 'bands'"),
-        (lambda out: (data(), RECIPE, out / "model.pt"), "resume: .*model.pt holds a model alone"),
+        (lambda out: (data(), replace(RECIPE, lr=0.2), True), "has lr 0.05, this run has 0.2"),
+        (lambda out: (replace(data(), name="digits"), RECIPE, True), "has data 'bands'"),
+        (lambda out: (data(), RECIPE, out / "model.pt"), "resume: .*model.pt has only a model"),
         (lambda out: (data(), RECIPE, out / "none.pt"), "none.pt: no such file"),
-        (lambda out: (data(), RECIPE, out / "metrics.csv"), "metrics.csv: truncated, or no ch"),
+        (lambda out: (data(), RECIPE, out / "metrics.csv"), "metrics.csv: damaged, or not"),
     ],
     ids=["recipe", "data", "model", "missing", "other"],
 )
@@ -288,7 +288,7 @@ def test_another_number_of_processes_is_refused(out):
     changed = files.read(path)
     changed["training"]["random"] *= 2
     files.write(path, changed)
-    with pytest.raises(ValueError, match="resume: the checkpoint is of 2 processes, these are 1"):
+    with pytest.raises(ValueError, match="resume: expected 2 processes, as in the checkpoint"):
         fit(model(), data(), RECIPE, out=out, resume=path)
 
 
