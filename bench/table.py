@@ -64,7 +64,8 @@ def run(args: argparse.Namespace) -> int:
     except (OSError, ValueError, RuntimeError) as error:
         print(f"table: {error}", file=sys.stderr)
         return 1
-    changed = [(page, new) for page, old, new in zip(pages, before, after, strict=True) if old != new]
+    changed = [(page, new) for page, old, new in zip(pages, before, after, strict=True)
+               if old != new]  # fmt: skip
     for page, text in changed:
         if args.check:
             print(f"table: {page} differs from the rows; run `python -m bench table --update`",

@@ -4,6 +4,7 @@ import importlib.metadata
 import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -195,6 +196,21 @@ def test_missing_compiler(requested):
     assert "`no-such-compiler` does not run" in run.stderr
     assert (run.returncode == 0) == (requested == "auto")
     assert ("native build = none" in run.stderr) == (requested == "auto")
+
+
+def test_a_source_folder_without_a_build_says_so(tmp_path):
+    """It hides an installed package when Python starts in it."""
+    shutil.copytree(ROOT / "resnet_fast", tmp_path / "resnet_fast",
+                    ignore=shutil.ignore_patterns("_C.*", "__pycache__"))  # fmt: skip
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+        "from resnet_fast.dispatch import backends; print(backends.native_module()[1])"
+    )
+    said = python("-c", code).stdout
+    assert "not built (RESNET_FAST_BUILD=none" in said
+    (tmp_path / "setup.py").touch()
+    said = python("-c", code).stdout
+    assert f"in the source folder {tmp_path}" in said and "build_ext --inplace" in said
 
 
 def test_installed_metadata():

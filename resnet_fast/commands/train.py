@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from .. import __version__
+from ..dispatch import backends
 from ..models import create_model
 from ..runtime.optional import MissingPackage
 from ..training import History, Interrupted, Recipe, fit, load_data
@@ -118,9 +119,19 @@ def _announce(data, name: str, model, recipe: Recipe, impl: str, device: torch.d
     where = str(device) if count == 1 else f"{count} processes on {device.type}"
     changed = recipe.as_dict().items() - Recipe().as_dict().items() | {("epochs", recipe.epochs)}
     print(f"data    {data.name}: {counts} images, {data.num_classes} classes, {data.size} px")
-    print(f"model   {name}, {millions:.2f} M parameters, impl {impl}, {where}")
+    runs = _runs(impl, device.type, recipe)
+    print(f"model   {name}, {millions:.2f} M parameters, {runs}, {where}")
     print("recipe  " + ", ".join(f"{key}={value}" for key, value in sorted(changed)))
     print(f"        resnet_fast {__version__}, PyTorch {torch.__version__}", flush=True)
+
+
+def _runs(impl: str, device: str, recipe: Recipe) -> str:
+    """The implementation that runs the fused blocks; for plain PyTorch by "auto", also why."""
+    where = device, PRECISIONS[recipe.precision]
+    chosen = backends.chosen("bn_act", impl, *where)
+    if chosen != "reference" or impl == "reference":
+        return f"impl {chosen}"
+    return f"impl reference, plain PyTorch ({backends.refusal('native', 'bn_act', *where)})"
 
 
 class _Line:

@@ -14,6 +14,7 @@ import importlib.util
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +29,11 @@ from . import auto_impl
 from .op_checks import checked
 
 REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps ."
+SOURCE = Path(__file__).resolve().parents[2]
+IN_SOURCE = (
+    "if resnet_fast is installed, run Python from another folder; "
+    "to build it here, run `python setup.py build_ext --inplace`"
+)
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,8 @@ def native_module() -> tuple[Any | None, str]:
     (`runtime.settings`) if an environment variable has an invalid value.
     """
     if importlib.util.find_spec("resnet_fast._C") is None:
+        if (SOURCE / "setup.py").exists():
+            return None, f"resnet_fast._C is not built in the source folder {SOURCE}; {IN_SOURCE}"
         return None, "resnet_fast._C is not built (RESNET_FAST_BUILD=none or no compiler)"
     try:
         module = importlib.import_module("resnet_fast._C")

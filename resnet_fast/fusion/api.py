@@ -167,6 +167,8 @@ class Report:
     where: str
 
     def __str__(self) -> str:
+        if not self.rows:
+            return "nothing to fuse: the model has no Conv2d, BatchNorm2d or SyncBatchNorm"
         table = [tuple(name.replace("state", "is") for name in Line._fields), *self.rows]
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in table]

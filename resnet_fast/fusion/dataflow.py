@@ -12,9 +12,11 @@ import inspect
 import operator
 import sys
 import textwrap
+import traceback
 import weakref
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -87,20 +89,23 @@ class _Tracer(fx.Tracer):
         self.proxies.append(weakref.ref(proxy))
         return proxy
 
-    def leaks(self) -> bool:
-        """Whether a value of the forward is still referenced; it is removed from containers."""
+    def leaks(self) -> list[str]:
+        """Where values of the forward are still referenced; they are removed from containers."""
         if all(proxy() is None for proxy in self.proxies):
-            return False
+            return []
         gc.collect()
         held = [proxy() for proxy in self.proxies if proxy() is not None]
+        names: list[str] = []
         for proxy in held:
             for container in gc.get_referrers(proxy):
                 if isinstance(container, dict):
                     for key in [key for key, value in container.items() if value is proxy]:
                         del container[key]
+                        names.append(str(key))
                 elif isinstance(container, list) and container is not held:
                     container[:] = [value for value in container if value is not proxy]
-        return bool(held)
+                    names.append("a list")
+        return names or ["an object"] * bool(held)
 
     def is_leaf_module(self, m, module_qualified_name):
         return True
@@ -194,8 +199,8 @@ def trace(module: nn.Module, fake: FakeTensorMode) -> Forward:
                 modes = [one.training for one in copied.modules()]
                 if modes != [training] + [below] * (len(modes) - 1):
                     raise Mismatch("it switches modules between train and eval mode")
-                if tracer.leaks():
-                    raise Mismatch("it stores a value that it computes")
+                if leaks := tracer.leaks():
+                    raise Mismatch(f"it stores a value that it computes in {min(leaks)}")
                 if str(graph) != str(graphs.setdefault(training, graph)):
                     raise Mismatch(
                         "its calls differ between runs, or with grad mode, autocast or the modes "
@@ -207,8 +212,19 @@ def trace(module: nn.Module, fake: FakeTensorMode) -> Forward:
         raise Mismatch(f"its forward cannot run fused: {error}") from None
     except Exception as error:
         said = textwrap.shorten(f"{type(error).__name__}: {error}", 120, placeholder=" ...")
-        raise Mismatch(f"its forward cannot be traced: {said}") from None
+        if "roxy" in said or "symbolically traced" in said:  # torch.fx's word for a traced value
+            said = "it uses the value or shape of a tensor in Python"
+        raise Mismatch(f"its forward cannot be traced{_line(error)}: {said}") from None
     return Forward(graphs[True], graphs[False], Notes.of(module, reads))
+
+
+def _line(error: Exception) -> str:
+    """The place in the traced code at which `error` was raised, such as " at model.py:23"."""
+    where = ""
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        if not internal(frame.f_globals.get("__name__", "")):
+            where = f" at {Path(frame.f_code.co_filename).name}:{line}"
+    return where
 
 
 def _asks_for_types(module: nn.Module) -> bool:

@@ -240,7 +240,8 @@ def _check(data: Any, recipe: Recipe, out: Path | None, resume: bool | str | Pat
     images, here = data.count("train"), world()
     if recipe.batch_size > images:
         raise ValueError(
-            f"batch_size: expected at most the {images} training images, got {recipe.batch_size}"
+            f"batch_size: expected at most the {images} training images, got {recipe.batch_size}; "
+            "choose a smaller one (--batch-size)"
         )
     parts = here.size * recipe.accumulate
     if recipe.batch_size % parts:

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ import resnet_fast
 from resnet_fast import cli
 from resnet_fast.commands import evaluate as eval_command
 from resnet_fast.commands import train as train_command
+from resnet_fast.dispatch import backends
 from resnet_fast.training import Evaluation, Recipe, evaluate, fit, load_data
 from resnet_fast.training import checkpoint as files
 from resnet_fast.training.checkpoint import ModelSpec
@@ -92,6 +94,8 @@ def test_one_line_an_epoch(tmp_path, capsys):
     assert cli.main(["train", "digits", *SHORT, "--out", str(tmp_path)]) == 0
     said = capsys.readouterr()
     assert said.err == ""  # no bars where there is no terminal
+    ran = backends.chosen("bn_act", "auto", "cpu", torch.float32)
+    assert re.search(rf"^model   cifar_resnet20, .*, impl {ran}\b", said.out, re.MULTILINE)
     lines = [line for line in said.out.splitlines() if line.startswith("epoch")]
     for line, row in zip(lines, rows(tmp_path), strict=True):
         assert line.startswith(f"epoch {row['epoch']}/2")

@@ -458,6 +458,19 @@ class IntoItsInput(Basic):
         return self.relu(x)
 
 
+class Remembering(Basic):
+    """Stores `f` of its result as an attribute."""
+
+    def __init__(self, f):
+        super().__init__(4, 4)
+        self.f = f
+
+    def forward(self, x):
+        y = super().forward(x)
+        self.last = self.f(y)
+        return y
+
+
 class Scaled(Basic):
     def forward(self, x):
         out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
@@ -540,7 +553,11 @@ LEFT_ALONE = {
     ),
     "lazy": (lambda: basic(conv1=nn.LazyConv2d(4, 3, padding=1)), "conv1", "is lazy"),
     "read-twice": (TwoReaders, "conv", "is used 2 times"),
-    "control-flow": (lambda: Branching(4, 4), "(model)", "cannot be traced: TraceError: symbolic"),
+    "control-flow": (lambda: Branching(4, 4), "(model)", "cannot be traced at foreign_models.py:"),
+    "value-in-Python": (
+        lambda: Remembering(lambda y: float(y.mean())), "(model)", "uses the value or shape of a",
+    ),
+    "keeps-a-value": (lambda: Remembering(torch.neg), "(model)", "it computes in last"),
     "no-named-input": (lambda: Wrapper(conv()), "(model)", "no required positional"),
     "untraced-list": (lambda: Wrapper(nn.ModuleList([conv()])), "conv.0", "no forward that can be"),
     "replaced-forward": (replaced_forward, "(model)", "replaced on the instance"),
