@@ -1,7 +1,7 @@
 """`python -m bench table`: README's table, and bar charts, from the rows under `bench/results`.
 
-A line of the table holds one case, and only rows of one run: what was not timed in turns is not
-compared. The newest run of a case is the one shown, faster or slower than the one before.
+Each line of the table is one case and has only rows of one run, because only providers timed in
+turns are compared. It shows the newest run of a case, whether faster or slower than the previous.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("files", nargs="*", type=Path, metavar="FILE.jsonl",
                         help="rows to read (default: bench/results/*.jsonl)")  # fmt: skip
     parser.add_argument("--update", type=Path, metavar="README.md",
-                        help=f"put the table between {BEGIN} and {END} of this file")  # fmt: skip
+                        help=f"write the table between {BEGIN} and {END} of this file")  # fmt: skip
     parser.add_argument("--check", action="store_true",
-                        help="write nothing; 1 when the file's table (README.md, or the one "
-                             "--update names) is not the one the rows give")  # fmt: skip
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw a bar chart too")
+                        help="write nothing; exit status 1 if the table in the file (--update, "
+                             "default README.md) differs from the rows")  # fmt: skip
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="also draw a bar chart")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print, write or check the table; 1 when it differs or rows or markers are at fault."""
+    """Print, write or check the table; 1 if it differs, or if rows or markers are not valid."""
     files = args.files or sorted(rows.RESULTS.glob("*.jsonl"))
     try:
         found = rows.read(files)
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def splice(text: str, table: str, name: str) -> str:
-    """`text` with what stands between its markers replaced. ValueError unless there is one pair."""
+    """`text` with the part between its markers replaced. ValueError unless there is one pair."""
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise ValueError(f"{name}: expected one {BEGIN} followed by one {END}")
     head, _, rest = text.partition(BEGIN)
@@ -92,7 +92,7 @@ def newest(found: Iterable[rows.Row]) -> list[Run]:
 
 
 def markdown(found: Iterable[rows.Row]) -> str:
-    """One table a machine and set of versions: images/s of each provider, speedups, peak memory."""
+    """One table per machine and versions: images/s of each provider, speedups, peak memory."""
     machines: dict[tuple[Any, ...], list[Run]] = {}
     for run in newest(found):
         one = next(iter(run.values()))
@@ -182,7 +182,7 @@ def _peak(run: Run) -> str:
 
 
 def text(found: Iterable[rows.Row]) -> str:
-    """One line a row, for the terminal."""
+    """One line per row, for the terminal."""
     header = ("model", "mode", "dtype", "batch", "provider", "images/s", "ms p20", "ms p50",
               "ms p80", "peak MiB", "vs eager")  # fmt: skip
     lines = [header]
@@ -198,7 +198,7 @@ def text(found: Iterable[rows.Row]) -> str:
 
 
 def columns(lines: Sequence[Sequence[str]], left: int) -> str:
-    """`lines` of equally many cells in columns: the first `left` flush left, the rest right."""
+    """Align `lines` of equally many cells in columns: the first `left` left, the rest right."""
     widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join(
@@ -210,9 +210,9 @@ def columns(lines: Sequence[Sequence[str]], left: int) -> str:
 
 
 def plot_throughput(found: Iterable[rows.Row], path: Path | str) -> None:
-    """Bars of images/s, one group a case, one colour a provider, scaled to eager; PNG at `path`.
+    """PNG bar chart of throughput at `path`: one group per case, one colour per provider.
 
-    A bar's height is relative to eager's (to the case's slowest without eager), its label is
+    A bar's height is relative to eager (without eager, to the case's slowest), its label is
     images/s, its whisker the 20th to 80th percentile. RuntimeError without matplotlib, ValueError
     without rows.
     """
