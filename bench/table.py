@@ -34,15 +34,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("files", nargs="*", type=Path, metavar="FILE.jsonl",
                         help="rows to read (default: bench/results/*.jsonl)")  # fmt: skip
     parser.add_argument("--update", type=Path, metavar="README.md",
-                        help=f"write the table between {BEGIN} and {END} of this file")  # fmt: skip
+                        help=f"put the table between {BEGIN} and {END} of this file")  # fmt: skip
     parser.add_argument("--check", action="store_true",
-                        help="write nothing; exit status 1 if the table in the file (--update, "
-                             "default README.md) differs from the rows")  # fmt: skip
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="also draw a bar chart")
+                        help="write nothing; 1 when the file's table (README.md, or the one "
+                             "--update names) is not the one the rows give")  # fmt: skip
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw a bar chart too")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print, write or check the table; 1 if it differs, or if rows or markers are not valid."""
+    """Print, write or check the table; 1 when it differs or rows or markers are at fault."""
     files = args.files or sorted(rows.RESULTS.glob("*.jsonl"))
     try:
         found = rows.read(files)
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def splice(text: str, table: str, name: str) -> str:
-    """`text` with the part between its markers replaced. ValueError unless there is one pair."""
+    """`text` with what stands between its markers replaced. ValueError unless there is one pair."""
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise ValueError(f"{name}: expected one {BEGIN} followed by one {END}")
     head, _, rest = text.partition(BEGIN)
