@@ -1,9 +1,10 @@
 """Steps: launches with their floor, the least time they can take, and the list of all launches.
 
-The floor of a launch is the larger of its bytes (each tensor once) over the bandwidth of a copy and
-its operations over the rate of a large matmul (Williams, Waterman & Patterson 2009, "Roofline",
-CACM 52(4)). The Triton launchers list the launches on meta tensors (`bench.launches`), so this is
-the floor of what runs. Compared with the ideal schedule of `bench.roofline`, the kernels also move:
+The floor of a launch is the larger of two times: its bytes (each tensor once) over the bandwidth of
+a copy, and its operations over the rate of a large matmul. Source: Williams, Waterman & Patterson
+2009, "Roofline", CACM 52(4). The Triton launchers list the launches on meta tensors
+(`bench.launches`), so this is the floor of what runs. Compared with the ideal schedule of
+`bench.roofline`, the kernels also move:
 
     dz, φ(x)   in the backward of a 3x3 convolution, which computes them once (1x1: on load)
     vectors    partial sums, channel vectors, parameters, the classifier and the loss

@@ -251,7 +251,7 @@ def gradient_cases(
 
 
 def norm_cases(dtype: torch.dtype, channels_last: bool) -> dict[str, Callable[[], Any]]:
-    """Everything that is no convolution, at one layer of ResNet-50."""
+    """All ops that are not convolutions, at one layer of ResNet-50."""
     from resnet_fast import kernels
     from resnet_fast.kernels.conv_train import dgrad_epilogue
 

@@ -43,7 +43,7 @@ def summary(
     estimate: Mapping[str, Any] | None = None,
     replays: int = REPLAYS,
 ) -> dict[str, Any]:
-    """Kernels of one step, the longest first, and by name beside the launches of `estimate`.
+    """Kernels of one step, the slowest first, and by name next to the launches of `estimate`.
 
     Counts and total_us are per step, the mean over `replays`. span_us is the time from a step's
     first kernel to the next step's, busy_us the part of it in which kernels ran.

@@ -51,7 +51,7 @@ def driver() -> Driver | None:
 def declared(cuda: Any, libc: Any) -> Driver:
     """The functions of both libraries. Raises AttributeError if one is missing."""
     found = Driver(
-        # _v2 (CUDA 11.3) suffices: _v3 adds only information about dependencies
+        # no dependencies are requested, so _v2 (CUDA 11.3) reports as much as _v3
         cuda.cuStreamGetCaptureInfo_v2, cuda.cuUserObjectCreate, cuda.cuGraphRetainUserObject,
         cuda.cuUserObjectRelease, libc.calloc, libc.sem_init, libc.sem_trywait, libc.sem_post,
     )  # fmt: skip

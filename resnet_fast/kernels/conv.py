@@ -54,7 +54,7 @@ def conv_fused(
         w = w.contiguous(memory_format=fmt)
     refusal = refuse_tma(x, w, conv, fusion.residual)
     if tma and refusal is not None:
-        raise ValueError(f"tma: True, but descriptors cannot be used ({refusal}); expected None")
+        raise ValueError(f"tma: expected None or False: descriptors cannot be used ({refusal})")
     run = by_pointers if refusal is not None or tma is False else by_descriptors
     return y, run(x, w, conv, fusion, y)
 

@@ -181,7 +181,7 @@ def refuse_tma(x: Tensor, w: Tensor, conv: Conv, *beside: Tensor | None) -> str 
     beside: other activations that the kernel moves.
     """
     if not target(x).has_tma:
-        return "tensor descriptors need sm_90 or later"
+        return "compute capability below 9.0"
     if x.dtype == torch.float64:
         return "fp64"
     if x.dtype == torch.float32 and precision(x) == "ieee":

@@ -71,8 +71,8 @@ def conv_affine_act_tma_kernel(
     Prologue: φ(x) = relu(in_scale·x + in_shift) in registers, before the tensor cores. Epilogue:
     BN, residual and ReLU; `partial` receives the moments of every tile of y for batch statistics.
 
-    x is described as [N, H, 1, W, C], for stride 2 as its parities [N, H/2, 2, W/2, 2·C], so that
-    for a filter tap (r, s) the input of a box of BOX_N × BOX_P × BOX_Q output pixels is a box too.
+    x is described as [N, H, 1, W, C], for stride 2 as its parities [N, H/2, 2, W/2, 2·C]. Thus for
+    a filter tap (r, s) the input of a box of BOX_N × BOX_P × BOX_Q output pixels is a box too.
     w is [K, R·S, C], residual and y are [N, P, Q, K].
     Grid: axis 0: one program per box of pixels and BLOCK_N filters, filters fastest, so that
     programs that run together share the input in L2; axis 1: the SPLIT parts of GEMM_K

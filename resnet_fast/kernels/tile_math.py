@@ -1,7 +1,7 @@
 """Tile operations that kernels share: widening, sums, ReLU and its gradient, bit masks, offsets.
 
-Helpers must not read globals. Otherwise, in Triton up to 3.6, the cache key of a kernel depends on
-whether the helper's key was computed before, and another compilation order misses the cache.
+Helpers must not read globals. Otherwise, in Triton up to 3.6, a kernel's cache key depends on
+whether the helper had a key before. Another compilation order then misses the cache.
 """
 
 import triton
