@@ -1,4 +1,4 @@
-"""Counters that synchronize the programs of a launch: zero before it and after it.
+"""Arrival counters for the programs of a launch: zero before it and after it.
 
 The kernel resets them, so an op that needs counters is still one launch. The launches of a stream
 run in order and share a set. So do the launches that one capture makes on one stream, which stay in

@@ -219,7 +219,7 @@ def fold(partial: Tensor, out: Tensor, per_fold: int | None = None) -> None:
 
 
 def merge_sums(partial: Tensor, rstd: Tensor, res_rstd: Tensor | None) -> tuple[Tensor, ...]:
-    """Three sums [C] from partial [2 or 3, splits, C], scaled by rstd; the third may be empty."""
+    """Sums [C] over partial [2 or 3, splits, C]: Σ0, rstd·Σ1, and res_rstd·Σ2, or empty."""
     sums, splits, channels = partial.shape
     if splits > SUMS_AT_ONCE:
         folds = partial.new_empty(sums, cdiv(splits, TILES_A_SPLIT), channels)
