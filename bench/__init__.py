@@ -2,6 +2,6 @@
 
 import os
 
-# bench.memory profiles every provider, and Kineto would announce each profile on stderr; it reads
-# its level once, when torch is loaded
+# bench.memory profiles every provider, and Kineto would log each profile to stderr. Kineto reads
+# its log level only once, when torch is loaded.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")

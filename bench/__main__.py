@@ -1,7 +1,7 @@
-"""`python -m bench COMMAND`: one module a command, imported only when its command is asked for.
+"""Benchmarks of resnet_fast: `python -m bench COMMAND`, one module per command, imported on use.
 
-A command's module has `add_arguments(parser)` and `run(args) -> int`, the exit status. A new
-command is one more line in COMMANDS.
+A command's module has `add_arguments(parser)` and `run(args) -> int`, the exit status. Add a new
+command to COMMANDS.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from collections.abc import Sequence
 from types import ModuleType
 
 COMMANDS = {
-    "models": ("bench.models", "throughput and peak memory of whole models"),
+    "models": ("bench.models", "measure throughput and peak memory of whole models"),
     "kernels": ("bench.kernels", "compile every Triton kernel without a GPU: registers, spills"),
     "compile": ("bench.compile", "compile the kernels of a model's steps into Triton's cache"),
-    "estimate": ("bench.estimate", "what every launch of a step takes, estimated without a GPU"),
+    "estimate": ("bench.estimate", "estimate the time of every launch of a step without a GPU"),
     "cuda": ("bench.cuda", "compile every CUDA kernel without a GPU: registers, spills"),
-    "ceilings": ("bench.ceilings", "the machine's limits: a copy and a matmul, measured"),
-    "layers": ("bench.layers", "every convolution of a model, fused beside the library's"),
-    "passes": ("bench.passes", "every memory-bound op, beside a copy"),
-    "roofline": ("bench.roofline", "the least time of every launch of a model, and what it took"),
-    "host": ("bench.host", "what a call costs the host on a GPU, and how much it launches"),
-    "gpu": ("bench.gpu", "what a GPU checks and measures, in stages and within a time budget"),
-    "table": ("bench.table", "README's table and plots from the rows under bench/results"),
-    "demo": ("bench.demo", "verification, a short training and a report in a few minutes"),
+    "ceilings": ("bench.ceilings", "measure the machine's limits: a copy and a matmul"),
+    "layers": ("bench.layers", "time every convolution of a model, fused and in PyTorch"),
+    "passes": ("bench.passes", "time every memory-bound op relative to a copy"),
+    "roofline": ("bench.roofline", "minimum time of every launch of a model, and measured times"),
+    "host": ("bench.host", "measure host time and number of launches of a call on a GPU"),
+    "gpu": ("bench.gpu", "check and measure a GPU in stages within a time budget"),
+    "table": ("bench.table", "make README's table and plots from the rows under bench/results"),
+    "demo": ("bench.demo", "verify, train a small model and write a report in a few minutes"),
 }
 
 

@@ -1,8 +1,8 @@
-"""`python -m bench ceilings`: what the machine can do at most, measured: copying and multiplying.
+"""`python -m bench ceilings`: measured limits of the machine, by a copy and a matmul.
 
-Everything else is a share of these: bytes over the copy's bytes/s, operations over the matmul's.
-The copy reads and writes 1 GiB each (256 MiB on a CPU); the product is of two square matrices. On
-CUDA also what a small launch takes in a graph, which is the least time of a kernel.
+Other benchmarks report shares of these limits: bytes over the copy's bytes/s, operations over the
+matmul's operations/s. The copy reads and writes 1 GiB each (256 MiB on a CPU); the matmul is of two
+square matrices. On CUDA it also times a small launch in a CUDA graph, the least time of a kernel.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from resnet_fast.spec.dtypes import PRECISIONS
 class Ceilings:
     """Measured limits of a device: bytes/s of a copy (read plus written), operations/s of a matmul.
 
-    dtype: of the matmul. launch_us: a launch in a CUDA graph that does nearly nothing, where known.
+    dtype: of the matmul. launch_us: time of a minimal launch in a CUDA graph; None if not measured.
     """
 
     bytes_per_s: float
@@ -34,7 +34,7 @@ class Ceilings:
     launch_us: float | None = None
 
     def floor_ms(self, moved: float, flops: float) -> float:
-        """No launch that moves `moved` bytes and does `flops` operations takes less."""
+        """Minimum time of a launch that moves `moved` bytes and does `flops` operations."""
         return 1e3 * max(moved / self.bytes_per_s, flops / self.flops_per_s)
 
 
@@ -53,7 +53,7 @@ def measure(device: torch.device, dtype: str) -> Ceilings:
 
 
 def small_launch_us(device: torch.device, launches: int = 1000, samples: int = 20) -> float:
-    """Microseconds a launch of a graph of `launches` additions to one element, the median."""
+    """Median microseconds per launch in a graph of `launches` additions to one element."""
     one = torch.zeros(1, device=device)
     one.add_(1)
     graph = graph_timing.captured(lambda: one.add_(1), launches)
@@ -62,7 +62,7 @@ def small_launch_us(device: torch.device, launches: int = 1000, samples: int = 2
 
 
 def best_ms(run, device: torch.device, samples: int = 10) -> float:
-    """The fastest of `samples` samples: of a limit, noise only hides it."""
+    """The fastest of `samples` samples: noise only slows a measurement of a limit."""
     return min(sample_ms(run, device, samples))
 
 
@@ -72,11 +72,10 @@ def median_ms(run, device: torch.device, samples: int = 11) -> float:
 
 
 def sample_ms(run, device: torch.device, samples: int, cold: bool = False) -> list[float]:
-    """Milliseconds of `run`, `samples` times, each over enough repeats to be told from noise.
+    """Milliseconds of `run`, `samples` times, each over enough repeats to exceed the noise.
 
-    On CUDA the repeats are one graph between two events, so that what is timed is the GPU: Python
-    takes longer to launch than most layers take to run. cold: there also without what the last
-    repeat left in L2.
+    On CUDA the repeats are one graph between two events, to time the GPU alone: Python takes longer
+    to launch than most layers take to run. cold: on CUDA, flush L2 before each repeat.
     """
     sync = timing.synchronizer(device)
     fastest = timing.warm_up(lambda i: run(), sync)
@@ -102,22 +101,23 @@ def row(facts: rows.Row, found: Ceilings) -> rows.Row:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `python -m bench ceilings`."""
-    parser.add_argument("--device", choices=DEVICES, default="cpu")
-    parser.add_argument("--dtype", choices=list(PRECISIONS), default="bf16")
-    parser.add_argument("--out", type=Path, metavar="FILE.jsonl", help="append the row")
+    parser.add_argument("--device", choices=DEVICES, default="cpu", help="default: cpu")
+    parser.add_argument("--dtype", choices=list(PRECISIONS), default="bf16",
+                        help="of the matmul (default: bf16)")  # fmt: skip
+    parser.add_argument("--out", type=Path, metavar="FILE.jsonl", help="append the row to a file")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure and print; 2 where there is no such device."""
+    """Measure and print; 2 if the device is not available."""
     if args.device == "cuda" and not torch.cuda.is_available():
-        print("--device: expected cpu, torch.cuda.is_available() is False here", file=sys.stderr)
+        print("--device: expected cpu: torch.cuda.is_available() is False here", file=sys.stderr)
         return 2
     device = torch.device(args.device)
     found = measure(device, args.dtype)
     print(
         f"{rows.device_name(device)}: copy {found.bytes_per_s / 1e9:.0f} GB/s, "
         f"{args.dtype} matmul {found.flops_per_s / 1e12:.2f} TFLOP/s"
-        + ("" if found.launch_us is None else f", {found.launch_us:.2f} us a small launch")
+        + ("" if found.launch_us is None else f", {found.launch_us:.2f} us per small launch")
     )
     if args.out is not None:
         rows.append(args.out, [row(rows.facts(device), found)])

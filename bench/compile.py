@@ -1,9 +1,9 @@
 """`python -m bench compile`: compile every kernel of a model's steps, without a GPU, in parallel.
 
-Triton keeps what it compiled in TRITON_CACHE_DIR, so a later run of the same step, here or on a GPU
-machine that was given the folder, compiles nothing: the key is the kernel's source, its arguments'
-kinds, the GPU architecture and Triton itself (the same wheel, so the same Python version). A line a
-kernel says whether the cache had it.
+Triton caches compiled kernels in TRITON_CACHE_DIR. A later run of the same step then compiles
+nothing, here or on a GPU machine with a copy of the folder. The cache key is the kernel's source,
+its arguments' kinds, the GPU architecture and Triton itself (the same wheel, so the same Python
+version). The command prints one line per kernel and whether the cache had it.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ CAPABILITY, MULTIPROCESSORS = 90, 132  # Hopper
 
 @dataclass
 class Compiled(Code):
-    """What became of one kernel at one configuration.
+    """The compiled code of one kernel at one configuration.
 
-    code: the `Launch.code` that it serves. cached: whether Triton's cache had it.
+    code: the `Launch.code` that it is for. cached: whether Triton's cache had it.
     """
 
     case: str = ""
@@ -49,7 +49,7 @@ class Compiled(Code):
 
 
 class OfflineDriver:
-    """Triton's driver where there is no GPU: a target to compile for, nothing to launch on."""
+    """Triton's driver without a GPU: a target to compile for, no device to launch on."""
 
     def __init__(self, capability: int) -> None:
         self.capability = capability
@@ -60,24 +60,24 @@ class OfflineDriver:
         return GPUTarget("cuda", self.capability, 32)
 
     def get_current_device(self) -> int:
-        return self.capability  # kernels are cached by device: one a target
+        return self.capability  # kernels are cached by device: one device per target
 
     def get_current_stream(self, device: int | None = None) -> int:
         return 0
 
 
 def hopper(name: str = "Hopper by rule") -> Any:
-    """The target of an H100 or H200; of one that no tuning table names, unless `name` is one's."""
+    """The target of an H100 or H200; tuning tables apply only if there is one for `name`."""
     from resnet_fast.kernels.launch import Target
 
     return Target(CAPABILITY, MULTIPROCESSORS, name)
 
 
 def compile_launches(launches: Iterable[Launch], target: Any, jobs: int) -> Iterator[Compiled]:
-    """Every distinct kernel of `launches`, compiled for `target` by `jobs` processes, as they end.
+    """Compile every distinct kernel of `launches` for `target` in `jobs` processes, in any order.
 
-    Processes of their own: the driver that stands for the GPU must not meet a real one.
-    Convolutions come first, as they take longest.
+    Separate processes keep the offline driver apart from a real one. Convolutions come first,
+    because they take longest.
     """
     distinct = {one.code: one for one in launches if one.kernel is not None}
     todo = sorted(distinct.values(), key=lambda one: not one.name.startswith("conv"))
@@ -97,7 +97,7 @@ def compile_launches(launches: Iterable[Launch], target: Any, jobs: int) -> Iter
 def _compile(
     module: str, name: str, arguments: list[Any], options: dict[str, Any], target: Any, code: Any
 ) -> Compiled:
-    """In a process of the pool, which a kernel reaches by its name."""
+    """Compile in a process of the pool, which finds the kernel by its name."""
     from triton.runtime import driver
 
     driver.set_active(OfflineDriver(target.capability))
@@ -112,7 +112,7 @@ def compile_one(
 ) -> Compiled:
     """Compile one launch for the active driver's target and read its machine code.
 
-    sections: count its instructions too (`bench.sass`).
+    sections: also count its instructions (`bench.sass`).
     """
     from triton import knobs
 
@@ -136,17 +136,17 @@ def compile_one(
     before, knobs.compilation.listener = knobs.compilation.listener, heard
     try:
         compiled = kernel.warmup(*arguments, grid=(1,), **options)
-    except Exception as error:  # whatever the compiler raises is the row's verdict
+    except Exception as error:  # any error of the compiler becomes the row's failure
         result.failure = f"does not compile: {str(error).strip().splitlines()[-1]}"
         return result
     finally:
         knobs.compilation.listener = before
     result.seconds = time.perf_counter() - begin
     read_code(result, compiled.asm["cubin"], sections)
-    result.shared = compiled.metadata.shared  # what a launch asks for; the code has none of its own
+    result.shared = compiled.metadata.shared  # requested at launch; none of it is static
     half = not case.startswith("fp64") and "ieee" not in arguments
     if result.local:
-        result.failure = f"spills {result.local} bytes a thread"
+        result.failure = f"spills {result.local} bytes per thread"
     elif (
         target.capability == 90
         and name.startswith("conv")
@@ -155,12 +155,12 @@ def compile_one(
     ):
         result.failure = "the convolution has no HGMMA"
     elif result.shared > target.shared:
-        result.failure = f"{result.shared} bytes of shared memory, more than a block may have"
+        result.failure = f"{result.shared} bytes of shared memory exceed the limit of a block"
     return result
 
 
 def read_code(result: Compiled, cubin: bytes, sections: bool = False) -> None:
-    """Fill in what the machine code of a cubin of one kernel shows."""
+    """Fill in `result` from the machine code of a cubin of one kernel."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
@@ -174,24 +174,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `python -m bench compile`."""
     add_case_arguments(parser)
     parser.add_argument("--stages", action="store_true",
-                        help="also what else the stages of `bench gpu` launch")  # fmt: skip
+                        help="also compile the other launches of `bench gpu`")  # fmt: skip
 
 
 def add_case_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options that say which steps, and how many processes compile."""
+    """Options for the steps, and for the number of compiler processes."""
     add = parser.add_argument
-    add("--model", type=names(model_names), default=["resnet50"], metavar="NAME,…")
-    add("--mode", type=names(lambda: MODES), default=["train", "infer"], metavar="train,infer")
+    add("--model", type=names(model_names), default=["resnet50"], metavar="NAME,…",
+        help="models (default: resnet50)")  # fmt: skip
+    add("--mode", type=names(lambda: MODES), default=["train", "infer"], metavar="train,infer",
+        help="default: train,infer")  # fmt: skip
     add("--batch", type=integers, default=[256, 1], metavar="N,…",
-        help="batch 1 is of inference alone")  # fmt: skip
-    add("--dtype", choices=list(PRECISIONS), default="bf16")
-    add("--image-size", type=positive(int), default=224, metavar="N")
+        help="batch sizes; batch 1 only for infer (default: 256,1)")  # fmt: skip
+    add("--dtype", choices=list(PRECISIONS), default="bf16", help="default: bf16")
+    add("--image-size", type=positive(int), default=224, metavar="N", help="pixels (default: 224)")
     add("--jobs", type=positive(int), default=os.cpu_count(), metavar="N",
-        help="processes that compile")  # fmt: skip
+        help="compiler processes (default: one per CPU)")  # fmt: skip
 
 
 def cases(args: argparse.Namespace) -> list[Case]:
-    """The steps that were asked for."""
+    """The requested steps."""
     return [
         Case(model, mode, batch, args.dtype, torch.device("cuda"), args.image_size)
         for model in args.model
@@ -202,7 +204,7 @@ def cases(args: argparse.Namespace) -> list[Case]:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Compile and print; 1 where a kernel does not compile, spills or misses the tensor cores."""
+    """Compile and print; 1 if a kernel does not compile, spills or does not use tensor cores."""
     begin, done = time.perf_counter(), []
     try:
         target = hopper("NVIDIA H200")

@@ -1,8 +1,8 @@
-"""What is timed on a GPU is compared first: at the same sizes, in the same dtype, by the same plan.
+"""Correctness checks of timed GPU code, before timing: same sizes, same dtype, same plan.
 
-Every convolution of a model alone, in inference and in training, under the rule of
-`spec.tolerance`; then the whole model: `bench.gate` at full size, a CUDA graph beside eager
-calls, and the same bits twice. No part of it is timed, and none needs a sanitizer.
+First every convolution of a model alone, in inference and in training, under the rule of
+`spec.tolerance`. Then the whole model: `bench.gate` at full size, a CUDA graph against eager calls,
+and identical bits in two runs. Nothing here is timed or needs a sanitizer.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from resnet_fast.dispatch import ops
 from resnet_fast.spec import reference, tolerance
 from resnet_fast.spec.dtypes import PRECISIONS
 
-AWAY = 0.1  # conv_bprop recomputes a ReLU: its inputs keep this far from the kink
+AWAY = 0.1  # conv_bprop recomputes a ReLU: minimum distance of its inputs from the kink
 RESULTS = {
     "conv_bn_act": ("y",),
     "conv_fprop": ("z", "mean", "m2"),
@@ -32,13 +32,13 @@ RESULTS = {
 }
 
 Call = tuple[str, list[Any]]
-"""An op's name and its arguments but `impl`."""
+"""An op's name and its arguments except `impl`."""
 Check = tuple[str, Callable[[], list[str]]]
-"""What is checked, and what checks it and gives what is wrong."""
+"""The name of a check, and the function that runs it and returns its failures."""
 
 
 def checks(cases: Iterable[Case]) -> Iterator[Check]:
-    """All that is to be checked before `cases` are timed, none of it run yet."""
+    """All checks to run before `cases` are timed; none has run yet."""
     cases = list(cases)
     for what, draw in draws(cases):
         yield what, partial(of_call, draw, cases[0].impl)
@@ -51,7 +51,7 @@ def checks(cases: Iterable[Case]) -> Iterator[Check]:
 def draws(
     cases: Iterable[Case], device: torch.device | None = None
 ) -> Iterator[tuple[str, Callable[[], Call]]]:
-    """The ops that every layer of `cases` runs, and what draws their arguments on `device`."""
+    """Each op of each layer of `cases`, and the function that draws its arguments on `device`."""
     for case in cases:
         where = device or case.device
         makes = {"fprop": fprop, "dgrad and wgrad": bprop}
@@ -64,7 +64,7 @@ def draws(
 
 
 def on(device: torch.device, cases: Iterable[Case]) -> None:
-    """Run every op that is checked once on tensors of `device`: "meta" shows what it launches."""
+    """Run every checked op once on tensors of `device`; "meta" lists the launches."""
     for _, draw in draws(cases, device):
         op, args = draw()
         getattr(ops, op)(*args, "triton")
@@ -93,7 +93,7 @@ def fprop(layer: Layer, n: int, dtype: torch.dtype, device: torch.device) -> Cal
 
 
 def bprop(layer: Layer, n: int, dtype: torch.dtype, device: torch.device) -> Call:
-    """A normalization's backward, dx and dw, the ReLU below and the sums of what is below that."""
+    """Backward of a normalization, dx, dw, backward of the previous ReLU, sums of its BN."""
     x, w, (a, b, c, mean), _ = tensors(layer, n, dtype, device)
     dy, z = (torch.randn_like(F.conv2d(x, w, None, *layer.conv.args())) for _ in range(2))
     scale, shift = _affine(layer, device)
@@ -105,13 +105,13 @@ def bprop(layer: Layer, n: int, dtype: torch.dtype, device: torch.device) -> Cal
         x = x.contiguous(memory_format=torch.channels_last)
         spread = [torch.rand(layer.channels, device=device) + 0.5 for _ in range(2)]
         below = [scale, shift, *spread]
-    need = layer.channels >= 16, True  # the gradient of an image is not asked for
+    need = layer.channels >= 16, True  # the gradient of an image is not computed
     args = [dy, w, x, None, a, z, mean, b, c, *below, None, None, None, *layer.conv.args(), *need]
     return "conv_bprop", args
 
 
 def _affine(layer: Layer, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
-    """scale and shift of the layer's input; an image has none."""
+    """scale and shift of the layer's input; None for an image."""
     if layer.channels < 16:
         return None, None
     scale, shift = (torch.rand(layer.channels, device=device) + 0.5 for _ in range(2))
@@ -119,7 +119,7 @@ def _affine(layer: Layer, device: torch.device) -> tuple[Tensor | None, Tensor |
 
 
 def of_call(draw: Callable[[], Call], impl: str) -> list[str]:
-    """Compare each result of an op with fp64, and with the bits of a second call."""
+    """Compare each result of an op with fp64, and bitwise with a second call."""
     torch.manual_seed(0)
     op, args = draw()
     run = partial(getattr(ops, op), *args, impl)
@@ -132,7 +132,7 @@ def of_call(draw: Callable[[], Call], impl: str) -> list[str]:
         if not verdict.ok:
             wrong.append(f"{name}: {verdict}")
         if not torch.equal(value, other):
-            wrong.append(f"{name}: other bits in a second call")
+            wrong.append(f"{name}: different bits in a second call")
     return wrong
 
 
@@ -144,9 +144,9 @@ def of_model(plain: nn.Module, case: Case) -> list[str]:
 
 
 def of_graph(plain: nn.Module, case: Case) -> list[str]:
-    """Replays on two batches give the bits of eager calls, and eager calls their own again.
+    """Replays on two batches give the same bits as eager calls, and so do repeated eager calls.
 
-    With PyTorch's deterministic algorithms for what cuDNN computes.
+    cuDNN uses its deterministic algorithms.
     """
     before = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
@@ -162,7 +162,8 @@ def of_graph(plain: nn.Module, case: Case) -> list[str]:
         for i, (one, other) in enumerate(zip(eager, results, strict=True)):
             differ = [name for name in one if not torch.equal(one[name], other[name])]
             if differ:
-                wrong.append(f"batch {i}: other bits in {what}: {len(differ)}, first {differ[0]}")
+                found = f"{len(differ)}, first {differ[0]}"
+                wrong.append(f"batch {i}: different bits in {what}: {found}")
     return wrong
 
 

@@ -1,9 +1,9 @@
 """`python -m bench cuda`: compile every .cu of csrc/cuda without a GPU and read its machine code.
 
-By nvcc, a cubin a file and architecture; a row a kernel: registers, spills, shared memory,
-tensor-core instruction, how it loads. Exit status 1 if anything does not compile or spills, or if
-a convolution for sm_90a has no HGMMA. Without CUTLASS' headers the convolutions are left out, and a
-line says so.
+nvcc makes one cubin per file and architecture. One row per kernel: registers, spills, shared
+memory, tensor-core instruction, kind of loads. Exit status 1 if a kernel does not compile or
+spills, or if a convolution for sm_90a has no HGMMA. Without the CUTLASS headers the convolutions
+are skipped with a message.
 """
 
 from __future__ import annotations
@@ -29,21 +29,22 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @dataclass
 class Compiled(Code):
-    """One kernel of one file; seconds: of the file."""
+    """One kernel of one file; `seconds` is the compile time of the file."""
 
     file: str = ""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--arch", default="sm_80,sm_90a", help="sm_80,sm_90a")
-    parser.add_argument("--only", default="", help="files whose name contains this")
+    parser.add_argument("--arch", default="sm_80,sm_90a",
+                        help="GPU architectures (default: sm_80,sm_90a)")  # fmt: skip
+    parser.add_argument("--only", default="", help="only files whose name contains this")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N",
-                        help="compilers at a time")  # fmt: skip
-    parser.add_argument("--json", type=Path, help="write the table here too")
+                        help="compilers at a time (default: one per CPU)")  # fmt: skip
+    parser.add_argument("--json", type=Path, help="also write the table to this file")
 
 
 def run(args: argparse.Namespace) -> int:
-    """The command; 1 on a failure, 2 where there is no nvcc or a bad argument."""
+    """Compile and print; 1 on a failure, 2 without nvcc or for a bad argument."""
     archs = args.arch.split(",")
     bad = [arch for arch in archs if not re.fullmatch(r"sm_\d+a?", arch)]
     if bad:
@@ -73,16 +74,16 @@ def run(args: argparse.Namespace) -> int:
 
 
 def sources() -> tuple[list[Path], str]:
-    """The .cu files that can be compiled here, and a line about those that cannot."""
+    """The .cu files that can be compiled here, and a message about those that cannot."""
     build = runpy.run_path(str(ROOT / "setup.py"))
     cutlass = bool(build["cutlass_headers"]())
     found = [ROOT / name for name in build["sources"]("cuda", ROOT, cutlass) if ".cu" in name]
-    missing = "convolutions left out: CUTLASS is not found (pip install nvidia-cutlass)"
+    missing = "convolutions skipped: CUTLASS not found (pip install nvidia-cutlass)"
     return found, "" if cutlass else missing
 
 
 def compiled(parts: list[tuple[Path, str]], jobs: int) -> Iterator[list[Compiled]]:
-    """What became of every file for every architecture, `jobs` compilers at a time."""
+    """The kernels of every file and architecture, with `jobs` compilers at a time."""
     build = runpy.run_path(str(ROOT / "setup.py"))
     headers = build["cutlass_headers"]()
     flags = [*build["NVCC_FLAGS"], *(flag for path in headers for flag in ("-isystem", path))]
@@ -91,7 +92,7 @@ def compiled(parts: list[tuple[Path, str]], jobs: int) -> Iterator[list[Compiled
 
 
 def compile_file(source: Path, arch: str, flags: list[str]) -> list[Compiled]:
-    """The kernels of one file (none where it is the host's), by nvcc for one architecture."""
+    """The kernels of one file (none if it is host code), by nvcc for one architecture."""
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "code.cubin"
@@ -114,7 +115,7 @@ def compile_file(source: Path, arch: str, flags: list[str]) -> list[Compiled]:
 
 
 def names(functions: list[tuple[str, str]]) -> list[str]:
-    """Kernels' names as they are in the source, as far as there is a c++filt."""
+    """Kernel names as in the source; mangled if there is no c++filt."""
     if not functions:
         return []
     mangled = "\n".join(name for name, _ in functions)
@@ -125,7 +126,7 @@ def names(functions: list[tuple[str, str]]) -> list[str]:
 
 
 def short(name: str) -> str:
-    """A demangled kernel as its own name and template arguments."""
+    """The name and template arguments of a demangled kernel."""
     found = re.search(r"(\w+_kernel)(<[^(]*?>)?\(", name)
     if not found:
         return re.sub(r"\W+", " ", name)[:60]
@@ -134,9 +135,9 @@ def short(name: str) -> str:
 
 
 def with_failure(row: Compiled) -> Compiled:
-    """The row, with a failure where its code has one."""
+    """The row, with `failure` set if its code is at fault."""
     if row.local:
-        row.failure = f"spills {row.local} bytes a thread"
+        row.failure = f"spills {row.local} bytes per thread"
     elif row.file.startswith("conv_sm90") and row.arch == "sm_90a" and row.tensor_cores != "HGMMA":
         row.failure = "the convolution has no HGMMA"
     return row

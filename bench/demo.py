@@ -1,12 +1,12 @@
-"""`python -m bench demo`: the whole of resnet_fast in a few minutes, on the CPU.
+"""`python -m bench demo`: a tour of resnet_fast in a few minutes, on the CPU.
 
     environment    as `resnet-fast env` prints it
     verification   every op and block in fp32 and bf16, and ResNet-50
-    training       ResNet-20 on scikit-learn's digits, plain and fused side by side (`bench.digits`)
-    throughput     ResNet-18 and ResNet-50 beside eager PyTorch (`bench.models`)
-    report         OUT/report.html, its pictures and the rows and checks it was made from
+    training       ResNet-20 on scikit-learn's digits, plain and fused in lock step (`bench.digits`)
+    throughput     ResNet-18 and ResNet-50 against eager PyTorch (`bench.models`)
+    report         OUT/report.html with its pictures, and the rows and checks behind it
 
-Every part makes claims; the last line is `demo: ok` when all of them hold.
+Every part makes claims; the last line is `demo: ok` if all of them hold.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from resnet_fast.verify import report as checks_report
 MODEL = "resnet50"
 VERIFIED = {"ops": ["fp32", "bf16"], "blocks": ["fp32", "bf16"], "models": ["fp32"]}
 GOAL = 0.97
-EARLY = {"fp32": (5, 1e-3), "fp64": (20, 1e-9)}  # steps, and how far apart a loss may be in them
+EARLY = {"fp32": (5, 1e-3), "fp64": (20, 1e-9)}  # steps, and the largest difference of their losses
 THROUGHPUT = (
     "--model resnet18,resnet50 --mode infer,train --batch 1,8 --dtype fp32 --device cpu "
     "--providers eager,resnet_fast --rounds 7"
@@ -42,7 +42,7 @@ THROUGHPUT = (
 
 @dataclass(frozen=True)
 class Claim:
-    """One sentence that the demo stands for, and whether it held."""
+    """One claim of the demo, and whether it holds."""
 
     text: str
     ok: bool
@@ -55,12 +55,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `python -m bench demo`."""
     add = parser.add_argument
     add("--out", type=Path, default=Path("build/demo"), metavar="DIR",
-        help="where report.html goes (default: build/demo)")  # fmt: skip
-    add("--impl", choices=IMPLS, default="auto", help="implementation that resnet_fast runs")
+        help="folder for report.html and its data (default: build/demo)")  # fmt: skip
+    add("--impl", choices=IMPLS, default="auto", help="of resnet_fast (default: auto)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """All parts in order; 1 when a claim does not hold or a part cannot run, else 0."""
+    """Run all parts in order; 1 if a claim does not hold or a part cannot run, else 0."""
     start = time.perf_counter()
     reasons = list(missing([args.impl], ["cpu"], ["fp32", "bf16"]))
     if reasons:
@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
             claims=[(claim.text, claim.ok) for claim in claims],
             facts=rows.facts(torch.device("cpu")),
         )
-    except (RuntimeError, OSError) as error:  # a missing package, a disk that is full
+    except (RuntimeError, OSError) as error:  # a missing package, a full disk
         print(f"demo: FAILED: {error}")
         return 1
     _heading("claims")
@@ -101,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def verification(impl: str, out: Path) -> tuple[list[verify.Check], list[Claim]]:
-    """Checks of ops, blocks and ResNet-50, kept in OUT/verify.json; a claim a part."""
+    """Check ops, blocks and ResNet-50; write OUT/verify.json. One claim per part."""
     checks: list[verify.Check] = []
     claims = []
     for part, dtypes in VERIFIED.items():
@@ -114,7 +114,7 @@ def verification(impl: str, out: Path) -> tuple[list[verify.Check], list[Claim]]
             if not check.ok:
                 print(checks_report.failure(check))
         right = sum(check.ok for check in found)
-        text = f"{name}: {right} of {len(found)} results as near to fp64 as plain PyTorch's"
+        text = f"{name}: {right} of {len(found)} results as close to fp64 as plain PyTorch's"
         claims.append(Claim(text, bool(found) and right == len(found)))
     document = checks_report.document(checks, env.collect())
     (out / "verify.json").write_text(json.dumps(document) + "\n")
@@ -122,12 +122,12 @@ def verification(impl: str, out: Path) -> tuple[list[verify.Check], list[Claim]]
 
 
 def training(impl: str) -> tuple[dict[str, digits.Curve], list[Claim]]:
-    """The curves of the three nets, printed epoch by epoch; claims on early steps and the end."""
+    """Train the three nets and print their curves; claims about the first steps and the end."""
     data = digits.load()
     count = len(data.train_y) + len(data.test_y)
-    print(f"{digits.MODEL} on {count} scans of digits, {digits.EPOCHS} epochs, equal batches")
+    print(f"{digits.MODEL} on {count} scans of digits, {digits.EPOCHS} epochs, same batches")
     steps = EARLY["fp64"][0]
-    with _threads(1):  # the nets are so small that more threads mostly wait for each other
+    with _threads(1):  # the nets are too small for more threads to help
         double = digits.nets(impl, torch.float64)
         exact = digits.train(
             double, data, steps=steps, progress=functools.partial(tqdm, desc="train fp64")
@@ -144,38 +144,38 @@ def training(impl: str) -> tuple[dict[str, digits.Curve], list[Claim]]:
             cells.append(f"{loss:9.4f} {curve.accuracies[epoch]:8.2%}")
         print(f"{epoch + 1:5}  " + "  ".join(cells))
     for name, curve in curves.items():
-        print(f"{name}: {1e3 * curve.seconds / len(curve.losses):.1f} ms a step")
+        print(f"{name}: {1e3 * curve.seconds / len(curve.losses):.1f} ms per step")
     return curves, training_claims(curves, exact)
 
 
 def training_claims(
     curves: Mapping[str, digits.Curve], exact: Mapping[str, digits.Curve]
 ) -> list[Claim]:
-    """The fused net follows the plain one, in fp64 for long, and both end above GOAL."""
+    """Claims: the fused net's first losses match the plain net's, and both reach GOAL."""
     claims = []
     for dtype, found in (("fp64", exact), ("fp32", curves)):
         steps, allowed = EARLY[dtype]
         apart = max(digits.drift(found, "fused")[:steps])
         text = (
-            f"the first {steps} losses in {dtype} are the plain ones to {allowed:g} ({apart:.1e})"
+            f"the first {steps} losses in {dtype} match the plain ones to {allowed:g} ({apart:.1e})"
         )
         claims.append(Claim(text, apart <= allowed))
     for name in ("plain", "fused"):
         reached = curves[name].accuracies[-1]
-        text = f"the {name} net reads at least {GOAL:.0%} of the test digits ({reached:.2%})"
+        text = f"the {name} net classifies at least {GOAL:.0%} of the test digits ({reached:.2%})"
         claims.append(Claim(text, reached >= GOAL))
     return claims
 
 
 def throughput(impl: str, out: Path) -> tuple[list[rows.Row], Claim]:
-    """Rows of `bench.models`, kept in OUT/throughput.jsonl, which starts anew."""
+    """Rows of `bench.models`, written to a new OUT/throughput.jsonl."""
     from bench.__main__ import main as bench
 
     path = out / "throughput.jsonl"
     path.unlink(missing_ok=True)
     status = bench(["models", *THROUGHPUT, "--impl", impl, "--out", str(path)])
     measured = rows.read([path]) if path.exists() else []
-    claim = Claim("whole models pass their gate before they are timed", status == 0)
+    claim = Claim("whole models pass the correctness gate before they are timed", status == 0)
     return measured, claim
 
 

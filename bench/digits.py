@@ -3,8 +3,8 @@
 1,797 real scans of 8×8 pixels and 17 grey levels (Alpaydin & Kaynak 1998, UCI), doubled to 16×16
 and given three equal channels.
 All nets start from the same weights and see the same batches, so that their losses can be compared
-step by step: equal up to rounding at first, later apart, since training multiplies a difference.
-How far apart is no fault is seen from plain PyTorch itself, in NCHW beside channels_last.
+step by step. They are equal up to rounding at first; later they diverge, because training amplifies
+differences. Plain PyTorch in NCHW against channels_last shows how much divergence is normal.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SHIFT = 2  # pixels of 16
 
 @dataclass(frozen=True)
 class Digits:
-    """Images [N,3,16,16] of zero mean and unit variance, labels [N]; split once and for all."""
+    """Images [N,3,16,16] of zero mean and unit variance, labels [N]; the split is fixed."""
 
     train_x: Tensor
     train_y: Tensor
@@ -44,7 +44,7 @@ class Digits:
 
 @dataclass
 class Curve:
-    """What one model did: a loss a step, a test accuracy an epoch, seconds in its steps."""
+    """One model's training: a loss per step, a test accuracy per epoch, seconds in its steps."""
 
     losses: list[float] = field(default_factory=list)
     accuracies: list[float] = field(default_factory=list)
@@ -52,7 +52,7 @@ class Curve:
 
 
 def load(seed: int = 0) -> Digits:
-    """The digits, a fifth of them (stratified) for the test. RuntimeError without scikit-learn."""
+    """The digits, a fifth of them (stratified) for testing. RuntimeError without scikit-learn."""
     data = load_data("digits", seed=seed)
     train, test = (
         data.preprocessing.normalize(x).contiguous(memory_format=torch.channels_last)
@@ -62,7 +62,8 @@ def load(seed: int = 0) -> Digits:
 
 
 def batches(data: Digits, epochs: int, seed: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-    """Shuffled batches of BATCH, every image moved by up to SHIFT pixels; the rest is dropped."""
+    """Shuffled batches of BATCH, every image shifted by up to SHIFT pixels; drops a last short one.
+    """
     generator = torch.Generator().manual_seed(seed)
     empty = data.train_x.min()
     for _ in range(epochs):
@@ -78,7 +79,7 @@ def batches(data: Digits, epochs: int, seed: int = 0) -> Iterator[tuple[Tensor, 
 
 
 def nets(impl: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[str, nn.Module]:
-    """One net three times, equal weights: "plain" and "fused" channels_last, and "plain NCHW"."""
+    """Three nets with equal weights: "plain" and "fused" in channels_last, and "plain NCHW"."""
     import resnet_fast
 
     torch.manual_seed(seed)
@@ -98,11 +99,11 @@ def train(
     steps: int | None = None,
     progress: Callable[..., Iterable] | None = None,
 ) -> dict[str, Curve]:
-    """Train all `models` on the same batches, in turns; a curve each.
+    """Train all `models` on the same batches, in turns; returns one curve each.
 
     SGD with Nesterov momentum, one cycle of the learning rate from START_LR to PEAK_LR and back
-    (Smith & Topin 2017, arXiv:1708.07120): it starts low so that differences grow slowly.
-    `steps` ends it early; `progress(list)` may draw a bar around it.
+    (Smith & Topin 2017, arXiv:1708.07120). It starts low so that differences grow slowly.
+    `steps` limits the number of steps; `progress(list)` may wrap the batches in a progress bar.
     """
     an_epoch = len(data.train_y) // BATCH
     total = epochs * an_epoch
@@ -136,13 +137,13 @@ def train(
 
 
 def drift(curves: Mapping[str, Curve], name: str, beside: str = "plain") -> list[float]:
-    """|loss − loss of `beside`| / loss of `beside`, a value a step."""
+    """|loss − loss of `beside`| / loss of `beside`, one value per step."""
     pairs = zip(curves[name].losses, curves[beside].losses, strict=True)
     return [abs(a - b) / b for a, b in pairs]
 
 
 def accuracy(model: nn.Module, data: Digits) -> float:
-    """Share of the test images that `model` reads right; leaves it in training mode."""
+    """Share of the test images that `model` classifies correctly; leaves it in training mode."""
     model.eval()
     with torch.no_grad():
         logits = model(_as_of(model, data.test_x))

@@ -1,8 +1,8 @@
-"""`python -m bench estimate`: what each launch of a model's step takes on a GPU, without the GPU.
+"""`python -m bench estimate`: estimated GPU time of each launch of a model's step, without a GPU.
 
-An estimate, not a measurement: it orders kernels and changes of kernels where no GPU is at hand.
-Every launch is found by the package's own launchers (`bench.launches`) and compiled
-(`bench.compile`), and its SASS is read (`bench.sass`). For a launch of P programs
+An estimate, not a measurement: it ranks kernels and kernel changes when no GPU is available.
+`bench.launches` lists the launches by the package's launchers, `bench.compile` compiles them, and
+`bench.sass` reads their SASS. For a launch of P programs
 
     time = max(bytes / bandwidth, FLOP / rate, T / clock) + gap
 
@@ -12,16 +12,18 @@ n = ceil(P / multiprocessors) programs, o of them at a time (by registers, share
     T = max(n · busiest pipe of a program, ceil(n / o) · one program alone)
     one program alone = first load + before + trips · loop + dependent load + after
 
-A section takes its busiest pipe: issue (a warp instruction a cycle and scheduler), MIO (shuffles
-and shared memory, an instruction a cycle of any width), LSU (global memory) or the tensor cores. A
-loop that waits for its matrix products takes them and what it does not issue meanwhile one after
-the other; one whose loads are not asynchronous waits for a load in every trip. With o = 1 the
-prologue and the epilogue of every tile are thus exposed ("latency"), with more they overlap with
-other programs. A launch's floor is the larger of its first two terms, every tensor moved once. Not
-modelled: L2 bandwidth, bank conflicts, barriers, cold instruction caches, and PyTorch's own kernels
-beyond their floor. "Small" are launches beside the convolutions that move less than L2 holds.
+A section takes the time of its busiest pipe: issue (one warp instruction per cycle and scheduler),
+MIO (shuffles and shared memory, one instruction of any width per cycle), LSU (global memory) or the
+tensor cores. In a loop that waits for its matrix products, instructions that are not issued while
+they run add to their time. A loop whose loads are not asynchronous waits for a load in every trip.
+With o = 1 the prologue and the epilogue of every tile are exposed ("latency"); with more they
+overlap with other programs. A launch's floor is the larger of the first two terms, with every
+tensor moved once. Not modelled: L2 bandwidth, bank conflicts, barriers, cold instruction caches,
+and PyTorch's own kernels beyond their floor. "Small" launches are passes and PyTorch kernels that
+move less than L2 holds.
 
-Source: Williams, Waterman & Patterson 2009, "Roofline", CACM 52(4); `GPUS` names its own.
+Source: Williams, Waterman & Patterson 2009, "Roofline", CACM 52(4). `GPUS` gives the sources of its
+numbers.
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ from bench.launches import Launch, launches_of
 from bench.sass import Section
 from bench.step import Case
 
-SCHEDULERS = 4  # of a multiprocessor
+SCHEDULERS = 4  # per multiprocessor
 
 
 def cdiv(a: int, b: int) -> int:
@@ -51,10 +53,10 @@ def cdiv(a: int, b: int) -> int:
 
 @dataclass(frozen=True)
 class Gpu:
-    """What the clock knows of a GPU. Rates a second, latencies and times of launches in µs.
+    """Parameters of a GPU. Rates are per second; latencies and launch times are in µs.
 
-    shared: bytes of a multiprocessor, of which each program takes 1 KiB more than it asks for.
-    calibrated: the card whose measured ceilings these are; empty where they are the table's.
+    shared: bytes per multiprocessor; each program takes 1 KiB more than it requests.
+    calibrated: the card whose measured ceilings these are; empty for those of `GPUS`.
     """
 
     name: str
@@ -75,7 +77,7 @@ class Gpu:
     calibrated: str = ""
 
     def floor_us(self, moved: float, flops: float) -> float:
-        """No launch that moves `moved` bytes and does `flops` operations takes less."""
+        """Minimum time of a launch that moves `moved` bytes and does `flops` operations."""
         return 1e6 * max(moved / self.bytes_per_s, flops / self.flops_per_s)
 
     def resident(self, registers: int, shared: int, warps: int) -> int:
@@ -86,11 +88,11 @@ class Gpu:
         return max(1, min(by_registers, by_shared, self.threads // (32 * warps), self.programs))
 
 
-# H200: what a copy reaches of the data sheet's 4.8 TB/s, and a 16-bit product of its 989 TFLOP/s;
-# H100 SXM: the same share of its 3.35 TB/s. Clock: boost under load. Limits of a multiprocessor:
-# CUDA programming guide, compute capability 9.0. Latencies on Hopper, rounded: a first TMA load, a
-# load from memory, a load from L2 (where a launch moves less than L2 holds). A small launch in a
-# CUDA graph: 2 to 2.5 µs. `--calibrate` replaces what `bench ceilings` measures.
+# H200: what a copy reaches of the data sheet's 4.8 TB/s, and a 16-bit matmul of its 989 TFLOP/s.
+# H100 SXM: the same share of its 3.35 TB/s. Clock: boost under load. Multiprocessor limits: CUDA
+# programming guide, compute capability 9.0. Latencies on Hopper, rounded: first TMA load, load from
+# memory, load from L2 (for a launch that moves less than L2 holds). A small launch in a CUDA graph:
+# 2 to 2.5 µs. `--calibrate` replaces the values that `bench ceilings` measures.
 GPUS = {
     "h200": Gpu("h200", 4.3e12, 790e12),
     "h100": Gpu("h100", 3.0e12, 790e12),
@@ -114,7 +116,7 @@ def _dgrad_steps(a: Mapping[str, Any]) -> int:
     return math.ceil(taps * a["k_tiles"])
 
 
-# Trips of the main loop, by the kernel's parameters; kernels that are not here have no loop.
+# Trips of the main loop from the kernel's parameters; kernels not listed have no loop.
 TRIPS: dict[str, Callable[[Mapping[str, Any]], int]] = {
     "conv_affine_act_tma_kernel": _gemm_steps,
     "conv_affine_act_kernel": _pointer_steps,
@@ -134,7 +136,7 @@ TRIPS: dict[str, Callable[[Mapping[str, Any]], int]] = {
 
 
 def moved(one: Launch) -> int:
-    """Bytes of a launch: each tensor once. A 1x1 of stride 2 reads one pixel of four."""
+    """Bytes of a launch: each tensor once. A 1x1 filter with stride 2 reads one pixel of four."""
     total = sum(t.numel() * t.element_size() for t in one.tensors)
     a = one.arguments
     if one.name in ("conv_affine_act_tma_kernel", "conv_wgrad_kernel") and a["STRIDE"] == 2:
@@ -145,7 +147,7 @@ def moved(one: Launch) -> int:
 
 
 def flops(one: Launch) -> int:
-    """Floating point operations of a convolution, 2 a multiply-add; of other kernels none."""
+    """Floating-point operations of a convolution, 2 per multiply-add; 0 for other kernels."""
     a = one.arguments
     if one.kernel is None:
         return one.flops
@@ -159,7 +161,7 @@ def flops(one: Launch) -> int:
 
 @dataclass(frozen=True)
 class Cycles:
-    """Cycles of a multiprocessor for one program: its busiest pipe in all, and alone."""
+    """Cycles of one program on a multiprocessor: those of its busiest pipe, and its time alone."""
 
     busiest: float
     alone: float
@@ -167,7 +169,7 @@ class Cycles:
 
 
 def program(code: Compiled, warps: int, trips: int, load_us: float, gpu: Gpu) -> Cycles:
-    """Of a kernel whose loop makes `trips` trips; load_us: of a load that something waits for."""
+    """Cycles of a kernel with `trips` loop trips; load_us is the latency of a dependent load."""
     s, share = code.sass, warps / SCHEDULERS
 
     def pipes(section: Section) -> dict[str, float]:
@@ -193,7 +195,7 @@ def program(code: Compiled, warps: int, trips: int, load_us: float, gpu: Gpu) ->
 
 
 def entry(one: Launch, code: Compiled | None, mode: str, gpu: Gpu) -> dict[str, Any]:
-    """The row of a launch: what it is, what its code says, and its time."""
+    """The row of a launch: its shape, its code and its estimated time."""
     size, work = moved(one), flops(one)
     floor = gpu.floor_us(size, work)
     found: dict[str, Any] = {
@@ -236,7 +238,7 @@ def entry(one: Launch, code: Compiled | None, mode: str, gpu: Gpu) -> dict[str, 
 
 
 def family(one: Launch, mode: str) -> str:
-    """Which kernels a launch is summed with: passes of training, or kinds of convolution."""
+    """The group in which a launch is summed: a pass of training, or a kind of convolution."""
     a = one.arguments
     if one.kernel is None:
         return "library"
@@ -257,15 +259,15 @@ def estimate(
     compiled: Iterable[Compiled] | None = None,
     target: Any = None,
 ) -> dict[str, Any]:
-    """The clock's answer for one step: totals and a row a distinct launch, slowest first.
+    """The estimate of one step: totals, and a row per distinct launch, slowest first.
 
-    compiled: what `compile_launches` gave for these launches, where it is at hand. target: what
-    they are made for; by itself a Hopper with the plans and tiles of the rules, as the clock has no
-    time for cuDNN, which a tuning table may prefer.
+    compiled: results of `compile_launches` for these launches, if already available. target: the
+    GPU target; by default a Hopper with the plans and tiles of the rules, because the model has no
+    times for cuDNN, which a tuning table may prefer.
 
     Raises:
-        RuntimeError: a kernel that does not compile or spills, or one whose loop has no trips here.
-        KeyError: an unknown GPU. Also as `launches_of`.
+        RuntimeError: A kernel does not compile or spills, or its loop has no entry in TRIPS.
+        KeyError: The GPU is unknown. Also the errors of `launches_of`.
     """
     import triton
 
@@ -306,7 +308,7 @@ def families(report: Mapping[str, Any]) -> dict[str, tuple[int, float, float]]:
 
 
 def title(report: Mapping[str, Any]) -> str:
-    """What the report is of, and its totals."""
+    """The case of a report, and its totals."""
     return (
         f"{report['model']} {report['mode']} {report['dtype']} batch {report['batch']} on "
         f"{report['calibrated'] or report['gpu']}, ESTIMATE: {report['total_ms']:.2f} ms, "
@@ -316,7 +318,7 @@ def title(report: Mapping[str, Any]) -> str:
 
 
 def text(report: Mapping[str, Any]) -> str:
-    """A line a launch, slowest first; then what each family of kernels loses against its floor."""
+    """One line per launch, slowest first; then the loss of each family against its floor."""
     lines = [
         title(report),
         f"{'kernel':20} {'n':>3} {'programs':>9} {'tile':31} {'regs':>4} {'KiB':>5} {'/SM':>3} "
@@ -324,7 +326,7 @@ def text(report: Mapping[str, Any]) -> str:
         f"{'MB':>6} {'GFLOP':>6} {'us':>7} {'floor':>7} {'share':>5} bound",
     ]
     lines += [line(one) for one in report["launches"] if one["family"] != "small"]
-    lines += ["", "small launches, all of a kernel together"]
+    lines += ["", "small launches, summed by kernel"]
     small: dict[str, tuple[int, float]] = {}
     for one in report["launches"]:
         if one["family"] == "small":
@@ -362,7 +364,7 @@ def line(one: Mapping[str, Any]) -> str:
 
 
 def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    """What became of the total and of each family, and of the launches whose sum changed by 1%."""
+    """Old and new total, families, and launches whose sum changed by more than 1%."""
     lines = [
         f"ESTIMATE {old['total_ms']:.2f} -> {new['total_ms']:.2f} ms "
         f"({old['total_ms'] / new['total_ms']:.3f}x)"
@@ -389,10 +391,10 @@ def _name(one: Mapping[str, Any]) -> str:
 
 
 def calibrated(gpu: Gpu, found: Iterable[rows.Row]) -> Gpu:
-    """`gpu` with the newest measured ceilings in place of its table's.
+    """`gpu` with the newest measured ceilings instead of those of `GPUS`.
 
-    Only what a row of `bench ceilings` of a GPU in 16 bits holds is taken: the copy's bytes/s, the
-    product's FLOP/s, the time of a small launch. ValueError where there is no such row.
+    They are the values of a `bench ceilings` row of a GPU in 16 bits: bytes/s of the copy, FLOP/s
+    of the matmul, time of a small launch. Raises ValueError without such a row.
     """
     kind = "ceilings", "cuda"
     own = [row for row in found if (row["benchmark"], row["device"]) == kind]
@@ -410,17 +412,17 @@ def calibrated(gpu: Gpu, found: Iterable[rows.Row]) -> Gpu:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The reports in a file that `--json` wrote. ValueError names a file that is not one."""
+    """The reports in a file that `--json` wrote. Raises ValueError for any other file."""
     try:
         found = json.loads(path.read_text())
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not the JSON of bench estimate: {error}") from None
+        raise ValueError(f"{path}: expected JSON that bench estimate wrote: {error}") from None
     whole = isinstance(found, list) and all(
         isinstance(one, dict) and {"model", "mode", "batch", "launches"} <= one.keys()
         for one in found
     )
     if not whole:
-        raise ValueError(f"{path}: expected a list of estimates, as --json writes it")
+        raise ValueError(f"{path}: expected a list of estimates, as written by --json")
     return found
 
 
@@ -428,15 +430,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `python -m bench estimate`."""
     add_case_arguments(parser)
     add = parser.add_argument
-    add("--gpu", choices=list(GPUS), default="h200")
-    add("--json", type=Path, metavar="FILE", help="write the estimates here too")
-    add("--compare", type=Path, metavar="OLD.json", help="what changed since an earlier --json")
+    add("--gpu", choices=list(GPUS), default="h200", help="default: h200")
+    add("--json", type=Path, metavar="FILE", help="also write the estimates to this file")
+    add("--compare", type=Path, metavar="OLD.json", help="show changes since an earlier --json")
     add("--calibrate", type=Path, metavar="ROWS.jsonl",
-        help="bandwidth, rate and small launches by measured `bench ceilings` rows")  # fmt: skip
+        help="use bandwidth, rate and launch time measured by `bench ceilings`")  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
-    """Estimate and print; 1 where a kernel has no estimate, 2 for a bad argument."""
+    """Estimate and print; 1 if a kernel has no estimate, 2 for a bad argument."""
     gpu = GPUS[args.gpu]
     try:
         if args.calibrate is not None:
@@ -471,7 +473,7 @@ def _of(report: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def _lines(reports: Sequence[Mapping[str, Any]]) -> str:
-    """The reports as JSON, a line a launch, so that a change shows in a diff."""
+    """The reports as JSON, one line per launch, so that a diff shows changes."""
     parts = []
     for report in reports:
         head = json.dumps({k: v for k, v in report.items() if k != "launches"}, indent=1)

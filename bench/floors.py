@@ -1,12 +1,12 @@
-"""Steps, each a launch and the least time it takes, and those of every launch that runs.
+"""Steps: launches with their floor, the least time they can take, and the list of all launches.
 
-A launch cannot take less than its bytes at the bandwidth of a copy, each tensor once, nor less than
-its operations at the rate of a large product (Williams, Waterman & Patterson 2009, "Roofline",
-CACM 52(4)). The launches are those of the Triton kernels' own launchers, on meta tensors
-(`bench.launches`), so this is the floor of what runs. It differs from the ideal schedule of
-`bench.roofline` by what the kernels keep in memory between them:
+The floor of a launch is the larger of two times: its bytes (each tensor once) over the bandwidth of
+a copy, and its operations over the rate of a large matmul. Source: Williams, Waterman & Patterson
+2009, "Roofline", CACM 52(4). The Triton launchers list the launches on meta tensors
+(`bench.launches`), so this is the floor of what runs. Compared with the ideal schedule of
+`bench.roofline`, the kernels also move:
 
-    dz, φ(x)   of a 3x3 convolution's backward, made once where a 1x1's makes them on load
+    dz, φ(x)   in the backward of a 3x3 convolution, which computes them once (1x1: on load)
     vectors    partial sums, channel vectors, parameters, the classifier and the loss
 """
 
@@ -31,10 +31,10 @@ MODES = {"conv_dgrad_kernel": "dgrad", "conv_wgrad_kernel": "wgrad",
 
 @dataclass(frozen=True)
 class Step:
-    """A launch that a pass over the model makes `count` times; bytes and flops are of one.
+    """A launch that one pass over the model makes `count` times; bytes and flops are per launch.
 
-    part: "dz", "φ(x)" or "vectors" for a pass that the ideal schedule does without. ms, provider:
-    what it took, where rows say so.
+    part: "dz", "φ(x)" or "vectors" for a pass that the ideal schedule does not have. ms, provider:
+    measured time and implementation, if rows give them.
     """
 
     mode: str
@@ -49,21 +49,21 @@ class Step:
 
     @property
     def intensity(self) -> float:
-        """Operations a byte."""
+        """Operations per byte."""
         return self.flops / self.bytes
 
     def floor_ms(self, limits: Ceilings) -> float:
-        """The least that one launch takes."""
+        """Minimum time of one launch."""
         return limits.floor_ms(self.bytes, self.flops)
 
     def bound(self, limits: Ceilings) -> str:
-        """Which limit that is."""
+        """The limit that sets the floor: "memory" or "compute"."""
         memory = self.bytes / limits.bytes_per_s >= self.flops / limits.flops_per_s
         return "memory" if memory else "compute"
 
 
 class Schedules(NamedTuple):
-    """The launches that run, None where they cannot be listed, and those of the ideal schedule."""
+    """The launches that run (None if they cannot be listed), and those of the ideal schedule."""
 
     runs: Sequence[Step] | None
     ideal: Sequence[Step]
@@ -78,7 +78,7 @@ class Total(NamedTuple):
 
 
 def total(steps: Sequence[Step], limits: Ceilings, part: str | None = None) -> Total:
-    """Of all `steps`, or of those of a part of `PARTS`."""
+    """Totals of all `steps`, or of one part of `PARTS`."""
     own = [step for step in steps if part in (None, step.part or step.kind)]
     return Total(
         sum(step.count for step in own),
@@ -88,7 +88,7 @@ def total(steps: Sequence[Step], limits: Ceilings, part: str | None = None) -> T
 
 
 def kind_of(filters: tuple[int, ...]) -> str:
-    """The kind of a convolution with filters of R, S."""
+    """The kind of a convolution with filters R × S."""
     name = f"{filters[0]}x{filters[1]}"
     return name if name in KINDS else "other filters"
 

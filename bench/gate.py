@@ -1,15 +1,15 @@
-"""The correctness gate: what is not right is not timed.
+"""The correctness gate: only correct results are timed.
 
-The candidate and eager PyTorch run the same weights on the same small batch in the same dtype, and
-both are judged against PyTorch in fp64: the rule of `spec.tolerance`, with norms in place
-of maxima. The error of a tensor is ‖value − fp64‖₂ / ‖fp64‖₂, and with the tensors of one kind
-(output, loss, gradients, running statistics) taken together
+The candidate and eager PyTorch run the same weights on the same small batch in the same dtype. Both
+are compared with PyTorch in fp64, by the rule of `spec.tolerance` with norms instead of maxima. The
+error of a tensor is ‖value − fp64‖₂ / ‖fp64‖₂. For all tensors of one kind (output, loss,
+gradients, running statistics) together
 
     worst error of the candidate ≤ FACTOR·(worst error of eager + eps (+ KINK for gradients))
 
-KINK: a pre-activation within rounding of zero puts a whole ReLU gradient on the other side, in
-either of them, however exact both are. The ops one by one are judged more closely by
-`resnet-fast verify`; here whole models are.
+KINK: a pre-activation within rounding of zero can switch a ReLU gradient on or off in either of
+them, however exact both are. This gate is for whole models; `resnet-fast verify` checks single ops
+more closely.
 """
 
 from __future__ import annotations
@@ -81,11 +81,11 @@ def compare(
 
 
 def condition(plain: nn.Module, image_size: int, seed: int = 0) -> nn.Module:
-    """`plain` with random normalizations, in place: swapped or ignored vectors must show.
+    """Randomize the normalizations of `plain` in place, so that swapped or ignored vectors show.
 
-    Each block's last normalization (and, where nothing follows the last convolution, that one) is
-    scaled down: a freshly initialized deep net doubles an error every few blocks and in 16 bits
-    loses its gradients altogether. Running statistics become those of a batch of noise.
+    Each block's last normalization and last convolution are scaled down. Otherwise a freshly
+    initialized deep net doubles an error every few blocks, and in 16 bits loses its gradients.
+    Running statistics become those of a batch of noise.
     """
     generator = torch.Generator().manual_seed(seed)
     norms = [m for m in plain.modules() if isinstance(m, nn.BatchNorm2d)]
@@ -119,7 +119,7 @@ def gate(
 ) -> list[Check]:
     """Checks of the candidate that `build` makes from `plain` (fp32 on the CPU) at reduced size.
 
-    full: at the case's own, where there is memory for a step in fp64.
+    full: use the case's own size, which needs memory for a step in fp64.
     """
     if not full:
         case = replace(case, batch=GATE_BATCH, image_size=min(case.image_size, GATE_SIZE))
@@ -140,7 +140,7 @@ def gate(
 
 
 def at_full_size(logits: Tensor, plain: nn.Module, case: Case, x: Tensor) -> Check:
-    """The candidate's logits for the timed batch x: a kernel may be chosen by size."""
+    """Check the candidate's logits for the timed batch x: the size can select the kernel."""
     eager = prepare(copy.deepcopy(plain), case, "channels_last")
     reference = copy.deepcopy(eager).double()
     dtype = PRECISIONS[case.dtype]

@@ -1,21 +1,21 @@
-"""`python -m bench gpu`: what a GPU does with this package, in stages and within a time budget.
+"""`python -m bench gpu`: check and measure resnet_fast on a GPU, in stages, within a time budget.
 
-In the order of what matters most; `bench.stages` runs them, each in a process of its own:
+The most important stages come first; `bench.stages` runs each in a separate process:
 
     machine          versions, whether Triton's cache is warm, the machine's ceilings
-    compile          every kernel of the stages below, in parallel; the clock's predictions from it
-    correct_infer    what is timed, against fp64 (`bench.correct`): inference
-    correct_train    and training
+    compile          compile every kernel of the stages below, in parallel; estimate their times
+    correct_infer    inference against fp64 (`bench.correct`)
+    correct_train    training against fp64 (`bench.correct`)
     models           whole models: resnet_fast and eager, in CUDA graphs, in turns
-    profile          kernel times of three replays, beside the clock's prediction
+    profile          kernel times of three replays, next to the estimate
     library          the models with cuDNN's convolutions (RESNET_FAST_TRITON_CONV=library)
     layers           every convolution alone, in inference and in each pass of training
-    passes           the memory-bound ops beside a copy
-    compile_default  the models once more, beside torch.compile in its default mode
-    compile_max      and beside its max-autotune
+    passes           the memory-bound ops relative to a copy
+    compile_default  the models again, with torch.compile in its default mode
+    compile_max      the models again, with torch.compile's max-autotune
 
-The folder that `--out` names has it all: stages.json, rows.jsonl, profile.json, estimates.json,
-log.txt, summary.txt. `--resume` goes on with what is missing in such a folder.
+All results go to the `--out` folder: stages.json, rows.jsonl, profile.json, estimates.json,
+log.txt, summary.txt. `--resume` runs what is missing in such a folder.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ from resnet_fast.spec.dtypes import PRECISIONS
 BUDGET = 540.0
 OUT = Path("build/gpu")
 ESTIMATES, PROFILE = "estimates.json", "profile.json"
-PROFILED = ("model", "mode", "batch", "dtype", "provider")  # what tells its steps apart
+PROFILED = ("model", "mode", "batch", "dtype", "provider")  # key of a step in PROFILE
 LOST = re.compile(r"CUDA error|Triton Error \[CUDA\]")  # no later call of the process succeeds
-# Imported before the stages are forked: neither of them touches CUDA.
+# Imported before the stages are forked: none of them initializes CUDA.
 PRELOAD = ("torch", "triton", "resnet_fast.kernels", "bench.gpu")
-SECONDS = 6.0  # a case is timed for
-GPUS = ("h200", "h100")  # the clock's names
+SECONDS = 6.0  # of timing per case
+GPUS = ("h200", "h100")  # names in `bench.estimate`
 HEADLINE = "models and their checks"
 
 
@@ -62,7 +62,7 @@ class Plan:
 
     @property
     def first(self) -> Case:
-        """Whose model, dtype, device and image size the layers are of."""
+        """The case with the model, dtype, device and image size of the layers."""
         return self.cases[0]
 
 
@@ -99,37 +99,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add, every = parser.add_argument, [stage.name for stage in stages_of(Plan(()))]
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--out", type=Path, default=OUT, metavar="DIR",
-                       help=f"a folder without a run, for the results ({OUT})")  # fmt: skip
+                       help=f"new folder for the results (default: {OUT})")  # fmt: skip
     where.add_argument("--resume", type=Path, metavar="DIR",
-                       help="go on with what is missing in this folder")  # fmt: skip
+                       help="run what is missing in this folder")  # fmt: skip
     add("--budget", type=positive(float), default=BUDGET, metavar="SECONDS",
-        help=f"for all stages ({BUDGET:.0f}); limits grow where it has more than all")  # fmt: skip
-    add("--only", type=names(every), default=[], metavar="STAGE,…", help=f"of {', '.join(every)}")
+        help=f"time for all stages, in seconds (default: {BUDGET:.0f}); if it exceeds the sum of "
+             "their limits, the limits are scaled up")  # fmt: skip
+    add("--only", type=names(every), default=[], metavar="STAGE,…",
+        help=f"run only some of {', '.join(every)}")  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the stages that fit; 1 when one failed, 2 without a GPU or for another run's folder."""
+    """Run the stages that fit; 1 if one failed, 2 without a GPU or for another run's folder."""
     if not torch.cuda.is_available():
-        print("gpu: torch.cuda.is_available() is False here", file=sys.stderr)
+        print("gpu: needs a CUDA GPU: torch.cuda.is_available() is False here", file=sys.stderr)
         return 2
     out = args.resume or args.out
     if args.resume is None and (out / stages.RECORD).exists():
-        print(f"--out: {out} holds a run: --resume {out} goes on with it", file=sys.stderr)
+        print(f"--out: {out} already has a run; continue it with --resume {out}", file=sys.stderr)
         return 2
     for row in stages.read_rows(out):
         here = rows.device_name(torch.device("cuda")), rows.git_sha()
         there = row["cpu_or_gpu"], row["git_sha"]
         if there != here:
             said = " at ".join(map(str, there))
-            print(f"--resume: {out} holds rows of {said}, this is {here[0]} at {here[1]}: "
-                  "give a new --out", file=sys.stderr)  # fmt: skip
+            print(f"--resume: {out} has rows of {said}, but this is {here[0]} at {here[1]}; "
+                  "use a new --out", file=sys.stderr)  # fmt: skip
             return 2
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the stage that runs ends too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # also ends the running stage
     return measure(Plan(headline(torch.device("cuda"))), out, args.budget, args.only)
 
 
 def measure(plan: Plan, out: Path, budget: float = BUDGET, only: Sequence[str] = ()) -> int:
-    """Run the stages of `plan` and print the summary; 1 when one failed."""
+    """Run the stages of `plan` and print the summary; 1 if one failed."""
     todo = stages_of(plan)
     asked = sum(stage.seconds for stage in todo if not only or stage.name in only)
     todo = [replace(stage, seconds=max(1.0, budget / asked) * stage.seconds) for stage in todo]
@@ -143,7 +145,7 @@ def measure(plan: Plan, out: Path, budget: float = BUDGET, only: Sequence[str] =
 
 
 def machine(plan: Plan, context: Context) -> str:
-    """Versions, the cache of kernels, and the ceilings."""
+    """Versions, state of Triton's cache, and the ceilings."""
     from resnet_fast.commands import env
 
     cache = one_kernel(plan)
@@ -157,7 +159,7 @@ def machine(plan: Plan, context: Context) -> str:
 
 
 def one_kernel(plan: Plan) -> str:
-    """Whether Triton's cache has the first kernel of the last case: a word on the whole of it."""
+    """Whether Triton's cache has the first kernel of the last case, as a sample of the cache."""
     from bench.compile import compile_launches
     from bench.launches import launches_of
 
@@ -166,18 +168,18 @@ def one_kernel(plan: Plan) -> str:
     (done,) = compile_launches([next(launches)], target, 1)
     if done.failure and done.failure.startswith("does not compile"):
         raise RuntimeError(f"{done.kernel}: {done.failure}")
-    return "hit" if done.cached else f"miss, {done.seconds:.1f} s a kernel"
+    return "hit" if done.cached else f"miss, {done.seconds:.1f} s per kernel"
 
 
 def target_of(device: torch.device) -> Any:
-    """What kernels are chosen for: the GPU that `device` is."""
+    """The target of `device`, for which kernels are chosen."""
     from resnet_fast.kernels import launch
 
     return launch.target(torch.empty(0, device=device))
 
 
 def compile_kernels(plan: Plan, context: Context) -> str:
-    """Compile what the stages will launch, so that none of them waits for a compiler."""
+    """Compile the kernels of all stages, so that no stage waits for a compiler."""
     from bench.compile import compile_launches
 
     target, jobs = target_of(plan.first.device), len(os.sched_getaffinity(0))
@@ -201,7 +203,7 @@ def compile_kernels(plan: Plan, context: Context) -> str:
 
 
 def wanted(plan: Plan, target: Any) -> Iterator[tuple[str, list[Any]]]:
-    """(what for, launches): those of the headline first, then those of its other stages."""
+    """(name, launches): those of the headline first, then those of the other stages."""
     from bench.launches import launches_by, launches_of
 
     meta = torch.device("meta")
@@ -218,14 +220,14 @@ def wanted(plan: Plan, target: Any) -> Iterator[tuple[str, list[Any]]]:
 
 
 def layer_on_meta(plan: Plan, mode: str, layer: layers.Layer) -> None:
-    """What the stage `layers` runs of resnet_fast, on meta tensors."""
+    """The resnet_fast calls of the stage `layers`, on meta tensors."""
     make = layers.infer if mode == "infer" else layers.train(mode)
     dtype = PRECISIONS[plan.first.dtype]
     make(layer, plan.batch, dtype, torch.device("meta"), plan.first.impl)["resnet_fast"]()
 
 
 def estimates(plan: Plan, context: Context, compiled: list[Any]) -> None:
-    """Write what the clock predicts for each case from the compiled code: estimates."""
+    """Write the estimated time of each case, computed from the compiled code."""
     from bench.estimate import estimate
 
     gpu, found = clock_of(rows.device_name(plan.first.device)), []
@@ -233,18 +235,18 @@ def estimates(plan: Plan, context: Context, compiled: list[Any]) -> None:
     for case in plan.cases:
         try:
             found.append(estimate(case, gpu, compiled=compiled, target=target))
-        except (RuntimeError, KeyError) as error:  # no reason not to measure
+        except (RuntimeError, KeyError) as error:  # measure even without an estimate
             print(f"{case}: no estimate: {type(error).__name__}: {error}")
     stages.replace_file(context.out / ESTIMATES, json.dumps(found) + "\n")
 
 
 def clock_of(name: str) -> str:
-    """The clock's name of the GPU `name`; "h200" for one that it does not know."""
+    """The name of the GPU `name` in `bench.estimate`; "h200" for an unknown GPU."""
     return next((gpu for gpu in GPUS if gpu in name.lower()), GPUS[0])
 
 
 def estimate_of(out: Path, case: Case) -> dict[str, Any] | None:
-    """The prediction for `case` in the folder, where it has one."""
+    """The estimate of `case` in the folder, or None."""
     try:
         found = json.loads((out / ESTIMATES).read_text())
     except FileNotFoundError:
@@ -254,7 +256,7 @@ def estimate_of(out: Path, case: Case) -> dict[str, Any] | None:
 
 
 def correctness(mode: str, plan: Plan, context: Context) -> str:
-    """Every check of `bench.correct` of the cases in `mode`, up to one that loses the GPU."""
+    """Run the checks of `bench.correct` for the cases in `mode`, until a CUDA error stops them."""
     torch.backends.cudnn.allow_tf32 = False
     count, failed = 0, []
     for what, check in correct.checks([case for case in plan.cases if case.mode == mode]):
@@ -278,18 +280,18 @@ def correctness(mode: str, plan: Plan, context: Context) -> str:
 
 
 def whole_models(plan: Plan, context: Context) -> str:
-    """resnet_fast and eager, each in a CUDA graph; checked here unless `correct_*` were green."""
+    """resnet_fast and eager, each in a CUDA graph; checked here unless `correct_*` passed."""
     return timed(plan, context, ("eager", "resnet_fast"))
 
 
 def library(plan: Plan, context: Context) -> str:
-    """The same with cuDNN's convolutions: rows of provider "library"."""
+    """The models with cuDNN's convolutions: rows of provider "library"."""
     with TRITON_CONV.set_to("library"):
         return timed(plan, context, ("resnet_fast",), name="library")
 
 
 def beside(compiled: str, plan: Plan, context: Context) -> str:
-    """The models beside torch.compile, all in turns."""
+    """The models and torch.compile, all in turns."""
     return timed(plan, context, ("eager", "resnet_fast", compiled), least=30)
 
 
@@ -300,11 +302,11 @@ def timed(
     name: str = "",
     least: float = 15,
 ) -> str:
-    """Time every case of which the folder lacks rows of this stage.
+    """Time every case without rows of this stage in the folder.
 
-    name: that the rows give as their provider, in place of PROVIDERS' own. The stages `correct_*`
-    have looked at the plan that runs by default: the output of another one is looked at here, and
-    so is what they found wrong or did not come to.
+    name: the provider that the rows give, instead of the name in PROVIDERS. The stages `correct_*`
+    check the default plan. The output of another plan is checked here, and so are cases that those
+    stages found wrong or did not reach.
     """
     torch.backends.cudnn.benchmark = True
     had = [row for row in context.rows() if row["stage"] == context.name]
@@ -343,7 +345,7 @@ def same_case(row: rows.Row, case: Case) -> bool:
 
 
 def profiles(plan: Plan, context: Context) -> str:
-    """Kernel times of resnet_fast, then of eager while time lasts; what is there stays."""
+    """Kernel times of resnet_fast, then of eager while time remains; keeps earlier results."""
     torch.backends.cudnn.benchmark = True
     path = context.out / PROFILE
     found = json.loads(path.read_text()) if path.exists() else []
@@ -371,10 +373,10 @@ def profiles(plan: Plan, context: Context) -> str:
 
 
 def layers_in(plan: Plan) -> Iterator[tuple[str, layers.Layer, int]]:
-    """(mode, layer, how many of it), inference first."""
+    """(mode, layer, count), inference first."""
     for mode in layers.MODES:
         for layer, count in layers.layers_of(plan.first.model, plan.first.image_size).items():
-            if mode != "dgrad" or layer.channels >= 16:  # the gradient of an image is not asked for
+            if mode != "dgrad" or layer.channels >= 16:  # the gradient of an image is not computed
                 yield mode, layer, count
 
 
@@ -390,20 +392,20 @@ class Kept(rows.Collection):
         super().add(more)
 
     def check(self, after: str) -> None:
-        """Raise where the GPU is lost, or where no time is left for what comes next."""
+        """Raise after a CUDA error, or without enough time for the next part."""
         if self.failed and (LOST.search(self.failed[-1]) or self.context.left() < 3):
             self.end()
         self.context.need(3, after)
 
     def end(self) -> None:
-        """Print what failed, and raise where something did."""
+        """Print the failures, and raise if there are any."""
         print(*self.failed, sep="\n", flush=True)
         if self.failed:
             raise RuntimeError(f"{len(self.failed)} failed: {self.failed[0]}")
 
 
 def single_layers(plan: Plan, context: Context) -> str:
-    """Every layer in every mode, its rows at once."""
+    """Every layer in every mode; its rows are written at once."""
     case, done = plan.first, Kept(context)
     facts, limits = setting(plan, context)
     had = {(row["mode"], row["layer"]) for row in context.rows() if row["stage"] == context.name}
@@ -422,7 +424,7 @@ def single_layers(plan: Plan, context: Context) -> str:
 
 
 def totals(found: Sequence[rows.Row]) -> str:
-    """Milliseconds of all layers of each mode, resnet_fast's and PyTorch's."""
+    """Total milliseconds of all layers in each mode, for resnet_fast and PyTorch."""
     parts = []
     for mode in dict.fromkeys(row["mode"] for row in found):
         of = [row for row in found if row["mode"] == mode and row["ms_p50"] is not None]
@@ -436,7 +438,7 @@ def totals(found: Sequence[rows.Row]) -> str:
 
 
 def single_passes(plan: Plan, context: Context) -> str:
-    """The memory-bound ops at every shape, their rows at once."""
+    """The memory-bound ops at every shape; their rows are written at once."""
     case, done = plan.first, Kept(context)
     facts, limits = setting(plan, context)
     keys = ("layer", "mode", "provider")
@@ -459,7 +461,7 @@ def single_passes(plan: Plan, context: Context) -> str:
 
 
 def setting(plan: Plan, context: Context) -> tuple[rows.Row, ceilings.Ceilings]:
-    """The facts of a layer's rows, and the ceilings: those that `machine` measured, or new ones."""
+    """The facts for layer rows, and the ceilings: those that `machine` measured, else new ones."""
     case = plan.first
     torch.backends.cudnn.benchmark = True
     facts = {**rows.facts(case.device), "model": case.model, "image_size": case.image_size}
@@ -471,7 +473,7 @@ def setting(plan: Plan, context: Context) -> tuple[rows.Row, ceilings.Ceilings]:
 
 
 def summary(plan: Plan, out: Path, outcomes: Sequence[Outcome]) -> str:
-    """One table of images/s, with the clock's estimates, and one of the stages."""
+    """A table of images/s with estimates, and a table of the stages."""
     found = stages.read_rows(out)
     lines = []
     for row in found[-1:]:
@@ -481,7 +483,7 @@ def summary(plan: Plan, out: Path, outcomes: Sequence[Outcome]) -> str:
 
 
 def throughput(plan: Plan, out: Path, found: Sequence[rows.Row]) -> str:
-    """Images/s of each provider a case: the newest rows; the last column is an estimate."""
+    """Images/s of each provider, one line per case, newest rows; the last column is an estimate."""
     rated = [row for row in found if row["benchmark"] == "models"]
     providers = list(dict.fromkeys(("resnet_fast", "eager", *(r["provider"] for r in rated))))
     lines = [["images/s", *providers, "vs eager", "estimate"]]
@@ -495,7 +497,7 @@ def throughput(plan: Plan, out: Path, found: Sequence[rows.Row]) -> str:
             "-" if ratio is None else f"{ratio:.2f}x",
             "-" if guess is None else f"~{guess['images_per_s']:.0f}",
         ])  # fmt: skip
-    note = "~: an estimate of the clock for resnet_fast, not measured"
+    note = "~: an estimate for resnet_fast (bench estimate), not measured"
     return f"{table.columns(lines, left=1)}\n{note}"
 
 
@@ -505,7 +507,7 @@ def number(value: float | None) -> str:
 
 
 def progress(outcomes: Sequence[Outcome], width: int = 100) -> str:
-    """A line a stage: status, seconds, limit, why."""
+    """One line per stage: status, seconds, limit, reason."""
     lines = [["stage", "status", "why", "s", "limit"]]
     for one in outcomes:
         took = f"{one.seconds:.0f}" if one.seconds else ""

@@ -1,10 +1,10 @@
-"""`python -m bench host`: what a call costs the host, apart from what the device does with it.
+"""`python -m bench host`: host time of a call, without the device's time.
 
-A step is timed from its call until it comes back, with nothing before it in the queue and nobody
-waiting for the device: checks, choices, allocations and the launches themselves. A device that is
-faster than this waits for the host, unless a CUDA graph launches for it. Images are small, so that
-the queue never fills; what the host does for them is what it does for large ones. Launches are
-counted by PyTorch's profiler, the copies and the clearing of memory among them.
+A step is timed from its call to its return, with an empty queue and without synchronization:
+checks, dispatch, allocations and launches. A device that is faster than this waits for the host,
+unless a CUDA graph replaces the launches. Images are small, so that the queue never fills; the
+host's work does not depend on their size. PyTorch's profiler counts the launches, including copies
+and memory clears.
 """
 
 from __future__ import annotations
@@ -35,20 +35,22 @@ Steps = dict[str, Callable[[], object]]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `python -m bench host`."""
     add = parser.add_argument
-    add("--model", type=names(models.model_names), default=["resnet50"], metavar="NAME,…")
-    add("--batch", type=integers, default=[2], metavar="N,…")
-    add("--image-size", type=positive(int), default=64, metavar="N")
-    add("--dtype", choices=list(PRECISIONS), default="bf16")
+    add("--model", type=names(models.model_names), default=["resnet50"], metavar="NAME,…",
+        help="models (default: resnet50)")  # fmt: skip
+    add("--batch", type=integers, default=[2], metavar="N,…", help="batch sizes (default: 2)")
+    add("--image-size", type=positive(int), default=64, metavar="N", help="pixels (default: 64)")
+    add("--dtype", choices=list(PRECISIONS), default="bf16", help="default: bf16")
     add("--providers", type=names(lambda: PROVIDERS), default=list(PROVIDERS), metavar="NAME,…",
-        help=f"of {', '.join(PROVIDERS)} (default: all)")  # fmt: skip
-    add("--rounds", type=positive(int), default=ROUNDS, metavar="N")
+        help=f"some of {', '.join(PROVIDERS)} (default: all)")  # fmt: skip
+    add("--rounds", type=positive(int), default=ROUNDS, metavar="N",
+        help=f"timed rounds (default: {ROUNDS})")  # fmt: skip
     add("--out", type=Path, metavar="FILE.jsonl", help="append the rows to this file")
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure and print; 2 without a GPU."""
     if not torch.cuda.is_available():
-        print("host: torch.cuda.is_available() is False here", file=sys.stderr)
+        print("host: needs a CUDA GPU: torch.cuda.is_available() is False here", file=sys.stderr)
         return 2
     torch.set_num_threads(1)
     facts, found = rows.facts(torch.device("cuda")), []
@@ -62,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def cases(args: argparse.Namespace, batch: int):
-    """(what, steps by provider): one convolution alone, then models in both modes."""
+    """(name, steps by provider): one convolution alone, then models in both modes."""
     yield "conv_bn_act", convolutions(batch, PRECISIONS[args.dtype], args.providers)
     for name in args.model:
         plain = models.plain_model(name, args.image_size)
@@ -72,7 +74,7 @@ def cases(args: argparse.Namespace, batch: int):
 
 
 def convolutions(batch: int, dtype: torch.dtype, providers: list[str]) -> Steps:
-    """relu(BN(conv3x3(x))) of 64 channels by one op, and by three of PyTorch's."""
+    """relu(BN(conv3x3(x))) of 64 channels by one resnet_fast op, and by three PyTorch ops."""
     options = {"device": "cuda", "dtype": dtype}
     x, w = torch.randn(batch, 64, 14, 14, **options), torch.randn(64, 64, 3, 3, **options)
     x, w = (t.contiguous(memory_format=torch.channels_last) for t in (x, w))
@@ -96,7 +98,7 @@ def convolutions(batch: int, dtype: torch.dtype, providers: list[str]) -> Steps:
 
 
 def whole(plain: nn.Module, case: Case, providers: list[str]) -> Steps:
-    """The case's step, with an optimizer's in training."""
+    """The case's step; in training with the optimizer's update."""
     (x, target), *_ = step.inputs(case, "channels_last", step.classes(plain))
     steps: Steps = {}
     for name in providers:
@@ -120,7 +122,7 @@ def whole(plain: nn.Module, case: Case, providers: list[str]) -> Steps:
 def measured(
     facts: rows.Row, mode: str, batch: int, args: argparse.Namespace, steps: Steps
 ) -> list[rows.Row]:
-    """A row a provider; all take turns."""
+    """One row per provider, timed in turns."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(3 + args.rounds):
         for name in timing.rotated(list(steps), turn):
@@ -128,7 +130,7 @@ def measured(
             begin = time.perf_counter()
             steps[name]()
             took = (time.perf_counter() - begin) * 1e3
-            if turn >= 3:  # the first ones compile, choose and record
+            if turn >= 3:  # the first calls compile, choose and record
                 times[name].append(took)
     torch.cuda.synchronize()
     found = []
@@ -145,7 +147,7 @@ def measured(
 
 
 def launches(run: Callable[[], object]) -> int:
-    """What run() puts on the device: kernels, copies, memory cleared."""
+    """Number of device operations of run(): kernels, copies, memory clears."""
     activities = [torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities, acc_events=True) as profile:
         run()
@@ -154,7 +156,7 @@ def launches(run: Callable[[], object]) -> int:
 
 
 def text(found: list[rows.Row]) -> str:
-    """A line a row: microseconds of the host, launches, microseconds a launch."""
+    """One line per row: host microseconds, launches, microseconds per launch."""
     head = f"{'what':20} {'batch':>5} {'provider':10} {'host us':>9} {'launches':>8} {'each':>7}"
     lines = [head]
     for row in found:

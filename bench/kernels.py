@@ -1,11 +1,11 @@
-"""`python -m bench kernels`: compile every Triton kernel at every configuration, without a GPU.
+"""`python -m bench kernels`: compile every Triton kernel without a GPU and read its machine code.
 
-In bf16 and fp32, that is; in fp16 and fp64 at the configurations that are used without a table.
+bf16 and fp32 are compiled at every configuration, fp16 and fp64 at the rule's configurations.
 
-The launchers themselves run, on meta tensors, with a driver that has a target and no device; what
-they would launch is compiled and its machine code is read: registers, spills, shared memory,
-tensor-core instructions, how loads are pipelined. Exit status 1 if anything spills, does not
-compile, or if a convolution's inner loop on sm_90 has no HGMMA where its dtype allows it.
+The launchers run on meta tensors, with a driver that has a target but no device. The command
+compiles what they would launch and reads the machine code: registers, spills, shared memory,
+tensor-core instructions, how loads are pipelined. Exit status 1 if a kernel does not compile or
+spills, or if a convolution on sm_90 has no HGMMA although its dtype allows it.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from bench.machine_code import write
 from resnet_fast.spec.chain import Conv
 from resnet_fast.spec.dtypes import BY_NAME
 
-PROCESSORS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}  # of the largest of each kind
-# The layer of ResNet-50 that stands for each kind of convolution.
+PROCESSORS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}  # of the largest GPU of each
+# One layer of ResNet-50 for each kind of convolution.
 ONE, THREE = (1, 1), (3, 3)
 LAYERS = {
     "1x1": Layer(256, 56, 56, 64, ONE, Conv()),
@@ -46,28 +46,31 @@ LAYERS = {
     "3x3 grouped": Layer(128, 56, 56, 128, THREE, Conv(padding=(1, 1), groups=32)),
 }
 EPS = 1e-5
-# Compiled at every configuration; the others at the rule's. fp16's code is bf16's but for the type
-# in its instructions, and double is there to be checked with.
+# Compiled at every configuration; other dtypes at the rule's. fp16 code equals bf16 code except for
+# the type in its instructions, and fp64 is for tests.
 THROUGHOUT = ("bf16", "fp32")
-# Those that are compiled for training too: wide enough for every tile. And those of --quick.
+# TRAINED: also compiled for training, wide enough for every tile. QUICK: those of --quick.
 TRAINED = ("1x1", "1x1/2", "3x3@14+res", "3x3/2")
 QUICK = ("1x1+res", "3x3@14+res", "3x3/2", "7x7/2")
-# And the one that is compiled for one image too, whose grid is so small that GEMM_K is split.
+# Also compiled for one image, where the grid is so small that GEMM_K is split.
 SMALL = "3x3@7"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--arch", default="sm_90", help="sm_80,sm_90,sm_100")
-    parser.add_argument("--dtype", default="bf16,fp16,fp32,fp64", help="of " + ",".join(BY_NAME))
-    parser.add_argument("--only", default="", help="cases whose kernel or name contains this")
-    parser.add_argument("--quick", action="store_true", help="the rule's configuration, few shapes")
+    parser.add_argument("--arch", default="sm_90",
+                        help="GPU architectures, such as sm_80,sm_90 (default: sm_90)")  # fmt: skip
+    parser.add_argument("--dtype", default="bf16,fp16,fp32,fp64",
+                        help=f"some of {','.join(BY_NAME)} (default: all)")  # fmt: skip
+    parser.add_argument("--only", default="", help="only kernels or cases whose name contains this")
+    parser.add_argument("--quick", action="store_true",
+                        help="only the rule's configuration, and few shapes")  # fmt: skip
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N",
-                        help="processes, one an architecture and dtype (a core each)")  # fmt: skip
-    parser.add_argument("--json", type=Path, help="write the table here too")
+                        help="processes, at most one per architecture and dtype")  # fmt: skip
+    parser.add_argument("--json", type=Path, help="also write the table to this file")
 
 
 def run(args: argparse.Namespace) -> int:
-    """The command; 1 on a spill, a failure to compile, or a convolution without HGMMA on sm_90."""
+    """Compile and print; 1 on a spill, a compile error, or a convolution without HGMMA on sm_90."""
     try:
         archs = [int(re.fullmatch(r"sm_(\d+)a?", arch)[1]) for arch in args.arch.split(",")]
     except TypeError:
@@ -83,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
 
     if kernels.INTERPRETING:
         print(
-            "TRITON_INTERPRET is set: unset it, interpreted kernels are not compiled",
+            "TRITON_INTERPRET is set: interpreted kernels are not compiled; unset it",
             file=sys.stderr,
         )
         return 2
@@ -110,12 +113,12 @@ Part = tuple[int, str, bool, str]
 
 
 def compiled(parts: list[Part], jobs: int) -> Iterator[Compiled]:
-    """What became of every kernel of `parts`, part by part, by at most `jobs` processes."""
+    """The compiled kernels of `parts`, part by part, by at most `jobs` processes."""
     if min(jobs, len(parts)) == 1:
         for part in parts:
             yield from compile_all(*part)
         return
-    context = multiprocessing.get_context("spawn")  # each has a driver and a cache of its own
+    context = multiprocessing.get_context("spawn")  # each process has its own driver and cache
     with ProcessPoolExecutor(min(jobs, len(parts)), mp_context=context) as pool:
         for results in pool.map(_compile_part, parts):
             yield from results
@@ -126,7 +129,7 @@ def _compile_part(part: Part) -> list[Compiled]:
 
 
 def compile_all(arch: int, dtype: str, quick: bool, only: str = "") -> Iterator[Compiled]:
-    """Compile what the launchers launch for sm_`arch`, each different kernel once."""
+    """Compile what the launchers launch for sm_`arch`, each distinct kernel once."""
     from triton.runtime import driver
 
     from resnet_fast.kernels import launch
@@ -174,7 +177,9 @@ def _vectors(size: int, count: int, dtype: torch.dtype) -> list[Tensor]:
 def conv_cases(
     name: str, layer: Layer, dtype: torch.dtype
 ) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """The convolution of `layer` in inference; with a scaled residual, by both kernels, for one."""
+    """The convolution of `layer` in inference; one layer also with a scaled residual, by both
+    kernels.
+    """
     from resnet_fast import kernels
     from resnet_fast.kernels.conv import conv_fused
     from resnet_fast.kernels.conv_plan import Fusion
@@ -205,7 +210,7 @@ def conv_cases(
 def small_cases(
     name: str, layer: Layer, dtype: torch.dtype
 ) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """The convolution of `layer` for one image, by both kernels, with all they do besides."""
+    """The convolution of `layer` for one image, by both kernels, with everything they can fuse."""
     from resnet_fast import kernels
     from resnet_fast.kernels.conv import conv_fused
     from resnet_fast.kernels.conv_plan import Fusion
@@ -246,7 +251,7 @@ def gradient_cases(
 
 
 def norm_cases(dtype: torch.dtype, channels_last: bool) -> dict[str, Callable[[], Any]]:
-    """Everything that is no convolution, at one layer of ResNet-50."""
+    """All ops that are not convolutions, at one layer of ResNet-50."""
     from resnet_fast import kernels
     from resnet_fast.kernels.conv_train import dgrad_epilogue
 

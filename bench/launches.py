@@ -1,8 +1,8 @@
-"""Every launch of a model's step, found on any machine.
+"""List every launch of a model's step, on any machine.
 
-The model runs on meta tensors under `launch.compile_for`: the package's own launchers choose
-kernels, tiles and grids for a GPU that need not be there, and what they would launch is listed,
-with the operators of PyTorch between them. Nothing is computed and nothing is compiled.
+The model runs on meta tensors under `launch.compile_for`: the package's launchers choose kernels,
+tiles and grids for a GPU that need not exist here. The list also has the PyTorch operators between
+them. Nothing is computed or compiled.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ NO_LAUNCH = MEMORY | {aten.as_strided_.default}
 class Launch:
     """`count` equal launches.
 
-    kernel: a Triton kernel, or None for an operator of PyTorch (name: "aten.…"), whose grid is not
-    known. arguments: by the kernel's parameters; of an operator its tensors. flops: of an operator.
+    kernel: a Triton kernel, or None for a PyTorch operator (name: "aten.…"), whose grid is unknown.
+    arguments: by the kernel's parameter names; for an operator its tensors. flops: only of an
+    operator.
     """
 
     name: str
@@ -46,15 +47,15 @@ class Launch:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """The tensors that it reads or writes, those of descriptors among them, each once."""
+        """The tensors that it reads or writes, each once, including those of descriptors."""
         found = [getattr(value, "base", value) for value in self.arguments.values()]
         return list({id(t): t for t in found if isinstance(t, Tensor)}.values())
 
     @property
     def code(self) -> tuple[Any, ...]:
-        """What the compiled code depends on: launches of one code are compiled once.
+        """What the compiled code depends on; launches of equal code are compiled once.
 
-        Triton compiles anew for an integer that is 1, a multiple of 16 or wider than 32 bits.
+        Triton specializes on integers that are 1, a multiple of 16 or wider than 32 bits.
         """
         parts: list[Any] = [self.name, *sorted(self.options.items())]
         for parameter in () if self.kernel is None else self.kernel.params:
@@ -66,7 +67,7 @@ class Launch:
 
     @property
     def key(self) -> str:
-        """What two equal launches share: code, grid and every argument but a tensor's place."""
+        """Key of equal launches: code, grid and all arguments except tensor addresses."""
         return str((self.code, self.grid, [(n, _shape(v)) for n, v in self.arguments.items()]))
 
 
@@ -84,12 +85,11 @@ def _shape(value: Any) -> Any:
 
 
 def launches_of(case: Case, target: Any) -> list[Launch]:
-    """The launches of one step of `case` on `target` (`kernels.launch.Target`), in order of first
-    appearance, equal ones counted.
+    """The launches of one step of `case` on `target` (`kernels.launch.Target`), equal ones counted.
 
-    Inference or training as in `bench.step`, by the Triton kernels; RESNET_FAST_TRITON_CONV is
-    honoured. In training the classifier's parameters are taken as already cast by autocast, and an
-    optimizer's update is left out. Raises as `launches_by`.
+    They are in order of first appearance. The step is that of `bench.step`, by the Triton kernels
+    and RESNET_FAST_TRITON_CONV. In training the classifier's parameters count as already cast by
+    autocast, and there is no optimizer update. Raises as `launches_by`.
     """
     return launches_by(lambda: _step(case), target)
 
@@ -98,13 +98,13 @@ def launches_by(run: Callable[[], object], target: Any) -> list[Launch]:
     """The launches of `run()`, which calls the package's ops on meta tensors.
 
     Raises:
-        ImportError: without Triton.
-        ValueError: where Triton interprets its kernels, which then have no launches.
+        ImportError: Triton is missing.
+        ValueError: Triton interprets its kernels, which then have no launches.
     """
     from resnet_fast.kernels import launch
 
     if launch.INTERPRETING:
-        raise ValueError("TRITON_INTERPRET is set: unset it, interpreted kernels are not compiled")
+        raise ValueError("TRITON_INTERPRET is set: interpreted kernels are not compiled; unset it")
     found: dict[str, Launch] = {}
 
     def add(one: Launch) -> None:
@@ -143,7 +143,7 @@ def _step(case: Case) -> None:
 
 
 class _Operators(TorchDispatchMode):
-    """Sends the package's ops to their Triton launchers and lists what PyTorch itself launches."""
+    """Sends the package's ops to their Triton launchers and lists PyTorch's own launches."""
 
     def __init__(self, add: Any) -> None:
         super().__init__()
@@ -173,9 +173,9 @@ class _Operators(TorchDispatchMode):
 
 
 def _flops(func: Any, args: Any, kwargs: Any, result: Any) -> int:
-    """Operations of an operator of PyTorch, as PyTorch counts them.
+    """Operations of a PyTorch operator, as PyTorch counts them.
 
-    Of a convolution's gradients by hand: PyTorch's count knows no groups.
+    A convolution's gradients are counted here, because PyTorch's count ignores groups.
     """
     if func is aten.convolution_backward.default:
         dy, _, w = args[:3]
@@ -185,9 +185,9 @@ def _flops(func: Any, args: Any, kwargs: Any, result: Any) -> int:
 
 
 def _outlines(values: Sequence[Any]) -> list[Any]:
-    """`values` with other tensors of the same shapes, the same one for the same.
+    """`values` with each tensor replaced by a new one of the same shape.
 
-    A tensor that is held here would not be a gradient that autograd takes over: it would copy it.
+    Autograd takes over a gradient only if nothing else holds it, and copies it otherwise.
     """
     known: dict[int, Tensor] = {}
 

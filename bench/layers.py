@@ -1,17 +1,17 @@
-"""`python -m bench layers`: every convolution of a model, fused beside the library's.
+"""`python -m bench layers`: every convolution of a model, by resnet_fast and by PyTorch.
 
-A layer is a convolution with what a model does around it, in one of four modes:
+A layer is a convolution with the operations around it, in one of four modes:
 
     infer   normalization by running statistics, addition, ReLU
     fprop   the normalization and ReLU of its input, the statistics of its output
-    dgrad   its normalization's backward, dx, the ReLU below, the sums of the normalization below
-    wgrad   dw, its input and its normalization's backward made again
+    dgrad   backward of its normalization, dx, backward of the previous ReLU, sums of the previous
+            normalization
+    wgrad   dw, with its input and its normalization's backward recomputed
 
-`resnet_fast` runs an op of ours once; `torch` runs the convolution and the rest as PyTorch does;
-`torch conv` is the bare convolution, what the rest costs being the difference. On a GPU `fused` and
-`library` are ours with the plan asked for (RESNET_FAST_TRITON_CONV), `resnet_fast` is by table or
-rule, `native` is by the CUDA kernels. The floor is what the bytes and operations of a layer take at
-the machine's measured limits.
+`resnet_fast` is one resnet_fast op; `torch` is the convolution and the other operations in PyTorch;
+`torch conv` is the bare convolution. On a GPU `fused` and `library` are that plan of the op
+(RESNET_FAST_TRITON_CONV), `resnet_fast` chooses by table or rule, and `native` runs the CUDA
+kernels. The floor is the time of the layer's bytes and operations at the machine's measured limits.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from resnet_fast.spec.dtypes import PRECISIONS
 class Layer:
     """A convolution [N,C,H,W] → [N,K,P,Q] with its normalization, and whether a residual is added.
 
-    relu: false for a projection. bytes and flops are for a batch of n, 2 a multiply-add.
+    relu: False for a projection. bytes and flops are for a batch of n; a multiply-add counts as 2.
     """
 
     channels: int
@@ -74,16 +74,16 @@ class Layer:
         return (n, self.channels, self.height, self.width), (n, self.filters, *self.out_size)
 
     def flops(self, n: int) -> int:
-        """Floating point operations of the convolution."""
+        """Floating-point operations of the convolution."""
         k, c, r, s = self.weight_shape
         p, q = self.out_size
         return 2 * n * p * q * k * c * r * s
 
     def bytes(self, n: int, size: int, mode: str = "infer") -> int:
-        """Bytes that a mode must move, `size` an element: each tensor it reads or writes once.
+        """Bytes that a mode must move, `size` per element: each tensor it reads or writes, once.
 
         infer: x, filters, residual, y. fprop: x, filters, z. dgrad: dy, z, filters, x, dx. wgrad:
-        dy, z, x, dw. A 1x1 convolution reads of x only the pixels that its stride meets.
+        dy, z, x, dw. A strided 1x1 convolution reads only the pixels of x that it uses.
         """
         x, y = (torch.Size(shape).numel() for shape in self.shapes(n))
         w = torch.Size(self.weight_shape).numel()
@@ -104,7 +104,7 @@ class Layer:
 
 @functools.cache
 def layers_of(model: str, image: int = 224) -> Mapping[Layer, int]:
-    """Every different convolution of `model` on images of `image` pixels, and how many of each."""
+    """Every distinct convolution of `model` on images of `image` pixels, and its count."""
     found: Counter[Layer] = Counter()
 
     ends: dict[nn.Module, tuple[bool, bool]] = {}  # residual, relu; others: False, True
@@ -151,7 +151,7 @@ Runs = dict[str, Callable[[], Tensor]]
 
 
 def infer(layer: Layer, n: int, dtype: torch.dtype, device: torch.device, impl: str) -> Runs:
-    """What is compared in inference, each on the same tensors."""
+    """The calls that are compared in inference, all on the same tensors."""
     x, w, norm, residual = tensors(layer, n, dtype, device)
     weight, bias, mean, var = norm
     narrow = [v.to(dtype) for v in norm]
@@ -178,7 +178,7 @@ def infer(layer: Layer, n: int, dtype: torch.dtype, device: torch.device, impl: 
 
 
 def train(mode: str) -> Callable[[Layer, int, torch.dtype, torch.device, str], Runs]:
-    """What is compared in one pass of training: "fprop", "dgrad" or "wgrad"."""
+    """The calls that are compared in one pass of training: "fprop", "dgrad" or "wgrad"."""
 
     def runs(layer: Layer, n: int, dtype: torch.dtype, device: torch.device, impl: str) -> Runs:
         x, w, norm, _ = tensors(layer, n, dtype, device)
@@ -246,10 +246,10 @@ def train(mode: str) -> Callable[[Layer, int, torch.dtype, torch.device, str], R
 
 
 def batch_norm_backward(z: Tensor, weight: Tensor, bias: Tensor) -> Callable[[Tensor], Tensor]:
-    """dz of dy, as autograd takes it after F.batch_norm in training: by cuDNN or by PyTorch.
+    """dz from dy, as autograd computes it after F.batch_norm in training: by cuDNN or PyTorch.
 
     The forward pass runs here. An autograd graph would run its backward on the stream of its
-    forward, which may not be the one that a CUDA graph captures.
+    forward, which may differ from the stream that a CUDA graph captures.
     """
     aten, cudnn = torch.ops.aten, torch.backends.cudnn.enabled
     _, mean, rstd, reserve, which = aten._batch_norm_impl_index(
@@ -273,17 +273,19 @@ def layer_rows(
     layer: Layer, count: int, n: int, dtype: str, impl: str, mode: str, limits: Ceilings,
     facts: rows.Row,
 ) -> list[rows.Row]:  # fmt: skip
-    """Time `layer` by every provider, after the fused result has met the unfused one."""
+    """Time `layer` by every provider, after comparing the fused with the unfused result."""
     device = torch.device(facts["device"])
     make = infer if mode == "infer" else train(mode)
     with torch.no_grad():
         runs = make(layer, n, PRECISIONS[dtype], device, impl)
         found, expected = runs["resnet_fast"]().float(), runs["torch"]().float()
         error = difference(found, expected)
-        # gradients: a ReLU's input made anew may have the other sign where it is nearly zero
+        # gradients: a recomputed ReLU input may change its sign where it is nearly zero
         allowed = max(16 * torch.finfo(PRECISIONS[dtype]).eps, 1e-3 * (mode in MODES[2:]))
         if not error <= allowed:
-            raise RuntimeError(f"fused and unfused differ by {error:.2e} of the norm")
+            raise RuntimeError(
+                f"fused and unfused differ by {error:.2e} of the norm, allowed {allowed:.2e}"
+            )
         del found, expected
         times = {name: median_ms(run, device) for name, run in runs.items()}
     size = PRECISIONS[dtype].itemsize
@@ -305,7 +307,7 @@ def difference(found: Tensor, expected: Tensor) -> float:
 
 
 def text(found: list[rows.Row]) -> str:
-    """A table a mode: one line a layer, times of every provider, then what ours reaches."""
+    """One table per mode: one line per layer with all times, then the rates of resnet_fast."""
     modes = dict.fromkeys(row["mode"] for row in found)
     return "\n\n".join(table([row for row in found if row["mode"] == mode]) for mode in modes)
 
@@ -338,23 +340,26 @@ def table(found: list[rows.Row]) -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `python -m bench layers`."""
     parser.add_argument("--model", choices=resnet_fast.list_models(), default="resnet50",
-                        metavar="NAME")  # fmt: skip
-    parser.add_argument("--mode", default="infer", help=f"of {','.join(MODES)}")
-    parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--dtype", choices=list(PRECISIONS), default="bf16")
-    parser.add_argument("--device", choices=DEVICES, default="cpu")
-    parser.add_argument("--impl", default="auto")
-    parser.add_argument("--image-size", type=int, default=224)
-    parser.add_argument("--out", type=Path, metavar="FILE.jsonl", help="append the rows")
+                        metavar="NAME", help="model (default: resnet50)")  # fmt: skip
+    parser.add_argument("--mode", default="infer",
+                        help=f"some of {','.join(MODES)} (default: infer)")  # fmt: skip
+    parser.add_argument("--batch", type=int, default=256, help="batch size (default: 256)")
+    parser.add_argument("--dtype", choices=list(PRECISIONS), default="bf16", help="default: bf16")
+    parser.add_argument("--device", choices=DEVICES, default="cpu", help="default: cpu")
+    parser.add_argument("--impl", default="auto",
+                        help="implementation of resnet_fast (default: auto)")  # fmt: skip
+    parser.add_argument("--image-size", type=int, default=224, help="pixels (default: 224)")
+    parser.add_argument("--out", type=Path, metavar="FILE.jsonl",
+                        help="append the rows to this file")  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure every layer and print the table; 1 where a layer failed, 2 without a device.
+    """Measure every layer and print the table; 1 if a layer failed, 2 for a bad argument.
 
-    A layer's rows are appended when it is done; the layers after one that failed still run.
+    Each layer's rows are appended when it is done; layers after a failed one still run.
     """
     if args.device == "cuda" and not torch.cuda.is_available():
-        print("--device: expected cpu, torch.cuda.is_available() is False here", file=sys.stderr)
+        print("--device: expected cpu: torch.cuda.is_available() is False here", file=sys.stderr)
         return 2
     if args.batch < 1 or args.image_size < 32:
         print("--batch: expected at least 1, and --image-size at least 32", file=sys.stderr)
@@ -371,7 +376,7 @@ def run(args: argparse.Namespace) -> int:
     for mode in args.mode.split(","):
         for layer, count in layers_of(args.model, args.image_size).items():
             if mode == "dgrad" and layer.channels < 16:
-                continue  # the gradient of an image is not asked for
+                continue  # the gradient of an image is not computed
             with done.part(f"{layer} {mode}"):
                 done.add(layer_rows(
                     layer, count, args.batch, args.dtype, args.impl, mode, limits, facts

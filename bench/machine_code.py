@@ -1,7 +1,7 @@
-"""What a compiled kernel's machine code says: registers, spills, tensor-core instructions, loads.
+"""Read a compiled kernel's machine code: registers, spills, tensor-core instructions, loads.
 
-Read by the tools that Triton carries, which need no GPU; for Triton's kernels (`bench.compile`)
-and for those of csrc/cuda (`bench.cuda`).
+The tools come with Triton and need no GPU. Used for the Triton kernels (`bench.compile`) and those
+of csrc/cuda (`bench.cuda`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ LOADS = {"UTMALDG": "TMA", "LDGSTS": "cp.async"}
 
 @dataclass
 class Code:
-    """What became of one kernel. local: bytes of spills and stack a thread."""
+    """The compiled code of one kernel. local: bytes of spills and stack per thread."""
 
     kernel: str
     arch: str
@@ -34,10 +34,10 @@ class Code:
     failure: str = ""
 
     def read(self, usage: str, code: str) -> None:
-        """Fill in what one kernel's resource usage and disassembly show."""
+        """Fill in the fields from one kernel's resource usage and disassembly."""
         used = dict(re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", usage))
         self.registers, self.shared = int(used["REG"]), int(used["SHARED"])
-        if re.search(r"\bSTL\b", code):  # a subroutine's frame alone is no spill
+        if re.search(r"\bSTL\b", code):  # a subroutine's stack frame alone is not a spill
             self.local = int(used["STACK"]) + int(used["LOCAL"])
         found = [name for name in TENSOR_CORES if re.search(rf"\b{name}\b", code)]
         self.tensor_cores = found[0] if found else ""
@@ -48,7 +48,7 @@ class Code:
 
 
 def tool(name: str, *arguments: Any) -> str:
-    """What one of the CUDA tools that Triton carries prints."""
+    """The output of a CUDA tool that comes with Triton."""
     import triton
 
     folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -60,7 +60,7 @@ def tool(name: str, *arguments: Any) -> str:
 
 
 def write(path: Path | None, rows: Sequence[Code]) -> None:
-    """The rows as JSON, where a file is asked for."""
+    """Write the rows to `path` as JSON, unless it is None."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps([asdict(row) for row in rows], indent=1))

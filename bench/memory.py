@@ -1,14 +1,14 @@
-"""Peak of live tensor memory during one step, counted from before the model was built.
+"""Peak of live tensor memory during one step, counted from before the model is built.
 
-So parameters, buffers, gradients, activations, workspaces and whatever a provider keeps packed
-are in it; the input batch, the same for all, is not.
+It includes parameters, buffers, gradients, activations, workspaces and a provider's packed filters.
+It does not include the input batch, which is the same for all.
 
-CPU: every allocation and release that passes PyTorch's CPU allocator (`torch.profiler` with
-`profile_memory`), integrated in order of time; oneDNN's reorders and scratchpads come through the
-same allocator. It is exact and repeatable where the process's resident size is neither: glibc
-keeps freed pages and the compiler's own memory would be counted. CUDA: the caching allocator's
-own peak, over the steps that follow the first one (which compiles and tunes), or what it still
-holds after them where that is more: the pool of a CUDA graph, whose tensors are not counted.
+CPU: the running sum of all allocations and releases in PyTorch's CPU allocator (`torch.profiler`
+with `profile_memory`); oneDNN's reorders and scratchpads use the same allocator. Unlike the
+process's resident size it is exact and repeatable: glibc keeps freed pages, and the resident size
+includes the compiler's memory. CUDA: the larger of two figures for the steps after the first (which
+compiles and tunes): the caching allocator's peak, and the memory it still holds afterwards. The
+second includes the pool of a CUDA graph, whose tensors are not counted in the first.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _MARK = "bench::peak_step"
 def peak_of(
     build: Callable[[], Callable[[int], object]], device: torch.device
 ) -> tuple[Callable[[int], object], float]:
-    """The step that `build` makes, and its peak memory in MiB after WARM_UPS steps."""
+    """The step that `build` returns, and its peak memory in MiB after WARM_UPS steps."""
     measure = _peak_cuda if device.type == "cuda" else _peak_cpu
     return measure(build)
 
@@ -55,9 +55,9 @@ def _peak_cpu(build):
 
 
 def integrate(changes: Iterable[tuple[int, int, int]], start: int, end: int) -> int:
-    """Most bytes live from `start` to `end`; changes are (time, address, bytes, < 0 a release).
+    """Maximum of live bytes from `start` to `end`. changes: (time, address, bytes; < 0 a release).
 
-    What is released without having been allocated among `changes` was not ours to count.
+    Releases without an allocation in `changes` are ignored.
     """
     live: dict[int, int] = {}
     total = peak = 0

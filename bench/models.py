@@ -1,9 +1,9 @@
-"""`python -m bench models`: whole models, ours beside plain PyTorch, eager and compiled.
+"""`python -m bench models`: whole models by resnet_fast and by PyTorch, eager and compiled.
 
-For every model, mode and dtype the correctness gate runs first (`bench.gate`); a red gate means no
-row at all for them and exit status 1. Then, for every batch size, the providers are built, their
-peak memory is measured (`bench.memory`), and they are timed in turns (`bench.timing`). The peers
-run the plain PyTorch modules that `resnet_fast.unfuse` gives, on the same weights.
+For every model, mode and dtype the correctness gate runs first (`bench.gate`). If it fails, they
+get no rows and the exit status is 1. Then, for every batch size, the providers are built, their
+peak memory is measured (`bench.memory`), and they are timed in turns (`bench.timing`). The PyTorch
+providers run the modules that `resnet_fast.unfuse` returns, with the same weights.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ FAILURES = (RuntimeError, ValueError, TypeError, ImportError, OSError, MemoryErr
 
 @dataclass(frozen=True)
 class Provider:
-    """A way to run a model. `build(plain, case, x)` makes its own copy, ready for inputs like x."""
+    """A way to run a model. `build(plain, case, x)` returns a copy, ready for inputs like x."""
 
     build: Callable[[nn.Module, Case, Tensor], nn.Module]
     layout: str
@@ -52,12 +52,12 @@ def _eager(layout: str) -> Callable[[nn.Module, Case, Tensor], nn.Module]:
 
 
 def compiled(module: nn.Module, case: Case, best: bool = True) -> nn.Module:
-    """`module` by torch.compile; compiles when first called.
+    """`module` by torch.compile, which compiles at the first call.
 
-    best: as fast as it is made for the case, which takes minutes on a GPU. Else the default mode,
-    as "reduce-overhead" where the case asks for a CUDA graph: that is the same code in one.
+    best: on a GPU max-autotune, which takes minutes. Otherwise the default mode; with a CUDA graph
+    "reduce-overhead", which is the same code in a graph.
     """
-    torch._dynamo.reset()  # a second batch size would otherwise compile for dynamic shapes
+    torch._dynamo.reset()  # otherwise a second batch size compiles for dynamic shapes
     default = "reduce-overhead" if case.graph else None
     return torch.compile(
         module, mode="max-autotune" if best and case.device.type == "cuda" else default
@@ -65,7 +65,7 @@ def compiled(module: nn.Module, case: Case, best: bool = True) -> nn.Module:
 
 
 def freezing(case: Case) -> AbstractContextManager:
-    """In inference the first call compiles with parameters as constants where this is in force."""
+    """In inference, compilation within this context treats parameters as constants."""
     import torch._inductor.config as inductor
 
     return inductor.patch(freezing=True) if case.mode == "infer" else nullcontext()
@@ -100,7 +100,7 @@ USUAL = ("eager_nchw", "eager", "compile", "resnet_fast")
 
 
 def model_names() -> list[str]:
-    """Names `--model` takes."""
+    """Names that `--model` accepts."""
     import resnet_fast
 
     return resnet_fast.list_models()
@@ -117,32 +117,41 @@ def plain_model(name: str, image_size: int) -> nn.Module:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `python -m bench models`; comma lists are checked item by item."""
     add = parser.add_argument
-    add("--model", type=names(model_names), default=["resnet50"], metavar="NAME,…")
-    add("--mode", type=names(lambda: MODES), default=["infer", "train"], metavar="infer,train")
-    add("--batch", type=integers, default=[1, 16], metavar="N,…")
-    add("--dtype", type=names(lambda: PRECISIONS), default=["fp32"], metavar="fp32,bf16,fp16")
-    add("--device", type=device, default=torch.device("cpu"), metavar="cpu|cuda")
+    add("--model", type=names(model_names), default=["resnet50"], metavar="NAME,…",
+        help="models (default: resnet50)")  # fmt: skip
+    add("--mode", type=names(lambda: MODES), default=["infer", "train"], metavar="infer,train",
+        help="default: infer,train")  # fmt: skip
+    add("--batch", type=integers, default=[1, 16], metavar="N,…",
+        help="batch sizes (default: 1,16)")  # fmt: skip
+    add("--dtype", type=names(lambda: PRECISIONS), default=["fp32"], metavar="fp32,bf16,fp16",
+        help="default: fp32")  # fmt: skip
+    add("--device", type=device, default=torch.device("cpu"), metavar="cpu|cuda",
+        help="default: cpu")  # fmt: skip
     add("--providers", type=names(lambda: PROVIDERS), default=list(USUAL), metavar="NAME,…",
-        help=f"of {', '.join(PROVIDERS)}; eager is channels_last (default: all but "
+        help=f"some of {', '.join(PROVIDERS)}; eager is channels_last (default: all except "
              "compile_default)")  # fmt: skip
     add("--out", type=Path, metavar="FILE.jsonl", help="append the rows to this file")
     add("--threads", type=positive(int), metavar="N", help="CPU threads (default: PyTorch's)")
-    add("--rounds", type=positive(int), metavar="N", help="exactly N rounds a case")
+    add("--rounds", type=positive(int), metavar="N", help="time exactly N rounds per case")
     add("--seconds", type=positive(float), default=20.0, metavar="S",
-        help=f"time a case for S seconds, at least {timing.MIN_ROUNDS} rounds (20)")  # fmt: skip
-    add("--image-size", type=integers, default=[224], metavar="N,…")
-    add("--impl", choices=IMPLS, default="auto", help="implementation that resnet_fast runs")
-    add("--optimizer", choices=OPTIMIZERS, default="none", help="update the weights in train")
+        help=f"time each case for S seconds, at least {timing.MIN_ROUNDS} rounds "
+             "(default: 20)")  # fmt: skip
+    add("--image-size", type=integers, default=[224], metavar="N,…",
+        help="pixels (default: 224)")  # fmt: skip
+    add("--impl", choices=IMPLS, default="auto",
+        help="implementation of resnet_fast (default: auto)")  # fmt: skip
+    add("--optimizer", choices=OPTIMIZERS, default="none",
+        help="optimizer that updates the weights in train (default: none)")  # fmt: skip
     add(
         "--graph",
         action="store_true",
-        help="a step by a CUDA graph where the provider has none of its own (compile has)",
+        help="on a GPU, run each step as a CUDA graph (torch.compile makes its own)",
     )
-    add("--json", action="store_true", help="rows as JSON lines on stdout instead of a table")
+    add("--json", action="store_true", help="print JSON lines instead of a table")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure all that was asked for; 1 when a gate was red or a provider failed, else 0."""
+    """Measure all requested cases; 1 if a gate or a provider failed, else 0."""
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     torch.backends.cudnn.benchmark = True
@@ -176,7 +185,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def admitted(plain: nn.Module, case: Case, providers: Iterable[str]) -> bool:
-    """Whether the gate is green for those of `providers` that must pass it; says what it found."""
+    """Whether all gated `providers` pass the gate; prints the verdicts to stderr."""
     return all(_gate(name, plain, case) for name in providers if PROVIDERS[name].gated)
 
 
@@ -205,11 +214,10 @@ def measure(
     seconds: float = 20.0,
     check: bool = True,
 ) -> tuple[list[rows.Row], dict[str, str]]:
-    """Rows of one case, and why each other provider gave none: "gate" or its error.
+    """Rows of one case, and for each provider without rows the reason: "gate" or its error.
 
-    An output that is wrong at full size leaves all of them without rows; check=False where that has
-    been looked at already. Says on stderr what it does; rounds and seconds are
-    `timing.interleave`'s.
+    If an output is wrong at full size, no provider gets rows; check=False skips this check.
+    Progress goes to stderr. rounds and seconds are those of `timing.interleave`.
     """
     steps: dict[str, timing.Step] = {}
     peaks: dict[str, float] = {}
@@ -220,14 +228,14 @@ def measure(
         for name in providers:
             try:
                 steps[name], peaks[name], full = _build(name, plain, case, inputs, check)
-            except FAILURES as error:  # the others go on; the exit status tells
+            except FAILURES as error:  # the others continue; the exit status reports it
                 failed[name] = _reason(error)
                 say(f"{case}: {name} raised {type(error).__name__}: {error}")
                 continue
             if full is not None and not _green(case, name, full):
                 return [], dict.fromkeys(providers, "gate")
         times = _times(steps, case, rounds, seconds)
-    except FAILURES as error:  # no memory for the inputs, or for all of them side by side
+    except FAILURES as error:  # out of memory for the inputs, or for all providers together
         say(f"{case}: raised {type(error).__name__}: {error}")
         return [], {name: failed.get(name, _reason(error)) for name in providers}
     finally:
@@ -259,7 +267,7 @@ def _build(
     inputs: Mapping[str, Sequence[tuple[Tensor, Tensor]]],
     check: bool,
 ) -> tuple[timing.Step, float, gate.Check | None]:
-    """The warm step of a provider, its peak memory, and if it is gated the `check` at full size."""
+    """The warm step of a provider, its peak memory, and for gated ones the check at full size."""
     provider, first, start = PROVIDERS[name], [], time.perf_counter()
 
     def build() -> timing.Step:
@@ -293,7 +301,7 @@ def _reason(error: BaseException) -> str:
 def step_of(
     provider: Provider, plain: nn.Module, case: Case, batches: Sequence[tuple[Tensor, Tensor]]
 ) -> timing.Step:
-    """One step on input i of the rotation; gives its logits."""
+    """A function that runs one step on input i of the rotation and returns its logits."""
     from resnet_fast import graph, graph_step
 
     module = provider.build(plain, case, batches[0][0])
@@ -316,7 +324,7 @@ def step_of(
         kept: list[Tensor] = []
 
         def loss(logits: Tensor, target: Tensor) -> Tensor:
-            kept[:] = [logits.detach()]  # the recorded call's, which each replay writes
+            kept[:] = [logits.detach()]  # of the recorded call; each replay overwrites them
             return F.cross_entropy(logits, target)
 
         replay_step = graph_step(module, loss, optimizer, *batches[0], autocast=narrow)
@@ -336,5 +344,5 @@ def step_of(
 
 
 def say(line: str) -> None:
-    """A line of progress on stderr, at once."""
+    """Print a line of progress to stderr."""
     print(line, file=sys.stderr, flush=True)

@@ -1,14 +1,14 @@
-"""pytest-benchmark suite of the ops: fused beside unfused PyTorch, at the shapes of ResNet-50.
+"""pytest-benchmark suite of the ops: fused against unfused PyTorch, at the shapes of ResNet-50.
 
     pytest bench/ops.py                                        everything
     pytest bench/ops.py -k "bn_act and bf16 and train"         part of it
     pytest bench/ops.py --benchmark-json=FILE                  with versions and machine
 
-A group is one op at one layer, mode and dtype, so ours and eager stand side by side. Inference:
+A group is one op at one layer, mode and dtype, and compares resnet_fast with eager. Inference:
 weights and activations in the dtype. Training: forward and backward, fp32 parameters, activations
-in the dtype under autocast. Before it is timed, each is held against fp64 by `bench.gate`.
-RESNET_FAST_BENCH_BATCH (16), RESNET_FAST_BENCH_DEVICE (cpu) and RESNET_FAST_BENCH_IMPL (auto)
-choose the rest.
+in the dtype under autocast. `bench.gate` checks resnet_fast against fp64 before it is timed.
+Environment variables, with defaults: RESNET_FAST_BENCH_BATCH (16), RESNET_FAST_BENCH_DEVICE (cpu),
+RESNET_FAST_BENCH_IMPL (auto).
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Layer:
 
 
 class ConvBN(nn.Module):
-    """A convolution and its normalization; who calls them is the benchmark's matter."""
+    """A convolution and its normalization; the benchmark calls them."""
 
     def __init__(self, channels: int, out: int, kernel: int, stride: int = 1) -> None:
         super().__init__()
@@ -233,7 +233,7 @@ def stepper(forward: Forward, module: nn.Module, x: Tensor, residual: Tensor | N
 
 
 def check(op: str, layer: Layer, mode: str, dtype: torch.dtype) -> None:
-    """Fused against eager's own error against fp64, at GATE_BATCH; fails the benchmark."""
+    """Assert that the fused error against fp64 is within the gate of eager's, at GATE_BATCH."""
     _, eager, fused = OPS[op]
     module, x, residual = problem(layer, GATE_BATCH, mode, dtype)
     runs = []

@@ -1,8 +1,8 @@
-"""`python -m bench passes`: every memory-bound op at the tensors of ResNet-50, against a copy.
+"""`python -m bench passes`: every memory-bound op at the shapes of ResNet-50, relative to a copy.
 
-A pass reads and writes each of its tensors once, so what it reaches of the bandwidth of a measured
-copy says how good its kernel is. Each implementation that is live on the device is timed, after its
-result has met the reference's.
+A pass reads and writes each of its tensors once. The quality of its kernel is its bandwidth as a
+share of a measured copy's. Each implementation that can run on the device is timed, after its
+result is compared with the reference.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from resnet_fast.runtime.options import DEVICES
 from resnet_fast.spec.dtypes import PRECISIONS, stats_dtype
 from resnet_fast.spec.layout import mask_shape
 
-SHAPES = {  # channels, side: the stem, the ends of a bottleneck and its inside
+SHAPES = {  # channels, side: the stem, the outputs of bottlenecks and the inside of one
     "stem 64@112": (64, 112),
     "layer1 64@56": (64, 56),
     "layer1 256@56": (256, 56),
@@ -34,7 +34,7 @@ SHAPES = {  # channels, side: the stem, the ends of a bottleneck and its inside
 }
 IMPLS = {"cuda": ("triton", "native"), "cpu": ("native",)}
 Pass = tuple[str, list[Any], float]
-"""Op, arguments but `impl`, and how many activations it moves; a bit an element is 1/16 in bf16."""
+"""Op, arguments except `impl`, number of activations moved (one bit per element: 1/16 in bf16)."""
 
 
 def passes(x: Tensor) -> dict[str, Pass]:
@@ -67,10 +67,10 @@ def passes(x: Tensor) -> dict[str, Pass]:
 def measurements(
     name: str, n: int, dtype: str, limits: Ceilings, facts: rows.Row
 ) -> Iterator[tuple[str, str, Callable[[], rows.Row]]]:
-    """(pass, implementation, what times it and gives its row) of every live one at a shape."""
+    """(pass, implementation, function that returns the timed row) of all that run at a shape."""
     device = torch.device(facts["device"])
     channels, side = SHAPES[name]
-    # A mean that is no difference of large sums: else the gate would judge its rounding.
+    # Mean 0.5: a mean near zero is a small difference of large sums, and mostly rounding error.
     x = (torch.randn(n, channels, side, side, device=device) + 0.5).to(PRECISIONS[dtype])
     for what, (op, args, activations) in passes(
         x.contiguous(memory_format=torch.channels_last)
@@ -107,7 +107,7 @@ def gate(run: Callable[[str], Any], impl: str) -> None:
 
 
 def text(found: list[rows.Row]) -> str:
-    """A line a shape and pass: ms and share of the copy's bandwidth of each implementation."""
+    """One line per shape and pass: each implementation's ms and share of the copy's bandwidth."""
     impls = list(dict.fromkeys(row["provider"] for row in found))
     lines = [f"{'at':16} {'pass':24}" + "".join(f" {impl + ' ms':>14}  % copy" for impl in impls)]
     for key in dict.fromkeys((row["layer"], row["mode"]) for row in found):
@@ -123,20 +123,22 @@ def text(found: list[rows.Row]) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `python -m bench passes`."""
-    parser.add_argument("--shape", default=",".join(SHAPES), help="of " + ", ".join(SHAPES))
-    parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--dtype", choices=list(PRECISIONS), default="bf16")
-    parser.add_argument("--device", choices=DEVICES, default="cpu")
-    parser.add_argument("--out", type=Path, metavar="FILE.jsonl", help="append the rows")
+    parser.add_argument("--shape", default=",".join(SHAPES),
+                        help=f"some of: {', '.join(SHAPES)} (default: all)")  # fmt: skip
+    parser.add_argument("--batch", type=int, default=256, help="batch size (default: 256)")
+    parser.add_argument("--dtype", choices=list(PRECISIONS), default="bf16", help="default: bf16")
+    parser.add_argument("--device", choices=DEVICES, default="cpu", help="default: cpu")
+    parser.add_argument("--out", type=Path, metavar="FILE.jsonl",
+                        help="append the rows to this file")  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure and print; 1 where a pass failed, 2 for a bad argument.
+    """Measure and print; 1 if a pass failed, 2 for a bad argument.
 
-    The rows of a pass are appended when it is done; the passes after one that failed still run.
+    The rows of a pass are appended when it is done; passes after a failed one still run.
     """
     if args.device == "cuda" and not torch.cuda.is_available():
-        print("--device: expected cpu, torch.cuda.is_available() is False here", file=sys.stderr)
+        print("--device: expected cpu: torch.cuda.is_available() is False here", file=sys.stderr)
         return 2
     names = args.shape.split(",")
     unknown = [name for name in names if name not in SHAPES]

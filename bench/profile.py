@@ -1,8 +1,8 @@
-"""What a step's kernels take on a GPU, by PyTorch's profiler, beside what the clock predicts.
+"""Kernel times of a step on a GPU, by PyTorch's profiler, next to their estimates.
 
-Kernels are told apart by name and grid: launches of one kernel at other sizes differ. `by_name`
-adds them up and puts the clock's prediction beside (`bench.estimate`: not a measurement),
-for the kernels that the clock knows by name.
+Kernels are grouped by name and grid, so launches of one kernel at different sizes are separate.
+`by_name` sums them and adds the estimate (`bench.estimate`, not a measurement) for kernels that it
+knows by name.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Event = Mapping[str, Any]
 
 
 def recorded(run: Callable[[int], object], replays: int = REPLAYS) -> list[Event]:
-    """What the GPU does in `replays` calls of the warm step `run`."""
+    """GPU events of `replays` calls of the warm step `run`."""
     activities = [torch.profiler.ProfilerActivity.CUDA]
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=activities) as profiler:
@@ -43,10 +43,10 @@ def summary(
     estimate: Mapping[str, Any] | None = None,
     replays: int = REPLAYS,
 ) -> dict[str, Any]:
-    """Kernels of one step, the longest first, and by name beside the launches of `estimate`.
+    """Kernels of one step, the slowest first, and by name next to the launches of `estimate`.
 
-    Counts and total_us are a step's, the mean over `replays`; span_us is from a step's first
-    kernel to the next step's, busy_us what of it kernels ran.
+    Counts and total_us are per step, the mean over `replays`. span_us is the time from a step's
+    first kernel to the next step's, busy_us the part of it in which kernels ran.
     """
     events = list(events)
     kernels = _grouped(events, lambda event: (event["name"], _grid(event)), replays)
@@ -75,7 +75,7 @@ def summary(
 
 
 def by_kernel(launches: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """How many launches of each kernel an estimate has, and what they take together."""
+    """Number of launches of each kernel in an estimate, and their total time."""
     found: dict[str, dict[str, Any]] = {}
     for one in launches:
         own = found.setdefault(one["kernel"], {"estimate_count": 0, "estimate_us": 0.0})
@@ -85,7 +85,7 @@ def by_kernel(launches: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]
 
 
 def text(found: Mapping[str, Any], longest: int = 12) -> str:
-    """A line a kernel of `summary`, those that take longest."""
+    """One line per kernel of `summary`, the `longest` slowest ones."""
     lines = [f"{'kernel':60} {'count':>7} {'us':>9} {'each':>8} {'estimate us':>12}"]
     for one in found["by_name"][:longest]:
         each, guess = (_cell(one[key]) for key in ("mean_us", "estimate_us"))
@@ -93,7 +93,7 @@ def text(found: Mapping[str, Any], longest: int = 12) -> str:
         total = _cell(one["total_us"])
         lines.append(f"{name:60} {one['count']:7g} {total:>9} {each:>8} {guess:>12}")
     lines.append(
-        f"busy {_cell(found['busy_us'])} of {_cell(found['span_us'])} us a step, "
+        f"busy {_cell(found['busy_us'])} of {_cell(found['span_us'])} us per step, "
         f"estimate {_cell(found['estimate_us'])} us"
     )
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""The page of the demo and its pictures."""
+"""The demo's HTML page and its pictures."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def write(
     claims: Sequence[tuple[str, bool]],
     facts: Mapping[str, Any],
 ) -> Path:
-    """OUT/report.html and its pictures; the page's path. RuntimeError without matplotlib."""
+    """Write OUT/report.html and its pictures; returns its path. RuntimeError without matplotlib."""
     pictures = {"training.png": lambda path: plot_training(curves, path)}
     if measured:
         pictures["throughput.png"] = lambda path: neutral(table.plot_throughput, measured, path)
@@ -46,7 +46,7 @@ def write(
 
 
 def plot_training(curves: Mapping[str, digits.Curve], path: Path) -> None:
-    """Loss a step, test accuracy an epoch and the drift from the plain net; PNG at `path`."""
+    """PNG at `path`: loss per step, test accuracy per epoch, distance from the plain net's loss."""
     neutral(_plot_training, curves, path)
 
 
@@ -82,7 +82,7 @@ def _plot_training(curves: Mapping[str, digits.Curve], path: Path) -> None:
 
 
 def _smooth(values: Sequence[float]) -> list[float]:
-    """The mean of the last WINDOW values at every place; fewer at the start."""
+    """Running mean of the last WINDOW values, of fewer at the start."""
     spans = (values[max(0, i + 1 - WINDOW) : i + 1] for i in range(len(values)))
     return [sum(span) / len(span) for span in spans]
 
@@ -92,7 +92,7 @@ def _page(environment, checks, curves, measured, claims, facts, out) -> str:
     machine = f"{facts['cpu_or_gpu']}, {facts['threads']} threads, PyTorch {facts['torch']}"
     sections = [
         _tiles(checks, curves, measured),
-        f'<section><h2>What holds</h2>{html_page.claims(claims)}</section>',
+        f'<section><h2>Claims</h2>{html_page.claims(claims)}</section>',
         _training(curves, out / "training.png"),
     ]
     if measured:
@@ -120,7 +120,7 @@ def _tiles(checks, curves, measured) -> str:
     right = sum(check.ok for check in checks)
     tiles = [(f"{right:,}", f"of {len(checks):,} checks passed")]
     plain, fused = (curves[name].accuracies[-1] for name in ("plain", "fused"))
-    tiles.append((f"{fused:.1%}", f"of digits read right; plain PyTorch {plain:.1%}"))
+    tiles.append((f"{fused:.1%}", f"test accuracy on digits; plain PyTorch {plain:.1%}"))
     for mode, word in (("infer", "inference"), ("train", "training")):
         best = [
             one for one in measured
@@ -135,7 +135,7 @@ def _tiles(checks, curves, measured) -> str:
 
 
 def _training(curves: Mapping[str, digits.Curve], image: Path) -> str:
-    lines = [("", "loss, last epoch", "test accuracy", "ms a step")]
+    lines = [("", "loss, last epoch", "test accuracy", "ms per step")]
     for name, curve in curves.items():
         last = curve.losses[-(len(curve.losses) // max(len(curve.accuracies), 1)) :]
         lines.append((
@@ -144,9 +144,9 @@ def _training(curves: Mapping[str, digits.Curve], image: Path) -> str:
         ))  # fmt: skip
     return f"""<section><h2>Training</h2>
 <p>ResNet-20 on 1,797 scans of handwritten digits, from the same weights and the same batches, with
-resnet_fast and with plain PyTorch. The losses are equal up to rounding at first. Training
-multiplies any difference, so later they part, as two runs of plain PyTorch do that differ in memory
-format alone (right).</p>
+resnet_fast and with plain PyTorch. The losses are equal up to rounding at first. Training amplifies
+any difference, so later they diverge, as do two runs of plain PyTorch that differ only in memory
+format (right).</p>
 {html_page.picture(image, "Training loss, test accuracy, and the distance between the losses")}
 {html_page.table(lines)}</section>"""
 
@@ -162,8 +162,9 @@ def _throughput(measured: Sequence[rows.Row], image: Path) -> str:
             "\u2013" if ratio is None else f"{ratio:.2f}\u00d7",
         ))  # fmt: skip
     return f"""<section><h2>Throughput</h2>
-<p>Medians of interleaved rounds, fp32, 224 pixels; eager is PyTorch in channels_last. A short run:
-<code>python -m bench models</code> measures longer and beside <code>torch.compile</code>.</p>
+<p>Medians of interleaved rounds, fp32, 224 pixels; eager is PyTorch in channels_last. This is a
+short run: <code>python -m bench models</code> measures longer and includes
+<code>torch.compile</code>.</p>
 {html_page.picture(image, "Throughput of resnet_fast and eager PyTorch")}
 <details><summary>All figures</summary>{html_page.table(lines, left=4)}</details></section>"""
 
@@ -175,7 +176,7 @@ def _verification(checks: Sequence[Check]) -> str:
         if not found:
             continue
         failed = sum(not check.ok for check in found)
-        state = f"{failed} failed" if failed else "all right"
+        state = f"{failed} failed" if failed else "all passed"
         lines = "".join(_verdict(row) for row in checks_report.rows(found))
         parts.append(
             f"<details{' open' if failed else ''}><summary>{title}: {len(found):,} checks, {state}"
@@ -184,8 +185,8 @@ def _verification(checks: Sequence[Check]) -> str:
             f"<tbody>{lines}</tbody></table></div></details>"
         )
     return f"""<section><h2>Verification</h2>
-<p>Every result is compared with plain PyTorch in fp64. Allowed is twice (for gradients three times)
-the error that plain PyTorch makes in the same dtype, plus rounding. One line stands for all checks
+<p>Every result is compared with plain PyTorch in fp64. The allowed error is twice (for gradients
+three times) that of plain PyTorch in the same dtype, plus rounding. One line summarizes all checks
 of its kind and shows the worst.</p>
 {"".join(parts)}</section>"""
 

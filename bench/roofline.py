@@ -1,13 +1,13 @@
-"""`python -m bench roofline`: the least time that a model's steps can take, and what they took.
+"""`python -m bench roofline`: minimum time of a model's steps, and measured times.
 
-Two schedules, and where they differ. What runs: every launch of the Triton kernels on a GPU, in
-`bench.floors`. The ideal schedule: every tensor of a fused block once, a convolution in one of the
-modes of `bench.layers` or a pass over memory of `bench.passes`; loss, optimizer and vectors of one
-value a channel are left out. A launch takes at least its bytes at the bandwidth of a copy and its
-operations at the rate of a large product. The sum of these floors, an estimate,
-bounds the images/s of the whole model. It needs no device, and Triton for what runs. With rows of
-`layers` and `passes` (--rows) of the same model, batch and dtype each step of the ideal schedule
-also says what it took and by whom.
+It compares two schedules. "What runs" is every launch of the Triton kernels on a GPU, from
+`bench.floors`. The "ideal schedule" moves every tensor of a fused block once: its steps are
+convolutions in a mode of `bench.layers` and passes of `bench.passes`, without loss, optimizer and
+vectors of one value per channel. The floor of a launch is its bytes at the bandwidth of a copy or
+its operations at the rate of a large matmul, whichever takes longer. The sum of these floors, an
+estimate, bounds the images/s of the whole model. The command needs no device, and Triton only for
+what runs. With rows of `layers` and `passes` (--rows) of the same model, batch and dtype, each step
+of the ideal schedule also shows its measured time and implementation.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from resnet_fast.blocks import ChainBlock
 from resnet_fast.runtime.options import DEVICES
 from resnet_fast.spec.dtypes import PRECISIONS
 
-# bytes/s and 16-bit operations/s that a copy and a large product reach on a device
+# bytes/s and 16-bit operations/s that a copy and a large matmul reach on a device
 KNOWN = {name: (gpu.bytes_per_s, gpu.flops_per_s) for name, gpu in GPUS.items()}
 MODES = {"infer": ("infer",), "train": ("fprop", "dgrad", "wgrad")}
 
@@ -45,13 +45,13 @@ MODES = {"infer": ("infer",), "train": ("fprop", "dgrad", "wgrad")}
 def steps_of(model: str, kind: str, n: int, size: int, image: int = 224) -> list[Step]:
     """The ideal schedule of inference or training ("infer", "train") of `model` on n images.
 
-    size: bytes an element. In the order in which they first come, forward before backward.
+    size: bytes per element. Steps are in order of first appearance, forward before backward.
     """
     found: Counter[Step] = Counter()
     for mode in MODES[kind]:
         for layer, count in layers_of(model, image).items():
             if mode == "dgrad" and layer.channels < 16:
-                continue  # the gradient of an image is not asked for
+                continue  # the gradient of an image is not computed
             moved = layer.bytes(n, size, mode)
             found[Step(mode, str(layer), kind_of(layer.kernel), 1, moved, layer.flops(n))] += count
     for mode, name, channels, side, values in _passes(model, kind, size, image):
@@ -61,12 +61,12 @@ def steps_of(model: str, kind: str, n: int, size: int, image: int = 224) -> list
 
 
 Pass = tuple[str, str, int, int, float]
-"""Mode, name as in `bench.passes`, channels, side, activations moved an image."""
+"""Mode, name as in `bench.passes`, channels, side, activations moved per image."""
 
 
 @functools.cache
 def _passes(model: str, kind: str, size: int, image: int) -> list[Pass]:
-    """The passes over memory around the convolutions, on their way forward and back."""
+    """The passes over memory around the convolutions, forward and backward."""
     found: list[Pass] = []
     bit, byte = 1 / (8 * size), 1 / size
 
@@ -120,7 +120,7 @@ def _passes(model: str, kind: str, size: int, image: int) -> list[Pass]:
 
 
 def measured(steps: Iterable[Step], found: Iterable[rows.Row]) -> list[Step]:
-    """`steps` with what the newest rows of `bench.layers` and `bench.passes` say of them."""
+    """`steps` with the times of the newest rows of `bench.layers` and `bench.passes`."""
     times: dict[tuple[str, str], rows.Row] = {}
     for row in sorted(found, key=lambda row: row["date"]):
         if row["benchmark"] == "layers" and row["provider"] == "resnet_fast":
@@ -140,7 +140,7 @@ def measured(steps: Iterable[Step], found: Iterable[rows.Row]) -> list[Step]:
 
 
 def text(steps: Sequence[Step], limits: Ceilings, n: int) -> str:
-    """A line a step, the costliest first, then what all of them take at the least."""
+    """One line per step, slowest first, then the sum of all floors."""
     whole = total(steps, limits).ms
     lines = [
         f"{'mode':6} {'step':32} {'n':>3} {'MB':>8} {'GFLOP':>8} {'FLOP/B':>7} {'floor ms':>9} "
@@ -162,7 +162,7 @@ def text(steps: Sequence[Step], limits: Ceilings, n: int) -> str:
 
 
 def _gathered(steps: Sequence[Step]) -> list[Step]:
-    """`steps` with launches of one name as one step of their mean."""
+    """`steps` with launches of equal mode and name merged into one step, their mean."""
     groups: dict[tuple[str, str], list[Step]] = {}
     for step in steps:
         groups.setdefault((step.mode, step.name), []).append(step)
@@ -180,7 +180,7 @@ def _gathered(steps: Sequence[Step]) -> list[Step]:
 
 
 def comparison(found: Schedules, limits: Ceilings) -> str:
-    """A line a part of the step: what runs, the ideal schedule, and the difference."""
+    """One line per part of the step: what runs, the ideal schedule, and the difference."""
     head = f"{'launches':>8} {'GB':>7} {'floor ms':>8}"
     lines = [
         f"{'':13} {'what runs':>25}   {'ideal schedule':>25}   {'difference':>16}",
@@ -197,18 +197,18 @@ def comparison(found: Schedules, limits: Ceilings) -> str:
     if limits.launch_us and len(small) > 1:
         ms = sum(s.count * max(s.floor_ms(limits), limits.launch_us / 1e3) for s in small)
         lines.append(
-            f"vectors: with {limits.launch_us:.1f} us for each launch in a CUDA graph {ms:.2f} ms, "
-            f"where these floors have {total(small, limits).ms:.2f} ms"
+            f"vectors: {ms:.2f} ms with {limits.launch_us:.1f} us per launch in a CUDA graph, "
+            f"against floors of {total(small, limits).ms:.2f} ms"
         )
     return "\n".join(lines)
 
 
 def summary(steps: Sequence[Step], limits: Ceilings, n: int) -> str:
-    """All the floors together, and the time of what was measured."""
+    """The sum of all floors, and the time of the measured steps."""
     all_of_it = total(steps, limits)
     said = (
-        f"{all_of_it.launches} launches move {all_of_it.bytes / n / 1e6:.0f} MB an image: "
-        f"at least {all_of_it.ms:.2f} ms, no more than {1e3 * n / all_of_it.ms:,.0f} images/s"
+        f"{all_of_it.launches} launches move {all_of_it.bytes / n / 1e6:.0f} MB per image: "
+        f"at least {all_of_it.ms:.2f} ms, at most {1e3 * n / all_of_it.ms:,.0f} images/s"
     )
     known = [step for step in steps if step.ms is not None]
     if known:
@@ -221,17 +221,18 @@ def summary(steps: Sequence[Step], limits: Ceilings, n: int) -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `python -m bench roofline`."""
     parser.add_argument("--model", choices=resnet_fast.list_models(), default="resnet50",
-                        metavar="NAME")  # fmt: skip
-    parser.add_argument("--mode", default="infer,train", help="of infer,train")
-    parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--dtype", choices=list(PRECISIONS), default="bf16")
-    parser.add_argument("--image-size", type=int, default=224)
+                        metavar="NAME", help="model (default: resnet50)")  # fmt: skip
+    parser.add_argument("--mode", default="infer,train", help="default: infer,train")
+    parser.add_argument("--batch", type=int, default=256, help="batch size (default: 256)")
+    parser.add_argument("--dtype", choices=list(PRECISIONS), default="bf16", help="default: bf16")
+    parser.add_argument("--image-size", type=int, default=224, help="pixels (default: 224)")
     parser.add_argument("--limits", default="h200", metavar="NAME",
-                        help=f"{', '.join(KNOWN)}, or cpu or cuda: measured here")  # fmt: skip
+                        help=f"limits of {' or '.join(KNOWN)}, or cpu or cuda to measure this "
+                             "machine's (default: h200)")  # fmt: skip
     parser.add_argument("--rows", type=Path, nargs="+", default=[], metavar="FILE.jsonl",
-                        help="of bench layers and passes")  # fmt: skip
+                        help="measured rows of bench layers and passes")  # fmt: skip
     parser.add_argument("--out", type=Path, metavar="DIR",
-                        help="write roofline.json and roofline.png")  # fmt: skip
+                        help="write roofline.json and roofline.png to this folder")  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
@@ -251,7 +252,7 @@ def run(args: argparse.Namespace) -> int:
         title = f"{args.model}, {kind}, {args.dtype}, batch {args.batch}"
         on = f"{limits.bytes_per_s / 1e12:.3g} TB/s, {limits.flops_per_s / 1e12:.3g} TFLOP/s"
         if own.runs is None:
-            print(f"{title}: what runs is not listed: {why}\n")
+            print(f"{title}: cannot list what runs: {why}\n")
         else:
             print(f"{title}: what runs, floors at {on} (estimate)")
             print(text(own.runs, limits, args.batch), end="\n\n")
@@ -264,9 +265,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _runs(args: argparse.Namespace, kind: str) -> tuple[list[Step] | None, str]:
-    """What runs, or why that is not known."""
+    """What runs, or why it cannot be listed."""
     if args.limits == "cpu":
-        return None, "the launches are those of a GPU, and --limits is cpu"
+        return None, "it lists the launches of a GPU, and --limits is cpu"
     case = Case(args.model, kind, args.batch, args.dtype, torch.device("cuda"), args.image_size)
     try:
         return launched(case, _target(args.limits)), ""
@@ -277,7 +278,7 @@ def _runs(args: argparse.Namespace, kind: str) -> tuple[list[Step] | None, str]:
 
 
 def _target(limits: str) -> Any:
-    """The GPU that launches are made for: a Hopper, or the one that is here."""
+    """The GPU that launches are chosen for: a Hopper, or with "cuda" this machine's."""
     if limits != "cuda":
         return hopper()
     from resnet_fast.kernels.launch import target
@@ -286,7 +287,7 @@ def _target(limits: str) -> Any:
 
 
 def _write(args: argparse.Namespace, found: dict[str, Schedules], limits: Ceilings) -> int:
-    """roofline.json, a list each of what runs and of the ideal schedule a mode, and the picture."""
+    """Write roofline.json (per mode the steps of both schedules) and the picture."""
     args.out.mkdir(parents=True, exist_ok=True)
     listed = {
         kind: {
@@ -332,5 +333,5 @@ def _limits(args: argparse.Namespace) -> Ceilings:
         names = ", ".join((*KNOWN, *DEVICES))
         raise ValueError(f"--limits: expected one of {names}, got {args.limits!r}")
     if args.limits == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--limits: torch.cuda.is_available() is False here")
+        raise ValueError("--limits: cuda needs a GPU: torch.cuda.is_available() is False here")
     return measure(torch.device(args.limits), args.dtype)

@@ -1,10 +1,10 @@
 """The picture of `python -m bench roofline`: launches on the roof, and how their floors add up.
 
-A column a kind of pass ("infer", "train"). Above a roofline (Williams, Waterman & Patterson 2009):
-a hollow circle is a launch of what runs at the least time that it takes, its area its share of the
-sum; measured steps of the ideal schedule are full, below the roof at the rate that they reached.
-Passes multiply nothing: their place is at the left, in one circle. Below, the sum of the floors of
-what runs and of the ideal schedule, by part. Where what runs is not known the ideal schedule alone.
+One column per kind of pass ("infer", "train"). Top: a roofline (Williams, Waterman & Patterson
+2009). A hollow circle is a launch of what runs at its floor; its area is its share of the sum.
+Filled circles are measured steps of the ideal schedule, at the rate that they reached. Passes do no
+matrix products: one circle at the left shows them all. Bottom: the sum of the floors of what runs
+and of the ideal schedule, by part. Without a list of what runs, only the ideal schedule is shown.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ COLORS = dict(
 )  # fmt: skip
 LABELS = {"dz": "dz in memory", "φ(x)": "φ(x) in memory", "vectors": "vectors, parameters"}
 NAMES = {"runs": "what runs", "ideal": "ideal schedule"}
-LEFT, RIGHT = 3.0, 4000.0  # operations a byte
+LEFT, RIGHT = 3.0, 4000.0  # operations per byte
 
 
 def plot(found: Mapping[str, Schedules], limits: Ceilings, n: int, title: str, path: Path) -> None:
-    """PNG of the floors of batches of n at `path`. RuntimeError without matplotlib."""
+    """Write a PNG of the floors for batches of n to `path`. RuntimeError without matplotlib."""
     neutral(_plot, found, limits, n, title, path)
 
 
@@ -67,7 +67,7 @@ def _plot(found, limits, n, title, path) -> None:
 
 
 def _roof(axes: Any, head: Sequence[Step], ideal: Sequence[Step], limits: Ceilings) -> None:
-    """The roof, the steps of `head` on it, and those of `ideal` that were measured below it."""
+    """The roof, the steps of `head` on it, and the measured steps of `ideal` below it."""
     from matplotlib.ticker import NullFormatter, ScalarFormatter
 
     ridge = limits.flops_per_s / limits.bytes_per_s
@@ -111,7 +111,7 @@ def _circles(axes: Any, own: Sequence[Step], every: Sequence[Step], limits: Ceil
 
 
 def _bars(axes: Any, own: Schedules, limits: Ceilings, n: int) -> list[str]:
-    """A bar a schedule, by part; the parts that there are."""
+    """One bar per schedule, by part; returns the parts that occur."""
     shown = {NAMES[name]: steps for name, steps in own._asdict().items() if steps is not None}
     shown = dict(reversed(shown.items()))  # from bottom to top
     longest = max(total(steps, limits).ms for steps in shown.values())

@@ -1,4 +1,4 @@
-"""The row format: one JSON object a measurement, with all it takes to read it a year later."""
+"""The row format: one JSON object per measurement, with versions, machine, commit and date."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ def row(facts: Mapping[str, Any], **values: Any) -> Row:
 
 
 def layer_row(facts: Mapping[str, Any], **values: Any) -> Row:
-    """A row of one layer or limit of the machine: as `row`, with LAYER_FIELDS.
+    """A row of one layer or machine limit: as `row`, with LAYER_FIELDS.
 
-    What is not given is None.
+    Fields that are not given are None. Raises ValueError for an unknown field.
     """
     given = {**facts, **values}
     fields = (*FIELDS, *EXTRA_FIELDS, *LAYER_FIELDS)
@@ -61,7 +61,7 @@ def _rounded(value: Any) -> Any:
 
 
 def facts(device: torch.device) -> Row:
-    """What is the same for every row of one run: versions, machine, commit, time (UTC)."""
+    """Fields shared by all rows of one run: versions, machine, commit, time (UTC)."""
     return {
         "device": device.type,
         "torch": torch.__version__,
@@ -77,7 +77,7 @@ def facts(device: torch.device) -> Row:
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's name, or the CPU's model as the system gives it."""
+    """The GPU's name, or the CPU model that the system reports."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")
@@ -89,7 +89,7 @@ def device_name(device: torch.device) -> str:
 
 
 def instruction_set(device: torch.device) -> str:
-    """`sm_90` and the like on CUDA; the CPU's widest vector set that PyTorch uses."""
+    """`sm_90` and the like on CUDA; on a CPU the widest vector instructions that PyTorch uses."""
     if device.type == "cuda":
         return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
     return torch.backends.cpu.get_cpu_capability()
@@ -97,7 +97,7 @@ def instruction_set(device: torch.device) -> str:
 
 @functools.cache
 def git_sha() -> str | None:
-    """The commit of the working tree, `-dirty` when a tracked file differs; None without git."""
+    """The commit of the working tree, `-dirty` if a tracked file differs; None without git."""
     sha = _git("rev-parse", "--short=12", "HEAD")
     if not sha:
         return None
@@ -129,7 +129,7 @@ def _resnet_fast_version() -> str | None:
 
 
 def append(path: Path, rows: Iterable[Row]) -> None:
-    """Append `rows` to the JSON-lines file `path`, made with its folder when missing."""
+    """Append `rows` to the JSON-lines file `path`; creates it and its folder if missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         for one in rows:
@@ -137,7 +137,7 @@ def append(path: Path, rows: Iterable[Row]) -> None:
 
 
 class Collection:
-    """The rows of a run. They are appended to `out` as they come: a later error loses none."""
+    """The rows of a run. They are appended to `out` immediately, so a later error loses none."""
 
     def __init__(self, command: str, out: Path | None) -> None:
         self.command, self.out = command, out
@@ -145,28 +145,28 @@ class Collection:
         self.failed: list[str] = []
 
     def add(self, more: list[Row]) -> None:
-        """Rows of a part that is done."""
+        """Add the rows of a finished part."""
         if self.out is not None:
             append(self.out, more)
         self.found += more
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Within it an error ends this part alone."""
+        """Within it an error ends only this part, and is recorded."""
         try:
             yield
         except Exception as error:
             self.failed.append(f"{name}: {type(error).__name__}: {error}")
 
     def status(self) -> int:
-        """Name on stderr what failed; 1 where something did."""
+        """Print the failures to stderr; 1 if there are any, else 0."""
         for line in self.failed:
             print(f"{self.command}: {line}", file=sys.stderr)
         return int(bool(self.failed))
 
 
 def read(paths: Iterable[Path]) -> list[Row]:
-    """Rows of JSON-lines files, in order. Raises ValueError naming file and line of a bad row."""
+    """Rows of JSON-lines files, in order. Raises ValueError with the file and line of a bad row."""
     rows = []
     for path in paths:
         for number, line in enumerate(Path(path).read_text().splitlines(), 1):
@@ -175,9 +175,9 @@ def read(paths: Iterable[Path]) -> list[Row]:
             try:
                 one = json.loads(line)
             except json.JSONDecodeError as error:
-                raise ValueError(f"{path}:{number}: not a JSON object: {error}") from None
+                raise ValueError(f"{path}:{number}: expected a JSON object: {error}") from None
             missing = [name for name in FIELDS if name not in one]
             if missing:
-                raise ValueError(f"{path}:{number}: the row lacks {', '.join(missing)}")
+                raise ValueError(f"{path}:{number}: the row has no {', '.join(missing)}")
             rows.append(one)
     return rows

@@ -1,9 +1,9 @@
-"""What a warp of a kernel executes, read from its SASS: instructions by pipe, around the main loop.
+"""Count the instructions that a warp executes, by pipe, before, in and after the main loop.
 
-`read` takes what `nvdisasm` prints of one kernel and counts the instructions of the hot path: those
-from the entry to the last EXIT. What follows it is cold (retries of a barrier, slow paths of a
-division). The main loop is the loop with tensor-core instructions; a kernel without them has all
-its loops counted as one. A branch inside of a section counts both of its ways.
+`read` takes the output of `nvdisasm` for one kernel and counts the instructions of the hot path:
+those from the entry to the last EXIT. Code after it is cold (barrier retries, slow paths of a
+division). The main loop is the loop with tensor-core instructions; without them all loops count as
+one. Both sides of a branch within a section are counted.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ TENSOR = ("HGMMA", "HMMA", "DMMA", "IMMA", "QGMMA")
 MIO = ("SHFL", "LDS", "STS", "LDSM", "STSM", "ATOMS", "MOVM")
 LSU = ("LDG", "STG", "LDGSTS", "ATOM", "ATOMG", "RED", "LDL", "STL", "UTMALDG", "UTMASTG")
 LOADS = ("LDG", "LDGSTS", "UTMALDG")
-SPIN = 6  # instructions: a shorter loop around a barrier's TRYWAIT only waits
+SPIN = 6  # instructions: a shorter loop around a barrier's TRYWAIT is only a wait
 
 _LINE = re.compile(r"^\s+/\*(?P<at>[0-9a-f]{4,})\*/\s+(?P<text>[^;]*);")
 _LABEL = re.compile(r"^(\.L_x_\d+):")
@@ -43,7 +43,7 @@ class Section:
 
     @property
     def pipes(self) -> dict[str, int]:
-        """How many of the instructions go to which pipe; barriers among the ALU's."""
+        """Instructions per pipe; "alu" includes the barriers."""
         kinds = {"tensor": TENSOR, "mio": MIO, "lsu": LSU}
         found = {kind: sum(self.opcodes[o] for o in own) for kind, own in kinds.items()}
         return {**found, "alu": self.issue - sum(found.values()), "barriers": self.barriers}
@@ -53,10 +53,10 @@ class Section:
 class Sass:
     """A kernel's sections.
 
-    waits: whether the loop waits for its matrix products before it goes on (`wait_group 0`).
-    hidden: instructions of the loop that are issued while its products run: those between a product
-    and the next such wait; all of them where there is none. pipelined: whether its loads are
-    asynchronous (TMA or cp.async). loads_after: whether what follows the loop loads from memory.
+    waits: whether the loop waits for its matrix products before it continues (`wait_group 0`).
+    hidden: instructions of the loop issued while its products run: those between a product and the
+    next such wait, or all of them without a wait. pipelined: whether its loads are asynchronous
+    (TMA or cp.async). loads_after: whether the code after the loop loads from memory.
     """
 
     before: Section
@@ -69,7 +69,7 @@ class Sass:
 
 
 def read(disassembly: str) -> Sass:
-    """The sections of the one kernel in what `nvdisasm` prints."""
+    """The sections of the one kernel in the output of `nvdisasm`."""
     code, labels = _instructions(disassembly)
     if not code:
         raise ValueError("disassembly: expected the instructions of a kernel, found none")
@@ -85,7 +85,7 @@ def read(disassembly: str) -> Sass:
     within = set(inside)
     before = [i for i in range(first) if i not in within]
     after = [i for i in range(first, len(code)) if i not in within]
-    if not main:  # straight on: what follows the last product is the epilogue
+    if not main:  # no loop: the code after the last product is the epilogue
         last = max((i for i, text in enumerate(code) if _opcode(text) in TENSOR), default=-1) + 1
         before, after = list(range(last)), list(range(last, len(code)))
     hidden, waits = _hidden([code[i] for i in inside])
@@ -115,7 +115,7 @@ def _opcode(text: str) -> str:
 
 
 def _loops(code: Sequence[str], labels: dict[str, int]) -> list[tuple[int, int]]:
-    """Outermost loops as [begin, stop): branches back, but not those that wait for a barrier."""
+    """Outermost loops as [begin, stop): backward branches, except those that wait for a barrier."""
     found = []
     for i, text in enumerate(code):
         target = re.search(r"`\((\.L_x_\d+)\)", text)
@@ -146,14 +146,14 @@ def _section(code: Sequence[str]) -> Section:
 
 
 def _words(text: str) -> int:
-    """Cycles of the load-store unit for a warp: 128 bytes each. A bulk copy is one."""
+    """Cycles of the load-store unit for a warp: one per 128 bytes, one for a bulk copy."""
     name = _PREDICATE.sub("", text).partition(" ")[0]
     width = re.search(r"\.(64|128)\b", name)
     return int(width[1]) // 32 if width else 1
 
 
 def _tensor(code: Sequence[str]) -> int:
-    """Cycles: wgmma 64xN takes N/2 (4096 dense 16-bit FLOP a cycle), four warps' mma 16x8x16 8."""
+    """Cycles: N/2 for wgmma 64xN (4096 dense 16-bit FLOP per cycle), 8 for four warps' 16x8x16."""
     total = 0
     for text in code:
         name = _PREDICATE.sub("", text)
@@ -165,13 +165,13 @@ def _tensor(code: Sequence[str]) -> int:
 
 
 def _hidden(loop: Sequence[str]) -> tuple[int, bool]:
-    """Instructions that are issued while products run, and whether the loop waits for them."""
+    """Number of instructions issued while products run, and whether the loop waits for them."""
     products = [_opcode(text) == "HGMMA" for text in loop]
     waits = [re.search(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x0", text) is not None for text in loop]
     if not any(products) or not any(waits):
         return len(loop), False
     hidden, running = 0, False
-    for turn in range(2):  # the first only tells whether a product runs when the loop begins anew
+    for turn in range(2):  # the first turn finds whether a product still runs at the loop's start
         for product, wait in zip(products, waits, strict=True):
             running = (running or product) and not wait
             hidden += running and turn

@@ -1,17 +1,17 @@
-"""Stages: one after another within a budget, each in a process of its own and with its own limit.
+"""Run stages in order within a time budget, each in a separate process with its own limit.
 
-A fault on a GPU poisons the process that it happens in, a kernel may hang, a compiler may take
-minutes. So a stage ends alone: what goes wrong is written down and the next one starts. A folder
-holds all of it, kept up to date while the stages run, so that a machine which is taken away leaves
-what it measured:
+After a CUDA error a process cannot use the GPU again, a kernel may hang, a compiler may take
+minutes. Separate processes isolate this: a failure is recorded and the next stage starts. All
+results are in one folder, which is updated while the stages run, so that a machine that disappears
+leaves its measurements:
 
-    stages.json   name, status, seconds, limit and a line of each stage (`Outcome`)
-    rows.jsonl    the rows, as they come (`Context.append`)
-    log.txt       what the stages print, and where Python was when one ended badly
-    summary.txt   one table
+    stages.json   name, status, seconds, limit and a message of each stage (`Outcome`)
+    rows.jsonl    the rows, as they are measured (`Context.append`)
+    log.txt       output of the stages, and stack traces of stages that crashed or timed out
+    summary.txt   the tables
 
-Processes come from a fork server that has imported torch and the benchmarks and has not touched
-CUDA: a stage starts in milliseconds.
+A fork server starts the processes in milliseconds. It has imported torch and the benchmarks, and
+has not initialized CUDA.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ from bench import rows
 
 OK, FAILED, LATE, WAITING, RUNNING = "ok", "failed", "out of time", "not started", "running"
 RECORD, ROWS, LOG, SUMMARY = "stages.json", "rows.jsonl", "log.txt", "summary.txt"
-GRACE = 3.0  # seconds between a stage's deadline and the end of its process, a quarter at most
+GRACE = 3.0  # seconds from a stage's deadline until its process is killed; at most 1/4 of its limit
 
 
 class OutOfTime(Exception):
-    """Raised by a stage that ends because its deadline is near; says what it left out."""
+    """Raised by a stage that stops because its deadline is near; says what it skipped."""
 
 
 @dataclass(frozen=True)
 class Context:
-    """What a stage is given: where its results go and when it has to end (`time.monotonic`).
+    """Input of a stage: its folder `out` and its time limits (`time.monotonic`).
 
-    By its deadline it should have ended, at `end` its process is ended. ok: the names of the stages
-    that have ended well.
+    It should finish by `deadline`; its process is killed at `end`. ok: names of the stages that
+    succeeded.
     """
 
     name: str
@@ -65,10 +65,10 @@ class Context:
     def need(self, seconds: float, what: str) -> None:
         """Raise OutOfTime unless `seconds` are left for `what`."""
         if self.left() < seconds:
-            raise OutOfTime(f"left out {what} and what follows")
+            raise OutOfTime(f"skipped {what} and everything after it")
 
     def append(self, found: Iterable[rows.Row]) -> None:
-        """Append rows to the folder's file at once, with the stage's name; NaN becomes None."""
+        """Append rows to the folder's file immediately, with the stage's name; NaN becomes None."""
         rows.append(self.out / ROWS, [{**finite(row), "stage": self.name} for row in found])
 
     def rows(self) -> list[rows.Row]:
@@ -81,9 +81,9 @@ Run = Callable[[Context], "str | None"]
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of a run: `run(context)` gives a line to show, and raises where it fails.
+    """A part of a run: `run(context)` returns a message, and raises on failure.
 
-    seconds: its limit. least: with fewer left of the budget it does not start.
+    seconds: its time limit. least: if less of the budget remains, the stage does not start.
     """
 
     name: str
@@ -94,7 +94,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a stage ended: OK, FAILED, LATE, WAITING (RUNNING in the file meanwhile), and a line."""
+    """Status of a stage: OK, FAILED, LATE, WAITING (in the file also RUNNING), and a message."""
 
     name: str
     status: str = WAITING
@@ -114,11 +114,11 @@ def run_stages(
     clock: Callable[[], float] = time.monotonic,
     say: Callable[[str], None] = print,
 ) -> list[Outcome]:
-    """Run `stages` in order, as many as `budget` seconds allow; their outcomes, also in `out`.
+    """Run `stages` in order within `budget` seconds; return their outcomes and write them to `out`.
 
-    What `out` says has ended well is not run again. `only`: names of the stages to run, () for all.
-    summarize: gives the text of SUMMARY, which is written after each stage. start: runs a stage and
-    gives its status and line (`in_process`). No exception of a stage gets out.
+    Stages that succeeded according to `out` do not run again. only: names of the stages to run, ()
+    for all. summarize: returns the text of SUMMARY, written after each stage. start: runs a stage
+    and returns its status and message (default `in_process`). Stages cannot raise through it.
     """
     begin = clock()
     out.mkdir(parents=True, exist_ok=True)
@@ -132,7 +132,7 @@ def run_stages(
         if summarize is not None:
             try:
                 text = summarize(list(found.values()))
-            except (ValueError, KeyError) as error:  # a row that was cut: no reason to stop
+            except (ValueError, KeyError) as error:  # a truncated row must not stop the run
                 text = f"no summary: {error}"
             replace_file(out / SUMMARY, text + "\n")
 
@@ -160,13 +160,13 @@ def run_stages(
 
 
 def line(outcome: Outcome) -> str:
-    """Status, seconds and why in one line."""
+    """Status, seconds and message in one line."""
     text = f"{outcome.status} after {outcome.seconds:.1f} s"
     return f"{text}: {outcome.why}" if outcome.why else text
 
 
 def recorded(out: Path) -> list[Outcome]:
-    """The outcomes in the folder; [] where it has none."""
+    """The outcomes in the folder; [] if there are none."""
     try:
         return [Outcome(**one) for one in json.loads((out / RECORD).read_text())["stages"]]
     except FileNotFoundError:
@@ -174,7 +174,7 @@ def recorded(out: Path) -> list[Outcome]:
 
 
 def read_rows(out: Path) -> list[rows.Row]:
-    """The rows in the folder; [] where it has none."""
+    """The rows in the folder; [] if there are none."""
     path = out / ROWS
     return rows.read([path]) if path.exists() else []
 
@@ -183,9 +183,9 @@ _modules: tuple[str, ...] = ()
 
 
 def preload(modules: Sequence[str]) -> None:
-    """Import `modules` once in the server that stages are forked from; before the first stage.
+    """Import `modules` once in the fork server; call it before the first stage.
 
-    A stage imports them too, which takes no time then and is where one that does not import shows.
+    A stage also imports them, at no cost then; an import error appears there.
     """
     global _modules
     _modules = tuple(modules)
@@ -193,10 +193,10 @@ def preload(modules: Sequence[str]) -> None:
 
 
 def in_process(run: Run, context: Context) -> tuple[str, str]:
-    """Status and line of `run(context)` in a new process.
+    """Status and message of `run(context)` in a new process.
 
-    What the process prints is appended to the folder's log, and so are the stacks of its threads
-    where it is ended or crashes.
+    The folder's log receives the process's output, and the stacks of its threads if it crashes or
+    exceeds its limit.
     """
     log = context.out / LOG
     fork = multiprocessing.get_context("forkserver")
@@ -207,7 +207,7 @@ def in_process(run: Run, context: Context) -> tuple[str, str]:
     send.close()
     try:
         ended = wait([process.sentinel], timeout=max(0.0, context.end - time.monotonic()) + 1)
-    finally:  # its own children too, and all of it when this process is interrupted
+    finally:  # also ends its children, and runs when this process is interrupted
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.kill()
@@ -216,8 +216,8 @@ def in_process(run: Run, context: Context) -> tuple[str, str]:
         if receive.poll():
             return receive.recv()
     if not ended or time.monotonic() >= context.end:
-        return LATE, f"ended at its limit; where it was stands in {log.name}"
-    return FAILED, f"{_how(process.exitcode)}; its last lines stand in {log.name}"
+        return LATE, f"stopped at its limit; {log.name} has its stack trace"
+    return FAILED, f"{_how(process.exitcode)}; see the end of {log.name}"
 
 
 def _child(run: Run, context: Context, send: Connection, modules: Sequence[str]) -> None:
@@ -238,7 +238,7 @@ def _child(run: Run, context: Context, send: Connection, modules: Sequence[str])
         send.send(_result(run, context, modules))
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
-        os._exit(0)  # a library that hangs while it is unloaded is not worth the wait
+        os._exit(0)  # do not wait for libraries that hang while they unload
 
 
 def _result(run: Run, context: Context, modules: Sequence[str]) -> tuple[str, str]:
@@ -255,21 +255,21 @@ def _result(run: Run, context: Context, modules: Sequence[str]) -> tuple[str, st
 
 
 def one_line(text: str, width: int = 300) -> str:
-    """The first line of `text` that has words, `width` characters of it at most."""
+    """The first non-blank line of `text`, at most `width` characters."""
     first = next((part.strip() for part in text.splitlines() if part.strip()), "")
     return first if len(first) <= width else first[: width - 1] + "…"
 
 
 def _how(status: int | None) -> str:
     if status is None:
-        return "its process did not end"
+        return "its process did not exit"
     if status < 0:
-        return f"its process was ended by {signal.Signals(-status).name}"
-    return f"its process ended with status {status}"
+        return f"its process was killed by {signal.Signals(-status).name}"
+    return f"its process exited with status {status}"
 
 
 def finite(value: Any) -> Any:
-    """`value` of JSON's kinds with None in place of NaN, which JSON has not."""
+    """A JSON value with None instead of NaN, which JSON does not have."""
     if isinstance(value, dict):
         return {name: finite(part) for name, part in value.items()}
     if isinstance(value, list):
@@ -278,7 +278,7 @@ def finite(value: Any) -> Any:
 
 
 def replace_file(path: Path, text: str) -> None:
-    """Write the file as a whole: a reader, or a machine that stops, finds the old or the new."""
+    """Replace the file atomically: a reader, or a crash, sees the old or the new content."""
     part = path.with_name(path.name + ".part")
     part.write_text(text)
     part.replace(path)

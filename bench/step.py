@@ -1,8 +1,8 @@
-"""One step of inference or training: the same for the gate, the memory measurement and the timing.
+"""One step of inference or training, shared by the gate, the memory measurement and the timing.
 
 Inference: eval mode, `torch.inference_mode`, model and input in `dtype`. Training: forward, cross
 entropy, backward and `zero_grad(set_to_none=True)`, fp32 parameters, autocast when `dtype` is
-narrower; an SGD update too when asked for.
+narrower, and optionally an SGD update.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ ROTATION_INPUTS = (2, 64)
 
 @dataclass(frozen=True)
 class Case:
-    """What is measured, apart from who does it."""
+    """A measured case, without the provider."""
 
     model: str
     mode: str
@@ -51,12 +51,12 @@ def prepare(module: nn.Module, case: Case, layout: str) -> nn.Module:
 
 
 def classes(module: nn.Module) -> int:
-    """Width of the classifier: the last linear layer's."""
+    """Number of classes: output features of the last linear layer."""
     return [m for m in module.modules() if isinstance(m, nn.Linear)][-1].out_features
 
 
 def inputs(case: Case, layout: str, num_classes: int, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
-    """Batches of normal noise and labels, as many as it takes to outgrow the caches."""
+    """Batches of normal noise and labels, enough to exceed the caches."""
     size = (case.batch, 3, case.image_size, case.image_size)
     one = math.prod(size) * case.parameter_dtype.itemsize
     count = min(max(math.ceil(ROTATION_BYTES / one), ROTATION_INPUTS[0]), ROTATION_INPUTS[1])
@@ -82,7 +82,7 @@ def infer(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def optimizer_of(module: nn.Module, case: Case) -> torch.optim.Optimizer | None:
-    """The case's optimizer; on a GPU its rate is a tensor, so that a graph takes its update in."""
+    """The case's optimizer; on a GPU its learning rate is a tensor, so that a graph can update."""
     if case.optimizer == "none":
         return None
     gpu = case.device.type == "cuda"
@@ -97,7 +97,7 @@ def train(
     dtype: torch.dtype,
     optimizer: torch.optim.Optimizer | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Logits and loss of a step; leaves the gradients in `.grad` (freed by the next step)."""
+    """Logits and loss of a step; the gradients stay in `.grad` until the next step."""
     module.zero_grad(set_to_none=True)
     with autocast(x.device, dtype):
         logits = module(x)

@@ -3,8 +3,8 @@
 A page holds its table between `<!-- bench:begin -->` and `<!-- bench:end -->`; the name of a model
 after `begin` limits the table to that model.
 
-A line of the table holds one case, and only rows of one run: what was not timed in turns is not
-compared. The newest run of a case is the one shown, faster or slower than the one before.
+Each line of the table is one case and has only rows of one run, because only providers timed in
+turns are compared. It shows the newest run of a case, whether faster or slower than the previous.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def newest(found: Iterable[rows.Row]) -> list[Run]:
 
 
 def markdown(found: Iterable[rows.Row]) -> str:
-    """One table a machine and set of versions: images/s of each provider, speedups, peak memory."""
+    """One table per machine and versions: images/s of each provider, speedups, peak memory."""
     machines: dict[tuple[Any, ...], list[Run]] = {}
     for run in newest(found):
         one = next(iter(run.values()))
@@ -194,7 +194,7 @@ def _peak(run: Run) -> str:
 
 
 def text(found: Iterable[rows.Row]) -> str:
-    """One line a row, for the terminal."""
+    """One line per row, for the terminal."""
     header = ("model", "mode", "dtype", "batch", "provider", "images/s", "ms p20", "ms p50",
               "ms p80", "peak MiB", "vs eager")  # fmt: skip
     lines = [header]
@@ -210,7 +210,7 @@ def text(found: Iterable[rows.Row]) -> str:
 
 
 def columns(lines: Sequence[Sequence[str]], left: int) -> str:
-    """`lines` of equally many cells in columns: the first `left` flush left, the rest right."""
+    """Align `lines` of equally many cells in columns: the first `left` left, the rest right."""
     widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join(
@@ -222,9 +222,9 @@ def columns(lines: Sequence[Sequence[str]], left: int) -> str:
 
 
 def plot_throughput(found: Iterable[rows.Row], path: Path | str) -> None:
-    """Bars of images/s, one group a case, one colour a provider, scaled to eager; PNG at `path`.
+    """PNG bar chart of throughput at `path`: one group per case, one colour per provider.
 
-    A bar's height is relative to eager's (to the case's slowest without eager), its label is
+    A bar's height is relative to eager (without eager, to the case's slowest), its label is
     images/s, its whisker the 20th to 80th percentile. RuntimeError without matplotlib, ValueError
     without rows.
     """

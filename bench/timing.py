@@ -1,7 +1,7 @@
-"""Interleaved timing: every provider once a round, in rotated order, on rotated inputs.
+"""Interleaved timing: every provider once per round, in rotated order, on rotated inputs.
 
-A machine that slows down for a second slows every provider of that round alike, and no provider
-always runs after the same neighbour. Warm-up is apart from what is timed.
+A temporary slowdown of the machine affects all providers of a round, and no provider always runs
+after the same one. Warm-up is not timed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ MIN_ROUNDS = 7
 MIN_SAMPLE_MS = 20.0  # shorter steps are repeated until one sample lasts this long
 
 Step = Callable[[int], object]
-"""Runs one step on input number i; i counts up, the step takes it modulo its inputs."""
+"""Runs one step on input i, taken modulo the number of inputs."""
 
 
 def rotated(names: Sequence[str], turn: int) -> list[str]:
@@ -27,12 +27,12 @@ def rotated(names: Sequence[str], turn: int) -> list[str]:
 
 
 def synchronizer(device: torch.device) -> Callable[[], None]:
-    """What waits for the work of `device`; nothing to wait for on the CPU."""
+    """A function that waits for the work of `device`; on the CPU it does nothing."""
     return torch.cuda.synchronize if device.type == "cuda" else lambda: None
 
 
 def warm_up(step: Step, sync: Callable[[], None], times: int = 3) -> float:
-    """Run `step` `times` times untimed in the rows; returns the fastest, in ms."""
+    """Run `step` `times` times as a warm-up; returns the fastest time, in ms."""
     return min(_sample(step, range(i, i + 1), sync, time.perf_counter) for i in range(times))
 
 
@@ -45,10 +45,10 @@ def interleave(
     sync: Callable[[], None] = lambda: None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """Milliseconds a step of each provider, one value a round; values at one index share a round.
+    """Milliseconds per step of each provider, one value per round; equal indices share a round.
 
-    Exactly `rounds` rounds, or, with None, as many as fit in `seconds` and at least MIN_ROUNDS.
-    One value is the mean of `repeats` consecutive steps.
+    Runs `rounds` rounds, or with None as many as fit in `seconds`, at least MIN_ROUNDS. A value is
+    the mean of `repeats` consecutive steps.
     """
     times: dict[str, list[float]] = {name: [] for name in steps}
     start = clock()
@@ -75,7 +75,7 @@ def _sample(
 
 
 def repeats_for(fastest_ms: float) -> int:
-    """Steps a sample, the same for every provider, so that a sample lasts MIN_SAMPLE_MS."""
+    """Steps per sample, equal for all providers, so that a sample lasts at least MIN_SAMPLE_MS."""
     return max(1, math.ceil(MIN_SAMPLE_MS / max(fastest_ms, 1e-3)))
 
 
@@ -87,5 +87,5 @@ def spread(times: Sequence[float]) -> tuple[float, float, float]:
 
 
 def speedup(baseline: Sequence[float], times: Sequence[float]) -> float:
-    """Median of the per-round ratios baseline / ours: what drifts between rounds cancels."""
+    """Median of the per-round ratios baseline / times: drift between rounds cancels."""
     return statistics.median(b / t for b, t in zip(baseline, times, strict=True))

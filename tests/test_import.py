@@ -93,7 +93,7 @@ def test_with_a_triton_that_is_too_old():
         "import sys, triton\nsys.modules['triton.tools.tensor_descriptor'] = None", RUN,
         """
 reason = backends.refusal("triton", "bn_act", "cuda", torch.float32)
-assert "does not load: they need Triton 3.4 or newer, this is 3" in reason, reason
+assert "does not load: the Triton kernels need Triton 3.4 or newer, found 3" in reason, reason
 print("told")
 """,
     )  # fmt: skip

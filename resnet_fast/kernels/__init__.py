@@ -1,8 +1,8 @@
-"""Triton: functions named after the ops of `dispatch.ops`, and why one cannot run.
+"""Triton implementations of the ops in `dispatch.ops`.
 
-The functions check nothing (`dispatch.op_checks` does, before them). They take the arguments of
-their namesakes in `spec.reference`. On CPU tensors they run only in
-Triton's interpreter (TRITON_INTERPRET=1 before the first import), which is for tests.
+Each function takes the arguments of the function of the same name in `spec.reference`. It validates
+nothing: `dispatch.op_checks` runs first. On CPU tensors the functions run only in Triton's
+interpreter (TRITON_INTERPRET=1 before the first import), which is for tests.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import triton
 try:
     import triton.tools.tensor_descriptor
 except ImportError:
-    message = f"they need Triton 3.4 or newer, this is {triton.__version__}"
+    message = f"the Triton kernels need Triton 3.4 or newer, found {triton.__version__}"
     raise ImportError(message) from None
 
 from ..spec.dtypes import DTYPES
@@ -42,7 +42,8 @@ def refusal(op: str, device: str, dtype: torch.dtype) -> str | None:
     if op not in OPS:
         return f"there is no Triton kernel for {op}"
     if dtype not in DTYPES:
-        return f"the Triton kernels take floating point, not {str(dtype).removeprefix('torch.')}"
+        given = str(dtype).removeprefix("torch.")
+        return f"the Triton kernels take floating-point tensors, not {given}"
     if device == "cuda":
         return _no_gpu(INTERPRETING)
     if device != "cpu":
@@ -50,16 +51,16 @@ def refusal(op: str, device: str, dtype: torch.dtype) -> str | None:
     if not INTERPRETING:
         return "the Triton kernels run on cuda tensors (on cpu only with TRITON_INTERPRET=1)"
     if dtype == torch.bfloat16:
-        return "Triton's interpreter has no bf16"
+        return "Triton's interpreter does not support bf16"
     return None
 
 
 def _no_gpu(interpreting: bool) -> str | None:
     if interpreting:
-        return "TRITON_INTERPRET=1 is set: kernels run in the interpreter, on cpu tensors"
+        return "TRITON_INTERPRET=1 is set: the Triton kernels run on cpu tensors only; unset it"
     if not torch.cuda.is_available():
         return "this machine has no CUDA device"
     major, minor = torch.cuda.get_device_capability()
     if major < 8:
-        return f"the Triton kernels need compute capability 8.0 or later, this is {major}.{minor}"
+        return f"the Triton kernels need compute capability 8.0 or later, found {major}.{minor}"
     return None

@@ -1,4 +1,4 @@
-"""Forward of everything pointwise: BN, BN + ReLU, BN + add + ReLU (single and dual), add + ReLU."""
+"""Pointwise forward: BN, BN + ReLU, BN + add + ReLU (one BN or two), add + ReLU."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .config_select import Config
 from .launch import launch
 from .tile_math import pack_bits, relu, widen
 
-CONFIGS = ((4096, 4), (2048, 4), (8192, 8), (2048, 8))  # elements of a tile, warps
+CONFIGS = ((4096, 4), (2048, 4), (8192, 8), (2048, 8))  # elements per tile, warps
 
 
 @triton.jit
@@ -34,13 +34,15 @@ def bn_act_fwd_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_I: tl.constexpr,
 ):
-    """y = relu(scale·z + shift + (res_scale·residual + res_shift)); mask = bits of y > 0.
+    """y = relu(scale·z + shift + (res_scale·residual + res_shift)); mask = bits of y > 0 or NaN.
 
-    Grid: one program per BLOCK_R × BLOCK_I tile of the dense tensor as rows × inner, which is
-    pixels × channels in NHWC and planes × pixels in NCHW. What is None is left out.
-    Bytes moved: z, residual and y once each, one bit an element for the mask; nothing is read
-    twice but the channel vectors, which stay in L2. A tile is whole rows where they fit, so that
-    eight neighbours that make a byte of the mask sit in one thread's 16-byte load.
+    Terms whose argument is None are omitted.
+    Grid: one program per BLOCK_R × BLOCK_I tile of the dense tensor as rows × inner: pixels ×
+    channels in NHWC, planes × pixels in NCHW.
+    Bytes moved: z, residual and y once each, and one mask bit per element. Only the channel vectors
+    are read more than once, and they stay in L2.
+    Why: a tile covers whole rows where they fit, so that the eight neighbours that share a mask
+    byte sit in one thread's 16-byte load.
     """
     row0 = tl.program_id(0).to(tl.int64) * BLOCK_R
     r = tl.arange(0, BLOCK_R)
@@ -108,10 +110,10 @@ def bn_act(
     relu: bool,
     save_mask: bool,
 ) -> tuple[Tensor, Tensor]:
-    """`reference.bn_act` in one launch."""
+    """`reference.bn_act` in one kernel launch."""
     return _run(z, scale, shift, residual, res_scale, res_shift, relu, save_mask)
 
 
 def add_relu(x: Tensor, residual: Tensor, save_mask: bool) -> tuple[Tensor, Tensor]:
-    """`reference.add_relu` in one launch."""
+    """`reference.add_relu` in one kernel launch."""
     return _run(x, None, None, residual, None, None, True, save_mask)

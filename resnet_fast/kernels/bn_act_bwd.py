@@ -1,4 +1,4 @@
-"""Backward of everything pointwise: the sums a batch norm's gradient needs, and the gradient."""
+"""Pointwise backward: the sums that a batch norm's gradient needs, and the gradient."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from .launch import launch
 from .reduce_partials import merge_sums
 from .tile_math import element_offsets, mask_bits, sum_rows, unpack_bits, widen
 
-APPLY_CONFIGS = ((4096, 4), (2048, 4), (8192, 8), (2048, 8))  # elements of a tile, warps
+APPLY_CONFIGS = ((4096, 4), (2048, 4), (8192, 8), (2048, 8))  # elements per tile, warps
 REDUCE_CONFIGS = ((4096, 4, 8), (2048, 8, 4), (4096, 2, 8), (2048, 4, 8))
-# elements of a tile, programs a multiprocessor, warps
+# elements per tile, programs per multiprocessor, warps
 
 
 @triton.jit
@@ -37,11 +37,12 @@ def bn_act_bwd_apply_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_I: tl.constexpr,
 ):
-    """dz = a·dy' + b·(z − mean) + c + residual, dy' = dy where the mask's bit is set, else 0.
+    """dz = a·dy' + b·(z − mean) + c + residual, dy' = dy where the mask bit is set, else 0.
 
-    Grid and tiles as `bn_act_fwd_kernel`'s; what is None is left out, `mean` and `c` with `b`.
-    Bytes moved: dy, z, residual and dz once each, one bit an element for the mask. The mask's
-    bytes are loaded once a tile and spread over registers, not once an element.
+    Terms whose argument is None are omitted; `mean` and `c` are omitted with `b`.
+    Grid: as in `bn_act_fwd_kernel`.
+    Bytes moved: dy, z, residual and dz once each, and one mask bit per element.
+    Why: each mask byte is loaded once per tile and unpacked in registers, not once per element.
     """
     row0 = tl.program_id(0).to(tl.int64) * BLOCK_R
     r = tl.arange(0, BLOCK_R)
@@ -92,10 +93,12 @@ def bn_act_bwd_reduce_kernel(
 ):
     """partial[0..2, split] = Σ dy', Σ dy'·(z − mean), Σ dy'·(residual − res_mean) of its pixels.
 
-    Grid: one program per split of the pixels and BLOCK_C channels; a split is `tiles_per_split`
-    tiles of BLOCK_M pixels, summed lane by lane in registers and across lanes once at the end.
-    Bytes moved: dy, z and residual once each, one bit an element for the mask, splits · channels
-    sums. Partial sums in memory, not atomics: the same bits every time.
+    dy' = dy where the mask bit is set, else 0.
+    Grid: one program per split of the pixels and BLOCK_C channels. A split is `tiles_per_split`
+    tiles of BLOCK_M pixels. Each lane accumulates in registers; lanes are summed once at the end.
+    Bytes moved: dy, z and residual once each, one mask bit per element, splits · channels values
+    per sum.
+    Why: partial sums in memory instead of atomics give the same bits in every run.
     """
     split = tl.program_id(0)
     c0 = tl.program_id(1) * BLOCK_C
@@ -136,7 +139,7 @@ def bn_act_bwd_reduce(
     res_mean: Tensor | None,
     res_rstd: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`reference.bn_act_bwd_reduce`: one pass over the tensors, one launch over partial sums."""
+    """`reference.bn_act_bwd_reduce`: one pass over the tensors, then a merge of partial sums."""
     channels, sums = dy.size(1), 2 if residual is None else 3
     if dy.numel() == 0:
         return tuple(mean.new_zeros(channels if i < sums else 0) for i in range(3))
@@ -169,7 +172,7 @@ def bn_act_bwd_apply(
     c: Tensor | None,
     residual: Tensor | None,
 ) -> Tensor:
-    """`reference.bn_act_bwd_apply` in one launch."""
+    """`reference.bn_act_bwd_apply` in one kernel launch."""
     dz = torch.empty_like(dy, memory_format=memory_format(dy))
     if dy.numel() == 0:
         return dz
@@ -192,5 +195,5 @@ def bn_act_bwd_apply(
 
 
 def add_relu_bwd(dy: Tensor, mask: Tensor) -> Tensor:
-    """`reference.add_relu_bwd` in one launch."""
+    """`reference.add_relu_bwd` in one kernel launch."""
     return bn_act_bwd_apply(dy, mask, None, None, None, None, None, None)

@@ -1,4 +1,4 @@
-"""Channel vectors: statistics into affine maps, forward and backward."""
+"""Channel vectors: scale and shift from statistics, and their counterparts for the backward."""
 
 from __future__ import annotations
 
@@ -29,8 +29,10 @@ def bn_finalize_kernel(
 ):
     """rstd = (m2/M + eps)^(−1/2), scale = weight·rstd, shift = bias − mean·scale.
 
-    In fp64: where |mean| is large shift is a small difference, and it goes with scale as stored.
+    M is `count`. Terms whose argument is None are omitted.
     Grid: one program per BLOCK channels. Bytes moved: seven channel vectors.
+    Why fp64: where |mean| is large, shift is a small difference of large terms. It is computed from
+    scale as stored, that is, after rounding.
     """
     c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = c < channels
@@ -52,9 +54,10 @@ def bn_finalize_kernel(
 def bn_bwd_finalize_kernel(
     sum_dy, sum_dy_xhat, scale, rstd, b, c, channels, count, BLOCK: tl.constexpr
 ):
-    """b = −scale·rstd·Σdy·xhat/M, c = −scale·Σdy/M, rounded once.
+    """b = −scale·rstd·Σdy·xhat/M, c = −scale·Σdy/M.
 
-    Grid: one program per BLOCK channels. Bytes moved: six channel vectors.
+    M is `count`. Grid: one program per BLOCK channels. Bytes moved: six channel vectors.
+    Why fp64: each result is rounded only once.
     """
     k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = k < channels
@@ -73,7 +76,7 @@ def bn_finalize(
     eps: float,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`reference.bn_finalize` in one launch; `dtype` of the results, mean's unless it is given."""
+    """`reference.bn_finalize` in one kernel launch; the results have `dtype`, by default mean's."""
     scale, shift, rstd = (torch.empty_like(mean, dtype=dtype) for _ in range(3))
     channels = mean.numel()
     if channels:
@@ -88,7 +91,7 @@ def bn_finalize(
 def bn_bwd_finalize(
     sum_dy: Tensor, sum_dy_xhat: Tensor, scale: Tensor, rstd: Tensor, count: int
 ) -> tuple[Tensor, Tensor]:
-    """`reference.bn_bwd_finalize` in one launch."""
+    """`reference.bn_bwd_finalize` in one kernel launch."""
     b, c = torch.empty_like(sum_dy), torch.empty_like(sum_dy)
     channels = sum_dy.numel()
     if channels:

@@ -1,4 +1,4 @@
-"""Batch statistics: mean and centred second moment of each channel, in one pass over the tensor."""
+"""Batch statistics: mean and centred second moment per channel, in one pass over the tensor."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from .reduce_partials import merge_moments
 from .tile_math import element_offsets, sum_rows, widen
 
 CONFIGS = ((4096, 4, 8), (2048, 8, 4), (4096, 2, 8), (2048, 4, 8))
-# elements of a tile, programs a multiprocessor, warps
+# elements per tile, programs per multiprocessor, warps
 
 
 @triton.jit
 def _pixel(x, m, c, channels, pixels, CHANNELS_LAST: tl.constexpr):
-    """Channels c [1, C] of pixel m of all images, widened."""
+    """Channels c [1, C] of pixel m, counted over all images, in fp32 (fp64 for double)."""
     m = tl.full((), 0, tl.int64) + m
     at = element_offsets(m, tl.zeros_like(c), c, channels, pixels, CHANNELS_LAST)
     return widen(tl.load(x + at, c < channels, 0.0))
@@ -38,17 +38,18 @@ def bn_stats_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """mean, Σ(v − mean)² of v = x − pivot over the pixels of a split; pivot, a median of three.
+    """mean, Σ(v − mean)² of v = x − pivot over the pixels of a split; pivot = median of 3 pixels.
 
-    partial is [1 + 2·splits, C]: the pivot, then the means and the moments of the splits.
+    partial is [1 + 2·splits, C]: the pivot, the means of all splits, then their second moments.
 
-    Each of a tile's BLOCK_M · BLOCK_C lanes runs Welford's recurrence over the tiles of its split
-    (n-th value v: δ = v − mean; mean += δ/n; m2 += δ·(v − mean)); at the end lanes of a channel
-    are merged by their exact counts. Nothing is squared before it is centred, and no mean is
-    rounded at the size of x: a channel of mean 1000 and deviation 1 keeps the digits of its
-    variance, and one outlier is no pivot. Welford 1962, Technometrics 4(3).
+    Each of the BLOCK_M · BLOCK_C lanes runs Welford's recurrence over the tiles of its split. For
+    the n-th value v: δ = v − mean; mean += δ/n; m2 += δ·(v − mean). At the end the lanes of a
+    channel are merged by their exact counts. Welford 1962, Technometrics 4(3).
+    Accuracy: values are centred before they are squared, and no mean is rounded at the magnitude of
+    x. A channel with mean 1000 and deviation 1 keeps the digits of its variance. The median
+    prevents a single outlier from being the pivot.
     Grid: one program per split and BLOCK_C channels. Bytes moved: x once, splits · channels pairs.
-    Lanes rather than whole-tile means: no traffic between threads until the end.
+    Why: one recurrence per lane, not per tile, moves no data between threads until the end.
     """
     split = tl.program_id(0)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
@@ -74,7 +75,7 @@ def bn_stats_kernel(
     lanes = n.to(wide)
     total = sum_rows(lanes)
     centre = sum_rows(tl.where(lane == 0, mean, 0.0))
-    for _ in tl.static_range(2):  # the second time on what is left: the first's rounding
+    for _ in tl.static_range(2):  # the second pass corrects the rounding of the first
         drift = sum_rows(lanes * (mean - centre))
         centre += drift / tl.maximum(total, 1.0)
     m2 += lanes * (mean - centre) * (mean - centre)
@@ -86,7 +87,7 @@ def bn_stats_kernel(
 
 
 def bn_stats(x: Tensor) -> tuple[Tensor, Tensor]:
-    """`reference.bn_stats`: one pass over x, one launch over its partial moments."""
+    """`reference.bn_stats`: one pass over x, then one launch that merges its partial moments."""
     channels, dtype = x.size(1), stats_dtype(x)
     if x.numel() == 0:
         return x.new_zeros(channels, dtype=dtype), x.new_zeros(channels, dtype=dtype)
@@ -99,7 +100,7 @@ def bn_stats(x: Tensor) -> tuple[Tensor, Tensor]:
         launch(
             bn_stats_kernel, split.grid(channels),
             x, partial, count, channels, pixels, split.tiles, channels_last, split.m, split.c,
-            num_warps=warps, maxnreg=128,  # left to itself ptxas spills for the sake of occupancy
+            num_warps=warps, maxnreg=128,  # by default ptxas spills registers for more occupancy
         )  # fmt: skip
         return partial, split.m * split.tiles
 

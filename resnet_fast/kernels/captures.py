@@ -1,9 +1,9 @@
-"""Captures of CUDA graphs as the driver knows them: which one a stream is in, when its graph ends.
+"""CUDA graph captures: which capture a stream is in, and when the captured graph is destroyed.
 
-PyTorch tells neither, so libcuda is called. `watch` gives the graph a user object, which the driver
-destroys once neither the graph, nor a copy of it, nor an executable of them is left or running. Its
-destructor is libc's `sem_post`: the driver calls it in a thread of its own, where CUDA is forbidden
-and Python would wait for the GIL.
+PyTorch reports neither, so this module calls libcuda. `watch` attaches a user object to the graph.
+The driver destroys that object once the graph, its copies and their executables are destroyed and
+none of them is running. Its destructor is libc's `sem_post`: the driver calls it in a separate
+thread, where CUDA calls are forbidden and Python code would wait for the GIL.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ SEMAPHORE_BYTES = 64  # a sem_t has 32 on 64-bit Linux
 
 
 class Capture(NamedTuple):
-    """A capture under way: an id that no other of this process has, and the graph it fills."""
+    """An active capture: its id, unique in this process, and the graph that it captures into."""
 
     id: int
     graph: int
 
 
 class Driver(NamedTuple):
-    """The functions of libcuda and libc that are called, with their arguments declared."""
+    """The functions of libcuda and libc that this module calls, with declared argument types."""
 
     capture_info: Any
     create: Any
@@ -41,7 +41,7 @@ class Driver(NamedTuple):
 
 @functools.cache
 def driver() -> Driver | None:
-    """The driver that PyTorch has loaded; None on a system that lacks one of the functions."""
+    """Functions of the driver that PyTorch loaded; None if the system lacks one of them."""
     try:
         return declared(ctypes.CDLL("libcuda.so.1"), ctypes.CDLL(None))
     except (OSError, AttributeError):
@@ -49,9 +49,9 @@ def driver() -> Driver | None:
 
 
 def declared(cuda: Any, libc: Any) -> Driver:
-    """The functions of both libraries. AttributeError where one lacks any."""
+    """The functions of both libraries. Raises AttributeError if one is missing."""
     found = Driver(
-        # dependencies are not asked for, so _v2 (CUDA 11.3) tells as much as _v3
+        # no dependencies are requested, so _v2 (CUDA 11.3) reports as much as _v3
         cuda.cuStreamGetCaptureInfo_v2, cuda.cuUserObjectCreate, cuda.cuGraphRetainUserObject,
         cuda.cuUserObjectRelease, libc.calloc, libc.sem_init, libc.sem_trywait, libc.sem_post,
     )  # fmt: skip
@@ -68,7 +68,7 @@ def declared(cuda: Any, libc: Any) -> Driver:
 
 
 def current(stream: int) -> Capture | None:
-    """The capture that the CUDA stream is in; None where it is in none or the driver cannot say."""
+    """The capture that the CUDA stream is in; None without one or if the driver cannot tell."""
     calls = driver()
     if calls is None:
         return None
@@ -80,9 +80,9 @@ def current(stream: int) -> Capture | None:
 
 
 def watch(capture: Capture) -> int | None:
-    """A semaphore that is posted when the capture's graph can run no more; None if refused.
+    """A semaphore that the driver posts when the captured graph can no longer run; None on failure.
 
-    It is never freed: the driver may post it at any time, up to the end of the process.
+    It is never freed: the driver may post it at any time, until the process ends.
     """
     calls = driver()
     semaphore = calls.calloc(1, SEMAPHORE_BYTES)
@@ -99,5 +99,5 @@ def watch(capture: Capture) -> int | None:
 
 
 def ended(semaphore: int) -> bool:
-    """Whether the graph of a semaphore is gone; True once."""
+    """Whether the driver has posted a `watch` semaphore; True only once."""
     return driver().sem_trywait(semaphore) == 0

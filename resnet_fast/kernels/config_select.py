@@ -1,14 +1,15 @@
-"""Which tile a kernel runs with: from a tuning table, else by the kernel's rule.
+"""Tile configuration of a kernel launch: from a tuning table, else from the kernel's rule.
 
-Every kernel has a few configurations. For a kernel, a GPU and a key (shape and dtype) the choice is
+Every kernel has a few configurations. For a kernel, a GPU and a key (shape and dtype) the choice
+comes from
 
-1. by the tables of kind "tiles" (`runtime.tuning_tables`), the user's, then the shipped one:
+1. the tables of kind "tiles" (`runtime.tuning_tables`), the user's, then the shipped one:
    {kernel: {key: {"config": [...], "us": microseconds}}};
-2. by the kernel's rule: the multiprocessors to fill and the shape, without measuring.
+2. the kernel's rule, which uses the shape and the number of multiprocessors and measures nothing.
 
-`RESNET_FAST_AUTOTUNE=1` measures every configuration once for what is in no table, outside CUDA
-graph capture, and writes the fastest into the user's table. Configurations that a later version no
-longer has are ignored. Plans of a convolution (`conv_plan`) are chosen the same way.
+`RESNET_FAST_AUTOTUNE=1` autotunes a key that is in no table, outside CUDA graph capture: it times
+every configuration and writes the fastest to the user's table. Table entries with a configuration
+that no longer exists are ignored. Plans of a convolution (`conv_plan`) are chosen the same way.
 """
 
 from __future__ import annotations
@@ -37,11 +38,11 @@ def choose(
     start: Callable[[Config], Any],
     why: str = "",
 ) -> Config:
-    """The one of `configs` to start(config) with, for `kernel` at `key` on x's GPU.
+    """The configuration out of `configs` for `kernel` at `key` on x's GPU.
 
-    configs[rule] is the rule's, for the reason `why`. `start` must give the same results when it is
-    called repeatedly: a search times it, and within `launch.compile_for` it is called with all that
-    are not returned.
+    configs[rule] is the rule's choice, and `why` its reason. start(config) launches the kernel. It
+    must give the same results when called repeatedly: autotuning times it, and within
+    `launch.compile_for` this function calls it with every configuration that it does not return.
     """
     if launch.compiling() == "every":
         for config in configs[:-1]:
@@ -54,7 +55,7 @@ def choose(
     chosen = _chosen.get(place)
     if chosen is None:
         if _searches(x) and tuning_tables.capturing():
-            return configs[rule]  # what cannot be measured now may be later
+            return configs[rule]  # not cached: it can be measured after the capture
         chosen = _choose(kernel, gpu, _name(key), configs, rule, x, start, why)
         _chosen[place] = chosen
     trace.note(f"{kernel} {chosen[0]}", chosen[1])
@@ -62,17 +63,17 @@ def choose(
 
 
 def forget() -> None:
-    """Ask the tables again: they have changed."""
+    """Drop the cached choices, because the tables have changed."""
     _chosen.clear()
 
 
 def _name(key: Sequence[Any]) -> str:
-    """The key in a table."""
+    """The key as a table stores it."""
     return " ".join(str(part).removeprefix("torch.") for part in key)
 
 
 def _measured(kernel, gpu, name, configs) -> Config | None:
-    """The configuration that a table has for this key, unless it is one of an older version."""
+    """The configuration that a table has for this key, if it is still one of `configs`."""
     for section in tuning_tables.sections("tiles", gpu, kernel):
         entry = section.get(name)
         if entry is not None and tuple(entry["config"]) in configs:
@@ -81,7 +82,7 @@ def _measured(kernel, gpu, name, configs) -> Config | None:
 
 
 def _choose(kernel, gpu, name, configs, rule, x, start, why) -> tuple[Config, str]:
-    """The configuration, and why it."""
+    """The configuration, and the reason for it."""
     measured = _measured(kernel, gpu, name, configs)
     if measured is not None:
         return measured, "tuning table"
@@ -101,7 +102,7 @@ def _searches(x: Tensor) -> bool:
 
 
 def _microseconds(start, config) -> float:
-    """Median time of one launch; infinite where the GPU has not the shared memory for it."""
+    """Median time of one launch; infinite if the GPU has too little shared memory for it."""
     try:
         return tuning_tables.microseconds(lambda: start(config))
     except triton.runtime.errors.OutOfResources:
@@ -115,14 +116,14 @@ class Blocks(NamedTuple):
     i: int
 
     def grid(self, rows: int, inner: int) -> tuple[int, int]:
-        """Programs over a tensor of `rows` × `inner`."""
+        """Grid over a tensor of `rows` × `inner`."""
         return cdiv(rows, self.r), cdiv(inner, self.i)
 
 
 def pointwise(elements: int, inner: int, x: Tensor) -> Blocks:
-    """Tiles of about `elements` in whole rows of `inner`, or in parts of 512 of longer ones.
+    """Tiles of about `elements`: whole rows of `inner`, or parts of 512 of longer rows.
 
-    `elements` are of 2 bytes: wider ones are fewer, so that a tile takes as many registers.
+    `elements` counts 2-byte elements. A tile of a wider dtype has fewer, to use as many registers.
     """
     elements = 2 * elements // x.element_size()
     i = min(max(8, next_power_of_2(inner)), 512)
@@ -130,16 +131,16 @@ def pointwise(elements: int, inner: int, x: Tensor) -> Blocks:
 
 
 def pixels(elements: int, channels: int, channels_last: bool, x: Tensor) -> Blocks:
-    """Tiles of `elements` of 2 bytes as pixels × channels, of 8 pixels at least.
+    """Tiles of `elements` 2-byte elements as pixels × channels, with at least 8 pixels.
 
-    In NHWC a tile is up to 64 channels wide, in NCHW 8 planes: neighbours stay together.
+    A tile is up to 64 channels wide in NHWC and 8 planes in NCHW, to keep neighbours together.
     """
     c = min(max(8, next_power_of_2(channels)), 64 if channels_last else 8)
     return Blocks(max(8, 2 * elements // x.element_size() // c), c)
 
 
 class Split(NamedTuple):
-    """A reduction over pixels: `splits` programs, each over `tiles` of m pixels × c channels."""
+    """A reduction over pixels: `splits` programs of `tiles` tiles, each m pixels × c channels."""
 
     splits: int
     tiles: int
@@ -147,14 +148,14 @@ class Split(NamedTuple):
     c: int
 
     def grid(self, channels: int) -> tuple[int, int]:
-        """Programs for `channels`."""
+        """Grid over `channels`."""
         return self.splits, cdiv(channels, self.c)
 
 
 def reduction(
     elements: int, per_processor: int, count: int, channels: int, channels_last: bool, x: Tensor
 ) -> Split:
-    """Tiles of `pixels`, `per_processor` programs a multiprocessor of x's GPU."""
+    """Tiles of `pixels`, and up to `per_processor` programs per multiprocessor of x's GPU."""
     m, c = pixels(elements, channels, channels_last, x)
     wanted = per_processor * launch.target(x).multiprocessors // cdiv(channels, c)
     all_tiles = cdiv(count, m)

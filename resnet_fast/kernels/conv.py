@@ -1,8 +1,8 @@
-"""One launch for a convolution and what is around it: implicit GEMM on NHWC.
+"""Fused convolution in one kernel launch: implicit GEMM with a prologue and an epilogue.
 
-GEMM_M = N·P·Q output pixels, GEMM_N = K filters, GEMM_K = R·S·C. Two kernels share what they do on
-load and before they store: `conv_tma` on tiles that descriptors move, `conv_gather` by gathers.
-Where there are few tiles, the programs of one share GEMM_K (`conv_split`).
+GEMM_M = N·P·Q output pixels, GEMM_N = K filters, GEMM_K = R·S·C. Two kernels share the prologue and
+the epilogue: `conv_tma` moves tiles by tensor descriptors, `conv_gather` gathers by pointers. When
+there are few output tiles, several programs share the GEMM_K of one tile (`conv_split`).
 """
 
 from __future__ import annotations
@@ -26,13 +26,23 @@ from .conv_tma import by_descriptors
 def conv_fused(
     x: Tensor, w: Tensor, conv: Conv, fusion: Fusion, tma: bool | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """y = relu(BN(conv(φ(x), w) + bias) + res_scale·residual + res_shift) in one launch.
+    """y = relu(BN(conv(φ(x), w) + bias) + res_scale·residual + res_shift) in one kernel launch.
 
-    x [N,C,H,W] and w [K,C/groups,R,S] of one dtype, y [N,K,P,Q] in x's format; channel vectors
-    [K], those of φ [C]. tma: by descriptors or by pointers; None is descriptors where they can.
-    Gives y and, with `fusion.stats`, the moments of its tiles for `reduce_partials.merge_tiles`.
-    Raises ValueError when descriptors are asked for and cannot be had.
     Equation: Ioffe & Szegedy 2015, arXiv:1502.03167, section 3.1; He et al. 2015, eq. 1.
+
+    Args:
+        x: Input [N,C,H,W].
+        w: Filters [K,C/groups,R,S] in the dtype of x.
+        conv: Stride, padding, dilation and groups.
+        fusion: What is fused. Channel vectors are [K], those of φ are [C].
+        tma: True for tensor descriptors, False for pointers, None for descriptors where possible.
+
+    Returns:
+        y [N,K,P,Q] in the memory format of x, and with `fusion.stats` the moments of its tiles for
+        `reduce_partials.merge_tiles`, otherwise None.
+
+    Raises:
+        ValueError: `tma` is True and descriptors cannot be used.
     """
     fmt = memory_format(x, w)
     r, s = w.size(2), w.size(3)
@@ -44,7 +54,7 @@ def conv_fused(
         w = w.contiguous(memory_format=fmt)
     refusal = refuse_tma(x, w, conv, fusion.residual)
     if tma and refusal is not None:
-        raise ValueError(f"tma: {refusal}")
+        raise ValueError(f"tma: expected None or False: descriptors cannot be used ({refusal})")
     run = by_pointers if refusal is not None or tma is False else by_descriptors
     return y, run(x, w, conv, fusion, y)
 
@@ -65,10 +75,10 @@ def conv_bn_act(
     dilation: list[int],
     groups: int,
 ) -> Tensor:
-    """`reference.conv_bn_act` in one launch (two when the filters are wider than x).
+    """`reference.conv_bn_act` in one kernel launch (two if the dtype of w is wider than that of x).
 
-    Or by the library's convolution and one pass over what it gives, where a table says that this is
-    faster, or RESNET_FAST_TRITON_CONV=library asks for it.
+    If a tuning table says that it is faster, or with RESNET_FAST_TRITON_CONV=library, PyTorch's
+    convolution (cuDNN on a GPU) and one pass over its output run instead.
     """
     fusion = Fusion(
         bias, bn_weight, bn_bias, running_mean, running_var, eps=eps, residual=residual, relu=relu
@@ -87,7 +97,7 @@ def conv_bn_act(
 
 
 def _by_library(x: Tensor, w: Tensor, conv: Conv, f: Fusion) -> Tensor:
-    """The library's convolution; then normalization, addition and ReLU in one pass over it."""
+    """PyTorch's convolution, then normalization, addition and ReLU in one pass over its output."""
     z = F.conv2d(x, w, None, *conv.args()).contiguous(memory_format=memory_format(x, w))
     wide = stats_dtype(x)
     if f.mean is None:

@@ -1,7 +1,7 @@
-"""Gradient of a convolution's input as implicit GEMM, with what stands beside it in a chain.
+"""dgrad, the gradient of a convolution's input, as implicit GEMM with a prologue and an epilogue.
 
-GEMM_M = pixels of x, GEMM_N = C, GEMM_K = taps · K. One kernel, whose tiles are moved by
-descriptors or by pointers: the geometry is the same.
+GEMM_M = pixels of x, GEMM_N = C, GEMM_K = taps · K. One kernel moves its tiles by tensor
+descriptors or by pointers, because the geometry is the same.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from .reduce_partials import merge_sums
 from .sizes import cdiv
 from .tile_math import relu_gate, row_bits, sum_rows, widen
 
-STORE_N = 64  # columns of a box that is stored
+STORE_N = 64  # columns of a stored box
 
 
 @triton.jit
@@ -83,17 +83,17 @@ def conv_dgrad_kernel(
 ):
     """g = (Σ over taps dz · w + residual') where in_scale·x + in_shift > 0, else 0; sums of g.
 
-    dz = a·dy' + b·(z − mean) + c is made on the way to the tensor cores, dy' and residual' are
-    under their masks; what is None is left out. partial[0..1, tile] takes Σ g and Σ g·(x − in_mean)
-    of a tile's pixels, from registers, before g is rounded.
-
-    For stride 2 a program has the pixels of one parity (h, w) = (2i + i0, 2j + j0), whose taps are
-    those r with i0 + pad − r even: no tap multiplies zeros. x and g are then boxes of
-    [N, H/2, 2, W/2, 2·C].
+    Prologue: dz = a·dy' + b·(z − mean) + c. dy' and residual' are dy and residual where their mask
+    bits are set, else 0. Terms whose argument is None are omitted.
+    Epilogue: partial[0..1, tile] = Σ g and Σ g·(x − in_mean) over a tile's pixels, from registers,
+    before g is rounded.
+    Stride 2: a program computes the pixels of one parity (h, w) = (2i + i0, 2j + j0). It visits
+    only the taps r with i0 + pad − r even, so that no tap multiplies zeros. x and g are then boxes
+    of [N, H/2, 2, W/2, 2·C].
     Grid: one program per box of pixels, parity and BLOCK_N channels, channels fastest, then
-    parities: what runs together shares dy in L2.
-    Bytes moved: dy and z once (their R·S·C/BLOCK_N readings hit L2), w, x, residual and g once; a
-    dgrad between passes of its own moves dz and dx twice more.
+    parities, so that programs that run together share dy in L2.
+    Bytes moved: dy and z once (their R·S·C/BLOCK_N reads hit L2), w, x, residual and g once.
+    Why: with separate passes before and after dgrad, dz and dx each move two more times.
     """
     pid = tl.program_id(0)
     c0 = pid % c_tiles * BLOCK_N
@@ -173,10 +173,10 @@ def conv_dgrad_kernel(
 def conv_dgrad(
     dy: Tensor, w: Tensor, x: Tensor, conv: Conv, grad_out: GradOut, grad_in: GradIn
 ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-    """dx of z = conv(φ(x), w) of dz by `grad_out`, and on to `grad_in`: `reference.conv_bprop`'s.
+    """dx of z = conv(φ(x), w) as in `reference.conv_bprop`, with its prologue and epilogue.
 
-    dy [N,K,P,Q], w [K,C,R,S], x [N,C,H,W], all NHWC in memory and of one dtype, groups 1, stride 1
-    or 2 (2 without dilation). With `grad_in.mean` also Σdx and Σdx·xhat(x).
+    dy [N,K,P,Q], w [K,C,R,S], x [N,C,H,W] are channels_last and of one dtype. groups is 1; stride
+    is 1, or 2 without dilation. With `grad_in.mean` also returns Σdx and Σdx·xhat(x), else None.
     """
     (n, h, width, c), (_, p, q, k) = walk(x, dy, w, conv)
     r, s = w.shape[2:]

@@ -1,4 +1,4 @@
-"""What both convolution kernels do on load and before they store."""
+"""The prologue and the epilogue that the convolution kernels share."""
 
 import triton
 import triton.language as tl
@@ -8,7 +8,7 @@ from .tile_math import relu, sum_rows, widen
 
 @triton.jit
 def prologue(a, scale, shift, c, channels, inside):
-    """relu(scale·a + shift) of a tile [M, C] in a's dtype, zero where not `inside`; c [1, C]."""
+    """relu(scale·a + shift) of a tile a [M, C] in a's dtype, zero outside `inside`; c is [1, C]."""
     is_channel = c < channels
     s, t = tl.load(scale + c, is_channel, 0.0), tl.load(shift + c, is_channel, 0.0)
     h = relu(tl.fma(widen(a), s, t))
@@ -17,10 +17,10 @@ def prologue(a, scale, shift, c, channels, inside):
 
 @triton.jit
 def epilogue(acc, residual, k, filters, vectors, EPS: tl.constexpr, RELU: tl.constexpr):
-    """relu(scale·acc + shift + res_scale·residual + res_shift); what is None is left out.
+    """relu(scale·acc + shift + res_scale·residual + res_shift); None arguments are omitted.
 
-    scale = bn_weight/√(var + eps), shift = bn_bias − (mean − bias)·scale, of the rounded scale and
-    rounded once: what `bn_finalize` would give, made here from BLOCK_N values instead of a launch.
+    scale = bn_weight/√(var + eps), shift = bn_bias − (mean − bias)·scale, from the rounded scale
+    and rounded once, as in `bn_finalize`. Computing them here from BLOCK_N values saves a launch.
     """
     bias, bn_weight, bn_bias, mean, var, res_scale, res_shift = vectors
     inside = k < filters
@@ -58,10 +58,10 @@ def _halves(acc):
 
 @triton.jit
 def columns(acc):
-    """acc [M, N] as a tuple of its columns, 64 at a time.
+    """acc [M, N] as a tuple of parts of up to 64 columns.
 
-    Their epilogues come one after another: the vectors of all columns at once are more registers
-    than there are.
+    Their epilogues run one after another, because the channel vectors of all columns together do
+    not fit into the registers.
     """
     if acc.shape[1] == 256:
         left, right = _halves(acc)
@@ -77,10 +77,10 @@ def columns(acc):
 
 @triton.jit
 def store_moments(partial, y, inside, tile, tiles, k, last, stride):
-    """Moments of the pixels `inside` [M, 1] of stored values y [M, N]: partial[0..3, tile, k].
+    """partial[0..3, tile, k] = moments of stored values y [M, N] over the pixels `inside` [M, 1].
 
-    n, the mean, what its rounding left, Σ(y − mean − rest)²; partial is [4, tiles, stride], and
-    `merge_tiles` makes one of all tiles.
+    They are n, the mean, `rest` (the rounding error of the mean) and Σ(y − mean − rest)². partial
+    is [4, tiles, stride]; `merge_tiles` merges all tiles.
     """
     v = tl.where(inside, widen(y), 0.0)
     n = sum_rows(tl.where(inside, tl.full(v.shape, 1.0, v.dtype), 0.0))

@@ -1,4 +1,4 @@
-"""Convolution as implicit GEMM by gathers: any layout, geometry, dtype, groups and GPU."""
+"""Convolution as implicit GEMM by pointers: any layout, geometry, dtype, groups and GPU."""
 
 from __future__ import annotations
 
@@ -87,16 +87,17 @@ def conv_affine_act_kernel(
     BLOCK_K: tl.constexpr,
     SPLIT: tl.constexpr,
 ):
-    """y = relu(BN(conv(φ(x), w) + bias) + residual) by gathers: any strides, geometry, groups.
+    """y = relu(BN(conv(φ(x), w) + bias) + residual) by pointers: any strides, geometry, groups.
 
-    φ and `partial` as in the descriptor kernel.
+    φ and `partial` are as in `conv_affine_act_tma_kernel`.
 
-    channels and filters are those of one group. FLAT_CHANNELS, their number when there are few (the
-    stem has 3), walks GEMM_K = R·S·C without a break; at 0 a step is BLOCK_K channels of one
-    filter tap, whose pixels are one vector of offsets.
-    Grid: axis 0 one program per BLOCK_M output pixels and BLOCK_N filters, filters fastest; axis 1
-    the groups; axis 2 the SPLIT parts of GEMM_K, where it is walked tap by tap (`conv_split`).
-    Bytes moved: as the descriptor kernel's; masks and offsets are what it costs more.
+    channels and filters are those of one group. FLAT_CHANNELS is the number of channels if they are
+    few (the stem has 3), else 0. If it is set, the loop walks GEMM_K = R·S·C without a break. At 0
+    a step is BLOCK_K channels of one filter tap, and one vector of offsets addresses its pixels.
+    Grid: axis 0: one program per BLOCK_M output pixels and BLOCK_N filters, filters fastest;
+    axis 1: groups; axis 2: the SPLIT parts of GEMM_K (`conv_split`, only with FLAT_CHANNELS = 0).
+    Bytes moved: as in the descriptor kernel.
+    Why: pointers reach what descriptors cannot describe, at the extra cost of masks and offsets.
     """
     pid = tl.program_id(0)
     group = tl.program_id(1)
@@ -173,14 +174,17 @@ def conv_affine_act_kernel(
 
 
 def by_pointers(x: Tensor, w: Tensor, conv: Conv, f: Fusion, y: Tensor) -> Tensor | None:
-    """Fill y; gives the tiles' moments where they are wanted."""
+    """Compute y in place; returns the moments of its tiles if `f.stats`, else None."""
     n, c, h, width = x.shape
     channels, filters = w.size(1), w.size(0) // conv.groups
     r, s = w.shape[2:]
     p, q = y.shape[2:]
     pixels = n * p * q
     if max(pixels, c * h * width, w.size(0) * p * q) >= 2**31 - 512:
-        raise ValueError("x: expected fewer than 2^31 output pixels and values an image")
+        raise ValueError(
+            "x: expected fewer than 2^31 - 512 output pixels and values per image, "
+            f"got {pixels} output pixels from shape {tuple(x.shape)}"
+        )
     residual = y if f.residual is None else f.residual
     flat_channels = channels if channels < 16 else 0
     if x.dtype == torch.float64:

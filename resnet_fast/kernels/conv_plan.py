@@ -1,4 +1,4 @@
-"""What a convolution is surrounded by, which kernel can take it, and with which tiles."""
+"""Plans of a convolution: what is fused with it, which kernels can run it, with which tiles."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ DOUBLE_CONFIGS = ((64, 64, 64, 8, 2), (32, 32, 64, 8, 2))
 DGRAD_CONFIGS = ((128, 128, 64, 8, 3), (128, 64, 64, 8, 3), (64, 64, 64, 4, 3), (64, 32, 64, 4, 3))
 WGRAD_CONFIGS = ((128, 128, 64, 8, 3), (128, 64, 64, 8, 3), (64, 64, 64, 4, 3), (64, 32, 64, 4, 3))
 DOUBLE_WGRAD_CONFIGS = ((32, 32, 256, 8, 2),)
-FUSED, LIBRARY = (1,), (0,)  # plans of a convolution forward: one launch, or the library and passes
+FUSED, LIBRARY = (1,), (0,)  # forward plans: one launch, or cuDNN between separate passes
 
 
 class Fusion(NamedTuple):
-    """What a convolution does besides, all of it optional.
+    """Operations fused into a convolution, all optional.
 
-    On load: x becomes relu(in_scale·x + in_shift), zero where the padding is.
-    On store: y = relu(BN(z + bias) + res_scale·residual + res_shift), and with `stats` the mean and
+    Prologue: x becomes relu(in_scale·x + in_shift); the padding stays zero.
+    Epilogue: y = relu(BN(z + bias) + res_scale·residual + res_shift), and with `stats` the mean and
     centred second moment of every channel of y as stored.
     """
 
@@ -70,9 +70,10 @@ class Fusion(NamedTuple):
 
 
 class GradOut(NamedTuple):
-    """What makes the gradient dz of a convolution's output: a·dy' + b·(z − mean) + c.
+    """Prologue of both gradients: dz = a·dy' + b·(z − mean) + c, the gradient of z.
 
-    dy' is dy where the bits of `mask` are set; what is None is left out, b with z, mean and c.
+    z is the convolution's output, dy' is dy where the bits of `mask` are set, else 0. Terms that
+    are None are omitted, b together with z, mean and c.
     """
 
     mask: Tensor | None = None
@@ -84,10 +85,10 @@ class GradOut(NamedTuple):
 
 
 class GradIn(NamedTuple):
-    """What is done to the gradient of a convolution's input x, and what x was seen through.
+    """Epilogue of dgrad, and the forward prologue φ(x) = relu(scale·x + shift).
 
-    residual, under its mask, is added; φ(x) = relu(scale·x + shift) was the convolution's input;
-    with mean and rstd the sums of the normalization that scale and shift are of are wanted.
+    residual is added where the bits of its mask are set. With mean and rstd, those of the
+    normalization that gave scale and shift, the sums Σdx and Σdx·xhat(x) are computed too.
     """
 
     scale: Tensor | None = None
@@ -102,10 +103,10 @@ NOTHING = GradIn()
 
 
 class Plan(NamedTuple):
-    """Who does what of conv_bprop: 1 is a kernel of ours, 0 is a pass of its own or the library.
+    """Kernels of conv_bprop: 1 is a fused Triton kernel, 0 is cuDNN or a separate pass.
 
-    on_load: dz and φ(x) are made by the kernels that use them. As long as one of the gradients is
-    the library's there must be a dz in memory, and then both read it.
+    on_load: dgrad and wgrad compute dz and φ(x) in their prologues. If cuDNN computes one of the
+    gradients, dz must be in memory, and both read it from there.
     """
 
     on_load: int
@@ -117,7 +118,7 @@ PLANS = (Plan(1, 1, 1), Plan(0, 1, 1), Plan(0, 1, 0), Plan(0, 0, 1), Plan(0, 0, 
 
 
 class Plans(NamedTuple):
-    """What may run a convolution: plans, the one to take until a GPU has measured them, and why."""
+    """Candidate plans of a convolution, the index of the rule's choice, and its reason."""
 
     plans: Configs
     rule: int
@@ -125,10 +126,10 @@ class Plans(NamedTuple):
 
 
 def forward_plans(x: Tensor, w: Tensor, conv: Conv, training: bool) -> Plans:
-    """FUSED, one launch of ours, or LIBRARY, cuDNN's convolution between passes of ours.
+    """FUSED, one Triton launch, or LIBRARY, cuDNN's convolution between Triton passes.
 
-    Inference fuses. Training takes the library where there are no tensor descriptors, but not in
-    double, which gathers: that choice is to be measured.
+    Rule: inference takes FUSED. Training takes LIBRARY where tensor descriptors cannot be used,
+    but FUSED in fp64, by pointers. This rule is still to be measured.
     """
     plans, why = _asked((FUSED, LIBRARY), FUSED)
     refusal = refuse_tma(x, w, conv)
@@ -142,15 +143,15 @@ def forward_plans(x: Tensor, w: Tensor, conv: Conv, training: bool) -> Plans:
 def backward_plans(x: Tensor, w: Tensor, conv: Conv) -> Plans:
     """Plans of both gradients.
 
-    Ours where descriptors can; 1x1 with everything on load, as memory bounds it. A larger filter
-    would make dz and φ(x) again for each tap, which by estimate takes longer than the tensor cores
-    do: there they are made once, and in double. The stem's 49 taps of three channels fill no tile.
-    In double all else is ours, by pointers.
+    Rule: Triton where tensor descriptors can be used, and in fp64 by pointers. A 1x1 filter
+    computes dz and φ(x) on load, because it is memory-bound. A larger filter would recompute them
+    for each tap, which by estimate takes longer than the tensor cores do, so a separate pass
+    computes them once; so does fp64. Above 9 taps cuDNN: the stem's 49 of 3 channels fill no tile.
     """
     refusal = refuse_gradients(x, w, conv)
     if refusal is not None:
         return Plans(PLANS[-1:], 0, f"no kernel: {refusal}")
-    # Not in double: Triton 3.6 compiles no bit mask beside its product. The interpreter runs it.
+    # Not in fp64: Triton 3.6 cannot compile a bit mask beside an fp64 dot; its interpreter can.
     masks_on_load = x.dtype != torch.float64 or INTERPRETING
     plans, why = _asked(PLANS if masks_on_load else PLANS[1:], *PLANS[:2])
     taps = w.size(2) * w.size(3)
@@ -158,14 +159,14 @@ def backward_plans(x: Tensor, w: Tensor, conv: Conv) -> Plans:
     if refusal is not None or taps > 9:
         best, reason = PLANS[-1], f"no tensor descriptors: {refusal}" if refusal else "many taps"
     elif taps == 1 and masks_on_load:
-        best, reason = PLANS[0], "1x1: dz and its input made on load"
+        best, reason = PLANS[0], "1x1 filter: dz and the input computed on load"
     else:
-        best, reason = PLANS[1], "several taps: dz and its input made once"
+        best, reason = PLANS[1], "several taps: dz and the input computed once"
     return Plans(plans, plans.index(best), reason) if best in plans else Plans(plans, 0, why)
 
 
 def _asked(plans: Configs, *fused: Config) -> tuple[Configs, str]:
-    """Those of `plans` that RESNET_FAST_TRITON_CONV leaves, the last of them the library's."""
+    """The subset of `plans` that RESNET_FAST_TRITON_CONV allows; plans[-1] is cuDNN's."""
     asked = settings.TRITON_CONV.read()
     if asked == "library":
         plans = plans[-1:]
@@ -175,16 +176,16 @@ def _asked(plans: Configs, *fused: Config) -> tuple[Configs, str]:
 
 
 def refuse_tma(x: Tensor, w: Tensor, conv: Conv, *beside: Tensor | None) -> str | None:
-    """Why the descriptor kernel cannot run this convolution; None when it can.
+    """Why tensor descriptors cannot be used for this convolution; None when they can.
 
-    beside: other activations that it is to move.
+    beside: other activations that the kernel moves.
     """
     if not target(x).has_tma:
-        return "the GPU has no tensor descriptors (sm_90 and later)"
+        return "compute capability below 9.0"
     if x.dtype == torch.float64:
-        return "descriptors carry no fp64"
+        return "fp64"
     if x.dtype == torch.float32 and precision(x) == "ieee":
-        return "fp32 without tf32 multiplies on CUDA cores"
+        return "fp32 without tf32 runs on CUDA cores"
     if conv.groups != 1:
         return "groups"
     dense = [t for t in (x, w, *beside) if t is not None]
@@ -192,24 +193,24 @@ def refuse_tma(x: Tensor, w: Tensor, conv: Conv, *beside: Tensor | None) -> str 
         return "NCHW"
     size = x.element_size()
     if w.size(1) * size % 16 or w.size(0) * size % 16:
-        return "channels or filters are no multiple of 16 bytes"
+        return "channels or filters are not a multiple of 16 bytes"
     if any(t.data_ptr() % 16 for t in dense):
         return "a tensor does not start at a multiple of 16 bytes"
     if conv.stride == (2, 2):
         if x.size(2) % 2 or x.size(3) % 2 or w.size(1) * size % 128:
-            return "stride 2 over an odd size, or channels that are no multiple of 128 bytes"
+            return "stride 2 with an odd size or channels that are not a multiple of 128 bytes"
     elif conv.stride != (1, 1):
         return f"stride {conv.stride}"
     return None
 
 
 def flat(x: Tensor) -> bool:
-    """Whether dense x is NHWC whatever its strides say: one channel, or one pixel an image."""
+    """Whether dense x is NHWC in memory with any strides: one channel, or one pixel per image."""
     return x.size(1) == 1 or x.size(2) * x.size(3) == 1
 
 
 def precision(x: Tensor) -> str:
-    """How fp32 is multiplied: "tf32" only where `torch.backends.cudnn` allows it."""
+    """Input precision of fp32 products: "tf32" only if `torch.backends.cudnn.allow_tf32`."""
     exact = x.dtype == torch.float32 and not torch.backends.cudnn.allow_tf32
     return "ieee" if exact or x.dtype == torch.float64 else "tf32"
 
@@ -218,7 +219,7 @@ def precision(x: Tensor) -> str:
 def box_of(block_m: int, n: int, p: int, q: int) -> tuple[int, int, int]:
     """Sides (powers of two, product `block_m`) of the box that covers N × P × Q in fewest boxes.
 
-    Of equals the one whose rows are longest: 56 = 7·8, 28 = 7·4, 14 = 7·2 leave nothing over.
+    Ties go to the longest rows. 56 = 7·8, 28 = 7·4 and 14 = 7·2 divide without remainder.
     """
     powers = [1 << i for i in range(block_m.bit_length())]
     boxes = [(block_m // (bp * bq), bp, bq) for bq in powers for bp in powers if bp * bq <= block_m]
@@ -231,7 +232,7 @@ def box_of(block_m: int, n: int, p: int, q: int) -> tuple[int, int, int]:
 
 
 def eligible(configs: Configs, filters: int, shared: int) -> Configs:
-    """Those of `configs` no wider than the filters need, whose stages fit in `shared` bytes."""
+    """The `configs` that are no wider than `filters` and whose stages fit in `shared` bytes."""
     narrowest = min(config[1] for config in configs)
     width = max(narrowest, next_power_of_2(filters))
     return tuple(
@@ -242,7 +243,7 @@ def eligible(configs: Configs, filters: int, shared: int) -> Configs:
 
 
 def refuse_gradients(x: Tensor, w: Tensor, conv: Conv) -> str | None:
-    """Why the kernels of both gradients cannot run this convolution at all; None when they can."""
+    """Why the dgrad and wgrad kernels cannot run this convolution at all; None when they can."""
     if conv.groups != 1:
         return "groups"
     if memory_format(x, w) != torch.channels_last:
@@ -250,19 +251,20 @@ def refuse_gradients(x: Tensor, w: Tensor, conv: Conv) -> str | None:
     if conv.stride != (1, 1) and (conv.stride != (2, 2) or conv.dilation != (1, 1)):
         return f"stride {conv.stride}, dilation {conv.dilation}"
     if max(x.numel() // x.size(1), 1) >= 2**31 - 512:
-        return "2^31 pixels"
+        return "about 2^31 pixels or more"
     return None
 
 
 def double_configs(x: Tensor) -> Configs:
-    """Configurations in double: the smaller tile where Triton multiplies doubles by no tensor core
-    (sm_100 and later), whose operands are in registers.
+    """Configurations in fp64: only the smaller tile on sm_100 and later.
+
+    There Triton does not use tensor cores for fp64, and the operands are in registers.
     """
     return DOUBLE_CONFIGS[1:] if target(x).capability >= 100 else DOUBLE_CONFIGS
 
 
 def gradient_configs(x: Tensor, w: Tensor, tma: bool, grad_out: GradOut) -> Configs:
-    """Configurations of `conv_dgrad`: dz as GEMM_M × GEMM_K from one tensor or two, C wide."""
+    """Configurations of `conv_dgrad`: dz is GEMM_M × GEMM_K, from dy or from dy and z."""
     if x.dtype == torch.float64:
         return eligible(double_configs(x), w.size(1), target(x).shared)
     if not tma and precision(x) == "ieee":
@@ -280,7 +282,7 @@ def wgrad_configs(x: Tensor, w: Tensor, tma: bool, grad_out: GradOut) -> Configs
     if x.dtype == torch.float64:
         return DOUBLE_WGRAD_CONFIGS
     pieces = 1 + (grad_out.z is not None)
-    # Addresses of two pieces beside the widest tile's sums are more registers than there are.
+    # The addresses of two pieces and the accumulators of the widest tile exceed the registers.
     configs = WGRAD_CONFIGS[1:] if pieces > 1 and not tma else WGRAD_CONFIGS
     configs = eligible(configs, w.size(1), target(x).shared)
     tallest = max(64, next_power_of_2(w.size(0)))
@@ -296,7 +298,7 @@ def wgrad_configs(x: Tensor, w: Tensor, tma: bool, grad_out: GradOut) -> Configs
 def gradient_key(
     x: Tensor, w: Tensor, conv: Conv, grad_out: GradOut, grad_in: GradIn
 ) -> tuple[Any, ...]:
-    """What a table of tiles or of plans is looked up by."""
+    """Key of a gradient in the tables of tiles and plans."""
     kinds = (
         ("mask", grad_out.mask), ("frozen", grad_out.a if grad_out.b is None else None),
         ("bn", grad_out.b),
@@ -306,7 +308,7 @@ def gradient_key(
 
 
 def pick(configs: Configs, pixels: int, filters: int, processors: int) -> int:
-    """The rule: the first tile whose grid fills the GPU, else the last, which is the smallest."""
+    """The rule: index of the first tile whose grid fills the GPU, else of the last (smallest)."""
     for i, config in enumerate(configs):
         if cdiv(pixels, config[0]) * cdiv(filters, config[1]) >= processors:
             return i
@@ -314,7 +316,7 @@ def pick(configs: Configs, pixels: int, filters: int, processors: int) -> int:
 
 
 def key(x: Tensor, w: Tensor, conv: Conv, f: Fusion) -> tuple[Any, ...]:
-    """What a table of tiles is looked up by."""
+    """Key of a forward convolution in the tables of tiles and plans."""
     kinds = (
         ("prologue", f.in_scale), ("residual", f.residual), ("scaled", f.res_scale),
         ("stats", f.stats or None),

@@ -1,13 +1,13 @@
-"""Split-K: the programs of one output tile share GEMM_K, the last to arrive finishes the tile.
+"""Split-K: several programs share the GEMM_K of one output tile; the last one finishes the tile.
 
-One image leaves layer4 of ResNet-50 with 49 pixels × 512 filters, 16 tiles of 64 × 32 on 132
-multiprocessors, while GEMM_K is 4608 long. In `split` parts it is walked by `split` times as many
-programs. Each stores the sums of its part, counts itself at its tile's counter and ends; the one
-that finds all others there adds the sums in the order of the parts, whichever is its own, so that
-a result has the same bits every time, and does what an unsplit program would do from there on.
-Nobody waits, so none must be resident for another to end.
+At batch 1 the 3x3 convolutions in layer4 of ResNet-50 have 49 pixels × 512 filters: 16 tiles of
+64 × 32 on 132 multiprocessors, while GEMM_K is 4608. With `split` parts, `split` times as many
+programs walk it. Each program stores the partial sums of its part, increments its tile's counter
+and ends. The last to arrive adds all parts in a fixed order, so that a result has the same bits in
+every run, and then runs the epilogue. No program waits for another, so they need not all be
+resident at once.
 
-Bytes moved besides: split · |y| sums, into L2 and out of it. Osama et al. 2023, "Stream-K",
+Extra bytes moved: split · |y| sums, into L2 and out of it. Osama et al. 2023, "Stream-K",
 arXiv:2301.03598, section 3 (fixed-split).
 """
 
@@ -27,19 +27,19 @@ from .counters import counters
 from .sizes import cdiv
 
 SPLITS = (2, 4, 8)
-LEAST_STEPS = 4  # of GEMM_K that a part has: fewer do not fill the pipeline
-WIDEST = 64  # filters of a tile that is split: a grid of wider ones that is small has narrower ones
+LEAST_STEPS = 4  # of GEMM_K per part: fewer do not fill the pipeline
+WIDEST = 64  # filters of a split tile: a grid that is small with wider tiles has narrower ones
 
-# What the rule estimates by. Bytes a microsecond: what one multiprocessor takes from L2 (64 a
-# clock), what memory gives. Microseconds: sums, counter and sums again on their way through L2.
+# Constants of the rule's estimate. Bytes per microsecond: from L2 into one multiprocessor (64 per
+# clock), and from memory. MEETING, microseconds: sums, counter and sums again through L2.
 PROCESSOR_BANDWIDTH, MEMORY_BANDWIDTH = 1.1e5, 4.3e6
 MEETING = 2.0
-WORTH = 1.25  # times as fast as unsplit by the estimate: less is not taken unmeasured
+WORTH = 1.25  # estimated speedup over unsplit below which the rule does not split
 
 
 @triton.jit
 def share(steps, part, SPLIT: tl.constexpr):
-    """First and last + 1 of the steps of GEMM_K that `part` of SPLIT has: they differ by one."""
+    """Range [begin, end) of the GEMM_K steps of `part`; the SPLIT parts differ by one at most."""
     if SPLIT == 1:
         return 0, steps
     else:
@@ -57,10 +57,11 @@ def _places(acc, tile, part, SPLIT: tl.constexpr):
 
 @triton.jit
 def is_last(acc, sums, counters, tile, part, SPLIT: tl.constexpr):
-    """Store acc as the tile's sums of `part`; whether those of all other parts are there now.
+    """Store acc as the sums of `part` of the tile; returns whether all other parts are stored.
 
-    One thread counts for all. The barrier puts the stores of the others before its release; a
-    second one, by which Triton hands them the count, puts their loads after its acquire.
+    One thread increments the counter for its program. The barrier orders the stores of the other
+    threads before the release. Triton broadcasts the count with a second barrier, which orders
+    their loads after the acquire.
     """
     tl.store(sums + _places(acc, tile, part, SPLIT), acc)
     tl.debug_barrier()
@@ -69,11 +70,11 @@ def is_last(acc, sums, counters, tile, part, SPLIT: tl.constexpr):
 
 @triton.jit
 def sum_of_parts(acc, sums, counters, tile, SPLIT: tl.constexpr):
-    """The tile's sums over all of GEMM_K, in the form of acc; its counter is zero again.
+    """The tile's sums over all of GEMM_K, shaped like acc; resets the tile's counter to zero.
 
-    From L2 (.cg), which all multiprocessors share: L1 may hold what was there before.
+    Loads are from L2 (.cg), which all multiprocessors share: L1 may hold stale values.
     """
-    # Sums on their way at once: enough to hide L2, and they fit the program's registers.
+    # Sums in flight at once: enough to hide the latency of L2, few enough for the registers.
     IN_FLIGHT: tl.constexpr = 16384
     MANY: tl.constexpr = IN_FLIGHT // (acc.shape[0] * acc.shape[1])
     AT_ONCE: tl.constexpr = MANY if MANY < SPLIT else SPLIT
@@ -96,9 +97,9 @@ def meeting_place(
 
 
 class Gemm(NamedTuple):
-    """A convolution as a split sees it; filters and channels of a group, `size` bytes an element.
+    """GEMM_M = pixels, GEMM_N = filters, GEMM_K = taps · channels of a convolution.
 
-    GEMM_M = pixels, GEMM_N = filters, GEMM_K = taps · channels.
+    filters and channels are those of one group; size is in bytes per element.
     """
 
     pixels: int
@@ -109,12 +110,12 @@ class Gemm(NamedTuple):
     size: int
 
     def tiles(self, config: tuple[int, ...]) -> int:
-        """Of the output."""
+        """Number of output tiles."""
         columns = cdiv(self.filters, config[1]) * self.groups
         return cdiv(self.pixels, config[0]) * columns
 
     def steps(self, config: tuple[int, ...]) -> int:
-        """Of GEMM_K, of which a configuration has its length in 2-byte elements."""
+        """Steps over GEMM_K; a configuration gives their length in 2-byte elements."""
         return self.taps * cdiv(self.channels, config[2] * 2 // self.size)
 
 
@@ -122,13 +123,13 @@ class Gemm(NamedTuple):
 def with_splits(
     configs: Configs, rule: int, gemm: Gemm, processors: int, splits: tuple[int, ...] = SPLITS
 ) -> tuple[Configs, int]:
-    """`configs` with a split as their last number, 1 first, and which of them the rule takes.
+    """`configs` with a split appended, unsplit ones first, and the index of the rule's choice.
 
-    configs[rule] is the tile that it takes unsplit. A tile is offered in parts where half as many
-    would leave multiprocessors idle and each has `LEAST_STEPS`. The rule takes those of a grid that
-    leaves half the GPU idle, if it estimates them to be faster by `WORTH`. On an H200 these are
-    the 3x3 convolutions of ResNet-50's layer4 at batch 1 (8 parts) and 2 (4 parts): 4.2 µs each in
-    place of 8.0, by an estimate that no GPU has confirmed; `RESNET_FAST_AUTOTUNE` measures all.
+    configs[rule] is the rule's unsplit tile. A tile is offered with `split` parts where half as
+    many would leave multiprocessors idle and each part has `LEAST_STEPS`. The rule splits if the
+    unsplit grid leaves half the GPU idle and the estimated speedup is at least `WORTH`. On an H200
+    these are the 3x3 convolutions of ResNet-50's layer4 at batch 1 (8 parts) and 2 (4 parts): by
+    estimate 4.2 µs each instead of 8.0. No GPU has confirmed it; `RESNET_FAST_AUTOTUNE` measures.
     """
 
     def offered(tile: tuple[int, ...], split: int) -> bool:
@@ -154,11 +155,11 @@ def with_splits(
 
 
 def microseconds(config: tuple[int, ...], gemm: Gemm, processors: int) -> float:
-    """An estimate: waves · steps / split · bytes of a step, and what the meeting costs.
+    """Estimated time: waves · steps / split · bytes per step, plus the cost of merging the parts.
 
-    A program takes its tiles of both operands through L2, all of them together at least the filters
-    from memory. In parts all sums are stored and loaded besides, and the last program of a tile
-    takes `split` tiles of them through one multiprocessor.
+    Each program loads its tiles of both operands through L2; all programs together load at least
+    the filters from memory. A split also stores and loads all partial sums, and the last program of
+    a tile loads `split` tiles of them through one multiprocessor.
     """
     block_m, block_n, block_k, *_, split = config
     tiles = gemm.tiles(config)

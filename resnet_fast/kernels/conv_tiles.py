@@ -1,8 +1,8 @@
-"""Boxes of pixels: the tiles of a convolution in NHWC, described for descriptors or gathered.
+"""Tiles of a convolution in NHWC, moved by tensor descriptors or gathered by pointers.
 
-For a filter tap the input of a box of BOX_N × BOX_P × BOX_Q output pixels is a box too. Input-like
-tensors are walked as [N, H, 1, W, C], for stride 2 by their parities as [N, H/2, 2, W/2, 2·C];
-output-like ones as [N, P, Q, K]. What lies outside arrives as zero.
+A tile is a box of BOX_N × BOX_P × BOX_Q output pixels; for a filter tap its input is a box too.
+Input-like tensors are walked as [N, H, 1, W, C], for stride 2 by their parities as
+[N, H/2, 2, W/2, 2·C], and output-like ones as [N, P, Q, K]. Elements outside are loaded as zero.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Box = tuple[int, int, int]
 def walk(x: Tensor, y: Tensor, w: Tensor, conv: Conv) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """[N,H,W,C] of x and [N,P,Q,K] of y as kernels walk them.
 
-    A plain GEMM is one image of one row: the pixels of all images.
+    A plain GEMM (1x1, stride 1, no padding) is one image with one row: the pixels of all images.
     """
     (n, c, h, width), (_, k, p, q) = x.shape, y.shape
     if w.size(2) * w.size(3) == 1 and conv.stride == (1, 1) and conv.padding == (0, 0):
@@ -83,10 +83,10 @@ def dz_tile(
     dy, z, mask, a, mean, b, c, n0, p0, q0, k0, n, p, q, inside, P, Q, filters,
     TMA: tl.constexpr, M: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """dz = a·dy' + b·(z − mean) + c [M, WIDTH] in dy's dtype, dy' under its mask.
+    """dz = a·dy' + b·(z − mean) + c [M, WIDTH] in dy's dtype; dy' = dy where mask is set, else 0.
 
-    Of pixels (n, p, q) [M, 1] of the box at (n0, p0, q0), filters from k0; zero where not `inside`.
-    What is None is left out.
+    Covers pixels (n, p, q) [M, 1] of the box at (n0, p0, q0) and filters from k0; zero outside
+    `inside`. Terms whose argument is None are omitted.
     """
     k = k0 + tl.arange(0, WIDTH)[None, :]
     pixel = (n.to(tl.int64) * P + p) * Q + q

@@ -1,4 +1,4 @@
-"""Convolution as implicit GEMM on tiles that tensor descriptors move (TMA, Hopper and later)."""
+"""Convolution as implicit GEMM by tensor descriptors (TMA, Hopper and later)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .conv_tiles import filter_tiles, input_tiles, output_tiles, walk
 from .launch import all_registers, launch, target
 from .sizes import cdiv
 
-STORE_N = 64  # columns of a box that is stored
+STORE_N = 64  # columns of a stored box
 
 
 @triton.jit
@@ -66,19 +66,21 @@ def conv_affine_act_tma_kernel(
     BLOCK_K: tl.constexpr,
     SPLIT: tl.constexpr,
 ):
-    """y = relu(BN(conv(φ(x), w) + bias) + residual) on tiles moved by tensor descriptors.
+    """y = relu(BN(conv(φ(x), w) + bias) + residual) by tensor descriptors.
 
-    φ is relu(in_scale·x + in_shift), in registers on the way to the tensor cores. `partial` takes
-    the moments of every tile of y, for batch statistics.
+    Prologue: φ(x) = relu(in_scale·x + in_shift) in registers, before the tensor cores. Epilogue:
+    BN, residual and ReLU; `partial` receives the moments of every tile of y for batch statistics.
 
-    x is described as [N, H, 1, W, C], for stride 2 as its parities [N, H/2, 2, W/2, 2·C], so that
-    for a filter tap (r, s) the input of a box of BOX_N × BOX_P × BOX_Q output pixels is a box too;
-    what lies outside arrives as zero, which is the padding, and is dropped where y is stored. No
-    pointer, mask or division an element. w is [K, R·S, C], residual and y [N, P, Q, K].
-    Grid: axis 0 one program per box of pixels and BLOCK_N filters, filters fastest, so that what
-    runs together shares the input in L2; axis 1 the SPLIT parts of GEMM_K (`conv_split`).
-    Bytes moved: x from memory once (its R·S·K/BLOCK_N readings hit L2), w, residual and y once; in
-    parts the sums of each besides, into L2 and out of it.
+    x is described as [N, H, 1, W, C], for stride 2 as its parities [N, H/2, 2, W/2, 2·C]. Thus for
+    a filter tap (r, s) the input of a box of BOX_N × BOX_P × BOX_Q output pixels is a box too.
+    w is [K, R·S, C], residual and y are [N, P, Q, K].
+    Grid: axis 0: one program per box of pixels and BLOCK_N filters, filters fastest, so that
+    programs that run together share the input in L2; axis 1: the SPLIT parts of GEMM_K
+    (`conv_split`).
+    Bytes moved: x from memory once (its R·S·K/BLOCK_N reads hit L2), w, residual and y once; with a
+    split also the partial sums, into L2 and out of it.
+    Why: descriptors load elements outside as zero, which is the padding, and do not store them. The
+    kernel needs no pointer, mask or division per element.
     """
     pid = tl.program_id(0)
     k0 = pid % k_tiles * BLOCK_N
@@ -132,7 +134,7 @@ def conv_affine_act_tma_kernel(
 
 
 def by_descriptors(x: Tensor, w: Tensor, conv: Conv, f: Fusion, y: Tensor) -> Tensor | None:
-    """Fill y; gives the tiles' moments where they are wanted."""
+    """Compute y in place; returns the moments of its tiles if `f.stats`, else None."""
     (n, h, width, c), (_, p, q, k) = walk(x, y, w, conv)
     r, s = w.shape[2:]
     stride = conv.stride[0]
@@ -167,7 +169,7 @@ def by_descriptors(x: Tensor, w: Tensor, conv: Conv, f: Fusion, y: Tensor) -> Te
         )  # fmt: skip
         return partial
 
-    # What the epilogue holds beside wide tiles is more registers than a thread has on sm_100.
+    # On sm_100 the epilogue's operands do not fit into the registers beside the widest tiles.
     extras = f.residual is not None or f.stats
     widest = CONFIGS[2:] if f.res_scale is not None else CONFIGS[1:] if extras else CONFIGS
     configs = eligible(widest, k, gpu.shared)

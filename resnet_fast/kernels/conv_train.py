@@ -1,11 +1,11 @@
-"""Convolutions of a training step: each by a kernel of ours or by the library (cuDNN on a GPU).
+"""Convolutions of a training step, each by a Triton kernel or by PyTorch (cuDNN on a GPU).
 
-Forward ours is one launch: the previous normalization and ReLU on load, the statistics on store.
-Backward ours are two: dz and φ(x) made on load, ReLU's gradient and the sums of the normalization
-below on store. The library's stand between passes of ours that do the rest.
+A Triton forward is one launch: prologue with the previous normalization and ReLU, epilogue with the
+statistics. A Triton backward is two: the prologues compute dz and φ(x); dgrad's epilogue applies
+the ReLU's gradient and sums for the previous normalization. cuDNN runs between separate Triton
+passes that do the rest.
 
-`conv_plan` says which plans a layer may take; which one it takes is looked up like a tile
-(`config_select`).
+`conv_plan` lists the plans that a layer may take; `config_select` chooses one, as it does a tile.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from .reduce_partials import merge_sums, merge_tiles
 from .tile_math import element_offsets, mask_bits, relu_gate, sum_rows, widen
 
 CONFIGS = ((4096, 4, 8), (2048, 8, 4), (4096, 2, 8), (2048, 4, 8))
-# elements of a tile, programs a multiprocessor, warps
+# elements per tile, programs per multiprocessor, warps
 
 
 @triton.jit
@@ -71,9 +71,10 @@ def dgrad_epilogue_kernel(
 ):
     """g = (dx + residual') where scale·x + shift > 0, else 0; partial sums of g and g·(x − mean).
 
-    residual' is residual where its mask's bit is set; what is None is left out. Grid, tiles and
-    sums as `bn_act_bwd_reduce_kernel`'s. Bytes moved: dx, x, residual and g once each, one bit an
-    element for the mask: what the dgrad's own epilogue would save is dx's way out and back.
+    residual' is residual where its mask bit is set, else 0. Terms whose argument is None are
+    omitted. Grid, tiles and sums: as in `bn_act_bwd_reduce_kernel`.
+    Bytes moved: dx, x, residual and g once each, and one mask bit per element.
+    Why: it follows cuDNN's dgrad. The epilogue of `conv_dgrad` saves writing and reading dx.
     """
     split = tl.program_id(0)
     c0 = tl.program_id(1) * BLOCK_C
@@ -120,7 +121,7 @@ def conv_fprop(
     dilation: list[int],
     groups: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`reference.conv_fprop`: one launch and the merging of its statistics, or by the library."""
+    """`reference.conv_fprop`: one launch and the merge of its statistics, or PyTorch and passes."""
     conv = Conv(tuple(stride), tuple(padding), tuple(dilation), groups)
     args = (x, w, in_scale, in_shift, stats)
     fusion = Fusion(in_scale=in_scale, in_shift=in_shift, relu=False, stats=stats)
@@ -136,16 +137,16 @@ def conv_fprop(
 
 
 def _fused_fprop(x, w, conv, fusion):
-    """One launch, and the merging of its statistics."""
+    """One launch, and the merge of its statistics."""
     z, partial = conv_fused(x, w.to(x.dtype), conv, fusion)
     size = w.size(0) if fusion.stats else 0
-    if partial is None:  # none are wanted, or the batch is empty
+    if partial is None:  # no statistics requested, or an empty batch
         return z, *(x.new_zeros(size, dtype=stats_dtype(x)) for _ in range(2))
     return z, *merge_tiles(partial)
 
 
 def _library_fprop(x, w, in_scale, in_shift, stats, stride, padding, dilation, groups):
-    """`bn_act`, the library's convolution, `bn_stats`."""
+    """`bn_act`, PyTorch's convolution, `bn_stats`."""
     fmt = memory_format(x, w)
     h = x if in_scale is None else bn_act(x, in_scale, in_shift, None, None, None, True, False)[0]
     z = F.conv2d(h, w.to(x.dtype), None, stride, padding, dilation, groups)
@@ -179,7 +180,7 @@ def conv_bprop(
     need_dx: bool,
     need_dw: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`reference.conv_bprop`: two launches and the merging of sums, or by another `Plan`."""
+    """`reference.conv_bprop`: two launches and the merge of their sums, or another `Plan`."""
     conv = Conv(tuple(stride), tuple(padding), tuple(dilation), groups)
     grad_out = GradOut(dy_mask, a, z, mean, b, c)
     grad_in = GradIn(in_scale, in_shift, in_mean, in_rstd, residual, residual_mask)
@@ -201,12 +202,12 @@ def conv_bprop(
 
 
 def _gradients(plan, dy, w, x, in_act, conv, grad_out, grad_in, need_dx, need_dw):
-    """dx, dw, sums by `plan`; dx with all of `grad_in`."""
+    """dx, dw, sums by `plan`; dx includes the epilogue of `grad_in`."""
     fmt = memory_format(x, w)
     filters = w.to(x.dtype).contiguous(memory_format=fmt)
     if not plan.on_load and any(t is not None for t in grad_out):
         dy, grad_out = bn_act_bwd_apply(dy, *grad_out, None), GradOut()
-    seen, through = x, grad_in  # what the convolution saw: `seen` through the ReLU of `through`
+    seen, through = x, grad_in  # the convolution's input is φ(seen), with φ of `through`
     if in_act is not None:
         seen, through = in_act, NOTHING
     elif grad_in.scale is not None and need_dw and not plan.on_load:
@@ -241,9 +242,10 @@ def dgrad_epilogue(
     residual: Tensor | None,
     residual_mask: Tensor | None,
 ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-    """(dx + residual under its mask) under the ReLU of scale·x + shift; its sums where `mean` is.
+    """dx + residual where scale·x + shift > 0, else 0, and with `mean` its sums.
 
-    The last steps of `reference.conv_bprop`, in one pass.
+    residual counts where its mask is set. These are the last steps of `reference.conv_bprop`, in
+    one pass.
     """
     channels = x.size(1)
     if dx.numel() == 0:

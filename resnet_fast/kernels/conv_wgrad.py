@@ -1,4 +1,4 @@
-"""Gradient of a convolution's filters as implicit GEMM, both operands made on load.
+"""wgrad, the gradient of a convolution's filters, as implicit GEMM with a prologue per operand.
 
 GEMM_M = K, GEMM_N = C of one filter tap, GEMM_K = pixels of dz.
 """
@@ -31,7 +31,7 @@ from .launch import all_registers, launch, target
 from .reduce_partials import fold
 from .sizes import cdiv
 
-PROGRAMS = 2  # a multiprocessor, that the splits are cut for
+PROGRAMS = 2  # per multiprocessor: the target that sets the number of splits
 
 
 @triton.jit
@@ -76,12 +76,13 @@ def conv_wgrad_kernel(
 ):
     """partial[split] = Σ over its pixels of dzᵀ · φ(x), for each filter tap: [K, R·S, C].
 
-    dz = a·dy' + b·(z − mean) + c with dy' under its mask, φ(x) = relu(in_scale·x + in_shift); what
-    is None is left out.
-    Grid: axis 0 one program per BLOCK_M filters, tap and BLOCK_N channels, axis 1 the splits, each
-    `boxes_per_split` boxes of pixels: what runs together has the same pixels and shares them in L2.
-    Bytes moved: dy, z and x once from memory (their R·S·C/BLOCK_N and R·S·K/BLOCK_M readings hit
-    L2), splits · |w| sums. Sums of splits in memory, not atomics: the same bits every time.
+    Prologue: dz = a·dy' + b·(z − mean) + c with dy' = dy where its mask bit is set, else 0, and
+    φ(x) = relu(in_scale·x + in_shift). Terms whose argument is None are omitted.
+    Grid: axis 0: one program per BLOCK_M filters, tap and BLOCK_N channels; axis 1: splits of
+    `boxes_per_split` boxes of pixels. Programs that run together share their pixels in L2.
+    Bytes moved: dy, z and x once from memory (their R·S·C/BLOCK_N and R·S·K/BLOCK_M reads hit L2),
+    splits · |w| sums.
+    Why: partial sums in memory instead of atomics give the same bits in every run.
     """
     pid, split = tl.program_id(0), tl.program_id(1)
     c0 = pid % c_tiles * BLOCK_N
@@ -132,10 +133,11 @@ def conv_wgrad(
     grad_in: GradIn = NOTHING,
     like: Tensor | None = None,
 ) -> Tensor:
-    """dw of z = conv(φ(x), w), in dtype and format of `like` (w): `reference.conv_bprop`'s.
+    """dw of z = conv(φ(x), w) as in `reference.conv_bprop`.
 
-    dy [N,K,P,Q], w [K,C,R,S] and x [N,C,H,W] NHWC in memory and of one dtype, groups 1, stride 1
-    or 2. Of `grad_in` only scale and shift are looked at.
+    dw has the dtype and memory format of `like`, by default w. dy [N,K,P,Q], w [K,C,R,S] and
+    x [N,C,H,W] are channels_last and of one dtype; groups is 1, stride is 1 or 2. Only scale and
+    shift of `grad_in` are used.
     """
     (n, h, width, c), (_, p, q, k) = walk(x, dy, w, conv)
     r, s = w.shape[2:]

@@ -1,9 +1,9 @@
-"""Counters at which programs of a launch meet: zero before it, and left at zero by the kernel.
+"""Arrival counters for the programs of a launch: zero before it and after it.
 
-Nothing has to zero them between launches, so an op that needs some is still one launch. Launches of
-a stream come one after another and share a set. So do the launches that one capture makes on one
-stream: they stay in order in every replay. No other launch shares a captured set, as its graph may
-be replayed at any time, on any stream. The set comes back when the graph can run no more.
+The kernel resets them, so an op that needs counters is still one launch. The launches of a stream
+run in order and share a set. So do the launches that one capture makes on one stream, which stay in
+order in every replay. No other launch shares a captured set, because the graph may be replayed at
+any time and on any stream. The set is free again when the graph can no longer run.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from torch import Tensor
 
 from . import captures
 
-SIZE = 1 << 18  # int32, a mebibyte a device: 1000 graphs and streams at a time
-LINE = 32  # a cache line of them: what is given out starts on one
+SIZE = 1 << 18  # int32, 1 MiB per device: 1000 graphs and streams at a time
+LINE = 32  # counters per cache line; each set starts on a line
 OF_A_STREAM = 256
 
 
 @dataclass
 class Captured:
-    """The sets of one capture, and the semaphore that tells its graph's end; None: it is unknown.
+    """The sets of one capture, and the semaphore for the end of its graph; None if unknown.
 
-    A stream that asked for more counters than it had has an older set too.
+    A stream whose set became too small also keeps its older sets.
     """
 
     ended: int | None
@@ -43,8 +43,8 @@ _captured: dict[int, Captured] = {}  # by the id of the capture
 def counters(x: Tensor, count: int) -> Tensor:
     """`count` or more int32 on x's device, zero when a launch on its current stream begins.
 
-    The kernel must leave them at zero. In a capture that nothing preceded on the device, or that
-    finds no free ones, the captured work zeroes them itself: one launch more in every replay.
+    The kernel must leave them at zero. If a capture finds no free counters, for example because it
+    is the first use on the device, the graph zeroes them itself: one more launch per replay.
     """
     if x.device.type == "meta":
         return x.new_empty(count, dtype=torch.int32)
@@ -64,9 +64,10 @@ def counters(x: Tensor, count: int) -> Tensor:
 
 
 def _of_capture(device: torch.device, stream: int, count: int) -> Tensor | None:
-    """The set of the capture that `stream` is in; None where there are no free counters.
+    """The set of the capture that `stream` is in; None without free counters.
 
-    Where the driver does not tell the capture, each launch gets counters of its own for good.
+    If the driver cannot report the capture, each launch gets separate counters that are never
+    freed.
     """
     capture = captures.current(stream)
     with _lock:
@@ -86,9 +87,9 @@ def _of_capture(device: torch.device, stream: int, count: int) -> Tensor | None:
 
 
 def _take(device: torch.device, count: int, refill: bool) -> Tensor | None:
-    """Counters that no other launch uses; None where there are none and no `refill`.
+    """Unused counters, from the smallest free piece that has enough.
 
-    From the smallest free piece that has enough. `_lock` is held.
+    None if there is no such piece and no `refill`. The caller must hold `_lock`.
     """
     _return_ended()
     count = -(-count // LINE) * LINE
@@ -106,7 +107,7 @@ def _take(device: torch.device, count: int, refill: bool) -> Tensor | None:
 
 
 def _return_ended() -> None:
-    """Put the sets of graphs that are gone back among the free ones."""
+    """Return the sets of destroyed graphs to the free ones."""
     for number, own in list(_captured.items()):
         if own.ended is not None and captures.ended(own.ended):
             del _captured[number]
@@ -115,10 +116,10 @@ def _return_ended() -> None:
 
 
 def _zeros(device: torch.device, count: int) -> Tensor:
-    """Zeros that every stream sees, in memory that belongs to no CUDA graph.
+    """Zeros that every stream sees, in memory outside the pools of CUDA graphs.
 
-    Made in a thread of their own: the pool of a graph that is being warmed up takes all that its
-    thread allocates, and with the graph it would take these.
+    A separate thread allocates them: the memory pool of a graph that is being warmed up owns all
+    allocations of its thread, and would free these with the graph.
     """
 
     def make() -> Tensor:

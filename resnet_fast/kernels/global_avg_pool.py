@@ -12,7 +12,7 @@ from .launch import launch
 from .sizes import cdiv
 from .tile_math import sum_rows, widen
 
-CONFIGS = ((64, 4), (128, 4), (64, 2))  # channels of a tile, warps
+CONFIGS = ((64, 4), (128, 4), (64, 2))  # channels per tile, warps
 BLOCK_P = 16
 
 
@@ -31,7 +31,8 @@ def global_avg_pool_kernel(
     """y[n, c] = Σ over pixels of x[n, c] / (H·W).
 
     Grid: one program per image and BLOCK_C channels; it walks the image's pixels BLOCK_P at a
-    time. Bytes moved: x once, y once. The batch alone fills a GPU, so pixels are not split.
+    time. Bytes moved: x once, y once.
+    Why: the batch alone fills a GPU, so the pixels are not split.
     """
     n = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
@@ -46,7 +47,7 @@ def global_avg_pool_kernel(
 
 
 def global_avg_pool(x: Tensor) -> Tensor:
-    """`reference.global_avg_pool` in one launch, of x dense in NCHW or channels_last."""
+    """`reference.global_avg_pool` in one kernel launch; x is dense in NCHW or channels_last."""
     n, channels, height, width = x.shape
     y = x.new_empty(n, channels)
     if y.numel() == 0:

@@ -1,9 +1,9 @@
-"""Where kernels run: the target of a tensor's device, and the one place that launches.
+"""Kernel launches, all of them, and the target GPU that tiles are chosen for.
 
-A target is what tiles are chosen by: compute capability (90 is sm_90) and multiprocessors. Under
+A target is a compute capability (90 is sm_90), a number of multiprocessors and a name. Under
 `TRITON_INTERPRET=1` CPU tensors have one too, a small Hopper, so that the interpreter takes the
-path of the newest GPUs. `compile_for` makes every launcher compile and launch nothing: meta
-tensors in, cubins out, on any machine.
+path of recent GPUs. Within `compile_for` every launcher only compiles: meta tensors in, cubins out,
+on any machine.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ..runtime import recording
 INTERPRETING = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
-SHARED_KIB = {  # by compute capability: the most of one block
+SHARED_KIB = {  # maximum per block, by compute capability
     80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 110: 227, 120: 99, 121: 99,
 }  # fmt: skip
 
@@ -33,14 +33,14 @@ def _warn_of(capability: int) -> None:
     major, minor = divmod(capability, 10)
     warnings.warn(
         f"resnet_fast does not know compute capability {major}.{minor}: its Triton kernels use "
-        f"{min(SHARED_KIB.values())} KiB of shared memory, which may be slow",
+        f"only {min(SHARED_KIB.values())} KiB of shared memory per block and may be slow",
         RuntimeWarning,
         stacklevel=3,
     )
 
 
 class Target(NamedTuple):
-    """A GPU as tiles see it: compute capability times ten, multiprocessors, name."""
+    """A GPU to choose tiles for: compute capability times ten, multiprocessors, name."""
 
     capability: int
     multiprocessors: int
@@ -48,10 +48,10 @@ class Target(NamedTuple):
 
     @property
     def shared(self) -> int:
-        """Bytes of shared memory that one program may have.
+        """Maximum shared memory per program, in bytes.
 
-        Source: CUDA C++ programming guide, "Technical Specifications per Compute Capability". An
-        architecture that is not listed there gets the least of all, with a warning.
+        Source: CUDA C++ programming guide, "Technical Specifications per Compute Capability". A
+        compute capability that SHARED_KIB does not list gets its minimum, with a warning.
         """
         if self.capability not in SHARED_KIB:
             _warn_of(self.capability)
@@ -59,7 +59,7 @@ class Target(NamedTuple):
 
     @property
     def has_tma(self) -> bool:
-        """Whether it loads and stores tiles by tensor descriptors (Hopper and later)."""
+        """Whether the GPU loads and stores tiles by tensor descriptors (Hopper and later)."""
         return self.capability >= 90
 
 
@@ -76,7 +76,7 @@ def _device_target(index: int) -> Target:
 
 
 def compiling() -> str | None:
-    """ "every" or "rule", the configurations to compile, within `compile_for`; else None."""
+    """Configurations to compile within `compile_for`: "every" or "rule"; None outside of it."""
     if _compiling is None:
         return None
     return "every" if _compiling[2] else "rule"
@@ -92,9 +92,9 @@ def target(x: Tensor) -> Target:
 
 
 def all_registers(x: Tensor) -> dict[str, int]:
-    """Options of a launch: a thread may have 255 registers, in double and on GPUs but sm_90.
+    """Launch options that allow 255 registers per thread, in fp64 and on GPUs other than sm_90.
 
-    There ptxas, left to itself, spills for the sake of occupancy (80, 128 or 168 registers).
+    There ptxas by default spills registers for more occupancy (80, 128 or 168 registers).
     """
     half = x.dtype != torch.float64
     return {} if half and target(x).capability == 90 else {"maxnreg": 255}
@@ -103,11 +103,12 @@ def all_registers(x: Tensor) -> dict[str, int]:
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
     """kernel[grid](*args, **options) on the device of the first argument that is a tensor.
 
-    Fused multiply-adds are on, as in every Triton up to 3.9: what must round once says `tl.fma`.
+    Fused multiply-adds are enabled, the default up to Triton 3.9. Where a kernel requires a single
+    rounding it calls `tl.fma`.
     """
     options["enable_fp_fusion"] = True
     if INTERPRETING:
-        options.pop("maxnreg", None)  # what the interpreter does not know
+        options.pop("maxnreg", None)  # not an option of the interpreter
     if _compiling is not None:
         _compiling[1](kernel, grid, args, options)
         return
@@ -123,10 +124,10 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
 def _start(
     kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]
 ) -> Callable[..., None]:
-    """kernel[grid](*args, **options); gives what launches it on other arguments of their kind.
+    """kernel[grid](*args, **options); returns a function that launches it on similar arguments.
 
-    On a GPU that is what Triton compiled: it looks at no argument anew, which takes the host longer
-    than the launch.
+    On a GPU that is the compiled kernel. It does not specialize on the arguments again, which takes
+    the host longer than the launch.
     """
     compiled = kernel[grid](*args, **options)
     if compiled is None:  # the interpreter
@@ -144,10 +145,10 @@ def _device(args: tuple[Any, ...]) -> torch.device:
 
 @contextmanager
 def compile_for(chosen: Target, sink: Callable[..., None], every: bool = True) -> Iterator[None]:
-    """Within it launchers hand (kernel, grid, args, options) to `sink` in place of launching.
+    """Within it launchers call sink(kernel, grid, args, options) instead of launching.
 
-    every: once for each configuration of a kernel, else for the one that would run: a table's, or
-    the one that its rule picks.
+    every: once per configuration of a kernel, else only for the one that would run: from a tuning
+    table or from the kernel's rule.
     """
     global _compiling
     before, _compiling = _compiling, (chosen, sink, every)

@@ -17,17 +17,17 @@ from .reduce_partials import merge_sums
 from .sizes import cdiv
 from .tile_math import element_offsets, sum_rows, widen
 
-CONFIGS = ((1024, 4), (2048, 8), (512, 4), (512, 2))  # elements of a tile, warps
+CONFIGS = ((1024, 4), (2048, 8), (512, 4), (512, 2))  # elements per tile, warps
 BWD_CONFIGS = ((1024, 16, 4), (2048, 8, 8), (1024, 8, 4), (1024, 16, 8))
-# elements of a tile, programs a multiprocessor, warps
-REGISTERS = 128  # a thread may have: left to itself ptxas spills for the sake of occupancy
+# elements per tile, programs per multiprocessor, warps
+REGISTERS = 128  # maximum per thread: by default ptxas spills registers for more occupancy
 MOST_AT_ONCE = 16
 
 
 @triton.jit
 def _first_image(m0, lane, pixels):
-    """Of pixels m0 + lane of all images: the first's image (int64), how many images later each is,
-    and which of its image's pixels. One scalar in 64 bits carries the size.
+    """Image of pixel m0 (int64), and of each pixel m0 + lane the image relative to it and the pixel
+    within its image. Pixels count over all images; one 64-bit scalar carries the size.
     """
     place = (m0 % pixels).to(tl.int32) + lane
     return m0 // pixels, place // pixels, place % pixels
@@ -35,7 +35,7 @@ def _first_image(m0, lane, pixels):
 
 @triton.jit
 def _larger(best, code, position, z, scale, shift, at, is_element, h, w, height, width):
-    """best and code, or relu(scale·z + shift) at row h and column w and its position if larger."""
+    """best and code, or scale·z + shift at row h and column w and its position if larger."""
     inside = is_element & (h >= 0) & (h < height) & (w >= 0) & (w < width)
     v = widen(tl.load(z + at, inside, 0.0))
     if scale is not None:
@@ -74,11 +74,13 @@ def bn_relu_max_pool_kernel(
 ):
     """y = max over R×S windows of relu(scale·z + shift), index = its position r·S + s.
 
-    Grid: one program per BLOCK_M of the `count` pixels of y and BLOCK_C channels; what is None is
-    left out. The maximum starts from 0, which is the ReLU; the first of equal values wins.
-    Bytes moved: z and y once, one byte for each y. A value of z is in up to four windows of 3×3 at
-    stride 2, which are neighbours: all but the first read come out of L1 or L2. What it spares is
-    writing and reading the activation between BN and pool, four times as large as y.
+    The maximum starts from 0, which is the ReLU; the first of equal values wins. Terms and results
+    whose argument is None are omitted.
+    Grid: one program per BLOCK_M of the `count` pixels of y and BLOCK_C channels.
+    Bytes moved: z and y once, one index byte per value of y. A value of z is in up to four
+    neighbouring 3×3 windows at stride 2; all reads but the first hit L1 or L2.
+    Why: fusion saves writing and reading the activation between BN and pool, four times as large as
+    y.
     """
     m0 = tl.program_id(0).to(tl.int64) * BLOCK_M
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
@@ -95,7 +97,7 @@ def bn_relu_max_pool_kernel(
         a, b = tl.load(scale + c, is_channel, 0.0), tl.load(shift + c, is_channel, 0.0)
     wide: tl.constexpr = tl.float64 if z.dtype.element_ty == tl.float64 else tl.float32
     best = tl.zeros((BLOCK_M, BLOCK_C), wide)
-    code = tl.full((BLOCK_M, BLOCK_C), 255, tl.int32)  # MOST_POSITIONS: of a window ReLU closed
+    code = tl.full((BLOCK_M, BLOCK_C), 255, tl.int32)  # reference.NONE: no value above 0
     for p0 in range(0, R * S, AT_ONCE):
         for i in tl.static_range(AT_ONCE):
             p = p0 + i
@@ -113,7 +115,7 @@ def bn_relu_max_pool_kernel(
 def _from_window(
     g, dy, index, p, q, r, s, at, is_element, rows, columns, R: tl.constexpr, S: tl.constexpr
 ):
-    """g, and dy of window (p, q) where its index names the pixel at row r and column s of it."""
+    """g + dy of window (p, q) where its index names the pixel at its row r and column s, else g."""
     exists = is_element & (p >= 0) & (p < rows) & (q >= 0) & (q < columns) & (r < R) & (s < S)
     chosen = tl.load(index + at, exists, 255).to(tl.int32) == r * S + s
     return g + tl.where(exists & chosen, widen(tl.load(dy + at, exists, 0.0)), 0.0)
@@ -151,11 +153,12 @@ def max_pool_bwd_kernel(
 ):
     """dx = Σ dy over the windows whose index names the pixel; partial Σdx and Σdx·(x − mean).
 
-    Grid: one program per split of the `count` pixels of x and BLOCK_C channels; a split is
-    `tiles_per_split` tiles of BLOCK_M pixels. A pixel asks the windows that it lies in (four of 3×3
-    at stride 2): nothing is added atomically, so a result has the same bits every time, and dx is
-    written once and never cleared. Bytes moved: dx and x once (x only for the sums), dy and index
-    once; their other reads are neighbours' and come out of L1 or L2.
+    Grid: one program per split of the `count` pixels of x and BLOCK_C channels. A split is
+    `tiles_per_split` tiles of BLOCK_M pixels.
+    Bytes moved: dx and x once (x only for the sums), dy and index once; their repeated reads, by
+    neighbouring pixels, hit L1 or L2.
+    Why: each pixel gathers from the windows that contain it (four of 3×3 at stride 2). Without
+    atomics a result has the same bits in every run, and dx needs no zeroing and is written once.
     """
     split = tl.program_id(0)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
@@ -197,15 +200,15 @@ def max_pool_bwd_kernel(
 
 
 def _elements(elements: int, channels_last: bool) -> int:
-    """Of a tile: half in NCHW, where neighbours have addresses and coefficients of their own; more
-    in the interpreter, which has no registers and whose time goes by programs.
+    """Elements per tile: half in NCHW, where each element has its own address and coefficients;
+    more in the interpreter, which has no registers and whose time depends on the program count.
     """
     elements *= 4 if INTERPRETING else 1
     return elements if channels_last else elements // 2
 
 
 def _at_once(steps: int) -> int:
-    """How many of `steps` positions or windows have their loads in flight together: all, if few."""
+    """How many of `steps` positions or windows have loads in flight at once: all if few, else 1."""
     return steps if steps <= MOST_AT_ONCE else 1
 
 
@@ -218,7 +221,7 @@ def bn_relu_max_pool(
     padding: list[int],
     save_index: bool,
 ) -> tuple[Tensor, Tensor]:
-    """`reference.bn_relu_max_pool` in one launch."""
+    """`reference.bn_relu_max_pool` in one kernel launch."""
     fmt, channels = memory_format(z), z.size(1)
     size = Pool(tuple(kernel), tuple(stride), tuple(padding)).output_shape(z.shape)
     y = torch.empty(size, dtype=z.dtype, device=z.device, memory_format=fmt)
@@ -254,7 +257,7 @@ def max_pool_bwd(
     stride: list[int],
     padding: list[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`reference.max_pool_bwd`: one pass over the tensors, one launch over partial sums."""
+    """`reference.max_pool_bwd`: one pass over the tensors, then a merge of partial sums."""
     fmt = memory_format(x)
     dx = torch.empty_like(x, memory_format=fmt)
     channels, sums = x.size(1), 0 if mean is None else x.size(1)

@@ -1,7 +1,7 @@
-"""Second half of every reduction over pixels: the partial results of the splits become one.
+"""Second half of every reduction over pixels: merge the partial results of the splits.
 
-Splits are merged in a fixed order by channel-sized launches, so a result has the same bits every
-time. Counts of splits are exact: all have `split` pixels but the last.
+Channel-sized launches merge the splits in a fixed order, so a result has the same bits in every
+run. The pixel counts are exact: every split has `split` pixels except the last.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .tile_math import sum_rows
 
 BLOCK_S, BLOCK_C = 64, 32
 TILES_A_SPLIT = 256
-SUMS_AT_ONCE = 4 * TILES_A_SPLIT  # more are first folded, by more programs
+SUMS_AT_ONCE = 4 * TILES_A_SPLIT  # above this, `fold` reduces them first, with more programs
 
 
 @triton.jit
@@ -35,7 +35,8 @@ def merge_sums_kernel(
     """Σ over splits of partial[0], rstd·Σ partial[1], res_rstd·Σ partial[2].
 
     Grid: one program per sum and BLOCK_C channels. Bytes moved: sums · splits · channels values,
-    which the launch before left in L2.
+    from L2, where the previous launch left them.
+    Why: a fixed order of additions gives the same bits in every run.
     """
     which = tl.program_id(0)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -63,6 +64,7 @@ def fold_kernel(partial, out, count, per_fold, size, BLOCK_S: tl.constexpr, BLOC
     """out[g, f] = Σ of partial[g, f·per_fold .. (f + 1)·per_fold), vectors of `size` elements.
 
     Grid: one program per BLOCK_E elements, fold f and group g. Bytes moved: partial once, out once.
+    Why: the same bits in every run, and more programs than `merge_sums_kernel` has.
     """
     e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)[None, :]
     fold, group = tl.program_id(1), tl.program_id(2)
@@ -91,10 +93,11 @@ def merge_moments_kernel(
 ):
     """mean and m2 of all `count` pixels from those of splits of `split` pixels each (Chan et al.).
 
-    In what is left of x without the pivot (`bn_stats_kernel`): mean = p + Σ n·(mean_s − p)/M from
-    p = mean_0, and once more from there; m2 = Σ m2_s + Σ n·(mean_s − mean)². Chan, Golub & LeVeque
-    1979, "Updating formulae and a pairwise algorithm for computing sample variances", eq. 2.1.
-    Grid: one program per BLOCK_C channels. Bytes moved: 4 · splits · channels values out of L2.
+    On x − pivot (`bn_stats_kernel`): mean = p + Σ n·(mean_s − p)/M, first with p = mean_0, then
+    with p = that result; m2 = Σ m2_s + Σ n·(mean_s − mean)². Chan, Golub & LeVeque 1979, "Updating
+    formulae and a pairwise algorithm for computing sample variances", eq. 2.1.
+    Grid: one program per BLOCK_C channels. Bytes moved: 4 · splits · channels values from L2.
+    Why two passes for the mean: the second corrects the rounding of the first.
     """
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     is_channel = c < channels
@@ -102,7 +105,7 @@ def merge_moments_kernel(
     pivot = tl.load(partial + c, is_channel, 0.0)[None, :]
     partial += channels
     mean = tl.load(partial + c, is_channel, 0.0)[None, :]
-    for _ in tl.static_range(2):  # the second time on what is left: the first's rounding
+    for _ in tl.static_range(2):
         drift = tl.zeros((BLOCK_S, BLOCK_C), wide)
         for s0 in range(0, splits, BLOCK_S):
             s = s0 + tl.arange(0, BLOCK_S)[:, None]
@@ -136,13 +139,14 @@ def merge_tiles_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Of moments of `tiles` tiles [4, tiles, C] those of splits of tiles_per_split: [4, splits, C].
+    """Merge moments of tiles [4, tiles, C] into those of splits of tiles_per_split: [4, splits, C].
 
-    Rows are n, mean, what the mean's rounding left, and m2; of all tiles together mean and m2 are
-    all that is wanted, and out_n and out_rest are None. With p the first tile's mean,
+    Rows are n, mean, the rounding error of the mean (rest) and m2. The last merge, of all tiles,
+    needs only mean and m2: out_n and out_rest are None. With p the first tile's mean and
     d = (mean_t − p) + rest_t: μ = Σ n·d/Σ n, m2 = Σ m2_t + Σ n·(d − μ)² (Chan et al. 1979).
     Grid: one program per split and BLOCK_C channels. Bytes moved: partial twice, the second time
-    out of L2.
+    from L2.
+    Why: centring on p and carrying rest keep the digits of m2 where |mean| is large.
     """
     split = tl.program_id(0)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
@@ -202,7 +206,7 @@ def merge_tiles(partial: Tensor) -> tuple[Tensor, Tensor]:
 def fold(partial: Tensor, out: Tensor, per_fold: int | None = None) -> None:
     """Fill `out` with sums over the second to last axis of partial [..., count, size].
 
-    per_fold: how many go into one, all unless given; out is then [..., folds, size].
+    per_fold: how many vectors one sum adds, by default all; if given, out is [..., folds, size].
     """
     count, size = partial.shape[-2:]
     groups = partial.numel() // max(1, count * size)
@@ -215,7 +219,7 @@ def fold(partial: Tensor, out: Tensor, per_fold: int | None = None) -> None:
 
 
 def merge_sums(partial: Tensor, rstd: Tensor, res_rstd: Tensor | None) -> tuple[Tensor, ...]:
-    """Three sums [C] from partial [2 or 3, splits, C], xhat's factors applied; one may be empty."""
+    """Sums [C] over partial [2 or 3, splits, C]: Σ0, rstd·Σ1, and res_rstd·Σ2, or empty."""
     sums, splits, channels = partial.shape
     if splits > SUMS_AT_ONCE:
         folds = partial.new_empty(sums, cdiv(splits, TILES_A_SPLIT), channels)
@@ -230,7 +234,7 @@ def merge_sums(partial: Tensor, rstd: Tensor, res_rstd: Tensor | None) -> tuple[
 
 
 def merge_moments(partial: Tensor, count: int, split: int) -> tuple[Tensor, Tensor]:
-    """mean, m2 [C] of `count` pixels from partial [1 + 2·splits, C]: `bn_stats_kernel`'s."""
+    """mean, m2 [C] of `count` pixels from partial [1 + 2·splits, C] of `bn_stats_kernel`."""
     splits, channels = partial.size(0) // 2, partial.size(1)
     mean, m2 = partial.new_empty(channels), partial.new_empty(channels)
     launch(

@@ -1,4 +1,4 @@
-"""Sizes of grids and blocks on the host, where Triton's functions of these names take long."""
+"""Grid and block sizes on the host, where Triton's functions of the same names are slow."""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ def cdiv(size: int, part: int) -> int:
 
 
 def next_power_of_2(size: int) -> int:
-    """The smallest power of two that is no less than `size`, 1 at least."""
+    """The smallest power of two that is at least `size` and at least 1."""
     return 1 << max(size - 1, 0).bit_length()

@@ -1,7 +1,7 @@
-"""What every kernel does to a tile: wide types, one-rounding affine maps, ReLU, bits of masks.
+"""Tile operations that kernels share: widening, sums, ReLU and its gradient, bit masks, offsets.
 
-A helper reads no global: in Triton up to 3.6 the cache key of a kernel would depend on whether that
-helper had its own before, and what was compiled in another order would be compiled again.
+Helpers must not read globals. Otherwise, in Triton up to 3.6, a kernel's cache key depends on
+whether the helper had a key before. Another compilation order then misses the cache.
 """
 
 import triton
@@ -10,7 +10,7 @@ import triton.language as tl
 
 @triton.jit
 def widen(x):
-    """x in the dtype sums are made in: fp32, or fp64 for double."""
+    """x in the accumulation dtype: fp32, or fp64 for double."""
     if x.dtype == tl.float64:
         return x
     else:
@@ -25,7 +25,7 @@ def relu(y):
 
 @triton.jit
 def sum_rows(x):
-    """[M, C] → [1, C], in two steps so that no chain of additions is longer than M/8 or 8."""
+    """[M, C] → [1, C], in two steps so that no chain of additions is longer than max(M/8, 8)."""
     folded = tl.sum(x.reshape(x.shape[0] // 8, 8, x.shape[1]), 0)
     return tl.sum(folded, 0, keep_dims=True)
 
@@ -48,7 +48,7 @@ def unpack_bits(mask):
 def element_offsets(m0, lane, c, channels, pixels, CHANNELS_LAST: tl.constexpr):
     """Offsets of (pixel m0 + lane of all images, channel c): int64, [M, 1] and [1, C] → [M, C].
 
-    One scalar in 64 bits carries the size; within a tile 32 bits do.
+    One 64-bit scalar carries the size; within a tile 32 bits suffice.
     """
     if CHANNELS_LAST:
         return m0 * channels + (lane * channels + c)
@@ -63,7 +63,7 @@ def mask_bits(
 ):
     """Bits of a ReLU mask at pixels m0 + lane [M, 1], channels from c0: booleans [M, BLOCK_C].
 
-    In NHWC the tile's bytes are loaded once and spread; in NCHW a lane reads its pixel's byte.
+    In NHWC the tile's bytes are loaded once and unpacked; in NCHW a lane reads its pixel's byte.
     """
     if CHANNELS_LAST:
         width = tl.cdiv(channels, 8)
@@ -90,6 +90,6 @@ def row_bits(mask, row, inside, first, inner, WIDTH: tl.constexpr):
 
 @triton.jit
 def relu_gate(g, x, scale, shift, c, is_channel):
-    """g where scale·x + shift > 0 (or NaN), else 0: ReLU's gradient, its input made anew."""
+    """g where scale·x + shift > 0 (or NaN), else 0: ReLU's gradient, its input recomputed."""
     a = tl.load(scale + c, is_channel, 0.0)
     return tl.where(tl.fma(x, a, tl.load(shift + c, is_channel, 0.0)) <= 0, 0.0, g)

@@ -129,7 +129,7 @@ def test_reading_names_the_line_at_fault(tmp_path):
     rows.append(path, [sample_row()])
     assert rows.read([path]) == [sample_row()]
     path.open("a").write('{"model": "resnet50"}\n')
-    with pytest.raises(ValueError, match=r"rows\.jsonl:2: the row lacks benchmark"):
+    with pytest.raises(ValueError, match=r"rows\.jsonl:2: the row has no benchmark"):
         rows.read([path])
 
 

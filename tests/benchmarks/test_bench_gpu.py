@@ -66,7 +66,7 @@ def test_arguments(tmp_path, capsys, monkeypatch):
     assert rest == [tmp_path, 99.0, ["models", "layers"]] and len(plan.cases) == 3
     (tmp_path / stages.RECORD).write_text('{"stages": []}')
     assert main(["gpu", "--out", str(tmp_path)]) == 2
-    assert f"--resume {tmp_path} goes on" in capsys.readouterr().err
+    assert f"continue it with --resume {tmp_path}" in capsys.readouterr().err
     assert main(["gpu", "--resume", str(tmp_path)]) == 1 and asked[1][1] == tmp_path
     for bad in (["--only", "ceilings"], ["--budget", "0"], ["--out", "a", "--resume", "b"]):
         with pytest.raises(SystemExit, match="2"):
@@ -97,7 +97,7 @@ def test_a_folder_of_another_gpu_or_commit(tmp_path, capsys, monkeypatch):
     rows.append(tmp_path / stages.ROWS, [row | {"cpu_or_gpu": "NVIDIA H100"}])
     assert main(["gpu", "--resume", str(tmp_path)]) == 2
     said = capsys.readouterr().err
-    assert "holds rows of NVIDIA H100 at abc, this is NVIDIA H200 at abc" in said
+    assert "has rows of NVIDIA H100 at abc, but this is NVIDIA H200 at abc" in said
 
 
 @pytest.mark.slow
@@ -266,11 +266,11 @@ def test_other_bits_are_found(monkeypatch):
 
     monkeypatch.setattr(ops, "conv_bn_act", unsteady)
     _, draw = list(correct.draws(PLAN.cases[1:]))[1]
-    assert correct.of_call(draw, "auto") == ["y: other bits in a second call"]
+    assert correct.of_call(draw, "auto") == ["y: different bits in a second call"]
     infer, plain = step.infer, models.plain_model("cifar_resnet20", 32)
     monkeypatch.setattr(step, "infer", lambda m, x: calls.append(x) or infer(m, x) + len(calls))
     wrong = correct.of_graph(plain, PLAN.cases[1])
-    assert len(wrong) == 4 and "other bits in a replay: 1, first logits" in wrong[-1]
+    assert len(wrong) == 4 and "different bits in a replay: 1, first logits" in wrong[-1]
 
 
 def test_correctness_names_what_failed(tmp_path, monkeypatch):
@@ -295,7 +295,7 @@ def test_correctness_names_what_failed(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match=r"^e: CUDA error: an illegal"):
         gpu.correctness("train", PLAN, context(tmp_path))
     assert ran == ["a", "b", "c", "d", "a", "e"]
-    with pytest.raises(OutOfTime, match="left out a"):
+    with pytest.raises(OutOfTime, match="skipped a"):
         gpu.correctness("infer", PLAN, context(tmp_path, seconds=0.0))
 
 
@@ -331,7 +331,7 @@ def test_a_profile_beside_the_clock():
     ]  # fmt: skip
     lines = profile.text(found).splitlines()
     assert lines[1].split() == ["conv", "1", "4.0", "4.0", "8.0"]
-    assert lines[-1] == "busy 4.5 of 52.0 us a step, estimate 8.0 us"
+    assert lines[-1] == "busy 4.5 of 52.0 us per step, estimate 8.0 us"
     assert profile.summary([])["by_name"] == []
 
 
@@ -361,7 +361,7 @@ def test_the_summary(tmp_path):
         ["images/s", "resnet_fast", "eager", "library", "vs", "eager", "estimate"],
         ["cifar_resnet20", "train", "fp32", "2", "-", "-", "-", "-", "-"],
         ["cifar_resnet20", "infer", "fp32", "1", "1900", "1000", "-", "1.90x", "~125000"],
-        "~: an estimate of the clock for resnet_fast, not measured".split(),
+        "~: an estimate for resnet_fast (bench estimate), not measured".split(),
     ]
     assert max(map(len, text.splitlines()[2:])) <= 100 and len(text.splitlines()) < 30
     assert "layers" in text and "not started" in text and "out of time" in text

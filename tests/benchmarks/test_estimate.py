@@ -250,7 +250,7 @@ def test_measured_ceilings_replace_the_tables():
 
 def test_bad_files_are_named(tmp_path, capsys):
     bad = tmp_path / "bad.json"
-    for text, said in (("{", "not the JSON"), ('[{"model": 1}]', "expected a list of estimates")):
+    for text, said in (("{", "expected JSON"), ('[{"model": 1}]', "expected a list of estimates")):
         bad.write_text(text)
         assert main(["estimate", "--compare", str(bad)]) == 2
         assert f"{bad}: {said}" in capsys.readouterr().err

@@ -189,13 +189,13 @@ def test_the_ideal_schedule_alone(capsys):
     """Without Triton, or without a GPU's launches, the command says why what runs is missing."""
     done = command("--mode", "infer", first="sys.modules['triton'] = None")
     assert done.returncode == 0, done.stderr
-    assert "what runs is not listed: Triton is needed" in done.stdout
+    assert "cannot list what runs: Triton is needed" in done.stdout
     assert "ideal schedule" in done.stdout and "beside" not in done.stdout
     done = command("--mode", "infer", TRITON_INTERPRET="1")
     why = "TRITON_INTERPRET is set" if "TRITON" in done.stdout else "Triton is needed"
-    assert done.returncode == 0 and f"what runs is not listed: {why}" in done.stdout
+    assert done.returncode == 0 and f"cannot list what runs: {why}" in done.stdout
     assert main(["roofline", "--limits", "cpu", "--mode", "infer", "--batch", "1"]) == 0
-    assert "not listed: the launches are those of a GPU" in capsys.readouterr().out
+    assert "cannot list what runs: it lists the launches of a GPU" in capsys.readouterr().out
 
 
 def layer(mode, name, ms, provider="resnet_fast", benchmark="layers", date="2026-01-01", batch=4):

@@ -102,7 +102,7 @@ def test_a_stage_that_fails_stops_no_other(tmp_path):
     assert found["fine"].why == "1 rows" and found["again"].why == "3 rows"
     assert found["raises"].why == "first line"
     assert found["exits"].why == "SystemExit: a bad argument"
-    assert found["late"].why == "left out the rest and what follows"
+    assert found["late"].why == "skipped the rest and everything after it"
     assert "SIGSEGV" in found["dies"].why and "status 3" in found["leaves"].why
     own = stages.read_rows(tmp_path)
     assert [row["stage"] for row in own] == ["fine", "raises", "again"]
@@ -227,5 +227,5 @@ def test_one_line(text, line):
 def test_a_deadline_that_is_near(tmp_path):
     context = Context("name", tmp_path, time.monotonic() + 5, time.monotonic() + 8)
     context.need(1, "this")
-    with pytest.raises(OutOfTime, match="left out this and what follows"):
+    with pytest.raises(OutOfTime, match="skipped this and everything after it"):
         context.need(6, "this")
