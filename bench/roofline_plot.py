@@ -16,9 +16,10 @@ from typing import Any
 from bench.ceilings import Ceilings
 from bench.floors import KINDS, PARTS, Schedules, Step, total
 from bench.report import neutral
+from resnet_fast.experiments.html_page import GREY
 
 COLORS = dict(
-    zip(PARTS, ("#e8590c", "#4dabf7", "#845ef7", "#8b949e", "#e64980", "#f783ac", "#40c057"),
+    zip(PARTS, ("#e8590c", "#4dabf7", "#845ef7", GREY, "#e64980", "#f783ac", "#40c057"),
         strict=True)
 )  # fmt: skip
 LABELS = {"dz": "dz in memory", "φ(x)": "φ(x) in memory", "vectors": "vectors, parameters"}
@@ -35,9 +36,9 @@ def _plot(found, limits, n, title, path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10.5, 5.8), layout="constrained")
+    figure = Figure(figsize=(6.4, 6.0), layout="constrained")
     FigureCanvasAgg(figure)
-    shape = {"height_ratios": (3.4, 1)}
+    shape = {"height_ratios": (2.6, 1)}
     grid = figure.subplots(2, len(found), sharey="row", squeeze=False, gridspec_kw=shape)
     parts = []
     for (roof, bars), (kind, own) in zip(grid.T, found.items(), strict=True):
@@ -45,7 +46,7 @@ def _plot(found, limits, n, title, path) -> None:
         _roof(roof, head, own.ideal, limits)
         whole = total(head, limits).ms
         roof.set_title(
-            f"{'inference' if kind == 'infer' else 'training'}: at least {whole:.2f} ms, "
+            f"{'inference' if kind == 'infer' else 'training'}: at least {whole:.2f} ms,\n"
             f"at most {1e3 * n / whole:,.0f} images/s", fontsize=10,
         )  # fmt: skip
         parts += _bars(bars, own, limits, n)
@@ -55,15 +56,15 @@ def _plot(found, limits, n, title, path) -> None:
     what += ", at its floor (estimate)"
     if any(step.ms is not None for own in found.values() for step in own.ideal):
         what += "; full: ideal schedule's, measured"
-    figure.suptitle(f"{title}: {what}", fontsize=10)
+    figure.suptitle(f"{title}:\n{what}", fontsize=10)
     handles = {part: figure.axes[0].scatter([], [], 50, color=COLORS[part]) for part in PARTS}
     shown = [part for part in PARTS if part in parts]
     figure.legend(
         [handles[part] for part in shown], [LABELS.get(part, part) for part in shown],
-        loc="outside lower center", ncols=len(shown), frameon=False, fontsize=8,
+        loc="outside lower center", ncols=4, frameon=False, fontsize=9,
         handletextpad=0.2, columnspacing=1.4,
     )  # fmt: skip
-    figure.savefig(path, dpi=160)
+    figure.savefig(path, dpi=170)
 
 
 def _roof(axes: Any, head: Sequence[Step], ideal: Sequence[Step], limits: Ceilings) -> None:
@@ -73,23 +74,23 @@ def _roof(axes: Any, head: Sequence[Step], ideal: Sequence[Step], limits: Ceilin
     ridge = limits.flops_per_s / limits.bytes_per_s
     roof = [LEFT, ridge, RIGHT]
     rates = [min(limits.flops_per_s, x * limits.bytes_per_s) / 1e12 for x in roof]
-    axes.plot(roof, rates, color="#8b949e", linewidth=1.5, zorder=1)
+    axes.plot(roof, rates, color=GREY, linewidth=1.5, zorder=1)
     for kind in KINDS:
         _circles(axes, [step for step in head if step.kind == kind], head, limits, False)
         known = [step for step in ideal if step.kind == kind and step.ms is not None]
         _circles(axes, known, ideal, limits, True)
-    axes.set(xscale="log", yscale="log", xlabel="operations a byte", xlim=(LEFT, RIGHT))
+    axes.set(xscale="log", yscale="log", xlabel="operations per byte", xlim=(LEFT, RIGHT))
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(ScalarFormatter())
         axis.set_minor_formatter(NullFormatter())
     axes.grid(alpha=0.25, linewidth=0.6, which="major")
     axes.spines[["top", "right"]].set_visible(False)
     axes.text(RIGHT, rates[1] * 1.08, f"{limits.flops_per_s / 1e12:.3g} TFLOP/s ",
-              fontsize=8, ha="right", va="bottom")  # fmt: skip
+              fontsize=9, ha="right", va="bottom")  # fmt: skip
     axes.annotate(
         f"{limits.bytes_per_s / 1e12:.2g} TB/s",
         (ridge / 15, ridge / 15 * limits.bytes_per_s / 1e12), (-8, 4),
-        textcoords="offset points", ha="right", fontsize=8,
+        textcoords="offset points", ha="right", fontsize=9,
     )  # fmt: skip
 
 
@@ -126,11 +127,11 @@ def _bars(axes: Any, own: Schedules, limits: Ceilings, n: int) -> list[str]:
             axes.barh(name, one.ms, 0.62, left, color=COLORS[part])
             if one.ms > 0.05 * longest:
                 axes.text(left + one.ms / 2, name, f"{one.ms:.2f}", ha="center", va="center",
-                          fontsize=8, color="#16181d")  # fmt: skip
+                          fontsize=9, color="#16181d")  # fmt: skip
             left += one.ms
         axes.text(left, name, f"  {left:.2f} ms,\n  {1e3 * n / left:,.0f} images/s", va="center",
-                  fontsize=8)  # fmt: skip
-    axes.set(xlim=(0, 1.28 * longest), xlabel="ms, sum of the floors")
+                  fontsize=9)  # fmt: skip
+    axes.set(xlim=(0, 1.7 * longest), xlabel="ms, sum of the floors")
     axes.tick_params(axis="y", length=0, labelsize=9)
     axes.spines[["top", "right", "left"]].set_visible(False)
     return parts

@@ -101,7 +101,7 @@ def run(args: argparse.Namespace) -> Findings:
         "Activations", ABOUT.format(what=what, maps=args.maps, reading=reading),
         claims, _table(figures), {"stages": figures, "reading": reading},
         lambda figure: _draw(figure, _shown(image, preprocessing), found, figures, args.maps),
-        (1.15 * (args.maps + 1.6), 1.25 * (len(found) + 1)),
+        (0.6 * (args.maps + 2), 0.82 * (len(found) + 1)),
     )  # fmt: skip
 
 
@@ -157,7 +157,7 @@ def _shown(image: Tensor, preprocessing: Preprocessing) -> Tensor:
 
 
 def _draw(figure: Any, image: Tensor, found: dict[str, Tensor], figures: Any, maps: int) -> None:
-    grid = figure.subplots(len(found) + 1, maps + 1)
+    grid = figure.subplots(len(found) + 1, maps + 1, width_ratios=[2, *[1] * maps])
     for axes in grid.flat:
         axes.set_axis_off()
     shown = image if image.size(2) == 3 else image[:, :, 0]
@@ -168,7 +168,7 @@ def _draw(figure: Any, image: Tensor, found: dict[str, Tensor], figures: Any, ma
         row[0].text(
             0, 0.5, f"{name}\n{one['channels']} × {one['size']}×{one['size']}\n"
             f"mean {one['mean']:.2f}\nstd {one['std']:.2f}\n{one['sparsity']:.0%} zeros",
-            va="center", fontsize=8,
+            va="center", fontsize=9,
         )  # fmt: skip
         h = h[0].float().cpu()
         order = h.flatten(1).std(1).argsort(descending=True)

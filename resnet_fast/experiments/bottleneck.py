@@ -22,6 +22,7 @@ from tqdm import tqdm
 from ..models import ResNet
 from ..modules import PLAIN, BasicBlock, Bottleneck
 from .findings import Claim, Findings, plain_axes
+from .html_page import GREY
 from .nets import parameters
 from .options import add_count
 
@@ -103,7 +104,7 @@ def run(args: argparse.Namespace) -> Findings:
     return Findings(
         "Basic and bottleneck blocks", about, _claims(figures, blocks), _table(figures),
         {"nets": figures, f"parameters of one block on {CHANNELS} channels": blocks},
-        lambda figure: _draw(figure, figures), (10.5, 3),
+        lambda figure: _draw(figure, figures), (6.0, 5.0),
     )  # fmt: skip
 
 
@@ -180,11 +181,11 @@ def _draw(figure: Any, figures: dict[str, Any]) -> None:
         "images/s, training": ("training_images_per_second", 1),
     }
     names = [name.replace(", ", "\n") for name in figures]
-    axes = figure.subplots(1, len(shown))
-    for one, (title, (key, unit)) in zip(axes, shown.items(), strict=True):
+    axes = figure.subplots(2, 2)
+    for one, (title, (key, unit)) in zip(axes.flat, shown.items(), strict=True):
         values = [found[key] / unit for found in figures.values()]
-        bars = one.bar(names, values, color=["#8b949e", "#e8590c", "#8b949e"], width=0.6)
-        one.bar_label(bars, [f"{value:.3g}" for value in values], color="#8b949e", fontsize=8)
+        bars = one.bar(names, values, color=[GREY, "#e8590c", GREY], width=0.6)
+        one.bar_label(bars, [f"{value:.3g}" for value in values], color=GREY, fontsize=9)
         one.set_title(title)
-        one.tick_params(axis="x", labelsize=7)
+        one.tick_params(axis="x", labelsize=9)
         plain_axes(one)

@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> Findings:
     runs = compare.compare(builders, data, args)
     return Findings(
         "Degradation", ABOUT, _claims(runs, args.depths), compare.table(runs),
-        compare.figures(runs), lambda figure: _draw(figure, runs, args.depths), (10.5, 3.8),
+        compare.figures(runs), lambda figure: _draw(figure, runs, args.depths), (6.0, 5.4),
     )  # fmt: skip
 
 
@@ -104,7 +104,8 @@ def _claims(runs: compare.Runs, layers: list[int]) -> list[Claim]:
 def _draw(figure: Any, runs: compare.Runs, layers: list[int]) -> None:
     from matplotlib import colormaps
 
-    axes = figure.subplots(1, 3)
+    grid = figure.add_gridspec(2, 2)
+    axes = [figure.add_subplot(place) for place in (grid[0, 0], grid[0, 1], grid[1, :])]
     count = max(len(layers) - 1, 1)
     shades = [colormaps["viridis"](0.15 + 0.7 * i / count) for i in range(len(layers))]
     top = 0.0

@@ -42,7 +42,7 @@ class Findings:
         table: rows of cells; the first row is the header, the first column is text.
         figures: every number of the table and the picture, as plain values.
         draw: draws the picture into a matplotlib figure.
-        size: width and height of the picture, in inches.
+        size: width and height of the picture, in inches; 6 wide is legible at 500 pixels.
     """
 
     title: str
@@ -51,7 +51,7 @@ class Findings:
     table: Sequence[Sequence[str]]
     figures: Mapping[str, Any]
     draw: Callable[[Any], None]
-    size: tuple[float, float] = (10.5, 3.6)
+    size: tuple[float, float] = (6.0, 3.0)
 
 
 def text(findings: Findings) -> str:
@@ -132,9 +132,9 @@ def plain_axes(*axes: Any, counts: bool = False) -> None:
             one.xaxis.set_major_locator(MaxNLocator(integer=True))
         one.spines[["top", "right"]].set_visible(False)
         one.grid(alpha=0.25, linewidth=0.6)
-        one.title.set_fontsize(10)
+        one.title.set_fontsize(10.5)
         if one.get_legend_handles_labels()[0]:
-            one.legend(frameon=False, fontsize=8, loc="best")
+            one.legend(frameon=False, fontsize=9, loc="best")
 
 
 def _page(findings: Findings, facts: Mapping[str, Any], path: Path) -> str:

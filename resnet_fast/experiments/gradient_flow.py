@@ -103,7 +103,7 @@ def run(args: argparse.Namespace) -> Findings:
     return Findings(
         "Gradient flow", ABOUT.format(layers=LAYERS, low=LOW, high=HIGH, seed=SEED, **paper),
         _claims(paper, norms), _table(norms), {"product": paper, "norms": norms},
-        lambda figure: _draw(figure, norms), (10.5, 3.8),
+        lambda figure: _draw(figure, norms), (6.0, 3.4),
     )  # fmt: skip
 
 

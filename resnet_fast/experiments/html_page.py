@@ -14,7 +14,7 @@ from typing import Any
 
 from ..runtime.optional import imported
 
-GREY = "#8b949e"
+GREY = "#768390"
 COLORS = (GREY, "#e8590c", "#4dabf7", "#845ef7", "#2f9e44", "#f08c00")
 
 
@@ -32,7 +32,7 @@ def neutral(draw: Callable[..., None], *arguments: Any) -> None:
     )  # fmt: skip
     clear = {"figure.facecolor": "none", "axes.facecolor": "none", "savefig.transparent": True}
     colors = {"axes.prop_cycle": cycler(color=COLORS)}
-    with matplotlib.rc_context({**grey, **clear, **colors, "font.size": 9}):
+    with matplotlib.rc_context({**grey, **clear, **colors, "font.size": 10}):
         draw(*arguments)
 
 

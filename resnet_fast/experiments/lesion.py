@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> Findings:
     return Findings(
         "Lesions", ABOUT.format(draws=args.draws), _claims(errors), _table(errors),
         {"errors": errors, "training": compare.figures(runs)},
-        lambda figure: _draw(figure, errors), (10.5, 3.6),
+        lambda figure: _draw(figure, errors), (6.0, 5.4),
     )  # fmt: skip
 
 
@@ -138,7 +138,10 @@ def _table(errors: dict[str, Any]) -> list[list[str]]:
 
 
 def _draw(figure: Any, errors: dict[str, Any]) -> None:
-    alone, deleted, exchanged = figure.subplots(1, 3, sharey=True)
+    grid = figure.add_gridspec(2, 2)
+    alone = figure.add_subplot(grid[0, :])
+    deleted = figure.add_subplot(grid[1, 0], sharey=alone)
+    exchanged = figure.add_subplot(grid[1, 1], sharey=alone)
     for kind, found in errors.items():
         style = {"color": COLORS[kind], "label": kind}
         alone.plot(
