@@ -1,8 +1,8 @@
-"""Blocks in plain PyTorch: their children, their shape rules and the forward pass of the papers.
+"""Blocks in plain PyTorch: children, shape rules and the forward pass of the papers.
 
-These are the specification of `resnet_fast.modules`, which inherits everything but `forward`, and
-what `resnet_fast.unfuse` gives back. Children carry torchvision's names, so state dicts load both
-ways. He et al. 2015 (arXiv:1512.03385); 2016 (arXiv:1603.05027, full pre-activation, fig. 4e).
+They specify `resnet_fast.modules`, which inherits everything but `forward`, and
+`resnet_fast.unfuse` returns them. Children have torchvision's names, so state dicts load in both
+directions. He et al. 2015 (arXiv:1512.03385); 2016 (arXiv:1603.05027, fig. 4e).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class ChainBlock(nn.Module):
     """A module whose children form a chain: `forward` calls them, `parts` names them."""
 
     def parts(self) -> Parts | None:
-        """The chain's children, in order; None where they no longer form one."""
+        """The chain's children, in order; None if they no longer form a chain."""
         raise NotImplementedError
 
 
@@ -36,13 +36,27 @@ def zero_pad(x: Tensor, stride: int, channels: int) -> Tensor:
 
 
 class ConvBNAct2d(ChainBlock):
-    """y = relu(BN(conv(x)) + residual): children `conv` (no bias) and `bn`.
+    """Convolution without bias, BatchNorm, optional residual addition and ReLU, in plain PyTorch.
+
+    `y = relu(bn(conv(x)) + residual)`; the children are `conv` and `bn`.
 
     Args:
-        in_channels, out_channels, kernel_size, stride, dilation, groups: as `nn.Conv2d`.
-        padding: as `nn.Conv2d`; None keeps the size at stride 1 (dilation·(kernel_size − 1) / 2).
-        eps, momentum: as `nn.BatchNorm2d`.
-        relu: whether the ReLU is there.
+        in_channels: channels C of x.
+        out_channels: channels K of y.
+        kernel_size: height and width of the filters.
+        stride: stride of the convolution.
+        padding: zero padding on each side; None is dilation·(kernel_size − 1) / 2, which keeps the
+            image size at stride 1.
+        dilation: spacing of the filter's elements.
+        groups: number of groups of channels.
+        eps: added to the variance before the square root.
+        momentum: weight of the batch in the running statistics, as in `nn.BatchNorm2d`.
+        relu: whether to apply the ReLU.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
+
+    Raises:
+        ValueError: an argument is invalid; the message names it.
     """
 
     def __init__(
@@ -82,7 +96,7 @@ class ConvBNAct2d(ChainBlock):
         self.relu = relu
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """y [N,K,P,Q] of x [N,C,H,W]; `residual`, of y's shape, is added before the ReLU."""
+        """Return y [N,K,P,Q] for x [N,C,H,W]; `residual` [N,K,P,Q] is added before the ReLU."""
         h = self.bn(self.conv(x))
         if residual is not None:
             h = h + residual
@@ -93,25 +107,27 @@ class ConvBNAct2d(ChainBlock):
 
 
 class ResidualBlock(ChainBlock):
-    """What the four residual blocks share: the shortcut and how the children form a chain.
+    """Base of the four residual blocks: builds the children and the shortcut.
 
     Args:
-        inplanes: input channels.
-        planes: channels of the block before `expansion`.
-        stride: of the 3×3 convolution that may have one (and of the shortcut).
+        inplanes: channels of x.
+        planes: channels of the block before its expansion; y has `planes * expansion`.
+        stride: stride of one 3×3 convolution and of the shortcut.
         downsample: the projection shortcut, as torchvision passes it: `Sequential(Conv2d,
-            BatchNorm2d)`; for the pre-activation blocks a bare `Conv2d`. None builds what
-            `shortcut` says.
-        groups, base_width: cardinality and width (ResNeXt, arXiv:1611.05431; Wide ResNet).
-        dilation: of the 3×3 convolutions.
-        norm_layer: callable giving an `nn.BatchNorm2d` or `nn.SyncBatchNorm` for a channel count;
-            None is the first.
-        shortcut: "identity", "projection", "zero_pad" (option A: no parameters), "none" (a plain
-            net's block), or None: a projection where stride or channels change, else the identity.
+            BatchNorm2d)`; for pre-activation blocks a `Conv2d`. None builds the one that
+            `shortcut` names.
+        groups: groups of the 3×3 convolutions (cardinality of ResNeXt, arXiv:1611.05431).
+        base_width: width of a bottleneck per 64 planes (ResNeXt, Wide ResNet).
+        dilation: dilation of the 3×3 convolutions.
+        norm_layer: function of a channel count that returns an `nn.BatchNorm2d` or
+            `nn.SyncBatchNorm`; None is `nn.BatchNorm2d`.
+        shortcut: "identity", "projection", "zero_pad" (option A of He et al. 2015, section 3.3),
+            "none" (no shortcut), or None: a projection if stride or channels change, else the
+            identity.
 
     Raises:
-        ValueError: naming the argument, for a shortcut that does not fit the shapes or a
-            `norm_layer` or `downsample` of another kind.
+        ValueError: an argument is invalid, or the shortcut does not match the shapes; the message
+            names the argument.
     """
 
     expansion = 1
@@ -145,7 +161,7 @@ class ResidualBlock(ChainBlock):
         for i in range(1, self.depth + 1):
             if not isinstance(getattr(self, f"bn{i}"), NORMS):
                 raise ValueError(
-                    "norm_layer: expected a callable that gives an nn.BatchNorm2d or "
+                    "norm_layer: expected a function that returns an nn.BatchNorm2d or "
                     "nn.SyncBatchNorm"
                 )
         changes = stride != 1 or inplanes != self.out_channels
@@ -181,7 +197,7 @@ class ResidualBlock(ChainBlock):
         raise NotImplementedError
 
     def _add_shortcut(self, h: Tensor, x: Tensor, first: Tensor) -> Tensor:
-        """h + shortcut(x); a projection reads `first`, what the first convolution reads."""
+        """h + shortcut(x); a projection reads `first`, the input of the first convolution."""
         if self.shortcut == "identity":
             return h + x
         if self.shortcut == "zero_pad":
@@ -191,7 +207,7 @@ class ResidualBlock(ChainBlock):
         return h
 
     def _projection(self) -> tuple[Any, ...] | None:
-        """`downsample` as (conv, norm or None, its `Sequential`); None where it is another."""
+        """`downsample` as (conv, norm or None, its `Sequential`); None if it is anything else."""
         layers: tuple[nn.Module | None, ...] = (self.downsample,)
         around: tuple[nn.Module, ...] = ()
         if isinstance(self.downsample, nn.Sequential):
@@ -203,7 +219,7 @@ class ResidualBlock(ChainBlock):
         return (*layers, *around) if isinstance(layers[1], NORMS) else None
 
     def parts(self) -> Parts | None:
-        held: Any = self._modules  # asked at every call, where an attribute would cost more
+        held: Any = self._modules  # read at every call; attribute access is slower
         convs = tuple([held[name] for name in CONVS[: self.depth]])
         norms = tuple([held[name] for name in BNS[: self.depth]])
         if None in (norms[1:] if self.preactivation else norms):
@@ -229,7 +245,7 @@ def _conv3x3(inplanes: int, planes: int, stride: int, groups: int, dilation: int
 
 
 class BasicBlock(ResidualBlock):
-    """y = relu(bn2(conv2(relu(bn1(conv1(x))))) + shortcut(x)), two 3×3 convolutions."""
+    """Plain basic block: y = relu(bn2(conv2(relu(bn1(conv1(x))))) + shortcut(x))."""
 
     def _build(self, inplanes, stride, groups, dilation, norm_layer) -> int:
         self.conv1 = _conv3x3(inplanes, self.width, stride, groups, dilation)
@@ -245,11 +261,7 @@ class BasicBlock(ResidualBlock):
 
 
 class Bottleneck(ResidualBlock):
-    """y = relu(bn3(conv3(relu(bn2(conv2(relu(bn1(conv1(x)))))))) + shortcut(x)).
-
-    conv1 and conv3 are 1×1, conv2 is 3×3 and carries the stride ("ResNet v1.5");
-    width = ⌊planes·base_width / 64⌋·groups, out_channels = 4·planes.
-    """
+    """Plain block: y = relu(bn3(conv3(relu(bn2(conv2(relu(bn1(conv1(x)))))))) + shortcut(x))."""
 
     expansion = 4
 
@@ -273,7 +285,7 @@ class Bottleneck(ResidualBlock):
 
 
 class PreActBasicBlock(ResidualBlock):
-    """y = conv2(relu(bn2(conv1(a)))) + shortcut, a = relu(bn1(x)); a projection reads a."""
+    """Plain block: y = conv2(relu(bn2(conv1(a)))) + shortcut(x), a = relu(bn1(x))."""
 
     preactivation = True
 
@@ -291,7 +303,10 @@ class PreActBasicBlock(ResidualBlock):
 
 
 class PreActBottleneck(ResidualBlock):
-    """y = conv3(relu(bn3(conv2(relu(bn2(conv1(a))))))) + shortcut, a = relu(bn1(x))."""
+    """Plain block: y = conv3(relu(bn3(conv2(relu(bn2(conv1(a))))))) + shortcut(x).
+
+    a = relu(bn1(x)).
+    """
 
     expansion = 4
     preactivation = True

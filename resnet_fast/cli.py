@@ -1,7 +1,7 @@
-"""`resnet-fast COMMAND`: one module a command, imported only when its command is asked for.
+"""`resnet-fast COMMAND`: one module per command, imported only when the command is called.
 
 A command's module has `add_arguments(parser)` and `run(args) -> int`, the exit status. A new
-command is one more line in COMMANDS.
+command is one line in COMMANDS.
 """
 
 from __future__ import annotations
@@ -14,20 +14,18 @@ from collections.abc import Sequence
 from .runtime import settings
 
 COMMANDS = {
-    "env": ("resnet_fast.commands.env", "versions, hardware, live implementations and why"),
-    "verify": ("resnet_fast.commands.verify", "compare ops, blocks, models with PyTorch in fp64"),
-    "tune": ("resnet_fast.commands.tune", "measure on a GPU what runs a model fastest; keep it"),
-    "train": ("resnet_fast.commands.train", "train a model on one machine or many"),
-    "eval": ("resnet_fast.commands.evaluate", "how well a trained model reads a data set"),
-    "predict": ("resnet_fast.commands.predict", "the classes of images"),
-    "experiment": ("resnet_fast.commands.experiment", "the experiments of residual learning"),
+    "env": ("resnet_fast.commands.env", "versions, hardware and available implementations"),
+    "verify": ("resnet_fast.commands.verify", "compare ops and models with PyTorch in fp64"),
+    "tune": ("resnet_fast.commands.tune", "find the fastest GPU kernels of a model, store them"),
+    "train": ("resnet_fast.commands.train", "train a model in one or several processes"),
+    "eval": ("resnet_fast.commands.evaluate", "evaluate a trained model on a data set"),
+    "predict": ("resnet_fast.commands.predict", "classify images"),
+    "experiment": ("resnet_fast.commands.experiment", "experiments on residual learning"),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit status, 2 for a bad command line or
-    environment variable.
-    """
+    """Run one command; returns its exit status, 2 for an invalid option or environment variable."""
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(prog="resnet-fast", description="Fused ResNets for PyTorch.")
     parser.add_argument("--version", action="version", version=f"resnet_fast {_version()}")

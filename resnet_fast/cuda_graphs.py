@@ -1,12 +1,12 @@
 """CUDA graphs: a model's inference, or a whole training step, recorded once and replayed.
 
-A replay costs the host one launch whatever the number of kernels, which is what small batches wait
-for. A graph repeats the kernels on the memory that they were recorded on: inputs are copied into
-buffers of the graph's own, results and gradients are overwritten by the next replay, and what lies
-in memory (parameters, running statistics, `num_batches_tracked`, momentum, a learning rate that is
-a tensor) is read and updated at every replay. What only Python knows (a shape, a learning rate that
-is a number, the mode of a module) is as it was when recorded.
-On a CPU, where nothing can be recorded, the same calls run one by one: the same code serves both.
+A replay is one launch for the host, however many kernels it runs; at small batches a GPU waits for
+these launches. A graph runs the recorded kernels on the recorded memory. Inputs are copied into
+buffers of the graph; the next replay overwrites results and gradients. Values in memory are read
+and updated at every replay: parameters, running statistics, `num_batches_tracked`, momentum, a
+learning rate that is a tensor. Python values are fixed when recorded: shapes, a learning rate that
+is a number, the mode of a module.
+On a CPU nothing is recorded, and the same calls run one by one.
 
 Source: Nguyen, Carilli et al., "Accelerating PyTorch with CUDA Graphs", PyTorch blog, 2021.
 """
@@ -26,23 +26,23 @@ WARMUP = 3
 
 
 class Graph:
-    """A recorded call: `graph(*inputs)` copies the inputs in, replays, gives the results.
+    """A recorded call: `graph(*inputs)` copies the inputs, replays and returns the results.
 
     Attributes:
-        inputs: the buffers that a replay reads; they may be written directly instead.
+        inputs: The buffers that a replay reads. You can also write to them directly.
     """
 
     def __init__(
         self, run: Callable[..., Any], inputs: tuple[Tensor, ...], names: tuple[str, ...]
     ) -> None:
         self.inputs, self._names = inputs, names
-        self._run = run  # and with it the model, whose memory a replay reads
+        self._run = run  # keeps the model alive, whose memory a replay reads
         self._replay = _record(lambda: run(*inputs), inputs[0].device)
 
     def __call__(self, *inputs: Tensor) -> Any:
-        """The results for `inputs`, each of the example's shape and dtype, on any device.
+        """Return the results for `inputs`, each of the example's shape and dtype, on any device.
 
-        On a GPU they are overwritten by the next call: `clone` what is to stay.
+        On a GPU the next call overwrites them: `clone` results that you keep.
 
         Raises:
             ValueError: another shape, dtype or number of tensors; the message names the argument.
@@ -53,8 +53,8 @@ class Graph:
             check_tensor(value, name)
             if value.shape != to.shape or value.dtype != to.dtype:
                 raise ValueError(
-                    f"{name}: recorded as {_described(to)}, got {_described(value)}; "
-                    "another shape needs a graph of its own"
+                    f"{name}: expected {_described(to)} as recorded, got {_described(value)}; "
+                    "record another graph for another shape"
                 )
         for to, value in zip(self.inputs, inputs, strict=True):
             if value is not to:
@@ -63,10 +63,10 @@ class Graph:
 
 
 class Step(Graph):
-    """A recorded training step: `step(x, target)` updates the model, gives the loss.
+    """A recorded training step: `step(x, target)` updates the model and returns the loss.
 
     Attributes:
-        in_graph: whether the optimizer's update is recorded too (`graph_step`).
+        in_graph: Whether the graph contains the optimizer's update (see `graph_step`).
     """
 
     def __init__(
@@ -82,33 +82,36 @@ class Step(Graph):
         self._grads = [(p, p.grad) for p in model.parameters() if p.grad is not None]
 
     def __call__(self, x: Tensor, target: Tensor) -> Tensor:  # type: ignore[override]
-        """Loss of the batch, before the update that it leads to.
-
-        Raises: as `Graph`.
-        """
+        """Return the loss of the batch, computed before the update; errors as in `Graph`."""
         loss = super().__call__(x, target)
         if self._optimizer is not None and not self.in_graph:
-            for parameter, grad in self._grads:  # also those that were set to None
+            for parameter, grad in self._grads:  # also where it was set to None
                 parameter.grad = grad
             self._optimizer.step()
         return loss
 
 
 def graph(model: nn.Module, example: Tensor, *, warmup: int = WARMUP) -> Graph:
-    """Inference of `model` on inputs like `example` as one CUDA graph: y = graph(x).
+    """Record inference of `model` on inputs like `example` as one CUDA graph.
 
     Args:
-        model: in eval mode, with its parameters where example is. Weights that are changed in place
-            (an optimizer's step, `load_state_dict`) are followed; a model that is moved, cast or
-            switched to training needs a new graph.
-        example: [N, ...] of the shape, dtype, memory format and device that will be run.
-        warmup: runs before recording, in which kernels are compiled and measured.
+        model: a model in eval mode, on the device of `example`. Weights changed in place (an
+            optimizer's step, `load_state_dict`) take effect at the next call. After moving,
+            casting or training the model, record a new graph.
+        example: [N, ...] with the shape, dtype, memory format and device of later inputs.
+        warmup: number of calls before recording, which compile and measure kernels.
 
     Returns:
-        A callable: y [N, ...] of x, without gradients; autocast that is on now is recorded.
+        A callable `y = graph(x)`, y [N, ...], without gradients. Autocast is recorded if it is on.
 
     Raises:
-        ValueError: naming the argument: a model in training mode, an example that is no tensor.
+        ValueError: the model is in training mode, or an argument is invalid; the message names it.
+
+    Example:
+        ```python
+        run = resnet_fast.graph(model.eval(), x)
+        logits = run(x)
+        ```
     """
     _check(model, {"example": example}, warmup)
     if any(module.training for module in model.modules()):
@@ -136,29 +139,34 @@ def graph_step(
     autocast: torch.dtype | None = None,
     warmup: int = WARMUP,
 ) -> Step:
-    """A training step as one CUDA graph: value = step(x, target).
+    """Record a whole training step as one CUDA graph.
 
-    Each call is zero_grad, loss(model(x), target).backward() and optimizer.step(). Recording them
-    leaves parameters, running statistics, `num_batches_tracked`, the optimizer's state and the
-    random generators as they were: the first call is the first step.
+    Each call runs zero_grad, `loss(model(x), target).backward()` and `optimizer.step()`. Recording
+    does not change parameters, running statistics, `num_batches_tracked`, the optimizer's state or
+    the random generators: the first call is the first step.
 
-    The optimizer's update is in the graph where its learning rates are tensors on the model's
+    The graph contains the optimizer's update if its learning rates are tensors on the model's
     device (and it has no dampening): `SGD(params, torch.tensor(0.1, device="cuda"), fused=True)`.
-    Schedulers write such a rate in place. A rate that is a number would be recorded for good, so
-    that optimizer's `step` runs after each replay instead.
+    Schedulers write such a rate in place. A rate that is a number would be fixed in the graph, so
+    the `step` of such an optimizer runs after each replay.
 
     Args:
-        model: in training mode. Gradients stay in `.grad` until the next call.
-        loss: (logits, target) → a scalar, such as `torch.nn.functional.cross_entropy`.
-        optimizer: of the model's parameters; None leaves the gradients to the caller.
-        x, target: a batch like those to come: shape, dtype, memory format, device.
-        autocast: dtype of `torch.autocast` in the forward pass, or None. fp16 gradients are not
-            scaled; take bf16.
-        warmup: steps before recording, in which kernels are compiled and measured.
+        model: a model in training mode. Gradients stay in `.grad` until the next call.
+        loss: function of (logits, target) that returns a scalar, such as
+            `torch.nn.functional.cross_entropy`.
+        optimizer: an optimizer of the model's parameters; None leaves the update to the caller.
+        x: a batch [N, ...] with the shape, dtype, memory format and device of later batches.
+        target: its targets, also with the shape and dtype of later ones.
+        autocast: dtype of `torch.autocast` in the forward pass, or None. Gradients are not scaled;
+            use bf16 instead of fp16.
+        warmup: number of steps before recording, which compile and measure kernels.
+
+    Returns:
+        A callable `value = step(x, target)` that returns the loss.
 
     Raises:
-        ValueError: naming the argument: a model in eval mode, an optimizer without the model's
-            parameters, tensors on several devices.
+        ValueError: the model is in eval mode, the optimizer does not have the model's parameters,
+            or tensors are on several devices; the message names the argument.
     """
     _check(model, {"x": x, "target": target}, warmup)
     if not callable(loss):
@@ -172,7 +180,7 @@ def graph_step(
     groups = [] if optimizer is None else optimizer.param_groups
     held = {id(p) for group in groups for p in group["params"]}
     if optimizer is not None and not any(id(p) in held for p in model.parameters()):
-        raise ValueError("optimizer: expected one of the model's parameters")
+        raise ValueError("optimizer: expected an optimizer of the model's parameters")
     inputs = _buffers(x, target)
     device = inputs[0].device
     in_graph = all(_in_memory(group, device) for group in groups)
@@ -185,7 +193,7 @@ def graph_step(
         with torch.autocast(device.type, autocast, enabled=on, cache_enabled=False):
             value = loss(model(x), target)
         if not isinstance(value, Tensor) or value.numel() != 1:
-            raise ValueError(f"loss: expected to give a scalar tensor, got {given(value)}")
+            raise ValueError(f"loss: expected a function that returns a scalar, got {given(value)}")
         value.backward()
         if optimizer is not None and in_graph:
             optimizer.step()
@@ -198,7 +206,7 @@ def graph_step(
 
 
 def _record(run: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
-    """What repeats `run()` and gives its results: the replay of a CUDA graph, on a CPU `run`."""
+    """A function that repeats `run()`: the replay of a CUDA graph, or `run` on a CPU."""
     if device.type != "cuda":
         return run
     recorded = torch.cuda.CUDAGraph()
@@ -214,7 +222,7 @@ def _record(run: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
 
 @contextmanager
 def _aside(device: torch.device) -> Iterator[None]:
-    """A stream of its own on a GPU: what warms up on the default stream cannot be recorded."""
+    """A side stream on a GPU; warm-up on the default stream would prevent recording."""
     if device.type != "cuda":
         yield
         return
@@ -230,10 +238,10 @@ def _aside(device: torch.device) -> Iterator[None]:
 def _unchanged(
     model: nn.Module, optimizer: torch.optim.Optimizer | None, device: torch.device
 ) -> Iterator[None]:
-    """Steps inside leave model, optimizer and generators as they were.
+    """Undo the changes of steps inside to model, optimizer and generators.
 
-    State that the optimizer makes inside stays, as zeros: its first step finds what a fresh one
-    would make (with `dampening` it would not; see `_in_memory`).
+    New optimizer state stays, as zeros, which equals the state of a first step (except with
+    `dampening`; see `_in_memory`).
     """
     states = {} if optimizer is None else optimizer.state
     tensors = [*model.parameters(), *model.buffers()]
@@ -255,7 +263,7 @@ def _unchanged(
 
 @contextmanager
 def _uncached_autocast() -> Iterator[None]:
-    """Casts are recorded where they happen: one from a cache would be missing in a replay."""
+    """Disable autocast's cache: a cached cast would be missing in a replay."""
     before = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
     try:
@@ -265,7 +273,7 @@ def _uncached_autocast() -> Iterator[None]:
 
 
 def _in_memory(group: dict[str, Any], device: torch.device) -> bool:
-    """Whether an update of these parameters reads from memory what may change between two steps."""
+    """Whether the update of `group` reads all changing values from memory."""
     rate = group["lr"]
     first_is_others = not group.get("dampening")
     return isinstance(rate, Tensor) and rate.device == device and first_is_others
@@ -282,7 +290,7 @@ def _check(model: nn.Module, tensors: dict[str, Tensor], warmup: int) -> None:
     first, device = next(iter(lie.items()))
     for name, other in lie.items():
         if other != device:
-            raise ValueError(f"{first}: lies on {device}, {name} on {other}; expected one device")
+            raise ValueError(f"{first}: expected one device, got {device}, and {name} on {other}")
 
 
 def _buffers(*examples: Tensor) -> tuple[Tensor, ...]:

@@ -1,8 +1,8 @@
 """The public functions: conv_bn_act, bn_act, add_relu and the residual chain.
 
 Each checks its arguments, follows autocast, picks the inference or the autograd path, and updates
-running statistics. Layout: x in NCHW or channels_last; the result keeps x's format. Under a
-transform that follows PyTorch's own ops alone (`guard.transformed`) those ops run instead.
+running statistics. x is NCHW or channels_last; the result keeps x's memory format. Under a
+transform that supports PyTorch ops only (`guard.transformed`), plain PyTorch ops run.
 """
 
 from __future__ import annotations
@@ -46,31 +46,42 @@ def conv_bn_act(
     relu: bool = True,
     impl: str = "auto",
 ) -> Tensor:
-    """Convolution, batch normalization, optional residual addition and ReLU in one.
+    """Fused convolution, batch normalization, optional residual addition and ReLU.
 
-    y = relu(BN(conv2d(x, weight) + bias) + residual), BN as `torch.nn.functional.batch_norm` with
-    the batch's statistics when `training`, else the running ones.
+    `y = relu(BN(conv2d(x, weight) + bias) + residual)`. BN is `torch.nn.functional.batch_norm`:
+    it uses batch statistics when `training`, else running statistics.
 
-    Args:
-        x: [N,C,H,W] fp32, fp64, bf16 or fp16, NCHW or channels_last. Autocast casts it.
-        weight: [K,C/groups,R,S], x's dtype or fp32.
-        bn_weight, bn_bias: [K] or None (1 and 0).
-        running_mean, running_var: [K]; updated in place when `training`; may be None only then.
-        bias: [K], the convolution's own, or None.
-        residual: like y, or None. Another dtype is promoted, as PyTorch's addition does.
-        impl: "auto", "reference", "native" or "triton" (`dispatch.backends`).
-
-    Returns:
-        y [N,K,P,Q] of x's dtype and memory format.
-
-    Saved for backward: x, weight, the raw convolution output, four [K] vectors, a bit mask.
-
-    Raises:
-        ValueError: shapes, dtypes, devices or statistics that do not fit; the message names the
-            argument. Also in training with a single value a channel, as PyTorch does.
-        RuntimeError: an explicit `impl` that cannot run here; double backward.
+    Saved for backward: x, weight, the raw convolution output, four [K] vectors and a bit mask.
 
     Source: Ioffe & Szegedy 2015, arXiv:1502.03167; He et al. 2015, arXiv:1512.03385, eq. 1.
+
+    Args:
+        x: [N,C,H,W] in fp32, fp64, bf16 or fp16, NCHW or channels_last. Autocast casts it.
+        weight: filters [K,C/groups,R,S] in x's dtype; fp32 is also valid with 16-bit x.
+        bn_weight: [K], or None for 1.
+        bn_bias: [K], or None for 0.
+        running_mean: [K], updated in place when `training`. Pass None for both running
+            statistics to use batch statistics in either mode.
+        running_var: [K], unbiased; as `running_mean`.
+        bias: bias of the convolution, [K], or None.
+        residual: tensor of y's shape, or None. Mixed dtypes are promoted as in PyTorch's addition.
+        stride: stride of the convolution: an integer, or one for H and one for W.
+        padding: zero padding on each side, as `stride`.
+        dilation: spacing of the filter's elements, as `stride`.
+        groups: number of groups of channels; divides C and K.
+        training: whether to use batch statistics and update the running ones.
+        momentum: weight of the batch: `running = (1 − momentum)·running + momentum·batch`.
+        eps: added to the variance before the square root.
+        relu: whether to apply the ReLU.
+        impl: "auto", "reference", "native" or "triton" (see `resnet_fast.dispatch.backends`).
+
+    Returns:
+        y [N,K,P,Q] in x's dtype (after autocast and promotion) and memory format.
+
+    Raises:
+        ValueError: a shape, dtype, device or option is invalid, or `training` with a single value
+            per channel, as in PyTorch. The message names the argument.
+        RuntimeError: an explicit `impl` cannot run here, or on double backward.
     """
     check_tensor(x, "x")
     check_tensor(weight, "weight")
@@ -103,11 +114,34 @@ def bn_act(
     relu: bool = True,
     impl: str = "auto",
 ) -> Tensor:
-    """Batch normalization, optional residual addition and ReLU: y = relu(BN(x) + residual).
+    """Fused batch normalization, optional residual addition and ReLU.
 
-    Arguments, result and errors as `conv_bn_act`'s; x, residual and y are [N,C,H,W].
-    Saved for backward: x, four [C] vectors, a bit mask.
+    `y = relu(BN(x) + residual)`, with BN as in `conv_bn_act`.
+
+    Saved for backward: x, four [C] vectors and a bit mask.
+
     Source: Ioffe & Szegedy 2015, arXiv:1502.03167.
+
+    Args:
+        x: [N,C,H,W] in fp32, fp64, bf16 or fp16, NCHW or channels_last.
+        bn_weight: [C], or None for 1.
+        bn_bias: [C], or None for 0.
+        running_mean: [C], updated in place when `training`. Pass None for both running
+            statistics to use batch statistics in either mode.
+        running_var: [C], unbiased; as `running_mean`.
+        residual: tensor of x's shape, or None. Mixed dtypes are promoted as in PyTorch's addition.
+        training: whether to use batch statistics and update the running ones.
+        momentum: weight of the batch: `running = (1 − momentum)·running + momentum·batch`.
+        eps: added to the variance before the square root.
+        relu: whether to apply the ReLU.
+        impl: "auto", "reference", "native" or "triton" (see `resnet_fast.dispatch.backends`).
+
+    Returns:
+        y [N,C,H,W] in x's dtype (after promotion) and memory format.
+
+    Raises:
+        ValueError: as `conv_bn_act`.
+        RuntimeError: as `conv_bn_act`.
     """
     check_tensor(x, "x")
     check_tensors(
@@ -124,9 +158,23 @@ def bn_act(
 
 
 def add_relu(x: Tensor, residual: Tensor, *, impl: str = "auto") -> Tensor:
-    """y = relu(x + residual) for equal shapes [N,C,H,W]; the backward reads a bit mask, not y.
+    """Fused addition and ReLU: `y = relu(x + residual)`.
+
+    Saved for backward: a bit mask (one bit per element of y).
 
     Source: He et al. 2015, arXiv:1512.03385, section 3.2.
+
+    Args:
+        x: [N,C,H,W] in fp32, fp64, bf16 or fp16, NCHW or channels_last.
+        residual: tensor of x's shape. Mixed dtypes are promoted as in PyTorch's addition.
+        impl: "auto", "reference", "native" or "triton" (see `resnet_fast.dispatch.backends`).
+
+    Returns:
+        y [N,C,H,W] in x's dtype (after promotion) and memory format.
+
+    Raises:
+        ValueError: a shape, dtype, device or option is invalid. The message names the argument.
+        RuntimeError: an explicit `impl` cannot run here, or on double backward.
     """
     check_tensor(x, "x")
     check_tensor(residual, "residual")
@@ -135,9 +183,9 @@ def add_relu(x: Tensor, residual: Tensor, *, impl: str = "auto") -> Tensor:
 
 
 def global_avg_pool(x: Tensor, *, impl: str = "auto") -> Tensor:
-    """Mean over H and W of x [N,C,H,W] → [N,C,1,1]: `nn.AdaptiveAvgPool2d(1)`.
+    """Mean over H and W of x [N,C,H,W] → [N,C,1,1], as `nn.AdaptiveAvgPool2d(1)`.
 
-    One launch where no gradient is wanted; else PyTorch's own, whose gradient is PyTorch's too.
+    Inference takes one kernel launch. When a gradient is required, PyTorch's op runs.
     """
     check_tensor(x, "x")
     check_impl(impl)
@@ -157,16 +205,18 @@ def run_chain(
     residual: Tensor | None,
     running: Sequence[Running | None],
 ) -> Tensor:
-    """Run `chain` on x: y of `spec.chain`'s equations.
+    """Run `chain` on x by the equations of `spec.chain`; returns y.
 
     Args:
         chain: the static half of the block.
         x: [N,C,H,W] in NCHW or channels_last (other strides are copied into one of them).
         tensors: parameters of `chain.all_convs`, and of `chain.norms` and `projection_norm`.
         residual: the shortcut's tensor, exactly when `chain.shortcut` is "residual".
-        running: one entry a norm: how its running statistics follow the batch, or None.
+        running: one entry per norm: how its running statistics follow the batch, or None.
 
-    Raises: as `conv_bn_act`.
+    Raises:
+        ValueError: as `conv_bn_act`.
+        RuntimeError: as `conv_bn_act`.
     """
     if transformed(x) or (residual is not None and transformed(residual)):
         return plain_chain(chain, x, tensors, residual, running)
@@ -178,7 +228,7 @@ def run_chain(
     counts = check_chain(chain, x, *tensors, residual)
     weight = tensors.convs[0].weight if tensors.convs else None
     x = x.contiguous(memory_format=memory_format(x, weight))
-    if residual is not None:  # in the format that x has now: a copy may fit both
+    if residual is not None:  # in x's format now: a copied x may fit both
         residual = residual.contiguous(memory_format=memory_format(x, weight))
     batch_stats = any(norm is not None and norm.batch_stats for norm in chain.all_norms)
     flat = [t if t is None or t.dim() > 1 else t.contiguous() for t in tensors.flat()]
@@ -192,7 +242,7 @@ def run_chain(
             count = counts[i]
             if norm.group is not None:
                 total, *statistics = statistics
-                count = total if count > 0 or total > 0 else 0  # who has values need not look
+                count = total if count > 0 or total > 0 else 0  # local values: no device sync
             if (rule := running[i]) is not None:
                 conv_bias = tensors.convs[i - 1].bias if i > 0 else None
                 follow.append((rule, tensors.norms[i], Batch(mean, m2, count, conv_bias)))
@@ -208,10 +258,10 @@ def _promoted(
     residual: Tensor | None,
     running: Sequence[Running | None],
 ) -> Tensor:
-    """`run_chain` in PyTorch's promotion, where autocast or the residual mixes dtypes.
+    """`run_chain` with PyTorch's type promotion, where autocast or the residual mixes dtypes.
 
-    A norm before the first convolution takes x as it is, and a convolution what autocast makes of
-    it; the addition takes the wider of its operands' dtypes.
+    A norm before the first convolution reads x uncast; autocast casts a convolution's input. The
+    addition runs in the promoted dtype of its operands.
     """
     norms, skip = chain.norms, x if chain.shortcut == "identity" else residual
     h = x
@@ -236,10 +286,10 @@ def _promoted(
 
 
 def _infer(chain: Chain, x: Tensor, residual: Tensor | None, *flat: Tensor | None) -> Tensor:
-    """The chain with running statistics and no gradient: one launch a convolution.
+    """The chain with running statistics and no gradient: one launch per convolution.
 
-    The norm and ReLU after a convolution are its epilogue; only a norm before the first
-    convolution (pre-activation) and a pool are launches of their own.
+    The norm and ReLU after a convolution are its epilogue. Only a norm before the first
+    convolution (pre-activation) and a pool take separate launches.
     """
     tensors = unflatten(chain, flat)
     n, impl, pool = len(chain.convs), chain.impl, chain.pool
@@ -264,7 +314,7 @@ def _infer(chain: Chain, x: Tensor, residual: Tensor | None, *flat: Tensor | Non
         beside, relu = (skip, chain.relu) if n == 0 else (None, True)
         h = ops.bn_act(x, *affine, beside, None, None, relu, False, impl)[0]
     elif n == 0:
-        assert skip is not None  # Chain demands it
+        assert skip is not None  # Chain checks it
         return ops.add_relu(x, skip, False, impl)[0] if chain.relu else x + skip
     if chain.projection is not None:
         skip = convolve(n, h, None, False)
@@ -277,13 +327,13 @@ def _infer(chain: Chain, x: Tensor, residual: Tensor | None, *flat: Tensor | Non
 
 
 def _wants_gradient(*tensors: Tensor | None) -> bool:
-    """Whether a graph is to be made; an exported program has none."""
+    """Whether autograd must record this call; an exported program records nothing."""
     if not torch.is_grad_enabled() or _exporting():
         return False
     return any(t is not None and t.requires_grad for t in tensors)
 
 
 def _exporting() -> bool:
-    # What is_exporting reads: it is true in all of torch.compile in torch 2.11. 2.6 has no flag.
+    # The flag behind is_exporting(), which torch 2.11 also sets under compile. 2.6 has no flag.
     return getattr(torch.compiler, "_is_exporting_flag", False)
 

@@ -1,11 +1,10 @@
 """The fused modules: the blocks of `resnet_fast.blocks` with a forward pass in fused launches.
 
-Each is an ordinary `nn.Module` with ordinary `nn.Conv2d` and `nn.BatchNorm2d` children that hold
-the parameters and running statistics; only `forward` differs. Where a child is more than that (it
-has hooks or a forward of its own) or the call is transformed, the plain forward runs
-(`dispatch.guard`).
+Each is an ordinary `nn.Module` whose `nn.Conv2d` and `nn.BatchNorm2d` children hold the parameters
+and running statistics; only `forward` differs. If a child has hooks or an overridden forward, or
+under a transform, the plain forward runs (`dispatch.guard`).
 Statistics follow each BatchNorm child's own `training` flag: `bn.eval()` freezes that one.
-An `nn.SyncBatchNorm` in the place of an `nn.BatchNorm2d` shares them, in training, with the other
+In training, an `nn.SyncBatchNorm` instead of an `nn.BatchNorm2d` shares statistics with the other
 processes of its `process_group`, on every device (`resnet_fast.autograd.sync`).
 """
 
@@ -38,10 +37,10 @@ def run_fused(
     impl: str = "auto",
     keep_activations: bool = False,
 ) -> Tensor:
-    """The chain of `parts` on x [N,C,H,W] by `resnet_fast.functional.run_chain`.
+    """Run the chain of `parts` on x [N,C,H,W] with `resnet_fast.functional.run_chain`.
 
-    `residual`, where it is given, is the shortcut. In inference `dispatch.native_inference` runs
-    the chain if it can.
+    `residual` is the shortcut, if given. In inference, `dispatch.native_inference` runs the chain
+    if it can.
     """
     if residual is None:
         y = infer((parts,), x, impl)
@@ -92,9 +91,9 @@ def _params(norm: nn.BatchNorm2d | nn.SyncBatchNorm | None) -> NormParams:
 
 
 def _held(module: nn.Module, place: str, names: tuple[str, str]) -> list[Any]:
-    """Attributes of `module` from where it keeps them, which is much faster than by attribute.
+    """Attributes of `module` from its dict `place`, much faster than attribute access.
 
-    Replicas of `nn.DataParallel` keep them elsewhere.
+    Replicas of `nn.DataParallel` store them as plain attributes.
     """
     held = module.__dict__[place]
     return [held[name] if name in held else getattr(module, name) for name in names]
@@ -110,12 +109,12 @@ def _running(norm: nn.BatchNorm2d | nn.SyncBatchNorm) -> Running | None:
 
 
 class Fused(Rechecked, blocks.ChainBlock):
-    """Mixin for a `blocks.ChainBlock`: the fused forward pass.
+    """Mixin that gives a block of `resnet_fast.blocks` its fused forward pass.
 
-    Attributes:
-        impl: "auto", "reference", "native" or "triton" (`dispatch.backends`).
-        keep_activations: store what lies between convolutions instead of recomputing it in the
-            backward pass (more memory).
+    Args:
+        impl: "auto", "reference", "native" or "triton" (see `resnet_fast.dispatch.backends`).
+        keep_activations: True stores the activations between convolutions for the backward pass
+            (more memory); False recomputes them.
     """
 
     impl = "auto"
@@ -127,14 +126,14 @@ class Fused(Rechecked, blocks.ChainBlock):
         self.keep_activations = keep_activations
 
     def forward(self, x: Tensor) -> Tensor:
-        """y of the block, x and y [N,C,H,W]."""
+        """Return y [N,K,P,Q] for x [N,C,H,W]."""
         parts = self.parts()
         if parts is None or not fusible(x, parts):
             return super().forward(x)
         return run_fused(parts, x, impl=self.impl, keep_activations=self.keep_activations)
 
     def __prepare_scriptable__(self) -> nn.Module:
-        """What `torch.jit.script` compiles: the plain twin, around the same children."""
+        """The module that `torch.jit.script` compiles: the plain block with the same children."""
         twin: Any = copy.copy(self)
         twin.__class__ = PLAIN.get(type(self), type(self))
         twin._modules = self._modules.copy()  # script puts prepared children there
@@ -146,10 +145,14 @@ class Fused(Rechecked, blocks.ChainBlock):
 
 
 class ConvBNAct2d(Fused, blocks.ConvBNAct2d):
-    __doc__ = blocks.ConvBNAct2d.__doc__
+    """Fused convolution, BatchNorm, optional residual addition and ReLU.
+
+    `y = relu(bn(conv(x)) + residual)`. Arguments are those of `resnet_fast.blocks.ConvBNAct2d` and
+    of `resnet_fast.modules.Fused`.
+    """
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """y [N,K,P,Q] of x [N,C,H,W]; `residual`, of y's shape, is added before the ReLU."""
+        """Return y [N,K,P,Q] for x [N,C,H,W]; `residual` [N,K,P,Q] is added before the ReLU."""
         parts = self.parts()
         if not fusible(x, parts):
             return blocks.ConvBNAct2d.forward(self, x, residual)
@@ -157,23 +160,46 @@ class ConvBNAct2d(Fused, blocks.ConvBNAct2d):
 
 
 class BasicBlock(Fused, blocks.BasicBlock):
-    __doc__ = blocks.BasicBlock.__doc__
+    """Fused basic block: `y = relu(bn2(conv2(relu(bn1(conv1(x))))) + shortcut(x))`.
+
+    Both convolutions are 3×3. Arguments are those of `resnet_fast.blocks.ResidualBlock` and of
+    `resnet_fast.modules.Fused`. Source: He et al. 2015, arXiv:1512.03385, fig. 5 left.
+    """
 
 
 class Bottleneck(Fused, blocks.Bottleneck):
-    __doc__ = blocks.Bottleneck.__doc__
+    """Fused bottleneck of a 1×1, a 3×3 and a 1×1 convolution.
+
+    `y = relu(bn3(conv3(relu(bn2(conv2(relu(bn1(conv1(x)))))))) + shortcut(x))`.
+
+    conv2 has the stride ("ResNet v1.5"). The width is
+    ⌊planes·base_width / 64⌋·groups, and y has 4·planes channels. Arguments are those of
+    `resnet_fast.blocks.ResidualBlock` and of `resnet_fast.modules.Fused`. Source: He et al. 2015,
+    arXiv:1512.03385, fig. 5 right.
+    """
 
 
 class PreActBasicBlock(Fused, blocks.PreActBasicBlock):
-    __doc__ = blocks.PreActBasicBlock.__doc__
+    """Fused pre-activation block of two 3×3 convolutions.
+
+    `y = conv2(relu(bn2(conv1(a)))) + shortcut(x)`, `a = relu(bn1(x))`. A projection shortcut reads
+    a. Arguments are those of `resnet_fast.blocks.ResidualBlock` and of `resnet_fast.modules.Fused`.
+    Source: He et al. 2016, arXiv:1603.05027, fig. 4e.
+    """
 
 
 class PreActBottleneck(Fused, blocks.PreActBottleneck):
-    __doc__ = blocks.PreActBottleneck.__doc__
+    """Fused pre-activation bottleneck of a 1×1, a 3×3 and a 1×1 convolution.
+
+    `y = conv3(relu(bn3(conv2(relu(bn2(conv1(a))))))) + shortcut(x)`, `a = relu(bn1(x))`. A
+    projection shortcut reads a; conv2 has the stride. Arguments are those of
+    `resnet_fast.blocks.ResidualBlock` and of `resnet_fast.modules.Fused`. Source: He et al. 2016,
+    arXiv:1603.05027, appendix.
+    """
 
 
 class GlobalAvgPool2d(nn.AdaptiveAvgPool2d):
-    """`nn.AdaptiveAvgPool2d((1, 1))`, in one launch in inference: x [N,C,H,W] → [N,C,1,1]."""
+    """`nn.AdaptiveAvgPool2d((1, 1))`: x [N,C,H,W] → [N,C,1,1], one kernel launch in inference."""
 
     impl = "auto"
 
@@ -188,7 +214,7 @@ class GlobalAvgPool2d(nn.AdaptiveAvgPool2d):
         return global_avg_pool(input, impl=self.impl)
 
     def __prepare_scriptable__(self) -> nn.Module:
-        """What `torch.jit.script` compiles."""
+        """The module that `torch.jit.script` compiles."""
         return nn.AdaptiveAvgPool2d(self.output_size)
 
 

@@ -1,4 +1,4 @@
-"""The models: `create_model(name)`, `list_models()`, one function each, and the class `ResNet`."""
+"""The models: `create_model(name)`, `list_models()`, one function per model, and `ResNet`."""
 
 from .cifar import (
     cifar_preact_resnet110,

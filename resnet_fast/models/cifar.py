@@ -1,9 +1,9 @@
-"""Models for CIFAR: 32×32 images, 10 classes unless `num_classes` says otherwise.
+"""Models for CIFAR: 32×32 images, 10 classes by default.
 
 `cifar_…` nets (He et al. 2015, section 4.2): a 3×3 stem of 16 filters and three stages of n blocks
-with 16, 32, 64 planes; depth 6n + 2 of basic blocks, 9n + 2 of bottlenecks. Basic blocks take
-zero-pad shortcuts (option A), bottlenecks projections, as in the papers. `options` of every
-function are those of `ResNet`. Counts are of parameters at 10 classes.
+with 16, 32, 64 planes. Depth is 6n + 2 with basic blocks, 9n + 2 with bottlenecks. Basic blocks
+have zero-pad shortcuts (option A), bottlenecks projections, as in the papers. The `options` of
+every function are those of `ResNet`. Counts are parameters with 10 classes.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def cifar_preact_resnet164(**options: Any) -> ResNet:
 def cifar_preact_resnet1001(**options: Any) -> ResNet:
     """Pre-activation ResNet-1001: bottlenecks, n = 111, 10.33 M (arXiv:1603.05027, table 4).
 
-    The paper's 10.2 M are the filters and fc alone.
+    The paper's 10.2 M count only the filters and fc.
     """
     return _cifar(PreActBottleneck, 111, None, **options)
 

@@ -1,4 +1,4 @@
-"""Copies of a model's modules around other tensors: the same ones, or fake ones."""
+"""Copies of a module tree with other tensors: shared ones, or fake ones."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 class _Tensors(TorchFunctionMode):
-    """Answers `copy.deepcopy` of a tensor, wherever one is held."""
+    """Replaces `copy.deepcopy` of every tensor by `answer`."""
 
     def __init__(self, answer: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -30,18 +30,18 @@ def copy_modules(
     answer: Callable[[Tensor], Tensor] = lambda tensor: tensor,
     shared: Iterable[Any] = (),
 ) -> Model:
-    """A deep copy of `model` that holds answer(t) for every tensor t, by itself t, and `shared`.
+    """A deep copy of `model` with answer(t) for every tensor t (default: t), sharing `shared`.
 
-    Unlike `copy.deepcopy` it takes what a forward has kept (tensors with a history), gives a
-    `GraphModule` its mode and attributes, and leaves processes of a `SyncBatchNorm` as they are.
+    Unlike `copy.deepcopy`, it accepts tensors with an autograd history, keeps the mode and
+    attributes of a `GraphModule`, and shares the process group of a `SyncBatchNorm`.
 
     Raises:
-        TypeError: `model` holds what cannot be copied.
+        TypeError: `model` holds an object that cannot be copied.
     """
     memo: dict[int, Any] = {id(value): value for value in shared}
     graphs = []
     for module in model.modules():
-        for parameter in module._parameters.values():  # their __deepcopy__ asks no function mode
+        for parameter in module._parameters.values():  # their __deepcopy__ bypasses function modes
             if parameter is not None:
                 memo[id(parameter)] = answer(parameter)
         if isinstance(module, nn.SyncBatchNorm):

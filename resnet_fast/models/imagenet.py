@@ -1,7 +1,7 @@
-"""Models for ImageNet: 224×224 images, 1000 classes unless `num_classes` says otherwise.
+"""Models for ImageNet: 224×224 images, 1000 classes by default.
 
-`options` of every function are those of `ResNet`. The bottleneck's stride is on its 3×3
-convolution ("v1.5"). Counts are of parameters at 1000 classes.
+The `options` of every function are those of `ResNet`. The 3×3 convolution of a bottleneck has the
+stride ("v1.5"). Counts are parameters with 1000 classes.
 """
 
 from __future__ import annotations

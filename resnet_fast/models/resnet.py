@@ -1,10 +1,10 @@
-"""`ResNet`: every residual network of this package as one class.
+"""`ResNet`: every residual network of resnet_fast as one class.
 
     stem      conv1, bn1, ReLU, max-pool (fused)
-    stages    layer1 … : blocks of one kind; each stage halves the image and doubles the planes
-    head      for pre-activation bn_last, ReLU (fused); global average pool, fc
+    stages    layer1 … : blocks of one class; each stage halves the image and doubles the planes
+    head      pre-activation: bn_last, ReLU (fused); global average pool, fc
 
-Children carry torchvision's names in torchvision's order, so state dicts load both ways.
+Children have torchvision's names and order, so state dicts load in both directions.
 """
 
 from __future__ import annotations
@@ -29,42 +29,46 @@ STEMS = ("imagenet", "cifar")
 
 
 class ResNet(nn.Module):
-    """logits [N, num_classes] of images x [N, in_channels, H, W], in NCHW or channels_last.
+    """Residual network: logits [N, num_classes] of images x [N, in_channels, H, W].
 
-    Convolutions start from N(0, 2 / fan_out) (He initialization, arXiv:1502.01852), normalizations
-    from weight 1 and bias 0, fc as every `nn.Linear`: the parameters torchvision gives for a seed.
+    Convolutions are initialized from N(0, 2 / fan_out) (He initialization, arXiv:1502.01852),
+    BatchNorms with weight 1 and bias 0, fc as `nn.Linear`: for the same seed, the parameters equal
+    torchvision's.
 
-    A net of pre-activation blocks follows He et al. 2016 (arXiv:1603.05027, appendix): the stem's
-    activation is also the first block's and comes before its two paths part, so `layer1[0].bn1` is
-    None; one more activation (`bn_last`, ReLU) follows the last addition.
+    A net of pre-activation blocks follows He et al. 2016 (arXiv:1603.05027, appendix). The stem's
+    activation is also that of the first block, so `layer1[0].bn1` is None. Another activation
+    (`bn_last`, ReLU) follows the last addition.
 
     Args:
         block: `resnet_fast.BasicBlock`, `Bottleneck`, `PreActBasicBlock` or `PreActBottleneck`.
-        layers: blocks in each stage.
+        layers: number of blocks in each stage.
         num_classes: outputs of fc.
-        zero_init_residual: every residual branch starts as zero, so that a block starts as its
-            shortcut (arXiv:1706.02677, section 5.1): the last normalization's weight is 0, or in a
-            pre-activation block the last convolution's (a zero normalization before a ReLU would
-            stop the gradient for good).
-        groups, width_per_group: cardinality and width of bottlenecks (ResNeXt, Wide ResNet).
-        replace_stride_with_dilation: one flag a stage after the first: dilate it instead.
-        norm_layer: callable giving an `nn.BatchNorm2d` or `nn.SyncBatchNorm` for a channel count;
-            None is the first.
+        zero_init_residual: True initializes every residual branch to zero, so a block starts as its
+            shortcut (arXiv:1706.02677, section 5.1): the weight of the last BatchNorm is 0. In a
+            pre-activation block it is the weight of the last convolution, because a zero BatchNorm
+            before a ReLU would block the gradient.
+        groups: groups of the 3×3 convolutions of bottlenecks (ResNeXt).
+        width_per_group: width of a bottleneck's group per 64 planes (ResNeXt, Wide ResNet).
+        replace_stride_with_dilation: one flag per stage after the first: dilate instead of stride.
+        norm_layer: function of a channel count that returns an `nn.BatchNorm2d` or
+            `nn.SyncBatchNorm`; None is `nn.BatchNorm2d`.
         shortcut: None (projections where shapes change: option B of He et al. 2015, section 3.3),
-            "zero_pad" (option A), "projection" (everywhere: option C), "none" (a plain net).
+            "zero_pad" (option A), "projection" (everywhere: option C), or "none" (a plain net).
         stem: "imagenet" (7×7 convolution of stride 2, 3×3 max-pool of stride 2) or "cifar" (3×3
             convolution, no pooling).
         planes: channels of the stem, and planes of the first stage.
         in_channels: channels of x.
-        impl, keep_activations: as of the fused modules (`resnet_fast.modules.Fused`).
-        fused: False builds the plain PyTorch twin, with the same parameters and state dict.
+        impl: "auto", "reference", "native" or "triton", for every fused part.
+        keep_activations: True stores activations for the backward pass instead of recomputing them.
+        fused: False builds the plain PyTorch model with the same parameters and state dict.
 
     Attributes:
-        fused: whether stem and head run fused; every block's own class says how it runs.
-        impl, keep_activations: of stem and head.
+        fused: Whether stem and head run fused. The class of each block decides for itself.
+        impl: Implementation of stem and head.
+        keep_activations: The argument, for stem and head.
 
     Raises:
-        ValueError: naming the argument, for a value out of range or of another kind.
+        ValueError: an argument is invalid; the message names it.
     """
 
     def __init__(
@@ -105,7 +109,7 @@ class ResNet(nn.Module):
         }.items():  # fmt: skip
             integer(value, name, "a positive integer", 1)
         if not fused and impl != "auto":
-            raise ValueError(f"impl: a plain model (fused=False) runs none, got {impl!r}")
+            raise ValueError(f"impl: expected 'auto' with fused=False, got {impl!r}")
         self.fused, self.impl, self.keep_activations = fused, check_impl(impl), keep_activations
         self.stages = len(layers)
         norm_layer = norm_layer or nn.BatchNorm2d
@@ -147,13 +151,13 @@ class ResNet(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        for module in self.modules():  # once more: a block comes before its convolutions
+        for module in self.modules():  # second pass: a block precedes its convolutions
             if zero_init_residual and isinstance(module, ResidualBlock):
                 last = "conv" if module.preactivation else "bn"
                 nn.init.zeros_(getattr(module, f"{last}{module.depth}").weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits [N, num_classes] of x [N, in_channels, H, W]."""
+        """Return logits [N, num_classes] for x [N, in_channels, H, W]."""
         stages = [getattr(self, f"layer{i}") for i in range(1, self.stages + 1)]
         stem, pooled = self._stem()
         if not self.fused or not fusible(x, stem):
@@ -161,7 +165,7 @@ class ResNet(nn.Module):
         else:
             chains = self._chains(stages, x) if pooled else None
             y = None if chains is None else infer((stem, *chains), x, self.impl)
-            if y is not None:  # all of it in one native call
+            if y is not None:  # the whole net ran in one native call
                 x, stages = y, []
             else:
                 x = self._run(stem, x)
@@ -175,23 +179,23 @@ class ResNet(nn.Module):
         return self.fc(torch.flatten(self.avgpool(x), 1))
 
     def _stem(self) -> tuple[Parts, bool]:
-        """The stem as a chain, and whether that is all of it, its pooling included."""
+        """The stem as a chain, and whether the chain includes the pooling."""
         ends = refusal(self.maxpool, (nn.MaxPool2d,)) is None
         bn, pool = cast(Any, self.bn1), cast(Any, self.maxpool if ends else None)
         stem = Parts((self.conv1,), (None, bn), True, "none", pool=pool, around=(self.relu,))
         return stem, ends or refusal(self.maxpool, (nn.Identity,)) is None
 
     def _head(self) -> Parts | None:
-        """What follows the last addition of pre-activation blocks."""
+        """BatchNorm and ReLU after the last addition of pre-activation blocks, or None."""
         norm: Any = self._modules.get("bn_last")
         return None if norm is None else Parts((), (norm,), True, "none", around=(self.relu,))
 
     def chains(self) -> list[Parts]:
-        """What the net itself runs: its stem, and its head where it has one."""
+        """The chains that the net itself runs: its stem, and its head if it has one."""
         return [parts for parts in (self._stem()[0], self._head()) if parts is not None]
 
     def _chains(self, stages: Sequence[nn.Module], x: Tensor) -> list[Parts] | None:
-        """The blocks' chains; None where to run them by this net's `impl` is not to call stages."""
+        """The chains of all blocks; None if running them differs from calling the stages."""
         chains = []
         for stage in stages:
             if refusal(stage, (nn.Sequential,)) is not None:
@@ -208,7 +212,7 @@ class ResNet(nn.Module):
         return chains
 
     def __prepare_scriptable__(self) -> nn.Module:
-        """What `torch.jit.script` compiles: the plain twins of this net's children in a row."""
+        """The module that `torch.jit.script` compiles: the plain children in sequence."""
         children = dict(copy_modules(self).named_children()) | {"flatten": nn.Flatten()}
         names = ["conv1", "bn1", "relu", "maxpool"]
         names += [f"layer{i}" for i in range(1, self.stages + 1)]
@@ -219,7 +223,7 @@ class ResNet(nn.Module):
         return nn.Sequential(OrderedDict((name, children[name]) for name in names))
 
     def switch(self, fused: bool) -> None:
-        """Run stem and pooling fused by `self.impl`, or plain; blocks are modules of their own."""
+        """Run stem and pooling fused by `self.impl`, or plain; blocks do not change."""
         pool: Any = self.avgpool
         self.fused = fused
         if fused and type(pool) is nn.AdaptiveAvgPool2d and pool.output_size in (1, (1, 1)):
@@ -241,15 +245,15 @@ def _check(block, fused, layers, dilate, stem, shortcut, zero_init_residual) -> 
     if not kind or issubclass(block, Fused) != fused:
         raise ValueError(f"block: expected a residual block class of resnet_fast, got {block!r}")
     if len(layers) == 0:
-        raise ValueError("layers: expected the blocks of at least one stage, got none")
+        raise ValueError("layers: expected the number of blocks of at least one stage, got none")
     for count in layers:
         integer(count, "layers", "a positive integer", 1)
     if len(dilate) != len(layers):
         raise ValueError(
-            f"replace_stride_with_dilation: expected {len(layers) - 1} flags, one a stage after "
+            f"replace_stride_with_dilation: expected {len(layers) - 1} flags, one per stage after "
             f"the first, got {len(dilate) - 1}"
         )
     if stem not in STEMS:
         raise ValueError(f"stem: expected one of {STEMS}, got {stem!r}")
     if zero_init_residual and shortcut == "none":
-        raise ValueError("zero_init_residual: a plain net (shortcut='none') would be all zero")
+        raise ValueError("zero_init_residual: expected False with shortcut='none', got True")
