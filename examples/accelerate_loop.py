@@ -22,18 +22,17 @@ def main(mixed_precision):
     accelerator = Accelerator(mixed_precision=mixed_precision)
     model = resnet_fast.create_model("cifar_resnet20", num_classes=10, in_channels=1)
     model.to(memory_format=torch.channels_last)
-    report = resnet_fast.explain(model)  # before prepare, which replaces the model's forward
-    assert {row.state for row in report.rows} == {"fused"}
+    assert {row.state for row in resnet_fast.explain(model).rows} == {"fused"}
 
     digits = load_digits()
     x = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16
     data = TensorDataset(x, torch.tensor(digits.target))
     train, test = torch.utils.data.random_split(data, [1440, 357])
-
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=5e-4)
     loader = DataLoader(train, 64, shuffle=True, drop_last=True)
-    model, optimizer, loader, test_loader = accelerator.prepare(
-        model, optimizer, loader, DataLoader(test, 128)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=3 * len(loader))
+    model, optimizer, loader, test_loader, schedule = accelerator.prepare(
+        model, optimizer, loader, DataLoader(test, 128), schedule
     )
     for epoch in range(3):
         model.train()
@@ -42,6 +41,7 @@ def main(mixed_precision):
             loss = F.cross_entropy(model(images), labels)
             accelerator.backward(loss)
             optimizer.step()
+            schedule.step()
         accelerator.print(f"epoch {epoch}: loss {loss.item():.3f}")
 
     model.eval()

@@ -18,8 +18,10 @@ class MyBlock(nn.Module):
 
     def __init__(self, channels, norm=nn.BatchNorm2d):
         super().__init__()
-        self.a, self.norm_a = nn.Conv2d(channels, channels, 3, padding=1, bias=False), norm(channels)
-        self.b, self.norm_b = nn.Conv2d(channels, channels, 3, padding=1, bias=False), norm(channels)
+        self.a = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.norm_a = norm(channels)
+        self.b = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.norm_b = norm(channels)
 
     def forward(self, x):
         h = F.relu(self.norm_a(self.a(x)))

@@ -1,7 +1,7 @@
 """FSDP2 (`fully_shard`) of a fused model, compared with plain PyTorch in one process.
 
-Keep the parameters contiguous: FSDP2 does not shard channels_last filters. Inputs may be
-channels_last. Each process has its own GPU (NCCL), or all run on the CPU (gloo).
+FSDP2 refuses channels_last filters: convert the input alone. Call `explain` before `fully_shard`:
+after it, `explain` sees sharded parameters. Runs on one GPU a process (NCCL), or on the CPU (gloo).
 
 Needs: nothing beyond resnet_fast
 Run:   torchrun --nproc-per-node 2 examples/fsdp2.py
@@ -18,7 +18,16 @@ from torch.distributed.fsdp import fully_shard
 import resnet_fast
 
 
-def main(steps=2):
+def train(model, parts, steps=2):
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        for x, y in parts:
+            (F.cross_entropy(model(x), y) / len(parts)).backward()
+        optimizer.step()
+
+
+def main():
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
     if cuda:
@@ -31,29 +40,17 @@ def main(steps=2):
     model = resnet_fast.create_model("cifar_resnet20").to(device, torch.float64)
     plain = resnet_fast.unfuse(copy.deepcopy(model))
     x = torch.randn(8 * world, 3, 32, 32, dtype=torch.float64, device=device)
-    x = x.to(memory_format=torch.channels_last)
     y = torch.randint(10, (8 * world,), device=device)
+    parts = list(zip(x.to(memory_format=torch.channels_last).chunk(world), y.chunk(world), strict=True))
 
-    for block in (*model.layer1, *model.layer2, *model.layer3):
-        fully_shard(block, mesh=mesh)  # a block is the unit: its layers are called by one op
-    fully_shard(model, mesh=mesh)
-    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        F.cross_entropy(model(x.chunk(world)[rank]), y.chunk(world)[rank]).backward()
-        optimizer.step()
+    assert {row.state for row in resnet_fast.explain(model).rows} == {"fused"}
+    for module in (*model.layer1, *model.layer2, *model.layer3, model):
+        fully_shard(module, mesh=mesh)  # blocks and the model, no layer inside of a block
+    train(model, [parts[rank]])
+    train(plain, parts)  # the same in one process
 
-    optimizer = torch.optim.SGD(plain.parameters(), 0.1, momentum=0.9)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        for part, labels in zip(x.chunk(world), y.chunk(world), strict=True):
-            (F.cross_entropy(plain(part), labels) / world).backward()
-        optimizer.step()
-
-    parameters = dict(plain.named_parameters())
-    for name, value in model.named_parameters():
-        whole = value.full_tensor()
-        torch.testing.assert_close(whole, parameters[name], rtol=1e-6, atol=1e-8, msg=name)
+    for value, expected in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(value.full_tensor(), expected, rtol=1e-6, atol=1e-8)
     if rank == 0:
         print(f"ok: {world} processes with sharded parameters trained as plain PyTorch in one")
     dist.destroy_process_group()

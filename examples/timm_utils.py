@@ -17,21 +17,19 @@ from timm.utils import ModelEmaV3
 import resnet_fast
 
 
-def main(epochs=4):
+def main(steps=60):
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = timm.create_model("resnet18", pretrained=False, num_classes=10, in_chans=1)
-    model = model.to(device, memory_format=torch.channels_last)
-    resnet_fast.fuse(model, inplace=True)
-    print(resnet_fast.explain(model))
+    channels = (32, 64, 128, 256)  # half of ResNet-18's, to be quick; any ResNet of timm will do
+    model = timm.create_model("resnet18", channels=channels, num_classes=10, in_chans=1)
+    resnet_fast.fuse(model.to(device, memory_format=torch.channels_last), inplace=True)
 
     digits = load_digits()
     x = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16
     x = F.interpolate(x, size=32).to(device)
     y = torch.tensor(digits.target).to(device)
 
-    optimizer = create_optimizer_v2(model, opt="adamw", lr=2e-3, weight_decay=0.02)
-    steps = epochs * 15
+    optimizer = create_optimizer_v2(model, opt="sgd", lr=0.05, weight_decay=5e-4)
     schedule = CosineLRScheduler(optimizer, t_initial=steps, warmup_t=5, warmup_lr_init=1e-4)
     ema = ModelEmaV3(model, decay=0.9)  # a fused copy
     mixup = Mixup(mixup_alpha=0.2, label_smoothing=0.1, num_classes=10)
@@ -39,7 +37,7 @@ def main(epochs=4):
 
     for step in range(steps):
         model.train()
-        batch = torch.randint(1440, (96,), device=device)
+        batch = torch.randint(1440, (64,), device=device)
         images, targets = mixup(x[batch], y[batch])
         loss = criterion(model(images), targets)
         optimizer.zero_grad()
@@ -53,7 +51,7 @@ def main(epochs=4):
         accuracy = (ema(x[1440:]).argmax(1) == y[1440:]).float().mean().item()
     for net in (model, ema.module):
         assert {row.state for row in resnet_fast.explain(net).rows} == {"fused"}
-    assert accuracy > 0.85, accuracy
+    assert accuracy > 0.8
     print(f"ok: model and average are fused, test accuracy of the average {accuracy:.3f}")
 
 
