@@ -20,15 +20,15 @@ import resnet_fast
 def main(mixed_precision):
     set_seed(0)
     accelerator = Accelerator(mixed_precision=mixed_precision)
-    model = resnet_fast.create_model("cifar_resnet20", num_classes=10, in_channels=1)
+    model = resnet_fast.create_model("cifar_resnet20", num_classes=10)
     model.to(memory_format=torch.channels_last)
     assert {row.state for row in resnet_fast.explain(model).rows} == {"fused"}
 
     digits = load_digits()
-    x = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16
+    x = torch.tensor(digits.images, dtype=torch.float32)[:, None].repeat(1, 3, 1, 1) / 16
     data = TensorDataset(x, torch.tensor(digits.target))
     train, test = torch.utils.data.random_split(data, [1440, 357])
-    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=5e-4)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     loader = DataLoader(train, 64, shuffle=True, drop_last=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=3 * len(loader))
     model, optimizer, loader, test_loader, schedule = accelerator.prepare(
@@ -38,12 +38,12 @@ def main(mixed_precision):
         model.train()
         for images, labels in loader:
             optimizer.zero_grad()
+            images = images.to(memory_format=torch.channels_last)
             loss = F.cross_entropy(model(images), labels)
             accelerator.backward(loss)
             optimizer.step()
             schedule.step()
         accelerator.print(f"epoch {epoch}: loss {loss.item():.3f}")
-
     model.eval()
     correct = []
     with torch.no_grad():

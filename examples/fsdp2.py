@@ -35,14 +35,13 @@ def main():
     dist.init_process_group("nccl" if cuda else "gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
     mesh = dist.init_device_mesh(device.type, (world,))
-
     torch.manual_seed(0)  # the same model and the same batch in every process
     model = resnet_fast.create_model("cifar_resnet20").to(device, torch.float64)
     plain = resnet_fast.unfuse(copy.deepcopy(model))
-    x = torch.randn(8 * world, 3, 32, 32, dtype=torch.float64, device=device)
+    x = torch.randn(8 * world, 32, 32, 3, dtype=torch.float64, device=device)
+    x = x.permute(0, 3, 1, 2)  # channels_last
     y = torch.randint(10, (8 * world,), device=device)
-    parts = list(zip(x.to(memory_format=torch.channels_last).chunk(world), y.chunk(world), strict=True))
-
+    parts = list(zip(x.chunk(world), y.chunk(world), strict=True))
     assert {row.state for row in resnet_fast.explain(model).rows} == {"fused"}
     for module in (*model.layer1, *model.layer2, *model.layer3, model):
         fully_shard(module, mesh=mesh)  # blocks and the model, no layer inside of a block

@@ -21,14 +21,14 @@ def main(steps=60):
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     channels = (32, 64, 128, 256)  # half of ResNet-18's, to be quick; any ResNet of timm will do
-    model = timm.create_model("resnet18", channels=channels, num_classes=10, in_chans=1)
+    model = timm.create_model("resnet18", channels=channels, num_classes=10)
     resnet_fast.fuse(model.to(device, memory_format=torch.channels_last), inplace=True)
 
     digits = load_digits()
     x = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16
-    x = F.interpolate(x, size=32).to(device)
+    x = F.interpolate(x, size=32).repeat(1, 3, 1, 1)
+    x = x.to(device, memory_format=torch.channels_last)
     y = torch.tensor(digits.target).to(device)
-
     optimizer = create_optimizer_v2(model, opt="sgd", lr=0.05, weight_decay=5e-4)
     schedule = CosineLRScheduler(optimizer, t_initial=steps, warmup_t=5, warmup_lr_init=1e-4)
     ema = ModelEmaV3(model, decay=0.9)  # a fused copy
