@@ -17,7 +17,7 @@ import resnet_fast
 def main():
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = resnet_fast.create_model("cifar_resnet20").eval()
+    model = resnet_fast.ResNet(resnet_fast.BasicBlock, [1, 1, 1], 10, stem="cifar").eval()
     model = model.to(device, memory_format=torch.channels_last)
     x = torch.randn(4, 3, 32, 32, device=device).to(memory_format=torch.channels_last)
 
@@ -26,7 +26,7 @@ def main():
         program = torch.export.export(model, (x,), dynamic_shapes=({0: batch},))
         fused = [n for n in program.graph.nodes if "resnet_fast.conv_bn_act" in str(n.target)]
         path = torch._inductor.aoti_compile_and_package(
-            program, package_path=str(Path(folder) / "cifar_resnet20.pt2")
+            program, package_path=str(Path(folder) / "resnet.pt2")
         )
         compiled = torch._inductor.aoti_load_package(path)
         for images in (x, x[:3]):

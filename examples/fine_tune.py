@@ -31,7 +31,7 @@ def main(weights, epochs=4):
 
     digits = load_digits()
     x = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16
-    x = F.interpolate(x, size=32).expand(-1, 3, -1, -1).to(device)
+    x = F.interpolate(x, size=24).expand(-1, 3, -1, -1).to(device)
     x, y = x.contiguous(memory_format=torch.channels_last), torch.tensor(digits.target).to(device)
 
     optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)

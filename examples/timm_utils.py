@@ -26,7 +26,7 @@ def main(steps=60):
 
     digits = load_digits()
     x = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16
-    x = F.interpolate(x, size=32).repeat(1, 3, 1, 1)
+    x = F.interpolate(x, size=24).repeat(1, 3, 1, 1)
     x = x.to(device, memory_format=torch.channels_last)
     y = torch.tensor(digits.target).to(device)
     optimizer = create_optimizer_v2(model, opt="sgd", lr=0.05, weight_decay=5e-4)
