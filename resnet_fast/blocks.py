@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -72,8 +73,8 @@ class ConvBNAct2d(ChainBlock):
         eps: float = 1e-5,
         momentum: float | None = 0.1,
         relu: bool = True,
-        device=None,
-        dtype=None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         for name, value in {
@@ -87,7 +88,7 @@ class ConvBNAct2d(ChainBlock):
         if momentum is not None:
             check_number(momentum, "momentum")
         Norm(eps)  # checks it
-        where = {"device": device, "dtype": dtype}
+        where: Any = {"device": device, "dtype": dtype}
         self.conv = nn.Conv2d(
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups,
             bias=False, **where,
