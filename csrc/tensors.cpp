@@ -17,7 +17,10 @@ at::MemoryFormat format_of(const Tensor& x, const Tensor* weight) {
   const bool nhwc = x.is_contiguous(at::MemoryFormat::ChannelsLast), nchw = x.is_contiguous();
   const auto pick = [](bool last) { return last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous; };
   if (nhwc != nchw) return pick(nhwc);
-  return pick(weight != nullptr && !weight->is_contiguous() && weight->is_contiguous(at::MemoryFormat::ChannelsLast));
+  // Both fit: strides decide where there is one channel, as in PyTorch.
+  const auto one = [](const Tensor& t) { return t.size(1) == 1 && t.stride(1) == 1 && t.size(2) * t.size(3) > 1; };
+  return pick(one(x) || (weight != nullptr && weight->is_contiguous(at::MemoryFormat::ChannelsLast) &&
+                         (!weight->is_contiguous() || one(*weight))));
 }
 
 at::ScalarType accumulate_type(const Tensor& x) { return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }

@@ -21,7 +21,7 @@ from .spec.chain import Chain, Conv, ConvParams, Norm, NormParams, Running, Tens
 from .spec.checks import check_activations, check_chain, check_impl, check_options
 from .spec.dtypes import autocast_dtype, stats_dtype
 from .spec.layers import promotes
-from .spec.layout import memory_format
+from .spec.layout import call_format, memory_format
 from .spec.plain_chain import plain_chain
 from .spec.values import check_tensor, check_tensors, integer, pair
 
@@ -227,7 +227,7 @@ def run_chain(
         x = x.to(dtype)
     counts = check_chain(chain, x, *tensors, residual)
     weight = tensors.convs[0].weight if tensors.convs else None
-    x = x.contiguous(memory_format=memory_format(x, weight))
+    x = x.contiguous(memory_format=call_format(x, weight))
     if residual is not None:  # in x's format now: a copied x may fit both
         residual = residual.contiguous(memory_format=memory_format(x, weight))
     batch_stats = any(norm is not None and norm.batch_stats for norm in chain.all_norms)

@@ -10,7 +10,15 @@ import twins
 from calls import OPS, same_dtype
 from torch import nn
 
-from resnet_fast import BasicBlock, Bottleneck, ConvBNAct2d, PreActBasicBlock, PreActBottleneck
+from resnet_fast import (
+    BasicBlock,
+    Bottleneck,
+    ConvBNAct2d,
+    PreActBasicBlock,
+    PreActBottleneck,
+    blocks,
+    fuse,
+)
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -38,6 +46,7 @@ MODULES = {  # name → a builder, input channels
     "preact-bottleneck-plain": (functools.partial(PreActBottleneck, 8, 3, shortcut="none"), 8),
 }
 MODULE = pytest.mark.parametrize("name", MODULES)
+FORMATS = (torch.contiguous_format, torch.channels_last)
 MODES = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 BLOCKS = pytest.mark.parametrize(
     "name", ["conv", "basic", "bottleneck-projection", "preact-basic-projection"]
@@ -96,6 +105,24 @@ def test_matches_plain(impl, dtype, layout, name, training):
     module, x = twins.settled(lambda: build(name, impl, training, dtype, layout), dtype)
     y = compare(module, x, gradient_like(module, x))["y"]
     assert y.dtype == dtype and y.is_contiguous(memory_format=layout)
+
+
+@MODES
+@pytest.mark.parametrize("of_x", FORMATS)
+@pytest.mark.parametrize("of_model", FORMATS)
+@pytest.mark.parametrize("kernel_size", [1, 3])
+@pytest.mark.parametrize("channels", [1, 3, 32])
+def test_memory_format_of_the_result(impl, channels, kernel_size, of_model, of_x, training):
+    """Plain PyTorch's: channels_last where the model or x is; one channel too, by its strides."""
+    impl.need(torch.float32, *OPS)
+    plain = blocks.ConvBNAct2d(channels, 32, kernel_size).to(impl.device, memory_format=of_model)
+    x = torch.randn(2, channels, 8, 8).to(impl.device, memory_format=of_x)
+    fused = fuse(copy.deepcopy(plain), impl=impl.name).train(training)
+    with torch.set_grad_enabled(training):
+        expected, y = plain.train(training)(x), fused(x)
+    assert y.stride() == expected.stride()
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+
 
 
 @pytest.mark.parametrize(

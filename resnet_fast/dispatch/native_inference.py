@@ -17,7 +17,7 @@ from torch import Tensor
 from ..runtime import trace
 from ..spec.dtypes import autocast
 from ..spec.layers import Parts, promotes, windows_of
-from ..spec.layout import memory_format
+from ..spec.layout import call_format
 from ..spec.values import pair
 from . import backends
 from .ops import traced
@@ -46,7 +46,7 @@ def infer(chains: Iterable[Parts], x: Tensor, impl: str) -> Tensor | None:
         return None
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors)):
         return None
-    x = x.contiguous(memory_format=memory_format(x, tensors[0]))
+    x = x.contiguous(memory_format=call_format(x, tensors[0]))
     try:
         y = backends.native_ops().infer_chains(x, tensors, program, eps)
     except (RuntimeError, ValueError, TypeError, IndexError):

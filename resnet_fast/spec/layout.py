@@ -19,8 +19,9 @@ def is_channels_last(x: Tensor) -> bool:
 def memory_format(x: Tensor, weight: Tensor | None = None) -> torch.memory_format:
     """The format that results computed from activations `x` take.
 
-    Unambiguous tensors keep their own; ambiguous ones (C = 1 or H = W = 1) follow `weight`;
-    a tensor dense in neither (sliced, expanded) is NHWC when its channel stride is the least.
+    Unambiguous tensors keep their own. Ambiguous ones (C = 1 or H = W = 1) follow `weight`; with
+    C = 1, strides decide, as in PyTorch: `.to(memory_format=torch.channels_last)` sets them. A
+    tensor dense in neither (sliced, expanded) is NHWC when its channel stride is the least.
     """
     channels_last = x.is_contiguous(memory_format=torch.channels_last)
     contiguous = x.is_contiguous()
@@ -28,9 +29,23 @@ def memory_format(x: Tensor, weight: Tensor | None = None) -> torch.memory_forma
         return torch.channels_last if channels_last else torch.contiguous_format
     if contiguous:
         follows = weight is not None and memory_format(weight) == torch.channels_last
-        return torch.channels_last if follows else torch.contiguous_format
+        one = x.size(1) == x.stride(1) == 1 < x.size(2) * x.size(3)
+        return torch.channels_last if follows or one else torch.contiguous_format
     least = x.size(1) > 1 and x.stride(1) == 1 and x.stride(3) > 1
     return torch.channels_last if least else torch.contiguous_format
+
+
+def call_format(x: Tensor, weight: Tensor | None) -> torch.memory_format:
+    """The format in which a chain runs on `x`: channels_last if `x` or its first filter has it.
+
+    So does `torch.nn.functional.conv2d`: a channels_last model takes NCHW images. Only strides tell
+    the format of 1x1 filters.
+    """
+    if weight is None:
+        return memory_format(x)
+    single = weight.size(2) == weight.size(3) == 1 < weight.size(1) == weight.stride(3)
+    own = torch.channels_last if single else memory_format(weight)
+    return own if own == torch.channels_last else memory_format(x, weight)
 
 
 def rows_of(x: Tensor) -> tuple[int, int]:
