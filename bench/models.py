@@ -115,7 +115,7 @@ def plain_model(name: str, image_size: int) -> nn.Module:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of `python -m bench models`; comma lists are checked item by item."""
+    """Options of `python -m bench models`; every item of a list is checked."""
     add = parser.add_argument
     add("--model", type=names(model_names), default=["resnet50"], metavar="NAME,…",
         help="models (default: resnet50)")  # fmt: skip

@@ -42,7 +42,7 @@ class Gain:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of `resnet-fast tune`; each item of a comma list is checked."""
+    """Options of `resnet-fast tune`; every item of a list is checked."""
     from ..models import list_models
 
     add = parser.add_argument

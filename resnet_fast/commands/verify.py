@@ -21,7 +21,7 @@ from .shared import missing
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of `resnet-fast verify`; each item of a comma list is checked."""
+    """Options of `resnet-fast verify`; every item of a list is checked."""
     add = parser.add_argument
     add("--model", type=options.names(list_models), metavar="NAME,…",
         help=f"verify only these whole models (default: ops, blocks and {SMALL})")  # fmt: skip

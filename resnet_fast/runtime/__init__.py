@@ -1,1 +1,1 @@
-"""What kernels and commands stand on: recording, tuning tables, settings, CPU, option types."""
+"""Shared by kernels and commands: recording, tuning tables, settings, CPU, option types."""

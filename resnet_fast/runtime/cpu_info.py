@@ -1,4 +1,4 @@
-"""What the processor says of itself, and the one claim of it that PyTorch must not believe."""
+"""CPU features, and a workaround for CPUs that report AMX but cannot run it."""
 
 from __future__ import annotations
 
@@ -12,36 +12,36 @@ ISAS = (
     "avx512_bf16", "avx512_fp16", "avx_vnni", "amx_tile", "amx_bf16", "amx_int8", "amx_fp16",
     "asimd", "asimdhp", "bf16", "i8mm", "sve", "sve2",
 )  # fmt: skip
-TILE_LEAF = 0x1D  # of CPUID: the shapes that AMX tiles may have
+TILE_LEAF = 0x1D  # CPUID leaf with the shapes of AMX tiles
 WITHOUT_AMX = "AVX512_CORE_FP16"
 
 
 def name() -> str:
-    """The processor's model as the system gives it."""
+    """The CPU's model name as the system reports it."""
     return _field("model name", "cpu model") or platform.processor() or platform.machine()
 
 
 def isas() -> list[str]:
-    """The instruction sets of interest that the processor has; empty where Linux is not asked."""
+    """The CPU's instruction sets among ISAS; empty on other systems than Linux."""
     flags = (_field("flags", "features") or "").split()
     return [isa for isa in ISAS if isa in flags]
 
 
 def has_unusable_amx() -> bool:
-    """Whether the processor announces AMX tiles and has no CPUID leaf to tell their shapes.
+    """Whether the CPU reports AMX but has no CPUID leaf with the shapes of tiles.
 
-    So do virtual machines that hide the leaf: there is no valid tile, and the first instruction
-    on one is illegal.
+    This is so in virtual machines that hide the leaf. No tile is valid there, and the first AMX
+    instruction is illegal.
     """
     return "amx_tile" in isas() and int(_field("cpuid level") or TILE_LEAF) < TILE_LEAF
 
 
 def keep_onednn_from_unusable_amx() -> bool:
-    """Tell PyTorch's oneDNN to do without AMX where it cannot be used; whether that is so here.
+    """Limit PyTorch's oneDNN to AVX-512 if AMX is unusable; return whether it is.
 
-    oneDNN up to 3.12 (torch 2.13) looks at the announcement alone, and its first bf16 product of
-    matrices kills the process (uxlfoundation/oneDNN#5689). ONEDNN_MAX_CPU_ISA, which it reads when
-    it first computes, wins where the user has set it.
+    oneDNN up to 3.12 (torch 2.13) checks only the reported flag, and its first bf16 matrix product
+    kills the process (uxlfoundation/oneDNN#5689). oneDNN reads ONEDNN_MAX_CPU_ISA at its first
+    computation; a value set by the user is kept.
     """
     unusable = has_unusable_amx()
     if unusable:
@@ -50,10 +50,10 @@ def keep_onednn_from_unusable_amx() -> bool:
 
 
 def _field(*keys: str) -> str | None:
-    """The first processor's value of one of `keys` (lower case)."""
+    """Value of the first processor for one of `keys` (lower case)."""
     try:
         with CPUINFO.open() as file:
-            text = file.read(16384)  # of one processor; the rest say the same
+            text = file.read(16384)  # the first processor; the others are equal
     except OSError:
         return None
     for line in text.splitlines():

@@ -1,14 +1,14 @@
-"""What a call takes the GPU, by CUDA graphs: without the host, which is slower than most launches.
+"""GPU time of a call, measured with CUDA graphs to exclude the host, which most launches wait for.
 
-In a model a layer finds little of its tensors in the L2 cache, as other layers ran in between. The
-same call again and again finds all that fits, up to 50 MiB, and looks faster than it is. So
-`cold_ms` writes a buffer of twice the cache before every call:
+In a model, the L2 cache has little of a layer's tensors, because other layers ran in between. A
+repeated call finds up to 50 MiB of them there and looks too fast. Therefore `cold_ms` writes a
+buffer of twice the cache size before every call:
 
     time of a call = (graph of k × (write, call) − graph of k × (write)) / k
 
-The write is subtracted with its launch, so what is left is the call and its launches, as they are
-in a graph. It leaves the cache full of lines that are not in memory yet. The next call or the next
-write puts them there, so the difference has a call's own bytes, once.
+The difference removes the write and its launch, and leaves the call and its launches in a graph.
+A write leaves dirty lines in the cache. Either the call or the next write flushes them, so the
+difference contains the traffic of the call once.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-MOST_CALLS = 100  # in a graph: its results may share memory, its nodes do not
-GRAPH_MS = 10.0  # so long is a replay, or the most calls
-LEAST_MS = 1e-6  # noise may be larger than a launch; a time is positive
+MOST_CALLS = 100  # per graph: results may share memory, nodes do not
+GRAPH_MS = 10.0  # length of a replay, unless MOST_CALLS is reached
+LEAST_MS = 1e-6  # noise may exceed a launch; times stay positive
 
 Run = Callable[[], object]
 
 
 def captured(run: Run, calls: int) -> torch.cuda.CUDAGraph:
-    """A graph of run(), `calls` times, after its first replay, a slow one. run() has run before."""
+    """A graph of `calls` calls of run(), replayed once (the first is slow). Call run() before."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(calls):
@@ -36,7 +36,7 @@ def captured(run: Run, calls: int) -> torch.cuda.CUDAGraph:
 
 
 def elapsed_ms(run: Run) -> float:
-    """Milliseconds of the current stream from before run() until what it started is done."""
+    """Milliseconds on the current stream for all work that run() starts."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     run()
@@ -46,15 +46,15 @@ def elapsed_ms(run: Run) -> float:
 
 
 def cold_ms(run: Run, rounds: int) -> list[float]:
-    """Milliseconds of run() with nothing of it in L2, `rounds` times; the graphs take turns.
+    """Milliseconds of run() with a cold L2 cache, `rounds` times; the graphs take turns.
 
-    On the current GPU, not while a graph is captured. Memory: the buffer, and twice what run()
-    allocates, as a graph frees and reuses what a call leaves.
+    On the current GPU, not during graph capture. Memory: the buffer, and twice what run()
+    allocates, since a graph frees and reuses the memory of a call.
     """
     buffer = scratch()
 
     def write() -> None:
-        buffer.fill_(1)  # by a kernel: a copy engine may go past the cache
+        buffer.fill_(1)  # by a kernel: a copy engine may bypass the cache
 
     def both() -> None:
         write()
@@ -73,7 +73,7 @@ def differences(
 ) -> list[float]:
     """(whole() − part()) / calls of every round, at least LEAST_MS.
 
-    Both are milliseconds; they take turns in being first, so that a clock that changes cancels.
+    Both return milliseconds. They take turns in being first, so a drift of the clock cancels.
     """
     found = []
     for turn in range(rounds):
@@ -86,7 +86,7 @@ def differences(
 
 
 def calls_for(ms: float) -> int:
-    """Calls of `ms` in a graph of GRAPH_MS, one to MOST_CALLS."""
+    """Number of calls of `ms` in a graph of GRAPH_MS, from 1 to MOST_CALLS."""
     return max(1, min(MOST_CALLS, int(GRAPH_MS / max(ms, LEAST_MS))))
 
 

@@ -1,4 +1,4 @@
-"""Packages that only a part of the training needs, imported when it does."""
+"""Imports of optional packages, at first use."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from types import ModuleType
 
 
 class MissingPackage(RuntimeError):
-    """The message says what needs which package, and how to install it."""
+    """An optional package is missing; the message says how to install it."""
 
 
 def imported(module: str, what: str, package: str) -> ModuleType:
-    """The module; MissingPackage, with `what` as its subject, where `package` is not installed."""
+    """The module; MissingPackage, with `what` as its subject, if `package` is not installed."""
     try:
         return importlib.import_module(module)
     except ImportError as error:

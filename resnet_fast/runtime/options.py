@@ -1,6 +1,7 @@
-"""Types of command-line options that several commands share; a bad value is named with its option.
+"""Types of command-line options that several commands share.
 
-Each is a `type=` for argparse: it parses a word or raises `argparse.ArgumentTypeError`.
+Each is a `type=` for argparse: it parses a word or raises `argparse.ArgumentTypeError`, which
+argparse reports with the name of the option.
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ DEVICES = ("cpu", "cuda")
 
 
 def names(choices: Iterable[str] | Callable[[], Iterable[str]]) -> Callable[[str], list[str]]:
-    """A comma list of `choices`, or of what they give when a word is there; each once."""
+    """Parser of a comma-separated list of `choices` (or of choices()), without duplicates."""
 
     def parse(text: str) -> list[str]:
         known = list(choices() if callable(choices) else choices)
         for word in text.split(","):
             if word not in known:
                 raise argparse.ArgumentTypeError(
-                    f"expected a comma list of {', '.join(known)}; got {word!r}"
+                    f"expected a comma-separated list of {', '.join(known)}; got {word!r}"
                 )
         return list(dict.fromkeys(text.split(",")))
 
@@ -31,7 +32,7 @@ def names(choices: Iterable[str] | Callable[[], Iterable[str]]) -> Callable[[str
 
 
 def positive(kind: type) -> Callable[[str], Any]:
-    """A finite number above zero, an int or a float."""
+    """Parser of a finite number above zero, an int or a float."""
 
     def parse(text: str) -> Any:
         try:
@@ -46,12 +47,12 @@ def positive(kind: type) -> Callable[[str], Any]:
 
 
 def integers(text: str) -> list[int]:
-    """A comma list of positive integers, each once."""
+    """Parse a comma-separated list of positive integers, without duplicates."""
     return list(dict.fromkeys(positive(int)(word) for word in text.split(",")))
 
 
 def device(text: str) -> torch.device:
-    """cpu, or cuda where there is one."""
+    """Parse cpu, or cuda if it is available."""
     if text not in DEVICES:
         raise argparse.ArgumentTypeError(f"expected one of {', '.join(DEVICES)}; got {text!r}")
     if text == "cuda" and not torch.cuda.is_available():

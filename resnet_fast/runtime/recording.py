@@ -1,10 +1,10 @@
 """A function of tensors as a list of recorded steps that can be replayed on other tensors.
 
 `record` runs a function and records its device work: allocations, calls of PyTorch and kernel
-launches. Each tensor is known by its place: an argument, or the result of an earlier step. So the
-steps can be replayed with other arguments, without the function, its checks and its choice of
-kernels, which for small tensors take the host much longer than the launches take the device. The
-caller must guarantee that the function would have done the same (`dispatch.replay`).
+launches. A tensor is identified by its place: an argument, or the result of an earlier step. The
+steps can then be replayed with other arguments, without the function, its checks and its choice of
+kernels. For small tensors these take the host longer than the launches take the device. The caller
+must guarantee that the function would run the same steps (`dispatch.replay`).
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ MEMORY = {
     aten.new_empty.default, aten.new_empty_strided.default,
 }  # fmt: skip
 Step = Callable[[list[Any]], None]
-"""Takes the tensors by their places, and puts its own results into theirs."""
+"""Reads tensors from their places, and writes its results to their places."""
 
 
 class _Place(int):
-    """Where a tensor is among those of a program."""
+    """Index of a tensor in a program."""
 
 
 class _Descriptor(NamedTuple):
@@ -47,13 +47,13 @@ _current = _Current()
 
 
 class Program:
-    """The steps of a recorded function, and where its results are afterwards."""
+    """The steps of a recorded function, and the places of its results."""
 
     def __init__(self, steps: Sequence[tuple[Step, list[int]]], places: int, result: Any) -> None:
         self._steps, self._places, self._result = steps, places, result
 
     def __call__(self, tensors: Sequence[Tensor | None]) -> Any:
-        """What the function gives for these arguments."""
+        """Return the results of the function for these arguments."""
         env = [*tensors, *(None,) * (self._places - len(tensors))]
         for step, last_used in self._steps:
             step(env)
@@ -68,10 +68,11 @@ def record(
     tensors: Sequence[Tensor | None],
     inline: Mapping[Any, Callable],
 ) -> tuple[Any, Program | None]:
-    """run(*fixed, *tensors), and its program; None for one that no steps can be made of.
+    """Return run(*fixed, *tensors), and its program or None if it cannot be recorded.
 
-    That is one that looks at a value, or at a tensor that is no argument and was made by no step,
-    or whose arguments are the same tensor twice. inline: operators to look into, by what runs them.
+    It cannot be recorded if it reads a value, uses a tensor that is neither an argument nor the
+    result of a step, or gets one tensor as two arguments. inline: ops to record as their own steps,
+    with the function that runs each.
     """
     recorder = _Recorder(tensors, inline)
     _current.recorder = recorder
@@ -84,9 +85,9 @@ def record(
 
 
 def launched(start: Callable[[], Callable[..., None]], args: Sequence[Any]) -> None:
-    """start(), a launch on `args`; a program launches by what it gives, a function of them.
+    """Run the launch start() on `args`. It returns a function of `args` that a program calls.
 
-    args: numbers, tensors, and descriptors of tensors, which are objects with a tensor `base`.
+    args: numbers, tensors, and descriptors of tensors (objects with a tensor `base`).
     """
     if _current.recorder is None:
         start()
@@ -97,7 +98,7 @@ def launched(start: Callable[[], Callable[..., None]], args: Sequence[Any]) -> N
 
 
 def step(run: Callable[..., Tensor], *args: Any) -> Tensor:
-    """run(*args), which in a program is one step, whatever tensors it has of its own."""
+    """Run run(*args) as one step of a program, whatever tensors it allocates inside."""
     if _current.recorder is None:
         return run(*args)
     with _disable_current_modes():
@@ -150,16 +151,16 @@ class _Recorder(TorchDispatchMode):
         result: Any,
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Note func(*args, **kwargs), which gave `result`; gives it back."""
+        """Record func(*args, **kwargs), whose result is `result`; return `result`."""
         operands, options = self._placed((list(args), dict(kwargs or {})))
         several = isinstance(result, (tuple, list))
         results = list(result) if several else [result]
         if _places(options) or not all(isinstance(t, Tensor) or t is None for t in results):
-            self._fits = False  # a tensor goes by name, or a number is looked at
+            self._fits = False  # a tensor is a keyword argument, or a value is read
             return result
         same = isinstance(result, Tensor) and result in self._place
         if same and not _mutates(func):
-            return result  # an operand as it was
+            return result  # an unchanged operand
         places = [None if t is None else self._put(t) for t in results]
         used = [place for place in places if place is not None]
         fill = _filling(operands)
@@ -174,14 +175,14 @@ class _Recorder(TorchDispatchMode):
         return result
 
     def _put(self, t: Tensor) -> int:
-        """The place of a result, a new one unless it is an operand that comes back."""
+        """The place of a result: a new one, unless the result is an operand."""
         if t not in self._place:
             self._place[t] = self._places
             self._places += 1
         return self._place[t]
 
     def _placed(self, value: Any) -> Any:
-        """`value` with places for tensors."""
+        """`value` with places instead of tensors."""
         if isinstance(value, Tensor):
             place = self._place.get(value)
             self._fits = self._fits and place is not None
@@ -209,7 +210,7 @@ def _mutates(func: Callable[..., Any]) -> bool:
 
 
 def _mapped(f: Callable[[Any], Any], value: Any) -> Any:
-    """`value` with f of what is in its tuples, lists and dictionaries."""
+    """`value` with f applied to the items of its tuples, lists and dictionaries."""
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*map(f, value))
     if isinstance(value, (tuple, list)):
@@ -220,18 +221,18 @@ def _mapped(f: Callable[[Any], Any], value: Any) -> Any:
 
 
 def _filled(value: Any, env: list[Any]) -> Any:
-    """`value` with the tensors of its places."""
+    """`value` with tensors instead of places."""
     if type(value) is _Place:
         return env[value]
     if type(value) is _Descriptor:
-        descriptor = object.__new__(value.kind)  # its fields have been checked
+        descriptor = object.__new__(value.kind)  # its fields were checked when recorded
         vars(descriptor).update(value.fields, base=env[value.place])
         return descriptor
     return _mapped(lambda v: _filled(v, env), value)
 
 
 def _filling(operands: list[Any]) -> Callable[[list[Any]], list[Any]]:
-    """`_filled` of these operands, ready to be called."""
+    """A function that returns `_filled` of these operands, quickly."""
     tensors = [(i, v) for i, v in enumerate(operands) if type(v) is _Place]
     others = [(i, v) for i, v in enumerate(operands) if type(v) is not _Place and _places(v)]
 

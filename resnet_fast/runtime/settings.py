@@ -1,4 +1,4 @@
-"""Every environment variable of the package: its type, default, range and error.
+"""Every environment variable of resnet_fast: type, default, range and error.
 
 `resnet-fast env` prints them. Variables marked "at load" are read once, when the native kernels
 load (`native`); the others are read at each use. RESNET_FAST_BUILD belongs to setup.py.
@@ -17,7 +17,7 @@ MOST_MIB = (2**63 - 1) >> 20
 
 
 class BadSetting(ValueError):
-    """An environment variable has a value that it may not have; the message says which."""
+    """An environment variable has an invalid value; the message names both."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Setting:
     what: str
 
     def read(self) -> Any:
-        """The value, or the default. BadSetting names the variable and what it may be."""
+        """The value, or the default. BadSetting names the variable and the valid values."""
         text = os.environ.get(self.variable)
         if not text:
             return self.default
@@ -41,12 +41,12 @@ class Setting:
             raise BadSetting(f"{self.variable}: expected {self.expected}, got {text!r}") from None
 
     def prefer(self, text: str) -> None:
-        """Set the variable, for this process and its children, where it is unset."""
+        """Set the variable for this process and its children, unless it is set."""
         os.environ.setdefault(self.variable, text)
 
     @contextmanager
     def set_to(self, text: str) -> Iterator[None]:
-        """Within it the variable is `text`; not for one that is read at load."""
+        """Context in which the variable is `text`; not for variables read at load."""
         before = os.environ.get(self.variable)
         os.environ[self.variable] = text
         try:
@@ -58,7 +58,7 @@ class Setting:
 
 
 def _word(variable: str, words: tuple[str, ...], what: str, default: str | None = None) -> Setting:
-    """A setting that is one of `words`; the first is the default unless another is named."""
+    """A setting that is one of `words`; the first is the default, or `default`."""
 
     def parse(text: str) -> str:
         if text not in words:
@@ -85,8 +85,8 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-TRACE = _flag("RESNET_FAST_TRACE", "print who runs each op, and why, once for each kind of call")
-AUTOTUNE = _flag("RESNET_FAST_AUTOTUNE", "measure on a GPU what no tuning table has, and keep it")
+TRACE = _flag("RESNET_FAST_TRACE", "print which implementation runs each op, and why, once per kind of call")
+AUTOTUNE = _flag("RESNET_FAST_AUTOTUNE", "measure on a GPU what no tuning table has, and save it")
 CACHE = Setting(
     "RESNET_FAST_CACHE", None, "a folder", Path, "folder of the user's tuning tables "
     "(default: resnet_fast in XDG_CACHE_HOME or ~/.cache)",
@@ -97,8 +97,8 @@ TRITON_CONV = _word(
 )  # fmt: skip
 CUDA_CONV = _word(
     "RESNET_FAST_CUDA_CONV", ("cutlass", "auto", "cudnn"),
-    "inference convolutions of the native CUDA kernels, at load: cutlass refuses channels_last "
-    "16-bit convolutions that CUTLASS has no kernel for, auto gives them to cuDNN",
+    "inference convolutions of the native CUDA kernels, at load: cutlass raises an error for "
+    "channels_last 16-bit convolutions that CUTLASS does not support, auto gives them to cuDNN",
 )  # fmt: skip
 CPU_CONV = _word(
     "RESNET_FAST_CPU_CONV", ("auto", "tiles", "winograd", "onednn"),
@@ -106,7 +106,7 @@ CPU_CONV = _word(
 )  # fmt: skip
 CPU_ISA = _word(
     "RESNET_FAST_CPU_ISA", ("baseline", "avx2", "avx512", "avx512_bf16", "amx_bf16"),
-    "instruction set of the native CPU kernels, at load (default: the most that the CPU has)", "",
+    "instruction set of the native CPU kernels, at load (default: the highest of the CPU)", "",
 )  # fmt: skip
 CPU_CACHE_MB = Setting(
     "RESNET_FAST_CPU_CACHE_MB", None, f"a number of MiB from 0 to {MOST_MIB}", _mebibytes,
@@ -126,7 +126,7 @@ ALL = (
 
 
 def native() -> dict[str, Any]:
-    """What the native kernels are told when they load: arguments of `resnet_fast._C.configure`."""
+    """Settings of the native kernels at load: arguments of `resnet_fast._C.configure`."""
     return {
         "cpu_isa": CPU_ISA.read(),
         "cpu_conv": CPU_CONV.read(),

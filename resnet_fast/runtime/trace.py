@@ -1,9 +1,9 @@
-"""RESNET_FAST_TRACE=1: who runs each op, and why: one line on stderr for each kind of call.
+"""RESNET_FAST_TRACE=1: print which implementation runs each op, one line per kind of call.
 
     op, tensors: implementation (reason); kernel or plan, tile (reason); …
 
-Ops open a line (`op`), and what decides inside them adds to it (`note`). With the trace on, CPU
-inference runs op by op, not in one native call, so that every op has its line.
+An op starts a line (`op`), and decisions inside it add to it (`note`). Lines go to stderr. With the
+trace on, CPU inference runs op by op instead of in one native call, so every op has a line.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def on() -> bool:
 
 @contextmanager
 def op(head: str) -> Iterator[None]:
-    """Within it notes are gathered; then the line is printed, once a process."""
+    """Context that collects notes, then prints the line, once per process."""
     before, _lines.notes = _lines.notes, []
     try:
         yield
@@ -45,6 +45,6 @@ def op(head: str) -> Iterator[None]:
 
 
 def note(what: str, why: str) -> None:
-    """Add a decision and its reason to the line of the op that runs; nothing outside one."""
+    """Add a decision and its reason to the line of the running op, if any."""
     if _lines.notes is not None:
         _lines.notes.append(f"{what} ({why})")

@@ -1,11 +1,11 @@
-"""Tuning tables: measurements on a GPU in JSON; the user's come before the shipped ones.
+"""Tuning tables: GPU measurements as JSON. The user's tables have priority over shipped ones.
 
-A table has one kind and one GPU: {section: {key: entry}}. Kind "tiles" says which tile a Triton
-kernel runs with (`kernels.config_select`), kind "impls" which implementation an op runs on
+A table is for one kind and one GPU: {section: {key: entry}}. Kind "tiles" selects the tile of a
+Triton kernel (`kernels.config_select`), kind "impls" the implementation of an op
 (`dispatch.auto_impl`). The user's tables are `<cache>/<kind>/<gpu>.json`, where <cache> is
-RESNET_FAST_CACHE or ~/.cache/resnet_fast (XDG_CACHE_HOME is honoured); shipped tables are
-`measured/<kind>/<gpu>.json`. RESNET_FAST_AUTOTUNE=1 measures what is in no table and adds it to the
-user's.
+RESNET_FAST_CACHE, or resnet_fast in XDG_CACHE_HOME or ~/.cache. Shipped tables are
+`measured/<kind>/<gpu>.json`. With RESNET_FAST_AUTOTUNE=1, resnet_fast measures missing entries and
+adds them to the user's table.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ _watches: list[Callable[[str, str, str, str], None]] = []
 
 
 def slug(gpu: str) -> str:
-    """The name of a GPU as a file's: "NVIDIA H200" → "nvidia-h200"."""
+    """File name for a GPU: "NVIDIA H200" → "nvidia-h200"."""
     return re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
 
 
 def user_table(kind: str, gpu: str) -> Path:
-    """The user's table of a kind for a GPU."""
+    """Path of the user's table of a kind for a GPU."""
     base = settings.CACHE.read()
     if base is None:
         home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
@@ -52,21 +52,21 @@ def user_table(kind: str, gpu: str) -> Path:
 
 
 def shipped_table(kind: str, gpu: str) -> Path:
-    """The table of a kind that is shipped for a GPU, there or not."""
+    """Path of the shipped table of a kind for a GPU; it need not exist."""
     return SHIPPED / kind / f"{slug(gpu)}.json"
 
 
 def sections(kind: str, gpu: str, section: str) -> Iterator[dict[str, Any]]:
-    """The section of the user's table, then of the shipped one; empty where there is none."""
+    """The section of the user's table, then of the shipped one; empty if missing."""
     for path in (user_table(kind, gpu), shipped_table(kind, gpu)):
         yield read(path).get(section, {})
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The table at `path`; empty where none can be read. RuntimeError names a damaged file."""
+    """The table at `path`, empty if it cannot be read. RuntimeError names a damaged file."""
     try:
         text = path.read_text()
-    except OSError:  # none there, or a home that is no folder or not ours
+    except OSError:  # missing, or the home folder is missing or not readable
         return {}
     try:
         table = json.loads(text)
@@ -76,9 +76,9 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def write(path: Path, section: str, key: str, entry: dict[str, Any]) -> None:
-    """Add or replace one entry of the table at `path`; the file is whole at every moment.
+    """Add or replace one entry of the table at `path`, atomically.
 
-    Processes and threads that write at once wait for each other, so no entry is lost.
+    Concurrent writers (processes and threads) wait for each other, so no entry is lost.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with _alone(path):
@@ -93,7 +93,7 @@ def write(path: Path, section: str, key: str, entry: dict[str, Any]) -> None:
 
 @contextmanager
 def _alone(path: Path) -> Iterator[None]:
-    """One thread of one process at a time, by a lock file beside the table."""
+    """Lock for one thread of one process, by a lock file in the folder of the table."""
     with _writing, path.with_suffix(".lock").open("w") as lock:
         if fcntl is not None:
             fcntl.flock(lock, fcntl.LOCK_EX)  # until it is closed
@@ -101,18 +101,19 @@ def _alone(path: Path) -> Iterator[None]:
 
 
 def searching() -> bool:
-    """Whether what is in no table is to be measured."""
+    """Whether to measure entries that no table has."""
     return settings.AUTOTUNE.read()
 
 
 def capturing() -> bool:
-    """Whether a CUDA graph is being captured, in which nothing can be measured."""
+    """Whether a CUDA graph is being captured; nothing can be measured then."""
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def microseconds(run: Callable[[], Any]) -> float:
-    """Median time of run() on the current GPU as in a model: without the host, with a cold L2
-    cache (`graph_timing`). Not while a graph is captured.
+    """Median time of run() on the current GPU in µs, without host time and with a cold L2 cache.
+
+    See `graph_timing`. Not during graph capture.
     """
     return 1e3 * statistics.median(cold_ms(run, ROUNDS))
 
@@ -123,14 +124,14 @@ def unsettled() -> bool:
 
 
 def missed(kind: str, gpu: str, section: str, key: str) -> None:
-    """Report to every `watching` caller that no table has this entry."""
+    """Tell every `watching` caller that no table has this entry."""
     for watch in _watches:
         watch(kind, gpu, section, key)
 
 
 @contextmanager
 def watching(watch: Callable[[str, str, str, str], None]) -> Iterator[None]:
-    """Within it watch(kind, gpu, section, key) is called for every entry that no table has."""
+    """Context in which watch(kind, gpu, section, key) is called for every missing entry."""
     _watches.append(watch)
     try:
         yield

@@ -1,6 +1,6 @@
-"""A residual block as data: a chain of convolutions and normalizations beside a shortcut.
+"""A residual block as data: a chain of convolutions and normalizations, and a shortcut.
 
-Every layer of this package is one `Chain`: n convolutions, n + 1 places for a normalization
+Every layer of resnet_fast is one `Chain`: n convolutions, n + 1 places for a normalization
 (before the first convolution, between two, after the last) and a join with the shortcut.
 
     conv + BN + ReLU        convs (c,)          norms (-, n)         shortcut none | residual
@@ -10,10 +10,10 @@ Every layer of this package is one `Chain`: n convolutions, n + 1 places for a n
     BasicBlock, Bottleneck  convs (c, c[, c])   norms (-, n, n[, n]) any shortcut
     pre-activation blocks   convs (c, c[, c])   norms (n, n[, n], -) any shortcut, relu=False
 
-With h[0] = x: h[j+1] = conv[j](φ[j](h[j])), φ[j] = relu∘norm[j], or the identity where there is no
-norm[j]; the join is y = relu(norm[n](h[n]) + s), its ReLU optional, with s nothing, x ("identity"),
-another tensor ("residual") or projection_norm(projection(φ[0](x))) ("projection"). A pool takes
-the maximum of a join's windows, of a join that is relu(norm[n](h[n])).
+With h[0] = x: h[j+1] = conv[j](φ[j](h[j])), φ[j] = relu∘norm[j], or the identity without norm[j].
+The join is y = relu(norm[n](h[n]) + s) with an optional ReLU. s is nothing, x ("identity"), another
+tensor ("residual") or projection_norm(projection(φ[0](x))) ("projection"). A pool takes the maximum
+over windows of relu(norm[n](h[n])).
 He et al. 2015 (arXiv:1512.03385, eq. 1 and 2), He et al. 2016 (arXiv:1603.05027, fig. 4e).
 """
 
@@ -34,7 +34,7 @@ SHORTCUTS = ("none", "identity", "residual", "projection")
 
 @dataclass(frozen=True)
 class Conv:
-    """Geometry of a convolution, as `torch.nn.functional.conv2d` takes it."""
+    """Geometry of a convolution: arguments of `torch.nn.functional.conv2d`."""
 
     stride: tuple[int, int] = (1, 1)
     padding: tuple[int, int] = (0, 0)
@@ -49,9 +49,9 @@ class Conv:
     def output_shape(
         self, x: Sequence[int], w: Sequence[int], weight: str = "weight"
     ) -> tuple[int, int, int, int]:
-        """[N,K,P,Q] of inputs [N,C,H,W] and filters [K,C/groups,R,S], those called `weight`.
+        """[N,K,P,Q] of inputs [N,C,H,W] and filters [K,C/groups,R,S]; errors call them `weight`.
 
-        Raises ValueError where they do not fit each other or the geometry is not valid.
+        Raises ValueError if the shapes do not match or the geometry is invalid.
         """
         if len(w) != 4:
             raise ValueError(f"{weight}: expected 4 dimensions [K, C/groups, R, S], got {tuple(w)}")
@@ -60,7 +60,7 @@ class Conv:
             raise ValueError(f"groups: expected a divisor of {w[0]} filters, got {given(groups)}")
         if w[1] * self.groups != x[1]:
             raise ValueError(
-                f"{weight}: expected {x[1]} input channels / {self.groups} groups, "
+                f"{weight}: expected {x[1]} input channels / {self.groups} groups in dimension 1, "
                 f"got shape {tuple(w)}"
             )
         check_pair("stride", self.stride, 1)
@@ -79,14 +79,14 @@ class Conv:
         return list(self.stride), list(self.padding), list(self.dilation), self.groups
 
 
-MOST_POSITIONS = 255  # of a window: each has a code in one byte, and "none of them" has one more
+MOST_POSITIONS = 255  # of a window: one byte holds a position, or 255 for none
 
 
 @dataclass(frozen=True)
 class Pool:
-    """Windows of a max-pool, as `torch.nn.functional.max_pool2d` takes them without ceil_mode.
+    """Windows of a max-pool: arguments of `torch.nn.functional.max_pool2d` without ceil_mode.
 
-    Raises ValueError for windows that are empty, have over 255 positions or may be all padding.
+    Raises ValueError for an empty window, over 255 positions, or a window that can be all padding.
     """
 
     kernel: tuple[int, int]
@@ -107,7 +107,7 @@ class Pool:
             )
 
     def output_shape(self, x: Sequence[int]) -> tuple[int, int, int, int]:
-        """[N,C,P,Q] of [N,C,H,W]; ValueError where it has no pixels."""
+        """[N,C,P,Q] of [N,C,H,W]; ValueError if it has no pixels."""
         windows = Conv(self.stride, self.padding)
         p, q = (windows.output_size(x[2 + i], self.kernel[i], i) for i in (0, 1))
         if min(p, q) < 1:
@@ -124,10 +124,10 @@ class Pool:
 
 @dataclass(frozen=True)
 class Norm:
-    """One normalization: its eps, and whose statistics it uses, the batch's or the running ones.
+    """One normalization: its eps, and whether it uses batch statistics or running statistics.
 
-    group: the `torch.distributed.ProcessGroup` whose batches count as one, None for this process's
-    own (`resnet_fast.autograd.sync.group_of` gives either). It goes with the batch's statistics.
+    group: the `torch.distributed.ProcessGroup` that shares batch statistics; None uses the batch of
+    this process (`resnet_fast.autograd.sync.group_of` returns either).
     """
 
     eps: float = 1e-5
@@ -140,7 +140,7 @@ class Norm:
         if not isinstance(self.batch_stats, bool):
             raise ValueError(f"batch_stats: expected True or False, got {given(self.batch_stats)}")
         if self.group is not None and not self.batch_stats:
-            raise ValueError("group: expected None of a norm with running statistics")
+            raise ValueError("group: expected None for a norm with running statistics")
 
 
 class ConvParams(NamedTuple):
@@ -159,14 +159,14 @@ class NormParams(NamedTuple):
     running_var: Tensor | None = None
 
     def running(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Running mean and variance in `dtype`, of a norm that has them."""
+        """Running mean and variance in `dtype`; both must exist."""
         assert self.running_mean is not None and self.running_var is not None  # check_chain
         return self.running_mean.to(dtype), self.running_var.to(dtype)
 
 
 @dataclass(frozen=True)
 class Chain:
-    """The static half of a block; the tensors travel beside it (see the module's docstring).
+    """The static half of a block, without tensors (see the docstring of this module).
 
     keep_activations stores φ[j](h[j]) for the backward pass instead of recomputing it from h[j]:
     more memory, less arithmetic.
@@ -198,13 +198,13 @@ class Chain:
         if bare and self.relu and self.shortcut == "none":
             raise ValueError("relu: expected a norm or a shortcut at the end of the chain")
         if not self.convs and bare and self.shortcut != "residual":
-            raise ValueError("shortcut: expected 'residual' in a chain of nothing but an addition")
+            raise ValueError("shortcut: expected 'residual' without a convolution or a norm")
         if self.pool is not None and (bare or not self.relu or self.shortcut != "none"):
             raise ValueError("pool: expected a norm, a ReLU and no shortcut before it")
 
     @property
     def all_convs(self) -> tuple[Conv, ...]:
-        """The chain's convolutions, then the projection's where there is one."""
+        """The chain's convolutions, then the projection if there is one."""
         return self.convs if self.projection is None else (*self.convs, self.projection)
 
     @property
@@ -214,14 +214,14 @@ class Chain:
 
     @property
     def shared(self) -> bool:
-        """Whether a norm shares its statistics with other processes."""
+        """Whether any norm shares statistics with other processes."""
         return any(norm is not None and norm.group is not None for norm in self.all_norms)
 
 
 class Running(NamedTuple):
-    """How one norm's running statistics follow the batch, as `torch.nn.BatchNorm2d`'s do.
+    """How one norm updates its running statistics, as in `torch.nn.BatchNorm2d`.
 
-    momentum None is the cumulative average, 1 / num_batches_tracked.
+    momentum=None gives the cumulative average, 1 / num_batches_tracked.
     """
 
     momentum: float | None = 0.1
@@ -229,7 +229,7 @@ class Running(NamedTuple):
 
 
 class Tensors(NamedTuple):
-    """The tensors of a chain in the order in which `ChainFunction.apply` takes them."""
+    """The tensors of a chain, in the order of `ChainFunction.apply`'s arguments."""
 
     convs: tuple[ConvParams, ...]
     norms: tuple[NormParams, ...]

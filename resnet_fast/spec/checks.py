@@ -1,4 +1,4 @@
-"""Argument checks of the public functions: every message names the argument and its remedy."""
+"""Argument checks of the public functions; every message names the argument."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from .values import check_flag, check_number, given
 
 
 def check_options(training: bool, momentum: float, relu: bool) -> None:
-    """Whether the options of a normalization are of their types."""
+    """Check the types of a normalization's options."""
     check_flag(training, "training")
     check_number(momentum, "momentum")
     check_flag(relu, "relu")
 
 
 def check_impl(impl: str) -> str:
-    """`impl` itself when it is one of `spec.chain.IMPLS`."""
+    """Return `impl` if it is one of `spec.chain.IMPLS`, else raise ValueError."""
     if not isinstance(impl, str) or impl not in IMPLS:
         raise ValueError(f"impl: expected one of {', '.join(map(repr, IMPLS))}, got {given(impl)}")
     return impl
@@ -33,10 +33,10 @@ def check_chain(
     norms: Sequence[NormParams],
     residual: Tensor | None,
 ) -> list[int]:
-    """Check the tensors of a chain against each other; M, the values a channel, of every norm.
+    """Check the tensors of a chain against each other; return M, the values per channel, per norm.
 
-    Raises ValueError for a wrong shape, dtype, device, geometry, missing statistics, or a batch
-    normalization over one value a channel (one over several processes looks for itself).
+    Raises ValueError for a wrong shape, dtype, device, geometry, missing statistics, or batch
+    statistics of one value per channel (`autograd.sync` checks this over several processes).
     """
     check_impl(chain.impl)
     check_activations(x)
@@ -53,7 +53,8 @@ def check_chain(
     if chain.shortcut == "identity":
         _match("x (the identity shortcut)", shapes[0], out)
     if (residual is not None) != (chain.shortcut == "residual"):
-        raise ValueError(f"residual: does not go with the shortcut {chain.shortcut!r}")
+        wanted = "a tensor" if residual is None else "None"
+        raise ValueError(f"residual: expected {wanted} with shortcut={chain.shortcut!r}")
     if residual is not None:
         _match("residual", tuple(residual.shape), out)
         _same_device("residual", residual, x)
@@ -65,7 +66,7 @@ def check_chain(
         counts.append(shape[0] * shape[2] * shape[3])
         if norm is None:
             if i > 0 and i - 1 < len(convs) and convs[i - 1].bias is not None:
-                raise ValueError("bias: a convolution's bias is only taken before a normalization")
+                raise ValueError("bias: expected None without a normalization after it")
             continue
         _check_norm(norms[i], shape[1], x, needs_running=not norm.batch_stats)
         if norm.batch_stats and norm.group is None and counts[-1] == 1:
@@ -76,7 +77,7 @@ def check_chain(
 
 
 def check_activations(x: Tensor) -> None:
-    """Whether x is [N,C,H,W] of a dtype that the ops take."""
+    """Check that x is [N,C,H,W] in a dtype of the ops."""
     if x.is_nested or x.dim() != 4:
         shape = "a nested tensor" if x.is_nested else f"shape {tuple(x.shape)}"
         raise ValueError(f"x: expected 4 dimensions [N, C, H, W], got {shape}")
@@ -92,7 +93,7 @@ def _conv_shape(
     out = conv.output_shape(shape, w.shape, name)
     if w.dtype != x.dtype and not (w.dtype == torch.float32 and x.dtype.itemsize == 2):
         raise ValueError(
-            f"{name}: expected x's dtype {_name(x.dtype)} (or float32 beside 16-bit activations), "
+            f"{name}: expected x's dtype {_name(x.dtype)} (or float32 with 16-bit activations), "
             f"got {_name(w.dtype)}"
         )
     _same_device(name, w, x)
@@ -107,7 +108,7 @@ def _check_norm(params: NormParams, channels: int, x: Tensor, needs_running: boo
         if value is not None:
             _vector(name, value, channels, x)
         elif needs_running and name.startswith("running"):
-            raise ValueError(f"{name}: expected a tensor of {channels} values when not training")
+            raise ValueError(f"{name}: expected {channels} values when not training")
     if (params.running_mean is None) != (params.running_var is None):
         raise ValueError("running_mean, running_var: expected both or neither")
 
@@ -119,7 +120,7 @@ def _vector(name: str, value: Tensor, size: int, x: Tensor) -> None:
         value.dtype == torch.float64
     ):
         raise ValueError(
-            f"{name}: expected {_name(x.dtype)} or float32 beside x in {_name(x.dtype)}, "
+            f"{name}: expected {_name(x.dtype)} or float32 for x in {_name(x.dtype)}, "
             f"got {_name(value.dtype)}"
         )
     _same_device(name, value, x)

@@ -8,27 +8,27 @@ from torch import Tensor
 BY_NAME = {
     "fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16, "fp16": torch.float16,
 }  # fmt: skip
-"""What the commands call the dtypes."""
+"""Names of the dtypes in commands."""
 DTYPES = tuple(BY_NAME.values())
-"""Of the ops, of the reference and of the Triton kernels."""
+"""Dtypes of the ops, the reference and the Triton kernels."""
 PRECISIONS = {name: dtype for name, dtype in BY_NAME.items() if name != "fp64"}
-"""Of training, tuning and benchmarks."""
+"""Dtypes of training, tuning and benchmarks."""
 NATIVE_DTYPES = {"cpu": DTYPES[:3], "cuda": DTYPES}
-"""Of the native kernels, by device: the CPU's take no fp16."""
+"""Dtypes of the native kernels, by device; the CPU kernels do not support fp16."""
 
-# Asked once: the compiler of torch 2.6 does not trace the question.
+# Computed once, because the compiler of torch 2.6 does not trace is_autocast_available.
 AUTOCAST_DEVICES = frozenset(
     device for device in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(device)
 )
 
 
 def stats_dtype(x: Tensor) -> torch.dtype:
-    """dtype of channel vectors beside activations `x`: fp64 for double, else fp32."""
+    """dtype of channel vectors for activations `x`: fp64 for double, else fp32."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which a convolution takes x: autocast's where it is on (double stays double)."""
+    """The dtype in which a convolution reads x: autocast's if it is on (double stays double)."""
     device = x.device.type
     if x.dtype == torch.float64 or not x.is_floating_point() or device not in AUTOCAST_DEVICES:
         return x.dtype
@@ -38,5 +38,5 @@ def autocast_dtype(x: Tensor) -> torch.dtype:
 
 
 def autocast(x: Tensor) -> Tensor:
-    """x as a convolution takes it under autocast; a norm or an addition takes x as it is."""
+    """x as a convolution reads it under autocast; a norm or an addition reads x uncast."""
     return x.to(autocast_dtype(x))

@@ -1,4 +1,4 @@
-"""A chain as layers: the `nn.Module`s that hold its numbers and tensors, and what they ask for."""
+"""A chain as layers: the `nn.Module`s that hold its options and tensors."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 class Parts(NamedTuple):
     """The children of a block as a chain (`resnet_fast.spec.chain`): n convolutions, n + 1 norms.
 
-    One more shortcut than a chain has: "zero_pad", which takes every `stride`-th pixel of x.
-    around: what a plain call runs besides, each a ReLU or a `Sequential` of the others.
+    It has one shortcut more than a chain: "zero_pad", every `stride`-th pixel of x.
+    around: the other modules that a plain call runs, each a ReLU or a `Sequential` of the layers.
     """
 
     convs: tuple[nn.Conv2d, ...]
@@ -43,21 +43,21 @@ class Parts(NamedTuple):
 
 
 def windows_of(pool: nn.MaxPool2d) -> Pool:
-    """The windows of `pool`; ValueError, naming the argument, where no chain can end with them."""
+    """The windows of `pool`; ValueError names the argument that a chain does not support."""
     if pair(pool.dilation, "dilation") != (1, 1):
-        raise ValueError(f"dilation: expected 1 of a fused max-pool, got {pool.dilation!r}")
+        raise ValueError(f"dilation: a fused max-pool needs dilation=1, got {pool.dilation!r}")
     for name in ("ceil_mode", "return_indices"):
         if getattr(pool, name):
-            raise ValueError(f"{name}: expected False of a fused max-pool")
+            raise ValueError(f"{name}: a fused max-pool needs {name}=False")
     kernel = pair(pool.kernel_size, "kernel")
     stride = kernel if pool.stride is None else pair(pool.stride, "stride")
     return Pool(kernel, stride, pair(pool.padding, "padding"))
 
 
 def promotes(chain: Chain | Parts, x: Tensor) -> bool:
-    """Whether autocast casts x for convolutions of `chain`, and something else takes x as it is.
+    """Whether autocast casts x for the convolutions of `chain` while another op reads x uncast.
 
-    That is a norm before the first convolution, or the addition of a shortcut made of x.
+    That op is a norm before the first convolution, or the addition of a shortcut.
     """
     if len(chain.convs) == 0 or autocast_dtype(x) == x.dtype:
         return False

@@ -1,8 +1,8 @@
-"""Memory formats: which one a tensor has, and the rows a kernel walks in it.
+"""Memory formats: which one a tensor has, and the rows that a kernel reads.
 
-Two dense formats exist here: `torch.contiguous_format` (NCHW) and `torch.channels_last` (NHWC).
-A tensor with one channel or one pixel is dense in both; kernels then walk it as NHWC, and a
-convolution follows its filter's format, as PyTorch does.
+There are two dense formats: `torch.contiguous_format` (NCHW) and `torch.channels_last` (NHWC). A
+tensor with one channel or one pixel is dense in both. Kernels then read it as NHWC, and a
+convolution follows the format of its filters, as in PyTorch.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from torch import Tensor
 
 
 def is_channels_last(x: Tensor) -> bool:
-    """Whether kernels walk dense 4-D `x` as NHWC: true where both formats fit, false when empty."""
+    """Whether kernels read dense 4-D `x` as NHWC: true if both formats fit, false if empty."""
     return x.numel() > 0 and x.is_contiguous(memory_format=torch.channels_last)
 
 
 def memory_format(x: Tensor, weight: Tensor | None = None) -> torch.memory_format:
-    """The format that results computed from activations `x` take.
+    """The format of results that are computed from activations `x`.
 
     Unambiguous tensors keep their own. Ambiguous ones (C = 1 or H = W = 1) follow `weight`; with
     C = 1, strides decide, as in PyTorch: `.to(memory_format=torch.channels_last)` sets them. A
@@ -49,12 +49,12 @@ def call_format(x: Tensor, weight: Tensor | None) -> torch.memory_format:
 
 
 def rows_of(x: Tensor) -> tuple[int, int]:
-    """(rows, elements a row) of dense `x`: pixels by channels in NHWC, planes by pixels in NCHW."""
+    """(rows, elements per row) of dense `x`: pixels × channels in NHWC, planes × pixels in NCHW."""
     n, c, h, w = x.shape
     return (n * h * w, c) if is_channels_last(x) else (n * c, h * w)
 
 
 def mask_shape(x: Tensor) -> tuple[int, int]:
-    """Shape of the ReLU bit mask of dense `x`: one bit an element, each row padded to a byte."""
+    """Shape of the ReLU bit mask of dense `x`: one bit per element, each row padded to a byte."""
     rows, inner = rows_of(x)
     return rows, (inner + 7) // 8

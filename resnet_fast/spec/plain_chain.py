@@ -1,7 +1,7 @@
-"""A chain by PyTorch's own ops, for what follows those alone (`guard.transformed`).
+"""A chain in PyTorch's own ops, for transforms that support only those (`guard.transformed`).
 
-Transforms of `torch.func`, forward-mode AD, `torch.fx` and `torch.jit.trace` know each of these
-ops. Dtypes, errors and running statistics are PyTorch's.
+These are `torch.func`, forward-mode AD, `torch.fx` and `torch.jit.trace`. Dtypes, errors and
+running statistics are PyTorch's.
 """
 
 from __future__ import annotations
@@ -53,10 +53,10 @@ def plain_chain(
 
 
 def _normalize(h: Tensor, rule: Norm, params: NormParams, running: Running | None) -> Tensor:
-    """BN(h) as `nn.BatchNorm2d` computes it, its running statistics included."""
+    """BN(h) as in `nn.BatchNorm2d`, with its update of running statistics."""
     if rule.group is not None:
         raise RuntimeError(
-            "group: a transform follows no statistics over several processes; use nn.BatchNorm2d"
+            "group: transforms do not support statistics over several processes; use nn.BatchNorm2d"
         )
     weight, bias, mean, var = params
     if not rule.batch_stats:

@@ -1,13 +1,13 @@
 """The specification: every op in plain PyTorch.
 
-One function an op of `dispatch.ops`, with its exact arguments: what a kernel must compute,
-written to be read. The specification of whole layers and blocks is `resnet_fast.blocks`: their
-modules in ordinary autograd know nothing of the backward formulas here, so they judge them.
+One function per op of `dispatch.ops`, with the same arguments: what a kernel must compute.
+`resnet_fast.blocks` specifies whole layers and blocks. Its modules use PyTorch's autograd and none
+of the backward formulas here, so the tests compare these formulas with them.
 
 Notation (Ioffe & Szegedy 2015, arXiv:1502.03167): for a channel with M values z,
 mean = Σz/M, m2 = Σ(z − mean)², rstd = (m2/M + eps)^(−1/2), xhat = (z − mean)·rstd,
 scale = weight·rstd, shift = bias − mean·scale, so that weight·xhat + bias = scale·z + shift.
-Channel vectors are fp32 (fp64 for double tensors), whatever the tensors' dtype.
+Channel vectors are fp32 for tensors of every dtype, and fp64 for double tensors.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .dtypes import stats_dtype
 from .layout import is_channels_last, mask_shape, memory_format
 
 CHANNELS = (1, -1, 1, 1)
-NONE = 255  # the index of a window that ReLU closed
+NONE = 255  # the index of a window whose result is 0
 OVER_PIXELS = (0, 2, 3)
 
 
@@ -31,7 +31,7 @@ def _wide(x: Tensor) -> Tensor:
 def _affine(z: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
     if scale is None:
         return _wide(z)
-    # In fp64, as a fused multiply-add: where |mean| is large the two terms nearly cancel.
+    # In fp64, like a fused multiply-add: for large |mean| the two terms nearly cancel.
     wide = z.double() * scale.double().view(CHANNELS) + shift.double().view(CHANNELS)
     return wide.to(stats_dtype(z))
 
@@ -75,9 +75,10 @@ def bn_stats(x: Tensor) -> tuple[Tensor, Tensor]:
 def bn_finalize(
     mean: Tensor, m2: Tensor, count: int, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """scale, shift, rstd of a normalization over `count` values a channel.
+    """scale, shift, rstd of a normalization over `count` values per channel.
 
-    In fp64: where |mean| is large shift is a small difference, and it goes with scale as stored.
+    Computed in fp64, because for large |mean| shift is a small difference of large terms. shift
+    uses scale as rounded to the result's dtype.
     """
     rstd = torch.rsqrt(m2.double() / max(count, 1) + eps)
     scale = (rstd if weight is None else weight.double() * rstd).to(mean.dtype)
@@ -173,7 +174,7 @@ def bn_act_bwd_apply(
 ) -> Tensor:
     """dz = a·dz' + b·(z − mean) + c + residual with dz' = dy under the mask.
 
-    Without `b` the statistics were frozen: dz = a·dz' + residual; without `a` dz = dz' + residual.
+    Without `b` (frozen statistics) dz = a·dz' + residual; without `a` dz = dz' + residual.
     """
     dz = _masked(dy, mask)
     if a is not None:
@@ -194,11 +195,11 @@ def bn_relu_max_pool(
     padding: list[int],
     save_index: bool,
 ) -> tuple[Tensor, Tensor]:
-    """y = max over windows of relu(scale·z + shift), and which position of its window each y is.
+    """y = max over windows of relu(scale·z + shift), and the position of y in its window.
 
-    The windows are those of `F.max_pool2d`; without scale and shift y is of relu(z). index, uint8
-    like y: r·S + s of the first of the largest values of an R×S window, NONE where ReLU let none
-    through, so that no gradient flows.
+    The windows are those of `F.max_pool2d`. Without scale and shift, y = max of relu(z). index
+    (uint8, shape of y) is r·S + s of the first maximum in an R×S window, and NONE where y is 0, so
+    no gradient flows there.
     """
     u = _affine(z, scale, shift)
     u = torch.where(u <= 0, 0.0, u)
@@ -230,10 +231,10 @@ def max_pool_bwd(
     stride: list[int],
     padding: list[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx like x: Σ of dy over the windows whose `index` names the pixel; Σdx and Σdx·xhat(x).
+    """dx: Σ of dy over the windows whose `index` points to the pixel; Σdx and Σdx·xhat(x).
 
-    The gradient through max-pool and ReLU of `bn_relu_max_pool` on x, and the sums that the
-    backward of its normalization needs; they are empty without `mean` and `rstd`.
+    dx is the gradient through max-pool and ReLU of `bn_relu_max_pool` at x. The sums are for the
+    backward pass of its normalization; without `mean` and `rstd` they are empty.
     """
     n, c, h, w = x.shape
     code = index.long()
@@ -304,13 +305,12 @@ def conv_bprop(
     need_dx: bool,
     need_dw: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx, dw of z = conv(φ(x), w), with what surrounds it in the chain.
+    """dx, dw of z = conv(φ(x), w), fused with its neighbours in the chain.
 
-    Before: dz = bn_act_bwd_apply(dy, dy_mask, a, z, mean, b, c). After: dx = dgrad(dz) + residual
-    (under `residual_mask`); with a prologue also the ReLU's gradient, dx = 0 where
-    in_scale·x + in_shift ≤ 0, and, given `in_mean` and `in_rstd`, the sums Σdx and Σdx·xhat(x)
-    that the backward of that normalization needs. `in_act` is φ(x) where the caller kept it.
-    What is not asked for comes back empty.
+    First dz = bn_act_bwd_apply(dy, dy_mask, a, z, mean, b, c). Then dx = dgrad(dz) + residual
+    (under `residual_mask`). With a prologue, dx = 0 where in_scale·x + in_shift ≤ 0 (the ReLU's
+    gradient). With `in_mean` and `in_rstd`, also Σdx and Σdx·xhat(x), for the backward pass of that
+    normalization. `in_act` is φ(x) if the caller stored it. Results not requested are empty.
     """
     dz = dy
     if dy_mask is not None or a is not None:

@@ -1,20 +1,20 @@
 """The one tolerance rule, for `resnet-fast verify` and for every test.
 
-A result is judged by its distance from plain PyTorch in fp64, against the distance at which plain
-PyTorch in the result's own dtype lies from there:
+The error of a result against plain PyTorch in fp64 is compared with the error of plain PyTorch in
+the result's dtype:
 
     max|actual − fp64| ≤ k·(worst|reference − fp64| + eps·max|fp64|),   k = 2, for gradients 3
 
-Each max runs over a whole tensor: an element of the reference may be exact by luck, its worst one
-hardly. In a tensor of few elements even the worst may be small by luck, so `worst` is no less than
-SPREAD times the root mean square: for normal errors that matters below some hundred elements.
-So the rule asks for as good a result as PyTorch's and knows no constant of any op. Tensors whose
-parts differ in size (a channel of mean 1000 beside one of mean 1) are to be compared part by part.
-How near PyTorch comes also depends on the threads and on who convolves, so a result that fails
-beside one run may be judged beside more of them (`plain_runs`).
+Each max is over a whole tensor, because single elements of the reference may be exact by chance.
+In a small tensor even the largest error may be small by chance, so `worst` is at least SPREAD times
+the root mean square; for normal errors this matters below about a hundred elements. The rule has no
+constants for single ops. Compare tensors whose parts differ in size (one channel of mean 1000, one
+of mean 1) part by part. PyTorch's error also depends on the number of threads and on the
+convolution algorithm, so a result that fails against one run can be compared with more of them
+(`plain_runs`).
 
-The gradient of a ReLU jumps at zero, so where a pre-activation lies within rounding of it, either
-side is right. `near_kink` is that band; its elements are left out, and a band that holds more than
+The gradient of a ReLU jumps at zero, so both sides are correct where its input is within rounding
+of zero. `near_kink` marks that band. Its elements are left out, and a band of more than
 MAX_KINK_SHARE of a tensor fails. Method after flash-attention's tests (Dao 2022, arXiv:2205.14135).
 """
 
@@ -40,7 +40,7 @@ MAX_KINK_SHARE = 0.01
 
 @dataclass(frozen=True)
 class Verdict:
-    """What `compare` found: the error, what was allowed, and why not where `ok` is False."""
+    """Result of `compare`: the error, the allowed error, and the reason if `ok` is False."""
 
     error: float
     allowed: float
@@ -65,29 +65,30 @@ def compare(
     rms: bool = False,
     more: Callable[[], Sequence[Tensor]] | None = None,
 ) -> Verdict:
-    """Judge `actual` by the rule of this module.
+    """Compare `actual` with the references by the rule of this module.
 
     Args:
-        actual: the result to judge, of any shape.
+        actual: the result, of any shape.
         same_dtype_reference: plain PyTorch's result from the same inputs in the same dtype, or
-            several (in other layouts), of which the worst counts. Nothing is wider than fp64:
-            beside a double `actual` an fp32 result may stand (from inputs that are exact in fp32),
-            whose error is scaled by eps(fp64)/eps(fp32); and k is one more, since the fp64
-            reference is then as far from the truth as a good result.
-        fp64_reference: plain PyTorch's result from the same inputs, widened to fp64.
-        gradient: allow k = 3 instead of 2.
-        kink: bool, like `actual`: elements to leave out (`near_kink`). NaN is found there too.
-        dtype: of the arithmetic, where it is narrower than `actual`'s (fp32 gradients under bf16
-            autocast); None takes `actual`'s.
-        rms: compare root mean squares instead of maxima. For whole networks in 16 bits: there
-            thousands of ReLUs change sides, in plain PyTorch as in `actual`, the largest element
-            of an error is one of them, and which one is luck.
-        more: makes further plain results, of the same shape, for an `actual` that fails beside
-            those given.
+            several (in other layouts); the largest error counts. For a double `actual` it may be an
+            fp32 result from inputs that are exact in fp32; its error is scaled by
+            eps(fp64)/eps(fp32). k is then one more, because the fp64 reference itself has an error
+            of that size.
+        fp64_reference: plain PyTorch's result from the same inputs in fp64.
+        gradient: True allows k = 3 instead of 2.
+        kink: bool tensor of `actual`'s shape: elements to leave out (`near_kink`). NaN in them
+            still fails.
+        dtype: dtype of the arithmetic if it is narrower than `actual`'s (fp32 gradients under bf16
+            autocast); None is `actual`'s.
+        rms: True compares root mean squares instead of maxima. This is for whole networks in 16
+            bits, where thousands of ReLUs change sides, in plain PyTorch too; the largest error is
+            at one of them, by chance.
+        more: function that returns further plain results of the same shape, called if `actual`
+            fails against those given.
 
     Returns:
-        The verdict. NaN or infinity anywhere, another shape or dtype, or too wide a band fail.
-        Integer and bool tensors must be equal; `error` is then the count of elements that differ.
+        The verdict. NaN or infinity, another shape or dtype, or too wide a band fail. Integer and
+        bool tensors must be equal; `error` is then the number of different elements.
     """
     many = not isinstance(same_dtype_reference, Tensor)
     references = list(same_dtype_reference) if many else [same_dtype_reference]
@@ -139,14 +140,14 @@ def assert_close(
     what: str = "",
     **options: Any,
 ) -> Verdict:
-    """`compare`, with an AssertionError that says `what` and the figures where it fails."""
+    """`compare`; raises AssertionError with `what` and the figures if it fails."""
     verdict = compare(actual, same_dtype_reference, fp64_reference, **options)
     assert verdict.ok, f"{what or 'result'}: {verdict}"
     return verdict
 
 
 def plain_runs(run: Callable[[], T]) -> Iterator[T]:
-    """`run` of plain PyTorch by one thread and by three, with oneDNN and without."""
+    """Results of `run` in plain PyTorch with one thread and three, with oneDNN and without."""
     threads = torch.get_num_threads()
     try:
         for count, enabled in itertools.product((1, 3), (True, False)):
@@ -158,9 +159,9 @@ def plain_runs(run: Callable[[], T]) -> Iterator[T]:
 
 
 def near_kink(preactivation: Tensor, dtype: torch.dtype) -> Tensor:
-    """The declared band: where |u| ≤ KINK_WIDTH·eps(dtype)·max|u| for a ReLU's fp64 input u.
+    """The band |u| ≤ KINK_WIDTH·eps(dtype)·max|u| of a ReLU's fp64 input u.
 
-    `dtype` is that of the arithmetic that makes u (fp32 inside a bf16 kernel).
+    `dtype` is the dtype of the arithmetic that computes u (fp32 inside a bf16 kernel).
     """
     size = preactivation.abs()
     if size.numel() == 0:
@@ -171,12 +172,12 @@ def near_kink(preactivation: Tensor, dtype: torch.dtype) -> Tensor:
 def _verdict(error: float, allowed: float, share: float) -> Verdict:
     why = ""
     if share > MAX_KINK_SHARE:
-        why = f"{share:.1%} of it lie at the ReLU's kink, at most {MAX_KINK_SHARE:.0%} may"
+        why = f"{share:.1%} of it is at the ReLU's kink, allowed are {MAX_KINK_SHARE:.0%}"
     return Verdict(error, allowed, error <= allowed and not why, why, share)
 
 
 def _size(value: Tensor, rms: bool) -> float:
-    """max|value|, or its root mean square; 0 where there are no elements."""
+    """max|value|, or its root mean square; 0 without elements."""
     if value.numel() == 0:
         return 0.0
     return _rms(value) if rms else value.abs().max().item()

@@ -1,4 +1,4 @@
-"""Checks of plain values: every message names the argument, what was expected and what came."""
+"""Checks of plain values; every message names the argument, what was expected, what was given."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from torch import Tensor
 
 
 def is_number(value: Any) -> bool:
-    """Whether value is a finite real number, one of NumPy's too; a bool is not a number here."""
+    """Whether value is a finite real number (NumPy's included, bool excluded)."""
     real = isinstance(value, (float, int, numbers.Real)) and not isinstance(value, bool)
     return real and -math.inf < value < math.inf
 
 
 def given(value: Any) -> str:
-    """How an error shows a wrong value: the value where it is short, else its type."""
+    """Text of a value for an error: the value if it is short, else its type."""
     text = repr(value)
     return text if len(text) <= 60 and "\n" not in text else f"a {type(value).__name__}"
 
@@ -33,19 +33,19 @@ def check_pair(name: str, value: Any, least: int) -> None:
 
 
 def pair(value: int | Sequence[int], name: str) -> tuple[int, int]:
-    """value or (value, value), as PyTorch's convolutions and pools take it."""
+    """value or (value, value), as in PyTorch's convolutions and pools."""
     if type(value) is tuple and len(value) == 2 and type(value[0]) is type(value[1]) is int:
-        return value  # at once: a net in inference asks for every convolution
+        return value  # fast path: inference runs this for every convolution
     values = tuple(value) if isinstance(value, Sequence) else (value,)
     values = values * 2 if len(values) == 1 else values
-    expected = "an integer or two of them"
+    expected = "an integer or two integers"
     if len(values) != 2:
         raise ValueError(f"{name}: expected {expected}, got {given(value)}")
     return integer(values[0], name, expected), integer(values[1], name, expected)
 
 
 def integer(value: Any, name: str, expected: str = "an integer", least: int | None = None) -> int:
-    """value as an int, no less than `least`; a bool is not an integer, as in PyTorch."""
+    """value as an int of at least `least`; a bool is refused, as in PyTorch."""
     whole = value
     if not isinstance(value, (int, bool)):
         try:
@@ -58,31 +58,31 @@ def integer(value: Any, name: str, expected: str = "an integer", least: int | No
 
 
 def check_flag(value: Any, name: str) -> None:
-    """Whether value is True or False."""
+    """Check that value is True or False."""
     if not isinstance(value, bool):
         raise ValueError(f"{name}: expected True or False, got {given(value)}")
 
 
 def check_list(value: Any, name: str) -> None:
-    """Whether value is a list or a tuple."""
+    """Check that value is a list or a tuple."""
     if not isinstance(value, (list, tuple)):
         raise ValueError(f"{name}: expected a list, got {given(value)}")
 
 
 def check_callable(value: Any, name: str) -> None:
-    """Whether value is None or can be called."""
+    """Check that value is callable or None."""
     if value is not None and not callable(value):
         raise ValueError(f"{name}: expected a callable or None, got {given(value)}")
 
 
 def check_number(value: Any, name: str) -> None:
-    """Whether value is a finite number."""
+    """Check that value is a finite number."""
     if not is_number(value):
         raise ValueError(f"{name}: expected a finite number, got {given(value)}")
 
 
 def check_tensor(value: Any, name: str) -> None:
-    """Whether value is a dense tensor, or stands for a tensor as the proxies of `torch.fx` do."""
+    """Check that value is a dense tensor, or a stand-in such as a `torch.fx` proxy."""
     if not isinstance(value, Tensor):
         if not hasattr(value, "__torch_function__"):
             raise ValueError(f"{name}: expected a torch.Tensor, got {given(value)}")

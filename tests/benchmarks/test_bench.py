@@ -270,11 +270,11 @@ def test_integration_sees_only_the_span_and_only_its_own():
 @pytest.mark.parametrize(
     ("option", "value", "expected"),
     [
-        ("--model", "tiny,resnet51", "comma list of tiny; got 'resnet51'"),
-        ("--mode", "infer,fit", "comma list of infer, train; got 'fit'"),
+        ("--model", "tiny,resnet51", "comma-separated list of tiny; got 'resnet51'"),
+        ("--mode", "infer,fit", "comma-separated list of infer, train; got 'fit'"),
         ("--batch", "1,0", "positive int, got '0'"),
         ("--batch", "1,,2", "positive int, got ''"),
-        ("--dtype", "fp8", "comma list of fp32, bf16, fp16; got 'fp8'"),
+        ("--dtype", "fp8", "comma-separated list of fp32, bf16, fp16; got 'fp8'"),
         ("--device", "tpu", "one of cpu, cuda; got 'tpu'"),
         ("--providers", "eager,onnx", "got 'onnx'"),
         ("--threads", "0", "positive int, got '0'"),

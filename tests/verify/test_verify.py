@@ -223,9 +223,9 @@ def test_a_device_that_is_not_there_says_so(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("option", "value", "expected"),
     [
-        ("--impl", "cudnn", "a comma list of auto, reference, native, triton; got 'cudnn'"),
-        ("--dtype", "fp32,fp8", "expected a comma list of fp32, fp64, bf16, fp16; got 'fp8'"),
-        ("--device", "tpu", "expected a comma list of cpu, cuda; got 'tpu'"),
+        ("--impl", "cudnn", "list of auto, reference, native, triton; got 'cudnn'"),
+        ("--dtype", "fp32,fp8", "list of fp32, fp64, bf16, fp16; got 'fp8'"),
+        ("--device", "tpu", "expected a comma-separated list of cpu, cuda; got 'tpu'"),
         ("--model", "resnet51", "resnet50, "),
     ],
 )
