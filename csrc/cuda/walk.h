@@ -30,8 +30,7 @@ struct Walk {
   dim3 grid, block;
 };
 
-// A grid of about `blocks` blocks. Block size and block count leave each thread at least `at_once` places, but a
-// block has at least a warp.
+// About `blocks` blocks; fewer or smaller ones (at least a warp) where a thread would get less than `at_once` places.
 inline Walk walk(const Shape& s, int at_once, int64_t blocks) {
   constexpr int64_t kWarp = 32, kMostSplits = 65535;
   const int64_t octets = ceil_div(s.inner, kOctet);
