@@ -26,7 +26,7 @@ struct ConvForward {
 //   conv_tiles      the number of tile shapes; conv_tile_name gives a tile's name, such as "128x64x64"
 //   conv_rule       the tile for a shape, on a GPU with that many multiprocessors
 //   conv_refusal    why the kernels do not take the shape; nullptr if they do
-//   conv_forward    one launch on `stream`; it allocates nothing and accesses only the operands
+//   conv_forward    one launch on `stream`; it allocates no GPU memory and accesses only the operands
 namespace sm90 {
 int conv_tiles();
 const char* conv_tile_name(int tile);

@@ -507,8 +507,8 @@ struct ChainOps {
       const Tensor& x, const Tensor& w, const Folded& norm, const OptTensor& residual, bool relu, const Geometry& g,
       bool over) {
     check_conv_act(x, w, residual, g);
-    TORCH_CHECK(norm.channels == 0 || norm.channels == w.size(0), "infer_chains: `tensors`: expected norm vectors of ", w.size(0),
-                " values, one per filter, got ", norm.channels);
+    TORCH_CHECK(norm.channels == 0 || norm.channels == w.size(0), "infer_chains: `tensors`: expected norm vectors of ",
+                w.size(0), " values, one per filter, got ", norm.channels);
     return conv_bn_act_unchecked(x, w, norm, residual, relu, g, over);
   }
   // In CUTLASS' epilogue the norm is free. Not measured: whether the pool applies it at less cost after cuDNN.

@@ -48,6 +48,7 @@ __global__ void fold_kernel(const Folds<A> all) {
   to[0] = r.scale, to[folded_size(k.channels)] = r.shift;
 }
 
+// b and c of math.h's finalize_gradient. Grid: one thread per channel.
 template <class A>
 __global__ void bn_bwd_finalize_kernel(const FinalizeGradient<A> k) {
   const int64_t c = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
