@@ -118,7 +118,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("parallel_threads", &parallel_threads,
         "Count the threads that the native kernels run on; expected: torch.get_num_threads()");
   m.def("empty_cache", &resnet_fast::cpu::empty_cache,
-        "Return the memory that the CPU kernels cache to the system; returns its size in bytes");
+        "Free the memory that the CPU kernels cache; returns its size in bytes");
   m.def("kept", &kept, "Bytes that the CPU kernels cache, by kind, and the limit");
   m.def("memory_limit", &resnet_fast::cpu::memory_limit, py::arg("groups") = "/proc/self/cgroup",
         py::arg("root") = "/sys/fs/cgroup", "Memory limit of this process or its container, in bytes");

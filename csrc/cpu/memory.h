@@ -71,7 +71,7 @@ class Shelf {
 // groups, version 1 or 2). `groups` lists the process' groups; `root` is the folder of their files.
 int64_t memory_limit(const std::string& groups = "/proc/self/cgroup", const std::string& root = "/sys/fs/cgroup");
 
-// Returns all cached memory to the system; returns its size in bytes.
+// Frees all cached memory; returns its size in bytes.
 int64_t empty_cache();
 
 // Exists while a thread calls oneDNN, which holds locks. A fork waits, for about a second at most, until no thread is

@@ -74,7 +74,8 @@ const T* input_row(
 // dw[filters][tap][channels] += dzᵀ·x in tiles of a panel of dz, or a part of it, by a panel of x. Rows of x are
 // ordered by their remainder modulo the stride, so that the rows that consecutive output rows read are adjacent, and a
 // band is one stretch. If a band is not a whole number of groups of steps, zeros of dz complete it, and multiply
-// whatever follows in x. Tasks are chunks of filters × lanes of blocks. Each lane has separate sums, and the lanes are added in order.
+// whatever follows in x. Tasks are chunks of filters × lanes of blocks. Each lane has separate sums; the lanes are
+// added in order.
 template <class T>
 at::Tensor tiled_conv_wgrad(const ConvShape& shape, const T* x, const FillRow<T>& fill, const T* dz) {
   if constexpr (std::is_same_v<T, float>) {

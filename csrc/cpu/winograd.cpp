@@ -30,7 +30,8 @@ struct Grid {
 
 // Tiles per block; a block is transformed, multiplied and transformed back as a whole. It is large enough that the
 // filters, which each block reads, are a small part of its traffic, and small enough that with few filters its products
-// stay in L2 (measured: the fastest of 56 to 336). And the tiles per thread from which fewer products outweigh larger filters.
+// stay in L2 (measured: the fastest of 56 to 336). kLeastTiles: tiles per thread from which fewer products outweigh
+// larger filters.
 constexpr int64_t kBlockTiles = 112, kLeastTiles = 12;
 
 // Rows of tiles of one image in a block; `tile` is the first one's index in the block. They give rows [p0, p1) of y
