@@ -1,5 +1,5 @@
-// Every check of an op's tensors, once. Each names the op, the argument, what it is and what it
-// should be: "bn_act: `residual` has shape [2, 8, 4, 4], expected [2, 8, 8, 8], that of `x`".
+// Checks of an op's tensors. Each error names the op, the argument, what it is and what it should
+// be: "bn_act: `residual` has shape [2, 8, 4, 4], expected [2, 8, 8, 8], the shape of `x`".
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -12,14 +12,14 @@
 
 namespace resnet_fast {
 
-// A tensor argument together with the words an error message needs.
+// A tensor argument, with the names for an error message.
 struct Arg {
   const char* op;    // "bn_act"
   const char* name;  // "residual"
   const at::Tensor& tensor;
 };
 
-// "float32" as in Python, where c10 says "Float".
+// The dtype's name in Python, "float32"; c10's name is "Float".
 inline const char* dtype_name(at::ScalarType dtype) {
   switch (dtype) {
     case at::kFloat:
@@ -55,7 +55,7 @@ inline void check_floating(const Arg& a) {
   check_dtype(a, {at::kFloat, at::kDouble, at::kBFloat16, at::kHalf});
 }
 
-// Statistics and affine vectors: float32, or float64 beside float64 data.
+// Statistics and affine vectors: float32, or float64 with float64 data.
 inline void check_accumulate_dtype(const Arg& a, at::ScalarType data) {
   check_dtype(a, {data == at::kDouble ? at::kDouble : at::kFloat});
 }
@@ -75,7 +75,7 @@ inline void check_shape(const Arg& a, at::IntArrayRef expected) {
               a.tensor.sizes(), ", expected ", expected);
 }
 
-// One value per channel: shape [channels], without gaps.
+// One value per channel: shape [channels], contiguous.
 inline void check_channels(const Arg& a, int64_t channels) {
   TORCH_CHECK(a.tensor.dim() == 1 && a.tensor.size(0) == channels, a.op, ": `", a.name,
               "` has shape ", a.tensor.sizes(), ", expected [", channels,
@@ -86,22 +86,22 @@ inline void check_channels(const Arg& a, int64_t channels) {
 
 inline void check_same_shape(const Arg& a, const Arg& like) {
   TORCH_CHECK(a.tensor.sizes() == like.tensor.sizes(), a.op, ": `", a.name, "` has shape ",
-              a.tensor.sizes(), ", expected ", like.tensor.sizes(), ", that of `", like.name, "`");
+              a.tensor.sizes(), ", expected ", like.tensor.sizes(), ", the shape of `", like.name, "`");
 }
 
 inline void check_same_dtype(const Arg& a, const Arg& like) {
   TORCH_CHECK_TYPE(a.tensor.scalar_type() == like.tensor.scalar_type(), a.op, ": `", a.name,
                    "` has dtype ", dtype_name(a.tensor.scalar_type()), ", expected ",
-                   dtype_name(like.tensor.scalar_type()), ", that of `", like.name, "`");
+                   dtype_name(like.tensor.scalar_type()), ", the dtype of `", like.name, "`");
 }
 
 inline void check_same_device(const Arg& a, const Arg& like) {
   TORCH_CHECK(a.tensor.device() == like.tensor.device(), a.op, ": `", a.name, "` is on ",
-              a.tensor.device(), ", expected ", like.tensor.device(), ", where `", like.name,
-              "` is");
+              a.tensor.device(), ", expected ", like.tensor.device(), ", the device of `", like.name,
+              "`");
 }
 
-// Dense in NCHW or in channels_last order: the two memory layouts the kernels walk.
+// Dense in NCHW or channels_last order, the two memory formats that the kernels read.
 inline void check_dense_4d(const Arg& a) {
   check_4d(a);
   TORCH_CHECK(a.tensor.is_contiguous() || a.tensor.is_contiguous(at::MemoryFormat::ChannelsLast),
@@ -109,20 +109,20 @@ inline void check_dense_4d(const Arg& a) {
               ", expected contiguous or channels_last memory");
 }
 
-// A second activation beside the first: same shape, dtype and device.
+// A second activation: same shape, dtype and device as the first.
 inline void check_like(const Arg& a, const Arg& like) {
   check_same_device(a, like);
   check_same_dtype(a, like);
   check_same_shape(a, like);
 }
 
-// Operands that say nothing without each other: all of them or none.
+// Operands that are only valid together: all of them or none.
 inline void check_together(
     const char* op, std::initializer_list<std::pair<const char*, const std::optional<at::Tensor>*>> operands) {
   const auto& [first, there] = *operands.begin();
   for (const auto& [name, operand] : operands) {
     TORCH_CHECK(operand->has_value() == there->has_value(), op, ": `", operand->has_value() ? first : name,
-                "` is missing, expected beside `", operand->has_value() ? name : first, "`");
+                "` is missing; `", operand->has_value() ? name : first, "` requires it");
   }
 }
 

@@ -1,9 +1,9 @@
-// The native ops' arguments and their data types, for the kernels of every device.
+// Arguments of the native kernels and their data types, for every device.
 //
-// A tensor is `rows` rows of `inner` elements. NHWC: a row is a pixel, its elements the channels, and
-// coefficient i belongs to element i. NCHW: a row is a plane, and coefficient row % channels belongs
-// to all of it. Bit masks have a row of ⌈inner / 8⌉ bytes beside each row. A null pointer is an
-// operand that is not there. T is float, double, bf16 or fp16; A is what sums and coefficients are in.
+// A tensor is `rows` rows of `inner` elements. NHWC: a row is a pixel, its elements are the channels, and
+// coefficient i belongs to element i. NCHW: a row is a plane, and coefficient row % channels belongs to
+// all of it. Bit masks have ⌈inner / 8⌉ bytes per row. A null pointer is a missing operand.
+// T: float, double, bf16 or fp16. A: accumulation dtype, of sums and coefficients.
 #pragma once
 
 #include <array>
@@ -19,11 +19,11 @@ struct bf16 {
   uint16_t bits;
 };
 
-struct fp16 {  // on GPUs alone
+struct fp16 {  // only on GPUs
   uint16_t bits;
 };
 
-// A stored value as a number, and a number as it is stored (bf16: to nearest even, NaN stays NaN).
+// Conversion from and to the stored dtype (to bf16: round to nearest even, NaN stays NaN).
 template <class A, class T>
 RESNET_FAST_INLINE A widen(T x) {
   if constexpr (std::is_same_v<T, bf16>) {
@@ -57,7 +57,7 @@ struct Shape {
   bool nhwc;
 };
 
-// y = relu(scale·z + shift + (res_scale·residual + res_shift)) and its bit mask; one read, one write.
+// y = relu(scale·z + shift + (res_scale·residual + res_shift)) and its bit mask; reads and writes each tensor once.
 template <class T, class A = accumulate_t<T>>
 struct BnAct {
   Shape shape;
@@ -68,7 +68,7 @@ struct BnAct {
   bool relu;
 };
 
-// dz = a·(dy under mask) + b·(z − mean) + c + (residual under residual_mask); one read, one write.
+// dz = a·(dy under mask) + b·(z − mean) + c + (residual under residual_mask); reads and writes each tensor once.
 template <class T, class A = accumulate_t<T>>
 struct BnActBwdApply {
   Shape shape;
@@ -78,42 +78,42 @@ struct BnActBwdApply {
   const A *a, *mean, *b, *c;
 };
 
-// Windows of a max-pool over z [images, channels, height, width] that give y [images, channels, rows, columns].
+// Windows of a max-pool from z [images, channels, height, width] to y [images, channels, rows, columns].
 struct Windows {
   int64_t images, channels, height, width, rows, columns;
   int64_t kernel[2], stride[2], padding[2];
   bool nhwc;
 
   std::array<int64_t, 4> sizes() const { return {images, channels, rows, columns}; }  // of y
-  RESNET_FAST_INLINE Shape shape(int64_t pixels) const {  // of a tensor with as many pixels an image
+  RESNET_FAST_INLINE Shape shape(int64_t pixels) const {  // of a tensor with `pixels` per image
     return nhwc ? Shape{images * pixels, channels, channels, true} : Shape{images * channels, pixels, channels, false};
   }
   RESNET_FAST_INLINE Shape input() const { return shape(height * width); }
   RESNET_FAST_INLINE Shape output() const { return shape(rows * columns); }
 };
 
-// Some neighbours along one axis: first, and one past the last. In 32 bits: divisions are what they cost.
+// The range [begin, end) along one axis. 32 bits, because divisions dominate its cost.
 struct Span {
   int begin, end;
 };
 
-// Positions of window `at` that lie in the image, not in its padding.
+// Positions of window `at` that lie inside the image, not in the padding.
 RESNET_FAST_INLINE Span positions(const Windows& w, int axis, int at) {
   const int start = at * int(w.stride[axis]) - int(w.padding[axis]), kernel = int(w.kernel[axis]);
   const int left = int(axis == 0 ? w.height : w.width) - start;
   return {start < 0 ? -start : 0, left < kernel ? left : kernel};
 }
 
-// The windows that pixel `at` lies in.
+// The windows that contain pixel `at`.
 RESNET_FAST_INLINE Span windows_of(const Windows& w, int axis, int at) {
   const int from = at + int(w.padding[axis]), before = from - int(w.kernel[axis]), stride = int(w.stride[axis]);
   const int last = from / stride + 1, count = int(axis == 0 ? w.rows : w.columns);
   return {before < 0 ? 0 : before / stride + 1, last < count ? last : count};
 }
 
-constexpr int kNoPosition = 255;  // the index of a window that ReLU closed
+constexpr int kNoPosition = 255;  // the index of a window that ReLU sets to 0
 
-// y = max over windows of relu(scale·z + shift), and index = position of the first of the largest values.
+// y = max over windows of relu(scale·z + shift); index = position of the first maximum in the window.
 template <class T, class A = accumulate_t<T>>
 struct BnReluMaxPool {
   Windows windows;
@@ -123,9 +123,9 @@ struct BnReluMaxPool {
   const A *scale, *shift;
 };
 
-// g = (dy under mask) + (residual under residual_mask), zero where scale·x + shift ≤ 0, written to `out`
-// where given; Σg, Σg·xhat(z[0]), Σg·xhat(z[1]) of the rows are added to `sums`. With `index`, g is the gradient
-// through a max-pool alone: Σ of dy, which is like its y, over the windows whose index names the pixel.
+// g = (dy under mask) + (residual under residual_mask), zero where scale·x + shift ≤ 0; `out` receives g if it is
+// given. `sums` accumulates Σg, Σg·xhat(z[0]) and Σg·xhat(z[1]) over the rows. With `index`, g is instead the gradient
+// through a max-pool: Σ of dy (shaped like the pool's y) over the windows whose index names the pixel.
 template <class T, class A = accumulate_t<T>>
 struct GradientSums {
   Shape shape;

@@ -1,5 +1,5 @@
-// Every formula once, for host and device: V is float, double or a vector of lanes that overloads
-// + - * and fma. Notation as in resnet_fast/spec/reference.py (Ioffe & Szegedy 2015, arXiv:1502.03167).
+// The formulas, shared by host and device. V is float, double or a vector of lanes that overloads + - * and
+// fma. Notation as in resnet_fast/spec/reference.py (Ioffe & Szegedy 2015, arXiv:1502.03167).
 #pragma once
 
 #ifdef __CUDACC__
@@ -27,8 +27,8 @@ struct AffineCoefficients {
   A scale, shift, rstd;
 };
 
-// scale = weight·rstd, shift = bias − mean·scale, in W wider than A: where |mean| is large, shift is a small
-// difference, and it goes with scale as it is stored. `rsqrt` is 1/sqrt of the platform.
+// scale = weight·rstd, shift = bias − mean·scale, computed in W, wider than A: where |mean| is large, shift is a
+// small difference of large numbers. It uses scale as rounded to A. `rsqrt` is the platform's 1/sqrt.
 template <class A, class W, class Rsqrt>
 RESNET_FAST_INLINE AffineCoefficients<A> finalize(A mean, W var, W weight, W bias, W eps, Rsqrt rsqrt) {
   const W rstd = rsqrt(var + eps);
@@ -48,14 +48,14 @@ RESNET_FAST_INLINE GradientCoefficients<A> finalize_gradient(A sum_dy, A sum_dy_
   return {-a * rstd * sum_dy_xhat, -a * sum_dy};
 }
 
-// mean and m2 of the union of two sets of values (Chan, Golub & LeVeque 1983). Means far from zero have to be
-// in a wider type than the values: their difference is what counts.
+// Count, mean and m2 = Σ(v − mean)² of a set of values; `merge` gives those of the union of two sets (Chan, Golub &
+// LeVeque 1983). Means far from zero must be wider than the values, because `merge` subtracts them.
 template <class A>
 struct Moments {
   A count, mean, m2;
 };
 
-// x + step, the mean of values among which an infinity makes `step` infinite or NaN: then that of the two means.
+// x + step, a merged mean. If an infinite value makes `step` infinite or NaN, x + other, the sum of the two means.
 template <class A>
 RESNET_FAST_INLINE A moved(A x, A step, A other) {
   return step - step == A(0) ? x + step : x + other;

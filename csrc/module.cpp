@@ -1,4 +1,4 @@
-// The extension resnet_fast._C: what this binary is made of. Its ops register themselves (schemas.cpp).
+// The extension resnet_fast._C: build information, settings and caches. Ops register themselves (schemas.cpp).
 #include <ATen/Parallel.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -41,7 +41,7 @@ std::string compiler() {
 #endif
 }
 
-// Facts fixed at compile time (setup.py hands in the RESNET_FAST_ macros) and the CPU found now.
+// Facts fixed at compile time (setup.py defines the RESNET_FAST_ macros), and the CPU of this machine.
 py::dict build_info() {
   py::dict info;
   info["version"] = RESNET_FAST_VERSION;
@@ -55,7 +55,7 @@ py::dict build_info() {
                              std::to_string(PYBIND11_VERSION_MINOR) + "." +
                              std::to_string(PYBIND11_VERSION_PATCH);
   std::vector<std::string> isas = split(RESNET_FAST_ISAS, ' ');
-#if !RESNET_FAST_HAS_AMX  // a compiler that does not know it
+#if !RESNET_FAST_HAS_AMX  // the compiler does not support it
   isas.erase(std::remove(isas.begin(), isas.end(), "amx_bf16"), isas.end());
 #endif
   info["isas"] = isas;
@@ -72,7 +72,7 @@ py::dict build_info() {
 #if defined(RESNET_FAST_WITH_CUTLASS)
   info["cutlass"] = "built in";
 #else
-  info["cutlass"] = "not there when this was built: convolutions are cuDNN's, with our passes around them";
+  info["cutlass"] = "not found at build time: cuDNN convolves, resnet_fast normalizes in separate launches";
 #endif
 #else
   info["cuda"] = false;
@@ -83,15 +83,15 @@ py::dict build_info() {
   return info;
 }
 
-// No Python under the lock: its garbage collector may want to drop packed filters.
+// The lock must not be held while Python objects are made: the garbage collector may drop packed filters.
 std::map<std::string, int64_t> kept() {
   auto& shelf = resnet_fast::cpu::Shelf::get();
   const std::lock_guard<std::mutex> lock(shelf.mutex);
   return {{"budget", shelf.budget()}, {"packed_filters", shelf.packed()}, {"free_blocks", shelf.blocks()}};
 }
 
-// Threads that at::parallel_for really uses when every one has work: torch.get_num_threads(), or
-// 1 without OpenMP. A different number means a second OpenMP runtime in the process.
+// Threads that at::parallel_for uses when every thread has work: torch.get_num_threads(), or 1 without
+// OpenMP. A different number means that the process has a second OpenMP runtime.
 int64_t parallel_threads() {
   std::mutex mutex;
   std::set<std::thread::id> threads;
@@ -105,24 +105,24 @@ int64_t parallel_threads() {
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
-  m.doc() = "Native ops of resnet_fast (torch.ops.resnet_fast_native) and their build information";
+  m.doc() = "Native ops of resnet_fast (torch.ops.resnet_fast_native) and build information";
   m.def(
       "configure",
       [](std::string cpu_isa, std::string cpu_conv, std::optional<int64_t> cpu_cache_mb, std::string cuda_conv) {
         resnet_fast::settings() = {std::move(cpu_isa), std::move(cpu_conv), cpu_cache_mb, std::move(cuda_conv)};
       },
       py::arg("cpu_isa"), py::arg("cpu_conv"), py::arg("cpu_cache_mb"), py::arg("cuda_conv"),
-      "Settings of the kernels, before the first of them runs (resnet_fast.runtime.settings)");
+      "Set the kernels' settings; call it before the first kernel runs (resnet_fast.runtime.settings)");
   m.def("build_info", &build_info,
-        "Compiler, flags, instruction sets, CUDA architectures and versions of this binary");
+        "Return compiler, flags, instruction sets, CUDA architectures and versions of this binary");
   m.def("parallel_threads", &parallel_threads,
-        "How many threads the native kernels run on (torch.get_num_threads() when all is well)");
+        "Count the threads that the native kernels run on; expected: torch.get_num_threads()");
   m.def("empty_cache", &resnet_fast::cpu::empty_cache,
-        "Give what the CPU kernels keep between calls back to the system; returns how many bytes there were");
-  m.def("kept", &kept, "Bytes of what the CPU kernels keep, by what it is, and of their budget");
+        "Free the memory that the CPU kernels cache; returns its size in bytes");
+  m.def("kept", &kept, "Bytes that the CPU kernels cache, by kind, and the limit");
   m.def("memory_limit", &resnet_fast::cpu::memory_limit, py::arg("groups") = "/proc/self/cgroup",
-        py::arg("root") = "/sys/fs/cgroup", "Bytes of memory that this process, or its container, may have");
+        py::arg("root") = "/sys/fs/cgroup", "Memory limit of this process or its container, in bytes");
   m.def("drop_packed", &resnet_fast::cpu::drop_packed,
-        "Drop what was packed of filters at this address, and of tensors that are no more");
-  m.def("recheck", &resnet_fast::cpu::recheck, "Compare all values of packed filters with their source at their next use");
+        "Drop the packed copies of the filters at this address, and of freed tensors");
+  m.def("recheck", &resnet_fast::cpu::recheck, "Compare all values of packed filters with their source at next use");
 }

@@ -1,5 +1,5 @@
-// Schemas of every native op, for all devices: those of resnet_fast/dispatch/ops.py without `impl`. Their kernels are
-// registered where they are written: TORCH_LIBRARY_IMPL(resnet_fast_native, CPU, m) in csrc/cpu, CUDA in csrc/cuda.
+// Schemas of the native ops, for all devices: those of resnet_fast/dispatch/ops.py without `impl`. csrc/cpu and
+// csrc/cuda register the kernels with TORCH_LIBRARY_IMPL(resnet_fast_native, CPU or CUDA, m).
 #include <torch/library.h>
 
 TORCH_LIBRARY(resnet_fast_native, m) {
@@ -47,9 +47,9 @@ TORCH_LIBRARY(resnet_fast_native, m) {
       "conv_bn_act(Tensor x, Tensor w, Tensor? bias, Tensor? bn_weight, Tensor? bn_bias, "
       "Tensor? running_mean, Tensor? running_var, Tensor? residual, bool relu, float eps, "
       "int[2] stride, int[2] padding, int[2] dilation, int groups) -> Tensor");
-  m.def(  // who convolves, and why: for RESNET_FAST_TRACE
+  m.def(  // which implementation convolves, and why: for RESNET_FAST_TRACE
       "conv_route(Tensor x, Tensor w, int[2] stride, int[2] padding, int[2] dilation, int groups, bool inference) -> "
       "(str, str)");
-  m.def(  // several chains in inference, for dispatch/native_inference.py alone: infer_chains.h
+  m.def(  // several chains in inference, only for dispatch/native_inference.py: infer_chains.h
       "infer_chains(Tensor x, Tensor?[] tensors, int[] program, float[] eps) -> Tensor");
 }

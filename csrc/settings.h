@@ -9,10 +9,10 @@
 namespace resnet_fast {
 
 struct Settings {
-  std::string cpu_isa;                  // "baseline" … "amx_bf16"; empty: the most that the CPU has
+  std::string cpu_isa;                  // "baseline" … "amx_bf16"; empty: the best one of the CPU
   std::string cpu_conv = "auto";        // "auto", "tiles", "winograd" or "onednn"
-  std::optional<int64_t> cpu_cache_mb;  // by default an eighth of memory_limit()
-  std::string cuda_conv = "cutlass";    // "cudnn", else CUTLASS where it has a kernel
+  std::optional<int64_t> cpu_cache_mb;  // default: 1/8 of memory_limit()
+  std::string cuda_conv = "cutlass";    // "cudnn"; other values: CUTLASS where it has a kernel
 };
 
 inline Settings& settings() {

@@ -59,7 +59,7 @@ void check_activation(const char* op, const char* name, const Tensor& x) {
   }
 }
 
-// Vectors of one value a channel of x, in the dtype of its sums.
+// Vectors of one value per channel of x, in x's accumulation dtype.
 void check_vectors(const char* op, const Named& x, std::initializer_list<Named> vectors) {
   for (const auto& [name, vector] : vectors) {
     if (vector == nullptr) continue;
@@ -69,13 +69,14 @@ void check_vectors(const char* op, const Named& x, std::initializer_list<Named> 
   }
 }
 
-// An activation beside x: same shape, dtype, device and memory order.
+// An activation that is read with x: same shape, dtype, device and memory format.
 void check_beside(const char* op, const Named& x, const Named& beside) {
   const auto& [name, t] = beside;
   if (t == nullptr) return;
   check_like({op, name, *t}, {op, x.first, *x.second});
   TORCH_CHECK(shape_of(*t).nhwc == shape_of(*x.second).nhwc && t->is_non_overlapping_and_dense(), op, ": `", name,
-              "` has strides ", t->strides(), ", expected the memory order of `", x.first, "`, ", x.second->strides());
+              "` has strides ", t->strides(), ", expected the memory format of `", x.first, "`, whose strides are ",
+              x.second->strides());
 }
 
 // A bit mask of x.
@@ -88,7 +89,7 @@ void check_mask(const char* op, const Named& x, const Named& mask) {
   check_same_device({op, name, *t}, {op, x.first, *x.second});
 }
 
-// The output's shape [N,K,P,Q]; the operands' shapes, dtypes and geometry fit each other.
+// Checks shapes, dtypes and geometry of a convolution; returns the output's shape [N,K,P,Q].
 std::vector<int64_t> check_conv(const char* op, const Tensor& x, const Tensor& w, const Geometry& g) {
   check_activation(op, "x", x);
   check_4d({op, "w", w});
@@ -97,18 +98,20 @@ std::vector<int64_t> check_conv(const char* op, const Tensor& x, const Tensor& w
               ": `stride`, `padding` and `dilation` have ", g.stride.size(), ", ", g.padding.size(), " and ",
               g.dilation.size(), " values, expected 2 each");
   for (int i = 0; i < 2; ++i) {
-    constexpr int64_t kMost = int64_t(1) << 30;  // sums and products of two of them and of sizes stay in range
+    constexpr int64_t kMost = int64_t(1) << 30;  // sums and products of two of them, or with a size, fit int64
     TORCH_CHECK(g.stride[i] >= 1 && g.dilation[i] >= 1 && g.padding[i] >= 0 && g.stride[i] <= kMost &&
                     g.dilation[i] <= kMost && g.padding[i] <= kMost,
                 op, ": `stride`, `dilation` and `padding` are ", g.stride, ", ", g.dilation, " and ", g.padding,
-                ", expected positive, positive and not negative, and no more than 2^30");
+                ", expected `stride` and `dilation` from 1 to 2^30, `padding` from 0 to 2^30");
   }
   TORCH_CHECK(g.groups >= 1 && w.size(0) % g.groups == 0 && w.size(1) * g.groups == x.size(1), op,
-              ": `w` has shape ", w.sizes(), ", expected ", x.size(1), " input channels / ", g.groups, " groups");
+              ": `w` has shape ", w.sizes(), ", expected [K, C / groups, R, S], where C is ", x.size(1),
+              " and `groups`, ", g.groups, ", divides C and K");
   TORCH_CHECK_TYPE(w.scalar_type() == x.scalar_type() || w.scalar_type() == at::kFloat, op, ": `w` has dtype ",
                    dtype_name(w.scalar_type()), ", expected ", dtype_name(x.scalar_type()), " or float32");
   const ConvShape s = conv_shape(x, w, g);
-  TORCH_CHECK(s.rows >= 1 && s.columns >= 1, op, ": `x` has shape ", x.sizes(), ", too few pixels for `w`, ", w.sizes());
+  TORCH_CHECK(s.rows >= 1 && s.columns >= 1, op, ": `x` has shape ", x.sizes(), ", too few pixels for `w` of shape ",
+              w.sizes(), ", `padding` ", g.padding, " and `dilation` ", g.dilation);
   return {s.images, s.filters, s.rows, s.columns};
 }
 
@@ -123,17 +126,17 @@ Windows check_windows(
               " values, expected 2 each");
   for (int i = 0; i < 2; ++i) {
     TORCH_CHECK(x.size(2 + i) < int64_t(1) << 30, op, ": `", name, "` has shape ", x.sizes(),
-                ", expected less than 2^30 rows and columns");
+                ", expected fewer than 2^30 rows and columns");
     w.kernel[i] = kernel[i], w.stride[i] = stride[i], w.padding[i] = padding[i];
     TORCH_CHECK(kernel[i] >= 1 && kernel[i] <= kNoPosition && stride[i] >= 1, op, ": `kernel` and `stride` are ",
-                kernel, " and ", stride, ", expected positive, and no more than ", kNoPosition, " positions");
+                kernel, " and ", stride, ", expected at least 1, and `kernel` at most ", kNoPosition);
     TORCH_CHECK(padding[i] >= 0 && 2 * padding[i] <= kernel[i], op, ": `padding` is ", padding,
-                ", expected 0 to half of `kernel`, ", kernel);
+                ", expected at least 0 and at most half of `kernel`, ", kernel);
     (i == 0 ? w.rows : w.columns) = (x.size(2 + i) + 2 * padding[i] - kernel[i]) / stride[i] + 1;
     TORCH_CHECK(x.size(2 + i) + 2 * padding[i] >= kernel[i], op, ": `", name, "` has shape ", x.sizes(),
-                ", too few pixels for a window of ", kernel);
+                ", too few pixels for `kernel` ", kernel, " and `padding` ", padding);
   }
-  TORCH_CHECK(kernel[0] * kernel[1] <= kNoPosition, op, ": `kernel` is ", kernel, ", expected no more than ",
+  TORCH_CHECK(kernel[0] * kernel[1] <= kNoPosition, op, ": `kernel` is ", kernel, ", expected at most ",
               kNoPosition, " positions");
   return w;
 }
@@ -144,7 +147,7 @@ void check_through_norm(
   check_mask(op, dy, named(mask_name, mask));
   check_beside(op, dy, named("z", z));
   check_vectors(op, dy, {named("a", a), named("mean", mean), named("b", b), named("c", c)});
-  TORCH_CHECK(!b || (a && z && mean && c), op, ": `b` needs `a`, `z`, `mean` and `c` beside it");
+  TORCH_CHECK(!b || (a && z && mean && c), op, ": `a`, `z`, `mean` or `c` is missing; `b` requires them");
 }
 
 }  // namespace
@@ -191,7 +194,7 @@ void check_bn_act(
                         named("res_shift", res_shift)});
   check_beside(op, x, named("residual", residual));
   check_together(op, {{"res_scale", &res_scale}, {"res_shift", &res_shift}});
-  TORCH_CHECK(!res_scale || residual, op, ": `residual` is missing, expected beside `res_scale`");
+  TORCH_CHECK(!res_scale || residual, op, ": `residual` is missing; `res_scale` requires it");
 }
 
 void check_add_relu(const Tensor& x, const Tensor& residual) {
@@ -250,7 +253,7 @@ Windows check_max_pool_bwd(
     check_shape({op, name, *t}, w.sizes());
     check_same_device({op, name, *t}, {op, "x", x});
     TORCH_CHECK(t->is_contiguous(format), op, ": `", name, "` has strides ", t->strides(),
-                ", expected the memory order of `x`, ", x.strides());
+                ", expected the memory format of `x`, whose strides are ", x.strides());
   }
   check_together(op, {{"mean", &mean}, {"rstd", &rstd}});
   check_vectors(op, named("x", x), {named("mean", mean), named("rstd", rstd)});

@@ -1,5 +1,5 @@
-// What the native kernels of every device see of tensors: shapes, formats, pointers; and what each op asks of
-// its operands, said by checks.h's errors.
+// Shapes, memory formats and pointers of tensors for the native kernels of every device, and the checks of each
+// op's operands (errors: checks.h).
 #pragma once
 
 #include <ATen/ATen.h>
@@ -17,18 +17,18 @@ using OptTensor = std::optional<Tensor>;
 // Rows and elements of a dense 4-D tensor, as in resnet_fast/spec/layout.py.
 Shape shape_of(const Tensor& x);
 
-// The format results computed from x (and a filter) take, as resnet_fast.layout.memory_format.
+// The memory format of results computed from x (and a filter), as resnet_fast/spec/layout.py's memory_format.
 at::MemoryFormat format_of(const Tensor& x, const Tensor* weight = nullptr);
 
 at::ScalarType accumulate_type(const Tensor& x);
 
-// Bits of x in the order it lies in, a row of bytes for each of its rows; empty unless wanted.
+// A bit mask of x in its memory order, one row of bytes per row of x; empty unless wanted.
 Tensor empty_mask(const Tensor& x, bool wanted);
 
-// `size` values in what x is summed in.
+// `size` values of x's accumulation dtype.
 Tensor empty_vector(const Tensor& x, int64_t size);
 
-// Data of an optional operand, nullptr where there is none.
+// Data of an optional operand, nullptr if it is missing.
 template <class T>
 const T* data(const OptTensor& t) {
   return t.has_value() && t->numel() > 0 ? static_cast<const T*>(t->const_data_ptr()) : nullptr;
@@ -39,13 +39,12 @@ struct Geometry {
   int64_t groups;
 };
 
-// The tensors of a normalization in inference and of the bias that the convolution before it adds; missing where
-// there is none.
+// The tensors of a BatchNorm in inference, and the bias of the convolution before it; each may be missing.
 struct BatchNorm {
   OptTensor conv_bias, weight, bias, running_mean, running_var;
   double eps;
 
-  int64_t channels() const {  // 0 where neither is there
+  int64_t channels() const {  // 0 without a norm and a bias
     const OptTensor& vector = running_mean ? running_mean : conv_bias;
     return vector ? vector->numel() : 0;
   }
@@ -53,8 +52,8 @@ struct BatchNorm {
 
 ConvShape conv_shape(const Tensor& x, const Tensor& w, const Geometry& geometry);
 
-// One function an op; each raises for the first operand that does not fit. Activations are dense, in a dtype
-// that the device has kernels for; vectors have a value a channel, in what the activations are summed in.
+// One function per op; it raises for the first invalid operand. Activations must be dense, in a dtype that the
+// device has kernels for; vectors have one value per channel, in the activations' accumulation dtype.
 void check_bn_stats(const Tensor& x);
 void check_bn_finalize(const Tensor& mean, const Tensor& m2, const OptTensor& weight, const OptTensor& bias);
 void check_bn_bwd_finalize(
@@ -83,7 +82,7 @@ void check_conv_bprop(
     const OptTensor& z, const OptTensor& mean, const OptTensor& b, const OptTensor& c, const OptTensor& in_scale,
     const OptTensor& in_shift, const OptTensor& in_mean, const OptTensor& in_rstd, const OptTensor& in_act,
     const OptTensor& residual, const OptTensor& residual_mask, const Geometry& geometry);
-// conv_bn_act's: first those of its vectors, then its convolution's.
+// conv_bn_act has two: one for its vectors, one for its convolution.
 void check_batch_norm(const Tensor& x, int64_t channels, const BatchNorm& norm);
 void check_conv_act(const Tensor& x, const Tensor& w, const OptTensor& residual, const Geometry& geometry);
 

@@ -1,4 +1,4 @@
-// What our own convolutions share: the axes of a convolution and of its transpose, bands of output rows, tasks
+// Shared by resnet_fast's CPU convolutions: axes of a convolution and of its transpose, bands of output rows, tasks
 // on threads, and scratch memory.
 #pragma once
 
@@ -24,7 +24,7 @@ int64_t steps(int64_t values) {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// `total` things in parts of equal size, the first total % parts one larger.
+// Cuts `total` items into parts of equal size; the first total % parts are one larger.
 struct Cut {
   int64_t parts, total;
   int64_t begin(int64_t i) const { return i * (total / parts) + std::min(i, total % parts); }
@@ -32,7 +32,7 @@ struct Cut {
 
 inline int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -ceil_div(-a, b); }
 
-// Scratch memory of this thread, kept between calls; `slot` tells buffers in use at once apart.
+// Scratch memory of this thread, reused between calls; buffers in use at the same time need different slots.
 inline char* scratch(int slot, int64_t bytes) {
   struct Free {
     void operator()(char* p) const { std::free(p); }
@@ -44,14 +44,14 @@ inline char* scratch(int slot, int64_t bytes) {
     buffers[slot].reset();
     sizes[slot] = 0;
     buffers[slot].reset(static_cast<char*>(std::aligned_alloc(64, size)));
-    TORCH_CHECK(buffers[slot] != nullptr, "out of memory: ", size, " bytes of scratch");
+    TORCH_CHECK(buffers[slot] != nullptr, "out of memory: could not allocate ", size, " bytes of scratch");
     sizes[slot] = size;
   }
   return buffers[slot].get();
 }
 
-// One axis of a convolution or of its transpose: output o and tap r meet input (o·mul + first + r·slope) / div,
-// where that is whole.
+// One axis of a convolution or of its transpose: output o reads input (o·mul + first + r·slope) / div with tap r, if
+// the division has no remainder.
 struct Axis {
   int64_t input, output, taps, mul, div, first, slope;
 
@@ -74,7 +74,7 @@ struct Band {
   int64_t image, p0, p1, q0, q1;
 };
 
-// f(task) for every task, each on the thread that is free first; which thread runs a task changes nothing.
+// Runs f(task) for every task on the first free thread. The thread that runs a task must not affect the result.
 template <class F>
 void for_tasks(int64_t tasks, F f) {
   std::atomic<int64_t> next{0};
@@ -85,7 +85,7 @@ void for_tasks(int64_t tasks, F f) {
   });
 }
 
-// The tile registers while a task's tiles are made.
+// The state of the tile registers during a task; it releases them at the end.
 template <class T>
 struct Tiles {
   explicit Tiles(const ConvKernels<T>& kernels) : kernels(kernels) {}
@@ -98,7 +98,7 @@ struct Tiles {
   int shape = 0;
 };
 
-// All pixels as one row where a convolution is a plain GEMM.
+// A pointwise convolution, which is a plain GEMM, with all pixels as one row; other shapes unchanged.
 inline ConvShape flattened(ConvShape s) {
   if (s.pointwise()) {
     s.width = s.columns = s.images * s.height * s.width;

@@ -1,6 +1,6 @@
-// The convolution ops on CPU tensors: by our own tiles where they take the shape (tiled_conv.h), with what
-// surrounds the convolution done band by band while it is in cache; else oneDNN's convolutions through
-// ATen, with norm.cpp's passes around them.
+// The convolution ops on CPU tensors. Where resnet_fast's tiles take the shape (tiled_conv.h), prologue and epilogue
+// run band by band while the data is in cache. Otherwise oneDNN convolves through ATen, and norm.cpp's kernels run
+// before and after.
 #include <ATen/ATen.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <torch/library.h>
@@ -20,12 +20,12 @@ namespace {
 
 using at::IntArrayRef;
 
-// relu(scale·x + shift), the input of a convolution that has a norm before it.
+// relu(scale·x + shift), the input of a convolution after a norm.
 Tensor activate(const Tensor& x, const Tensor& scale, const Tensor& shift) {
   return std::get<0>(bn_act(x, scale, shift, {}, {}, {}, true, false));
 }
 
-// relu(scale·x + shift) of some pixels of NHWC x, for the bands of tiled_conv.h; nothing where there is no norm.
+// The prologue of tiled_conv.h's bands: relu(scale·x + shift) of a range of pixels of NHWC x; empty without a norm.
 template <class T>
 FillRow<T> prologue(const ConvShape& s, const Tensor& x, const OptTensor& scale, const OptTensor& shift) {
   if (!scale) return {};
@@ -40,7 +40,7 @@ FillRow<T> prologue(const ConvShape& s, const Tensor& x, const OptTensor& scale,
   };
 }
 
-// Batch statistics band by band: each task merges its own, then the tasks' are merged in order.
+// Batch statistics, band by band: each task merges its bands; then the tasks' results are merged in order.
 template <class T>
 class BandStatistics {
  public:
@@ -73,7 +73,7 @@ class BandStatistics {
     moments_[task].resize(2 * channels_);
     double *mean = moments_[task].data(), *m2 = mean + channels_;
     const double total = counts_[task] + count, share = count / total, weight = counts_[task] * share;
-    for (int64_t c = 0; c < channels_; ++c) {  // as merge() of math.h, with the counts' terms shared
+    for (int64_t c = 0; c < channels_; ++c) {  // math.h's merge(), with the terms of the counts computed once
       const double delta = part[c] - mean[c];
       mean[c] = moved(mean[c], delta * share, part[c]);
       m2[c] += part[channels_ + c] + delta * delta * weight;
@@ -121,15 +121,15 @@ std::tuple<Tensor, Tensor, Tensor> conv_fprop(
   return {z, mean, m2};
 }
 
-// The gradient through the norm after a convolution, dz of bn_act_bwd_apply, and where it is.
+// dz, the gradient through the norm after a convolution (bn_act_bwd_apply).
 template <class T>
 struct OutputGradient {
   Tensor dz;
   FillRow<T> fill;  // completes pixels of dz in place; empty where dz is complete
 };
 
-// A pointwise convolution reads each pixel of dz once, so dgrad forms it band by band; other convolutions
-// read it around every pixel, so it is formed before.
+// A pointwise convolution reads each pixel of dz once, so dgrad computes dz band by band. Other convolutions read
+// each pixel several times, so dz is computed before.
 template <class T>
 OutputGradient<T> output_gradient(
     const ConvShape& s, bool need_dx, const Tensor& dy, const OptTensor& mask, const OptTensor& a, const OptTensor& z,
@@ -143,7 +143,7 @@ OutputGradient<T> output_gradient(
   return {dz, [k](int64_t, int64_t, int64_t begin, int64_t end, T*) { kernels<T>().bn_act_bwd_apply(k, begin, end); }};
 }
 
-// dx with what follows it (see finish_dgrad) done band by band; sums are empty unless in_mean is given.
+// dx, finished band by band (see finish_dgrad); the sums are empty without in_mean.
 template <class T>
 std::tuple<Tensor, Tensor, Tensor> tiled_dgrad(
     const OutputGradient<T>& gradient, const Tensor& w, const Tensor& x, const OptTensor& in_scale, const OptTensor& in_shift,
@@ -254,14 +254,14 @@ Tensor conv_bn_act(
 }
 
 struct ChainOps {
-  // A norm is kept beside its packed filters.
+  // Nothing to fold: the cache of packed filters holds each norm's scale and shift.
   static std::vector<BatchNorm> fold(const Tensor&, std::vector<BatchNorm> norms) { return norms; }
   static Tensor norm_relu(const Tensor& x, const BatchNorm& norm) {
     const auto [scale, shift] = scale_and_shift(x, norm);
     return activate(x, *scale, *shift);
   }
   static constexpr auto conv_bn_act = conv_bn_act_over;
-  // Our tiles have the norm for nothing on the way out; oneDNN's result takes a pass.
+  // In the epilogue of resnet_fast's tiles the norm is free; after oneDNN it takes a pass.
   static bool pool_normalizes(const Tensor& x, const Tensor& w, const Geometry& g) {
     check_conv_act(x, w, {}, g);
     return !route(x, w, g, true).tiled;

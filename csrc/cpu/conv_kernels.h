@@ -1,10 +1,10 @@
-// The inner kernels of our own convolutions (tiled_conv.cpp, wgrad.cpp); T is float or bf16. For CPUs with
+// The inner kernels of resnet_fast's CPU convolutions (tiled_conv.cpp, wgrad.cpp); T is float or bf16. For CPUs with
 // AVX-512 (gemm.inl), and with AMX for bf16 (kernels_amx_bf16.cpp).
 //
-// Everything is a product C[rows][32] += Σ A[row][step]·B[step][32] over 4-byte steps: one fp32 value, or a
-// pair of bf16 values whose products are summed in fp32. A tile is `rows` rows of 32 values in two halves,
-// which need not follow each other: 14 rows with AVX-512, which leaves 28 of 32 registers accumulating (28 FMAs
-// for 2 loads of B and 14 broadcasts of A); 32 rows with AMX, four accumulators of 16 by 16.
+// Each is a product C[rows][32] += Σ A[row][step]·B[step][32] over 4-byte steps: one fp32 value, or a pair of bf16
+// values whose products are accumulated in fp32. A tile is `rows` rows of 32 values in two halves, which need not be
+// adjacent. AVX-512 has tiles of 14 rows: 28 of 32 registers accumulate, with 28 FMAs for 2 loads of B and 14
+// broadcasts of A. AMX has tiles of 32 rows: four accumulators of 16 by 16.
 #pragma once
 
 #include <cstdint>
@@ -14,18 +14,18 @@
 namespace resnet_fast {
 
 constexpr int kTileColumns = 32;
-constexpr int64_t kPanelStep = kTileColumns * 4;  // bytes a step of B
-constexpr int64_t kChain = 256;                   // steps of one sum of gemm.inl; longer ones are sums of sums
+constexpr int64_t kPanelStep = kTileColumns * 4;  // bytes per step of B
+constexpr int64_t kChain = 256;                   // steps that gemm.inl accumulates at once; longer sums add such parts
 
-// One stretch of the sum: `steps` steps, `a` and `b` bytes from where a product's begin.
+// One stretch of the sum: `steps` steps, `a` and `b` bytes after the product's A and B.
 struct Stretch {
   int64_t a, b, steps;
 };
 
 // A tile's sum over its stretches. In a stretch A(row, step) is at a + row·lda + step·a_step bytes in the first
 // half of the tile, at a + half_a + (row − half)·lda + step·a_step in the second; B(step) is at b + step·kPanelStep.
-// With steps in groups, those of a group follow each other, and a_step is a group's distance from the next over its
-// steps.
+// If steps are grouped, the steps of a group are adjacent, and a_step is the distance between groups divided by the
+// steps per group.
 struct Product {
   const char *a, *b;
   const Stretch* stretches;
@@ -33,17 +33,17 @@ struct Product {
   int64_t lda, half_a, a_step;
 };
 
-// What happens to a finished tile: y = relu(scale·sum + shift + residual), each optional.
+// The epilogue of a tile: y = relu(scale·sum + shift + residual); each part is optional.
 template <class T>
 struct Epilogue {
   const float *scale, *shift;  // [32]
-  const T* residual;           // beside y
+  const T* residual;           // indexed like y
   bool relu;
 };
 
-// How much of a tile there is: rows of its first half and of its second. Where `pitch` is given, they are a run
-// across lines of `pitch` positions, from position `column` of one: rows at positions from `width` on are none of y,
-// whose rows follow each other without them.
+// The rows in use of a tile's first and second half. With `pitch`, they are a run across lines of `pitch` positions,
+// starting at position `column` of a line. Rows at positions from `width` on are padding and are not stored; the rows
+// of y follow each other without them.
 struct Rows {
   int first, second;
   int column = 0, width = 0, pitch = 0;
@@ -52,17 +52,17 @@ struct Rows {
 template <class T>
 struct ConvKernels {
   int rows, half;         // of a tile, and of its first half
-  bool ragged;            // the first half may be short although there is a second
-  int steps;              // of a group: stretches are whole groups
-  int64_t depth;          // steps of a stretch at the most: one tap after another meets them, while they are in L1
-  int64_t scratch_bytes;  // of input that stays in L2 beside a panel and the output
-  int64_t block_bytes;    // of panels that a tile of pixels meets one after another
-  int dw_parts;           // tiles of dw that 32 filters are cut into
-  int64_t dw_pixels;      // pixels of a block of dw at the most,
-  int64_t dw_bytes;       // and bytes of its operands
+  bool ragged;            // the first half may be short even with a second one
+  int steps;              // per group; stretches are whole groups
+  int64_t depth;          // maximum steps per stretch: all taps of these steps are multiplied while in L1
+  int64_t scratch_bytes;  // of input that stays in L2 with a panel and the output
+  int64_t block_bytes;    // of panels that are multiplied by a tile of pixels in sequence
+  int dw_parts;           // tiles of dw per 32 filters
+  int64_t dw_pixels;      // maximum pixels per block of dw,
+  int64_t dw_bytes;       // and maximum bytes of its operands
 
-  // y[row·ldy + column] = …; rows of the second half at y[half_y + (row − half)·ldy + column]. `shape` is of the
-  // thread's tile registers, 0 before the first tile; release() after the last, nullptr where there are none.
+  // y[row·ldy + column] = …; rows of the second half at y[half_y + (row − half)·ldy + column]. `shape` is the
+  // thread's tile configuration, 0 before the first tile. Call release() after the last tile; nullptr without AMX.
   void (*store_tile)(
       const Rows&, const Product&, T* y, int64_t ldy, int64_t half_y, const Epilogue<T>&, int& shape);
   // sum[row·ld + column] = … or, where `add`, += …
@@ -72,17 +72,17 @@ struct ConvKernels {
   // outer values (fprop) or of 32 inner values (dgrad): packed[step][32].
   void (*pack_outer)(const void* w, bool is_float, int64_t ld, int64_t inner, char* packed);
   void (*pack_inner)(const void* w, bool is_float, int64_t ld, int64_t outer, char* packed);
-  // Pixels as steps: `channels` values (a multiple of 32) of `pixels` pixels `ld` values apart, as panels
-  // `panel_bytes` apart, each [step][32]. The missing pixel of an odd bf16 pair is zero.
+  // Pixels as steps: `channels` values (a multiple of 32) of `pixels` pixels, `ld` values apart, as panels
+  // [step][32], `panel_bytes` apart. With an odd number of bf16 pixels, zeros complete the last pair.
   void (*pack_pixels)(const T* x, int64_t ld, int64_t pixels, int64_t channels, char* packed, int64_t panel_bytes);
-  // Where tiles read a group of steps of many pixels at once, two more; else nullptr.
-  // A panel of pixels turned in place from B's order to A's: [step][32] becomes [group][32][steps of a group].
+  // The next two are for tiles that read a group of steps of many pixels at once (AMX), else nullptr.
+  // Transposes a panel of pixels in place from B's order to A's: [step][32] to [group][32][steps of a group].
   void (*turn)(char* packed, int64_t steps);
-  // Pixels with their groups of steps `group_bytes` apart: to[group][pixel].
+  // Copies pixels to to[group][pixel], with groups `group_bytes` apart.
   void (*spread)(const T* x, int64_t pixels, int64_t channels, char* to, int64_t group_bytes);
 };
 
-// The table for this CPU, nullptr where it has none.
+// The kernels for this CPU; nullptr if it has none.
 template <class T>
 const ConvKernels<T>* conv_kernels();
 

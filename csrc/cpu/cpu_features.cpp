@@ -23,8 +23,8 @@ namespace {
 constexpr Isa kIsas[] = {Isa::Baseline, Isa::AVX2, Isa::AVX512, Isa::AVX512_BF16, Isa::AMX_BF16};
 
 #if RESNET_FAST_X86_64
-// Two flags that older compilers cannot name in __builtin_cpu_supports. They say nothing of the
-// operating system, so they count only beside avx2 and avx512f, whose check includes it.
+// Two flags that __builtin_cpu_supports of older compilers does not know. They do not include support by the
+// operating system, so the caller also checks avx2 or avx512f, which do.
 bool has_f16c() {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx >> 29 & 1);
@@ -36,8 +36,8 @@ bool has_avx512bf16() {
 }
 #endif
 
-// Linux keeps the tiles' state out of a process until it asks for them; then all its threads may use them.
-// Some virtual machines announce AMX and hide the leaf that tells the tiles' shapes: no tile is valid there.
+// On Linux a process must request AMX's tile data; then all its threads may use it. Unusable AMX: some virtual
+// machines report AMX but hide the CPUID leaf of the tile shapes, and no tile configuration is valid there.
 bool has_amx() {
 #if RESNET_FAST_HAS_AMX
   constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24, kTileLeaf = 0x1d;
@@ -73,9 +73,10 @@ Isa choose() {
   const std::string& asked = settings().cpu_isa;
   if (asked.empty()) return detected_isa();
   const auto* const isa = std::find_if(std::begin(kIsas), std::end(kIsas), [&](Isa i) { return asked == isa_name(i); });
-  TORCH_CHECK(isa != std::end(kIsas), "RESNET_FAST_CPU_ISA=", asked, " is unknown");
+  TORCH_CHECK(isa != std::end(kIsas), "RESNET_FAST_CPU_ISA=", asked,
+              ": expected baseline, avx2, avx512, avx512_bf16 or amx_bf16");
   TORCH_CHECK(*isa <= detected_isa(), "RESNET_FAST_CPU_ISA=", asked,
-              " is not supported by this CPU; the most it has is ", isa_name(detected_isa()));
+              " is not supported by this CPU, which supports up to ", isa_name(detected_isa()));
   return *isa;
 }
 
@@ -120,7 +121,7 @@ Isa detected_isa() {
 }
 
 Isa active_isa() {
-  static const Isa isa = choose();  // a throw leaves it unset: the next call throws again
+  static const Isa isa = choose();  // if choose() throws, the next call throws again
   return isa;
 }
 

@@ -1,4 +1,4 @@
-// Which instruction set the CPU kernels use. One binary holds kernels for several; this picks.
+// Selects the instruction set of the CPU kernels at run time; one binary contains kernels for several.
 #pragma once
 
 #if defined(__x86_64__)
@@ -7,7 +7,7 @@
 #define RESNET_FAST_X86_64 0
 #endif
 
-// AMX wants a compiler that knows it, and Linux, which lends it on request.
+// AMX needs a compiler that supports it, and Linux, which enables it on request.
 #if defined(__x86_64__) && defined(__linux__) && \
     ((defined(__clang__) && __clang_major__ >= 12) || (!defined(__clang__) && __GNUC__ >= 11))
 #define RESNET_FAST_HAS_AMX 1
@@ -17,32 +17,32 @@
 
 namespace resnet_fast {
 
-// Ordered: each one includes those before it, so `active_isa() >= Isa::AVX512` is a fair question.
+// Ordered: each includes those before it, so `active_isa() >= Isa::AVX512` is valid.
 enum class Isa {
   Baseline,     // what the compiler assumes: SSE2 on x86-64, NEON on aarch64
   AVX2,         // avx2, fma, f16c
   AVX512,       // + avx512 f, bw, vl, dq
   AVX512_BF16,  // + avx512bf16
-  AMX_BF16,     // + amx-tile, amx-bf16, with tiles of 16 rows of 64 bytes that the system lends
+  AMX_BF16,     // + amx-tile, amx-bf16, with tiles of 16 rows of 64 bytes, enabled by the system
 };
 
-// "baseline", "avx2", "avx512", "avx512_bf16", "amx_bf16": the words RESNET_FAST_CPU_ISA takes.
+// "baseline", "avx2", "avx512", "avx512_bf16", "amx_bf16": the values of RESNET_FAST_CPU_ISA.
 const char* isa_name(Isa isa);
 
-// The most this CPU and its operating system support; Baseline off x86-64.
+// The best set that this CPU and its operating system support; Baseline except on x86-64.
 Isa detected_isa();
 
-// detected_isa(), or less where settings().cpu_isa asks for less. Asked once, at the first call; throws c10::Error for
-// a set that the CPU does not support.
+// settings().cpu_isa, or detected_isa() where it is empty. Determined at the first call; throws c10::Error for an
+// unknown set, or one that the CPU does not support.
 Isa active_isa();
 
-// Who convolves on a CPU that has tiles of ours: what measures faster, or whom RESNET_FAST_CPU_CONV names.
+// Which implementation convolves on a CPU with tiles: the faster one by measurement (Auto), or the one set.
 enum class ConvBy { Auto, Tiles, Winograd, OneDnn };
 
-// From the environment variable, "auto", "tiles", "winograd" or "onednn"; throws c10::Error for another word.
+// From settings().cpu_conv, "tiles", "winograd" or "onednn"; other values are Auto.
 ConvBy conv_by();
 
-// Whether the processor says GenuineIntel.
+// Whether CPUID's vendor is GenuineIntel.
 bool is_intel();
 
 }  // namespace resnet_fast

@@ -2,7 +2,7 @@
 
 constexpr int kTileRows = 14;
 constexpr int kHalf = 7;
-constexpr int kStepBytes = 4;  // from a step of A to the next: of pixels as they lie; kPanelStep where they are packed
+constexpr int kStepBytes = 4;  // between steps of A in unpacked pixels; kPanelStep in packed ones
 
 inline __attribute__((always_inline)) __m512 multiply_add(__m512i a, __m512i b, __m512 sum) {
 #if defined(RESNET_FAST_AVX512_BF16)
@@ -12,8 +12,8 @@ inline __attribute__((always_inline)) __m512 multiply_add(__m512i a, __m512i b, 
 #endif
 }
 
-// Rows in groups of four or three, at p, p + lda, p + 2·lda, p + 3·lda: x86 address modes of one pointer and
-// two strides. Each half of the tile has two groups. kStep is product.a_step, known here: a register less.
+// Rows are in groups of four or three, at p, p + lda, p + 2·lda, p + 3·lda: x86 address modes with one pointer and
+// two strides. Each half of the tile has two groups. kStep is product.a_step as a constant, which saves a register.
 template <int kRows, int kStep>
 inline __attribute__((always_inline)) void accumulate(
     const Product& product, __m512 (&sum)[kRows][2]) {
@@ -50,7 +50,7 @@ inline __attribute__((always_inline)) void store_lanes(Lanes<float> v, Element* 
 #endif
 }
 
-// What is there is added last: the error grows with the chain, not with all that was ever summed.
+// Adds the previous value last, so that the rounding error grows with the chain, not with the whole sum.
 template <int kRows, int kStep>
 void add_rows(const Product& product, bool add, float* to, int64_t ld) {
   __m512 sum[kRows][2];
@@ -70,7 +70,7 @@ void add_rows(const Product& product, bool add, float* to, int64_t ld) {
   }
 }
 
-// How many of `stretches` one register sums: kChain steps, at least a stretch.
+// The number of `stretches` that one register accumulates: up to kChain steps, at least one stretch.
 inline int64_t chain(const Stretch* stretches, int64_t n) {
   int64_t count = 0;
   for (int64_t sum = 0; count < n && (count == 0 || sum + stretches[count].steps <= kChain); ++count) {
@@ -79,11 +79,11 @@ inline int64_t chain(const Stretch* stretches, int64_t n) {
   return count;
 }
 
-// y of a finished tile; `sum(row, half)` gives it.
+// The epilogue of a tile with the accumulators sum(row, half).
 template <int kRows, class F>
 inline __attribute__((always_inline)) void finish(
     F sum, Element* y, int64_t ldy, int64_t half_y, const Epilogue<Element>& epilogue) {
-  __m512 scale[2], shift[2];  // after the sum: a large shift would cost its small digits
+  __m512 scale[2], shift[2];  // added after the sum: a large shift in it would cost precision
   for (int half = 0; half < 2; ++half) {
     scale[half] = epilogue.scale ? _mm512_loadu_ps(epilogue.scale + 16 * half) : _mm512_set1_ps(1);
     shift[half] = epilogue.shift ? _mm512_loadu_ps(epilogue.shift + 16 * half) : _mm512_setzero_ps();
@@ -103,7 +103,7 @@ inline __attribute__((always_inline)) void finish(
 template <int kRows>
 void store_rows(
     const Product& product, Element* y, int64_t ldy, int64_t half_y, const Epilogue<Element>& epilogue) {
-  if (epilogue.residual) {  // on its way while the sum is made
+  if (epilogue.residual) {  // prefetched during the sum
     for (int row = 0; row < kRows; ++row) {
       const Element* p = epilogue.residual + row / kHalf * half_y + row % kHalf * ldy;
       _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0);
@@ -148,9 +148,9 @@ void add_tile(int rows, const Product& product, bool add, float* to, int64_t ld,
   with_rows(rows, [&](auto r) { add_rows<r.value, kPanelStep>(product, add, to, ld); });
 }
 
-constexpr int kValues = 4 / sizeof(Element);  // values a step: 1 fp32, 2 bf16
+constexpr int kValues = 4 / sizeof(Element);  // values per step: 1 fp32, 2 bf16
 
-// Lanes of one step: fp32 as they are; a pair of bf16, `low` in the low half.
+// One step of lanes: fp32 unchanged; bf16 pairs with `low` in the low half.
 inline __m512i step_of(__m512 low, __m512 high) {
 #if defined(RESNET_FAST_AVX512_BF16)
   const __m512i pair = (__m512i)_mm512_cvtne2ps_pbh(high, low);  // low's 16 values, then high's
@@ -174,7 +174,7 @@ void pack_outer(const void* w, bool is_float, int64_t ld, int64_t inner, char* p
         const float* p = static_cast<const float*>(w) + 16 * half * ld + i;
         const __m512 low = _mm512_i32gather_ps(index, p, 4);
         step = step_of(low, kValues == 2 ? _mm512_i32gather_ps(index, p + 1, 4) : low);
-      } else {  // bf16: the pair lies side by side
+      } else {  // bf16: the pair is adjacent
         step = _mm512_i32gather_epi32(index, static_cast<const bf16*>(w) + 16 * half * ld + i, 2);
       }
       _mm512_storeu_si512(packed, step);
@@ -227,7 +227,7 @@ const ConvKernels<Element>& conv_kernels() {
     ConvKernels<Element> k = {};
     k.rows = kTileRows, k.half = kHalf, k.ragged = false, k.steps = 1, k.depth = kChain;
     k.scratch_bytes = 256 << 10, k.block_bytes = 32 << 10;
-    k.dw_parts = 3;  // 11 rows keep the FMAs as busy as 14, and three times 11 is little more than 32
+    k.dw_parts = 3;  // 11 rows use the FMAs as well as 14, and 3·11 is little more than 32
     k.dw_pixels = 256, k.dw_bytes = 640 << 10;
     k.store_tile = store_tile, k.add_tile = add_tile;
     k.pack_outer = pack_outer, k.pack_inner = pack_inner, k.pack_pixels = pack_pixels;

@@ -1,20 +1,20 @@
-// The memory-bound CPU kernels: the table of one instruction set's versions.
+// The memory-bound CPU kernels: a table of functions for each instruction set.
 #pragma once
 
 #include "../kernel_args.h"
 
 namespace resnet_fast {
 
-// What partial results are merged in.
+// The type in which partial results are merged.
 template <class A>
 using wider_t = std::conditional_t<std::is_same_v<A, float>, double, long double>;
 
-// Rows of one call of `statistics` at the most, for the sake of its sums in A.
+// Maximum rows per call of `statistics`, which limits the rounding error of its sums in A.
 constexpr int64_t kStatisticsRows = 128;
 
-// One instruction set's kernels for one dtype, over rows begin, begin + step, … below end. In NHWC step
-// is 1, and `sums` is [3][channels], `moments` (mean, m2) [2][channels]; in NCHW the rows are the planes
-// of one channel (step = channels), and they are [3] and [2].
+// The kernels of one instruction set and dtype, over rows begin, begin + step, … below end. NHWC: step is 1, `sums`
+// is [3][channels], `moments` (mean, m2) is [2][channels]. NCHW: the rows are the planes of one channel (step =
+// channels), `sums` is [3], `moments` is [2].
 template <class T, class A = accumulate_t<T>>
 struct Kernels {
   void (*bn_act)(const BnAct<T>&, int64_t begin, int64_t end);
@@ -24,7 +24,7 @@ struct Kernels {
   void (*statistics)(const Statistics<T>&, int64_t begin, int64_t end, int64_t step, wider_t<A>* moments);
 };
 
-// The versions in each instruction set, and the best of them for this CPU (cpu_features.h).
+// The kernels of each instruction set, and those of active_isa() (cpu_features.h).
 namespace baseline {
 template <class T>
 const Kernels<T>& kernels();

@@ -1,6 +1,6 @@
-// The bf16 convolution tiles for AMX: C[32][32] in four tile registers of 16 by 16 fp32, two of A and two of B
-// beside them. A group of 16 steps is four loads and four products of 16·16·32 multiply-adds; filters and pixels
-// are packed as for AVX-512 BF16, whose pairs are what AMX multiplies.
+// The bf16 convolution tiles for AMX: C[32][32] in four tile registers of 16 by 16 fp32, with two registers for A and
+// two for B. A group of 16 steps is four loads and four products of 16·16·32 multiply-adds. Filters and pixels are
+// packed as for AVX-512 BF16, in the pairs that AMX multiplies.
 #include "cpu_features.h"
 #include "target.h"
 
@@ -15,10 +15,10 @@ RESNET_FAST_TARGET("amx-tile,amx-bf16,avx512bf16,avx512f,avx512bw,avx512vl,avx51
 namespace resnet_fast::amx_bf16 {
 #include "lanes.inl"
 
-constexpr int kHalf = 16, kGroup = 16;  // rows of a tile register, steps of one
+constexpr int kHalf = 16, kGroup = 16;  // rows and steps of a tile register
 
-// The shapes of the eight tile registers: 0 to 3 are C, first half and second by left columns and right; 4 and 5
-// are A's halves, 6 and 7 are B's columns.
+// The configuration of the eight tile registers: 0 and 1 are the first half of C (left and right columns), 2 and 3 the
+// second half; 4 and 5 are the halves of A, 6 and 7 the left and right columns of B.
 struct Shapes {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
   uint16_t column_bytes[16] = {};
@@ -138,7 +138,7 @@ void store_tile(
   finisher.rows(rows.second, sum + kHalf * kTileColumns, half_y);
 }
 
-// rows is 32: dw_parts is 1.
+// rows is always 32, because dw_parts is 1.
 void add_tile(int rows, const Product& product, bool add, float* to, int64_t ld, int& shape) {
   reshape(kHalf, rows - kHalf, shape);
   float* second = to + kHalf * ld;

@@ -1,6 +1,6 @@
-// Sixteen lanes of fp32 (or fp64) and how bf16, fp32 and fp64 load into and store from them.
-// Included once an instruction set, inside its own namespace. Lanes<A> is a plain array that the
-// compiler vectorizes for whatever it targets; fp32 on AVX2 and AVX-512 is written out.
+// Sixteen lanes of fp32 or fp64, with loads and stores of bf16, fp32 and fp64. Included once per
+// instruction set, inside its namespace. Lanes<A> is an array that the compiler vectorizes for the
+// target; fp32 on AVX2 and AVX-512 uses intrinsics.
 
 template <class A>
 struct Lanes {
@@ -30,13 +30,13 @@ struct Lanes {
       for (int i = 0; i < n; ++i) p[i] = narrow<T>(v[i]);
     }
   }
-  // Bit i: not (v[i] ≤ 0), so that NaN counts as positive.
+  // Bit i: not (v[i] ≤ 0), so NaN counts as positive.
   uint32_t positive() const {
     uint32_t bits = 0;
     for (int i = 0; i < kWidth; ++i) bits |= uint32_t(!(v[i] <= A(0))) << i;
     return bits;
   }
-  // Bit i: v[i] > than[i], or v[i] is NaN, which a maximum keeps.
+  // Bit i: v[i] > than[i], or v[i] is NaN, so that a maximum keeps NaN.
   uint32_t above(const Lanes& than) const {
     uint32_t bits = 0;
     for (int i = 0; i < kWidth; ++i) bits |= uint32_t(v[i] > than.v[i] || v[i] != v[i]) << i;

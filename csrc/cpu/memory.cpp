@@ -29,14 +29,14 @@ namespace {
 
 constexpr size_t kHugePage = 2 << 20, kStep = 64 << 10;
 
-// The limit in a file of a control group; none where there is no such file or it says "max".
+// The limit in a control group's file; no limit if the file is missing or contains "max".
 int64_t group_limit(const std::string& path) {
   int64_t limit = 0;
   std::ifstream file(path);
   return file >> limit && limit > 0 ? limit : std::numeric_limits<int64_t>::max();
 }
 
-// Memory from the system and back to it. Blocks of a huge page or more begin at one.
+// Allocates memory from the system, and returns it. Blocks of at least a huge page start at a huge page.
 #if defined(__linux__)
 void* map_block(size_t size) {
   const size_t extra = size >= kHugePage ? kHugePage : 0;
@@ -48,7 +48,7 @@ void* map_block(size_t size) {
   if (before > 0) munmap(begin, before);
   if (before < extra) munmap(begin + before + size, extra - before);
 #if defined(MADV_HUGEPAGE)
-  madvise(begin + before, size, MADV_HUGEPAGE);  // advice: a refusal changes nothing
+  madvise(begin + before, size, MADV_HUGEPAGE);  // only advice: errors are ignored
 #endif
   return begin + before;
 }
@@ -63,11 +63,11 @@ void unmap_block(void* block, size_t) { std::free(block); }
 
 void* fresh(size_t size) {
   void* block = map_block(size);
-  if (block == nullptr) {  // what is kept may be what is missing
+  if (block == nullptr) {  // the cache may hold the memory
     empty_cache();
     block = map_block(size);
   }
-  TORCH_CHECK_WITH(OutOfMemoryError, block != nullptr, "out of memory: ", size, " bytes");
+  TORCH_CHECK_WITH(OutOfMemoryError, block != nullptr, "out of memory: could not allocate ", size, " bytes");
   return block;
 }
 
@@ -80,11 +80,11 @@ class FreeBlock;
 using FreeBlocks = std::multimap<size_t, Shelf::Place>;
 
 FreeBlocks& free_blocks() {
-  static auto* blocks = new FreeBlocks;  // never destroyed: tensors may outlive this library's statics
+  static auto* blocks = new FreeBlocks;  // never destroyed: tensors may outlive static objects
   return *blocks;
 }
 
-// A block that waits for the next result of about its size.
+// A cached block, for the next result of about its size.
 class FreeBlock final : public Kept {
  public:
   FreeBlock(void* data, size_t size) : Kept(int64_t(size), true), data_(data) {}
@@ -100,7 +100,7 @@ class FreeBlock final : public Kept {
   void* data_;
 };
 
-// A block in use, the context of its DataPtr.
+// A block in use; it is the context of its DataPtr.
 struct Block {
   void* data;
   size_t size;
@@ -125,7 +125,7 @@ void unmap(void* context) {
   unmap_block(block->data, block->size);
 }
 
-// Blocks of memory: from the free ones if `reuses`, and back among them.
+// Allocates blocks. If `reuses`, it takes free blocks from the cache and returns them to it.
 class BlockAllocator final : public c10::Allocator {
  public:
   explicit BlockAllocator(bool reuses) : reuses_(reuses) {}
@@ -143,7 +143,7 @@ class BlockAllocator final : public c10::Allocator {
   void copy_data(void* to, const void* from, size_t count) const override { default_copy_data(to, from, count); }
 
  private:
-  // A free block of `size` or little more, which is what `size` becomes.
+  // A free block of `size` or slightly more; sets `size` to the block's size.
   static void* find(size_t& size) {
     Shelf& shelf = Shelf::get();
     Shelf::Items taken;
@@ -168,7 +168,7 @@ at::Tensor empty_in(
   return t;
 }
 
-// Threads inside oneDNN, and how deep this one is.
+// The number of threads inside oneDNN, and this thread's nesting depth.
 std::atomic<int64_t> inside{0};
 std::atomic<bool> forking{false};
 thread_local int64_t depth = 0;
@@ -176,7 +176,7 @@ thread_local int64_t depth = 0;
 }  // namespace
 
 InOneDnn::InOneDnn() {
-  Shelf::get();  // it sees to forks
+  Shelf::get();  // registers the fork handlers
   if (depth++ > 0) return;
   while (++inside, forking) {
     --inside;
@@ -189,13 +189,13 @@ InOneDnn::~InOneDnn() {
 }
 
 Shelf& Shelf::get() {
-  static auto* shelf = new Shelf;  // never destroyed, as free_blocks()
+  static auto* shelf = new Shelf;  // never destroyed, like free_blocks()
   return *shelf;
 }
 
 Shelf::Shelf() : budget_(settings().cpu_cache_mb ? *settings().cpu_cache_mb << 20 : memory_limit() / 8) {
 #if defined(__linux__)
-  // A child gets the shelf as it is between two calls, and its mutex free.
+  // A child inherits the cache in a consistent state, with its mutex unlocked.
   pthread_atfork(
       [] {
         forking = true;
@@ -244,7 +244,7 @@ int64_t memory_limit(const std::string& groups, const std::string& root) {
   limit = int64_t(sysconf(_SC_PHYS_PAGES)) * int64_t(sysconf(_SC_PAGE_SIZE));
 #endif
   std::ifstream file(groups);
-  for (std::string line; std::getline(file, line);) {  // number:controllers:path, no controllers in version 2
+  for (std::string line; std::getline(file, line);) {  // number:controllers:path; version 2 has no controllers
     const size_t first = line.find(':'), second = line.find(':', first + 1);
     if (second == std::string::npos) continue;
     const std::string controllers = "," + line.substr(first + 1, second - first - 1) + ",";
@@ -252,7 +252,7 @@ int64_t memory_limit(const std::string& groups, const std::string& root) {
     if (!unified && controllers.find(",memory,") == std::string::npos) continue;
     const std::string folder = unified ? root : root + "/memory";
     const std::string name = unified ? "/memory.max" : "/memory.limit_in_bytes";
-    for (std::string path = line.substr(second + 1);; path.erase(path.rfind('/'))) {  // and those it is in
+    for (std::string path = line.substr(second + 1);; path.erase(path.rfind('/'))) {  // and its parents
       limit = std::min(limit, group_limit(folder + path + name));
       if (path.find('/') == std::string::npos) break;
     }
@@ -286,7 +286,7 @@ int64_t empty_cache() {
     all = shelf.clear();
   }
 #if defined(__GLIBC__)
-  malloc_trim(0);  // ATen's own memory of packed filters
+  malloc_trim(0);  // packed filters in ATen's memory
 #endif
   return bytes;
 }

@@ -1,5 +1,5 @@
 // The memory-bound ops on CPU tensors: checks, allocation, dtype dispatch, threads. The arithmetic is in
-// norm.inl. Work is cut by shape alone, never by thread count, so results do not depend on threads.
+// norm.inl. Work is partitioned by shape, not by thread count, so results do not depend on the thread count.
 #include "norm.h"
 
 #include <ATen/Parallel.h>
@@ -30,7 +30,7 @@ const Kernels<T>& kernels() {
 namespace cpu {
 namespace {
 
-constexpr int64_t kGrain = 1 << 15;  // elements a task is worth starting for
+constexpr int64_t kGrain = 1 << 15;  // minimum elements per task
 
 template <class F>
 void for_rows(const Shape& s, F run) {
@@ -38,10 +38,10 @@ void for_rows(const Shape& s, F run) {
   at::parallel_for(0, s.rows, std::max<int64_t>(1, kGrain / s.inner), run);
 }
 
-// NHWC reductions: blocks of rows, each with its own partial result, merged in order.
+// NHWC reductions: one partial result per block of rows, merged in order.
 int64_t rows_a_block(const Shape& s) { return std::clamp<int64_t>((s.rows + 7) / 8, 64, 512); }
 
-// Sums of all rows: run(begin, end, step, partial) adds k of them a channel; returns k vectors.
+// Sums over all rows: run(begin, end, step, partial) adds k sums per channel; returns k vectors.
 template <class A, class F>
 std::vector<Tensor> reduce_rows(const Shape& s, int k, at::TensorOptions options, F run) {
   std::vector<Tensor> out;
@@ -75,7 +75,7 @@ std::vector<Tensor> reduce_rows(const Shape& s, int k, at::TensorOptions options
   return out;
 }
 
-// Into y, which may be z.
+// Writes to y, which may be z.
 void bn_act_into(
     const Tensor& y, const Tensor& mask, const Tensor& z, const OptTensor& scale, const OptTensor& shift,
     const OptTensor& residual, const OptTensor& res_scale, const OptTensor& res_shift, bool relu) {
@@ -318,7 +318,7 @@ std::tuple<Tensor, Tensor, Tensor> max_pool_bwd(
   });
 }
 
-// PyTorch's own is one pass already.
+// PyTorch's kernel is already one pass.
 Tensor global_avg_pool(const Tensor& x) {
   check_4d({"global_avg_pool", "x", x});
   return at::adaptive_avg_pool2d(x, {1, 1}).flatten(1).contiguous();

@@ -1,4 +1,4 @@
-// The memory-bound ops on CPU tensors, for the op registrations (norm.cpp) and for the convolutions.
+// The memory-bound ops on CPU tensors, for the op registrations (norm.cpp) and the convolutions.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -11,7 +11,7 @@
 
 namespace resnet_fast::cpu {
 
-// f(T{}) with T = float, double or bf16 for the tensor's dtype.
+// Calls f(T{}) with T = float, double or bf16 for the tensor's dtype.
 template <class F>
 auto dispatch(const Tensor& x, const char* op, F f) {
   switch (x.scalar_type()) {
@@ -32,15 +32,15 @@ std::tuple<Tensor, Tensor> bn_stats(const Tensor& x);
 std::tuple<Tensor, Tensor, Tensor> bn_finalize(
     const Tensor& mean, const Tensor& m2, int64_t count, const OptTensor& weight, const OptTensor& bias, double eps);
 
-// What makes scale·x + shift the norm of x + conv_bias by its running statistics, or x + conv_bias where there is no
-// norm; in the dtype that x is summed in. Nothing where there is neither.
+// scale and shift such that scale·x + shift is the norm of x + conv_bias with running statistics, or x + conv_bias
+// without a norm; in x's accumulation dtype. Empty without a norm and a bias.
 std::pair<OptTensor, OptTensor> scale_and_shift(const Tensor& x, const BatchNorm& norm);
 
 std::tuple<Tensor, Tensor> bn_act(
     const Tensor& z, const Tensor& scale, const Tensor& shift, const OptTensor& residual,
     const OptTensor& res_scale, const OptTensor& res_shift, bool relu, bool save_mask);
 
-// The same in place, unchecked, without what is missing; residual in z's memory order.
+// bn_act in place, unchecked; missing operands are skipped. The residual must have z's memory format.
 void bn_act_over(
     const Tensor& z, const OptTensor& scale, const OptTensor& shift, const OptTensor& residual, bool relu);
 
@@ -52,8 +52,8 @@ Tensor bn_act_bwd_apply(
     const Tensor& dy, const OptTensor& mask, const OptTensor& a, const OptTensor& z, const OptTensor& mean,
     const OptTensor& b, const OptTensor& c, const OptTensor& residual, const OptTensor& residual_mask);
 
-// What follows dgrad, as arguments of gradient_sums: dx += residual (under its mask), ReLU's gradient at x
-// where scale is given, in place, and Σdx, Σdx·xhat(x) where mean is given.
+// The arguments of gradient_sums that finish a dgrad in place: dx += residual (under its mask); ReLU's gradient at x
+// if scale is given; Σdx and Σdx·xhat(x) if mean is given.
 template <class T>
 GradientSums<T> after_dgrad(
     const Tensor& dx, const Tensor& x, const OptTensor& scale, const OptTensor& shift, const OptTensor& mean,
@@ -69,7 +69,7 @@ GradientSums<T> after_dgrad(
   return k;
 }
 
-// after_dgrad over all of dx; the sums are empty where mean is not given.
+// Applies after_dgrad to all of dx; the sums are empty without mean.
 std::tuple<Tensor, Tensor> finish_dgrad(
     Tensor& dx, const Tensor& x, const OptTensor& scale, const OptTensor& shift, const OptTensor& mean,
     const OptTensor& rstd, const OptTensor& residual, const OptTensor& residual_mask);

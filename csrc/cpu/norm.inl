@@ -1,6 +1,6 @@
-// The memory-bound kernels of kernels.h, written once over Lanes. Included once an instruction set.
+// The memory-bound kernels of kernels.h, written with Lanes. Included once per instruction set.
 
-// Coefficients of element i of a row: a vector along the row (NHWC) or one value for all of it (NCHW).
+// The coefficient of element i of a row: from a vector along the row (NHWC), or one value for the row (NCHW).
 template <class A>
 struct Coefficient {
   const A* p;
@@ -135,7 +135,7 @@ void bn_relu_max_pool(const BnReluMaxPool<T>& k, int64_t begin, int64_t end) {
   }
 }
 
-// Lanes of p at i under the bits of `mask` (all of them where there is no mask).
+// Lanes of p at i, zero where the bit of `mask` is 0; all lanes without a mask.
 template <class V, class T>
 inline __attribute__((always_inline)) V load_masked(const T* p, const uint8_t* mask, int64_t i, int n) {
   const V v = V::load(p + i, n);
@@ -170,7 +170,7 @@ void bn_act_bwd_apply(const BnActBwdApply<T>& k, int64_t begin, int64_t end) {
   }
 }
 
-// Bit i: p[i] is `code`.
+// Bit i: p[i] == code.
 inline uint32_t equal_bytes(const uint8_t* p, int code, int n) {
   uint32_t bits = 0;
   for (int i = 0; i < n; ++i) bits |= uint32_t(p[i] == code) << i;
@@ -216,7 +216,7 @@ class PooledRow {
     rows_ = windows_of(w_, 0, h_), columns_ = windows_of(w_, 1, column_);
   }
 
-  // f(p, q, the code of the pixel in window p, q) for every window that it lies in.
+  // f(p, q, code of the pixel in window p, q) for every window that contains the pixel.
   template <class F>
   void each(F f) const {
     for (int p = rows_.begin; p < rows_.end; ++p) {
@@ -235,7 +235,7 @@ class PooledRow {
   Span rows_, columns_;
 };
 
-// One row of the operands of GradientSums. kPlain: only dy under a mask, as at the join of a block.
+// One row of the operands of GradientSums. kPlain: only dy under a mask, as after a block's addition.
 template <class T, bool kPlain>
 struct GradientRow {
   using V = Lanes<accumulate_t<T>>;
@@ -263,7 +263,7 @@ struct GradientRow {
   }
 };
 
-// Σg·xhat = rstd·Σg·(z − mean): rstd waits for the sum of the rows.
+// Σg·xhat = rstd·Σg·(z − mean): the sum of the rows is multiplied by rstd once.
 template <int kRows, int kSources, class Row, class T>
 void gradient_sums_nhwc(const GradientSums<T>& k, int64_t row, accumulate_t<T>* sums) {
   using V = Lanes<accumulate_t<T>>;
@@ -342,8 +342,8 @@ void gradient_sums(const GradientSums<T>& k, int64_t begin, int64_t end, int64_t
   }
 }
 
-// Two passes over rows that are in cache: the mean, then Σ(x − mean) and Σ(x − mean)². The first of these
-// is what rounding left of the mean; it corrects mean and m2.
+// Two passes over rows that are in cache: first the mean, then Σ(x − mean) and Σ(x − mean)². Σ(x − mean) measures
+// the rounding error of the mean, and corrects mean and m2.
 template <class T>
 void statistics_nhwc(
     const Statistics<T>& k, int64_t begin, int64_t end, wider_t<accumulate_t<T>>* moments) {
@@ -387,7 +387,7 @@ void statistics_nhwc(
   }
 }
 
-// The planes of one channel in pieces, each about its own mean, merged.
+// The planes of one channel in pieces: each piece is centred by its mean, then the pieces are merged.
 template <class T>
 void statistics_nchw(
     const Statistics<T>& k, int64_t begin, int64_t end, int64_t step, wider_t<accumulate_t<T>>* moments) {

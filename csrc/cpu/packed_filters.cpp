@@ -36,7 +36,7 @@ struct KeyHash {
 using Index = std::unordered_map<Key, Shelf::Place, KeyHash>;
 
 Index& entries() {
-  static auto* all = new Index;  // never destroyed: torch may go first
+  static auto* all = new Index;  // never destroyed: torch may be unloaded first
   return *all;
 }
 
@@ -48,7 +48,7 @@ int64_t bytes_of(const PackedConv& packed) {
   return bytes;
 }
 
-// Packed filters beside what they were made of: the filter first.
+// Packed filters with witnesses of their source tensors, the filter first.
 class Entry final : public Kept {
  public:
   Entry(Key key, std::list<Witness> witnesses, PackedConv made)
@@ -83,12 +83,12 @@ std::vector<Tensor> sources(const Tensor& w, const BatchNorm& bn) {
   return all;
 }
 
-// A single tap has no neighbour to be apart from: where a dilation says so oneDNN writes out of bounds.
+// The dilation, 1 for a single tap: there a dilation has no effect, but makes oneDNN write out of bounds.
 std::array<int64_t, 2> dilation_of(const Tensor& w, const Geometry& g) {
   return {w.size(2) == 1 ? 1 : g.dilation[0], w.size(3) == 1 ? 1 : g.dilation[1]};
 }
 
-// Whether windows lie in the padding alone, on one side of x at least.
+// Whether some windows lie entirely in the padding, on at least one side of x.
 bool pads_whole_windows(const Tensor& w, const Geometry& g) {
   for (int i = 0; i < 2; ++i) {
     if (g.padding[i] > g.dilation[i] * (w.size(2 + i) - 1)) return true;
@@ -106,7 +106,7 @@ bool onednn_takes_bf16(const Tensor& x, const Tensor& w, const Geometry& g) {
   return w.size(3) == 1 || g.stride[1] == 1 || conv_shape(x, w, g).columns > 1;
 }
 
-// x, and the padding that a convolution of it has left to do, where oneDNN cannot do it all.
+// x and its padding; x is padded here, with no padding left, where oneDNN cannot pad.
 std::pair<Tensor, std::vector<int64_t>> pad_whole_windows(const Tensor& x, const Tensor& w, const Geometry& g) {
   if (!pads_whole_windows(w, g)) return {x, g.padding.vec()};
   return {at::constant_pad_nd(x, {g.padding[1], g.padding[1], g.padding[0], g.padding[0]}), {0, 0}};
@@ -114,10 +114,10 @@ std::pair<Tensor, std::vector<int64_t>> pad_whole_windows(const Tensor& x, const
 
 using Call = std::vector<c10::IValue>;
 
-// oneDNN's convolutions with filters that are packed before, registered by ATen; absent where ATen was built without.
+// oneDNN's convolutions with packed filters, registered by ATen; missing if ATen was built without oneDNN.
 struct OneDnn {
   std::optional<c10::OperatorHandle> plain, binary_over, reorder;
-  bool takes_bf16 = false;  // it does on some CPUs
+  bool takes_bf16 = false;  // true on some CPUs
 
   OneDnn() {
     auto& dispatcher = c10::Dispatcher::singleton();
@@ -130,8 +130,8 @@ struct OneDnn {
       takes_bf16 = stack.at(0).toBool();
     }
   }
-  // float and bf16, where x has values; but oneDNN 3.x gives wrong values for one channel where y has one column, and
-  // writes out of bounds where windows lie in the padding alone.
+  // float and bf16, x not empty. Excluded for bugs of oneDNN 3.x: one channel (wrong values if y has one column), and
+  // windows entirely in the padding (writes out of bounds).
   bool takes(const Tensor& x, const Tensor& w, const Geometry& g) const {
     return plain && reorder && at::globalContext().userEnabledMkldnn() && x.numel() > 0 && x.size(1) > 1 &&
            !pads_whole_windows(w, g) &&
@@ -154,7 +154,7 @@ int64_t bits_of(double value) {
 Key make_key(const Tensor& x, const Tensor& w, const BatchNorm& bn, const Geometry& g) {
   Key key = {reinterpret_cast<int64_t>(w.const_data_ptr()), int64_t(x.scalar_type()), g.groups, bits_of(bn.eps),
              at::get_num_threads(), onednn().takes(x, w, g)};
-  // oneDNN's layout depends on the input's size; ours on whether the products are Winograd's.
+  // oneDNN's layout depends on the input's size; that of the tiles on the use of Winograd.
   if (route(x, w, g, true).tiled) {
     key.push_back(x.scalar_type() == at::kFloat && by_winograd(conv_shape(x, w, g), false));
   } else {
@@ -197,7 +197,7 @@ PackedConv make(const Tensor& x, const Tensor& w, const BatchNorm& bn, const Geo
   return packed;
 }
 
-// Take the entries at `address`, and those of tensors that are no more, with the lock held.
+// Takes the entries at `address` and those of freed tensors; the caller must hold the lock.
 Shelf::Items take_gone(Shelf& shelf, int64_t address) {
   std::vector<Shelf::Place> places;
   for (const auto& [key, place] : entries()) {
@@ -213,7 +213,7 @@ Shelf::Items take_gone(Shelf& shelf, int64_t address) {
 PackedConv pack(const Tensor& x, const Tensor& w, const BatchNorm& bn, const Geometry& geometry) {
   const std::vector<Tensor> tensors = sources(w, bn);
   for (const Tensor& t : tensors) {
-    if (t.is_inference()) return make(x, w, bn, geometry);  // it has no version counter to watch
+    if (t.is_inference()) return make(x, w, bn, geometry);  // it has no version counter
   }
   Shelf& shelf = Shelf::get();
   const Key key = make_key(x, w, bn, geometry);
@@ -267,7 +267,7 @@ void Trust::note(std::shared_ptr<Kept> entry, std::vector<Tensor> tensors) {
 bool Trust::was_right() {
   std::atomic<bool> right{true};
   for_tasks(int64_t(used_.size()), [&](int64_t i) {
-    const auto& [item, tensors] = used_[used_.size() - 1 - i];  // a network's large filters are its last
+    const auto& [item, tensors] = used_[used_.size() - 1 - i];  // a network's last filters are its largest
     if (static_cast<const Entry&>(*item).holds(tensors)) return;
     right = false;
     drop_packed(reinterpret_cast<int64_t>(tensors[0].const_data_ptr()));
@@ -281,13 +281,13 @@ Route route(const Tensor& x, const Tensor& w, const Geometry& g, bool inference)
     return Route{inference && onednn().takes(x, w, g) ? "onednn" : "aten", why, false};
   };
   if (conv_by() == ConvBy::OneDnn) return library("RESNET_FAST_CPU_CONV=onednn");
-  if (g.groups != 1) return library("groups");
+  if (g.groups != 1) return library("groups > 1");
   if (format_of(x, &w) != at::MemoryFormat::ChannelsLast) return library("not channels_last");
   const bool single = x.scalar_type() == at::kFloat;
   if (!single && x.scalar_type() != at::kBFloat16) return library("neither fp32 nor bf16");
   const ConvShape s = conv_shape(x, w, g);
   if (!(single ? tiled_conv_takes<float>(s) : tiled_conv_takes<bf16>(s))) {
-    return library("channels and filters are no multiples of 32, or the CPU has no tiles");
+    return library("channels or filters are not multiples of 32, or the CPU has no tiles");
   }
   if (single && by_winograd(s, false)) return {"winograd", "fp32, 3x3, stride 1", true};
   const int64_t values = s.images * s.rows * s.columns * (s.channels + s.filters);
@@ -313,10 +313,10 @@ Tensor run_panels(
   return y;
 }
 
-// conv(x) by oneDNN. The C library takes blocks of over 32 MB from the system at every call; a result of that
-// size is a sum with zeros in memory that we keep (memory.h): to write and to read them costs less than page faults.
-// ResNet-50's stem at batch 16 takes 17 ms so, and 27 ms with the faults. ATen's sum takes plainly channels_last
-// operands only, older releases' no single pixels or channels.
+// conv(x) with oneDNN. The C library allocates blocks of over 32 MB from the system at every call. A result of that
+// size is instead added to zeros in cached memory (memory.h): writing and reading them costs less than page faults.
+// ResNet-50's stem at batch 16 takes 17 ms, and 27 ms with the faults. ATen's fused sum takes only channels_last
+// operands; in older releases none that are also contiguous (a single pixel or channel).
 Tensor run_onednn(const Tensor& x, const Tensor& w, const PackedConv& packed, const Geometry& g) {
   constexpr int64_t kMapped = 32 << 20;
   const ConvShape s = conv_shape(x, w, g);
@@ -357,7 +357,7 @@ std::tuple<Tensor, Tensor> conv2d_backward(
     return {need_dx ? dx.to(x.scalar_type()) : dx, need_dw ? dw.to(w.scalar_type()) : dw};
   }
   const auto [in, padding] = pad_whole_windows(x, w, g);
-  const auto pixels = [&](const Tensor& t) {  // that a single tap reads
+  const auto pixels = [&](const Tensor& t) {  // those that a single tap reads
     return t.slice(2, 0, c10::nullopt, g.stride[0]).slice(3, 0, c10::nullopt, g.stride[1]);
   };
   const bool gathers = w.size(2) * w.size(3) == 1 && g.stride[0] * g.stride[1] > 1 && w.size(1) % 16 != 0;
@@ -386,7 +386,7 @@ Tensor run_packed(
   const Tensor y = (onednn().takes(x, w, g) ? run_onednn(x, w, packed, g)
                                             : conv2d(x, packed.weight.defined() ? packed.weight : w, g))
                        .contiguous(format_of(x, &w));
-  // Not oneDNN's own ReLU, which makes zeros of NaN.
+  // Not oneDNN's ReLU, which returns 0 for NaN.
   if (relu || residual || packed.scale) bn_act_over(y, packed.scale, packed.shift, residual, relu);
   return y;
 }

@@ -1,6 +1,6 @@
-// What a kernels_*.cpp includes before it switches its instruction set, and the switch. Standard headers
-// come before it, ours after it, so that no code shared with other files is compiled for more than the
-// baseline: everything below the switch is always_inline or lives in the instruction set's namespace.
+// Included by each kernels_*.cpp before it switches the instruction set; defines the switch. Standard headers come
+// before the switch, resnet_fast's after it, so that code shared with other files is compiled for the baseline only:
+// all code after the switch is always_inline or in the instruction set's namespace.
 #pragma once
 
 #include <algorithm>
@@ -13,7 +13,7 @@
 #if defined(__x86_64__)
 #define RESNET_FAST_X86 1
 #include <immintrin.h>
-#if defined(__GNUC__) && !defined(__clang__)  // GCC 12 warns of its own _mm512_undefined_*
+#if defined(__GNUC__) && !defined(__clang__)  // GCC 12 warns about its own _mm512_undefined_*
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #endif

@@ -43,8 +43,8 @@ template <class T>
 struct Problem {
   int64_t images, channels, filters;
   Axis rows, columns;
-  const T* x;              // or nullptr: through fill
-  const FillRow<T>* fill;  // beside x: completes x in place first
+  const T* x;              // nullptr: fill provides x
+  const FillRow<T>* fill;  // with x: completes x in place first
   const char* panels;
   const float *scale, *shift;
   const T* residual;
@@ -53,14 +53,14 @@ struct Problem {
   const Finish* finish;
 };
 
-// The input a band reads, zero-padded: row i, column j at base + (i − row0)·pitch + (j − column0)·pixel, its
-// channels a group of steps beside another `group` bytes away: in x itself, or laid out in scratch memory.
+// The zero-padded input of a band, in x itself or copied to scratch memory: row i, column j is at
+// base + (i − row0)·pitch + (j − column0)·pixel; groups of steps of its channels are `group` bytes apart.
 struct Input {
   const char* base;
   int64_t row0, column0, pitch, pixel, group;
 };
 
-// What a band reads of x, before zeros are put where there is none.
+// The rows and columns of x that a band reads, including those outside of x, which are zeros.
 struct Window {
   int64_t row0, row1, column0, column1;
   bool in_place;
@@ -79,8 +79,8 @@ Window window(const Problem<T>& c, const Band& band) {
   return w;
 }
 
-// Bytes from one group of steps of a laid out band to the next, where they are apart: an odd number of cache lines,
-// so that groups do not share cache sets.
+// Bytes between the groups of steps of a copied band with separate groups: an odd number of cache lines, so that
+// groups do not share cache sets.
 template <class T>
 int64_t group_pitch(const Window& w) {
   return ((w.height() * w.width()) | 1) * conv_kernels<T>()->steps * 4;
@@ -93,7 +93,7 @@ int64_t input_bytes(const Problem<T>& c, const Window& w) {
   return steps<T>(c.channels) / conv_kernels<T>()->steps * group_pitch<T>(w);
 }
 
-// Lay a band out at `to`, of input_bytes.
+// Copies the input of a band to `to`, of input_bytes, unless it is read in place.
 template <class T>
 Input lay_out(const Problem<T>& c, const Band& band, const Window& w, char* to) {
   const ConvKernels<T>& kernels = *conv_kernels<T>();
@@ -106,7 +106,7 @@ Input lay_out(const Problem<T>& c, const Band& band, const Window& w, char* to) 
   }
   const bool apart = kernels.spread != nullptr;
   const int64_t group = apart ? group_pitch<T>(w) : group_bytes, groups = apart ? pixel / group_bytes : 1;
-  const int64_t width = apart ? group_bytes : pixel;  // of a pixel in a group
+  const int64_t width = apart ? group_bytes : pixel;  // bytes of a pixel in a group
   const auto clear = [&](char* at, int64_t pixels) {
     for (int64_t g = 0; g < groups; ++g) std::memset(at + g * group, 0, pixels * width);
   };
@@ -135,7 +135,7 @@ Input lay_out(const Problem<T>& c, const Band& band, const Window& w, char* to) 
   return {to, w.row0, w.column0, w.width() * width, width, group};
 }
 
-// One tile of a band: its pixels in the input and in y, and which stretches they meet.
+// One tile of a band: its pixels in the input and in y, and the phase that has its stretches.
 struct Tile {
   const char* a;
   int64_t y, half_a, half_y;
@@ -143,8 +143,8 @@ struct Tile {
   int phase;
 };
 
-// A band ready to be multiplied. In the transpose of a strided convolution the pixels of one remainder by the
-// stride, of rows and of columns, meet the same taps: they are a phase, with tiles and stretches of its own.
+// A band ready for multiplication. In the transpose of a strided convolution, all pixels whose row and column have
+// the same remainders modulo the stride use the same taps: they form a phase, which has its tiles and stretches.
 template <class T>
 struct Ready {
   std::vector<Tile> tiles;
@@ -152,8 +152,8 @@ struct Ready {
   int64_t lda, a_step, ldy;
 };
 
-// What the pixels of a phase meet, from its first pixel, (p0, q0), at in.base: the taps of a few steps one after
-// another, while what they read is in L1.
+// The stretches of a phase whose first pixel is (p0, q0), relative to in.base: all taps of a few steps, then those of
+// the next steps, so that the input they read stays in L1.
 template <class T>
 std::vector<Stretch> stretches_of(const Problem<T>& c, const Input& in, int64_t a_step, int64_t p0, int64_t q0) {
   const Axis &rows = c.rows, &columns = c.columns;
@@ -172,8 +172,8 @@ std::vector<Stretch> stretches_of(const Problem<T>& c, const Input& in, int64_t 
   return stretches;
 }
 
-// Tiles of the rows of pixels: every row in tiles of its own, or two short rows in the halves of one tile; or, where
-// x is laid out in groups and rows follow each other at the stride of pixels, runs of pixels across the rows.
+// Cuts the rows of pixels into tiles: separate tiles for each row; two short rows in the halves of one tile; or, where
+// x is copied in groups and consecutive rows have the stride of pixels, runs of pixels across rows.
 template <class T>
 Ready<T> prepare(const Problem<T>& c, const Band& band, const Window& w, const Input& in) {
   const ConvKernels<T>& kernels = *conv_kernels<T>();
@@ -190,7 +190,7 @@ Ready<T> prepare(const Problem<T>& c, const Band& band, const Window& w, const I
       if (height <= 0 || width <= 0) continue;
       std::vector<Stretch> stretches = stretches_of(c, in, ready.a_step, p0, q0);
       const int64_t origin = stretches.empty() ? 0 : stretches[0].a;
-      for (Stretch& stretch : stretches) stretch.a -= origin;  // from where a tile begins to read
+      for (Stretch& stretch : stretches) stretch.a -= origin;  // relative to a tile's first read
       const char* first = in.base + origin;
       const int64_t y0 = (band.image * rows.output + p0) * y_row + q0 * c.filters;
       const int phase = int(ready.phases.size());
@@ -204,7 +204,7 @@ Ready<T> prepare(const Problem<T>& c, const Band& band, const Window& w, const I
         for (int64_t at = 0; at < positions; at += full) {
           const int64_t p = at / w.width(), q = at % w.width();
           const int count = int(std::min<int64_t>(full, positions - at)), upper = std::min(count, half);
-          // Where the run begins between two rows, y is where the next one begins.
+          // If the run begins between two rows, y is the start of the next row.
           const int64_t y = y0 + (q < width ? p * y_row + q * ldy : (p + 1) * y_row);
           const Rows tile = {upper, count - upper, int(q), int(width), int(w.width())};
           ready.tiles.push_back({first + at * lda, y, half * lda, 0, tile, phase});
@@ -231,20 +231,20 @@ Ready<T> prepare(const Problem<T>& c, const Band& band, const Window& w, const I
   return ready;
 }
 
-// Panels that a tile of a pointwise convolution meets at the most; filters too large to stay in L2; and the room for
-// bands that share a pass over those, beside a panel.
+// Maximum panels per tile of a pointwise convolution; size from which filters do not stay in L2; and the space for
+// bands that share a pass over such filters, in addition to a panel.
 constexpr int64_t kMostPanels = 8, kFarBytes = 1 << 20, kFarScratch = 5 << 18;
 
-// Bytes of a tile that are fetched in shares, one before each panel, as more at once than the CPU has buffers for
-// would wait for each other. A larger tile is fetched at once: it and a panel do not fit L1, and panels wait anyway.
+// Maximum bytes of a tile that are prefetched in shares, one before each panel, because more prefetches than the CPU
+// has fill buffers would stall. A larger tile is prefetched at once: with a panel it exceeds L1, and stalls anyway.
 constexpr int64_t kSharedFetch = 24 << 10;
 
-// Ask for [from, to) to be in L2 soon.
+// Prefetches [from, to) to L2.
 inline void fetch(const void* from, const void* to) {
   for (auto* line = static_cast<const char*>(from); line < to; line += 64) __builtin_prefetch(line, 0, 2);
 }
 
-// Panels [panel0, panel1) of bands that are in L2 together.
+// Multiplies bands that fit L2 together by panels [panel0, panel1).
 template <class T>
 void run_bands(const Problem<T>& c, const Band* bands, int64_t count, int64_t panel0, int64_t panel1) {
   const ConvKernels<T>& kernels = *conv_kernels<T>();
@@ -262,7 +262,7 @@ void run_bands(const Problem<T>& c, const Band* bands, int64_t count, int64_t pa
     ready.push_back(prepare(c, bands[i], windows[i], in));
     to += input_bytes(c, windows[i]);
   }
-  // A pointwise convolution reads x where it is: what its next tile reads is fetched while a tile is made.
+  // A pointwise convolution reads x in place: the input of the next tile is prefetched during the current tile.
   const bool streams = windows[0].in_place && c.rows.output == 1 && c.columns.div == 1 && c.columns.mul == 1;
 
   Tiles state(kernels);
@@ -275,8 +275,8 @@ void run_bands(const Problem<T>& c, const Band* bands, int64_t count, int64_t pa
                              tile.half_a, band.a_step};
     kernels.store_tile(tile.rows, product, c.y + tile.y + k, band.ldy, tile.half_y, epilogue, state.shape);
   };
-  // A tile of a pointwise convolution meets a few panels one after another: it is in L1 then, and y is written in
-  // longer runs. With more taps its window is larger than that, and y's part of the time smaller.
+  // A tile of a pointwise convolution is multiplied by several panels in sequence, while it is in L1, and y is written
+  // in longer runs. With more taps, the window is too large for L1, and writing y is a smaller part of the time.
   const bool pointwise = c.rows.taps * c.columns.taps == 1;
   const int64_t block = pointwise ? std::clamp<int64_t>(kernels.block_bytes / panel_bytes, 1, kMostPanels) : 1;
   for (int64_t first = panel0; first < panel1; first += block) {
@@ -302,7 +302,7 @@ void run_bands(const Problem<T>& c, const Band* bands, int64_t count, int64_t pa
   }
 }
 
-// Bands of about a scratch's bytes of input: whole rows of an image, or runs of columns where the image is one row.
+// Bands of about scratch_bytes of input: whole rows of an image, or runs of columns if the image is one row.
 template <class T>
 std::vector<Band> cut(const Problem<T>& c) {
   const Axis &rows = c.rows, &columns = c.columns;
@@ -312,7 +312,7 @@ std::vector<Band> cut(const Problem<T>& c) {
   if (rows.output == 1 && columns.div == 1 && columns.taps == 1) {
     const int64_t fits = std::max<int64_t>(2 * tile_rows, scratch_bytes / pixel);
     const int64_t most = std::min<int64_t>(fits, 16 * tile_rows), threads = at::get_num_threads();
-    const int64_t parts = ceil_div(ceil_div(columns.output, most), threads) * threads;  // as many for each thread
+    const int64_t parts = ceil_div(ceil_div(columns.output, most), threads) * threads;  // equal per thread
     const int64_t size = ceil_div(ceil_div(columns.output, parts), tile_rows) * tile_rows;
     for (int64_t n = 0; n < c.images; ++n) {
       for (int64_t q = 0; q < columns.output; q += size) {
@@ -323,7 +323,7 @@ std::vector<Band> cut(const Problem<T>& c) {
   }
   const int64_t in_rows = std::max<int64_t>(1, scratch_bytes / row_bytes - (rows.taps - 1) / rows.div);
   const int64_t most = std::clamp<int64_t>(in_rows * rows.div / rows.mul, 1, rows.output);
-  // At least a band for each thread.
+  // At least one band per thread.
   const int64_t least = ceil_div(at::get_num_threads(), c.images);
   const int64_t parts = std::max(ceil_div(rows.output, most), std::min(least, rows.output));
   const int64_t size = ceil_div(rows.output, parts);
@@ -335,8 +335,8 @@ std::vector<Band> cut(const Problem<T>& c) {
   return bands;
 }
 
-// How many bands share a pass over the panels, as many for each thread: more where the panels do not fit L2 and
-// each pass reads them from farther away.
+// The number of bands that share a pass over the panels, balanced over the threads. It is larger if the panels do not
+// fit L2, because each pass then reads them from L3 or memory.
 template <class T>
 int64_t bands_together(const Problem<T>& c, const std::vector<Band>& bands) {
   const int64_t count = int64_t(bands.size()), threads = at::get_num_threads();
@@ -347,7 +347,7 @@ int64_t bands_together(const Problem<T>& c, const std::vector<Band>& bands) {
   return ceil_div(count, ceil_div(ceil_div(count, fits), threads) * threads);
 }
 
-// All bands. Few of them (a small batch) are shared out by filters too, where nothing wants whole bands.
+// Runs all bands. Where no step needs whole bands, few bands (a small batch) are also split by filters.
 template <class T>
 void run(const Problem<T>& c) {
   const std::vector<Band> bands = cut(c);
@@ -357,7 +357,7 @@ void run(const Problem<T>& c) {
     const int64_t first = i * together, last = std::min(first + together, int64_t(bands.size()));
     run_bands(c, &bands[first], last - first, panel0, panel1);
   };
-  const bool completes = c.x != nullptr && *c.fill;  // fill writes x: one task a band
+  const bool completes = c.x != nullptr && *c.fill;  // fill writes x: one task per band
   if (!*c.finish && !completes) {
     const Cut groups = {std::clamp<int64_t>(ceil_div(4 * at::get_num_threads(), count), 1, panels), panels};
     for_tasks(count * groups.parts, [&](int64_t task) {

@@ -1,7 +1,7 @@
-// Our own NHWC convolutions for CPUs with AVX-512: implicit GEMM in bands of output rows that stay in the
-// L2 cache, so that what comes before a convolution (normalization, ReLU, BN backward) is done as its input
-// is laid out, and what comes after (statistics, ReLU gradient, sums) while its output is still there.
-// 3x3 convolutions of fp32 take Winograd's way where it is faster (winograd.h), likewise in blocks.
+// resnet_fast's NHWC convolutions for CPUs with AVX-512: implicit GEMM in bands of output rows that stay in the L2
+// cache. The prologue (normalization, ReLU, BatchNorm backward) runs while a band's input is copied, and the epilogue
+// (statistics, ReLU gradient, sums) while its output is in cache. 3x3 convolutions in fp32 use Winograd where it is
+// faster (winograd.h), also in blocks.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -13,36 +13,36 @@
 
 namespace resnet_fast::cpu {
 
-// Lay pixels [begin, end) of row `row` of image `image` out at `to`.
+// Writes pixels [begin, end) of row `row` of image `image` to `to`.
 template <class T>
 using FillRow = std::function<void(int64_t image, int64_t row, int64_t begin, int64_t end, T* to)>;
 
-// Called when pixels [begin, end) of y (counted over all images) are finished, by task `task`.
+// Called by task `task` when pixels [begin, end) of y (counted over all images) are finished.
 using Finish = std::function<void(int64_t task, int64_t begin, int64_t end)>;
 
-// Whether this CPU has tiles for T and the channel counts fit them.
+// Whether this CPU has tiles for T, and channels and filters are multiples of 32.
 template <class T>
 bool tiled_conv_takes(const ConvShape& shape);
 
-// Whether its products are Winograd's (winograd.h), in a convolution of fp32.
+// Whether an fp32 convolution uses Winograd (winograd.h).
 bool by_winograd(const ConvShape& shape, bool dgrad);
 
-// Filters [K,C,R,S] (float or T) as panels for fprop of the shape, or for its dgrad, in memory by `allocate`.
+// Packs filters [K,C,R,S] (float or T) as panels for the shape's fprop or dgrad, in memory from `allocate`.
 template <class T>
 at::Tensor pack_filters(
     const ConvShape& shape, const at::Tensor& w, bool for_dgrad, Allocate allocate = &empty_bytes);
 
-constexpr int64_t kTasks = 64;  // bands are dealt to at most this many tasks, each with sums of its own
+constexpr int64_t kTasks = 64;  // maximum number of tasks that share the bands; each has separate sums
 
-// y = relu(scale·conv(x) + shift + residual); what is null is not there. x is read in place, or row by row through
+// y = relu(scale·conv(x) + shift + residual); a null operand is missing. x is read in place, or row by row with
 // `fill`.
 template <class T>
 void tiled_conv_fprop(
     const ConvShape& shape, const T* x, const FillRow<T>& fill, const at::Tensor& panels, const float* scale,
     const float* shift, const T* residual, bool relu, T* y, const Finish& finish);
 
-// dx of the convolution of `shape`. Where `fill` is given it completes pixels of dz in place before they are
-// read (pointwise convolutions only: their bands do not overlap).
+// dx of the convolution of `shape`. If given, `fill` completes pixels of dz in place before they are read (only for
+// pointwise convolutions, whose bands do not overlap).
 template <class T>
 void tiled_conv_dgrad(
     const ConvShape& shape, const T* dz, const FillRow<T>& fill, const at::Tensor& panels, T* dx,

@@ -1,4 +1,4 @@
-// dw of our own convolutions (tiled_conv.h).
+// dw of resnet_fast's CPU convolutions (tiled_conv.h).
 #include <ATen/Parallel.h>
 
 #include <algorithm>
@@ -15,7 +15,7 @@
 namespace resnet_fast::cpu {
 namespace {
 
-// Pixels of one block of dw: bands of one width, possibly of several images.
+// The pixels of one block of dw: bands of equal width, possibly of several images.
 using Block = std::vector<Band>;
 
 // Blocks of about `most` pixels: runs of columns of a single-row image, or whole rows.
@@ -44,7 +44,7 @@ std::vector<Block> cut_blocks(const ConvShape& s, int64_t most) {
   return blocks;
 }
 
-// One row of x from column0 to column1, zero outside the image: in place where it lies inside, else in `line`.
+// One row of x from column0 to column1, zero outside the image; in place if all of it is inside, else in `line`.
 template <class T>
 const T* input_row(
     const ConvShape& s, const T* x, const FillRow<T>& fill, int64_t image, int64_t i, int64_t column0,
@@ -69,13 +69,13 @@ const T* input_row(
 
 }  // namespace
 
-// For blocks of pixels that fit L2 beside each other: panels of 32 filters of dz, [row][step][32], and of 32
-// channels of x for each column tap, [row][step][32], a step being one pixel of fp32 or two of bf16. Then
+// For each block of pixels whose operands fit L2: pack panels of 32 filters of dz, [row][step][32], and of 32 channels
+// of x for each column tap, [row][step][32]; a step is one pixel in fp32, two in bf16. Then accumulate
 // dw[filters][tap][channels] += dzᵀ·x in tiles of a panel of dz, or a part of it, by a panel of x. Rows of x are
-// ordered by their remainder by the stride, so that the rows an output row and the next one meet follow each
-// other, and a band is one stretch; where it is no whole number of groups of steps, zeros of dz end it, and meet
-// what stands next in x. Tasks are chunks of filters times lanes of blocks; lanes have sums of their own, added
-// in order.
+// ordered by their remainder modulo the stride, so that the rows that consecutive output rows read are adjacent, and a
+// band is one stretch. If a band is not a whole number of groups of steps, zeros of dz complete it, and multiply
+// whatever follows in x. Tasks are chunks of filters × lanes of blocks. Each lane has separate sums; the lanes are
+// added in order.
 template <class T>
 at::Tensor tiled_conv_wgrad(const ConvShape& shape, const T* x, const FillRow<T>& fill, const T* dz) {
   if constexpr (std::is_same_v<T, float>) {
@@ -86,7 +86,7 @@ at::Tensor tiled_conv_wgrad(const ConvShape& shape, const T* x, const FillRow<T>
   const Axis rows = fprop_axis(s.height, s.rows, s, 0), columns = fprop_axis(s.width, s.columns, s, 1);
   const int64_t taps = s.tap_count(), size = s.filters * taps * s.channels, threads = at::get_num_threads();
   const int64_t panels = s.channels / kTileColumns, group_steps = kernels.steps;
-  // Sums that do not fit L2 are shared out among the threads rather than kept by each.
+  // Sums that do not fit L2 are divided among the threads; smaller ones are duplicated.
   const int64_t share = size < (256 << 10) ? s.filters : ceil_div(s.filters / kTileColumns, threads) * kTileColumns;
   const int64_t chunk = std::min<int64_t>(share, 512), chunks = ceil_div(s.filters, chunk);
   const int64_t pixel_bytes = (chunk + s.channels * s.taps[1]) * int64_t(sizeof(T));
@@ -95,12 +95,12 @@ at::Tensor tiled_conv_wgrad(const ConvShape& shape, const T* x, const FillRow<T>
   const int64_t count = int64_t(blocks.size()), lanes = std::clamp<int64_t>(ceil_div(threads, chunks), 1, count);
   const at::Tensor sums = empty({lanes, size}, at::kFloat, at::MemoryFormat::Contiguous);
   const Cut parts = {kernels.dw_parts, kTileColumns};
-  std::vector<bool> met(rows.mul);  // rows of x by their remainder by the stride
+  std::vector<bool> met(rows.mul);  // whether a tap reads rows of x with this remainder
   for (int64_t r = 0; r < rows.taps; ++r) met[r * rows.slope % rows.mul] = true;
-  // A as B has it, [step][32], or turned, [group][32][steps of a group].
+  // A in B's order, [step][32], or transposed, [group][32][steps of a group].
   const int64_t lda = 4 * group_steps;
 
-  // A band in a block: its steps, and how many there are before it, of dz in whole groups and of x.
+  // A band in a block: its steps, in dz also as whole groups; the steps of dz and the rows of x before it.
   struct Place {
     int64_t steps, whole_steps, before, row, rows_of_phase;
   };
@@ -117,7 +117,7 @@ at::Tensor tiled_conv_wgrad(const ConvShape& shape, const T* x, const FillRow<T>
       places.push_back({n, whole, a_steps, in_rows, phase});
       a_steps += whole, in_rows += phase * rows.mul;
     }
-    // One cache line more between panels: a power of two apart they would share cache sets.
+    // Panels are one cache line farther apart: at a power of two they would share cache sets.
     const int64_t over = (group_steps - 1) * kPanelStep;
     const int64_t a_panel = a_steps * kPanelStep + 64, b_panel = in_rows * row_bytes + over + 64;
     const int64_t a_panels = width / kTileColumns, copy = panels * b_panel;
@@ -139,7 +139,7 @@ at::Tensor tiled_conv_wgrad(const ConvShape& shape, const T* x, const FillRow<T>
       const int64_t row0 = rows.least(band.p0), row1 = row0 + place.rows_of_phase * rows.mul;
       for (int64_t i = row0; i < row1; ++i) {
         const int64_t phase = (i - row0) % rows.mul, at = place.row + phase * place.rows_of_phase + (i - row0) / rows.mul;
-        if (!met[phase]) {  // by no tap: not read, but for the zeros that end a band
+        if (!met[phase]) {  // no tap reads it, except with the zeros that complete a band
           if (group_steps > 1) clear(b + at * row_bytes, s.taps[1] * panels, b_panel, row_bytes);
           continue;
         }
@@ -156,7 +156,7 @@ at::Tensor tiled_conv_wgrad(const ConvShape& shape, const T* x, const FillRow<T>
       for (int64_t i = 0; i < a_panels; ++i) kernels.turn(a + i * a_panel, a_steps);
     }
 
-    std::vector<std::vector<Stretch>> stretches(s.taps[0]);  // of each row of taps
+    std::vector<std::vector<Stretch>> stretches(s.taps[0]);  // per row of taps
     for (int64_t r = 0; r < s.taps[0]; ++r) {
       for (const Place& place : places) {
         const int64_t row = r * rows.slope, at = row % rows.mul * place.rows_of_phase + row / rows.mul;

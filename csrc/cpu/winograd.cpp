@@ -19,7 +19,7 @@ const WinogradKernels* kernels() {
 #endif
 }
 
-// Tiles of 2x2 outputs: rows and columns of an image, and rows of all images.
+// Tiles of 2x2 outputs: rows and columns per image, and rows over all images.
 struct Grid {
   int64_t rows, columns, all;
 
@@ -28,13 +28,14 @@ struct Grid {
   }
 };
 
-// Tiles of a block, which are transformed, multiplied and transformed back together: enough that the filters, which
-// each block reads, are a small part of what it moves, few enough that its products stay in L2 where filters are few
-// (measured best of 56 to 336). And tiles a thread from which fewer products outweigh larger filters.
+// Tiles per block; a block is transformed, multiplied and transformed back as a whole. It is large enough that the
+// filters, which each block reads, are a small part of its traffic, and small enough that with few filters its products
+// stay in L2 (measured: the fastest of 56 to 336). kLeastTiles: tiles per thread from which fewer products outweigh
+// larger filters.
 constexpr int64_t kBlockTiles = 112, kLeastTiles = 12;
 
-// Rows of tiles of one image in a block, the first tile counted from the block's: rows [p0, p1) of y, made from rows
-// [h0, h1) of x and zeros.
+// Rows of tiles of one image in a block; `tile` is the first one's index in the block. They give rows [p0, p1) of y
+// from rows [h0, h1) of x and zeros.
 struct Segment {
   int64_t image, tile, rows, p0, p1, h0, h1;
 };
@@ -51,16 +52,17 @@ std::vector<Segment> segments(const ConvShape& s, const Grid& grid, int64_t firs
   return all;
 }
 
-// The matrices of products: rows of `width` values, not a multiple of 4 KB apart, where they would share cache sets.
+// Values between the matrices of products, which have rows of `width` values: an odd multiple of 16, so that the
+// matrices do not share cache sets.
 int64_t pitch_of(int64_t tiles, int64_t width) { return (tiles * width / 16 | 1) * 16; }
 
-// What pixels outside an image point to.
+// The values of pixels outside an image.
 const float* zeros() {
   static const std::vector<float> values(kMostWinogradChannels, 0.0f);
   return values.data();
 }
 
-// f(tile, its patch) for the tiles of a segment; rows of x that there is a prologue for are laid out first.
+// f(tile, its patch) for the tiles of a segment; with a prologue, it first writes the rows of x to scratch memory.
 template <class F>
 void each_patch(
     const ConvShape& s, const Grid& grid, const Segment& g, const float* x, const FillRow<float>& fill, F f) {
@@ -91,7 +93,7 @@ void each_patch(
   }
 }
 
-// f(tile, where its four pixels are in y) for the tiles of a segment, -1 for those outside.
+// f(tile, indices of its four pixels in y) for the tiles of a segment; the index of a pixel outside is -1.
 template <class F>
 void each_output(const ConvShape& s, const Segment& g, F f) {
   int64_t tile = g.tile;
@@ -116,7 +118,7 @@ std::vector<Stretch> stretches_of(int64_t steps, int64_t a_step) {
   return stretches;
 }
 
-// M = V·U, product by product.
+// M = V·U for each of the 16 products.
 void multiply(
     const ConvShape& s, int64_t tiles, const float* v, int64_t v_pitch, const char* filters, float* m,
     int64_t m_pitch) {
@@ -147,7 +149,7 @@ bool winograd_takes(const ConvShape& s) {
     if (s.taps[i] != 3 || s.stride[i] != 1 || s.dilation[i] != 1 || s.padding[i] > 2) return false;
   }
   const Grid grid(s);
-  const int64_t threads = at::get_num_threads();  // each has rows of tiles of its own
+  const int64_t threads = at::get_num_threads();  // each has separate rows of tiles
   const bool enough = grid.all >= threads && grid.all * grid.columns >= kLeastTiles * threads;
   return (enough || by == ConvBy::Winograd) && tiled_conv_takes<float>(s) &&
          std::max(s.channels, s.filters) <= kMostWinogradChannels;
@@ -175,7 +177,7 @@ at::Tensor winograd_filters(const at::Tensor& w, bool for_dgrad, Allocate alloca
     const float* g[9];
     for (int64_t panel = begin; panel < end; ++panel) {
       char* first = to + panel * panel_bytes;
-      if (for_dgrad) {  // a filter's 32 channels are a step
+      if (for_dgrad) {  // 32 channels of a filter are a step
         for (int64_t k = 0; k < filters; ++k) {
           taps(k, panel * kTileColumns, g);
           kernels()->filter(g, kTileColumns, reinterpret_cast<float*>(first + k * kPanelStep), matrix / sizeof(float));
@@ -238,13 +240,13 @@ void winograd(
   });
 }
 
-// For blocks of tiles as of the forward pass: V and M as panels of 32 values, [tile][32], a tile being a step; then
-// U[product][filters][channels] += Mᵀ·V. Tasks and lanes as of tiled_conv_wgrad.
+// For blocks of tiles as in the forward pass: transform to V and M, in panels of 32 values, [tile][32], where a tile is
+// a step; then U[product][filters][channels] += Mᵀ·V. Tasks and lanes as in tiled_conv_wgrad.
 at::Tensor winograd_wgrad(const ConvShape& s, const float* x, const FillRow<float>& fill, const float* dz) {
   const ConvKernels<float>& tile_kernels = *conv_kernels<float>();
   const Grid grid(s);
   const int64_t size = kWinogradProducts * s.filters * s.channels, threads = at::get_num_threads();
-  const bool shared = size > (256 << 10);  // sums that do not fit L2: each thread has filters of its own
+  const bool shared = size > (256 << 10);  // sums that do not fit L2: divided among the threads by filters
   const int64_t chunk = shared ? ceil_div(s.filters / kTileColumns, threads) * kTileColumns : s.filters;
   const int64_t chunks = ceil_div(s.filters, chunk), rows = std::max<int64_t>(1, kBlockTiles / grid.columns);
   const int64_t lanes = std::clamp<int64_t>(ceil_div(threads, chunks), 1, grid.all);

@@ -11,7 +11,7 @@ constexpr int64_t kLine = 64, kLeastLines = 256, kLeastPart = 4096, kAhead = 64;
 
 std::atomic<uint64_t> rechecks{0};
 
-// A sum of lines in eight lanes; each step is a bijection of a lane, for any word and of any word.
+// A checksum of lines in eight lanes; each step is a bijection, both of the lane and of the word.
 class Sum {
  public:
   void add(const char* line) {
@@ -40,7 +40,7 @@ class Sum {
   uint64_t lanes_[8] = {1, 2, 3, 4, 5, 6, 7, 8};
 };
 
-// The tensor as rows of bytes: filters, whatever dimension is outermost in memory.
+// The tensor as rows of bytes, one row per index of the dimension that is outermost in memory (filters).
 struct Bytes {
   const char* data;
   int64_t rows, row;
@@ -69,12 +69,12 @@ uint64_t sample(const Bytes& b) {
   const int64_t lines = (b.row + kLine - 1) / kLine;
   const int64_t wanted = std::max({b.rows, lines, kLeastLines});
   Sum sum;
-  if (b.rows * lines <= 2 * wanted) {  // one after another they cost half as much
+  if (b.rows * lines <= 2 * wanted) {  // sequential reads cost half as much
     sum.add(b.data, b.all());
     return sum.value();
   }
-  // Line i is of row i % rows; within a pass over the rows the places are spread (a step near the golden section of
-  // their number that has no divisor in common with it), and the passes begin at different ones.
+  // Line i is in row i % rows. Within a pass over the rows, the positions are spread: the step is near the golden
+  // section of their number and coprime to it. Each pass begins at a different position.
   int64_t step = std::max<int64_t>(1, lines * 618 / 1000);
   const auto common = [](int64_t a, int64_t c) {
     while (c != 0) std::swap(a %= c, c);
@@ -82,7 +82,7 @@ uint64_t sample(const Bytes& b) {
   };
   while (common(step, lines) != 1) ++step;
   const int64_t passes = (wanted + b.rows - 1) / b.rows, ahead = (lines + passes - 1) / passes;
-  std::array<const char*, kAhead> asked;  // so many at once wait for memory together
+  std::array<const char*, kAhead> asked;  // prefetched together
   int64_t count = 0;
   const auto add_asked = [&] {
     for (int64_t i = 0; i < count; ++i) sum.add(asked[i]);
@@ -102,7 +102,7 @@ uint64_t sample(const Bytes& b) {
   return sum.value();
 }
 
-// The tensor, or a copy of one that leaves gaps or repeats values.
+// The tensor, or a contiguous copy if it has gaps or overlaps itself.
 at::Tensor dense(const at::Tensor& t) { return t.is_non_overlapping_and_dense() ? t : t.contiguous(); }
 
 uint64_t values(const at::Tensor& t) {

@@ -1,16 +1,16 @@
-// The pointwise ops: every operand crosses memory once.
+// The pointwise ops: each operand is read or written once.
 #include "norm.h"
 #include "walk.h"
 
 namespace resnet_fast::cuda {
 namespace {
 
-constexpr int kBlocks = 16;  // a multiprocessor: some waves, so that the last one is short
+constexpr int kBlocks = 16;  // per multiprocessor: several waves, so that the last one is short
 
-// y = relu(scale·z + shift + (res_scale·residual + res_shift)), mask = bits of what ReLU let through.
+// y = relu(scale·z + shift + (res_scale·residual + res_shift)); mask bit = 1 where ReLU passes the value.
 //
-// Grid and places: walk.h. Bytes moved: z, residual and y once each, one bit an element for the mask;
-// coefficients stay in registers. NaN passes ReLU, and its bit is set: it has to reach the gradient.
+// Grid and places: walk.h. Bytes moved: z, residual and y once each, one mask bit per element; coefficients stay
+// in registers. NaN passes ReLU and its bit is set, because NaN must reach the gradient.
 template <class T, bool NHWC, bool WHOLE>
 __global__ void __launch_bounds__(kThreads, kResident<T>) bn_act_kernel(const BnAct<T> k) {
   using A = accumulate_t<T>;
@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kThreads, kResident<T>) bn_act_kernel(const Bn
 
 // dz = a·(dy under mask) + b·(z − mean) + c + (residual under residual_mask).
 //
-// Grid and places: walk.h. Bytes moved: dy, z, residual and dz once each, one bit an element for a mask.
+// Grid and places: walk.h. Bytes moved: dy, z, residual and dz once each, one bit per element for each mask.
 template <class T, bool NHWC, bool WHOLE>
 __global__ void __launch_bounds__(kThreads, kResident<T>) bn_act_bwd_apply_kernel(const BnActBwdApply<T> k) {
   using A = accumulate_t<T>;

@@ -1,4 +1,4 @@
-// The convolutions of csrc/cuda, free of torch: NHWC tensors by pointer, one launch a call.
+// The convolutions of csrc/cuda, without torch: NHWC tensors by pointer, one launch per call.
 #pragma once
 
 #include <cstdint>
@@ -8,8 +8,9 @@
 namespace resnet_fast::cuda {
 
 // y = relu(scale[k]·conv(x, w) + shift[k] + residual), all dense: x [N,H,W,C], w [K,R,S,C], y and residual
-// [N,P,Q,K] in `dtype` (bf16 or fp16), scale and shift [K] in fp32. A null scale is 1, a null shift 0, a null
-// residual is left out; `relu` likewise. P = (H + 2·padding − dilation·(R − 1) − 1)/stride + 1, Q alike.
+// [N,P,Q,K] in `dtype` (bf16 or fp16), scale and shift [K] in fp32. A null scale is 1, a null shift is 0, a null
+// residual is omitted, and ReLU is omitted unless `relu`. P = (H + 2·padding − dilation·(R − 1) − 1)/stride + 1, and
+// Q likewise.
 struct ConvForward {
   Dtype dtype;
   const void *x, *w, *residual;
@@ -20,12 +21,12 @@ struct ConvForward {
   bool relu;
 };
 
-// Each of these is one family of kernels: sm_90a by CUTLASS' Hopper collectives (im2col TMA, wgmma), sm_80 to
-// sm_89 (and any later GPU) by its implicit GEMM of Ampere (cp.async, mma).
-//   tiles    how many tile shapes there are, and `tile_name` what each is called: "128x64x64"
-//   rule     the tile for a shape on a GPU of that many multiprocessors, where no table knows better
-//   refusal  why the shape cannot be taken, nullptr where it can
-//   run      one launch on `stream`; nothing is allocated, no memory but the operands' is touched
+// Two families of kernels: sm90 (sm_90a) uses CUTLASS' Hopper collectives (im2col TMA, wgmma); sm80, for sm_80 to
+// sm_89 and GPUs after Hopper, uses CUTLASS' implicit GEMM for Ampere (cp.async, mma).
+//   conv_tiles      the number of tile shapes; conv_tile_name gives a tile's name, such as "128x64x64"
+//   conv_rule       the tile for a shape, on a GPU with that many multiprocessors
+//   conv_refusal    why the kernels do not take the shape; nullptr if they do
+//   conv_forward    one launch on `stream`; it allocates no GPU memory and accesses only the operands
 namespace sm90 {
 int conv_tiles();
 const char* conv_tile_name(int tile);

@@ -1,7 +1,7 @@
-// Convolutions on Ampere and anything later: CUTLASS' implicit GEMM (cp.async feeding mma), with an epilogue of
-// our own where its own has one factor for all channels.
+// Convolutions on Ampere and later GPUs other than Hopper: CUTLASS' implicit GEMM (cp.async, mma). The epilogue is
+// resnet_fast's, because CUTLASS' has one factor for all channels.
 #if defined(__CUDA_ARCH__) && !defined(NDEBUG)
-#define NDEBUG  // CUTLASS asserts on the device as well
+#define NDEBUG  // disables CUTLASS' device assertions
 #endif
 
 #include <cutlass/conv/kernel/default_conv2d_fprop.h>
@@ -20,7 +20,7 @@ namespace {
 using cutlass::gemm::GemmShape;
 using cutlass::layout::TensorNHWC;
 
-// Four warps share a tile, with stages for at most the 48 KB of shared memory that a kernel need not ask for.
+// Four warps share a tile. The stages fit the 48 KB of shared memory that need no opt-in.
 template <int TILE>
 struct Tile {
   using Block = GemmShape<kTiles[TILE].m, kTiles[TILE].n, 32>;
@@ -28,11 +28,11 @@ struct Tile {
   static constexpr int kStages = TILE == 0 ? 3 : 4;
 };
 
-// Up to eight blocks in a row take the same pixels and other filters, so x comes from the L2 cache.
+// Up to eight consecutive blocks have the same pixels and different filters, so their reads of x hit L2.
 using Swizzle = cutlass::gemm::threadblock::GemmIdentityThreadblockSwizzle<8>;
 
-// y = max(lower, scale·sum + shift + residual) for eight channels of one pixel: ReLU for lower = 0, nothing for
-// -inf. A thread stores the same eight channels of all its pixels, so it reads their coefficients only once.
+// y = max(lower, scale·sum + shift + residual) for eight channels of one pixel: lower = 0 is ReLU, -inf is no
+// activation. A thread stores the same eight channels of all its pixels, so it reads their coefficients once.
 template <class T, class Tile>
 class Affine {
  public:
@@ -143,10 +143,10 @@ const char* conv_tile_name(int tile) { return kTiles[tile].name; }
 
 int conv_rule(const ConvForward& a, int multiprocessors) { return largest_filling(kTiles, a, multiprocessors); }
 
-// Beyond what no kernel takes: CUTLASS keeps a bit for each tap inside the image, and strides in 32 bits.
+// Limits beyond common_refusal: CUTLASS has one bit per row or column of taps, and 32-bit strides.
 const char* conv_refusal(const ConvForward& a) {
   if (const char* refusal = common_refusal(a)) return refusal;
-  if (a.r > 32 || a.s > 32) return "the filter has over 32 taps a side";
+  if (a.r > 32 || a.s > 32) return "the filter has more than 32 rows or columns";
   const int64_t x = int64_t(a.h) * a.w_ * a.c, w = int64_t(a.r) * a.s * a.c, y = int64_t(a.p) * a.q * a.k;
   if (std::max({x, w, y}) > INT32_MAX) return "an image or a filter has more than 2^31 - 1 elements";
   return nullptr;

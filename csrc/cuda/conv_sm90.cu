@@ -1,4 +1,4 @@
-// Convolutions on Hopper, as conv.h offers them: which tile, which shapes. The kernels are in conv_sm90.inl.
+// Convolutions on Hopper (conv.h): choice of the tile, and supported shapes. The kernels are in conv_sm90.inl.
 #include <iterator>
 
 #include "conv_tiles.h"
@@ -11,16 +11,16 @@ const char* conv_tile_name(int tile) { return kTiles[tile].name; }
 
 int conv_rule(const ConvForward& a, int multiprocessors) { return largest_filling(kTiles, a, multiprocessors); }
 
-// TMA holds the strides of an im2col descriptor in 3 bits, and in a signed byte each how far the first tap and
-// the last lie outside of the image.
+// An im2col TMA descriptor has 3 bits for each stride, and one signed byte for each distance of the first and the
+// last tap from the image's border.
 const char* conv_refusal(const ConvForward& a) {
   if (const char* refusal = common_refusal(a)) return refusal;
   const int64_t taps[] = {a.r, a.s};
   for (int i = 0; i < 2; ++i) {
     const int64_t reach = a.dilation[i] * (taps[i] - 1);
-    if (a.stride[i] > 8) return "stride is over 8";
-    if (a.padding[i] > 127) return "padding is over 127";
-    if (reach - a.padding[i] > 128 || reach > 254) return "the filter spans over 128 pixels";
+    if (a.stride[i] > 8) return "a stride is more than 8";
+    if (a.padding[i] > 127) return "a padding is more than 127";
+    if (reach - a.padding[i] > 128 || reach > 254) return "the filter spans over 128 pixels past its padding, or 254";
   }
   return nullptr;
 }

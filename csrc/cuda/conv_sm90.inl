@@ -1,10 +1,10 @@
-// The convolution kernels of Hopper: CUTLASS' main loop for convolutions (im2col TMA feeding wgmma) in its
-// persistent GEMM kernels, where the epilogue of one tile overlaps the main loop of the next.
+// The convolution kernels for Hopper: CUTLASS' main loop for convolutions (im2col TMA, wgmma) in its persistent
+// GEMM kernels, where the epilogue of one tile overlaps the main loop of the next.
 #if defined(__CUDA_ARCH__) && !defined(NDEBUG)
-#define NDEBUG  // an assertion on the device is a function call, and no wgmma runs on across one
+#define NDEBUG  // a device assertion is a function call, and wgmma cannot stay in flight across a call
 #endif
 
-#include <cute/tensor.hpp>  // these two first: the builders need them, and do not include them
+#include <cute/tensor.hpp>  // these two first: the builders need but do not include them
 #include <cutlass/kernel_hardware_info.h>
 
 #include <cutlass/conv/collective/collective_builder.hpp>
@@ -26,19 +26,19 @@ using cute::_0;
 using cute::_1;
 using cute::Int;
 
-// Two warp groups compute: together on the large tile (cooperative), in turns on the others, one its main loop
-// while the other stores (pingpong). Neighbouring tiles with many filters go in pairs (a cluster of two
-// multiprocessors) that read them once for both.
+// Two warp groups compute: together on the largest tile (cooperative), alternately on the others, where one runs its
+// main loop while the other stores (pingpong). Tiles of 128 filters form clusters of two multiprocessors, which
+// read the filters once for both.
 template <int TILE>
 struct Tile {
   static constexpr int kPixels = kTiles[TILE].m, kFilters = kTiles[TILE].n;
   static constexpr bool kCooperative = kPixels == 256;
   using Cluster = cute::Shape<Int<kFilters == 128 ? 2 : 1>, _1, _1>;
-  // A step is 64 channels of one tap: nested, since the GEMM's depth is (C, S, R).
+  // A step is 64 channels of one tap. The shape is nested because the GEMM's depth is (C, S, R).
   using Shape = cute::Shape<Int<kPixels>, Int<kFilters>, cute::Shape<Int<64>>>;
 };
 
-// max(x, lower), and NaN for NaN: ReLU where lower is 0, nothing where it is -inf.
+// max(x, lower); NaN stays NaN. lower = 0 is ReLU, -inf is no activation.
 struct Lower {
   float lower;
 };
@@ -57,8 +57,8 @@ struct AtLeast<cutlass::Array<float, SIZE>> {
   }
 };
 
-// y = max(lower, present·residual + (scale·sum + shift)), where `present` is 0 or 1. CUTLASS does not load a
-// residual that is multiplied by 0.
+// y = max(lower, present·residual + (scale·sum + shift)), where `present` is 0 or 1. CUTLASS does not load
+// a residual with factor 0.
 template <class T, class Shape>
 struct Fusion {
   template <template <class> class F, class Y>
@@ -81,15 +81,15 @@ struct Fusion {
   }
 };
 
-// The main loop of a convolution, looking like a GEMM's. CUTLASS has persistent kernels for GEMMs only, but one
-// asks little: all that is particular to a convolution is where its operands come from, which the convolution's
-// own main loop sees to. To the kernel it is [pixels, (C, S, R)]·[(C, S, R), K], a batch of one.
+// Adapts a convolution's main loop to the interface of a GEMM's, because CUTLASS has persistent kernels only for
+// GEMMs. Only the loads of the operands differ, and the convolution's main loop does these. The kernel sees
+// [pixels, (C, S, R)]·[(C, S, R), K] with a batch of one.
 template <class Conv, class KernelSchedule>
 struct ConvAsGemm : Conv {
   struct DispatchPolicy : Conv::DispatchPolicy {
     using Schedule = KernelSchedule;
   };
-  using StrideA = cute::Stride<int64_t, _1, int64_t>;  // the kernel looks at their rank, and no further
+  using StrideA = cute::Stride<int64_t, _1, int64_t>;  // the kernel uses only their rank
   using StrideB = StrideA;
   static constexpr int NumProducerThreadEvents = 1;
 
@@ -108,14 +108,14 @@ struct ConvAsGemm : Conv {
     return Conv::can_implement(a.problem, a.operands);
   }
 
-  // The tiles of x and of w; the kernel takes the size of the batch from a mode behind those of w.
+  // The tiles of x and of w. The kernel reads the batch size from a mode after those of w, added here.
   template <class GemmShape>
   __device__ auto load_init(const GemmShape& shape, const typename Conv::Params& params) {
     const auto [x, w] = Conv::load_init(shape, params);
     return cute::make_tuple(x, cute::make_tensor(w.data(), cute::append<5>(w.layout(), cute::Layout<_1, _0>{})));
   }
 
-  // The kernel's own walk over (C, S, R) keeps a reference to a shape that is gone by now, hence this one.
+  // The kernel's iterator over (C, S, R) holds a dangling reference to a shape; this replaces it.
   template <class X, class W, class Block, class Walk, class... Rest>
   __device__ void load(const typename Conv::Params& params, typename Conv::MainloopPipeline pipeline,
                        typename Conv::PipelineState state, const cute::tuple<X, W>& tiles, const Block& block,
@@ -142,7 +142,7 @@ struct Convolution {
       Schedule<cutlass::epilogue::TmaWarpSpecializedCooperative, cutlass::epilogue::TmaWarpSpecialized>,
       typename Fusion<T, Shape>::Type>::CollectiveOp;
 
-  // The builder knows the parts of a cooperative main loop, but would refuse to put them together.
+  // The builder defines the parts of a cooperative main loop, but refuses to combine them.
   using Parts = cutlass::conv::collective::CollectiveBuilder<
       cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, cutlass::conv::Operator::kFprop, T,
       cutlass::layout::TensorNHWC, 8, T, cutlass::layout::TensorNHWC, 8, float, Shape, Cluster,
@@ -166,7 +166,7 @@ struct Convolution {
   static_assert(Kernel::SharedStorageSize <= cutlass::gemm::collective::detail::sm90_smem_capacity_bytes);
 
   static typename Mainloop::ProblemShape problem(const ConvForward& a) {
-    // A pointwise convolution knows no neighbours: as one long row, its pixels come in unbroken boxes.
+    // A pointwise convolution reads no adjacent pixels: all pixels form one long row, so TMA boxes are contiguous.
     const bool pointwise = a.r * a.s == 1 && a.stride[0] * a.stride[1] == 1 && a.padding[0] + a.padding[1] == 0;
     const int n = pointwise ? 1 : a.n, h = pointwise ? 1 : a.h, w = pointwise ? int(output_pixels(a)) : a.w_;
     const auto pair = [](const int32_t(&p)[2]) { return cute::array<int, 2>{p[0], p[1]}; };
@@ -191,7 +191,7 @@ struct Convolution {
   }
 };
 
-// All that a launch depends on.
+// All values that a launch depends on.
 using Key = std::array<int64_t, 21>;
 
 Key key_of(const ConvForward& a, int device) {
@@ -228,8 +228,8 @@ cudaError_t launch(const typename Kernel::Params& params, cudaStream_t stream) {
   return cudaLaunchKernelEx(&config, cutlass::device_kernel<Kernel>, params);
 }
 
-// A repeated call finds its parameters made: four TMA descriptors take the host longer than the launch itself.
-// A full table starts over, and the calls that are still made come back one by one.
+// Caches the kernel parameters of each call, because making four TMA descriptors takes the host longer than the
+// launch. A full cache is cleared.
 template <class T, int TILE>
 cudaError_t run_tile(const ConvForward& a, cudaStream_t stream) {
   using Tiled = Convolution<T, Tile<TILE>>;

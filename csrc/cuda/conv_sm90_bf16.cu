@@ -1,4 +1,4 @@
-// The bf16 convolutions of Hopper.
+// The bf16 convolutions for Hopper.
 #include "conv_sm90.inl"
 
 namespace resnet_fast::cuda::sm90 {

@@ -1,4 +1,4 @@
-// The fp16 convolutions of Hopper.
+// The fp16 convolutions for Hopper.
 #include "conv_sm90.inl"
 
 namespace resnet_fast::cuda::sm90 {

@@ -1,5 +1,5 @@
-// What the families of convolution kernels share: the implicit GEMM behind a convolution, the tile that suits
-// its size, and what none of them takes.
+// Shared by both families of convolution kernels: the size of the implicit GEMM, the choice of a tile, and the
+// shapes that neither takes.
 #pragma once
 
 #include "conv.h"
@@ -16,7 +16,7 @@ namespace sm90 {
 constexpr TileName kTiles[] = {
     {256, 128, "256x128x64"}, {128, 128, "128x128x64"}, {128, 64, "128x64x64"}, {64, 64, "64x64x64"}};
 
-// One dtype's kernels, each dtype compiled in a file of its own.
+// The kernels of one dtype; each dtype is compiled in a separate file.
 template <Dtype DTYPE>
 cudaError_t run(const ConvForward& a, int tile, cudaStream_t stream);
 
@@ -33,8 +33,8 @@ inline int64_t output_pixels(const ConvForward& a) { return int64_t(a.n) * a.p *
 
 inline bool empty_output(const ConvForward& a) { return output_pixels(a) == 0 || a.k == 0; }
 
-// The first of `tiles`, which go from large to small, whose grid fills the GPU: a large tile reads each operand
-// less often, but a multiprocessor without a tile computes nothing. Tiles wider than all filters are left out.
+// The first of `tiles` (ordered from large to small) whose grid fills the GPU. A large tile reads each operand less
+// often, but a multiprocessor without a tile is idle. Tiles wider than the filters are skipped.
 template <int TILES>
 int largest_filling(const TileName (&tiles)[TILES], const ConvForward& a, int multiprocessors) {
   const auto parts = [](int64_t size, int64_t part) { return (size + part - 1) / part; };
@@ -48,7 +48,7 @@ int largest_filling(const TileName (&tiles)[TILES], const ConvForward& a, int mu
 
 inline const char* common_refusal(const ConvForward& a) {
   if (a.dtype != Dtype::kHalf && a.dtype != Dtype::kBFloat16) return "the dtype is neither bf16 nor fp16";
-  if (a.c % 8 != 0 || a.k % 8 != 0) return "channels are no multiple of 8";
+  if (a.c % 8 != 0 || a.k % 8 != 0) return "channels or filters are not multiples of 8";
   if (a.n < 0 || a.k < 0 || a.c < 1 || a.h < 1 || a.w_ < 1 || a.r < 1 || a.s < 1) return "x or w is empty";
   const int64_t in[] = {a.h, a.w_}, taps[] = {a.r, a.s}, out[] = {a.p, a.q};
   for (int i = 0; i < 2; ++i) {
@@ -58,7 +58,7 @@ inline const char* common_refusal(const ConvForward& a) {
     if (room < 0) return "the filter is larger than the padded image";
     if (out[i] != room / a.stride[i] + 1) return "the output's size does not follow from the input's";
   }
-  if (output_pixels(a) > INT32_MAX - 256) return "the output has about 2^31 pixels or more";  // a tile is added
+  if (output_pixels(a) > INT32_MAX - 256) return "the output has about 2^31 pixels or more";  // room for one tile
   for (const void* operand : {a.x, a.w, a.residual, static_cast<const void*>(a.y)}) {
     if (reinterpret_cast<uintptr_t>(operand) % 16 != 0) return "an operand is not aligned to 16 bytes";
   }

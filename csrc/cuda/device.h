@@ -1,4 +1,4 @@
-// What every file of csrc/cuda starts from: the data types, the GPU's size, one way to launch a kernel.
+// Shared by all files of csrc/cuda: data types, the number of multiprocessors, kernel launch.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -14,7 +14,7 @@ namespace resnet_fast::cuda {
 
 enum class Dtype : int8_t { kFloat, kDouble, kHalf, kBFloat16 };
 
-// A stored value as a number, and a number as it is stored, to nearest even.
+// Conversion from and to the stored dtype; `stored` rounds to nearest even.
 template <class A, class T>
 __device__ __forceinline__ A number(T x) {
   if constexpr (std::is_same_v<T, bf16>) {

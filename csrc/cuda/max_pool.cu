@@ -1,4 +1,4 @@
-// BN, ReLU and max-pool in one pass; the way back is a reduction (reduce.cu).
+// BatchNorm, ReLU and max-pool in one pass; the backward pass is a reduction (reduce.cu).
 #include "norm.h"
 #include "pooling.h"
 #include "walk.h"
@@ -6,13 +6,13 @@
 namespace resnet_fast::cuda {
 namespace {
 
-constexpr int kBlocks = 16;  // a multiprocessor: some waves, so that the last one is short
+constexpr int kBlocks = 16;  // per multiprocessor: several waves, so that the last one is short
 
-// y = max over windows of relu(scale·z + shift), index = position of the first of the largest values.
+// y = max over windows of relu(scale·z + shift); index = position of the first maximum in the window.
 //
-// Grid and places: walk.h, over y. Bytes moved: z and y once, one byte for each y; a value of z is in up to four
-// windows of 3×3 at stride 2, which are neighbours, so that its other reads come out of L1 or L2. In NHWC a whole
-// 3×3 window is in flight (in 16 bits). The maximum starts from 0, which is the ReLU; NaN wins.
+// Grid and places: walk.h, over y. Bytes moved: z and y once, one index byte per y. A value of z is in up to four
+// windows (3×3, stride 2); these are adjacent, so the repeated reads hit L1 or L2. In NHWC with 16-bit dtypes a
+// thread loads a whole 3×3 window at once. The maximum starts from 0, which is the ReLU; NaN wins.
 template <class T, bool NHWC, bool WHOLE>
 __global__ void __launch_bounds__(kThreads, kResident<T>) bn_relu_max_pool_kernel(const BnReluMaxPool<T> k) {
   using A = accumulate_t<T>;

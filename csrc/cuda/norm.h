@@ -1,5 +1,5 @@
-// The memory-bound ops on a GPU, free of torch. Each call launches on `stream` and returns the launch's error;
-// every size is at least 1 (the caller leaves out what has no elements). T: float, double, bf16 or fp16.
+// The memory-bound ops on a GPU, without torch. Each call launches on `stream` and returns the launch's error. The
+// caller must guarantee that every size is at least 1. T: float, double, bf16 or fp16.
 #pragma once
 
 #include "device.h"
@@ -18,18 +18,18 @@ cudaError_t bn_relu_max_pool(const BnReluMaxPool<T>&, cudaStream_t stream);
 template <class T>
 cudaError_t bn_act_bwd_apply(const BnActBwdApply<T>&, cudaStream_t stream);
 
-// How many partial results a reduction over the pixels of a tensor makes a channel.
+// The number of partial results per channel in a reduction over a tensor's pixels.
 int64_t reduction_splits(const Shape&, int multiprocessors);
 
-// Σg, Σg·xhat(z[0]), Σg·xhat(z[1]) into sums[0..2] (those that are not null) by two launches, the second over
-// `partial`, 3·splits·channels values. With `out` it is what follows a dgrad: there is no mask, z[0] is x, z[1]
-// is not there, and without sums[0] it is one launch that writes g. With `index` it is the gradient through a
-// max-pool, which writes `out` too, also without sums.
+// Σg, Σg·xhat(z[0]), Σg·xhat(z[1]) into sums[0..2] (where not null) by two launches; the second merges `partial`,
+// 3·splits·channels values. With `out`: finishes a dgrad, without mask and z[1]; it reads x, its mean[0] and its
+// rstd[0], and writes g. With `index`: the gradient through a max-pool, which writes g to `out`. Both are one launch
+// where sums[0] is null.
 template <class T>
 cudaError_t gradient_sums(
     const GradientSums<T>&, int64_t splits, accumulate_t<T>* partial, accumulate_t<T>* const sums[3], cudaStream_t stream);
 
-// mean and m2 = Σ(x − mean)² by two launches, the second over `partial`, (4·splits + 1)·channels values.
+// mean and m2 = Σ(x − mean)² by two launches; the second merges `partial`, (4·splits + 1)·channels values.
 template <class T>
 cudaError_t bn_stats(
     const Statistics<T>&, int64_t splits, accumulate_t<T>* partial, accumulate_t<T>* mean, accumulate_t<T>* m2,
@@ -55,10 +55,10 @@ struct FinalizeGradient {
 template <class A>
 cudaError_t bn_bwd_finalize(const FinalizeGradient<A>&, cudaStream_t stream);
 
-// scale and shift of up to kFolds norms in inference, each with the bias of the convolution before it: one launch.
+// scale and shift of up to kFolds norms in inference, each with the bias of the convolution before it, in one launch.
 //   scale = weight/√(var + eps)    shift = bias − (mean − conv_bias)·scale
-// Vectors are in the dtypes that the model keeps them in; a null one is not there, and without a mean there is no
-// norm: 1 and conv_bias. They go to results[first …] and, `folded_size` behind, shift.
+// Vectors have the model's dtypes; a null one is missing. Without a mean there is no norm: scale = 1 and
+// shift = conv_bias. scale is stored from results[first], shift `folded_size` values later.
 struct Fold {
   enum Vector { kWeight, kBias, kMean, kVar, kConvBias, kVectors };
   const void* vectors[kVectors];
@@ -68,7 +68,7 @@ struct Fold {
 };
 constexpr int64_t folded_size(int64_t channels) { return (channels + 7) / 8 * 8; }  // vectors start at 16 bytes
 
-constexpr int kFolds = 60;  // a kernel's arguments are 4 KB at most
+constexpr int kFolds = 60;  // kernel arguments are limited to 4 KB
 template <class A>
 struct Folds {
   Fold of[kFolds];
@@ -91,5 +91,5 @@ cudaError_t global_avg_pool(const GlobalAvgPool<T>&, cudaStream_t stream);
 
 }  // namespace resnet_fast::cuda
 
-// A .cu file's instantiations for every dtype: RESNET_FAST_FOR_EACH_DTYPE(X) with X(T) ending in ';'.
+// Explicit instantiations for every dtype: RESNET_FAST_FOR_EACH_DTYPE(X), where X(T) ends in ';'.
 #define RESNET_FAST_FOR_EACH_DTYPE(X) X(float) X(double) X(bf16) X(fp16)

@@ -1,5 +1,5 @@
 // The native ops on CUDA tensors: checks, allocation, dtype dispatch, streams. The kernels are in the .cu files,
-// which know nothing of torch; convolutions that are not ours are cuDNN's, through ATen.
+// without torch. Convolutions without a CUTLASS kernel use cuDNN through ATen.
 #include <ATen/ATen.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <c10/cuda/CUDAGuard.h>
@@ -21,18 +21,18 @@
 #include "conv.h"
 #endif
 
-namespace resnet_fast::cuda::ops {  // its functions have the names of what they launch
+namespace resnet_fast::cuda::ops {  // functions here have the names of the launchers
 namespace {
 
 using at::IntArrayRef;
 
 void check_launch(const char* op, cudaError_t error) {
-  TORCH_CHECK(error == cudaSuccess, op, ": the kernel was not launched: ", cudaGetErrorString(error));
+  TORCH_CHECK(error == cudaSuccess, op, ": CUDA error: ", cudaGetErrorString(error));
 }
 
 cudaStream_t stream() { return c10::cuda::getCurrentCUDAStream().stream(); }
 
-// f(T{}) with the T of the tensor's dtype; its error is the launch's.
+// Calls f(T{}) for the tensor's dtype T, and checks the launch error that f returns.
 template <class F>
 void dispatch(const char* op, const Tensor& x, F f) {
   switch (x.scalar_type()) {
@@ -52,7 +52,7 @@ T* out(const Tensor& t) {
   return t.defined() && t.numel() > 0 ? static_cast<T*>(t.data_ptr()) : nullptr;
 }
 
-// Partial results of a reduction over x: how many splits, and the memory for them.
+// Partial results of a reduction over x: the number of splits, and their memory.
 struct Partial {
   int64_t splits;
   Tensor values;
@@ -242,7 +242,7 @@ std::tuple<Tensor, Tensor, Tensor> max_pool_bwd(
 Tensor global_avg_pool(const Tensor& x) {
   check_4d({"global_avg_pool", "x", x});
   if (x.numel() == 0 || !(x.is_contiguous() || x.is_contiguous(at::MemoryFormat::ChannelsLast))) {
-    return at::adaptive_avg_pool2d(x, {1, 1}).flatten(1).contiguous();  // and its errors
+    return at::adaptive_avg_pool2d(x, {1, 1}).flatten(1).contiguous();  // which also raises the errors
   }
   check_floating({"global_avg_pool", "x", x});
   const c10::cuda::CUDAGuard guard(x.device());
@@ -255,7 +255,7 @@ Tensor global_avg_pool(const Tensor& x) {
   return y;
 }
 
-// What a convolution of x takes: the filters in x's dtype and format.
+// The filters in x's dtype and memory format, as a convolution of x takes them.
 Tensor filters_for(const Tensor& x, const Tensor& w) { return w.to(x.scalar_type()).contiguous(format_of(x, &w)); }
 
 Tensor library_conv(const Tensor& x, const Tensor& w, const Geometry& g) {
@@ -276,8 +276,8 @@ std::tuple<Tensor, Tensor, Tensor> conv_fprop(
   return {z, mean, m2};
 }
 
-// dx with what follows a dgrad done in place: the residual's gradient under its mask, ReLU's gradient at x, and
-// the sums that the norm before x needs (empty where it is not given).
+// Finishes a dgrad in place in dx: adds the residual's gradient under its mask and applies ReLU's gradient at x.
+// Returns the sums for the gradient of the norm before x (empty without `mean`).
 std::tuple<Tensor, Tensor> finish_dgrad(
     const Tensor& dx, const Tensor& x, const OptTensor& scale, const OptTensor& shift, const OptTensor& mean,
     const OptTensor& rstd, const OptTensor& residual, const OptTensor& residual_mask) {
@@ -335,8 +335,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bprop(
   return {dx, dw, sum_dx, sum_dx_xhat};
 }
 
-// scale and shift of a norm in inference: a place among those of all norms of a call. Without channels there is no
-// norm, and nothing to add or to scale by.
+// scale and shift of a norm in inference: a slice of the tensor of all norms of a call. 0 channels: no norm and no
+// bias.
 struct Folded {
   Tensor all;
   int64_t channels = 0, first = 0;
@@ -368,8 +368,8 @@ Dtype dtype_of(const Tensor& t) {
   }
 }
 
-// All norms by one launch for every kFolds of them: launches as small as a norm would take longer than many a
-// convolution of a single image.
+// Folds all norms, kFolds of them per launch: one launch per norm would take longer than many convolutions of a
+// single image.
 std::vector<Folded> fold(const Tensor& x, const std::vector<BatchNorm>& norms) {
   std::vector<Folded> folded(norms.size());
   int64_t size = 0;
@@ -377,7 +377,7 @@ std::vector<Folded> fold(const Tensor& x, const std::vector<BatchNorm>& norms) {
     folded[i].channels = norms[i].channels(), folded[i].first = size;
     size += 2 * folded_size(folded[i].channels);
   }
-  TORCH_CHECK(size <= INT32_MAX, "conv_bn_act: the norms have over 2^30 channels");
+  TORCH_CHECK(size <= INT32_MAX, "conv_bn_act: the norms have more than 2^30 channels in total");
   if (size == 0) return folded;
   const c10::cuda::CUDAGuard guard(x.device());
   const Tensor all = empty_vector(x, size);
@@ -413,15 +413,15 @@ std::vector<Folded> fold(const Tensor& x, const std::vector<BatchNorm>& norms) {
 
 #if defined(RESNET_FAST_WITH_CUTLASS)
 
-// Whether CUTLASS has no kernel for these tensors; cuDNN takes them. RESNET_FAST_CUDA_CONV=cutlass refuses some of them
-// before this op is called (dispatch/backends.py).
+// Whether cuDNN convolves, by setting or because CUTLASS has no kernel for these tensors. RESNET_FAST_CUDA_CONV=cutlass
+// refuses some of them before this op is called (dispatch/backends.py).
 bool by_cudnn(const Tensor& x, const Tensor& w, const Geometry& g) {
   return settings().cuda_conv == "cudnn" || (x.scalar_type() != at::kBFloat16 && x.scalar_type() != at::kHalf) ||
          g.groups != 1 || format_of(x, &w) != at::MemoryFormat::ChannelsLast || w.size(0) % 8 != 0 ||
          (x.size(1) % 8 != 0 && x.size(1) > 8);
 }
 
-// The stem's three channels, padded with zeros to the eight that 16-byte accesses take.
+// Pads the stem's three channels with zeros to eight, as 16-byte accesses need.
 Tensor eight_channels(const Tensor& t) {
   const auto options = t.options().memory_format(at::MemoryFormat::ChannelsLast);
   const Tensor wide = at::empty({t.size(0), 8, t.size(2), t.size(3)}, options).zero_();
@@ -429,8 +429,8 @@ Tensor eight_channels(const Tensor& t) {
   return wide;
 }
 
-// relu(scale·conv(x, w) + shift + residual) in one launch, `over` the residual where that is allowed; an undefined
-// tensor where the kernels do not take it.
+// relu(scale·conv(x, w) + shift + residual) in one launch, written over the residual if `over`. Returns an undefined
+// tensor if the kernels do not take the shape.
 Tensor fused_conv(
     const Tensor& x, const Tensor& w, const Folded& norm, const OptTensor& residual, bool relu, const Geometry& g,
     bool over) {
@@ -461,7 +461,7 @@ Tensor fused_conv(
 
 #endif
 
-// `over`: y may be written over the residual.
+// `over`: y may overwrite the residual.
 Tensor conv_bn_act_unchecked(
     const Tensor& x, const Tensor& w, const Folded& norm, const OptTensor& residual, bool relu, const Geometry& g,
     bool over) {
@@ -507,11 +507,11 @@ struct ChainOps {
       const Tensor& x, const Tensor& w, const Folded& norm, const OptTensor& residual, bool relu, const Geometry& g,
       bool over) {
     check_conv_act(x, w, residual, g);
-    TORCH_CHECK(norm.channels == 0 || norm.channels == w.size(0), "infer_chains: `tensors`: expected ", w.size(0),
-                " values in the vectors of a norm, one a filter, got ", norm.channels);
+    TORCH_CHECK(norm.channels == 0 || norm.channels == w.size(0), "infer_chains: `tensors`: expected norm vectors of ",
+                w.size(0), " values, one per filter, got ", norm.channels);
     return conv_bn_act_unchecked(x, w, norm, residual, relu, g, over);
   }
-  // An epilogue has the norm for nothing; whether a pool costs less after cuDNN is to be measured.
+  // In CUTLASS' epilogue the norm is free. Not measured: whether the pool applies it at less cost after cuDNN.
   static bool pool_normalizes(const Tensor&, const Tensor&, const Geometry&) { return false; }
   static Tensor norm_relu_max_pool(
       const Tensor& x, const Folded& norm, IntArrayRef kernel, IntArrayRef stride, IntArrayRef padding) {
@@ -525,7 +525,7 @@ std::tuple<std::string, std::string> conv_route(
     bool inference) {
 #if defined(RESNET_FAST_WITH_CUTLASS)
   if (inference && !by_cudnn(x, w, {stride, padding, dilation, groups})) return {"cutlass", "inference in 16 bits"};
-  return {"cudnn", inference ? "CUTLASS has no kernel for it" : "training"};
+  return {"cudnn", inference ? "RESNET_FAST_CUDA_CONV=cudnn, or CUTLASS has no kernel for it" : "training"};
 #else
   return {"cudnn", "built without CUTLASS"};
 #endif

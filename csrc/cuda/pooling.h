@@ -1,4 +1,4 @@
-// What both ways through a max-pool share: where a pixel is, and the codes of an octet of windows.
+// Shared by max-pool forward and backward: the position of a pixel, and the codes of an octet of windows.
 #pragma once
 
 #include "walk.h"
@@ -10,8 +10,8 @@ struct Pixel {
   int row, column;
 };
 
-// Pixel `at` of all images of rows × columns. In 32 bits where that is enough: a division in 64 costs a hundred
-// instructions, as many as all else done for an octet.
+// Position of pixel `at`, counted over all images of rows × columns. 32-bit arithmetic where the index fits: a
+// 64-bit division costs a hundred instructions, as many as the rest of the work for an octet.
 __device__ __forceinline__ Pixel pixel_of(int64_t at, int rows, int columns) {
   if (at >> 32 == 0) {
     const uint32_t pixel = uint32_t(at), line = pixel / uint32_t(columns), image = line / uint32_t(rows);
@@ -21,7 +21,7 @@ __device__ __forceinline__ Pixel pixel_of(int64_t at, int rows, int columns) {
   return {image, int(line - image * rows), int(at - line * columns)};
 }
 
-// A code of each window of an octet; WHOLE: as one access of eight bytes.
+// One code per window of an octet; WHOLE: one 8-byte access.
 template <bool WHOLE>
 __device__ __forceinline__ void store_codes(uint8_t* to, const uint32_t (&codes)[kOctet], int count) {
   if constexpr (WHOLE) {

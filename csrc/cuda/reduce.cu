@@ -1,5 +1,5 @@
-// The reductions over pixels: batch statistics, and the sums that a batch norm's gradient needs. Partial
-// results go through memory and are merged in a fixed order, so a result has the same bits every time.
+// Reductions over pixels: batch statistics, and the sums of BatchNorm's gradient. A second launch merges partial
+// results in a fixed order, so the result is deterministic.
 #include "norm.h"
 #include "pooling.h"
 #include "walk.h"
@@ -7,14 +7,14 @@
 namespace resnet_fast::cuda {
 namespace {
 
-constexpr int kBlocks = 8;  // a multiprocessor
-constexpr int kPlaces = 16;  // of a thread, at least: a block's partial results are 5% of what it reads
+constexpr int kBlocks = 8;   // per multiprocessor
+constexpr int kPlaces = 16;  // minimum per thread: a block's partial results are 5% of the bytes it reads
 
-// A merge's block: 8 channels (32 bytes in fp32, a sector), and rows of threads that share the splits.
+// A merge kernel's block: 8 channels (32 bytes in fp32, a sector) × rows of threads that share the splits.
 constexpr int kMergeChannels = 8, kMergeRows = kThreads / kMergeChannels;
-constexpr int kInFlight = 8;  // splits whose loads a thread has in flight together
+constexpr int kInFlight = 8;  // splits that a thread loads at once
 
-// Partial results are [splits][kRows][channels]; those of a thread's channels, one a lane.
+// Partial results are [splits][kRows][channels]; a thread has one lane per channel.
 constexpr int kSums = 3, kMoments = 4;
 
 template <class A, int LANES>
@@ -32,7 +32,7 @@ __device__ void put(const P& places, int which, int64_t channels, const L& from,
   }
 }
 
-// One sum of the block's threads, of the lanes that they are kept in.
+// Adds one sum over the block's threads, and stores it as a partial result.
 template <bool NHWC, class P, class A>
 __device__ void put_sum(const P& places, int which, int64_t channels, const A (&sums)[kOctet], A* partial) {
   constexpr int kLanes = NHWC ? kOctet : 1;
@@ -47,10 +47,10 @@ __device__ void put_sum(const P& places, int which, int64_t channels, const A (&
   put<kSums>(places, which, channels, mine, partial);
 }
 
-// Partial sums of g = dy under mask, of g·(z[0] − mean[0]) and, where there is one, of g·(z[1] − mean[1]).
+// Partial sums of g = dy under mask, of g·(z[0] − mean[0]) and, if z[1] is given, of g·(z[1] − mean[1]).
 //
-// Grid and places: walk.h. Bytes moved: dy and each z once, one bit an element for the mask, 3·splits·channels
-// sums. Lanes sum in registers and meet once, at the end.
+// Grid and places: walk.h. Bytes moved: dy and each z once, one mask bit per element, 3·splits·channels sums.
+// Threads accumulate in registers; one block reduction at the end adds them.
 template <class T, bool NHWC, bool WHOLE>
 __global__ void __launch_bounds__(kThreads, kResident<T>) gradient_sums_kernel(
     const GradientSums<T> k, accumulate_t<T>* partial) {
@@ -89,10 +89,10 @@ __global__ void __launch_bounds__(kThreads, kResident<T>) gradient_sums_kernel(
   if (k.z[1]) put_sum<NHWC>(places, 2, k.shape.channels, sum_z1, partial);
 }
 
-// out = g = dy + (residual under residual_mask), 0 where scale·x + shift ≤ 0, and where there is a mean partial
-// sums of g and of g·(x − mean[0]): what follows a dgrad that is not ours.
+// out = g = dy + (residual under residual_mask), 0 where scale·x + shift ≤ 0; if mean[0] is given, also partial sums
+// of g and of g·(x − mean[0]). It follows cuDNN's dgrad.
 //
-// Grid and places: walk.h. Bytes moved: dy, x, residual and out once each, one bit an element for the mask.
+// Grid and places: walk.h. Bytes moved: dy, x, residual and out once each, one mask bit per element.
 template <class T, bool NHWC, bool WHOLE>
 __global__ void __launch_bounds__(kThreads, kResident<T>) finish_dgrad_kernel(
     const GradientSums<T> k, accumulate_t<T>* partial) {
@@ -136,12 +136,12 @@ __global__ void __launch_bounds__(kThreads, kResident<T>) finish_dgrad_kernel(
   put_sum<NHWC>(places, 1, k.shape.channels, sum_x, partial);
 }
 
-// out = g = Σ of dy over the windows whose index names the pixel, and where there is a mean partial sums of g and of
-// g·(z[0] − mean[0]): the gradient through a max-pool and ReLU.
+// The gradient through a max-pool and ReLU: out = g = Σ of dy over the windows whose index names the pixel; if z[0]
+// is given, also partial sums of g and of g·(z[0] − mean[0]).
 //
-// Grid and places: walk.h, over out. A pixel asks the windows that it lies in (four of 3×3 at stride 2), so that
-// nothing is added atomically and out is written once and never cleared. Bytes moved: out and z once, dy and index
-// once; their other reads are neighbours' and come out of L1 or L2.
+// Grid and places: walk.h, over out. Each pixel reads the windows that contain it (up to four of 3×3 at stride 2), so
+// there are no atomics, and out is written once and not cleared before. Bytes moved: out, z, dy and index once; the
+// repeated reads of dy and index are by adjacent threads and hit L1 or L2.
 template <class T, bool NHWC, bool WHOLE>
 __global__ void __launch_bounds__(kThreads, kResident<T>) max_pool_bwd_kernel(
     const GradientSums<T> k, accumulate_t<T>* partial) {
@@ -150,7 +150,7 @@ __global__ void __launch_bounds__(kThreads, kResident<T>) max_pool_bwd_kernel(
   Places<NHWC, WHOLE> places(k.shape);
   const Coefficients<A, NHWC> mean(k.mean[0], places);
   A sum[kOctet] = {}, sum_z[kOctet] = {};
-  // f(p, q, code of the pixel in window p, q) for every window that the pixel lies in.
+  // f(p, q, code of the pixel in window p, q) for every window that contains the pixel.
   const auto each = [&](const Pixel& at, auto f) {
     const Span rows = windows_of(w, 0, at.row), columns = windows_of(w, 1, at.column);
     for (int p = rows.begin; p < rows.end; ++p) {
@@ -210,14 +210,14 @@ struct MergeSums {
   A* sums[kSums];
 };
 
-// Grid: 8 channels, and a row of blocks a sum; those of a sum that is not there are idle. A thread adds every 32nd
-// split in order, the loads of eight at a time, in double; the rows meet once.
+// Grid: blocks of 8 channels × sums; the blocks of a missing sum return at once. A thread adds every 32nd split in
+// order, in double, loading eight at once; one block reduction adds the rows.
 //
 // Estimate for 1,056 splits of 64 channels in fp32 on an H100, where a dependent load takes 0.2 µs: about 1.5 µs, in
-// five rounds of loads. 8 rows that add three sums one after another, a load at a time, take 396 rounds: 80 µs.
+// five rounds of loads. 8 rows that add three sums in sequence, one load at a time, would take 396 rounds: 80 µs.
 template <class A>
 __global__ void __launch_bounds__(kThreads, 2) merge_sums_kernel(const MergeSums<A> k) {
-  // Selected, not indexed: the compiler copies arguments that a kernel indexes to local memory.
+  // Selected, not indexed: the compiler would copy indexed kernel arguments to local memory.
   const int which = blockIdx.y;
   A* const to = which == 0 ? k.sums[0] : which == 1 ? k.sums[1] : k.sums[2];
   const A* const rstd = which == 0 ? nullptr : which == 1 ? k.rstd[0] : k.rstd[1];
@@ -240,8 +240,8 @@ __global__ void __launch_bounds__(kThreads, 2) merge_sums_kernel(const MergeSums
   to[c] = A(rstd ? total * rstd[c] : total);
 }
 
-// A value of each of the thread's channels that the others are measured from: the median of the first, the
-// middle and the last pixel's, so that one outlier is no pivot.
+// A pivot for each of the thread's channels, which is subtracted from its values: the median of the first, the
+// middle and the last pixel, so that a single outlier is not the pivot.
 template <class T, bool NHWC, class P>
 __device__ void pivots(const Statistics<T>& k, const P& places, accumulate_t<T>* to) {
   using A = accumulate_t<T>;
@@ -262,14 +262,14 @@ __device__ void pivots(const Statistics<T>& k, const P& places, accumulate_t<T>*
   }
 }
 
-// partial = count, mean, what the mean's rounding left, and m2 of v = x − pivot, of a split's values of each
-// channel; behind the splits', the pivots.
+// partial = count, mean, rounding error of the mean, and m2 of v = x − pivot, for each split and channel; the pivots
+// follow the last split.
 //
-// Every lane runs Welford's recurrence over its own values (n-th value v: δ = v − mean; mean += δ/n;
-// m2 += δ·(v − mean)) and keeps what the mean's rounding left; lanes meet once, at the end, by their counts and
-// in double. Nothing is squared before it is centred
-// and no mean is rounded at the size of x: a channel of mean 1000 and deviation 1 keeps the digits of its
-// variance. Welford 1962, Technometrics 4(3). Bytes moved: x once, 4·splits·channels values.
+// Each lane runs Welford's recurrence over its values (n-th value v: δ = v − mean; mean += δ/n;
+// m2 += δ·(v − mean)) and accumulates the rounding error of the mean. At the end one block reduction merges the
+// lanes in double, weighted by their counts. Values are centred before they are squared, and means are rounded
+// relative to the pivot, not to x: a channel of mean 1000 and deviation 1 keeps the digits of its variance.
+// Welford 1962, Technometrics 4(3). Grid and places: walk.h. Bytes moved: x once, 4·splits·channels values.
 template <class T, bool NHWC, bool WHOLE>
 __global__ void __launch_bounds__(kThreads, kResident<T>) bn_stats_kernel(const Statistics<T> k, accumulate_t<T>* partial) {
   using A = accumulate_t<T>;
@@ -338,7 +338,7 @@ __global__ void __launch_bounds__(kThreads, kResident<T>) bn_stats_kernel(const 
   }
 }
 
-// mean, m2 of each channel from the splits' (Chan et al. 1979).
+// mean and m2 of each channel, merged over the splits (Chan et al. 1979).
 template <class A>
 struct MergeMoments {
   const A* partial;
@@ -346,7 +346,7 @@ struct MergeMoments {
   A *mean, *m2;
 };
 
-// count = Σ n[j], mean = Σ n[j]·mean[j] / count, m2 = Σ m2[j] + n[j]·(mean[j] − mean)²: one division for all.
+// count = Σ n[j], mean = Σ n[j]·mean[j] / count, m2 = Σ m2[j] + n[j]·(mean[j] − mean)², with one division.
 template <int N>
 __device__ Moments<double> merge_all(const Moments<double> (&parts)[N]) {
   Moments<double> all = {0, 0, 0};
@@ -364,11 +364,11 @@ __device__ Moments<double> merge_all(const Moments<double> (&parts)[N]) {
   return all;
 }
 
-// Grid: 8 channels. A thread merges every 32nd split in order, the loads of eight at a time, in double; the rows
-// meet once.
+// Grid: blocks of 8 channels. A thread merges every 32nd split in order, in double, loading eight at once; one block
+// reduction merges the rows.
 //
-// Estimate, as for the sums: about 3.5 µs, in five rounds of loads with a division each. 8 rows that merge a split
-// at a time take 132 such rounds: 40 µs.
+// Estimate, as for merge_sums_kernel: about 3.5 µs, in five rounds of loads with one division each. 8 rows that merge
+// one split at a time would take 132 such rounds: 40 µs.
 template <class A>
 __global__ void __launch_bounds__(kThreads, 2) merge_moments_kernel(const MergeMoments<A> k) {
   using Wide = Moments<double>;

@@ -1,5 +1,4 @@
-// What is as small as a channel or ends the network: coefficients of a norm and of its gradient, the global
-// average pool.
+// Small ops: coefficients of a norm and of its gradient (one value per channel), and the global average pool.
 #include <algorithm>
 #include <initializer_list>
 
@@ -9,7 +8,8 @@
 namespace resnet_fast::cuda {
 namespace {
 
-// A thread a channel, in double: where |mean| ≫ deviation, shift is a small difference of large numbers.
+// scale, shift and rstd of math.h's finalize. Grid: one thread per channel. In double, because where
+// |mean| ≫ deviation, shift is a small difference of large numbers.
 template <class A>
 __global__ void bn_finalize_kernel(const Finalize<A> k) {
   const int64_t c = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
@@ -31,7 +31,7 @@ __device__ __forceinline__ double value(const Fold& k, Fold::Vector which, int c
   }
 }
 
-// Grid: the channels of the widest norm, and a row of blocks a norm.
+// scale and shift of each norm in inference (Fold). Grid: channels of the widest norm × norms; a thread per channel.
 template <class A>
 __global__ void fold_kernel(const Folds<A> all) {
   const Fold& k = all.of[blockIdx.y];
@@ -48,6 +48,7 @@ __global__ void fold_kernel(const Folds<A> all) {
   to[0] = r.scale, to[folded_size(k.channels)] = r.shift;
 }
 
+// b and c of math.h's finalize_gradient. Grid: one thread per channel.
 template <class A>
 __global__ void bn_bwd_finalize_kernel(const FinalizeGradient<A> k) {
   const int64_t c = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
@@ -59,8 +60,8 @@ __global__ void bn_bwd_finalize_kernel(const FinalizeGradient<A> k) {
 
 // y[n, c] = Σ over pixels of x[n, c] / pixels, summed in A.
 //
-// Grid: a column of walk.h's channels, and an image of them; the block's rows share its pixels, a thread
-// has the loads of up to four places in flight, and the rows meet once. Bytes moved: x once.
+// Grid: walk.h's columns of channels × images. The rows of a block share the pixels; a thread loads up to four
+// places at once, and one block reduction adds the rows at the end. Bytes moved: x once.
 template <class T, bool NHWC, bool WHOLE>
 __global__ void __launch_bounds__(kThreads) global_avg_pool_kernel(const GlobalAvgPool<T> k, int64_t first_image) {
   using A = accumulate_t<T>;
@@ -133,7 +134,7 @@ cudaError_t bn_bwd_finalize(const FinalizeGradient<A>& k, cudaStream_t stream) {
 
 template <class T>
 cudaError_t global_avg_pool(const GlobalAvgPool<T>& k, cudaStream_t stream) {
-  // An image's pixels are few: as many rows of threads as leave each about four of them.
+  // An image has few pixels: use as many rows of threads as give each thread about four places.
   Walk w = walk(k.shape, 1, 1);
   const int64_t pixels = k.shape.rows * k.shape.inner / k.shape.channels / k.images;
   const int64_t places = k.shape.nhwc ? pixels : ceil_div(pixels, kOctet);

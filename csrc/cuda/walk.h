@@ -1,9 +1,9 @@
-// How the threads of a launch share a dense tensor.
+// How the threads of a kernel launch share a dense tensor.
 //
-// A thread owns eight channels (NHWC) or one (NCHW), whose coefficients it keeps in registers, and goes over
-// places: octets of eight neighbouring elements, which are whole 16-byte accesses and one byte of a bit mask.
-// threadIdx.x and blockIdx.x say which channels, threadIdx.y and blockIdx.y where it starts; neighbours in a
-// block have neighbouring octets, so a warp's accesses are contiguous.
+// A thread has eight channels (NHWC) or one (NCHW), with their coefficients in registers, and loops over places:
+// octets of eight adjacent elements, that is whole 16-byte accesses and one byte of a bit mask. threadIdx.x and
+// blockIdx.x select the channels, threadIdx.y and blockIdx.y the first place. Adjacent threads of a block have
+// adjacent octets, so that a warp's accesses are contiguous.
 #pragma once
 
 #include <algorithm>
@@ -13,14 +13,14 @@
 
 namespace resnet_fast::cuda {
 
-constexpr int kThreads = 256;  // of a block, at most
-constexpr int kAcross = 32;    // octets beside each other, at most: 512 bytes in bf16
-// Blocks a multiprocessor has room for at least: no kernel takes more than 128 registers but those in double.
+constexpr int kThreads = 256;  // maximum per block
+constexpr int kAcross = 32;    // maximum of adjacent octets in a block: 512 bytes in bf16
+// Minimum of resident blocks per multiprocessor: all kernels but those in double use at most 128 registers.
 template <class T>
 constexpr int kResident = sizeof(T) > 4 ? 1 : 2;
 constexpr int kOctet = 8;
 
-// Places whose loads a thread has in flight together, by how many operands it reads: about 128 bytes.
+// Places that a thread loads at once, by the number of operands: about 128 bytes in flight.
 template <class T, int OPERANDS, int PLACES = 128 / (kOctet * int(sizeof(T)) * OPERANDS)>
 constexpr int kAtOnce = PLACES < 1 ? 1 : PLACES > 4 ? 4 : PLACES;
 
@@ -30,7 +30,7 @@ struct Walk {
   dim3 grid, block;
 };
 
-// About `blocks` blocks, none of them larger or more than leaves a thread `at_once` places, but whole warps.
+// About `blocks` blocks; fewer or smaller ones (at least a warp) where a thread would get less than `at_once` places.
 inline Walk walk(const Shape& s, int at_once, int64_t blocks) {
   constexpr int64_t kWarp = 32, kMostSplits = 65535;
   const int64_t octets = ceil_div(s.inner, kOctet);
@@ -42,7 +42,7 @@ inline Walk walk(const Shape& s, int at_once, int64_t blocks) {
   return {dim3(unsigned(columns), unsigned(splits)), dim3(unsigned(across), unsigned(down))};
 }
 
-// One octet: where its elements and its byte of a mask are, and how many elements it has (0: none).
+// One octet: index of its first element and of its mask byte, and its number of elements (0: no octet).
 struct Spot {
   int64_t element, byte;
   int count;
@@ -68,7 +68,7 @@ class Places {
     }
   }
 
-  // The first channel of the thread, and how many it has.
+  // The thread's first channel, and its number of channels.
   __device__ int channel() const { return NHWC ? octet_ * kOctet : int(blockIdx.x); }
   __device__ int channels() const { return NHWC ? max(0, min(kOctet, channels_ - channel())) : 1; }
 
@@ -91,7 +91,7 @@ class Places {
   int octets_, channels_, octet_, step_octets_ = 0;
 };
 
-// Eight elements in the words they cross memory in: two of 16 bits share a register until they are used.
+// Eight elements as they are in memory: two 16-bit elements share a register until they are used.
 template <class T>
 struct alignas(16) Octet {
   using A = accumulate_t<T>;
@@ -121,7 +121,7 @@ struct alignas(16) Octet {
   }
 
  private:
-  // Both converted by one instruction.
+  // One instruction converts both.
   static __device__ __forceinline__ uint32_t pair(float low, float high) {
     uint32_t bits;
     if constexpr (std::is_same_v<T, bf16>) {
@@ -166,7 +166,7 @@ __device__ __forceinline__ void store(T* to, const Spot& spot, const Octet<T>& f
   }
 }
 
-// A channel vector's values for the elements of an octet; zeros where the operand is not there.
+// A channel vector's values for the elements of an octet; zeros if the operand is missing.
 template <class A, bool NHWC>
 class Coefficients {
  public:
@@ -182,8 +182,8 @@ class Coefficients {
   A v_[kCount];
 };
 
-// What the threads of a column of the block (one threadIdx.x) hold, merged by a tree of fixed shape; the
-// thread with threadIdx.y = 0 gets it.
+// Merges the values of a block's column of threads (one threadIdx.x) in a tree of fixed shape; the thread with
+// threadIdx.y = 0 gets the result.
 template <class V, class F>
 __device__ V merge_down(V mine, F merge) {
   __shared__ V all[kThreads];
@@ -197,7 +197,7 @@ __device__ V merge_down(V mine, F merge) {
   return mine;
 }
 
-// f(std::bool_constant NHWC, std::bool_constant WHOLE): the version of a kernel for these operands.
+// Calls f(std::bool_constant NHWC, std::bool_constant WHOLE) for the kernel variant that these operands need.
 template <class T, class F>
 cudaError_t with_layout(const Shape& s, std::initializer_list<const T*> operands, F f) {
   bool whole = s.inner % kOctet == 0;
