@@ -54,7 +54,7 @@ def depth(text: str) -> int:
 
 
 def depths(text: str) -> list[int]:
-    """Such numbers from a comma-separated list, without duplicates, ascending: an argparse `type=`."""
+    """Such numbers from a comma-separated list, unique and ascending; an argparse `type=`."""
     return sorted({depth(word) for word in text.split(",")})
 
 

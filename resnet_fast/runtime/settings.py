@@ -85,7 +85,7 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-TRACE = _flag("RESNET_FAST_TRACE", "print which implementation runs each op, and why, once per kind of call")
+TRACE = _flag("RESNET_FAST_TRACE", "print once per kind of call which implementation runs an op")
 AUTOTUNE = _flag("RESNET_FAST_AUTOTUNE", "measure on a GPU what no tuning table has, and save it")
 CACHE = Setting(
     "RESNET_FAST_CACHE", None, "a folder", Path, "folder of the user's tuning tables "
