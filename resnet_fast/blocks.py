@@ -123,8 +123,8 @@ class ResidualBlock(ChainBlock):
         norm_layer: function of a channel count that returns an `nn.BatchNorm2d` or
             `nn.SyncBatchNorm`; None is `nn.BatchNorm2d`.
         shortcut: "identity", "projection", "zero_pad" (option A of He et al. 2015, section 3.3),
-            "none" (no shortcut), or None: a projection if stride or channels change, else the
-            identity.
+            "none" (no shortcut), or None: a projection if stride or channels change or `downsample`
+            is given, else the identity.
 
     Raises:
         ValueError: an argument is invalid, or the shortcut does not match the shapes; the message
@@ -176,9 +176,12 @@ class ResidualBlock(ChainBlock):
                 f"{inplanes} to {self.out_channels} channels"
             )
         if shortcut == "zero_pad" and inplanes > self.out_channels:
-            raise ValueError("shortcut: 'zero_pad' cannot drop channels; use 'projection'")
+            raise ValueError(
+                f"shortcut: 'zero_pad' cannot reduce {inplanes} channels to {self.out_channels}; "
+                "use 'projection'"
+            )
         if downsample is not None and shortcut != "projection":
-            raise ValueError(f"downsample: goes with shortcut='projection', not {shortcut!r}")
+            raise ValueError(f"downsample: needs shortcut='projection', got shortcut={shortcut!r}")
         self.shortcut = shortcut
         self.downsample = downsample
         if shortcut == "projection" and downsample is None:
@@ -191,7 +194,7 @@ class ResidualBlock(ChainBlock):
 
     def _width(self, planes: int, base_width: int, groups: int) -> int:
         if base_width != 64:
-            raise ValueError(f"base_width: a basic block is 64 wide, got {base_width}")
+            raise ValueError(f"base_width: expected 64 for a basic block, got {base_width}")
         return planes
 
     def _build(self, inplanes, stride, groups, dilation, norm_layer) -> int:

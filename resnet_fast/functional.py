@@ -1,8 +1,9 @@
 """The public functions: conv_bn_act, bn_act, add_relu and the residual chain.
 
 Each checks its arguments, follows autocast, picks the inference or the autograd path, and updates
-running statistics. x is NCHW or channels_last; the result keeps x's memory format. Under a
-transform that supports PyTorch ops only (`guard.transformed`), plain PyTorch ops run.
+running statistics. x is NCHW or channels_last. The result keeps x's memory format; channels_last
+filters give a channels_last result (`call_format`). Under a transform that supports PyTorch ops
+only (`guard.transformed`), plain PyTorch ops run.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ def conv_bn_act(
     `y = relu(BN(conv2d(x, weight) + bias) + residual)`. BN is `torch.nn.functional.batch_norm`:
     it uses batch statistics when `training`, else running statistics.
 
-    Saved for backward: x, weight, the raw convolution output, four [K] vectors and a bit mask.
+    Saved for backward: x, weight, the raw convolution output, four [K] vectors and, with `relu`,
+    one bit per value of y.
 
     Source: Ioffe & Szegedy 2015, arXiv:1502.03167; He et al. 2015, arXiv:1512.03385, eq. 1.
 
@@ -76,12 +78,12 @@ def conv_bn_act(
         impl: "auto", "reference", "native" or "triton" (see `resnet_fast.dispatch.backends`).
 
     Returns:
-        y [N,K,P,Q] in x's dtype (after autocast and promotion) and memory format.
+        y [N,K,P,Q] in x's dtype (after autocast and promotion), channels_last if x or `weight` is.
 
     Raises:
-        ValueError: a shape, dtype, device or option is invalid, or `training` with a single value
+        ValueError: a shape, dtype, device or option is invalid, or batch statistics have one value
             per channel, as in PyTorch. The message names the argument.
-        RuntimeError: an explicit `impl` cannot run here, or on double backward.
+        RuntimeError: an explicit `impl` cannot run this call, or double backward is requested.
     """
     check_tensor(x, "x")
     check_tensor(weight, "weight")
@@ -118,7 +120,7 @@ def bn_act(
 
     `y = relu(BN(x) + residual)`, with BN as in `conv_bn_act`.
 
-    Saved for backward: x, four [C] vectors and a bit mask.
+    Saved for backward: x, four [C] vectors and, with `relu`, one bit per value of y.
 
     Source: Ioffe & Szegedy 2015, arXiv:1502.03167.
 
@@ -174,7 +176,7 @@ def add_relu(x: Tensor, residual: Tensor, *, impl: str = "auto") -> Tensor:
 
     Raises:
         ValueError: a shape, dtype, device or option is invalid. The message names the argument.
-        RuntimeError: an explicit `impl` cannot run here, or on double backward.
+        RuntimeError: an explicit `impl` cannot run this call, or double backward is requested.
     """
     check_tensor(x, "x")
     check_tensor(residual, "residual")
@@ -211,8 +213,8 @@ def run_chain(
         chain: the static half of the block.
         x: [N,C,H,W] in NCHW or channels_last (other strides are copied into one of them).
         tensors: parameters of `chain.all_convs`, and of `chain.norms` and `projection_norm`.
-        residual: the shortcut's tensor, exactly when `chain.shortcut` is "residual".
-        running: one entry per norm: how its running statistics follow the batch, or None.
+        residual: the shortcut's tensor if `chain.shortcut` is "residual", else None.
+        running: for each norm, how to update its running statistics, or None.
 
     Raises:
         ValueError: as `conv_bn_act`.
@@ -336,4 +338,3 @@ def _wants_gradient(*tensors: Tensor | None) -> bool:
 def _exporting() -> bool:
     # The flag behind is_exporting(), which torch 2.11 also sets under compile. 2.6 has no flag.
     return getattr(torch.compiler, "_is_exporting_flag", False)
-

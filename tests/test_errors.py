@@ -179,13 +179,13 @@ BUILDS = {  # constructions that do not fit
     ),
     "downsample-identity": (
         lambda: resnet_fast.BasicBlock(8, 8, 1, nn.Conv2d(8, 8, 1), shortcut="none"),
-        "downsample: goes with",
+        "downsample: needs",
     ),
     "norm-layer": (
         lambda: resnet_fast.BasicBlock(8, 8, norm_layer=lambda c: nn.GroupNorm(2, c)),
         "norm_layer: expected",
     ),
-    "base-width": (lambda: resnet_fast.BasicBlock(8, 8, base_width=32), "base_width: a basic"),
+    "base-width": (lambda: resnet_fast.BasicBlock(8, 8, base_width=32), "base_width: expected 64"),
     "impl": (lambda: resnet_fast.ConvBNAct2d(8, 8, 3, impl="fast"), "impl: expected one of"),
     "chain-norms": (lambda: Chain((Conv(),), (None,)), "norms: expected 2 entries"),
     "chain-shortcut": (lambda: Chain((Conv(),), (None, Norm()), shortcut="x"), "shortcut: expect"),

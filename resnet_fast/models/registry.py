@@ -26,7 +26,7 @@ def check_name(name: str) -> str:
     """Return `name`; ValueError with similar names if there is no such model."""
     if not isinstance(name, str) or name not in MODELS:
         close = difflib.get_close_matches(str(name), MODELS, n=3)
-        hint = f"did you mean {' or '.join(close)}?" if close else f"these are {list_models()}"
+        hint = f"did you mean {' or '.join(close)}?" if close else f"valid names: {list_models()}"
         raise ValueError(f"name: expected one of resnet_fast.list_models(), got {name!r}; {hint}")
     return name
 

@@ -165,7 +165,7 @@ class ResNet(nn.Module):
         else:
             chains = self._chains(stages, x) if pooled else None
             y = None if chains is None else infer((stem, *chains), x, self.impl)
-            if y is not None:  # the whole net ran in one native call
+            if y is not None:  # one native call ran stem and stages
                 x, stages = y, []
             else:
                 x = self._run(stem, x)
