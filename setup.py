@@ -1,23 +1,23 @@
-"""Build of resnet_fast: find out what can be built here, say so, and build it.
+"""Build of resnet_fast: detect what can be built on this machine, print it, and build it.
 
-Metadata lives in pyproject.toml; this file adds the native extension `resnet_fast._C`.
+Metadata is in pyproject.toml; this file adds the native extension `resnet_fast._C`.
 
 Environment variables
     RESNET_FAST_BUILD     auto (default) | cpu | cuda | none
-        auto    cuda where torch was built for CUDA, its toolkit is found and csrc/cuda has sources;
-                else cpu; none where there is no C++ compiler. A visible GPU is never asked for, so
-                a build machine without one makes the same binary.
+        auto    cuda if torch was built for CUDA, its toolkit is found and csrc/cuda has sources;
+                else cpu; none without a C++ compiler. Visible GPUs play no role, so a build
+                machine without a GPU makes the same binary.
         cpu, cuda   that build, or an error that says what is missing
-        none    pure Python: the package works by its reference implementation
-    MAX_JOBS              compiler processes at a time (default: ninja's)
+        none    pure Python: only the reference and Triton implementations
+    MAX_JOBS              number of parallel compiler processes (default: ninja's)
     TORCH_CUDA_ARCH_LIST  CUDA architectures, for example "8.0;9.0a"
-    CUTLASS_PATH          CUTLASS, where the package nvidia-cutlass is not installed; without either
-                          the CUDA kernels are built but for the fused convolutions
-    CXX, CXXFLAGS         the C++ compiler; flags added after ours, so that they win
+    CUTLASS_PATH          CUTLASS, if the package nvidia-cutlass is not installed; without either,
+                          the CUDA kernels are built without the fused convolutions
+    CXX, CXXFLAGS         the C++ compiler; flags added last, so that they take precedence
 
-The build sees the torch it will run with, so it needs `pip install --no-build-isolation`.
-What was resolved is printed to stderr (`pip install -v` shows it, and so does
-`python setup.py --version`) and kept in `resnet_fast._C.build_info()`.
+The build compiles against the installed torch, so it needs `pip install --no-build-isolation`.
+The result of the detection is printed to stderr (see it with `pip install -v` or
+`python setup.py --version`) and stored in `resnet_fast._C.build_info()`.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ import setuptools
 ROOT = Path(__file__).resolve().parent
 CHOICES = ("auto", "cpu", "cuda", "none")
 MIN_TORCH = (2, 6)
-MIN_SETUPTOOLS = 77  # first to read the SPDX license expression of pyproject.toml
+MIN_SETUPTOOLS = 77  # the first that reads the SPDX license expression of pyproject.toml
 
-# No -march, no -ffast-math: the kernels choose their instruction set at run time, and NaN, infinity
-# and the order of sums keep their meaning. errno and trap flags are all that is given up. The -std
-# is torch's own choice (its cpp_extension adds the one its headers need: C++17, later C++20).
+# No -march: the kernels choose their instruction set at run time. No -ffast-math: NaN, infinity and
+# the order of sums keep their meaning; only errno and trap flags are dropped. torch's cpp_extension
+# adds the -std that its headers need (C++17, later C++20).
 CXX_FLAGS = (
     "-O3 -fno-math-errno -fno-trapping-math -fvisibility=hidden -fvisibility-inlines-hidden -g0 "
     "-Wall -Wextra"
 ).split()
 NVCC_FLAGS = ["-O3", "-lineinfo", "--expt-relaxed-constexpr", "-Xcompiler=-fvisibility=hidden"]
-# Code for Ampere and Ada, for Hopper with wgmma; PTX for whatever follows.
+# Code for Ampere and Ada, and for Hopper with wgmma; PTX for later GPUs.
 DEFAULT_CUDA_ARCHS = "8.0+PTX;9.0a"
 
 
@@ -62,7 +62,7 @@ class BuildError(SystemExit):
 
 @dataclass(frozen=True)
 class Machine:
-    """What the resolution depends on; `probe` fills it, tests make their own."""
+    """The facts that `resolve` depends on. `probe` detects them; tests construct them."""
 
     torch: str | None = None  # torch.__version__
     torch_cuda: str | None = None  # torch.version.cuda
@@ -85,7 +85,7 @@ class Resolution:
 
 
 def version() -> str:
-    """The one place of the version is `resnet_fast.__version__`; read without importing torch."""
+    """`resnet_fast.__version__`, read from its file without importing torch."""
     text = (ROOT / "resnet_fast" / "__init__.py").read_text(encoding="utf-8")
     return re.search(r'^__version__ = "([^"]+)"', text, re.MULTILINE).group(1)
 
@@ -98,7 +98,7 @@ def requested_build() -> str:
 
 
 def first_line_of(command: list[str], pattern: str = "(.+)") -> str | None:
-    """First match of `pattern` in what the command prints, None where it cannot run."""
+    """First match of `pattern` in the command's output; None if it fails or nothing matches."""
     try:
         run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
     except (OSError, subprocess.SubprocessError):
@@ -108,7 +108,7 @@ def first_line_of(command: list[str], pattern: str = "(.+)") -> str | None:
 
 
 def cutlass_headers() -> tuple[str, ...]:
-    """Where CUTLASS' headers are: under CUTLASS_PATH, else in the package nvidia-cutlass."""
+    """Folders of CUTLASS headers: under CUTLASS_PATH, else in the package nvidia-cutlass."""
     chosen = os.environ.get("CUTLASS_PATH")
     package = importlib.util.find_spec("cutlass_library")
     folders = package.submodule_search_locations if package else None
@@ -118,12 +118,12 @@ def cutlass_headers() -> tuple[str, ...]:
         if (include[0] / "cutlass" / "cutlass.h").exists():
             return tuple(map(str, include))
     if chosen:
-        raise BuildError(f"CUTLASS_PATH={chosen!r}: no include/cutlass/cutlass.h there")
+        raise BuildError(f"CUTLASS_PATH={chosen!r} has no include/cutlass/cutlass.h")
     return ()
 
 
 def has_cuda_header(home: Path) -> bool:
-    """Whether a toolkit's headers are where torch looks for them, or conda's compilers do."""
+    """Whether cuda_runtime.h is where torch or conda's compilers look for it."""
     return any(
         (folder / "cuda_runtime.h").exists()
         for folder in (home / "include", *home.glob("targets/*/include"))
@@ -131,7 +131,7 @@ def has_cuda_header(home: Path) -> bool:
 
 
 def probe(requested: str) -> Machine:
-    """Look around. `none` looks at nothing, so that it works without torch and a compiler."""
+    """Detect the facts. `none` needs none of them, so it works without torch and a compiler."""
     if requested == "none":
         return Machine(system=platform.system(), arch=platform.machine())
     try:
@@ -142,7 +142,7 @@ def probe(requested: str) -> Machine:
         return Machine()
     if torch.__version__ < MIN_TORCH:
         needed = ".".join(map(str, MIN_TORCH))
-        raise BuildError(f"torch {torch.__version__} is too old: torch >= {needed} is needed")
+        raise BuildError(f"torch {torch.__version__} is too old: install torch >= {needed}")
     cxx = os.environ.get("CXX") or "c++"  # the same rule as torch's cpp_extension
     nvcc = Path(CUDA_HOME, "bin", "nvcc") if CUDA_HOME else None
     return Machine(
@@ -163,7 +163,7 @@ def probe(requested: str) -> Machine:
 
 def missing_for_cpu(machine: Machine) -> str | None:
     if machine.system == "Windows":
-        return "the native kernels are written for GCC and Clang, not for Windows"
+        return "the native kernels do not support Windows (they need GCC or Clang)"
     if machine.compiler is None:
         return f"no C++ compiler: `{machine.cxx}` does not run (install g++ or set CXX)"
     if not machine.python_header:
@@ -180,25 +180,28 @@ def missing_for_cuda(machine: Machine) -> str | None:
         return f"no CUDA toolkit at CUDA_HOME={machine.cuda_home}: bin/nvcc does not run"
     if not machine.cuda_header:
         return (
-            f"no include/cuda_runtime.h at CUDA_HOME={machine.cuda_home}: where nvcc is a wrapper, "
-            "set CUDA_HOME to the toolkit"
+            f"no include/cuda_runtime.h at CUDA_HOME={machine.cuda_home} (if nvcc is a wrapper, "
+            "set CUDA_HOME to the toolkit)"
         )
     if machine.toolkit.split(".")[0] != machine.torch_cuda.split(".")[0]:
-        return f"the toolkit is CUDA {machine.toolkit}, torch was built for {machine.torch_cuda}"
+        return (
+            f"the toolkit is CUDA {machine.toolkit}; torch was built for {machine.torch_cuda} "
+            "(set CUDA_HOME to a toolkit of the same major version)"
+        )
     if not machine.cuda_sources:
         return "csrc/cuda has no .cu sources"
     return None
 
 
 def resolve(requested: str, machine: Machine) -> Resolution:
-    """`requested` (auto | cpu | cuda | none) on `machine` -> what is built, and why."""
+    """What to build for `requested` (auto | cpu | cuda | none) on `machine`, and why."""
     if requested == "none":
         return Resolution("none", "RESNET_FAST_BUILD=none")
     if machine.torch is None:
         raise BuildError(
-            "torch is not installed in the environment that builds.\n"
-            "  1. install torch first:            pip install torch\n"
-            "  2. build against that very torch:  pip install --no-build-isolation .\n"
+            "torch is not installed in the build environment.\n"
+            "  1. install torch first:       pip install torch\n"
+            "  2. build against that torch:  pip install --no-build-isolation .\n"
             "  Or set RESNET_FAST_BUILD=none for the pure Python package."
         )
     no_cpu = missing_for_cpu(machine)
@@ -206,18 +209,18 @@ def resolve(requested: str, machine: Machine) -> Resolution:
     asked = f"RESNET_FAST_BUILD={requested}"
     if requested == "auto":
         if no_cpu:
-            return Resolution("none", f"{asked}: {no_cpu}; the reference implementation remains")
+            return Resolution("none", f"{asked}: {no_cpu}; installing pure Python")
         if no_cuda:
             return Resolution("cpu", f"{asked}: {no_cuda}")
         return Resolution("cuda", f"{asked}: CUDA {machine.toolkit} at {machine.cuda_home}")
     missing = no_cpu if requested == "cpu" else no_cuda
     if missing:
-        raise BuildError(f"{asked} cannot be met: {missing}")
+        raise BuildError(f"{asked} is not possible: {missing}")
     return Resolution(requested, asked)
 
 
 def sources(mode: str, root: Path = ROOT, cutlass: bool = False) -> list[str]:
-    """Sources relative to `root`; two that would share an object file are an error."""
+    """Sources relative to `root`; BuildError if two would share an object file."""
     patterns = ["csrc/*.cpp", "csrc/cpu/*.cpp"]
     if mode == "cuda":
         patterns += ["csrc/cuda/*.cpp", "csrc/cuda/*.cu"]
@@ -233,7 +236,7 @@ def sources(mode: str, root: Path = ROOT, cutlass: bool = False) -> list[str]:
 
 
 def isas(arch: str, root: Path = ROOT) -> list[str]:
-    """Instruction sets with kernels of their own: csrc/cpu/kernels_<isa>.cpp, where they apply."""
+    """Instruction sets that have kernels for `arch`, named by csrc/cpu/kernels_<isa>.cpp."""
     names = {p.stem.removeprefix("kernels_") for p in root.glob("csrc/cpu/kernels_*.cpp")}
     if arch.lower() not in ("x86_64", "amd64"):
         return ["baseline"]
@@ -248,7 +251,7 @@ def cuda_archs() -> str:
 
 def cxx_flags(machine: Machine) -> list[str]:
     # at::parallel_for is a template over `#pragma omp`: without -fopenmp it runs on one thread.
-    # Apple's clang has no OpenMP of its own, so macOS builds are single-threaded.
+    # Apple's clang has no OpenMP runtime, so macOS builds are single-threaded.
     openmp = ["-fopenmp"] if machine.system == "Linux" else []
     return [*CXX_FLAGS, *openmp, *shlex.split(os.environ.get("CXXFLAGS", ""))]
 
@@ -259,7 +262,7 @@ def c_string(text: str) -> str:
 
 
 def extension(resolution: Resolution, machine: Machine) -> setuptools.Extension:
-    """The Extension `resnet_fast._C` of a resolved cpu or cuda build."""
+    """The Extension `resnet_fast._C` for a cpu or cuda build."""
     from torch.utils import cpp_extension
 
     cuda = resolution.mode == "cuda"
@@ -270,14 +273,14 @@ def extension(resolution: Resolution, machine: Machine) -> setuptools.Extension:
         "BUILD_WHY": resolution.why,
         "CXX_FLAGS": " ".join(flags),
         "ISAS": " ".join(isas(machine.arch)),
-        "TORCH_VERSION": machine.torch,  # part of the command, so another torch recompiles
+        "TORCH_VERSION": machine.torch,  # part of the command, so another torch triggers a rebuild
         "CUDA_VERSION": machine.toolkit if cuda else "",
         "CUDA_ARCHS": cuda_archs() if cuda else "",
     }
     cutlass = machine.cutlass if cuda else ()
     defines = ["-DRESNET_FAST_WITH_CUDA"] if cuda else []
     defines += ["-DRESNET_FAST_WITH_CUTLASS"] if cutlass else []
-    if cuda:  # torch would ask the visible GPUs, and there may be none
+    if cuda:  # else torch takes the architectures of visible GPUs
         os.environ["TORCH_CUDA_ARCH_LIST"] = cuda_archs()
     make = cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension
     include_dirs = cpp_extension.include_paths(*(["cuda"] if cuda else []))
@@ -287,7 +290,7 @@ def extension(resolution: Resolution, machine: Machine) -> setuptools.Extension:
         depends=[str(p.relative_to(ROOT)) for p in sorted(ROOT.glob("csrc/**/*.[hi]*"))],  # .h .inl
         extra_compile_args={
             "cxx": [
-                # -isystem over the -I that torch adds: its headers stay out of our warnings.
+                # -isystem over the -I that torch adds: no warnings from its headers.
                 *(flag for path in include_dirs for flag in ("-isystem", path)),
                 *flags,
                 *(f"-DRESNET_FAST_{key}={c_string(value)}" for key, value in facts.items()),
@@ -300,7 +303,7 @@ def extension(resolution: Resolution, machine: Machine) -> setuptools.Extension:
 
 
 def report(resolution: Resolution, machine: Machine) -> str:
-    """What was resolved, a fact a line."""
+    """The printed report of a build, one fact per line."""
     rows = [("why", resolution.why)]
     if resolution.mode != "none":
         rows += [
@@ -308,7 +311,7 @@ def report(resolution: Resolution, machine: Machine) -> str:
             ("flags", " ".join(cxx_flags(machine))),
             ("isas", f"{' '.join(isas(machine.arch))} (chosen at run time)"),
             ("torch", f"{machine.torch} (CUDA: {machine.torch_cuda})"),
-            ("ninja", shutil.which("ninja") or "not found: compiles one file at a time"),
+            ("ninja", shutil.which("ninja") or "not found: compiling one file at a time"),
             ("jobs", os.environ.get("MAX_JOBS") or "ninja's default (MAX_JOBS sets it)"),
         ]
     if resolution.mode == "cuda":
@@ -319,7 +322,7 @@ def report(resolution: Resolution, machine: Machine) -> str:
     elif resolution.mode == "none":
         earlier = ROOT / "resnet_fast" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
         if earlier.exists():
-            rows.append(("note", f"{earlier.name} of an earlier build is still there and is used"))
+            rows.append(("note", f"{earlier.name} from an earlier build exists and will be used"))
     python = platform.python_version()
     title = f"resnet_fast {version()}: native build = {resolution.mode} (Python {python})"
     return "\n".join([title, *(f"  {key:<9} {value}" for key, value in rows)])
@@ -328,17 +331,17 @@ def report(resolution: Resolution, machine: Machine) -> str:
 def main() -> None:
     if int(setuptools.__version__.split(".")[0]) < MIN_SETUPTOOLS:
         raise BuildError(
-            f"setuptools {setuptools.__version__} is too old: "
+            f"setuptools {setuptools.__version__} is too old: run "
             f"pip install 'setuptools>={MIN_SETUPTOOLS}'"
         )
     requested = requested_build()
     jobs = os.environ.get("MAX_JOBS")
     if jobs and not (jobs.isdigit() and int(jobs) > 0):
-        raise BuildError(f"MAX_JOBS={jobs!r} is not a positive number")
-    if {"sdist", "egg_info"} & set(sys.argv[1:]):  # metadata and sources alone: no torch needed
+        raise BuildError(f"MAX_JOBS={jobs!r}: expected a positive integer")
+    if {"sdist", "egg_info"} & set(sys.argv[1:]):  # metadata and sources only: no torch needed
         setuptools.setup()
         return
-    # ninja of a virtual environment is found although nobody activated it.
+    # Find the ninja of a virtual environment that is not activated.
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     machine = probe(requested)
     resolution = resolve(requested, machine)
