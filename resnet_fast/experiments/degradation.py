@@ -113,7 +113,7 @@ def _draw(figure: Any, runs: compare.Runs, layers: list[int]) -> None:
         mine = {name: found for name, found in runs.items() if name.startswith(kind)}
         styles = {f"{kind}-{d}": {"color": c} for d, c in zip(layers, shades, strict=True)}
         compare.draw_curves(one, mine, "train_loss", styles)
-        one.set_title(f"training loss, {kind}")
+        one.set_title(f"training loss, {kind}", fontsize=10.5)
         top = max(top, one.get_ylim()[1])
     for one in axes[:2]:
         one.set_ylim(0, top)

@@ -154,6 +154,7 @@ def _draw(figure: Any, norms: dict[str, Any]) -> None:
                 places, values, color="#e8590c" if name == "residual" else "#4dabf7",
                 alpha=0.35 + 0.65 * share, linewidth=1 + share, label=f"{depth} layers",
             )  # fmt: skip
-        one.set(title=name, xlabel="place in the net, image to classifier", yscale="log")
+        one.set(title=name, yscale="log")
+    figure.supxlabel("place in the net, image to classifier", fontsize=10)
     axes[0].set_ylabel("‖∂L/∂w‖ of a 3×3 convolution")
     plain_axes(*axes)
