@@ -136,7 +136,7 @@ class Norm:
 
     def __post_init__(self) -> None:
         if not is_number(self.eps) or self.eps < 0:
-            raise ValueError(f"eps: expected a finite number from 0, got {given(self.eps)}")
+            raise ValueError(f"eps: expected a finite number of at least 0, got {given(self.eps)}")
         if not isinstance(self.batch_stats, bool):
             raise ValueError(f"batch_stats: expected True or False, got {given(self.batch_stats)}")
         if self.group is not None and not self.batch_stats:
@@ -194,13 +194,13 @@ class Chain:
             raise ValueError("projection: expected a Conv exactly when shortcut='projection'")
         bare = self.norms[-1] is None
         if self.projection_norm is not None and (self.projection is None or bare):
-            raise ValueError("projection_norm: expected a projection, and a norm at the end")
+            raise ValueError("projection_norm: expected None without projection or final norm")
         if bare and self.relu and self.shortcut == "none":
-            raise ValueError("relu: expected a norm or a shortcut at the end of the chain")
+            raise ValueError("relu: expected False without a final norm or a shortcut")
         if not self.convs and bare and self.shortcut != "residual":
             raise ValueError("shortcut: expected 'residual' without a convolution or a norm")
         if self.pool is not None and (bare or not self.relu or self.shortcut != "none"):
-            raise ValueError("pool: expected a norm, a ReLU and no shortcut before it")
+            raise ValueError("pool: needs a final norm, relu=True and shortcut='none'")
 
     @property
     def all_convs(self) -> tuple[Conv, ...]:

@@ -92,10 +92,7 @@ def _conv_shape(
     w, name = params.weight, f"{where}weight"
     out = conv.output_shape(shape, w.shape, name)
     if w.dtype != x.dtype and not (w.dtype == torch.float32 and x.dtype.itemsize == 2):
-        raise ValueError(
-            f"{name}: expected x's dtype {_name(x.dtype)} (or float32 with 16-bit activations), "
-            f"got {_name(w.dtype)}"
-        )
+        raise ValueError(f"{name}: expected x's dtype {_valid(x.dtype)}, got {_name(w.dtype)}")
     _same_device(name, w, x)
     if params.bias is not None:
         _vector(f"{where}bias", params.bias, w.size(0), x)
@@ -120,7 +117,7 @@ def _vector(name: str, value: Tensor, size: int, x: Tensor) -> None:
         value.dtype == torch.float64
     ):
         raise ValueError(
-            f"{name}: expected {_name(x.dtype)} or float32 for x in {_name(x.dtype)}, "
+            f"{name}: expected {_valid(x.dtype)} for x in {_name(x.dtype)}, "
             f"got {_name(value.dtype)}"
         )
     _same_device(name, value, x)
@@ -134,6 +131,11 @@ def _same_device(name: str, value: Tensor, x: Tensor) -> None:
 def _match(name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
     if shape != expected:
         raise ValueError(f"{name}: expected the output's shape {expected}, got {shape}")
+
+
+def _valid(dtype: torch.dtype) -> str:
+    """The dtypes of parameters for activations of `dtype`."""
+    return _name(dtype) + (" or float32" if dtype.itemsize == 2 else "")
 
 
 def _name(dtype: torch.dtype) -> str:
