@@ -46,8 +46,8 @@ class ConvBNAct2d(ChainBlock):
         out_channels: channels K of y.
         kernel_size: height and width of the filters.
         stride: stride of the convolution.
-        padding: zero padding on each side; None is dilation·(kernel_size − 1) / 2, which keeps the
-            image size at stride 1.
+        padding: zero padding on each side; None is ⌊dilation·(kernel_size − 1) / 2⌋, which keeps
+            the image size at stride 1 for odd kernel_size.
         dilation: spacing of the filter's elements.
         groups: number of groups of channels.
         eps: added to the variance before the square root.
@@ -117,8 +117,8 @@ class ResidualBlock(ChainBlock):
         downsample: the projection shortcut, as torchvision passes it: `Sequential(Conv2d,
             BatchNorm2d)`; for pre-activation blocks a `Conv2d`. None builds the one that
             `shortcut` names.
-        groups: groups of the 3×3 convolutions (cardinality of ResNeXt, arXiv:1611.05431).
-        base_width: width of a bottleneck per 64 planes (ResNeXt, Wide ResNet).
+        base_width: width of a bottleneck's group per 64 planes (ResNeXt, Wide ResNet); basic blocks
+            need 64.
         dilation: dilation of the 3×3 convolutions.
         norm_layer: function of a channel count that returns an `nn.BatchNorm2d` or
             `nn.SyncBatchNorm`; None is `nn.BatchNorm2d`.

@@ -102,7 +102,8 @@ def graph(model: nn.Module, example: Tensor, *, warmup: int = WARMUP) -> Graph:
         warmup: number of calls before recording, which compile and measure kernels.
 
     Returns:
-        A callable `y = graph(x)`, y [N, ...], without gradients. Autocast is recorded if it is on.
+        A callable `y = graph(x)`, y [N, ...], without gradients. On a GPU the next call overwrites
+        y. Autocast is recorded if it is on.
 
     Raises:
         ValueError: the model is in training mode, or an argument is invalid; the message names it.
@@ -162,7 +163,8 @@ def graph_step(
         warmup: number of steps before recording, which compile and measure kernels.
 
     Returns:
-        A callable `value = step(x, target)` that returns the loss.
+        A callable `value = step(x, target)` that returns the loss. On a GPU the next call
+        overwrites it.
 
     Raises:
         ValueError: the model is in eval mode, the optimizer does not have the model's parameters,

@@ -256,4 +256,4 @@ def _check(block, fused, layers, dilate, stem, shortcut, zero_init_residual) -> 
     if stem not in STEMS:
         raise ValueError(f"stem: expected one of {STEMS}, got {stem!r}")
     if zero_init_residual and shortcut == "none":
-        raise ValueError("zero_init_residual: expected False with shortcut='none', got True")
+        raise ValueError("zero_init_residual: a net with shortcut='none' would output zeros")
