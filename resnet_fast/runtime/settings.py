@@ -42,7 +42,8 @@ class Setting:
 
     def prefer(self, text: str) -> None:
         """Set the variable for this process and its children, unless it is set."""
-        os.environ.setdefault(self.variable, text)
+        if not os.environ.get(self.variable):
+            os.environ[self.variable] = text
 
     @contextmanager
     def set_to(self, text: str) -> Iterator[None]:

@@ -80,3 +80,15 @@ def test_read_in_one_place():
         assert set(re.findall(r'"(RESNET_FAST_\w+)"', text)) <= named | {"RESNET_FAST_BUILD"}, path
     for path in ROOT.glob("csrc/**/*"):
         assert path.is_dir() or "getenv" not in path.read_text(), path
+
+
+@pytest.mark.parametrize("before, after", [(None, "auto"), ("", "auto"), ("cudnn", "cudnn")])
+def test_prefer_keeps_what_is_set(monkeypatch, before, after):
+    """An empty variable counts as unset, as in `read`."""
+    name = settings.CUDA_CONV.variable
+    monkeypatch.setenv(name, before or "")
+    if before is None:
+        monkeypatch.delenv(name)
+    settings.CUDA_CONV.prefer("auto")
+    assert settings.CUDA_CONV.read() == after
+    monkeypatch.setenv(name, "")  # prefer writes past monkeypatch
