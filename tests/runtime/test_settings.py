@@ -91,4 +91,3 @@ def test_prefer_keeps_what_is_set(monkeypatch, before, after):
         monkeypatch.delenv(name)
     settings.CUDA_CONV.prefer("auto")
     assert settings.CUDA_CONV.read() == after
-    monkeypatch.setenv(name, "")  # prefer writes past monkeypatch
