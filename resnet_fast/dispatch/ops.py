@@ -19,7 +19,7 @@ from torch import Tensor
 from ..runtime import trace
 from ..spec.chain import Conv, Pool
 from ..spec.dtypes import stats_dtype
-from ..spec.layout import mask_shape, memory_format
+from ..spec.layout import call_format, mask_shape, memory_format
 from . import auto_impl, backends
 from .guard import function_modes
 
@@ -27,6 +27,7 @@ LIBRARY = torch.library.Library("resnet_fast", "DEF")
 NAMES: list[str] = []
 IMPLEMENTATIONS: dict[Any, Callable[..., Any]] = {}  # operator → function that runs it
 CONVOLUTIONS = {"conv_fprop": 5, "conv_bprop": 16, "conv_bn_act": 10}  # index of geometry
+RESIDUALS = {"conv_fprop": None, "conv_bn_act": 6}  # index of residual, counted after x
 _WINDOWS = "int[2] kernel, int[2] stride, int[2] padding"
 _GEOMETRY = "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups"
 
@@ -41,6 +42,8 @@ def _op(signature: str, returns: str) -> Callable[[Callable[..., Any]], Callable
 
         def run(x: Tensor, *args: Any) -> Any:
             *args, impl = args
+            if name in RESIDUALS:
+                x = _in_format(x, args, RESIDUALS[name])
             choice = backends.resolve(name, impl, x, args)
             if trace.on():
                 return _traced(name, choice, (x, *args))
@@ -61,6 +64,21 @@ def _op(signature: str, returns: str) -> Callable[[Callable[..., Any]], Callable
         return call
 
     return define
+
+
+def _in_format(x: Tensor, args: list[Any], residual: int | None) -> Tensor:
+    """Convert x (returned) and args[residual] to the format of x or the filters args[0].
+
+    A compiled graph relies on the output's strides, which it knows from its example: with
+    channels_last filters they must not depend on the format of x.
+    """
+    beside = None if residual is None else args[residual]
+    if any(t is not None and t.dim() != 4 for t in (x, args[0], beside)):
+        return x  # the op's checks name it
+    fmt = call_format(x, args[0])
+    if beside is not None:
+        args[residual] = beside.contiguous(memory_format=fmt)
+    return x.contiguous(memory_format=fmt)
 
 
 def _traced(name: str, choice: backends.Choice, args: tuple[Any, ...]) -> Any:
@@ -106,7 +124,7 @@ def _like(x: Tensor, save_mask: bool) -> tuple[Tensor, Tensor]:
 def _conv_output(x: Tensor, w: Tensor, stride: Any, padding: Any, dilation: Any) -> Tensor:
     conv = Conv(stride, padding, dilation)
     size = [conv.output_size(x.size(2 + i), w.size(2 + i), i) for i in (0, 1)]
-    size, fmt = (x.size(0), w.size(0), *size), memory_format(x, w)
+    size, fmt = (x.size(0), w.size(0), *size), call_format(x, w)
     return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=fmt)
 
 

@@ -173,7 +173,7 @@ class _Walk:
         if users[0].op != "call_module" or not is_layer(users[0]):
             return f"its result goes to {label(users[0])}, not to a layer that can be fused with it"
         reader = module.get_submodule(users[0].target)
-        why = refusal(reader)
+        why = None if list(reader.children()) else refusal(reader)
         if why is not None:
             return f"its result goes to {self.paths[reader]}, which {why}"
         reads = f"its result goes to {self.paths[reader]} ({type(reader).__name__})"

@@ -24,6 +24,11 @@ from resnet_fast.verify.op_cases import (
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
+
+def as_tuple(result):
+    return result if isinstance(result, tuple) else (result,)
+
+
 FULL_OPCHECK = ("test_schema", "test_autograd_registration", "test_faketensor",
                 "test_aot_dispatch_dynamic")  # fmt: skip
 
@@ -55,6 +60,28 @@ def test_convolution(impl, dtype, layout, variant):
     for name, conv in CONVS.items():
         args = CONVOLUTIONS[variant](Draw(dtype, layout, impl.device), conv)
         judge_impl(impl, variant, args, name)
+
+
+@pytest.mark.parametrize("filters", [3, 1])
+def test_filters_in_channels_last_decide_the_format(impl, filters):
+    """Of the output, whatever x has: a compiled graph holds the strides of its example."""
+    impl.need(torch.float32, "conv_bn_act", "conv_fprop")
+    nhwc = torch.channels_last
+    x = torch.randn(2, 8, 5, 7, device=impl.device)
+    w = torch.randn(8, 8, filters, filters, device=impl.device).to(memory_format=nhwc)
+    residual = torch.randn_like(x)
+    geometry = [1, 1], [filters // 2] * 2, [1, 1], 1, impl.name
+    for op, rest in (
+        (ops.conv_fprop, (w, None, None, True)),
+        (ops.conv_bn_act, (w, None, None, None, None, None, residual, True, 0.0)),
+    ):
+        operator = getattr(torch.ops.resnet_fast, op.__name__).default
+        torch.library.opcheck(operator, (x, *rest, *geometry), test_utils=("test_faketensor",))
+        found = op(x, *rest, *geometry)
+        expected = op(x.to(memory_format=nhwc), *rest, *geometry)
+        for one, other in zip(as_tuple(found), as_tuple(expected), strict=True):
+            assert one.stride() == other.stride()
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", CONVS)

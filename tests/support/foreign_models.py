@@ -541,6 +541,9 @@ LEFT_ALONE = {
     "instance-norm": (lambda: basic(bn2=nn.InstanceNorm2d(4)), "(model)", "class InstanceNorm2d"),
     "relu6": (lambda: basic(relu=nn.ReLU6()), "(model)", "relu is of class ReLU6"),
     "silu": (lambda: nn.Sequential(conv(), nn.SiLU()), "0", "goes to 1, which is of class SiLU"),
+    "block-after": (
+        lambda: nn.Sequential(conv(), basic()), "0", "goes to 1 (Basic); fusible are conv + Batch",
+    ),
     "forward-hook": (lambda: hook("conv2", "register_forward_hook"), "conv2", "it has hooks"),
     "pre-hook": (lambda: hook("bn2", "register_forward_pre_hook"), "(model)", "bn2 has hooks"),
     "backward-hook": (
