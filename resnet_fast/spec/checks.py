@@ -105,7 +105,7 @@ def _check_norm(params: NormParams, channels: int, x: Tensor, needs_running: boo
         if value is not None:
             _vector(name, value, channels, x)
         elif needs_running and name.startswith("running"):
-            raise ValueError(f"{name}: expected {channels} values when not training")
+            raise ValueError(f"{name}: expected a tensor of {channels} values when not training")
     if (params.running_mean is None) != (params.running_var is None):
         raise ValueError("running_mean, running_var: expected both or neither")
 
