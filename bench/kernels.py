@@ -177,26 +177,15 @@ def _vectors(size: int, count: int, dtype: torch.dtype) -> list[Tensor]:
 def conv_cases(
     name: str, layer: Layer, dtype: torch.dtype
 ) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """The convolution of `layer` in inference; one layer also with a scaled residual, by both
-    kernels.
-    """
+    """The convolution of `layer` in inference, its norm folded; some also in training."""
     from resnet_fast import kernels
-    from resnet_fast.kernels.conv import conv_fused
-    from resnet_fast.kernels.conv_plan import Fusion
 
     x_shape, y_shape = layer.shapes(64)
     x, w, y = (_tensor(shape, dtype) for shape in (x_shape, layer.weight_shape, y_shape))
-    norm = _vectors(layer.filters, 4, dtype)
+    norm = None, *_vectors(layer.filters, 2, dtype), None, None
     residual = y if layer.residual else None
     geometry = layer.conv.args()
-    yield (
-        name,
-        partial(kernels.conv_bn_act, x, w, None, *norm, residual, layer.relu, EPS, *geometry),
-    )
-    if name == "3x3@28":
-        f = Fusion(None, *norm, *_vectors(layer.filters, 2, dtype), eps=EPS, residual=y)
-        yield f"{name}+dual", partial(conv_fused, x, w, layer.conv, f)
-        yield f"{name}+dual", partial(conv_fused, x, w, layer.conv, f, False)
+    yield name, partial(kernels.conv_bn_act, x, w, *norm, residual, layer.relu, EPS, *geometry)
     if name in TRAINED:
         fprop = kernels.conv_fprop
         yield f"{name} stats", partial(fprop, x, w, None, None, True, *geometry)
@@ -217,12 +206,13 @@ def small_cases(
 
     x_shape, y_shape = layer.shapes(1)
     x, w, y = (_tensor(shape, dtype) for shape in (x_shape, layer.weight_shape, y_shape))
-    norm = _vectors(layer.filters, 4, dtype)
-    dual = Fusion(None, *norm, *_vectors(layer.filters, 2, dtype), eps=EPS, residual=y)
+    norm = _vectors(layer.filters, 2, dtype)
+    infer = Fusion(*norm, residual=y)
     start = dict(zip(("in_scale", "in_shift"), _vectors(layer.channels, 2, dtype), strict=True))
     training = Fusion(**start, relu=False, stats=True)
-    yield name, partial(kernels.conv_bn_act, x, w, None, *norm, None, True, EPS, *layer.conv.args())
-    for what, fusion in (("dual", dual), ("training", training)):
+    given = None, *norm, None, None, None, True, EPS, *layer.conv.args()
+    yield name, partial(kernels.conv_bn_act, x, w, *given)
+    for what, fusion in (("infer", infer), ("training", training)):
         for tma in (None, False):
             yield f"{name} {what}", partial(conv_fused, x, w, layer.conv, fusion, tma)
 
@@ -283,6 +273,7 @@ def norm_cases(dtype: torch.dtype, channels_last: bool) -> dict[str, Callable[[]
                 kernels.max_pool_bwd, pooled, index, x, None, None, *windows
             ),
             "vectors": partial(kernels.bn_finalize, a, b, n, c, d, EPS),
+            "fold": partial(kernels.bn_fold, x, [None, a, b, c, d] * 3 + [a] * 5, [EPS] * 4),
             "vectors bwd": partial(kernels.bn_bwd_finalize, a, b, c, d, n),
             "dgrad": partial(dgrad_epilogue, x, y, a, b, c, d, z, mask),
         }.items()

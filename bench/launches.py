@@ -48,8 +48,7 @@ class Launch:
     @property
     def tensors(self) -> list[Tensor]:
         """The tensors that it reads or writes, each once, including those of descriptors."""
-        found = [getattr(value, "base", value) for value in self.arguments.values()]
-        return list({id(t): t for t in found if isinstance(t, Tensor)}.values())
+        return list({id(t): t for t in _tensors(tuple(self.arguments.values()))}.values())
 
     @property
     def code(self) -> tuple[Any, ...]:
@@ -59,10 +58,7 @@ class Launch:
         """
         parts: list[Any] = [self.name, *sorted(self.options.items())]
         for parameter in () if self.kernel is None else self.kernel.params:
-            value = self.arguments[parameter.name]
-            if isinstance(value, int) and not parameter.is_constexpr:
-                value = (value == 1, value % 16 == 0, value >= 2**31)
-            parts.append(_kind(value))
+            parts.append(_kind(self.arguments[parameter.name], parameter.is_constexpr))
         return tuple(map(str, parts))
 
     @property
@@ -71,7 +67,11 @@ class Launch:
         return str((self.code, self.grid, [(n, _shape(v)) for n, v in self.arguments.items()]))
 
 
-def _kind(value: Any) -> Any:
+def _kind(value: Any, is_constexpr: bool) -> Any:
+    if isinstance(value, tuple):
+        return [_kind(v, is_constexpr) for v in value]
+    if isinstance(value, int) and not is_constexpr:
+        return value == 1, value % 16 == 0, value >= 2**31
     if isinstance(value, Tensor):
         return value.dtype
     if isinstance(getattr(value, "base", None), Tensor):
@@ -80,6 +80,8 @@ def _kind(value: Any) -> Any:
 
 
 def _shape(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_shape(v) for v in value]
     base = getattr(value, "base", value)
     return (*base.shape, base.dtype) if isinstance(base, Tensor) else value
 
@@ -200,13 +202,14 @@ def _outlines(values: Sequence[Any]) -> list[Any]:
             return known[id(value)]
         if isinstance(getattr(value, "base", None), Tensor):
             return replace(value, base=outline(value.base))
-        return value
+        return tuple(map(outline, value)) if isinstance(value, tuple) else value
 
     with _disable_current_modes():
         return [outline(value) for value in values]
 
 
 def _tensors(value: Any) -> list[Tensor]:
+    value = getattr(value, "base", value)  # of a descriptor
     if isinstance(value, Tensor):
         return [value]
     if isinstance(value, Sequence) and not isinstance(value, str):

@@ -9,6 +9,8 @@ TORCH_LIBRARY(resnet_fast_native, m) {
       "bn_finalize(Tensor mean, Tensor m2, int count, Tensor? weight, Tensor? bias, float eps) "
       "-> (Tensor scale, Tensor shift, Tensor rstd)");
   m.def(
+      "bn_fold(Tensor x, Tensor?[] vectors, float[] eps) -> Tensor[]");
+  m.def(
       "bn_bwd_finalize(Tensor sum_dy, Tensor sum_dy_xhat, Tensor scale, Tensor rstd, int count) "
       "-> (Tensor b, Tensor c)");
   m.def(

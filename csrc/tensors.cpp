@@ -289,8 +289,7 @@ void check_conv_bprop(
   check_mask(op, named("x", x), named("residual_mask", residual_mask));
 }
 
-void check_batch_norm(const Tensor& x, int64_t channels, const BatchNorm& norm) {
-  const char* op = "conv_bn_act";
+void check_batch_norm(const Tensor& x, int64_t channels, const BatchNorm& norm, const char* op) {
   for (const auto& [name, vector] :
        {named("bias", norm.conv_bias), named("bn_weight", norm.weight), named("bn_bias", norm.bias),
         named("running_mean", norm.running_mean), named("running_var", norm.running_var)}) {
@@ -300,6 +299,24 @@ void check_batch_norm(const Tensor& x, int64_t channels, const BatchNorm& norm) 
     check_same_device({op, name, *vector}, {op, "x", x});
   }
   check_together(op, {{"running_mean", &norm.running_mean}, {"running_var", &norm.running_var}});
+}
+
+std::vector<BatchNorm> check_bn_fold(
+    const Tensor& x, const c10::List<OptTensor>& vectors, at::ArrayRef<double> eps) {
+  TORCH_CHECK_VALUE(vectors.size() == 5 * eps.size(), "bn_fold: vectors: expected ", 5 * eps.size(),
+                    " entries, five per entry of eps, got ", vectors.size());
+  std::vector<BatchNorm> norms(eps.size());
+  for (size_t i = 0; i < norms.size(); ++i) {
+    BatchNorm& norm = norms[i];
+    size_t at = 5 * i;
+    for (OptTensor* t : {&norm.conv_bias, &norm.weight, &norm.bias, &norm.running_mean, &norm.running_var}) {
+      *t = vectors.get(at++);
+    }
+    norm.eps = eps[i];
+    TORCH_CHECK_VALUE(norm.channels() > 0, "bn_fold: vectors: expected a vector of norm ", i, ", got only None");
+    check_batch_norm(x, norm.channels(), norm, "bn_fold");
+  }
+  return norms;
 }
 
 void check_conv_act(const Tensor& x, const Tensor& w, const OptTensor& residual, const Geometry& g) {

@@ -45,8 +45,10 @@ struct BatchNorm {
   double eps;
 
   int64_t channels() const {  // 0 without a norm and a bias
-    const OptTensor& vector = running_mean ? running_mean : conv_bias;
-    return vector ? vector->numel() : 0;
+    for (const OptTensor* t : {&running_mean, &conv_bias, &weight, &bias}) {
+      if (t->has_value()) return (*t)->numel();
+    }
+    return 0;
   }
 };
 
@@ -56,6 +58,8 @@ ConvShape conv_shape(const Tensor& x, const Tensor& w, const Geometry& geometry)
 // device has kernels for; vectors have one value per channel, in the activations' accumulation dtype.
 void check_bn_stats(const Tensor& x);
 void check_bn_finalize(const Tensor& mean, const Tensor& m2, const OptTensor& weight, const OptTensor& bias);
+// The norms in `vectors`: conv_bias, weight, bias, running mean and variance of each, checked against x.
+std::vector<BatchNorm> check_bn_fold(const Tensor& x, const c10::List<OptTensor>& vectors, at::ArrayRef<double> eps);
 void check_bn_bwd_finalize(
     const Tensor& sum_dy, const Tensor& sum_dy_xhat, const Tensor& scale, const Tensor& rstd);
 void check_bn_act(
@@ -83,7 +87,8 @@ void check_conv_bprop(
     const OptTensor& in_shift, const OptTensor& in_mean, const OptTensor& in_rstd, const OptTensor& in_act,
     const OptTensor& residual, const OptTensor& residual_mask, const Geometry& geometry);
 // conv_bn_act has two: one for its vectors, one for its convolution.
-void check_batch_norm(const Tensor& x, int64_t channels, const BatchNorm& norm);
+void check_batch_norm(
+    const Tensor& x, int64_t channels, const BatchNorm& norm, const char* op = "conv_bn_act");
 void check_conv_act(const Tensor& x, const Tensor& w, const OptTensor& residual, const Geometry& geometry);
 
 }  // namespace resnet_fast

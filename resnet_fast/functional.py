@@ -235,7 +235,7 @@ def run_chain(
     batch_stats = any(norm is not None and norm.batch_stats for norm in chain.all_norms)
     flat = [t if t is None or t.dim() > 1 else t.contiguous() for t in tensors.flat()]
     if not batch_stats and not _wants_gradient(x, residual, *flat):
-        return replay.run(_infer, chain, (), (x, residual, *flat))
+        return replay.run(_infer, chain, ((),), (x, residual, *flat))
     y, *statistics = ChainFunction.apply(chain, x, residual, *flat)
     follow = []
     for i, norm in enumerate(chain.all_norms):
@@ -251,6 +251,30 @@ def run_chain(
     if follow:
         update_running(follow)
     return y
+
+
+def infer_chains(chains: Sequence[tuple[Chain, Tensors]], x: Tensor) -> Tensor | None:
+    """y of several chains on x, each on the result of the one before, or None if unsupported.
+
+    For inference on a GPU, where one launch folds the norms of all chains. Unsupported: gradients,
+    batch statistics, a chain without a convolution, autocast that mixes dtypes, transforms, and
+    tensors that do not fit, for which `run_chain` raises the error.
+    """
+    rules = tuple(chain for chain, _ in chains)
+    flat = [t for _, tensors in chains for t in tensors.flat()]
+    if any(norm is not None and norm.batch_stats for c in rules for norm in c.all_norms):
+        return None
+    if not all(c.convs for c in rules) or any(promotes(c, x) for c in rules[:1]):
+        return None
+    if transformed(x) or _wants_gradient(x, *flat):
+        return None
+    try:
+        x = x.to(autocast_dtype(x))
+        check_chain(rules[0], x, *chains[0][1], None)
+        x = x.contiguous(memory_format=call_format(x, flat[0]))
+        return replay.run(_infer, rules[0], (rules[1:],), (x, None, *flat))
+    except ValueError:
+        return None
 
 
 def _promoted(
@@ -287,13 +311,41 @@ def _promoted(
     return run_chain(add, h.to(dtype), nothing, skip.to(dtype), (None, None))
 
 
-def _infer(chain: Chain, x: Tensor, residual: Tensor | None, *flat: Tensor | None) -> Tensor:
-    """The chain with running statistics and no gradient: one launch per convolution.
+def _infer(
+    first: Chain,
+    others: tuple[Chain, ...],
+    x: Tensor,
+    residual: Tensor | None,
+    *flat: Tensor | None,
+) -> Tensor:
+    """The chains with running statistics and no gradient: one launch per convolution.
+
+    On a GPU one more launch folds the norms of all chains (`reference.bn_fold`); on a CPU the
+    native kernels keep folded norms with the packed filters.
+    """
+    chains, given, at = (first, *others), [], 0
+    for chain in chains:
+        size = 2 * len(chain.all_convs) + 4 * len(chain.all_norms)
+        given.append(unflatten(chain, flat[at : at + size]))
+        at += size
+    folds = x.is_cuda or first.impl == "triton"
+    ready = _folded(chains, x, given) if folds else given
+    y = _run(first, x, residual, ready[0], folds)
+    for chain, raw, tensors in zip(others, given[1:], ready[1:], strict=True):
+        check_chain(chain, y, *raw, None)
+        y = y.contiguous(memory_format=call_format(y, raw.convs[0].weight))
+        y = _run(chain, y, None, tensors, folds)
+    return y
+
+
+def _run(
+    chain: Chain, x: Tensor, residual: Tensor | None, tensors: Tensors, folded: bool
+) -> Tensor:
+    """One chain of `_infer`; `folded`: norms have a scale and a shift in place of statistics.
 
     The norm and ReLU after a convolution are its epilogue. Only a norm before the first
     convolution (pre-activation) and a pool take separate launches.
     """
-    tensors = unflatten(chain, flat)
     n, impl, pool = len(chain.convs), chain.impl, chain.pool
     h, start = x, chain.norms[0]
     skip = x if chain.shortcut == "identity" else residual
@@ -309,8 +361,10 @@ def _infer(chain: Chain, x: Tensor, residual: Tensor | None, *flat: Tensor | Non
 
     if start is not None:
         params = tensors.norms[0]
-        statistics = params.running(stats_dtype(x))
-        affine = ops.bn_finalize(*statistics, 1, params.weight, params.bias, start.eps, impl)[:2]
+        affine = params.weight, params.bias
+        if not folded:
+            given = *params.running(stats_dtype(x)), 1, *affine, start.eps, impl
+            affine = ops.bn_finalize(*given)[:2]
         if n == 0 and pool is not None:
             return ops.bn_relu_max_pool(x, *affine, *pool.args(), False, impl)[0]
         beside, relu = (skip, chain.relu) if n == 0 else (None, True)
@@ -326,6 +380,31 @@ def _infer(chain: Chain, x: Tensor, residual: Tensor | None, *flat: Tensor | Non
     if n == 0 or pool is None:
         return h
     return ops.bn_relu_max_pool(h, None, None, *pool.args(), False, impl)[0]
+
+
+def _folded(chains: Sequence[Chain], x: Tensor, given: Sequence[Tensors]) -> list[Tensors]:
+    """The tensors of all chains with a scale and a shift, as weight and bias, for every norm.
+
+    They include the biases of the convolutions, which have a norm after them (`check_chain`).
+    """
+    vectors: list[Tensor | None] = []
+    eps = []
+    for chain, tensors in zip(chains, given, strict=True):
+        biases = (None, *(conv.bias for conv in tensors.convs))
+        for i, norm in enumerate(chain.all_norms):
+            if norm is not None:
+                vectors += (biases[i], *tensors.norms[i])
+                eps.append(norm.eps)
+    ready = iter(ops.bn_fold(x, vectors, eps, chains[0].impl) if eps else ())
+    folded = []
+    for chain, tensors in zip(chains, given, strict=True):
+        convs = tuple(ConvParams(conv.weight) for conv in tensors.convs)
+        norms = tuple(
+            NormParams() if norm is None else NormParams(next(ready), next(ready))
+            for norm in chain.all_norms
+        )
+        folded.append(Tensors(convs, norms))
+    return folded
 
 
 def _wants_gradient(*tensors: Tensor | None) -> bool:

@@ -11,6 +11,7 @@ processes of its `process_group`, on every device (`resnet_fast.autograd.sync`).
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch.nn.functional as F
@@ -22,7 +23,7 @@ from .blocks import zero_pad
 from .dispatch.guard import fusible, transformed
 from .dispatch.native_inference import infer
 from .dispatch.packed_filters import Rechecked
-from .functional import global_avg_pool, run_chain
+from .functional import global_avg_pool, infer_chains, run_chain
 from .spec.chain import Chain, Conv, ConvParams, Norm, NormParams, Running, Tensors
 from .spec.checks import check_impl
 from .spec.layers import Parts, windows_of
@@ -49,7 +50,37 @@ def run_fused(
         if parts.shortcut == "zero_pad":
             residual = zero_pad(x, parts.stride, parts.convs[-1].out_channels)
     shortcut = "residual" if residual is not None else parts.shortcut
-    convs, norms = parts.convs, (*parts.norms, parts.projection_norm)
+    chain, tensors = _chain_of(parts, shortcut, impl, keep_activations)
+    running = [None if norm is None else _running(norm) for norm in _norms_of(parts)]
+    return run_chain(chain, x, tensors, residual, running)
+
+
+def run_inference(chains: Sequence[Parts], x: Tensor, impl: str) -> Tensor | None:
+    """y of several chains by one native call, or on a GPU with one fold of all norms, or None.
+
+    None where neither can run them all; then each chain runs on its own.
+    """
+    y = infer(chains, x, impl)
+    if y is not None or impl not in ("auto", "triton") or not (x.is_cuda or impl == "triton"):
+        return y
+    if any(parts.shortcut == "zero_pad" or any(map(_trains, _norms_of(parts))) for parts in chains):
+        return None
+    return infer_chains([_chain_of(parts, parts.shortcut, impl, False) for parts in chains], x)
+
+
+def _norms_of(parts: Parts) -> tuple[nn.BatchNorm2d | nn.SyncBatchNorm | None, ...]:
+    return *parts.norms, parts.projection_norm
+
+
+def _trains(norm: nn.BatchNorm2d | nn.SyncBatchNorm | None) -> bool:
+    return norm is not None and norm.training
+
+
+def _chain_of(
+    parts: Parts, shortcut: str, impl: str, keep_activations: bool
+) -> tuple[Chain, Tensors]:
+    """The chain of `parts`, and its tensors."""
+    convs, norms = parts.convs, _norms_of(parts)
     if parts.projection is not None:
         convs = (*convs, parts.projection)
     geometry = tuple(_geometry(conv) for conv in convs)
@@ -64,8 +95,7 @@ def run_fused(
         tuple(ConvParams(*_held(conv, "_parameters", ("weight", "bias"))) for conv in convs),
         tuple(_params(norm) for norm in norms),
     )
-    running = [None if norm is None else _running(norm) for norm in norms]
-    return run_chain(chain, x, tensors, residual, running)
+    return chain, tensors
 
 
 def _geometry(conv: nn.Conv2d) -> Conv:

@@ -185,9 +185,21 @@ std::pair<OptTensor, OptTensor> scale_and_shift(const Tensor& x, const BatchNorm
     const auto [scale, shift, rstd] = bn_finalize(mean, wide(norm.running_var), 1, norm.weight, norm.bias, norm.eps);
     return {scale, shift};
   }
-  if (!norm.conv_bias) return {};
-  const Tensor shift = wide(norm.conv_bias).clone();
-  return {at::ones_like(shift), shift};
+  if (norm.channels() == 0) return {};
+  const auto all = [&](double value) { return at::full({norm.channels()}, value, x.options().dtype(accumulate_type(x))); };
+  const Tensor scale = norm.weight ? wide(norm.weight).clone() : all(1);
+  Tensor shift = norm.bias ? wide(norm.bias).clone() : all(0);
+  if (norm.conv_bias) shift.addcmul_(wide(norm.conv_bias), scale);
+  return {scale, shift};
+}
+
+std::vector<Tensor> bn_fold(const Tensor& x, const c10::List<OptTensor>& vectors, at::ArrayRef<double> eps) {
+  std::vector<Tensor> results;
+  for (const BatchNorm& norm : check_bn_fold(x, vectors, eps)) {
+    const auto [scale, shift] = scale_and_shift(x, norm);
+    results.insert(results.end(), {*scale, *shift});
+  }
+  return results;
 }
 
 std::tuple<Tensor, Tensor> bn_bwd_finalize(
@@ -330,6 +342,7 @@ TORCH_LIBRARY_IMPL(resnet_fast_native, CPU, m) {
   m.impl("global_avg_pool", &global_avg_pool);
   m.impl("bn_stats", &bn_stats);
   m.impl("bn_finalize", &bn_finalize);
+  m.impl("bn_fold", &bn_fold);
   m.impl("bn_bwd_finalize", &bn_bwd_finalize);
   m.impl("bn_act", &bn_act);
   m.impl("add_relu", &add_relu);

@@ -32,8 +32,8 @@ std::tuple<Tensor, Tensor> bn_stats(const Tensor& x);
 std::tuple<Tensor, Tensor, Tensor> bn_finalize(
     const Tensor& mean, const Tensor& m2, int64_t count, const OptTensor& weight, const OptTensor& bias, double eps);
 
-// scale and shift such that scale·x + shift is the norm of x + conv_bias with running statistics, or x + conv_bias
-// without a norm; in x's accumulation dtype. Empty without a norm and a bias.
+// scale and shift such that scale·x + shift is the norm of x + conv_bias; without running statistics that is
+// weight·(x + conv_bias) + bias. In x's accumulation dtype; empty without any vector.
 std::pair<OptTensor, OptTensor> scale_and_shift(const Tensor& x, const BatchNorm& norm);
 
 std::tuple<Tensor, Tensor> bn_act(

@@ -57,8 +57,8 @@ cudaError_t bn_bwd_finalize(const FinalizeGradient<A>&, cudaStream_t stream);
 
 // scale and shift of up to kFolds norms in inference, each with the bias of the convolution before it, in one launch.
 //   scale = weight/√(var + eps)    shift = bias − (mean − conv_bias)·scale
-// Vectors have the model's dtypes; a null one is missing. Without a mean there is no norm: scale = 1 and
-// shift = conv_bias. scale is stored from results[first], shift `folded_size` values later.
+// Vectors have the model's dtypes; a null one is missing. Without a mean var is 1, and the
+// norm is weight·(z + conv_bias) + bias. scale is stored from results[first], shift `folded_size` values later.
 struct Fold {
   enum Vector { kWeight, kBias, kMean, kVar, kConvBias, kVectors };
   const void* vectors[kVectors];

@@ -482,6 +482,15 @@ Tensor conv_bn_act_unchecked(
   return std::get<0>(bn_act_unchecked("conv_bn_act", z, scale, shift, beside, {}, {}, relu, false));
 }
 
+std::vector<Tensor> bn_fold(const Tensor& x, const c10::List<OptTensor>& vectors, at::ArrayRef<double> eps) {
+  std::vector<Tensor> results;
+  for (const Folded& norm : fold(x, check_bn_fold(x, vectors, eps))) {
+    const auto [scale, shift] = norm.vectors();
+    results.insert(results.end(), {*scale, *shift});
+  }
+  return results;
+}
+
 Tensor conv_bn_act(
     const Tensor& x, const Tensor& w, const OptTensor& bias, const OptTensor& bn_weight, const OptTensor& bn_bias,
     const OptTensor& running_mean, const OptTensor& running_var, const OptTensor& residual, bool relu, double eps,
@@ -552,6 +561,7 @@ TORCH_LIBRARY_IMPL(resnet_fast_native, CUDA, m) {
   m.impl("global_avg_pool", &global_avg_pool);
   m.impl("conv_fprop", &conv_fprop);
   m.impl("conv_bprop", &conv_bprop);
+  m.impl("bn_fold", &bn_fold);
   m.impl("conv_bn_act", &conv_bn_act);
   m.impl("conv_route", &conv_route);
   m.impl("infer_chains", &infer_chains);

@@ -39,11 +39,10 @@ __global__ void fold_kernel(const Folds<A> all) {
   if (c >= k.channels) return;
   const double weight = value(k, Fold::kWeight, c, 1.0), bias = value(k, Fold::kBias, c, 0.0);
   const double conv_bias = value(k, Fold::kConvBias, c, 0.0);
-  AffineCoefficients<A> r = {A(1), A(conv_bias), A(1)};
-  if (k.vectors[Fold::kMean] != nullptr) {
-    const double mean = value(k, Fold::kMean, c, 0.0) - conv_bias;
-    r = finalize<A, double>(mean, value(k, Fold::kVar, c, 1.0), weight, bias, k.eps, [](double v) { return 1.0 / sqrt(v); });
-  }
+  const bool statistics = k.vectors[Fold::kMean] != nullptr;
+  const double mean = value(k, Fold::kMean, c, 0.0) - conv_bias, var = value(k, Fold::kVar, c, 1.0);
+  const AffineCoefficients<A> r = finalize<A, double>(
+      mean, var, weight, bias, statistics ? k.eps : 0.0, [](double v) { return 1.0 / sqrt(v); });
   A* const to = all.results + k.first + c;
   to[0] = r.scale, to[folded_size(k.channels)] = r.shift;
 }

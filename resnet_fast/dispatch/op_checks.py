@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,8 +21,9 @@ from ..spec.layout import is_channels_last, mask_shape, memory_format
 # Kinds of arguments: X activations like the input; Y like the output; Y_STRIDED the same with any
 # strides; W filters; BITS the ReLU mask of another argument, one bit per value; C and K vectors in
 # the dtype of statistics, one value per input or output channel; PARAMETER one value per output
-# channel, of any dtype; Y_BYTES one byte per output value. Output: of the convolution or pool.
-X, Y, Y_STRIDED, W, BITS, C, K, PARAMETER, Y_BYTES = range(9)
+# channel, of any dtype; Y_BYTES one byte per output value; NORMS a list of five parameters or None
+# per norm, of one size. Output: of the convolution or pool.
+X, Y, Y_STRIDED, W, BITS, C, K, PARAMETER, Y_BYTES, NORMS = range(10)
 
 _NORM = dict.fromkeys(("bias", "bn_weight", "bn_bias", "running_mean", "running_var"), PARAMETER)
 ARGUMENTS = {
@@ -31,6 +32,7 @@ ARGUMENTS = {
     "bn_relu_max_pool": {"z": X, "scale": C, "shift": C},
     "max_pool_bwd": {"dy": Y, "index": Y_BYTES, "x": X, "mean": C, "rstd": C},
     "bn_finalize": {"mean": C, "m2": C, "weight": PARAMETER, "bias": PARAMETER},
+    "bn_fold": {"x": X, "vectors": NORMS},
     "bn_bwd_finalize": {"sum_dy": C, "sum_dy_xhat": C, "scale": C, "rstd": C},
     "bn_act": {"z": X, "scale": C, "shift": C, "residual": X, "res_scale": C, "res_shift": C},
     "add_relu": {"x": X, "residual": X},
@@ -58,7 +60,7 @@ TOGETHER = (  # all of them or none
 )  # fmt: skip
 NEEDS = {  # argument → the argument that it requires
     "res_scale": "residual", "in_mean": "in_scale", "in_act": "in_scale",
-    "residual_mask": "residual", "bn_weight": "running_mean", "bn_bias": "running_mean",
+    "residual_mask": "residual",
 }  # fmt: skip
 
 
@@ -92,6 +94,19 @@ class _Expected(NamedTuple):
         fmt = self.formats.get(kind, torch.contiguous_format)
         if kind != Y_STRIDED and not t.is_contiguous(memory_format=fmt):
             _wrong(name, "memory", fmt, f"strides {t.stride()}")
+
+    def check_norms(self, name: str, vectors: Sequence[Tensor | None], norms: int) -> None:
+        """Raise ValueError unless `vectors` has five vectors of one size or None for each norm."""
+        if len(vectors) != 5 * norms:
+            _wrong(name, "length", f"{5 * norms}, five per entry of eps", len(vectors))
+        for i in range(norms):
+            own = {f"{name}[{j}]": vectors[j] for j in range(5 * i, 5 * i + 5)}
+            there = {at: t for at, t in own.items() if t is not None}
+            if not there or (vectors[5 * i + 3] is None) != (vectors[5 * i + 4] is None):
+                _wrong(name, "vectors", f"both or neither statistics of norm {i}", list(there))
+            shapes = {PARAMETER: (max(t.numel() for t in there.values()),)}
+            for at, t in there.items():
+                self._replace(shapes=shapes).check(at, t, PARAMETER, None)
 
     def _dtype(self, kind: int) -> torch.dtype:
         if kind in (BITS, Y_BYTES):
@@ -151,7 +166,9 @@ def checked(run: Callable[..., Any]) -> Callable[..., Any]:
             formats[Y] = formats[Y_BYTES] = memory_format(x)
         expected = _Expected(first, x, formats, shapes)
         for i, name, kind in kinds:
-            if args[i] is not None:
+            if kind == NORMS:
+                expected.check_norms(name, args[i], len(args[position["eps"]]))
+            elif args[i] is not None:
                 expected.check(name, args[i], kind, args[masked[i]] if kind == BITS else None)
 
     @functools.wraps(run)

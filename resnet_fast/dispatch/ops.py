@@ -141,6 +141,13 @@ def bn_finalize(mean, m2, count, weight, bias, eps, impl):
     return torch.empty_like(mean), torch.empty_like(mean), torch.empty_like(mean)
 
 
+@_op("bn_fold(Tensor x, Tensor?[] vectors, float[] eps)", "Tensor[]")
+def bn_fold(x, vectors, eps, impl):
+    norms = [vectors[5 * i : 5 * i + 5] for i in range(len(eps))]
+    sizes = [next(t.size(0) for t in norm if t is not None) for norm in norms]
+    return [_vector(x, size) for size in sizes for _ in range(2)]
+
+
 @_op(
     "bn_bwd_finalize(Tensor sum_dy, Tensor sum_dy_xhat, Tensor scale, Tensor rstd, SymInt count)",
     "(Tensor b, Tensor c)",

@@ -7,6 +7,8 @@ there are few output tiles, several programs share the GEMM_K of one tile (`conv
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,7 +18,7 @@ from ..spec.dtypes import stats_dtype
 from ..spec.layout import memory_format
 from . import config_select
 from .bn_act import bn_act
-from .bn_finalize import bn_finalize
+from .bn_fold import bn_fold
 from .config_select import Config
 from .conv_gather import by_pointers
 from .conv_plan import LIBRARY, Fusion, forward_plans, key, refuse_tma
@@ -26,7 +28,7 @@ from .conv_tma import by_descriptors
 def conv_fused(
     x: Tensor, w: Tensor, conv: Conv, fusion: Fusion, tma: bool | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """y = relu(BN(conv(φ(x), w) + bias) + res_scale·residual + res_shift) in one kernel launch.
+    """y = relu(scale·conv(φ(x), w) + shift + residual) in one kernel launch.
 
     Equation: Ioffe & Szegedy 2015, arXiv:1502.03167, section 3.1; He et al. 2015, eq. 1.
 
@@ -75,14 +77,15 @@ def conv_bn_act(
     dilation: list[int],
     groups: int,
 ) -> Tensor:
-    """`reference.conv_bn_act` in one kernel launch (two if the dtype of w is wider than that of x).
+    """`reference.conv_bn_act` in one kernel launch if the norm is folded (`bn_fold`), else in two.
 
-    If a tuning table says that it is faster, or with RESNET_FAST_TRITON_CONV=library, PyTorch's
-    convolution (cuDNN on a GPU) and one pass over its output run instead.
+    A wider dtype of w takes one more. If a tuning table says that it is faster, or with
+    RESNET_FAST_TRITON_CONV=library, PyTorch's convolution (cuDNN on a GPU) and one pass over its
+    output run instead.
     """
-    fusion = Fusion(
-        bias, bn_weight, bn_bias, running_mean, running_var, eps=eps, residual=residual, relu=relu
-    )
+    vectors = bias, bn_weight, bn_bias, running_mean, running_var
+    scale, shift = _scale_and_shift(x, vectors, eps)
+    fusion = Fusion(scale, shift, residual=residual, relu=relu)
     conv = Conv(tuple(stride), tuple(padding), tuple(dilation), groups)
     filters = w.to(x.dtype)
 
@@ -96,14 +99,26 @@ def conv_bn_act(
     return start(config_select.choose("conv_bn_act", where, plans, rule, x, start, why))
 
 
+def _scale_and_shift(
+    x: Tensor, vectors: tuple[Tensor | None, ...], eps: float
+) -> Sequence[Tensor | None]:
+    """The norm as scale and shift; (None, None) without any of its vectors."""
+    bias, weight, shift, mean, _ = vectors
+    if all(t is None for t in vectors):
+        return None, None
+    ready = bias is None and mean is None and weight is not None and shift is not None
+    if ready and weight.dtype == shift.dtype == stats_dtype(x):
+        return weight, shift
+    return bn_fold(x, vectors, [eps])
+
+
 def _by_library(x: Tensor, w: Tensor, conv: Conv, f: Fusion) -> Tensor:
     """PyTorch's convolution, then normalization, addition and ReLU in one pass over its output."""
     z = F.conv2d(x, w, None, *conv.args()).contiguous(memory_format=memory_format(x, w))
-    wide = stats_dtype(x)
-    if f.mean is None:
-        scale = torch.ones(w.size(0), dtype=wide, device=x.device)
-        shift = torch.zeros_like(scale) if f.bias is None else f.bias.to(wide)
-    else:
-        mean = f.mean if f.bias is None else f.mean.to(wide) - f.bias
-        scale, shift, _ = bn_finalize(mean, f.var, 1, f.bn_weight, f.bn_bias, f.eps, wide)
+    scale, shift = f.scale, f.shift
+    if scale is None or shift is None:
+        if f.residual is None and not f.relu:
+            return z
+        scale = torch.ones(w.size(0), dtype=stats_dtype(x), device=x.device)
+        shift = torch.zeros_like(scale)
     return bn_act(z, scale, shift, f.residual, None, None, f.relu, False)[0]

@@ -16,36 +16,14 @@ def prologue(a, scale, shift, c, channels, inside):
 
 
 @triton.jit
-def epilogue(acc, residual, k, filters, vectors, EPS: tl.constexpr, RELU: tl.constexpr):
-    """relu(scale·acc + shift + res_scale·residual + res_shift); None arguments are omitted.
-
-    scale = bn_weight/√(var + eps), shift = bn_bias − (mean − bias)·scale, from the rounded scale
-    and rounded once, as in `bn_finalize`. Computing them here from BLOCK_N values saves a launch.
-    """
-    bias, bn_weight, bn_bias, mean, var, res_scale, res_shift = vectors
+def epilogue(acc, residual, k, filters, scale, shift, RELU: tl.constexpr):
+    """relu(scale·acc + shift + residual); None arguments are omitted. k is [1, N]."""
     inside = k < filters
-    if mean is not None:
-        v = tl.load(var + k, inside, 1.0).to(acc.dtype) + EPS
-        if acc.dtype == tl.float64:
-            scale = 1.0 / tl.sqrt(v)
-        else:
-            scale = tl.div_rn(tl.full(v.shape, 1.0, tl.float32), tl.sqrt_rn(v))
-        if bn_weight is not None:
-            scale *= tl.load(bn_weight + k, inside, 0.0).to(acc.dtype)
-        centre = tl.load(mean + k, inside, 0.0).to(acc.dtype)
-        if bias is not None:
-            centre -= tl.load(bias + k, inside, 0.0).to(acc.dtype)
-        shift = tl.zeros_like(centre)
-        if bn_bias is not None:
-            shift += tl.load(bn_bias + k, inside, 0.0).to(acc.dtype)
-        acc = tl.fma(acc, scale, tl.fma(-centre, scale, shift))
-    elif bias is not None:
-        acc += tl.load(bias + k, inside, 0.0).to(acc.dtype)
+    if scale is not None:
+        a, b = tl.load(scale + k, inside, 0.0), tl.load(shift + k, inside, 0.0)
+        acc = tl.fma(acc, a, b)
     if residual is not None:
-        s = widen(residual)
-        if res_scale is not None:
-            s = tl.fma(s, tl.load(res_scale + k, inside, 0.0), tl.load(res_shift + k, inside, 0.0))
-        acc += s
+        acc += widen(residual)
     if RELU:
         acc = relu(acc)
     return acc

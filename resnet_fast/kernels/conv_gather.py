@@ -34,13 +34,8 @@ def conv_affine_act_kernel(
     w,
     residual,
     y,
-    bias,
-    bn_weight,
-    bn_bias,
-    mean,
-    var,
-    res_scale,
-    res_shift,
+    scale,
+    shift,
     in_scale,
     in_shift,
     partial,
@@ -78,7 +73,6 @@ def conv_affine_act_kernel(
     PAD_W: tl.constexpr,
     DILATION_H: tl.constexpr,
     DILATION_W: tl.constexpr,
-    EPS: tl.constexpr,
     RELU: tl.constexpr,
     PRECISION: tl.constexpr,
     FLAT_CHANNELS: tl.constexpr,
@@ -155,7 +149,6 @@ def conv_affine_act_kernel(
         if not is_last(acc, sums, counters, tile, tl.program_id(2), SPLIT):
             return
         acc = sum_of_parts(acc, sums, counters, tile, SPLIT)
-    vectors = (bias, bn_weight, bn_bias, mean, var, res_scale, res_shift)
     r_at, y_at = n * r_sn + p * r_sp + q * r_sq, n * y_sn + p * y_sp + q * y_sq
     first, last = group * filters, (group + 1) * filters
     parts = columns(acc)
@@ -166,7 +159,7 @@ def conv_affine_act_kernel(
         rest = None
         if residual is not None:
             rest = tl.load(residual + (r_at[:, None] + k * r_sk), inside, 0.0)
-        part = epilogue(parts[i], rest, k, last, vectors, EPS, RELU).to(y.dtype.element_ty)
+        part = epilogue(parts[i], rest, k, last, scale, shift, RELU).to(y.dtype.element_ty)
         tl.store(y + (y_at[:, None] + k * y_sk), part, inside)
         if partial is not None:
             boxes, stride = tl.num_programs(0) // k_tiles, tl.num_programs(1) * filters
@@ -210,7 +203,7 @@ def by_pointers(x: Tensor, w: Tensor, conv: Conv, f: Fusion, y: Tensor) -> Tenso
             conv_affine_act_kernel, (boxes * k_tiles, conv.groups, split),
             x, w, f.residual, y, *f.vectors, partial, *meeting, *x.stride(), *w.stride(),
             *residual.stride(), *y.stride(), h, width, p, q, pixels, channels, filters, k_tiles, r,
-            s, *conv.stride, *conv.padding, *conv.dilation, f.eps, f.relu,
+            s, *conv.stride, *conv.padding, *conv.dilation, f.relu,
             precision(x), flat_channels, block_m, block_n, block_k, split,
             num_warps=warps, num_stages=stages, **all_registers(x),
         )  # fmt: skip

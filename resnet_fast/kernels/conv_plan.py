@@ -19,7 +19,7 @@ from .sizes import cdiv, next_power_of_2
 # GEMM_M, GEMM_N, GEMM_K of a tile (GEMM_K in 2-byte elements), warps, stages of the pipeline
 CONFIGS = (
     (128, 256, 64, 8, 3),
-    (128, 128, 64, 8, 4),
+    (128, 128, 64, 8, 3),
     (128, 64, 64, 8, 4),
     (64, 128, 64, 4, 4),
     (64, 64, 64, 4, 5),
@@ -45,20 +45,14 @@ class Fusion(NamedTuple):
     """Operations fused into a convolution, all optional.
 
     Prologue: x becomes relu(in_scale·x + in_shift); the padding stays zero.
-    Epilogue: y = relu(BN(z + bias) + res_scale·residual + res_shift), and with `stats` the mean and
-    centred second moment of every channel of y as stored.
+    Epilogue: y = relu(scale·z + shift + residual), and with `stats` the mean and centred second
+    moment of every channel of y as stored. Vectors have the accumulation dtype.
     """
 
-    bias: Tensor | None = None
-    bn_weight: Tensor | None = None
-    bn_bias: Tensor | None = None
-    mean: Tensor | None = None
-    var: Tensor | None = None
-    res_scale: Tensor | None = None
-    res_shift: Tensor | None = None
+    scale: Tensor | None = None
+    shift: Tensor | None = None
     in_scale: Tensor | None = None
     in_shift: Tensor | None = None
-    eps: float = 0.0
     residual: Tensor | None = None
     relu: bool = True
     stats: bool = False
@@ -66,7 +60,7 @@ class Fusion(NamedTuple):
     @property
     def vectors(self) -> tuple[Tensor | None, ...]:
         """The channel vectors in the order in which the kernels take them."""
-        return self[:9]
+        return self[:4]
 
 
 class GradOut(NamedTuple):
@@ -318,8 +312,7 @@ def pick(configs: Configs, pixels: int, filters: int, processors: int) -> int:
 def key(x: Tensor, w: Tensor, conv: Conv, f: Fusion) -> tuple[Any, ...]:
     """Key of a forward convolution in the tables of tiles and plans."""
     kinds = (
-        ("prologue", f.in_scale), ("residual", f.residual), ("scaled", f.res_scale),
-        ("stats", f.stats or None),
+        ("prologue", f.in_scale), ("residual", f.residual), ("stats", f.stats or None),
     )  # fmt: skip
     return _key(x, w, conv, kinds)
 

@@ -26,13 +26,8 @@ def conv_affine_act_tma_kernel(
     w,
     residual,
     y,
-    bias,
-    bn_weight,
-    bn_bias,
-    mean,
-    var,
-    res_scale,
-    res_shift,
+    scale,
+    shift,
     in_scale,
     in_shift,
     partial,
@@ -56,7 +51,6 @@ def conv_affine_act_tma_kernel(
     PAD_W: tl.constexpr,
     DILATION_H: tl.constexpr,
     DILATION_W: tl.constexpr,
-    EPS: tl.constexpr,
     RELU: tl.constexpr,
     PRECISION: tl.constexpr,
     BOX_N: tl.constexpr,
@@ -116,7 +110,6 @@ def conv_affine_act_tma_kernel(
         if not is_last(acc, sums, counters, pid, tl.program_id(1), SPLIT):
             return
         acc = sum_of_parts(acc, sums, counters, pid, SPLIT)
-    vectors = (bias, bn_weight, bn_bias, mean, var, res_scale, res_shift)
     parts = columns(acc)
     WIDTH: tl.constexpr = BLOCK_N if BLOCK_N < 64 else 64
     for i in tl.static_range(BLOCK_N // WIDTH):
@@ -125,7 +118,7 @@ def conv_affine_act_tma_kernel(
         s = None
         if residual is not None:
             s = residual.load([n0, p0, q0, first]).reshape(BLOCK_M, WIDTH)
-        part = epilogue(parts[i], s, k, filters, vectors, EPS, RELU).to(y.dtype)
+        part = epilogue(parts[i], s, k, filters, scale, shift, RELU).to(y.dtype)
         y.store([n0, p0, q0, first], part.reshape(BOX_N, BOX_P, BOX_Q, WIDTH))
         if partial is not None:
             inside = (n < N) & (p < P) & (q < Q)
@@ -163,7 +156,7 @@ def by_descriptors(x: Tensor, w: Tensor, conv: Conv, f: Fusion, y: Tensor) -> Te
             conv_affine_act_tma_kernel, (programs, split),
             x_tiles, w_tiles, residual, y_tiles, *f.vectors, partial, *meeting, n, h, width, p, q,
             c, k, grid[1], grid[2], grid[3],
-            cdiv(c, block_k), r, s, stride, *conv.padding, *conv.dilation, f.eps, f.relu,
+            cdiv(c, block_k), r, s, stride, *conv.padding, *conv.dilation, f.relu,
             precision(x), *box, block_n, block_k, split, num_warps=warps, num_stages=stages,
             **all_registers(x),
         )  # fmt: skip
@@ -171,7 +164,7 @@ def by_descriptors(x: Tensor, w: Tensor, conv: Conv, f: Fusion, y: Tensor) -> Te
 
     # On sm_100 the epilogue's operands do not fit into the registers beside the widest tiles.
     extras = f.residual is not None or f.stats
-    widest = CONFIGS[2:] if f.res_scale is not None else CONFIGS[1:] if extras else CONFIGS
+    widest = CONFIGS[1:] if extras else CONFIGS
     configs = eligible(widest, k, gpu.shared)
     rule = pick(configs, n * p * q, k, gpu.multiprocessors)
     gemm = Gemm(n * p * q, k, r * s, c, 1, x.element_size())

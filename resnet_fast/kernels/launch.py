@@ -137,6 +137,8 @@ def _start(
 
 def _device(args: tuple[Any, ...]) -> torch.device:
     for arg in args:
+        if isinstance(arg, tuple) and any(isinstance(t, Tensor) for t in arg):
+            return _device(arg)
         base = getattr(arg, "base", arg)  # a tensor descriptor's tensor
         if isinstance(base, Tensor):
             return base.device

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from ..blocks import ResidualBlock
 from ..dispatch.guard import fusible, hooked, refusal
-from ..dispatch.native_inference import infer
-from ..modules import PLAIN, Fused, GlobalAvgPool2d, run_fused
+from ..modules import PLAIN, Fused, GlobalAvgPool2d, run_fused, run_inference
 from ..spec.checks import check_impl
 from ..spec.layers import Parts
 from ..spec.values import check_callable, check_flag, check_list, integer
@@ -164,8 +163,8 @@ class ResNet(nn.Module):
             x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         else:
             chains = self._chains(stages, x) if pooled else None
-            y = None if chains is None else infer((stem, *chains), x, self.impl)
-            if y is not None:  # one native call ran stem and stages
+            y = None if chains is None else run_inference((stem, *chains), x, self.impl)
+            if y is not None:  # one call ran stem and stages
                 x, stages = y, []
             else:
                 x = self._run(stem, x)

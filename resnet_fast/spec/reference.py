@@ -12,6 +12,8 @@ Channel vectors are fp32 for tensors of every dtype, and fp64 for double tensors
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -85,6 +87,37 @@ def bn_finalize(
     shift = -mean.double() * scale.double()
     shift = shift if bias is None else shift + bias.double()
     return scale.clone(), shift.to(mean.dtype), rstd.to(mean.dtype)
+
+
+def bn_fold(x: Tensor, vectors: Sequence[Tensor | None], eps: Sequence[float]) -> list[Tensor]:
+    """scale and shift of norms with running statistics, each after a convolution on x.
+
+    scale = weight/√(var + eps), shift = bn_bias − (mean − bias)·scale, such that
+    scale·z + shift = BN(z + bias).
+
+    Args:
+        x: a tensor of the dtype and device of the activations.
+        vectors: bias of the convolution, weight and bias of the norm, running mean and variance of
+            each norm in turn, [K] or None. Without statistics the norm is
+            weight·(z + bias) + bn_bias.
+        eps: of each norm.
+
+    Returns:
+        scale, shift of each norm in turn, [K], in the dtype of statistics.
+    """
+    results = []
+    for i, rule in enumerate(eps):
+        bias, weight, shift, mean, var = vectors[5 * i : 5 * i + 5]
+        given = next(t for t in (bias, weight, shift, mean) if t is not None)
+        zero = torch.zeros(given.shape, dtype=torch.float64, device=x.device)
+        statistics = (zero, zero + 1, 0.0) if mean is None else (mean.double(), var.double(), rule)
+        centre = statistics[0] if bias is None else statistics[0] - bias.double()
+        scale = torch.rsqrt(statistics[1] + statistics[2])
+        scale = (scale if weight is None else weight.double() * scale).to(stats_dtype(x))
+        moved = -centre * scale.double()
+        moved = moved if shift is None else moved + shift.double()
+        results += [scale.clone(), moved.to(scale.dtype)]
+    return results
 
 
 def bn_bwd_finalize(
@@ -359,17 +392,14 @@ def conv_bn_act(
 ) -> Tensor:
     """Inference: y = relu(BN(conv(x, w) + bias) + residual) with running statistics.
 
-    Without `running_mean` there is no BN: y = relu(conv(x, w) + bias + residual).
+    Without `running_mean`, BN(z) = bn_weight·z + bn_bias: a norm that `bn_fold` has folded, or with
+    None for both no norm.
     """
     fmt = memory_format(x, w)
     y = _wide(F.conv2d(x, w.to(x.dtype), None, stride, padding, dilation, groups))
-    if bias is not None:
-        y = y + bias.to(y.dtype).view(CHANNELS)
-    if running_mean is not None:
-        scale, shift, _ = bn_finalize(
-            running_mean.to(y.dtype), running_var.to(y.dtype), 1, bn_weight, bn_bias, eps
-        )
-        y = _affine(y, scale, shift)
+    vectors = [bias, bn_weight, bn_bias, running_mean, running_var]
+    if any(t is not None for t in vectors):
+        y = _affine(y, *bn_fold(x, vectors, [eps]))
     if residual is not None:
         y = y + _wide(residual)
     y = torch.where(y <= 0, 0.0, y) if relu else y

@@ -153,6 +153,15 @@ def _finalize(affine):
     return make
 
 
+def _fold(draw, shape):
+    """Norms of two widths: with all vectors, with bias and statistics, folded, and a bias alone."""
+    norms = []
+    for size, there in ((shape[1], "11111"), (2 * shape[1], "10011"), (8, "01100"), (5, "10000")):
+        own = [draw.vector(size) for _ in range(4)] + [draw.positive(size)]
+        norms += [v if given == "1" else None for v, given in zip(own, there, strict=True)]
+    return [draw.activations(shape), norms, [EPS, 2 * EPS, 0.0, 0.0]]
+
+
 def _bwd_finalize(draw, shape):
     n, c, h, w = shape
     return [draw.vector(c), draw.vector(c), draw.vector(c), draw.positive(c), n * h * w]
@@ -225,6 +234,7 @@ POINTWISE = {  # variant → arguments for (Draw, [N,C,H,W]); the op is the part
     "global_avg_pool": lambda draw, shape: [draw.activations(shape)],
     "bn_finalize": _finalize(affine=True),
     "bn_finalize:no-affine": _finalize(affine=False),
+    "bn_fold": _fold,
     "bn_bwd_finalize": _bwd_finalize,
     "bn_act": _bn_act(True, None, True, True),
     "bn_act:linear": _bn_act(True, None, False, False),
@@ -283,12 +293,14 @@ def _bprop(masked=True, batch=True, prologue=True, sums=True, kept=False, more=N
 
 
 def _infer(bias=False, norm=True, affine=True, residual=False, relu=True, filters=None, kept=()):
-    """conv_bn_act; `kept`: the dtypes of bias, bn_weight, bn_bias and the running statistics."""
+    """conv_bn_act; norm: True, "folded" (no statistics) or None; `kept`: the dtypes of bias,
+    bn_weight, bn_bias and the running statistics.
+    """
 
     def make(draw, conv):
         k = conv.filters
         vectors = [draw.vector(k), draw.vector(k)] if norm and affine else [None, None]
-        running = [draw.vector(k), draw.positive(k)] if norm else [None, None]
+        running = [draw.vector(k), draw.positive(k)] if norm is True else [None, None]
         vectors = [draw.vector(k) if bias else None, *vectors, *running]
         if kept:
             vectors = [v.to(dtype) for v, dtype in zip(vectors, kept, strict=True)]
@@ -317,8 +329,10 @@ CONVOLUTIONS = {  # variant → arguments for (Draw, Conv)
     "conv_bn_act": _infer(),
     "conv_bn_act:bias-residual": _infer(bias=True, residual=True),
     "conv_bn_act:linear": _infer(relu=False, affine=False),
-    "conv_bn_act:no-norm": _infer(norm=False, bias=True),
-    "conv_bn_act:bare": _infer(norm=False, relu=False),
+    "conv_bn_act:folded": _infer(norm="folded", residual=True),
+    "conv_bn_act:folded-bias": _infer(norm="folded", bias=True),
+    "conv_bn_act:no-norm": _infer(norm=None, bias=True),
+    "conv_bn_act:bare": _infer(norm=None, relu=False),
     "conv_bn_act:half-vectors": _infer(bias=True, kept=[torch.float16] * 5),
     "conv_bn_act:mixed-vectors": _infer(
         bias=True,
@@ -335,7 +349,8 @@ def op_of(variant: str) -> str:
 
 def cast(args: Arguments, dtype: torch.dtype = torch.float64) -> Arguments:
     """The arguments with every floating-point tensor in `dtype`, in the same memory format."""
-    return [a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
+    wide = [cast(a, dtype) if isinstance(a, list) else a for a in args]
+    return [a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in wide]
 
 
 VERIFIED = ("7x7", "rgb", "one-image")  # SHAPES and CONVS of `resnet-fast verify`

@@ -55,15 +55,17 @@ def _named(op: str, results: Any, like: Tensor) -> Values:
     """Results by the names in the op's schema, without empty ones. Bit masks are unpacked, with the
     elements in the order of `like`.
     """
+    returns = [r.name for r in getattr(torch.ops.resnet_fast, op).default._schema.returns]
+    if isinstance(results, list):
+        returns = [f"y[{i}]" for i in range(len(results))]
     results = results if isinstance(results, (tuple, list)) else (results,)
-    returns = getattr(torch.ops.resnet_fast, op).default._schema.returns
     prefix = GRADIENT if op in GRADIENTS else ""
     values = {}
-    for value, result in zip(results, returns, strict=True):
-        if value.numel() and result.name != "index":  # the index of equal maxima is ambiguous
+    for value, name in zip(results, returns, strict=True):
+        if value.numel() and name != "index":  # the index of equal maxima is ambiguous
             bits = value.dtype == torch.uint8
             value = reference.unpack_mask(value, like) if bits else value
-            values[prefix + (result.name or ("dx" if prefix else "y"))] = value
+            values[prefix + (name or ("dx" if prefix else "y"))] = value
     return values
 
 

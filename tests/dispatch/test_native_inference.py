@@ -48,14 +48,12 @@ def asked(monkeypatch):
         return given[-1]
 
     monkeypatch.setattr(resnet_fast.modules, "infer", watched)
-    monkeypatch.setattr(resnet_fast.models.resnet, "infer", watched)
     return given
 
 
 def op_by_op(monkeypatch, run):
     with monkeypatch.context() as patch:
         patch.setattr(resnet_fast.modules, "infer", lambda *args: None)
-        patch.setattr(resnet_fast.models.resnet, "infer", lambda *args: None)
         return run()
 
 

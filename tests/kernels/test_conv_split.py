@@ -21,7 +21,7 @@ from resnet_fast.kernels import (
     counters,
     launch,
 )
-from resnet_fast.spec import chain
+from resnet_fast.spec import chain, reference
 from resnet_fast.verify.op_cases import CONVOLUTIONS, Conv, Draw
 
 interpreted = pytest.mark.skipif(not launch.INTERPRETING, reason="of the interpreter alone")
@@ -74,7 +74,8 @@ def call(name, dtype, tma, variant="conv_bn_act:bias-residual"):
     """Arguments of the op and the same convolution by one of both kernels."""
     args = CONVOLUTIONS[variant](Draw(dtype, torch.channels_last, DEVICE), SHAPES[name])
     x, w, bias, weight, shift, mean, var, residual, relu, eps, *geometry = args
-    fusion = conv.Fusion(bias, weight, shift, mean, var, eps=eps, residual=residual, relu=relu)
+    affine = reference.bn_fold(x, [bias, weight, shift, mean, var], [eps])
+    fusion = conv.Fusion(*affine, residual=residual, relu=relu)
     geometry = chain.Conv(*map(tuple, geometry[:3]), geometry[3])
     return args, lambda: conv.conv_fused(x, w, geometry, fusion, tma=tma)[0]
 

@@ -43,7 +43,6 @@ from resnet_fast.verify.op_cases import (
     POINTWISE,
     Conv,
     Draw,
-    cast,
     op_of,
 )
 
@@ -97,7 +96,9 @@ def test_every_configuration_of_a_convolution(choose, dtype, name, tma):
     )
     x, w, bias, weight, shift, mean, var, residual, relu, eps, *geometry = args
     geometry = chain.Conv(*map(tuple, geometry[:3]), geometry[3])
-    fusion = conv.Fusion(bias, weight, shift, mean, var, eps=eps, residual=residual, relu=relu)
+    fusion = conv.Fusion(
+        *reference.bn_fold(x, [bias, weight, shift, mean, var], [eps]), residual=residual, relu=relu
+    )
     for i in itertools.count():
         taken = choose(i)
         judge(
@@ -323,26 +324,6 @@ def test_statistics_of_many_tiles():
         torch.testing.assert_close(a.cpu().double(), b, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("tma", [True, False], ids=["descriptors", "pointers"])
-def test_scaled_residual(tma):
-    """relu(BN(conv(x)) + res_scale·residual + res_shift) in one launch."""
-    draw = Draw(torch.float32, torch.channels_last, DEVICE)
-    args = CONVOLUTIONS["conv_bn_act"](draw, CONVS["3x3"])
-    x, w, _, weight, shift, mean, var, _, _, eps, *geometry = args
-    residual = draw.activations(CONVS["3x3"].out_shape)
-    a, b = draw.vector(24), draw.vector(24)
-    fusion = conv.Fusion(None, weight, shift, mean, var, a, b, eps=eps, residual=residual)
-    y, _ = conv.conv_fused(x, w, chain.Conv(*map(tuple, geometry[:3])), fusion, tma=tma)
-
-    def expected(x, w, weight, shift, mean, var, residual, a, b):
-        y = reference.conv_bn_act(x, w, None, weight, shift, mean, var, None, False, eps, *geometry)
-        one = torch.ones_like(a)
-        return reference.bn_act(y, one, torch.zeros_like(a), residual, a, b, True, False)[0]
-
-    tensors = [x, w, weight, shift, mean, var, residual, a, b]
-    assert_close(y, expected(*tensors), expected(*cast(tensors)), "scaled residual")
-
-
 LARGE = (3, 72, 19, 23)
 
 
@@ -393,7 +374,7 @@ def test_rule():
     configs = conv_plan.eligible(conv_plan.CONFIGS, 64, 227 << 10)
     assert max(c[1] for c in configs) == 64
     small = conv_plan.eligible(conv_plan.CONFIGS, 512, 99 << 10)
-    assert small and conv_plan.CONFIGS[1] not in small
+    assert small and conv_plan.CONFIGS[0] not in small
     wide = conv_plan.eligible(conv_plan.CONFIGS, 512, 227 << 10)
     assert wide[conv_plan.pick(wide, 802816, 512, 132)] == conv_plan.CONFIGS[0]
     assert conv_plan.pick(wide, 49, 64, 132) == len(wide) - 1
@@ -545,8 +526,9 @@ def test_launches_of_a_block(monkeypatch, block, expected):
     x = x.to(memory_format=torch.channels_last)
     with torch.inference_mode(), Launches(monkeypatch) as launches:
         module(x)
-    assert len(launches.kernels) == expected and launches.calls == []
-    assert all(name.startswith("conv_affine_act") for name in launches.kernels)
+    fold, *convs = launches.kernels
+    assert fold == "bn_fold_kernel" and len(convs) == expected and launches.calls == []
+    assert all(name.startswith("conv_affine_act") for name in convs)
 
 
 VECTORS = {"merge_tiles_kernel", "merge_sums_kernel", "bn_finalize_kernel",
@@ -591,7 +573,7 @@ def test_launches_of_a_training_step(monkeypatch, block, convs):
 
 @pytest.mark.slow
 def test_launches_of_resnet50(monkeypatch):
-    """53 convolutions, max-pool, average pool, classifier."""
+    """One fold of all norms, 53 convolutions, max-pool, average pool, classifier."""
     net = resnet_fast.ResNet(
         resnet_fast.Bottleneck, [3, 4, 6, 3], num_classes=5, planes=8, impl="triton"
     )
@@ -599,7 +581,7 @@ def test_launches_of_resnet50(monkeypatch):
     x = torch.randn(1, 3, 32, 32, device=DEVICE).to(memory_format=torch.channels_last)
     with torch.no_grad(), Launches(monkeypatch) as launches:
         net(x)
-    assert len(launches.kernels) == 55
+    assert len(launches.kernels) == 56 and launches.kernels.count("bn_fold_kernel") == 1
     names = {call.split(".")[1] for call in launches.calls}
     assert names <= {"addmm", "linear"} and len(launches.calls) <= 1
 

@@ -49,6 +49,11 @@ def test_layers_of_resnet50(layer, dtype, impl):
     assert_close(ops.conv_bn_act(*args, impl), same, exact, str(layer))
 
 
+def folded(x, norm):
+    """scale and shift of the norm (weight, bias, mean, var)."""
+    return reference.bn_fold(x, [None, *norm], [1e-5])
+
+
 def training_args(variant, layer, dtype, device="cuda", n=4):
     """Arguments of a training op at a layer's size."""
     conv = Conv(
@@ -223,7 +228,7 @@ def test_splits_of_one_image(layer, tma, forced):
         pytest.skip(f"descriptors: {refuse_tma(x, w, layer.conv, residual)}")
     args = [x, w, None, *norm, residual, layer.relu, 1e-5, *layer.conv.args()]
     same, exact = reference.conv_bn_act(*args), reference.conv_bn_act(*cast(args))
-    fusion = Fusion(None, *norm, eps=1e-5, residual=residual, relu=layer.relu)
+    fusion = Fusion(*folded(x, norm), residual=residual, relu=layer.relu)
 
     def run():
         return conv_fused(x, w, layer.conv, fusion, tma=tma)[0]
@@ -253,7 +258,7 @@ def test_counters_of_a_graph(forced):
 
     layer = LAYERS[-1]
     x, w, norm, residual = tensors(layer, 1, torch.bfloat16, torch.device("cuda"))
-    fusion = Fusion(None, *norm, eps=1e-5, residual=residual)
+    fusion = Fusion(*folded(x, norm), residual=residual)
 
     def run():
         return conv_fused(x, w, layer.conv, fusion)[0]
@@ -293,7 +298,7 @@ def test_splits_at_once(forced):
     forced[0] = -1  # the last configuration: the most parts
     for _ in streams:
         x, w, norm, residual = tensors(layer, 1, torch.bfloat16, torch.device("cuda"))
-        fusion = Fusion(None, *norm, eps=1e-5, residual=residual)
+        fusion = Fusion(*folded(x, norm), residual=residual)
         calls.append(lambda x=x, w=w, fusion=fusion: conv_fused(x, w, layer.conv, fusion)[0])
     alone = [call() for call in calls]
     assert forced[-1][-1] == 8
