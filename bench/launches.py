@@ -48,7 +48,7 @@ class Launch:
     @property
     def tensors(self) -> list[Tensor]:
         """The tensors that it reads or writes, each once, including those of descriptors."""
-        return list({id(t): t for t in _tensors(tuple(self.arguments.values()))}.values())
+        return list({id(t): t for t in tensors_in(tuple(self.arguments.values()))}.values())
 
     @property
     def code(self) -> tuple[Any, ...]:
@@ -165,7 +165,7 @@ class _Operators(TorchDispatchMode):
         if func is aten.convolution.default:  # cuDNN keeps channels_last, the meta kernel does not
             result = result.contiguous(memory_format=memory_format(args[0], args[1]))
         if func not in NO_LAUNCH and not func.is_view:
-            tensors = _tensors((args, tuple(kwargs.values()), result))
+            tensors = tensors_in((args, tuple(kwargs.values()), result))
             flops = _flops(func, args, kwargs, result)
             name = str(func).rpartition(".")[0]
             named = {str(i): t for i, t in enumerate(_outlines(tensors))}
@@ -208,10 +208,11 @@ def _outlines(values: Sequence[Any]) -> list[Any]:
         return [outline(value) for value in values]
 
 
-def _tensors(value: Any) -> list[Tensor]:
+def tensors_in(value: Any) -> list[Tensor]:
+    """The tensors of nested lists and tuples, with those of descriptors."""
     value = getattr(value, "base", value)  # of a descriptor
     if isinstance(value, Tensor):
         return [value]
     if isinstance(value, Sequence) and not isinstance(value, str):
-        return [t for v in value for t in _tensors(v)]
+        return [t for v in value for t in tensors_in(v)]
     return []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -19,11 +21,12 @@ from .conv_plan import (
     Fusion,
     double_configs,
     eligible,
+    gemm_of,
     key,
-    pick,
     precision,
 )  # fmt: skip
-from .conv_split import SPLITS, Gemm, is_last, meeting_place, share, sum_of_parts, with_splits
+from .conv_split import SPLITS, is_last, meeting_place, share, sum_of_parts, with_splits
+from .conv_windows import as_windows, takes_windows
 from .launch import all_registers, launch, target
 from .sizes import cdiv, next_power_of_2
 
@@ -76,6 +79,7 @@ def conv_affine_act_kernel(
     RELU: tl.constexpr,
     PRECISION: tl.constexpr,
     FLAT_CHANNELS: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -86,8 +90,9 @@ def conv_affine_act_kernel(
     φ and `partial` are as in `conv_affine_act_tma_kernel`.
 
     channels and filters are those of one group. FLAT_CHANNELS is the number of channels if they are
-    few (the stem has 3), else 0. If it is set, the loop walks GEMM_K = R·S·C without a break. At 0
-    a step is BLOCK_K channels of one filter tap, and one vector of offsets addresses its pixels.
+    few, else 0. If it is set, the loop walks GEMM_K = R·S·C without a break. At 0 a step is BLOCK_K
+    channels of one filter tap, and one vector of offsets addresses its pixels. These offsets are
+    multiples of ALIGNED values.
     Grid: axis 0: one program per BLOCK_M output pixels and BLOCK_N filters, filters fastest;
     axis 1: groups; axis 2: the SPLIT parts of GEMM_K (`conv_split`, only with FLAT_CHANNELS = 0).
     Bytes moved: as in the descriptor kernel.
@@ -102,7 +107,7 @@ def conv_affine_act_kernel(
     h0, v0 = p * STRIDE_H - PAD_H, q * STRIDE_W - PAD_W
     x += group.to(tl.int64) * channels * x_sc
     w += group.to(tl.int64) * filters * w_sk
-    pixel = n * x_sn + h0.to(tl.int64) * x_sh + v0.to(tl.int64) * x_sw
+    pixel = tl.multiple_of(n * x_sn + h0.to(tl.int64) * x_sh + v0.to(tl.int64) * x_sw, ALIGNED)
     is_pixel, is_filter = m < pixels, k < filters
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), acc_dtype)
@@ -168,10 +173,13 @@ def conv_affine_act_kernel(
 
 def by_pointers(x: Tensor, w: Tensor, conv: Conv, f: Fusion, y: Tensor) -> Tensor | None:
     """Compute y in place; returns the moments of its tiles if `f.stats`, else None."""
+    if f.in_scale is None and takes_windows(x, w, conv):
+        x, w, conv = as_windows(x, w, conv)
     n, c, h, width = x.shape
     channels, filters = w.size(1), w.size(0) // conv.groups
     r, s = w.shape[2:]
     p, q = y.shape[2:]
+    aligned = math.gcd(*(x.stride(i) for i in (0, 2, 3)), 16)
     pixels = n * p * q
     if max(pixels, c * h * width, w.size(0) * p * q) >= 2**31 - 512:
         raise ValueError(
@@ -204,16 +212,15 @@ def by_pointers(x: Tensor, w: Tensor, conv: Conv, f: Fusion, y: Tensor) -> Tenso
             x, w, f.residual, y, *f.vectors, partial, *meeting, *x.stride(), *w.stride(),
             *residual.stride(), *y.stride(), h, width, p, q, pixels, channels, filters, k_tiles, r,
             s, *conv.stride, *conv.padding, *conv.dilation, f.relu,
-            precision(x), flat_channels, block_m, block_n, block_k, split,
+            precision(x), flat_channels, aligned, block_m, block_n, block_k, split,
             num_warps=warps, num_stages=stages, **all_registers(x),
         )  # fmt: skip
         return partial
 
     gpu = target(x)
     configs = eligible(configs, filters, gpu.shared)
-    rule = pick(configs, pixels, filters, gpu.multiprocessors)
-    gemm = Gemm(pixels, filters, r * s, channels, conv.groups, x.element_size())
+    gemm = gemm_of(x, w, conv, f, pixels)
     splits = () if flat_channels else SPLITS
-    configs, rule = with_splits(configs, rule, gemm, gpu.multiprocessors, splits)
+    configs, rule = with_splits(configs, gemm, gpu.multiprocessors, gpu.shared, splits)
     where = key(x, w, conv, f)
     return start(config_select.choose("conv_affine_act", where, configs, rule, x, start))

@@ -13,19 +13,21 @@ from ..runtime import settings
 from ..spec.chain import Conv
 from ..spec.layout import memory_format
 from .config_select import Config, Configs
+from .conv_cost import Gemm
 from .launch import INTERPRETING, target
 from .sizes import cdiv, next_power_of_2
 
 # GEMM_M, GEMM_N, GEMM_K of a tile (GEMM_K in 2-byte elements), warps, stages of the pipeline
-CONFIGS = (
-    (128, 256, 64, 8, 3),
+NARROW = (
     (128, 128, 64, 8, 3),
     (128, 64, 64, 8, 4),
     (64, 128, 64, 4, 4),
     (64, 64, 64, 4, 5),
     (64, 32, 64, 4, 5),
 )
+CONFIGS = ((128, 256, 64, 8, 3), (256, 128, 64, 8, 3), (256, 64, 64, 8, 3), *NARROW)
 POINTER_CONFIGS = (
+    (256, 64, 32, 8, 3),
     (128, 128, 64, 8, 3),
     (128, 64, 32, 8, 4),
     (64, 128, 64, 4, 3),
@@ -299,6 +301,17 @@ def gradient_key(
         ("relu", grad_in.scale), ("sums", grad_in.mean), ("residual", grad_in.residual),
     )  # fmt: skip
     return _key(x, w, conv, kinds)
+
+
+def gemm_of(x: Tensor, w: Tensor, conv: Conv, f: Fusion, pixels: int) -> Gemm:
+    """The forward convolution as `conv_cost` sees it."""
+    filters, channels, r, s = w.shape
+    exact = precision(x) == "ieee"
+    rate = 256 if exact else 4096 * 2 // x.element_size()
+    return Gemm(
+        pixels, filters // conv.groups, r * s, channels, conv.groups, x.element_size(), rate,
+        f.residual is not None, f.stats,
+    )  # fmt: skip
 
 
 def pick(configs: Configs, pixels: int, filters: int, processors: int) -> int:

@@ -14,7 +14,6 @@ arXiv:2301.03598, section 3 (fixed-split).
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -22,19 +21,13 @@ from torch import Tensor
 
 from ..runtime import recording
 from ..spec.dtypes import stats_dtype
-from .conv_plan import Configs
+from .config_select import Configs
+from .conv_cost import Gemm, fastest
 from .counters import counters
-from .sizes import cdiv
 
 SPLITS = (2, 4, 8)
 LEAST_STEPS = 4  # of GEMM_K per part: fewer do not fill the pipeline
 WIDEST = 64  # filters of a split tile: a grid that is small with wider tiles has narrower ones
-
-# Constants of the rule's estimate. Bytes per microsecond: from L2 into one multiprocessor (64 per
-# clock), and from memory. MEETING, microseconds: sums, counter and sums again through L2.
-PROCESSOR_BANDWIDTH, MEMORY_BANDWIDTH = 1.1e5, 4.3e6
-MEETING = 2.0
-WORTH = 1.25  # estimated speedup over unsplit below which the rule does not split
 
 
 @triton.jit
@@ -96,40 +89,14 @@ def meeting_place(
     return sums, recording.step(counters, x, tiles)
 
 
-class Gemm(NamedTuple):
-    """GEMM_M = pixels, GEMM_N = filters, GEMM_K = taps · channels of a convolution.
-
-    filters and channels are those of one group; size is in bytes per element.
-    """
-
-    pixels: int
-    filters: int
-    taps: int
-    channels: int
-    groups: int
-    size: int
-
-    def tiles(self, config: tuple[int, ...]) -> int:
-        """Number of output tiles."""
-        columns = cdiv(self.filters, config[1]) * self.groups
-        return cdiv(self.pixels, config[0]) * columns
-
-    def steps(self, config: tuple[int, ...]) -> int:
-        """Steps over GEMM_K; a configuration gives their length in 2-byte elements."""
-        return self.taps * cdiv(self.channels, config[2] * 2 // self.size)
-
-
 @functools.lru_cache(4096)
 def with_splits(
-    configs: Configs, rule: int, gemm: Gemm, processors: int, splits: tuple[int, ...] = SPLITS
+    configs: Configs, gemm: Gemm, processors: int, shared: int, splits: tuple[int, ...] = SPLITS
 ) -> tuple[Configs, int]:
     """`configs` with a split appended, unsplit ones first, and the index of the rule's choice.
 
-    configs[rule] is the rule's unsplit tile. A tile is offered with `split` parts where half as
-    many would leave multiprocessors idle and each part has `LEAST_STEPS`. The rule splits if the
-    unsplit grid leaves half the GPU idle and the estimated speedup is at least `WORTH`. On an H200
-    these are the 3x3 convolutions of ResNet-50's layer4 at batch 1 (8 parts) and 2 (4 parts): by
-    estimate 4.2 µs each instead of 8.0. No GPU has confirmed it; `RESNET_FAST_AUTOTUNE` measures.
+    A tile is offered with `split` parts where half as many would leave multiprocessors idle and
+    each part has `LEAST_STEPS`. The rule takes the one of least estimated time (`conv_cost`).
     """
 
     def offered(tile: tuple[int, ...], split: int) -> bool:
@@ -142,32 +109,4 @@ def with_splits(
         for tile in configs
         if split == 1 or offered(tile, split)
     )
-    if 2 * gemm.tiles(configs[rule]) >= processors:
-        return every, rule
-    times = {
-        config: microseconds(config, gemm, processors)
-        for config in every
-        if config[:-1] == configs[rule]
-    }
-    best = min(times, key=times.__getitem__)
-    worth = WORTH * times[best] <= times[every[rule]]
-    return every, every.index(best) if worth else rule
-
-
-def microseconds(config: tuple[int, ...], gemm: Gemm, processors: int) -> float:
-    """Estimated time: waves · steps / split · bytes per step, plus the cost of merging the parts.
-
-    Each program loads its tiles of both operands through L2; all programs together load at least
-    the filters from memory. A split also stores and loads all partial sums, and the last program of
-    a tile loads `split` tiles of them through one multiprocessor.
-    """
-    block_m, block_n, block_k, *_, split = config
-    tiles = gemm.tiles(config)
-    steps = cdiv(tiles * split, processors) * cdiv(gemm.steps(config), split)
-    filters = gemm.filters * gemm.groups * gemm.taps * gemm.channels * gemm.size
-    time = steps * (block_m + block_n) * block_k * 2 / PROCESSOR_BANDWIDTH
-    time = max(time, filters / MEMORY_BANDWIDTH)
-    if split == 1:
-        return time
-    sums = split * block_m * block_n * max(gemm.size, 4)
-    return time + MEETING + sums / PROCESSOR_BANDWIDTH + 2 * tiles * sums / MEMORY_BANDWIDTH
+    return every, fastest(every, gemm, processors, shared)

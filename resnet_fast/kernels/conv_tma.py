@@ -11,8 +11,8 @@ from ..spec.chain import Conv
 from . import config_select
 from .config_select import Config
 from .conv_epilogue import columns, epilogue, prologue, store_moments
-from .conv_plan import CONFIGS, Fusion, box_of, eligible, key, pick, precision
-from .conv_split import Gemm, is_last, meeting_place, share, sum_of_parts, with_splits
+from .conv_plan import CONFIGS, NARROW, Fusion, box_of, eligible, gemm_of, key, precision
+from .conv_split import is_last, meeting_place, share, sum_of_parts, with_splits
 from .conv_tiles import filter_tiles, input_tiles, output_tiles, walk
 from .launch import all_registers, launch, target
 from .sizes import cdiv
@@ -162,12 +162,10 @@ def by_descriptors(x: Tensor, w: Tensor, conv: Conv, f: Fusion, y: Tensor) -> Te
         )  # fmt: skip
         return partial
 
-    # On sm_100 the epilogue's operands do not fit into the registers beside the widest tiles.
-    extras = f.residual is not None or f.stats
-    widest = CONFIGS[1:] if extras else CONFIGS
-    configs = eligible(widest, k, gpu.shared)
-    rule = pick(configs, n * p * q, k, gpu.multiprocessors)
-    gemm = Gemm(n * p * q, k, r * s, c, 1, x.element_size())
-    configs, rule = with_splits(configs, rule, gemm, gpu.multiprocessors)
+    # On sm_100 the operands of other epilogues do not fit into the registers beside wide tiles.
+    plain = f.residual is None and f.in_scale is None and not f.stats
+    configs = eligible(CONFIGS if plain else NARROW, k, gpu.shared)
+    gemm = gemm_of(x, w, conv, f, n * p * q)
+    configs, rule = with_splits(configs, gemm, gpu.multiprocessors, gpu.shared)
     where = key(x, w, conv, f)
     return start(config_select.choose("conv_affine_act_tma", where, configs, rule, x, start))

@@ -37,6 +37,10 @@ TAKEN |= {("bn_stats x", "double"), ("global_avg_pool x", "double"), ("add_relu_
 TAKEN |= {("global_avg_pool x", "sliced")}
 TAKEN |= {("bn_relu_max_pool z", "rows"), ("bn_relu_max_pool z", "order")}
 TAKEN |= {("max_pool_bwd x", "rows")}  # five rows have as many windows as six
+TAKEN |= {  # only its dtype is read
+    ("bn_fold x", what)
+    for what in ("rows", "order", "double", "sliced", "shape", "channels", "device")
+}
 ONE_OPERAND = {("bn_stats", "device"), ("global_avg_pool", "device")}
 
 
@@ -90,6 +94,14 @@ def test_wrong_operands(walks, op, channels):
     good = operands(op, channels)
     call(walks, op, good)
     for key, value in good.items():
+        if isinstance(value, list) and isinstance(value[0], torch.Tensor):
+            vectors = value[:5]  # of the first norm, which has all of them
+            for i, vector in enumerate(vectors):
+                for what, bad in {**wrong(vector), "device": vector.to("meta")}.items():
+                    if what != "dtype":
+                        with pytest.raises(REFUSED, match=f"{op}: "):
+                            call(walks, op, {**good, key: value[:i] + [bad] + value[i + 1 :]})
+                            pytest.fail(f"{op} took {key}[{i}] of wrong {what}")
         if not isinstance(value, torch.Tensor):
             continue
         for what, bad in {**wrong(value), "device": value.to("meta")}.items():

@@ -599,6 +599,54 @@ def test_net_equals_its_plain_twin():
         assert_close(net(x), plain(x), plain.double()(x.double()), "logits")
 
 
+@pytest.mark.parametrize("block", [resnet_fast.Bottleneck, resnet_fast.PreActBasicBlock],
+                         ids=["bottleneck", "pre-activation"])  # fmt: skip
+def test_one_fold_for_the_whole_net(monkeypatch, block):
+    """The norms of all blocks folded in one launch give the bits of a fold per block."""
+    torch.manual_seed(0)
+    net = resnet_fast.ResNet(block, [2, 1], num_classes=5, planes=8, impl="triton")
+    net.to(DEVICE, memory_format=torch.channels_last).eval()
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean, std=0.1)
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+    x = torch.randn(2, 3, 40, 36, device=DEVICE)
+    folds = {}
+    for whole in (True, False):
+        with torch.inference_mode(), monkeypatch.context() as patch:
+            if not whole:
+                patch.setattr(resnet_fast.models.resnet, "run_inference", lambda *args: None)
+            launches = Launches(patch)
+            with launches:
+                y = net(x)
+        folds[whole] = launches.kernels.count("bn_fold_kernel"), y
+    assert torch.equal(folds[True][1], folds[False][1])
+    preactivation = block is resnet_fast.PreActBasicBlock
+    assert folds[True][0] == 1 + preactivation  # the head is a chain of its own
+    assert folds[False][0] == 1 + 3 + preactivation
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format],
+                         ids=["channels_last", "nchw"])  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16],
+                         ids=["fp64", "fp32", "fp16"])  # fmt: skip
+@pytest.mark.parametrize(
+    "layer",
+    [Conv((2, 3, 31, 29), 24, (7, 7), (2, 2), (3, 3)),
+     Conv((1, 1, 9, 14), 8, (3, 5), (1, 4), (0, 2)),
+     Conv((2, 4, 8, 6), 17, (2, 3), (3, 2), (1, 1)), Conv((3, 2, 5, 9), 8, (5, 2), (1, 2), (2, 0))],
+    ids=["stem", "grey", "four", "two"],
+)  # fmt: skip
+def test_few_channels_as_windows(monkeypatch, layer, dtype, layout):
+    """Windows of several sizes against fp64, and one more launch for each operand."""
+    args = CONVOLUTIONS["conv_bn_act:folded-bias"](Draw(dtype, layout, DEVICE), layer)
+    with Launches(monkeypatch) as launches:
+        kernels.conv_bn_act(*args)
+    windows = layer.stride[1] * 4 * dtype.itemsize % 16 == 0
+    assert launches.kernels.count("pad_pixels_kernel") == 2 * windows
+    judge("conv_bn_act", args, "windows", lambda: kernels.conv_bn_act(*args))
+
+
 def compiling(*arguments):
     """Python with the compiler in place of the interpreter."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

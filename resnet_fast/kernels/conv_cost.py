@@ -1,0 +1,97 @@
+"""Estimated time of a convolution's tile on a GPU: the rule where no tuning table has the shape.
+
+The model is that of `bench.estimate`, with round numbers for what that reads from compiled code:
+
+    time = max(bytes / bandwidth, bytes through L2 / its bandwidth, rounds · one program)
+    one program = first load + steps · step + epilogue
+
+A multiprocessor runs `resident` programs at a time. In a program each instruction of a warp waits
+for those before it, `PACE` cycles in the mean, so a program alone leaves most of a multiprocessor
+idle. Constants are those of a Hopper GPU (bench/estimate.py has their sources). Other GPUs have
+other times, but the same order of tiles in most cases. `RESNET_FAST_AUTOTUNE` measures.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+from .config_select import Config, Configs
+from .sizes import cdiv
+
+PACE = 4.4  # cycles per instruction of a warp
+CLOCK = 1755.0  # cycles per microsecond
+MEMORY, L2 = 4.3e6, 7e6  # bytes per microsecond
+FIRST_LOAD, LOAD = 1.0, 0.8  # microseconds
+MERGE = 1.5  # microseconds: sums to L2, counter, barriers
+REGISTERS, THREADS = 65536, 2048
+
+
+class Gemm(NamedTuple):
+    """GEMM_M = pixels, GEMM_N = filters, GEMM_K = taps · channels of a convolution.
+
+    filters and channels are those of one group; size is in bytes per element, rate in FLOP per
+    cycle of a multiprocessor. residual and stats: whether the epilogue adds one and computes
+    moments.
+    """
+
+    pixels: int
+    filters: int
+    taps: int
+    channels: int
+    groups: int
+    size: int
+    rate: int
+    residual: bool = False
+    stats: bool = False
+
+    def tiles(self, config: tuple[int, ...]) -> int:
+        """Number of output tiles."""
+        columns = cdiv(self.filters, config[1]) * self.groups
+        return cdiv(self.pixels, config[0]) * columns
+
+    def steps(self, config: tuple[int, ...]) -> int:
+        """Steps over GEMM_K; a configuration gives their length in 2-byte elements."""
+        return self.taps * cdiv(self.channels, config[2] * 2 // self.size)
+
+
+@functools.lru_cache(1 << 16)
+def microseconds(config: Config, gemm: Gemm, processors: int, shared: int) -> float:
+    """Estimated time of a launch whose tile is `config`: GEMM_M, GEMM_N, GEMM_K, warps, stages, and
+    the number of parts of GEMM_K.
+    """
+    block_m, block_n, block_k, warps, stages, split = config
+    step_bytes = (block_m + block_n) * block_k * 2
+    values = block_m * block_n // (32 * warps)  # of the tile, per thread
+    steps = cdiv(gemm.steps(config), split)
+    programs = gemm.tiles(config) * split
+    resident = min(
+        REGISTERS // (32 * warps * min(255, values + 48)),
+        (shared + 1024) // (min(stages, steps) * step_bytes + 1024),
+        THREADS // (32 * warps),
+    )
+    each = cdiv(programs, processors)
+
+    tensor = 2 * block_m * block_n * (block_k * 2 // gemm.size) / gemm.rate
+    step = max(tensor, 117 * PACE) if gemm.taps == 1 else 85 * PACE + max(tensor, 65 * PACE)
+    instructions = (300 if gemm.taps == 1 else 400) + 60 + values * (8 if gemm.residual else 3)
+    ends = instructions * PACE + (16 * values * warps if gemm.stats else 0)
+    alone = FIRST_LOAD + gemm.residual * LOAD + (steps * step + ends) / CLOCK
+    busy = (steps * max(tensor, 117 * warps / 4) + instructions * warps / 4) / CLOCK
+
+    elements = gemm.pixels * gemm.filters * gemm.groups
+    results = elements * gemm.size * (1 + gemm.residual)
+    read = (gemm.pixels + gemm.filters * gemm.taps) * gemm.channels * gemm.groups * gemm.size
+    through = programs * steps * step_bytes + results
+    if split > 1:
+        sums = block_m * block_n * max(gemm.size, 4)
+        alone += MERGE + 2 * split * sums / (L2 / processors) / 2
+        through += 2 * programs * sums
+    rounds = max(cdiv(each, max(1, resident)) * alone, each * busy)
+    return max(rounds, through / L2, (read + results) / MEMORY)
+
+
+def fastest(configs: Configs, gemm: Gemm, processors: int, shared: int) -> int:
+    """Index of the configuration with the least estimated time, the first of equal ones."""
+    times = [microseconds(config, gemm, processors, shared) for config in configs]
+    return times.index(min(times))
