@@ -20,9 +20,9 @@ that are not issued while they run add to their time. A loop whose loads are not
 for a load in every trip. With o = 1 the prologue and the epilogue of every tile are exposed
 ("latency"); with more they overlap with other programs. A launch's floor is the larger of memory
 and FLOP, with every tensor moved once. Bytes through L2 are the tiles that all programs of a
-convolution load, and what they store. Not modelled: bank conflicts, barriers, cold instruction
-caches, and PyTorch's own kernels beyond their floor. "Small" launches are passes and PyTorch
-kernels that move less than L2 holds.
+convolution load, and what they store. cuDNN's forward convolution takes what `conv_cost` says, other
+PyTorch kernels their floor. Not modelled: bank conflicts, barriers and cold instruction caches.
+"Small" launches are passes and PyTorch kernels that move less than L2 holds.
 
 `warp_cycles` and L2's bandwidth are fitted to 24 convolutions of ResNet-50 as an H200 ran them
 (bench/results/nvidia-h200-layers.jsonl, inference by the kernels of 097c104). The estimates of
@@ -239,6 +239,8 @@ def program(code: Compiled, warps: int, trips: int, load_us: float, gpu: Gpu) ->
 
 def entry(one: Launch, code: Compiled | None, mode: str, gpu: Gpu) -> dict[str, Any]:
     """The row of a launch: its shape, its code and its estimated time."""
+    from resnet_fast.kernels import conv_cost
+
     size, work = moved(one), flops(one)
     floor = gpu.floor_us(size, work)
     found: dict[str, Any] = {
@@ -247,6 +249,8 @@ def entry(one: Launch, code: Compiled | None, mode: str, gpu: Gpu) -> dict[str, 
         "mb": size / 1e6, "gflop": work / 1e9, "floor_us": floor,
     }  # fmt: skip
     time, bound = floor, "memory" if floor > gpu.floor_us(0, work) else "compute"
+    if one.name == "aten.convolution":
+        time = conv_cost.by_library(size, work, filters=one.tensors[1].size(0))
     if code is not None:
         if code.failure:
             raise RuntimeError(f"{one.name} {code.config}: {code.failure}")

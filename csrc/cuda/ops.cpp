@@ -486,7 +486,7 @@ std::vector<Tensor> bn_fold(const Tensor& x, const c10::List<OptTensor>& vectors
   std::vector<Tensor> results;
   for (const Folded& norm : fold(x, check_bn_fold(x, vectors, eps))) {
     const auto [scale, shift] = norm.vectors();
-    results.insert(results.end(), {*scale, *shift});
+    results.insert(results.end(), {scale->clone(), shift->clone()});  // an op's results share no memory
   }
   return results;
 }

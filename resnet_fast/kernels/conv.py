@@ -95,7 +95,7 @@ def conv_bn_act(
         return conv_fused(x, filters, conv, fusion)[0]
 
     where = key(x, w, conv, fusion)
-    plans, rule, why = forward_plans(x, filters, conv, training=False)
+    plans, rule, why = forward_plans(x, filters, conv, fusion, training=False)
     return start(config_select.choose("conv_bn_act", where, plans, rule, x, start, why))
 
 

@@ -24,6 +24,7 @@ CLOCK = 1755.0  # cycles per microsecond
 MEMORY, L2 = 4.3e6, 7e6  # bytes per microsecond
 FIRST_LOAD, LOAD = 1.0, 0.8  # microseconds
 MERGE = 1.5  # microseconds: sums to L2, counter, barriers
+SMALL, GAP = 2.5, 1.0  # microseconds: a launch that moves little, and between two launches
 REGISTERS, THREADS = 65536, 2048
 
 
@@ -89,6 +90,26 @@ def microseconds(config: Config, gemm: Gemm, processors: int, shared: int) -> fl
         through += 2 * programs * sums
     rounds = max(cdiv(each, max(1, resident)) * alone, each * busy)
     return max(rounds, through / L2, (read + results) / MEMORY)
+
+
+def by_library(moved: int, flops: int, filters: int) -> float:
+    """Estimated time of cuDNN's convolution in 16 bits, which moves `moved` bytes.
+
+    720 TFLOP/s, 460 with 64 filters, and 3.7 TB/s are what an H200 reached by cuDNN
+    (bench/results/nvidia-h200-layers.jsonl, "torch conv"). One image took 7 to 10 us.
+    """
+    rate = 720e6 if filters > 64 else 460e6  # per microsecond
+    return max(moved / 3.7e6, flops / rate, 7.0)
+
+
+def with_pass(gemm: Gemm) -> float:
+    """Estimated time of `by_library` and of one pass over its output, in inference."""
+    pixels, filters = gemm.pixels * gemm.groups, gemm.filters * gemm.groups
+    y, x = gemm.pixels * filters * gemm.size, pixels * gemm.channels * gemm.size
+    w = filters * gemm.taps * gemm.channels * gemm.size
+    flops = 2 * pixels * gemm.filters * gemm.taps * gemm.channels
+    more = GAP + max((2 + gemm.residual) * y / MEMORY, SMALL)
+    return by_library(x + w + y, flops, filters) + more
 
 
 def fastest(configs: Configs, gemm: Gemm, processors: int, shared: int) -> int:

@@ -193,7 +193,9 @@ def by_pointers(x: Tensor, w: Tensor, conv: Conv, f: Fusion, y: Tensor) -> Tenso
     elif precision(x) == "ieee":
         configs = IEEE_CONFIGS
     else:
-        configs = FLAT_CONFIGS if flat_channels else POINTER_CONFIGS
+        plain = f.in_scale is None and not f.stats  # others spill on sm_100 with 256 pixels
+        wide = POINTER_CONFIGS if plain else POINTER_CONFIGS[1:]
+        configs = FLAT_CONFIGS if flat_channels else wide
 
 
     def start(config: Config) -> Tensor | None:

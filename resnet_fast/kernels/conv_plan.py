@@ -13,7 +13,8 @@ from ..runtime import settings
 from ..spec.chain import Conv
 from ..spec.layout import memory_format
 from .config_select import Config, Configs
-from .conv_cost import Gemm
+from .conv_cost import Gemm, microseconds, with_pass
+from .conv_split import with_splits
 from .launch import INTERPRETING, target
 from .sizes import cdiv, next_power_of_2
 
@@ -40,6 +41,7 @@ DOUBLE_CONFIGS = ((64, 64, 64, 8, 2), (32, 32, 64, 8, 2))
 DGRAD_CONFIGS = ((128, 128, 64, 8, 3), (128, 64, 64, 8, 3), (64, 64, 64, 4, 3), (64, 32, 64, 4, 3))
 WGRAD_CONFIGS = ((128, 128, 64, 8, 3), (128, 64, 64, 8, 3), (64, 64, 64, 4, 3), (64, 32, 64, 4, 3))
 DOUBLE_WGRAD_CONFIGS = ((32, 32, 256, 8, 2),)
+ERROR = 1.1  # of an estimate
 FUSED, LIBRARY = (1,), (0,)  # forward plans: one launch, or cuDNN between separate passes
 
 
@@ -121,19 +123,35 @@ class Plans(NamedTuple):
     why: str
 
 
-def forward_plans(x: Tensor, w: Tensor, conv: Conv, training: bool) -> Plans:
+def forward_plans(x: Tensor, w: Tensor, conv: Conv, f: Fusion, training: bool) -> Plans:
     """FUSED, one Triton launch, or LIBRARY, cuDNN's convolution between Triton passes.
 
-    Rule: inference takes FUSED. Training takes LIBRARY where tensor descriptors cannot be used,
-    but FUSED in fp64, by pointers. This rule is still to be measured.
+    Rule: inference takes FUSED, but in 16 bits on Hopper LIBRARY if its estimated time is shorter
+    (`conv_cost`) by more than the estimates' error. Training takes LIBRARY where tensor descriptors
+    cannot be used, but FUSED in fp64, by pointers, which is still to be measured.
     """
     plans, why = _asked((FUSED, LIBRARY), FUSED)
     refusal = refuse_tma(x, w, conv)
     if len(plans) == 1:
         return Plans(plans, 0, why)
+    gpu = target(x)
+    if refusal is None and not training and gpu.capability == 90 and x.element_size() == 2:
+        n, k, p, q = conv.output_shape(x.shape, w.shape)
+        gemm = gemm_of(x, w, conv, f, n * p * q)
+        size = gpu.multiprocessors, gpu.shared
+        configs, rule = with_splits(forward_configs(f, k, gpu.shared), gemm, *size)
+        fused, library = microseconds(configs[rule], gemm, *size), with_pass(gemm)
+        said = f"estimate {fused:.0f} us by Triton, {library:.0f} us by cuDNN and a pass"
+        return Plans(plans, plans.index(FUSED if fused <= ERROR * library else LIBRARY), said)
     if not training or x.dtype == torch.float64 or refusal is None:
         return Plans(plans, plans.index(FUSED), "one launch")
     return Plans(plans, plans.index(LIBRARY), f"no tensor descriptors: {refusal}")
+
+
+def forward_configs(f: Fusion, filters: int, shared: int) -> Configs:
+    """Tiles of `conv_tma`: with a prologue or moments no wide ones, which would spill on sm_100."""
+    plain = f.in_scale is None and not f.stats
+    return eligible(CONFIGS if plain else NARROW, filters, shared)
 
 
 def backward_plans(x: Tensor, w: Tensor, conv: Conv) -> Plans:

@@ -11,7 +11,7 @@ from ..spec.chain import Conv
 from . import config_select
 from .config_select import Config
 from .conv_epilogue import columns, epilogue, prologue, store_moments
-from .conv_plan import CONFIGS, NARROW, Fusion, box_of, eligible, gemm_of, key, precision
+from .conv_plan import Fusion, box_of, forward_configs, gemm_of, key, precision
 from .conv_split import is_last, meeting_place, share, sum_of_parts, with_splits
 from .conv_tiles import filter_tiles, input_tiles, output_tiles, walk
 from .launch import all_registers, launch, target
@@ -162,9 +162,7 @@ def by_descriptors(x: Tensor, w: Tensor, conv: Conv, f: Fusion, y: Tensor) -> Te
         )  # fmt: skip
         return partial
 
-    # On sm_100 the operands of other epilogues do not fit into the registers beside wide tiles.
-    plain = f.residual is None and f.in_scale is None and not f.stats
-    configs = eligible(CONFIGS if plain else NARROW, k, gpu.shared)
+    configs = forward_configs(f, k, gpu.shared)
     gemm = gemm_of(x, w, conv, f, n * p * q)
     configs, rule = with_splits(configs, gemm, gpu.multiprocessors, gpu.shared)
     where = key(x, w, conv, f)

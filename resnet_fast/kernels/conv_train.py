@@ -132,7 +132,7 @@ def conv_fprop(
         return _fused_fprop(x, w, conv, fusion)
 
     where = key(x, w, conv, fusion)
-    plans, rule, why = forward_plans(x, w, conv, training=True)
+    plans, rule, why = forward_plans(x, w, conv, fusion, training=True)
     return start(config_select.choose("conv_fprop", where, plans, rule, x, start, why))
 
 

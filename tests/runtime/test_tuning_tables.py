@@ -75,7 +75,7 @@ def test_shipped_tables_name_plans_that_are_there(path):
     forward = {conv_plan.FUSED, conv_plan.LIBRARY}
     plans = {"conv_bn_act": forward, "conv_fprop": forward, "conv_bprop": set(conv_plan.PLANS)}
     table = tuning_tables.read(path)
-    assert set(table) == set(plans)
+    assert table and set(table) <= set(plans)
     for kernel, entries in table.items():
         assert entries and {tuple(entry["config"]) for entry in entries.values()} <= plans[kernel]
 
