@@ -20,8 +20,8 @@ that are not issued while they run add to their time. A loop whose loads are not
 for a load in every trip. With o = 1 the prologue and the epilogue of every tile are exposed
 ("latency"); with more they overlap with other programs. A launch's floor is the larger of memory
 and FLOP, with every tensor moved once. Bytes through L2 are the tiles that all programs of a
-convolution load, and what they store. cuDNN's forward convolution takes what `conv_cost` says, other
-PyTorch kernels their floor. Not modelled: bank conflicts, barriers and cold instruction caches.
+convolution load, and what they store. cuDNN's forward convolution takes what `conv_cost` says, any
+other PyTorch kernel its floor. Not modelled: bank conflicts, barriers and cold instruction caches.
 "Small" launches are passes and PyTorch kernels that move less than L2 holds.
 
 `warp_cycles` and L2's bandwidth are fitted to 24 convolutions of ResNet-50 as an H200 ran them
@@ -181,15 +181,19 @@ def flops(one: Launch) -> int:
 def through_l2(one: Launch, trips: int) -> int:
     """Bytes that the programs of a convolution load in `trips` trips, and other tensors once.
 
-    A trip loads a tile of both operands; those of a gradient have a tile of dy and one of z.
+    A trip loads a tile of both operands; those of a gradient have a tile of dy and one of z. What
+    of a tile is beyond the channels or filters is not loaded.
     """
     a = one.arguments
     if one.kernel is None or not one.name.startswith("conv"):
         return moved(one)
     box = math.prod(a[f"BOX_{side}"] for side in "NPQ") if "BOX_N" in a else a["BLOCK_M"]
-    rows, columns, depth = box, a["BLOCK_N"], a.get("BLOCK_K")
-    if one.name == "conv_wgrad_kernel":
-        rows, depth = a["BLOCK_M"], box
+    channels, filters = a["channels"], a["filters"]
+    rows, columns, depth = box, min(a["BLOCK_N"], filters), min(a.get("BLOCK_K", box), channels)
+    if one.name == "conv_dgrad_kernel":
+        columns, depth = min(a["BLOCK_N"], channels), min(a["BLOCK_K"], filters)
+    elif one.name == "conv_wgrad_kernel":
+        rows, columns, depth = min(a["BLOCK_M"], filters), min(a["BLOCK_N"], channels), box
     operands = {"conv_dgrad_kernel": ("dy", "z", "w"), "conv_wgrad_kernel": ("dy", "z", "x")}
     names = operands.get(one.name, ("x", "w"))
     x = getattr(a[names[0]], "base", a[names[0]])

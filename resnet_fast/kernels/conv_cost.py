@@ -80,10 +80,12 @@ def microseconds(config: Config, gemm: Gemm, processors: int, shared: int) -> fl
     alone = FIRST_LOAD + gemm.residual * LOAD + (steps * step + ends) / CLOCK
     busy = (steps * max(tensor, 117 * warps / 4) + instructions * warps / 4) / CLOCK
 
+    deep = min(block_k * 2 // gemm.size, gemm.channels)  # beyond them a tile is not loaded
+    loaded = (block_m + min(block_n, gemm.filters)) * deep * gemm.size
     elements = gemm.pixels * gemm.filters * gemm.groups
     results = elements * gemm.size * (1 + gemm.residual)
     read = (gemm.pixels + gemm.filters * gemm.taps) * gemm.channels * gemm.groups * gemm.size
-    through = programs * steps * step_bytes + results
+    through = programs * steps * loaded + results
     if split > 1:
         sums = block_m * block_n * max(gemm.size, 4)
         alone += MERGE + 2 * split * sums / (L2 / processors) / 2

@@ -171,17 +171,21 @@ def of(one, code, gpu=H200, mode="train"):
 def test_a_tile_alone_exposes_its_prologue_and_epilogue():
     """One program a multiprocessor: each takes its first load and all of its code, in turn."""
     found = of(a_launch(132 * 10), compiled())
-    a_tile = 1.0 + 2 * (100 + 2000) / 1755
+    a_tile = 1.0 + H200.warp_cycles * (100 + 2000) / 1755
     assert found["programs_per_sm"] == 1 and found["bound"] == "latency"
     assert found["estimate_us"] == pytest.approx(10 * a_tile + H200.gap_us)
 
 
 def test_two_programs_overlap():
-    """Two hide each other's loads: what is left is the issue slots of both."""
+    """They hide each other's loads and waits; many leave only the issue slots of all."""
     found = of(a_launch(132 * 10), compiled(registers=128))
-    assert found["programs_per_sm"] == 2 and found["bound"] == "issue"
-    assert found["estimate_us"] == pytest.approx(10 * 2 * 2100 / 1755 + H200.gap_us)
+    assert found["programs_per_sm"] == 2 and found["bound"] == "latency"
+    a_tile = 1.0 + H200.warp_cycles * 2100 / 1755
+    assert found["estimate_us"] == pytest.approx(5 * a_tile + H200.gap_us)
     assert found["waves"] == 5 and found["last_wave_idle"] == 0
+    many = of(a_launch(132 * 12), compiled(registers=32))
+    assert many["programs_per_sm"] == 6 and many["bound"] == "issue"
+    assert many["estimate_us"] == pytest.approx(12 * 2 * 2100 / 1755 + H200.gap_us)
 
 
 def test_the_last_wave_is_a_whole_one():
@@ -190,9 +194,10 @@ def test_the_last_wave_is_a_whole_one():
 
 
 def test_shuffles_bind_a_statistics_epilogue():
-    """578 + 204 + 219 instructions of MIO a warp, eight warps: 4.5 us a tile, as by hand."""
-    found = of(a_launch(132), compiled(mio=578 + 204 + 219))
-    assert found["estimate_us"] - H200.gap_us - 1.0 - 200 / 1755 == pytest.approx(4.56, abs=0.01)
+    """Of 1,700 or more instructions a warp: then eight warps take longer to issue the MIO's."""
+    found = of(a_launch(132), compiled(after=0, mio=1500))
+    before = 100 * H200.warp_cycles / 1755
+    assert found["estimate_us"] - H200.gap_us - 1.0 == pytest.approx(before + 1500 * 8 / 1755)
 
 
 def test_a_loop_that_waits_for_its_products_adds_them_up():
@@ -202,9 +207,42 @@ def test_a_loop_that_waits_for_its_products_adds_them_up():
     free = of(one, compiled(loop=300, tensor=256))
     bound = of(one, compiled(loop=300, tensor=256, waits=True, trips_hidden=50))
     assert free["trips"] == bound["trips"] == 100
+    pace = H200.warp_cycles
     assert bound["estimate_us"] - free["estimate_us"] == pytest.approx(
-        100 * (2 * 250 + 512 - 600) / 1755
+        100 * (pace * 250 + 512 - pace * 300) / 1755
     )
+
+
+def conv_launch(programs, **changes):
+    """A 1x1 convolution of 64 channels in tiles of 128 pixels and 64 filters."""
+    x, y = (torch.empty(128 * programs, 64, dtype=torch.bfloat16, device="meta") for _ in range(2))
+    sizes = {"N": 1, "P": 1, "Q": 128 * programs, "filters": 64, "channels": 64, "R": 1, "S": 1}
+    sizes |= {"BOX_N": 1, "BOX_P": 1, "BOX_Q": 128, "BLOCK_N": 64, "BLOCK_K": 64, "STRIDE": 1}
+    arguments = {"x": x, "w": x[:64], "residual": None, "y": y, "c_tiles": 1, "SPLIT": 1}
+    arguments |= sizes | changes
+    name = "conv_affine_act_tma_kernel"
+    return Launch(name, (programs, 1), arguments, Kernel, {"num_warps": 8})
+
+
+def test_bytes_through_l2():
+    """Every program's tiles of both operands in every trip, as far as they are there, and y."""
+    one = conv_launch(1000)
+    narrow = conv_launch(1000, BLOCK_N=128, BLOCK_K=128)
+    assert estimate.through_l2(narrow, 1) == estimate.through_l2(one, 1)
+    assert estimate.through_l2(one, 1) == 1000 * (128 + 64) * 64 * 2 + 128e3 * 64 * 2
+    assert estimate.through_l2(one, 3) - estimate.through_l2(one, 1) == 2000 * 192 * 128
+    found = of(conv_launch(200000, R=9, S=1), compiled(registers=64, loop=10), mode="infer")
+    assert found["trips"] == 9 and found["bound"] == "L2"
+    assert found["estimate_us"] == pytest.approx(found["l2_mb"] / 7 + H200.gap_us)
+
+
+def test_windows_that_overlap_are_moved_once():
+    t = torch.empty(1000, dtype=torch.bfloat16, device="meta")
+    t = t.as_strided((10, 32, 100), (100, 1, 8))
+    one = dataclasses.replace(a_launch(1), arguments={"x": t})
+    assert estimate.moved(one) == 2 * (9 * 100 + 31 + 99 * 8 + 1)
+    t = torch.empty(10, 20, device="meta").expand(3, 10, 20)
+    assert estimate.moved(dataclasses.replace(one, arguments={"x": t})) == 4 * 200
 
 
 def test_bytes_bind_where_the_code_is_short():
@@ -300,7 +338,8 @@ def test_the_report(small):
     assert report["images_per_s"] == pytest.approx(64e3 / total, rel=1e-3)
     assert all(one["estimate_us"] >= max(one["floor_us"], 2.5) for one in launches)
     convs = [one for one in launches if one["kernel"].startswith("conv")]
-    assert sum(one["count"] for one in convs) == 19  # every convolution, one launch
+    library = sum(one["count"] for one in launches if one["kernel"] == "aten.convolution")
+    assert library < 10 and sum(one["count"] for one in convs) == 19 - library
     assert all(one["loop"]["tensor"] + one["before"]["tensor"] > 0 for one in convs)
     assert all(one["registers"] > 0 and one["programs_per_sm"] > 0 for one in convs)
 
@@ -380,9 +419,12 @@ def test_launches_of_resnet50(launches):
     copies = train["aten.clone"] + train["aten.copy_"]
     assert copies <= 6, "but for the biases of four projections no gradient is copied"
     for mode in ("infer", "one"):
-        assert counts[mode]["conv_affine_act_tma_kernel"] == 52
-        assert counts[mode]["conv_affine_act_kernel"] == 1
-        assert sum(counts[mode].values()) == 56
+        library = counts[mode]["aten.convolution"]
+        assert counts[mode]["conv_affine_act_tma_kernel"] == 52 - library
+        assert counts[mode]["conv_affine_act_kernel"] == counts[mode]["bn_fold_kernel"] == 1
+        assert counts[mode]["pad_pixels_kernel"] == 2
+        assert sum(counts[mode].values()) == 56 + 3 + library
+        assert library == (3 if mode == "infer" else 0)
     assert distinct[0] > distinct[1] > 0
 
 
@@ -390,7 +432,7 @@ def test_operations_of_resnet50(launches):
     """Forward 4.09 G multiply-adds an image, backward twice that but for the image's gradient."""
     found, _ = launches
     forward = sum(count * work for name, count, work, _ in found["infer"])
-    assert forward / 256 == pytest.approx(2 * 4.09e9, rel=0.01)
+    assert forward / 256 == pytest.approx(2 * 4.09e9, rel=0.02)  # 1.5% are padding of the stem
     step = sum(count * work for name, count, work, _ in found["train"])
     assert step == pytest.approx(3 * forward, rel=0.03)
     step, forward = (

@@ -110,12 +110,15 @@ def resnet50(tmp_path_factory):
 
 
 def test_inference_runs_the_ideal_schedule(resnet50):
-    """Nothing but the classifier beside it, and no launch more."""
+    """Beside it the classifier, the fold of the norms, the padding of the stem, and a pass after
+    each of cuDNN's convolutions.
+    """
     _, steps = resnet50
     runs, ideal = (total(steps["infer", name], H200) for name in ("runs", "ideal"))
-    assert runs.launches == ideal.launches + 1
-    assert ideal.bytes < runs.bytes < 1.01 * ideal.bytes
-    assert ideal.ms < runs.ms < 1.01 * ideal.ms
+    library = sum(step.count for step in steps["infer", "runs"] if step.name.endswith("library"))
+    assert runs.launches == ideal.launches + 1 + 3 + library
+    assert ideal.bytes < runs.bytes < 1.05 * ideal.bytes
+    assert ideal.ms < runs.ms < 1.05 * ideal.ms
 
 
 def test_what_training_moves_beyond_the_ideal(resnet50):
@@ -146,14 +149,15 @@ def test_what_training_moves_beyond_the_ideal(resnet50):
 
 
 def test_operations_that_run_are_the_ideal_ones(resnet50):
-    """The convolutions', in each pass."""
+    """The convolutions', in each pass; in inference also those of the stem's padded channels."""
     _, steps = resnet50
     for mode in ("infer", "train"):
         runs, ideal = (
             sum(step.count * step.flops for step in steps[mode, name] if step.kind != "passes")
             for name in ("runs", "ideal")
         )
-        assert runs == ideal
+        padding = 2 * 256 * 112**2 * 64 * 7 * (32 - 21) if mode == "infer" else 0
+        assert runs == ideal + padding
 
 
 def test_benchmarks_page_has_these_floors(resnet50):
