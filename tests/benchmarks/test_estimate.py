@@ -236,6 +236,16 @@ def test_bytes_through_l2():
     assert found["estimate_us"] == pytest.approx(found["l2_mb"] / 7 + H200.gap_us)
 
 
+def test_a_program_runs_one_branch():
+    """Of 10 norms one, and 10 tests of two instructions."""
+    one = dataclasses.replace(a_launch(1), name="bn_fold_kernel")
+    one.arguments["channels"] = (64,) * 10
+    found = of(one, compiled(after=2000))
+    cycles = H200.warp_cycles * (100 + 200 + 20)
+    assert found["estimate_us"] == pytest.approx(1.0 + cycles / 1755 + H200.gap_us)
+    assert estimate.one_branch(compiled(mio=30).sass, 10).after.mio == 3
+
+
 def test_windows_that_overlap_are_moved_once():
     t = torch.empty(1000, dtype=torch.bfloat16, device="meta")
     t = t.as_strided((10, 32, 100), (100, 1, 8))
