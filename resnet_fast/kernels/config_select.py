@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import torch
 import triton
 from torch import Tensor
 
@@ -102,10 +103,14 @@ def _searches(x: Tensor) -> bool:
 
 
 def _microseconds(start, config) -> float:
-    """Median time of one launch; infinite if the GPU has too little shared memory for it."""
+    """Median time of one launch; infinite if the GPU has too little shared memory for it, or if
+    cuDNN refuses it.
+    """
     try:
         return tuning_tables.microseconds(lambda: start(config))
-    except triton.runtime.errors.OutOfResources:
+    except torch.OutOfMemoryError:  # temporary, not a property of this configuration
+        raise
+    except (RuntimeError, triton.runtime.errors.OutOfResources):
         return float("inf")
 
 

@@ -21,7 +21,7 @@ from .bn_act import bn_act
 from .bn_fold import bn_fold
 from .config_select import Config
 from .conv_gather import by_pointers
-from .conv_plan import LIBRARY, Fusion, forward_plans, key, refuse_tma
+from .conv_plan import CUDNN, LIBRARY, Fusion, forward_plans, key, refuse_tma
 from .conv_tma import by_descriptors
 
 
@@ -92,6 +92,8 @@ def conv_bn_act(
     def start(plan: Config) -> Tensor:
         if plan == LIBRARY:
             return _by_library(x, filters, conv, fusion)
+        if plan == CUDNN:
+            return _by_cudnn(x, filters, conv, fusion)
         return conv_fused(x, filters, conv, fusion)[0]
 
     where = key(x, w, conv, fusion)
@@ -110,6 +112,19 @@ def _scale_and_shift(
     if ready and weight.dtype == shift.dtype == stats_dtype(x):
         return weight, shift
     return bn_fold(x, vectors, [eps])
+
+
+def _by_cudnn(x: Tensor, w: Tensor, conv: Conv, f: Fusion) -> Tensor:
+    """cuDNN's convolution with bias, addition and ReLU, on filters that include scale.
+
+    cuDNN takes filters and bias in the dtype of x. The error of y grows to 1.2 to 1.6 times that of
+    PyTorch's convolution and BatchNorm (256 channels, means of up to 2.7 standard deviations).
+    """
+    filters = (w * f.scale.view(-1, 1, 1, 1)).to(x.dtype, memory_format=torch.channels_last)
+    shift = f.shift.to(x.dtype)
+    if f.residual is None:
+        return torch.cudnn_convolution_relu(x, filters, shift, *conv.args())
+    return torch.cudnn_convolution_add_relu(x, filters, f.residual, 1.0, shift, *conv.args())
 
 
 def _by_library(x: Tensor, w: Tensor, conv: Conv, f: Fusion) -> Tensor:

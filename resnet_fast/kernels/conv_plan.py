@@ -42,7 +42,8 @@ DGRAD_CONFIGS = ((128, 128, 64, 8, 3), (128, 64, 64, 8, 3), (64, 64, 64, 4, 3), 
 WGRAD_CONFIGS = ((128, 128, 64, 8, 3), (128, 64, 64, 8, 3), (64, 64, 64, 4, 3), (64, 32, 64, 4, 3))
 DOUBLE_WGRAD_CONFIGS = ((32, 32, 256, 8, 2),)
 ERROR = 1.1  # of an estimate
-FUSED, LIBRARY = (1,), (0,)  # forward plans: one launch, or cuDNN between separate passes
+# Forward plans: one launch, cuDNN between separate passes, or cuDNN's own fused launch.
+FUSED, LIBRARY, CUDNN = (1,), (0,), (2,)
 
 
 class Fusion(NamedTuple):
@@ -126,11 +127,14 @@ class Plans(NamedTuple):
 def forward_plans(x: Tensor, w: Tensor, conv: Conv, f: Fusion, training: bool) -> Plans:
     """FUSED, one Triton launch, or LIBRARY, cuDNN's convolution between Triton passes.
 
+    A tuning table may also name CUDNN, its convolution with bias, addition and ReLU, in inference.
     Rule: inference takes FUSED, but in 16 bits on Hopper LIBRARY if its estimated time is shorter
     (`conv_cost`) by more than the estimates' error. Training takes LIBRARY where tensor descriptors
     cannot be used, but FUSED in fp64, by pointers, which is still to be measured.
     """
-    plans, why = _asked((FUSED, LIBRARY), FUSED)
+    own = x.is_cuda and x.element_size() == 2 and f.scale is not None and f.relu
+    own = own and memory_format(x, w) == torch.channels_last
+    plans, why = _asked((FUSED, CUDNN, LIBRARY) if own else (FUSED, LIBRARY), FUSED)
     refusal = refuse_tma(x, w, conv)
     if len(plans) == 1:
         return Plans(plans, 0, why)

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..spec.chain import Conv
+from .conv_plan import precision
 from .launch import launch
 from .sizes import cdiv, next_power_of_2
 
@@ -38,7 +39,7 @@ def pad_pixels_kernel(
     w, c = j // CHANNELS - left, j % CHANNELS
     end = tl.where((h >= 0) & (h < H), W, 0)
     inside = (w >= 0) & (w < end) & (c < channels)
-    value = tl.load(x + n * x_sn + h * x_sh.to(tl.int64) + w * x_sw + c * x_sc, inside, 0.0)
+    value = tl.load(x + n * x_sn + h.to(tl.int64) * x_sh + w * x_sw + c * x_sc, inside, 0.0)
     tl.store(out + row.to(tl.int64) * width + j, value, j < width)
 
 
@@ -56,7 +57,12 @@ def pad_pixels(x: Tensor, top: int, left: int, rows: int, columns: int) -> Tenso
 
 
 def takes_windows(x: Tensor, w: Tensor, conv: Conv) -> bool:
-    """Whether `as_windows` computes this convolution, with aligned loads."""
+    """Whether `as_windows` computes this convolution, with aligned loads.
+
+    Not where CUDA cores multiply: they would take as long for the padding as for the pixels.
+    """
+    if precision(x) == "ieee":
+        return False
     step = conv.stride[1] * CHANNELS * x.element_size()
     few = w.size(1) <= CHANNELS and conv.groups == 1 and conv.dilation == (1, 1)
     return few and w.size(3) > 1 and step % VECTOR == 0

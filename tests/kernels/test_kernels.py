@@ -278,6 +278,46 @@ def test_inference_by_the_library(monkeypatch, variant):
         assert kernels.conv_bn_act(*empty).numel() == 0
 
 
+@pytest.mark.parametrize("residual", [True, False], ids=["residual", "plain"])
+@pytest.mark.parametrize("name", ["3x3", "1x1-stride2", "grouped"])
+def test_inference_by_cudnn(monkeypatch, name, residual):
+    """With folded filters; PyTorch on a CPU convolves in place of cuDNN."""
+    called = []
+
+    def relu(x, w, bias, *geometry):
+        return add_relu(x, w, 0.0, 1.0, bias, *geometry)
+
+    def add_relu(x, w, z, alpha, bias, *geometry):
+        called.append(w.dtype == bias.dtype == x.dtype)
+        assert w.is_contiguous(memory_format=torch.channels_last)
+        return torch.relu(torch.conv2d(x, w, bias, *geometry) + alpha * z)
+
+    monkeypatch.setattr(torch, "cudnn_convolution_relu", relu, raising=False)
+    monkeypatch.setattr(torch, "cudnn_convolution_add_relu", add_relu, raising=False)
+    monkeypatch.setattr(config_select, "choose", lambda kernel, *args: conv_plan.CUDNN)
+    variant = "conv_bn_act:fp32-filters" if residual else "conv_bn_act"
+    draw = Draw(torch.float16, torch.channels_last, DEVICE)
+    args = CONVOLUTIONS[variant](draw, CONVS[name])
+    judge("conv_bn_act", args, name, lambda: kernels.conv_bn_act(*args))
+    assert called and all(called)
+
+
+def test_plans_of_inference():
+    """cuDNN's own fused launch is offered in 16 bits with a norm and a ReLU, and never by rule."""
+    x, w = (torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in
+            ((256, 512, 7, 7), (512, 512, 3, 3)))  # fmt: skip
+    x, w = (t.to(memory_format=torch.channels_last) for t in (x, w))
+    on_gpu = SimpleNamespace(is_cuda=True, **{name: getattr(x, name) for name in dir(x) if name in (
+        "shape", "size", "dtype", "device", "element_size", "stride", "is_contiguous", "data_ptr",
+        "numel", "dim")})  # fmt: skip
+    layer, ones = chain.Conv(padding=(1, 1)), torch.ones(512)
+    for fusion, offered in ((conv.Fusion(ones, ones), True), (conv.Fusion(), False),
+                            (conv.Fusion(ones, ones, relu=False), False)):  # fmt: skip
+        found = conv_plan.forward_plans(on_gpu, w, layer, fusion, training=False)
+        assert (conv_plan.CUDNN in found.plans) == offered
+        assert found.plans[found.rule] != conv_plan.CUDNN and found.plans[-1] == conv_plan.LIBRARY
+
+
 @pytest.mark.parametrize("more", [0, 3])
 def test_sums_of_many_tiles(more):
     """More tiles than one launch sums; the last fold is full, or not."""
@@ -635,15 +675,16 @@ def test_one_fold_for_the_whole_net(monkeypatch, block):
     "layer",
     [Conv((2, 3, 31, 29), 24, (7, 7), (2, 2), (3, 3)),
      Conv((1, 1, 9, 14), 8, (3, 5), (1, 4), (0, 2)),
-     Conv((2, 4, 8, 6), 17, (2, 3), (3, 2), (1, 1)), Conv((3, 2, 5, 9), 8, (5, 2), (1, 2), (2, 0))],
-    ids=["stem", "grey", "four", "two"],
+     Conv((2, 4, 8, 6), 17, (2, 3), (3, 2), (1, 1)), Conv((3, 2, 5, 9), 8, (5, 2), (1, 2), (2, 0)),
+     Conv((2, 3, 9, 1), 8, (3, 3), (1, 2), (1, 1)), Conv((2, 3, 1, 1), 8, (1, 2), (1, 2), (0, 1))],
+    ids=["stem", "grey", "four", "two", "column", "pixel"],
 )  # fmt: skip
 def test_few_channels_as_windows(monkeypatch, layer, dtype, layout):
     """Windows of several sizes against fp64, and one more launch for each operand."""
     args = CONVOLUTIONS["conv_bn_act:folded-bias"](Draw(dtype, layout, DEVICE), layer)
     with Launches(monkeypatch) as launches:
         kernels.conv_bn_act(*args)
-    windows = layer.stride[1] * 4 * dtype.itemsize % 16 == 0
+    windows = layer.stride[1] * 4 * dtype.itemsize % 16 == 0 and dtype != torch.float64
     assert launches.kernels.count("pad_pixels_kernel") == 2 * windows
     judge("conv_bn_act", args, "windows", lambda: kernels.conv_bn_act(*args))
 

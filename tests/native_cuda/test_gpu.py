@@ -54,6 +54,20 @@ def folded(x, norm):
     return reference.bn_fold(x, [None, *norm], [1e-5])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("layer", [layer for layer in LAYERS if layer.relu], ids=str)
+def test_inference_by_cudnns_fused_launch(layer, dtype, monkeypatch):
+    """The plan that only a tuning table names: filters that include scale, bias, addition, ReLU."""
+    from resnet_fast.kernels import config_select, conv_plan
+
+    skip_unless("triton", "conv_bn_act", dtype)
+    x, w, norm, residual = tensors(layer, 4, dtype, torch.device("cuda"))
+    args = [x, w, None, *norm, residual, layer.relu, 1e-5, *layer.conv.args()]
+    same, exact = reference.conv_bn_act(*args), reference.conv_bn_act(*cast(args))
+    monkeypatch.setattr(config_select, "choose", lambda kernel, *args: conv_plan.CUDNN)
+    assert_close(ops.conv_bn_act(*args, "triton"), same, exact, str(layer))
+
+
 def training_args(variant, layer, dtype, device="cuda", n=4):
     """Arguments of a training op at a layer's size."""
     conv = Conv(

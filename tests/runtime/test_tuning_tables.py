@@ -73,7 +73,8 @@ def test_shipped_tables_name_plans_that_are_there(path):
     """A plan that is no more would be passed over without a word."""
     conv_plan = pytest.importorskip("resnet_fast.kernels.conv_plan")
     forward = {conv_plan.FUSED, conv_plan.LIBRARY}
-    plans = {"conv_bn_act": forward, "conv_fprop": forward, "conv_bprop": set(conv_plan.PLANS)}
+    infer = {*forward, conv_plan.CUDNN}
+    plans = {"conv_bn_act": infer, "conv_fprop": forward, "conv_bprop": set(conv_plan.PLANS)}
     table = tuning_tables.read(path)
     assert table and set(table) <= set(plans)
     for kernel, entries in table.items():
