@@ -257,16 +257,16 @@ def infer_chains(chains: Sequence[tuple[Chain, Tensors]], x: Tensor) -> Tensor |
     """y of several chains on x, each on the result of the one before, or None if unsupported.
 
     For inference on a GPU, where one launch folds the norms of all chains. Unsupported: gradients,
-    batch statistics, a chain without a convolution, autocast that mixes dtypes, transforms, and
-    tensors that do not fit, for which `run_chain` raises the error.
+    batch statistics, a chain without a convolution, autocast that mixes dtypes, transforms,
+    compilation, and tensors that do not fit, for which `run_chain` raises the error.
     """
     rules = tuple(chain for chain, _ in chains)
     flat = [t for _, tensors in chains for t in tensors.flat()]
     if any(norm is not None and norm.batch_stats for c in rules for norm in c.all_norms):
         return None
-    if not all(c.convs for c in rules) or any(promotes(c, x) for c in rules[:1]):
+    if not all(c.convs for c in rules) or promotes(rules[0], x):
         return None
-    if transformed(x) or _wants_gradient(x, *flat):
+    if torch.compiler.is_compiling() or transformed(x) or _wants_gradient(x, *flat):
         return None
     try:
         x = x.to(autocast_dtype(x))

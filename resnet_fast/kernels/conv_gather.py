@@ -85,7 +85,7 @@ def conv_affine_act_kernel(
     BLOCK_K: tl.constexpr,
     SPLIT: tl.constexpr,
 ):
-    """y = relu(BN(conv(φ(x), w) + bias) + residual) by pointers: any strides, geometry, groups.
+    """y = relu(scale·conv(φ(x), w) + shift + residual) by pointers: any strides and groups.
 
     φ and `partial` are as in `conv_affine_act_tma_kernel`.
 

@@ -60,10 +60,12 @@ def conv_affine_act_tma_kernel(
     BLOCK_K: tl.constexpr,
     SPLIT: tl.constexpr,
 ):
-    """y = relu(BN(conv(φ(x), w) + bias) + residual) by tensor descriptors.
+    """y = relu(scale·conv(φ(x), w) + shift + residual) by tensor descriptors.
 
     Prologue: φ(x) = relu(in_scale·x + in_shift) in registers, before the tensor cores. Epilogue:
-    BN, residual and ReLU; `partial` receives the moments of every tile of y for batch statistics.
+    one multiply-add, residual and ReLU per value, 64 columns after another, because the vectors of
+    all columns do not fit into the registers. `partial` receives the moments of every tile of y for
+    batch statistics.
 
     x is described as [N, H, 1, W, C], for stride 2 as its parities [N, H/2, 2, W/2, 2·C]. Thus for
     a filter tap (r, s) the input of a box of BOX_N × BOX_P × BOX_Q output pixels is a box too.
@@ -74,7 +76,9 @@ def conv_affine_act_tma_kernel(
     Bytes moved: x from memory once (its R·S·K/BLOCK_N reads hit L2), w, residual and y once; with a
     split also the partial sums, into L2 and out of it.
     Why: descriptors load elements outside as zero, which is the padding, and do not store them. The
-    kernel needs no pointer, mask or division per element.
+    kernel needs no pointer, mask or division per element. Tiles of up to 128 × 128 take less than
+    half of a multiprocessor's registers and shared memory, so that the loads and stores of one
+    program run while another multiplies.
     """
     pid = tl.program_id(0)
     k0 = pid % k_tiles * BLOCK_N

@@ -302,6 +302,29 @@ def test_inference_by_cudnn(monkeypatch, name, residual):
     assert called and all(called)
 
 
+def test_many_norms_take_several_launches(monkeypatch):
+    """A launch has room for the arguments of MOST norms; every norm is folded once."""
+    monkeypatch.setattr(sys.modules["resnet_fast.kernels.bn_fold"], "MOST", 3)
+    args = POINTWISE["bn_fold"](Draw(torch.float32, torch.channels_last, DEVICE), (2, 200, 3, 3))
+    judge("bn_fold", args, "4 norms", lambda: kernels.bn_fold(*args))
+    with Launches(monkeypatch) as launches:
+        kernels.bn_fold(*args)
+    assert launches.kernels == ["bn_fold_kernel"] * 2
+
+
+def test_a_refusal_of_cudnn_is_slow(monkeypatch):
+    """It is infinitely slow; any other error ends the search."""
+
+    def start(config):
+        raise RuntimeError(config)
+
+    monkeypatch.setattr(tuning_tables, "microseconds", lambda run: run())
+    for said in ("GET was unable to find an engine to execute", "cuDNN error: NOT_SUPPORTED"):
+        assert config_select._microseconds(start, said) == math.inf
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        config_select._microseconds(start, "an illegal memory access was encountered")
+
+
 def test_plans_of_inference():
     """cuDNN's own fused launch is offered in 16 bits with a norm and a ReLU, and never by rule."""
     x, w = (torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in
