@@ -34,7 +34,10 @@ def install() -> None:
     """Put the stand-ins for cuDNN in its place, once."""
     runtime().dry_launches()
     torch.backends.cudnn.enabled = False  # its batch normalization: PyTorch has kernels of its own
-    for name, function in (("convolution", _forward), ("convolution_backward", _backward)):
+    for name, function in (
+        ("convolution", _forward), ("convolution_backward", _backward),
+        ("cudnn_convolution_relu", _relu), ("cudnn_convolution_add_relu", _add_relu),
+    ):  # fmt: skip
         _library.impl(name, function, "CUDA")
 
 
@@ -45,6 +48,16 @@ def _forward(x, w, bias, stride, padding, dilation, transposed, output_padding, 
     fmt = torch.channels_last if last else torch.contiguous_format
     runtime().dry_launch(b"cuDNN forward")
     return torch.empty(y.shape, dtype=x.dtype, device=x.device, memory_format=fmt)
+
+
+def _relu(x, w, bias, stride, padding, dilation, groups):
+    return _forward(x, w, bias, stride, padding, dilation, False, [0, 0], groups)
+
+
+def _add_relu(x, w, z, alpha, bias, stride, padding, dilation, groups):
+    y = _relu(x, w, bias, stride, padding, dilation, groups)
+    assert z.shape == y.shape and z.dtype == bias.dtype == y.dtype
+    return y
 
 
 def _backward(
