@@ -321,7 +321,7 @@ def test_residual_of_another_dtype(impl, case, training, narrow):
             leaves = {k: v.requires_grad_() for k, v in leaves.items()}
 
         def run():
-            with torch.autocast("cpu", NARROW, enabled=autocast):
+            with torch.autocast(impl.device, NARROW, enabled=autocast):
                 return call.run(module, leaves, running, name)
 
         return twins.step(run, leaves, None, running)
