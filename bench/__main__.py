@@ -18,6 +18,7 @@ COMMANDS = {
     "compile": ("bench.compile", "compile the kernels of a model's steps into Triton's cache"),
     "estimate": ("bench.estimate", "estimate the time of every launch of a step without a GPU"),
     "cuda": ("bench.cuda", "compile every CUDA kernel without a GPU: registers, spills"),
+    "cutlass": ("bench.cutlass", "estimate the native Hopper convolutions beside Triton's"),
     "ceilings": ("bench.ceilings", "measure the machine's limits: a copy and a matmul"),
     "layers": ("bench.layers", "time every convolution of a model, fused and in PyTorch"),
     "passes": ("bench.passes", "time every memory-bound op relative to a copy"),

@@ -84,24 +84,36 @@ def sources() -> tuple[list[Path], str]:
 
 def compiled(parts: list[tuple[Path, str]], jobs: int) -> Iterator[list[Compiled]]:
     """The kernels of every file and architecture, with `jobs` compilers at a time."""
+    options = flags()
+    with ThreadPoolExecutor(jobs) as pool:
+        yield from pool.map(lambda part: compile_file(*part, options), parts)
+
+
+def flags() -> list[str]:
+    """nvcc's options, with the CUTLASS headers if they are installed."""
     build = runpy.run_path(str(ROOT / "setup.py"))
     headers = build["cutlass_headers"]()
-    flags = [*build["NVCC_FLAGS"], *(flag for path in headers for flag in ("-isystem", path))]
-    with ThreadPoolExecutor(jobs) as pool:
-        yield from pool.map(lambda part: compile_file(*part, flags), parts)
+    return [*build["NVCC_FLAGS"], *(flag for path in headers for flag in ("-isystem", path))]
 
 
-def compile_file(source: Path, arch: str, flags: list[str]) -> list[Compiled]:
+def compile_cubin(source: Path, arch: str, options: list[str], cubin: Path) -> str:
+    """Compile `source` by nvcc for one architecture; returns the first error, or nothing."""
+    command = ["nvcc", "-std=c++17", *options, f"-arch={arch}", "-cubin", source, "-o", cubin]
+    done = subprocess.run([os.fspath(c) for c in command], capture_output=True, text=True)
+    if not done.returncode:
+        return ""
+    return next(iter(re.findall(r".*error.*", done.stderr)), done.stderr.strip()[-200:])
+
+
+def compile_file(source: Path, arch: str, options: list[str]) -> list[Compiled]:
     """The kernels of one file (none if it is host code), by nvcc for one architecture."""
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "code.cubin"
-        command = ["nvcc", "-std=c++17", *flags, f"-arch={arch}", "-cubin", source, "-o", cubin]
-        done = subprocess.run([os.fspath(c) for c in command], capture_output=True, text=True)
+        failure = compile_cubin(source, arch, options, cubin)
         seconds = time.perf_counter() - begin
-        if done.returncode:
-            first = next(iter(re.findall(r".*error.*", done.stderr)), done.stderr.strip()[-200:])
-            return [Compiled("", arch, seconds=seconds, failure=first, file=source.name)]
+        if failure:
+            return [Compiled("", arch, seconds=seconds, failure=failure, file=source.name)]
         usage = tool("cuobjdump", "--dump-resource-usage", cubin)
         code = tool("nvdisasm", cubin)
     rows = []

@@ -98,6 +98,18 @@ def read(disassembly: str) -> Sass:
     )  # fmt: skip
 
 
+def tensor_loops(disassembly: str) -> list[tuple[int, int, int]]:
+    """Loops with wgmma products, also inner ones: instructions, products, and N of a product."""
+    code, labels = _instructions(disassembly)
+    found = []
+    for begin, stop in _backward(code, labels):
+        shapes = [_SHAPE.match(_PREDICATE.sub("", text)) for text in code[begin:stop]]
+        products = [int(shape[1]) for shape in shapes if shape]
+        if products:
+            found.append((stop - begin, len(products), products[0]))
+    return found
+
+
 def _instructions(disassembly: str) -> tuple[list[str], dict[str, int]]:
     """Instructions in order, predicates and all, and the place that each label names."""
     code: list[str] = []
@@ -115,22 +127,26 @@ def _opcode(text: str) -> str:
 
 
 def _loops(code: Sequence[str], labels: dict[str, int]) -> list[tuple[int, int]]:
-    """Outermost loops as [begin, stop): backward branches, except those that wait for a barrier."""
+    """Outermost loops as [begin, stop)."""
+    outermost: list[tuple[int, int]] = []
+    for loop in sorted(_backward(code, labels), key=lambda loop: (loop[0], -loop[1])):
+        if not outermost or loop[0] >= outermost[-1][1]:
+            outermost.append(loop)
+    return outermost
+
+
+def _backward(code: Sequence[str], labels: dict[str, int]) -> list[tuple[int, int]]:
+    """Loops as [begin, stop): backward branches, except those that wait for a barrier."""
     found = []
     for i, text in enumerate(code):
         target = re.search(r"`\((\.L_x_\d+)\)", text)
         if _opcode(text) != "BRA" or target is None:
             continue
-        begin = labels[target[1]]
+        begin = labels.get(target[1], i)
         spins = i - begin < SPIN and any("TRYWAIT" in code[j] for j in range(begin, i))
         if begin < i and not spins:
             found.append((begin, i + 1))
-    found.sort(key=lambda loop: (loop[0], -loop[1]))
-    outermost: list[tuple[int, int]] = []
-    for loop in found:
-        if not outermost or loop[0] >= outermost[-1][1]:
-            outermost.append(loop)
-    return outermost
+    return found
 
 
 def _section(code: Sequence[str]) -> Section:

@@ -26,14 +26,14 @@ using cute::_0;
 using cute::_1;
 using cute::Int;
 
-// Two warp groups compute: together on the largest tile (cooperative), alternately on the others, where one runs its
-// main loop while the other stores (pingpong). Tiles of 128 filters form clusters of two multiprocessors, which
-// read the filters once for both.
+// Two warp groups compute: together on tiles of 256 pixels (cooperative), alternately on the others, where one runs its
+// main loop while the other stores (pingpong). Tiles of 256 pixels or 128 filters form clusters of two multiprocessors,
+// which read the filters once for both.
 template <int TILE>
 struct Tile {
   static constexpr int kPixels = kTiles[TILE].m, kFilters = kTiles[TILE].n;
   static constexpr bool kCooperative = kPixels == 256;
-  using Cluster = cute::Shape<Int<kFilters == 128 ? 2 : 1>, _1, _1>;
+  using Cluster = cute::Shape<Int<kFilters == 128 || kCooperative ? 2 : 1>, _1, _1>;
   // A step is 64 channels of one tap. The shape is nested because the GEMM's depth is (C, S, R).
   using Shape = cute::Shape<Int<kPixels>, Int<kFilters>, cute::Shape<Int<64>>>;
 };
@@ -266,6 +266,7 @@ cudaError_t run(const ConvForward& a, int tile, cudaStream_t stream) {
     case 1: return run_tile<T, 1>(a, stream);
     case 2: return run_tile<T, 2>(a, stream);
     case 3: return run_tile<T, 3>(a, stream);
+    case 4: return run_tile<T, 4>(a, stream);
   }
   return cudaErrorInvalidValue;
 }

@@ -14,7 +14,8 @@ struct TileName {
 namespace sm90 {
 
 constexpr TileName kTiles[] = {
-    {256, 128, "256x128x64"}, {128, 128, "128x128x64"}, {128, 64, "128x64x64"}, {64, 64, "64x64x64"}};
+    {256, 128, "256x128x64"}, {256, 64, "256x64x64"}, {128, 128, "128x128x64"}, {128, 64, "128x64x64"},
+    {64, 64, "64x64x64"}};
 
 // The kernels of one dtype; each dtype is compiled in a separate file.
 template <Dtype DTYPE>
