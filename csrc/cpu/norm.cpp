@@ -186,7 +186,8 @@ std::pair<OptTensor, OptTensor> scale_and_shift(const Tensor& x, const BatchNorm
     return {scale, shift};
   }
   if (norm.channels() == 0) return {};
-  const auto all = [&](double value) { return at::full({norm.channels()}, value, x.options().dtype(accumulate_type(x))); };
+  const auto options = x.options().dtype(accumulate_type(x));
+  const auto all = [&](double value) { return at::full({norm.channels()}, value, options); };
   const Tensor scale = norm.weight ? wide(norm.weight).clone() : all(1);
   Tensor shift = norm.bias ? wide(norm.bias).clone() : all(0);
   if (norm.conv_bias) shift.addcmul_(wide(norm.conv_bias), scale);

@@ -79,9 +79,8 @@ def conv_bn_act(
 ) -> Tensor:
     """`reference.conv_bn_act` in one kernel launch if the norm is folded (`bn_fold`), else in two.
 
-    A wider dtype of w takes one more. If a tuning table says that it is faster, or with
-    RESNET_FAST_TRITON_CONV=library, PyTorch's convolution (cuDNN on a GPU) and one pass over its
-    output run instead.
+    A wider dtype of w takes one more. Where a tuning table, the rule of `forward_plans` or
+    RESNET_FAST_TRITON_CONV chooses it, cuDNN convolves instead.
     """
     vectors = bias, bn_weight, bn_bias, running_mean, running_var
     scale, shift = _scale_and_shift(x, vectors, eps)

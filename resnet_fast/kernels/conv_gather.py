@@ -193,8 +193,8 @@ def by_pointers(x: Tensor, w: Tensor, conv: Conv, f: Fusion, y: Tensor) -> Tenso
     elif precision(x) == "ieee":
         configs = IEEE_CONFIGS
     else:
-        plain = f.in_scale is None and not f.stats  # others spill on sm_100 with 256 pixels
-        wide = POINTER_CONFIGS if plain else POINTER_CONFIGS[1:]
+        # With a prologue or moments 256 pixels spill on sm_100.
+        wide = POINTER_CONFIGS if f.plain else POINTER_CONFIGS[1:]
         configs = FLAT_CONFIGS if flat_channels else wide
 
 

@@ -63,6 +63,11 @@ class Fusion(NamedTuple):
     stats: bool = False
 
     @property
+    def plain(self) -> bool:
+        """Whether neither a prologue nor moments take registers beside the tile."""
+        return self.in_scale is None and not self.stats
+
+    @property
     def vectors(self) -> tuple[Tensor | None, ...]:
         """The channel vectors in the order in which the kernels take them."""
         return self[:4]
@@ -154,8 +159,7 @@ def forward_plans(x: Tensor, w: Tensor, conv: Conv, f: Fusion, training: bool) -
 
 def forward_configs(f: Fusion, filters: int, shared: int) -> Configs:
     """Tiles of `conv_tma`: with a prologue or moments no wide ones, which would spill on sm_100."""
-    plain = f.in_scale is None and not f.stats
-    return eligible(CONFIGS if plain else NARROW, filters, shared)
+    return eligible(CONFIGS if f.plain else NARROW, filters, shared)
 
 
 def backward_plans(x: Tensor, w: Tensor, conv: Conv) -> Plans:

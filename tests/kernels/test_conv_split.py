@@ -10,6 +10,7 @@ import torch
 from judge import judge
 from test_kernels import DEVICE, ROOT, Launches
 
+from bench.estimate import GPUS
 from bench.layers import layers_of
 from resnet_fast import kernels
 from resnet_fast.kernels import (
@@ -194,18 +195,32 @@ def test_rule_takes_the_least_estimated_time():
 GEMM = conv_cost.Gemm(50176, 256, 9, 256, 1, 2, 4096)
 
 
+def estimated(gemm):
+    return conv_cost.microseconds((128, 128, 64, 8, 3, 1), gemm, 132, 227 << 10)
+
+
 @pytest.mark.parametrize(
-    ("change", "grows"),
-    [({"pixels": 100352}, 2.0), ({"taps": 18}, 2.0), ({"channels": 512}, 2.0), ({"groups": 2}, 2.0),
-     ({"residual": True}, 1.1), ({"stats": True}, 1.1)],
-)  # fmt: skip
-def test_more_work_takes_longer(change, grows):
-    """In proportion, if all multiprocessors have many tiles."""
-    one, more = (
-        conv_cost.microseconds((128, 128, 64, 8, 3, 1), gemm, 132, 227 << 10)
-        for gemm in (GEMM, GEMM._replace(**change))
-    )
-    assert 0.8 * grows < more / one < 1.2 * grows or (more > one and grows < 2)
+    "change", [{"pixels": 100352}, {"taps": 18}, {"channels": 512}, {"groups": 2}], ids=str
+)
+def test_twice_the_work_takes_twice_as_long(change):
+    """If all multiprocessors have many tiles."""
+    assert 1.6 < estimated(GEMM._replace(**change)) / estimated(GEMM) < 2.4
+
+
+@pytest.mark.parametrize("more", ["residual", "stats"])
+def test_an_epilogue_takes_time(more):
+    """Where there are few steps before it."""
+    short = GEMM._replace(taps=1, channels=64)
+    assert estimated(short._replace(**{more: True})) > 1.2 * estimated(short)
+
+
+def test_constants_are_the_clocks():
+    clock = GPUS["h200"]
+    assert (conv_cost.PACE, conv_cost.CLOCK) == (clock.warp_cycles, clock.clock / 1e6)
+    assert (conv_cost.MEMORY, conv_cost.L2) == (clock.bytes_per_s / 1e6, clock.l2_bytes_per_s / 1e6)
+    assert (conv_cost.FIRST_LOAD, conv_cost.LOAD) == (clock.first_load_us, clock.load_us)
+    assert (conv_cost.SMALL, conv_cost.GAP) == (clock.small_us, clock.gap_us)
+    assert (conv_cost.REGISTERS, conv_cost.THREADS) == (clock.registers, clock.threads)
 
 
 def test_measured_tiles_of_an_h200():
