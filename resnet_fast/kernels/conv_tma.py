@@ -93,8 +93,11 @@ def conv_affine_act_tma_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     begin, end = share(R * S * c_tiles, tl.program_id(1), SPLIT)
     for i in range(begin, end):
-        tap = i // c_tiles
-        c0 = i % c_tiles * BLOCK_K
+        if R * S == 1:
+            tap, c0 = 0, i * BLOCK_K
+        else:
+            tap = i // c_tiles
+            c0 = i % c_tiles * BLOCK_K
         h = tap // S * DILATION_H - PAD_H
         v = tap % S * DILATION_W - PAD_W
         if STRIDE == 1:

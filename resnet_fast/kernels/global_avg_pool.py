@@ -12,8 +12,8 @@ from .launch import launch
 from .sizes import cdiv
 from .tile_math import sum_rows, widen
 
-CONFIGS = ((64, 4), (128, 4), (64, 2))  # channels per tile, warps
-BLOCK_P = 16
+CONFIGS = ((32, 2), (64, 2), (64, 4))  # channels per tile, warps
+BLOCK_P = 32
 
 
 @triton.jit
