@@ -116,6 +116,11 @@ def _gemm_steps(a: Mapping[str, Any]) -> int:
     return cdiv(a["R"] * a["S"] * a["c_tiles"], a["SPLIT"])
 
 
+def _source_steps(a: Mapping[str, Any]) -> int:
+    """Steps of the projection in a convolution's launch; 0 without one."""
+    return 0 if a.get("source") is None else cdiv(a["source_tiles"], a["SPLIT"])
+
+
 def _pointer_steps(a: Mapping[str, Any]) -> int:
     if a["FLAT_CHANNELS"]:
         return cdiv(a["R"] * a["S"] * a["FLAT_CHANNELS"], a["BLOCK_K"])
@@ -152,11 +157,13 @@ def moved(one: Launch) -> int:
     """Bytes of a launch: each tensor once. A 1x1 filter with stride 2 reads one pixel of four."""
     total = sum(_bytes(t) for t in one.tensors)
     a = one.arguments
+    strided = []
     if one.name in ("conv_affine_act_tma_kernel", "conv_wgrad_kernel") and a["STRIDE"] == 2:
         if a["R"] == a["S"] == 1:
-            x = getattr(a["x"], "base", a["x"])
-            total -= x.numel() * x.element_size() * 3 // 4
-    return total
+            strided.append(a["x"])
+    if _source_steps(a) and a["SOURCE_STRIDE"] == 2:
+        strided.append(a["source"])
+    return total - sum(_bytes(t) * 3 // 4 for t in tensors_in(strided))
 
 
 def _bytes(t: torch.Tensor) -> int:
@@ -175,7 +182,8 @@ def flops(one: Launch) -> int:
     taps = a["R"] * a["S"]
     if one.name == "conv_affine_act_kernel":
         return 2 * a["pixels"] * one.grid[1] * a["filters"] * taps * a["channels"]
-    return 2 * a["N"] * a["P"] * a["Q"] * a["filters"] * taps * a["channels"]
+    depth = taps * a["channels"] + (a["source_channels"] if _source_steps(a) else 0)
+    return 2 * a["N"] * a["P"] * a["Q"] * a["filters"] * depth
 
 
 def through_l2(one: Launch, trips: int) -> int:
@@ -195,9 +203,10 @@ def through_l2(one: Launch, trips: int) -> int:
     elif one.name == "conv_wgrad_kernel":
         rows, columns, depth = min(a["BLOCK_M"], filters), min(a["BLOCK_N"], channels), box
     operands = {"conv_dgrad_kernel": ("dy", "z", "w"), "conv_wgrad_kernel": ("dy", "z", "x")}
-    names = operands.get(one.name, ("x", "w"))
+    names = operands.get(one.name, ("x", "w", "source", "source_w"))
     x = getattr(a[names[0]], "base", a[names[0]])
-    tile = (rows * (len(names) - 1 - (a.get("z") is None and "z" in names)) + columns) * depth
+    inputs = 2 if "z" in names and a.get("z") is not None else 1
+    tile = (rows * inputs + columns) * depth
     others = [t for name, t in a.items() if name not in names and t is not None]
     rest = sum(t.numel() * t.element_size() for t in tensors_in(others))
     return math.prod(one.grid) * trips * tile * x.element_size() + rest
@@ -212,8 +221,13 @@ class Cycles:
     pipe: str
 
 
-def program(code: Compiled, warps: int, trips: int, load_us: float, gpu: Gpu) -> Cycles:
-    """Cycles of a kernel with `trips` loop trips; load_us is the latency of a dependent load."""
+def program(
+    code: Compiled, warps: int, trips: int, load_us: float, gpu: Gpu, first: int = 0
+) -> Cycles:
+    """Cycles of a kernel with `trips` loop trips; load_us is the latency of a dependent load.
+
+    first: trips of the loop before it.
+    """
     s, share = code.sass, warps / SCHEDULERS
     pace = max(share, gpu.warp_cycles)  # cycles per instruction of a program alone
 
@@ -225,8 +239,11 @@ def program(code: Compiled, warps: int, trips: int, load_us: float, gpu: Gpu) ->
             "tensor": section.tensor * share,
         }
 
-    before, loop, after = map(pipes, (s.before, s.loop, s.after))
-    total = {name: before[name] + trips * loop[name] + after[name] for name in loop}
+    before, loop, after, sooner = map(pipes, (s.before, s.loop, s.after, s.first))
+    total = {
+        name: before[name] + first * sooner[name] + trips * loop[name] + after[name]
+        for name in loop
+    }
     pipe = max(total, key=total.__getitem__)
     trip = max(*loop.values(), s.loop.issue * pace)
     if s.waits:
@@ -237,6 +254,7 @@ def program(code: Compiled, warps: int, trips: int, load_us: float, gpu: Gpu) ->
     meets = any(name.startswith("ATOM") for name in s.after.opcodes)
     latency = gpu.first_load_us + load_us * s.loads_after + gpu.meeting_us * meets
     ends = max(*before.values(), s.before.issue * pace) + max(*after.values(), s.after.issue * pace)
+    ends += first * max(*sooner.values(), s.first.issue * pace)
     alone = latency * 1e-6 * gpu.clock + ends + trips * trip
     return Cycles(total[pipe], alone, pipe)
 
@@ -267,7 +285,12 @@ def entry(one: Launch, code: Compiled | None, mode: str, gpu: Gpu) -> dict[str, 
         if code.failure:
             raise RuntimeError(f"{one.name} {code.config}: {code.failure}")
         warps = one.options.get("num_warps", 4)
-        trips = TRIPS[one.name](one.arguments) if one.name in TRIPS else 1
+        trips, first = TRIPS[one.name](one.arguments) if one.name in TRIPS else 1, 0
+        if beside := _source_steps(one.arguments):
+            if code.sass.first.issue:
+                first = beside
+            elif trips == 1:  # its one step is straight code, so the loop is the projection's
+                trips = beside
         if code.sass.loop.issue and one.name not in TRIPS:
             raise RuntimeError(f"{one.name}: its loop has no entry in bench.estimate.TRIPS")
         programs = math.prod(one.grid)
@@ -276,12 +299,15 @@ def entry(one: Launch, code: Compiled | None, mode: str, gpu: Gpu) -> dict[str, 
         load_us = gpu.load_us if size > gpu.l2 else gpu.l2_load_us
         if one.name == "bn_fold_kernel":  # a program finds its norm and runs that branch
             code = replace(code, sass=one_branch(code.sass, len(one.arguments["channels"])))
-        cycles = program(code, warps, trips, load_us, gpu)
+        cycles = program(code, warps, trips, load_us, gpu, first)
+        if beside:  # the first load of the second product
+            cycles = replace(cycles, alone=cycles.alone + load_us * 1e-6 * gpu.clock)
         busy, alone = each * cycles.busiest, cdiv(each, resident) * cycles.alone
         took = 1e6 * max(busy, alone) / gpu.clock
         if took > time:
             time, bound = took, cycles.pipe if busy >= alone else "latency"
-        found["l2_mb"] = through_l2(one, trips) / 1e6
+        steps = TRIPS[one.name](one.arguments) + beside if beside else trips
+        found["l2_mb"] = through_l2(one, steps) / 1e6
         if found["l2_mb"] / gpu.l2_bytes_per_s * 1e12 > time:
             time, bound = found["l2_mb"] / gpu.l2_bytes_per_s * 1e12, "L2"
         found |= {
@@ -313,6 +339,8 @@ def family(one: Launch, mode: str) -> str:
     if mode == "train":
         return "fprop"
     filters = f"{a['R']}x{a['S']}"
+    if _source_steps(a):
+        return f"{filters} + projection"
     return filters if a["residual"] is None else f"{filters} + residual"
 
 

@@ -111,6 +111,7 @@ def _step(one: Launch, case: Case, weights: set[tuple[int, ...]]) -> Step:
         stride = a["STRIDE"] if "STRIDE" in a else a["STRIDE_H"]
         said = f"{a['R']}x{a['S']}/{stride} {channels}>{a['filters']} @{height}"
         said += "+res" if a.get("residual") is not None else ""
+        said += "+projection" if a.get("source") is not None else ""
         return Step(MODES.get(one.name, forward), said, kind_of((a["R"], a["S"])), *size)
     if one.name.startswith("aten.convolution"):
         k, c, *filters = next(s for s in shapes if s in weights)

@@ -186,6 +186,8 @@ def conv_cases(
     residual = y if layer.residual else None
     geometry = layer.conv.args()
     yield name, partial(kernels.conv_bn_act, x, w, *norm, residual, layer.relu, EPS, *geometry)
+    if layer.residual:
+        yield f"{name} projection", _projection_case(layer, x, w, norm)
     if name in TRAINED:
         fprop = kernels.conv_fprop
         yield f"{name} stats", partial(fprop, x, w, None, None, True, *geometry)
@@ -194,6 +196,19 @@ def conv_cases(
         yield from gradient_cases(name, x, w, y, geometry)
     if name == SMALL:
         yield from small_cases(f"{name} N=1", layer, dtype)
+
+
+def _projection_case(
+    layer: Layer, x: Tensor, w: Tensor, norm: tuple[Tensor | None, ...]
+) -> Callable[[], Any]:
+    """The end of a block with a projection of stride 2."""
+    from resnet_fast import kernels
+
+    _, (n, k, p, q) = layer.shapes(x.size(0))
+    source, filters = _tensor((n, 128, 2 * p, 2 * q), x.dtype), _tensor((k, 128, 1, 1), x.dtype)
+    affine, geometry = norm[1:3], (*layer.conv.args(), [2, 2])
+    given = x, w, *affine, source, filters, *affine, layer.relu, *geometry
+    return partial(kernels.conv_add_projection, *given)
 
 
 def small_cases(

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import math
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -31,7 +32,7 @@ from bench.ceilings import Ceilings, measure
 from bench.compile import hopper
 from bench.estimate import GPUS
 from bench.floors import PARTS, Schedules, Step, kind_of, launched, total
-from bench.layers import layers_of
+from bench.layers import Layer, layers_of
 from bench.step import Case
 from resnet_fast.blocks import ChainBlock
 from resnet_fast.runtime.options import DEVICES
@@ -46,10 +47,24 @@ def steps_of(model: str, kind: str, n: int, size: int, image: int = 224) -> list
     """The ideal schedule of inference or training ("infer", "train") of `model` on n images.
 
     size: bytes per element. Steps are in order of first appearance, forward before backward.
+    In inference a projection and the convolution that adds it are one step.
     """
     found: Counter[Step] = Counter()
+    layers = Counter(layers_of(model, image))
+    if kind == "infer":
+        for projection in [layer for layer in layers if not layer.relu and not layer.residual]:
+            joined = _adds(projection, layers)
+            if joined is None:
+                continue
+            y = math.prod(projection.shapes(n)[1])  # neither written nor read
+            moved = joined.bytes(n, size) + projection.bytes(n, size) - 2 * y * size
+            name = f"{joined}".replace("+res", "+projection")
+            flops = joined.flops(n) + projection.flops(n)
+            step = Step("infer", name, kind_of(joined.kernel), 1, moved, flops)
+            found[step] += layers[projection]
+            layers[joined] -= layers.pop(projection)
     for mode in MODES[kind]:
-        for layer, count in layers_of(model, image).items():
+        for layer, count in (+layers).items():
             if mode == "dgrad" and layer.channels < 16:
                 continue  # the gradient of an image is not computed
             moved = layer.bytes(n, size, mode)
@@ -58,6 +73,13 @@ def steps_of(model: str, kind: str, n: int, size: int, image: int = 224) -> list
         step = Step(mode, f"{name} {channels}@{side}", "passes", 1, int(n * values * size), 0)
         found[step] += 1
     return [replace(step, count=count) for step, count in found.items()]
+
+
+def _adds(projection: Layer, layers: Iterable[Layer]) -> Layer | None:
+    """The layer that adds the projection as its residual."""
+    y = projection.filters, projection.out_size
+    own = (one for one in layers if one.residual and (one.filters, one.out_size) == y)
+    return next(own, None)
 
 
 Pass = tuple[str, str, int, int, float]

@@ -2,8 +2,8 @@
 
 `read` takes the output of `nvdisasm` for one kernel and counts the instructions of the hot path:
 those from the entry to the last EXIT. Code after it is cold (barrier retries, slow paths of a
-division). The main loop is the loop with tensor-core instructions; without them all loops count as
-one. Both sides of a branch within a section are counted.
+division). The main loop is the loop with the most tensor-core instructions, the last of equal ones;
+without them all loops count as one. Both sides of a branch within a section are counted.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ class Sass:
     waits: whether the loop waits for its matrix products before it continues (`wait_group 0`).
     hidden: instructions of the loop issued while its products run: those between a product and the
     next such wait, or all of them without a wait. pipelined: whether its loads are asynchronous
-    (TMA or cp.async). loads_after: whether the code after the loop loads from memory.
+    (TMA or cp.async). loads_after: whether the code after the loop loads from memory. first: an
+    equal loop before the main one, as of a kernel of two matrix products; not part of `before`.
     """
 
     before: Section
@@ -66,6 +67,7 @@ class Sass:
     waits: bool
     pipelined: bool
     loads_after: bool
+    first: Section = Section()
 
 
 def read(disassembly: str) -> Sass:
@@ -77,13 +79,16 @@ def read(disassembly: str) -> Sass:
     code = code[: end + 1]
     loops = _loops(code, labels)
     multiplying = [loop for loop in loops if _tensor(code[slice(*loop)])]
-    main = loops
+    main, earlier = loops, []
     if multiplying:
-        main = [max(multiplying, key=lambda loop: _tensor(code[slice(*loop)]))]
+        most = max(_tensor(code[slice(*loop)]) for loop in multiplying)
+        *earlier, last = [loop for loop in multiplying if _tensor(code[slice(*loop)]) == most]
+        main = [last]
     inside = [i for begin, stop in main for i in range(begin, stop)]
     first = main[0][0] if main else len(code)
     within = set(inside)
-    before = [i for i in range(first) if i not in within]
+    sooner = [i for begin, stop in earlier for i in range(begin, stop)]
+    before = [i for i in range(first) if i not in within and i not in set(sooner)]
     after = [i for i in range(first, len(code)) if i not in within]
     if not main:  # no loop: the code after the last product is the epilogue
         last = max((i for i, text in enumerate(code) if _opcode(text) in TENSOR), default=-1) + 1
@@ -95,6 +100,7 @@ def read(disassembly: str) -> Sass:
         *map(_section, parts), hidden, waits,
         pipelined=bool(loading & {"LDGSTS", "UTMALDG"}) or "LDG" not in loading,
         loads_after=_tensor(code) > 0 and any(_opcode(text) in LOADS for text in parts[2]),
+        first=_section([code[i] for i in sooner]),
     )  # fmt: skip
 
 

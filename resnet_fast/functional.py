@@ -347,7 +347,7 @@ def _run(
     convolution (pre-activation) and a pool take separate launches.
     """
     n, impl, pool = len(chain.convs), chain.impl, chain.pool
-    h, start = x, chain.norms[0]
+    h, start, projection = x, chain.norms[0], chain.projection
     skip = x if chain.shortcut == "identity" else residual
 
     def convolve(i: int, h: Tensor, skip: Tensor | None, relu: bool) -> Tensor:
@@ -357,6 +357,13 @@ def _run(
             h, conv.weight, conv.bias, *params, skip, relu, norm.eps if norm else 0.0,
             *chain.all_convs[i].args(), impl,
         )  # fmt: skip
+        return y.contiguous(memory_format=memory_format(x, tensors.convs[0].weight))
+
+    def join(h: Tensor, source: Tensor, projection: Conv) -> Tensor:
+        """The last convolution and the projection of `source`, whose norms are folded."""
+        both = [(tensors.convs[i].weight, *tensors.norms[i + 1][:2]) for i in (n - 1, n)]
+        geometry = *chain.convs[-1].args(), list(projection.stride)
+        y = ops.conv_add_projection(h, *both[0], source, *both[1], chain.relu, *geometry, impl)
         return y.contiguous(memory_format=memory_format(x, tensors.convs[0].weight))
 
     if start is not None:
@@ -372,14 +379,24 @@ def _run(
     elif n == 0:
         assert skip is not None  # Chain checks it
         return ops.add_relu(x, skip, False, impl)[0] if chain.relu else x + skip
-    if chain.projection is not None:
-        skip = convolve(n, h, None, False)
+    source = h
+    if projection is not None and folded and _pointwise(projection, tensors.convs[n].weight):
+        for j in range(n - 1):
+            h = convolve(j, h, None, True)
+        return join(h, source, projection)
+    if projection is not None:
+        skip = convolve(n, source, None, False)
     for j in range(n):
         last = j == n - 1
         h = convolve(j, h, skip if last else None, chain.relu if last else True)
     if n == 0 or pool is None:
         return h
     return ops.bn_relu_max_pool(h, None, None, *pool.args(), False, impl)[0]
+
+
+def _pointwise(conv: Conv, weight: Tensor) -> bool:
+    """Whether a projection is 1x1 without padding or groups, as `conv_add_projection` takes it."""
+    return conv == Conv(conv.stride) and weight.shape[2:] == (1, 1)
 
 
 def _folded(chains: Sequence[Chain], x: Tensor, given: Sequence[Tensors]) -> list[Tensors]:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..runtime import settings
-from ..spec import reference
+from ..spec import in_two, reference
 from ..spec.chain import IMPLS
 from ..spec.dtypes import NATIVE_DTYPES
 from ..spec.layout import memory_format
@@ -29,6 +29,7 @@ from . import auto_impl
 from .op_checks import checked
 
 REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps ."
+IN_TWO = {"conv_add_projection": "conv_bn_act"}  # op → the native op that it calls twice
 SOURCE = Path(__file__).resolve().parents[2]
 IN_SOURCE = (
     "if resnet_fast is installed, run Python from another folder; "
@@ -153,7 +154,7 @@ def refusal(impl: str, op: str, device: str, dtype: torch.dtype) -> str | None:
             names = ", ".join(str(d).removeprefix("torch.") for d in NATIVE_DTYPES[device])
             given = str(dtype).removeprefix("torch.")
             return f"the native {device} kernels support {names}, not {given}"
-        if not hasattr(native_ops(), op):
+        if not hasattr(native_ops(), IN_TWO.get(op, op)):
             return f"there is no native kernel for {op}"
         return None
     module, why = triton_module()
@@ -164,6 +165,9 @@ def _function(impl: str, op: str) -> Callable[..., Any]:
     if impl == "reference":
         return getattr(reference, op)
     if impl == "native":
+        if op in IN_TWO:
+            part = getattr(native_ops(), IN_TWO[op]).default
+            return functools.partial(getattr(in_two, op), part)
         return getattr(native_ops(), op).default
     return checked(triton_module()[0].OPS[op])
 

@@ -39,6 +39,8 @@ def work(op: str, args: Sequence[Any]) -> Work:
         return Work(moved, 2 * meta[0].numel() * meta[1][0].numel() * (args[-2] + args[-1]))
     if op in ("conv_fprop", "conv_bn_act"):
         return Work(moved, 2 * results[0].numel() * meta[1][0].numel())
+    if op == "conv_add_projection":  # x, w, scale, shift, source, source_w
+        return Work(moved, 2 * results[0].numel() * (meta[1][0].numel() + meta[5][0].numel()))
     return Work(moved, 0)
 
 

@@ -38,10 +38,19 @@ def register(counter: ModuleType) -> None:
             out_val=tuple(out_shape),
         )  # fmt: skip
 
+    def projected(
+        x: Shape, w: Shape, scale: Any, shift: Any, source: Shape, source_w: Shape, *_: Any,
+        out_shape: Any, **__: Any,
+    ) -> int:  # fmt: skip
+        return sum(counter.conv_flop_count(*of, out_shape) for of in ((x, w), (source, source_w)))
+
     def nothing(*_: Any, **__: Any) -> int:
         return 0
 
-    formulas = {"conv_fprop": forward, "conv_bn_act": forward, "conv_bprop": backward}
+    formulas = {
+        "conv_fprop": forward, "conv_bn_act": forward, "conv_bprop": backward,
+        "conv_add_projection": projected,
+    }  # fmt: skip
     for name in NAMES:
         op = getattr(torch.ops.resnet_fast, name)
         if op not in counter.flop_registry:

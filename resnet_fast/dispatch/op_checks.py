@@ -22,8 +22,9 @@ from ..spec.layout import is_channels_last, mask_shape, memory_format
 # strides; W filters; BITS the ReLU mask of another argument, one bit per value; C and K vectors in
 # the dtype of statistics, one value per input or output channel; PARAMETER one value per output
 # channel, of any dtype; Y_BYTES one byte per output value; NORMS a list of five parameters or None
-# per norm, of one size. Output: of the convolution or pool.
-X, Y, Y_STRIDED, W, BITS, C, K, PARAMETER, Y_BYTES, NORMS = range(10)
+# per norm, of one size; SOURCE activations whose 1x1 convolution has the output's shape. Output: of
+# the convolution or pool.
+X, Y, Y_STRIDED, W, BITS, C, K, PARAMETER, Y_BYTES, NORMS, SOURCE = range(11)
 
 _NORM = dict.fromkeys(("bias", "bn_weight", "bn_bias", "running_mean", "running_var"), PARAMETER)
 ARGUMENTS = {
@@ -51,11 +52,16 @@ ARGUMENTS = {
         "in_act": X, "residual": X, "residual_mask": BITS,
     },
     "conv_bn_act": {"x": X, "w": W, **_NORM, "residual": Y_STRIDED},
+    "conv_add_projection": {
+        "x": X, "w": W, "scale": K, "shift": K,
+        "source": SOURCE, "source_w": W, "source_scale": K, "source_shift": K,
+    },
 }  # fmt: skip
 MASK_OF = {"mask": "dy", "dy_mask": "dy", "residual_mask": "residual"}
 TOGETHER = (  # all of them or none
     ("in_scale", "in_shift"), ("in_mean", "in_rstd"), ("res_scale", "res_shift"),
     ("scale", "shift"), ("mean", "rstd"), ("running_mean", "running_var"),
+    ("source_scale", "source_shift"),
     ("z", "mean", "b", "c"), ("residual", "res_mean", "res_rstd"),
 )  # fmt: skip
 NEEDS = {  # argument → the argument that it requires
@@ -123,6 +129,17 @@ def _wrong(name: str, what: str, expected: Any, got: Any) -> None:
     raise ValueError(said.replace("torch.", ""))
 
 
+def _check_projection(source: Tensor, w: Tensor, stride: tuple[int, ...], output: Any) -> None:
+    """Raise ValueError unless the 1x1 convolution of source has the shape `output`."""
+    if source.dim() != 4:
+        _wrong("source", "shape", "[N, C, H, W]", tuple(source.shape))
+    if w.shape[2:] != (1, 1):
+        _wrong("source_w", "shape", "[K, C, 1, 1]", tuple(w.shape))
+    given = Conv(stride).output_shape(source.shape, w.shape, "source_w")
+    if given != tuple(output):
+        _wrong("source", "projection of shape", tuple(output), given)
+
+
 def checked(run: Callable[..., Any]) -> Callable[..., Any]:
     """The op `run` with checks: ValueError names the op, the argument and what was expected."""
     op, names = run.__name__, list(inspect.signature(run).parameters)
@@ -159,6 +176,11 @@ def checked(run: Callable[..., Any]) -> Callable[..., Any]:
             shapes[K] = shapes[PARAMETER] = w.shape[:1]
             either = x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
             formats[Y] = _order(args[0]) if either else formats[X]
+        if "source" in names:
+            source, w = args[position["source"]], args[position["source_w"]]
+            stride = tuple(args[position["source_stride"]])
+            shapes[SOURCE], formats[SOURCE] = source.shape, formats[Y]
+            _check_projection(source, w, stride, shapes[Y])
         if "kernel" in names:
             at = position["kernel"]
             shapes[Y] = Pool(*(tuple(v) for v in args[at : at + 3])).output_shape(x.shape)

@@ -27,7 +27,8 @@ LIBRARY = torch.library.Library("resnet_fast", "DEF")
 NAMES: list[str] = []
 IMPLEMENTATIONS: dict[Any, Callable[..., Any]] = {}  # operator → function that runs it
 CONVOLUTIONS = {"conv_fprop": 5, "conv_bprop": 16, "conv_bn_act": 10}  # index of geometry
-RESIDUALS = {"conv_fprop": None, "conv_bn_act": 6}  # index of residual, counted after x
+# index of the residual or its source, counted after x
+RESIDUALS = {"conv_fprop": None, "conv_bn_act": 6, "conv_add_projection": 3}
 _WINDOWS = "int[2] kernel, int[2] stride, int[2] padding"
 _GEOMETRY = "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups"
 
@@ -257,5 +258,18 @@ def conv_bprop(
 def conv_bn_act(
     x, w, bias, bn_weight, bn_bias, running_mean, running_var, residual, relu, eps,
     stride, padding, dilation, groups, impl,
+):  # fmt: skip
+    return _conv_output(x, w, stride, padding, dilation)
+
+
+@_op(
+    "conv_add_projection(Tensor x, Tensor w, Tensor? scale, Tensor? shift, Tensor source, "
+    "Tensor source_w, Tensor? source_scale, Tensor? source_shift, bool relu, "
+    f"{_GEOMETRY}, SymInt[2] source_stride)",
+    "Tensor",
+)
+def conv_add_projection(
+    x, w, scale, shift, source, source_w, source_scale, source_shift, relu,
+    stride, padding, dilation, groups, source_stride, impl,
 ):  # fmt: skip
     return _conv_output(x, w, stride, padding, dilation)

@@ -22,7 +22,7 @@ from .bn_act_bwd import add_relu_bwd, bn_act_bwd_apply, bn_act_bwd_reduce
 from .bn_finalize import bn_bwd_finalize, bn_finalize
 from .bn_fold import bn_fold
 from .bn_stats import bn_stats
-from .conv import conv_bn_act
+from .conv import conv_add_projection, conv_bn_act
 from .conv_train import conv_bprop, conv_fprop
 from .global_avg_pool import global_avg_pool
 from .launch import INTERPRETING
@@ -32,8 +32,8 @@ OPS = {
     f.__name__: f
     for f in (
         add_relu, add_relu_bwd, bn_act, bn_act_bwd_apply, bn_act_bwd_reduce, bn_bwd_finalize,
-        bn_finalize, bn_fold, bn_relu_max_pool, bn_stats, conv_bn_act, conv_bprop, conv_fprop,
-        global_avg_pool, max_pool_bwd,
+        bn_finalize, bn_fold, bn_relu_max_pool, bn_stats, conv_add_projection, conv_bn_act,
+        conv_bprop, conv_fprop, global_avg_pool, max_pool_bwd,
     )
 }  # fmt: skip
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..spec import in_two
 from ..spec.chain import Conv
 from ..spec.dtypes import stats_dtype
 from ..spec.layout import memory_format
@@ -21,7 +22,17 @@ from .bn_act import bn_act
 from .bn_fold import bn_fold
 from .config_select import Config
 from .conv_gather import by_pointers
-from .conv_plan import CUDNN, LIBRARY, Fusion, forward_plans, key, refuse_tma
+from .conv_plan import (
+    CUDNN,
+    FUSED,
+    LIBRARY,
+    Fusion,
+    Source,
+    forward_plans,
+    key,
+    projection_plans,
+    refuse_tma,
+)
 from .conv_tma import by_descriptors
 
 
@@ -98,6 +109,45 @@ def conv_bn_act(
     where = key(x, w, conv, fusion)
     plans, rule, why = forward_plans(x, filters, conv, fusion, training=False)
     return start(config_select.choose("conv_bn_act", where, plans, rule, x, start, why))
+
+
+def conv_add_projection(
+    x: Tensor,
+    w: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    source: Tensor,
+    source_w: Tensor,
+    source_scale: Tensor | None,
+    source_shift: Tensor | None,
+    relu: bool,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    source_stride: list[int],
+) -> Tensor:
+    """`reference.conv_add_projection` in one kernel launch, or by two of `conv_bn_act`.
+
+    Which of them, a tuning table or the rule of `projection_plans` chooses.
+    """
+    conv = Conv(tuple(stride), tuple(padding), tuple(dilation), groups)
+    w, source_w = w.to(x.dtype), source_w.to(x.dtype)
+    source_w = source_w.contiguous(memory_format=torch.channels_last)
+    projection = Source(source, source_w, source_stride[0], source_scale, source_shift)
+    fusion = Fusion(scale, shift, relu=relu, source=projection)
+
+    def start(plan: Config) -> Tensor:
+        if plan == FUSED:
+            return conv_fused(x, w, conv, fusion)[0]
+        return in_two.conv_add_projection(
+            conv_bn_act, x, w, scale, shift, source, source_w, source_scale, source_shift, relu,
+            stride, padding, dilation, groups, source_stride,
+        )  # fmt: skip
+
+    where = key(x, w, conv, fusion)
+    plans, rule, why = projection_plans(x, w, conv, fusion, tuple(source_stride))
+    return start(config_select.choose("conv_add_projection", where, plans, rule, x, start, why))
 
 
 def _scale_and_shift(

@@ -33,7 +33,7 @@ class Gemm(NamedTuple):
 
     filters and channels are those of one group; size is in bytes per element, rate in FLOP per
     cycle of a multiprocessor. residual and stats: whether the epilogue adds one and computes
-    moments.
+    moments. source: channels of a projection that the kernel adds, or 0.
     """
 
     pixels: int
@@ -45,6 +45,7 @@ class Gemm(NamedTuple):
     rate: int
     residual: bool = False
     stats: bool = False
+    source: int = 0
 
     def tiles(self, config: tuple[int, ...]) -> int:
         """Number of output tiles."""
@@ -53,7 +54,14 @@ class Gemm(NamedTuple):
 
     def steps(self, config: tuple[int, ...]) -> int:
         """Steps over GEMM_K; a configuration gives their length in 2-byte elements."""
-        return self.taps * cdiv(self.channels, config[2] * 2 // self.size)
+        return self.taps * cdiv(self.channels, self._depth(config)) + self.source_steps(config)
+
+    def source_steps(self, config: tuple[int, ...]) -> int:
+        """Those of them that are the projection's."""
+        return cdiv(self.source, self._depth(config))
+
+    def _depth(self, config: tuple[int, ...]) -> int:
+        return config[2] * 2 // self.size
 
 
 @functools.lru_cache(1 << 16)
@@ -66,18 +74,24 @@ def microseconds(config: Config, gemm: Gemm, processors: int, shared: int) -> fl
     values = block_m * block_n // (32 * warps)  # of the tile, per thread
     steps = cdiv(gemm.steps(config), split)
     programs = gemm.tiles(config) * split
+    kept = values * gemm.size // 4 if gemm.source else 0  # the projection, in the dtype of y
     resident = min(
-        REGISTERS // (32 * warps * min(255, values + 48)),
+        REGISTERS // (32 * warps * min(255, values + kept + 48)),
         (shared + 1024) // (min(stages, steps) * step_bytes + 1024),
         THREADS // (32 * warps),
     )
     each = cdiv(programs, processors)
 
     tensor = 2 * block_m * block_n * (block_k * 2 // gemm.size) / gemm.rate
-    step = max(tensor, 117 * PACE) if gemm.taps == 1 else 85 * PACE + max(tensor, 65 * PACE)
-    instructions = (300 if gemm.taps == 1 else 400) + 60 + values * (8 if gemm.residual else 3)
+    own = max(tensor, 117 * PACE)
+    step = own if gemm.taps == 1 else 85 * PACE + max(tensor, 65 * PACE)
+    share = gemm.source_steps(config) / gemm.steps(config)
+    step = share * own + (1 - share) * step
+    beside = gemm.residual or gemm.source > 0
+    instructions = (300 if gemm.taps == 1 else 400) + 60 + values * (8 if beside else 3)
+    instructions += 200 if gemm.source else 0
     ends = instructions * PACE + (16 * values * warps if gemm.stats else 0)
-    alone = FIRST_LOAD + gemm.residual * LOAD + (steps * step + ends) / CLOCK
+    alone = FIRST_LOAD + beside * LOAD + (steps * step + ends) / CLOCK
     busy = (steps * max(tensor, 117 * warps / 4) + instructions * warps / 4) / CLOCK
 
     deep = min(block_k * 2 // gemm.size, gemm.channels)  # beyond them a tile is not loaded
@@ -85,6 +99,7 @@ def microseconds(config: Config, gemm: Gemm, processors: int, shared: int) -> fl
     elements = gemm.pixels * gemm.filters * gemm.groups
     results = elements * gemm.size * (1 + gemm.residual)
     read = (gemm.pixels + gemm.filters * gemm.taps) * gemm.channels * gemm.groups * gemm.size
+    read += (gemm.pixels + gemm.filters) * gemm.source * gemm.size
     through = programs * steps * loaded + results
     if split > 1:
         sums = block_m * block_n * max(gemm.size, 4)

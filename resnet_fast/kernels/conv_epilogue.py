@@ -16,12 +16,34 @@ def prologue(a, scale, shift, c, channels, inside):
 
 
 @triton.jit
+def affine(acc, k, filters, scale, shift):
+    """scale·acc + shift; None arguments are omitted. k is [1, N]."""
+    inside = k < filters
+    if scale is not None and shift is not None:
+        return tl.fma(acc, tl.load(scale + k, inside, 0.0), tl.load(shift + k, inside, 0.0))
+    elif scale is not None:
+        return acc * tl.load(scale + k, inside, 0.0)
+    elif shift is not None:
+        return acc + tl.load(shift + k, inside, 0.0)
+    else:
+        return acc
+
+
+@triton.jit
+def here(x, INTERPRETED: tl.constexpr):
+    """x of 16 bits, computed here: compilers would keep wider values in registers until its use."""
+    if INTERPRETED or x.dtype.primitive_bitwidth != 16:
+        return x
+    else:
+        return tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=2
+        )
+
+
+@triton.jit
 def epilogue(acc, residual, k, filters, scale, shift, RELU: tl.constexpr):
     """relu(scale·acc + shift + residual); None arguments are omitted. k is [1, N]."""
-    inside = k < filters
-    if scale is not None:
-        a, b = tl.load(scale + k, inside, 0.0), tl.load(shift + k, inside, 0.0)
-        acc = tl.fma(acc, a, b)
+    acc = affine(acc, k, filters, scale, shift)
     if residual is not None:
         acc += widen(residual)
     if RELU:

@@ -13,7 +13,7 @@ from ..runtime import settings
 from ..spec.chain import Conv
 from ..spec.layout import memory_format
 from .config_select import Config, Configs
-from .conv_cost import Gemm, microseconds, with_pass
+from .conv_cost import GAP, Gemm, microseconds, with_pass
 from .conv_split import with_splits
 from .launch import INTERPRETING, target
 from .sizes import cdiv, next_power_of_2
@@ -42,8 +42,19 @@ DGRAD_CONFIGS = ((128, 128, 64, 8, 3), (128, 64, 64, 8, 3), (64, 64, 64, 4, 3), 
 WGRAD_CONFIGS = ((128, 128, 64, 8, 3), (128, 64, 64, 8, 3), (64, 64, 64, 4, 3), (64, 32, 64, 4, 3))
 DOUBLE_WGRAD_CONFIGS = ((32, 32, 256, 8, 2),)
 ERROR = 1.1  # of an estimate
-# Forward plans: one launch, cuDNN between separate passes, or cuDNN's own fused launch.
+# Forward plans: one launch; cuDNN between separate passes, or for `conv_add_projection` two calls;
+# cuDNN's own fused launch.
 FUSED, LIBRARY, CUDNN = (1,), (0,), (2,)
+
+
+class Source(NamedTuple):
+    """A residual that is the projection scale·conv1x1(x, w) + shift, with `stride`."""
+
+    x: Tensor
+    w: Tensor
+    stride: int
+    scale: Tensor | None = None
+    shift: Tensor | None = None
 
 
 class Fusion(NamedTuple):
@@ -51,7 +62,8 @@ class Fusion(NamedTuple):
 
     Prologue: x becomes relu(in_scale·x + in_shift); the padding stays zero.
     Epilogue: y = relu(scale·z + shift + residual), and with `stats` the mean and centred second
-    moment of every channel of y as stored. Vectors have the accumulation dtype.
+    moment of every channel of y as stored. Vectors have the accumulation dtype. The residual may
+    instead be the projection of a `source`.
     """
 
     scale: Tensor | None = None
@@ -61,11 +73,12 @@ class Fusion(NamedTuple):
     residual: Tensor | None = None
     relu: bool = True
     stats: bool = False
+    source: Source | None = None
 
     @property
     def plain(self) -> bool:
-        """Whether neither a prologue nor moments take registers beside the tile."""
-        return self.in_scale is None and not self.stats
+        """Whether no prologue, moments or projection take registers beside the tile."""
+        return self.in_scale is None and not self.stats and self.source is None
 
     @property
     def vectors(self) -> tuple[Tensor | None, ...]:
@@ -157,8 +170,42 @@ def forward_plans(x: Tensor, w: Tensor, conv: Conv, f: Fusion, training: bool) -
     return Plans(plans, plans.index(LIBRARY), f"no tensor descriptors: {refusal}")
 
 
+def projection_plans(
+    x: Tensor, w: Tensor, conv: Conv, f: Fusion, stride: tuple[int, ...]
+) -> Plans:
+    """FUSED, one launch for a convolution and the projection of its residual, or LIBRARY, two calls
+    of `conv_bn_act`; `stride` is the projection's.
+
+    Rule: FUSED where tensor descriptors can be used, if its estimated time is shorter.
+    """
+    source = f.source
+    assert source is not None
+    refusal = refuse_tma(x, w, conv) or refuse_tma(source.x, source.w, Conv(stride))
+    if refusal is not None:
+        return Plans((LIBRARY,), 0, f"no tensor descriptors: {refusal}")
+    plans, why = _asked((FUSED, LIBRARY), FUSED)
+    if len(plans) == 1:
+        return Plans(plans, 0, why)
+    n, k, p, q = conv.output_shape(x.shape, w.shape)
+    gpu = target(x)
+
+    def estimate(x: Tensor, w: Tensor, conv: Conv, f: Fusion) -> float:
+        gemm = gemm_of(x, w, conv, f, n * p * q)
+        size = gpu.multiprocessors, gpu.shared
+        configs, rule = with_splits(forward_configs(f, k, gpu.shared), gemm, *size)
+        return microseconds(configs[rule], gemm, *size) + GAP
+
+    one, half = estimate(x, w, conv, f), Fusion(f.scale, f.shift, relu=f.relu)
+    two = estimate(x, w, conv, half._replace(residual=x))
+    two += estimate(source.x, source.w, Conv(stride), half)
+    said = f"estimate {one:.0f} us together, {two:.0f} us in two launches"
+    return Plans(plans, plans.index(FUSED if one <= two else LIBRARY), said)
+
+
 def forward_configs(f: Fusion, filters: int, shared: int) -> Configs:
-    """Tiles of `conv_tma`: with a prologue or moments no wide ones, which would spill on sm_100."""
+    """Tiles of `conv_tma`: with a prologue, moments or a projection no wide ones, which would spill
+    on sm_100.
+    """
     return eligible(CONFIGS if f.plain else NARROW, filters, shared)
 
 
@@ -336,7 +383,7 @@ def gemm_of(x: Tensor, w: Tensor, conv: Conv, f: Fusion, pixels: int) -> Gemm:
     rate = 256 if exact else 4096 * 2 // x.element_size()
     return Gemm(
         pixels, filters // conv.groups, r * s, channels, conv.groups, x.element_size(), rate,
-        f.residual is not None, f.stats,
+        f.residual is not None, f.stats, 0 if f.source is None else f.source.w.size(1),
     )  # fmt: skip
 
 
@@ -350,8 +397,11 @@ def pick(configs: Configs, pixels: int, filters: int, processors: int) -> int:
 
 def key(x: Tensor, w: Tensor, conv: Conv, f: Fusion) -> tuple[Any, ...]:
     """Key of a forward convolution in the tables of tiles and plans."""
+    source = f.source
+    projection = "" if source is None else f"projection{source.w.size(1)}/{source.stride}"
     kinds = (
         ("prologue", f.in_scale), ("residual", f.residual), ("stats", f.stats or None),
+        (projection, source),
     )  # fmt: skip
     return _key(x, w, conv, kinds)
 

@@ -18,13 +18,17 @@ from .tile_math import row_bits, widen
 Box = tuple[int, int, int]
 
 
-def walk(x: Tensor, y: Tensor, w: Tensor, conv: Conv) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def walk(
+    x: Tensor, y: Tensor, w: Tensor, conv: Conv, flat: bool = True
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """[N,H,W,C] of x and [N,P,Q,K] of y as kernels walk them.
 
-    A plain GEMM (1x1, stride 1, no padding) is one image with one row: the pixels of all images.
+    A plain GEMM (1x1, stride 1, no padding) is one image with one row, the pixels of all images, if
+    `flat`: if no other input has strides.
     """
     (n, c, h, width), (_, k, p, q) = x.shape, y.shape
-    if w.size(2) * w.size(3) == 1 and conv.stride == (1, 1) and conv.padding == (0, 0):
+    plain = w.size(2) * w.size(3) == 1 and conv.stride == (1, 1) and conv.padding == (0, 0)
+    if plain and flat:
         return (1, 1, n * h * width, c), (1, 1, n * p * q, k)
     return (n, h, width, c), (n, p, q, k)
 

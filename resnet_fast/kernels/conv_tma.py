@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -10,14 +12,48 @@ from torch import Tensor
 from ..spec.chain import Conv
 from . import config_select
 from .config_select import Config
-from .conv_epilogue import columns, epilogue, prologue, store_moments
-from .conv_plan import Fusion, box_of, forward_configs, gemm_of, key, precision
+from .conv_epilogue import affine, columns, epilogue, here, prologue, store_moments
+from .conv_plan import Fusion, Source, box_of, forward_configs, gemm_of, key, precision
 from .conv_split import is_last, meeting_place, share, sum_of_parts, with_splits
-from .conv_tiles import filter_tiles, input_tiles, output_tiles, walk
-from .launch import all_registers, launch, target
+from .conv_tiles import Box, filter_tiles, input_tiles, output_tiles, walk
+from .launch import INTERPRETING, all_registers, launch, target
 from .sizes import cdiv
 
 STORE_N = 64  # columns of a stored box
+
+
+@triton.jit
+def _products(
+    acc, x, w, in_scale, in_shift, begin, end, n0, p0, q0, k0, H, W, channels, c_tiles,
+    R: tl.constexpr, S: tl.constexpr, STRIDE: tl.constexpr, PAD_H: tl.constexpr,
+    PAD_W: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
+    PRECISION: tl.constexpr, BOX_P: tl.constexpr, BOX_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """acc [M, N] plus the products of steps [begin, end) of GEMM_K, by tap and then by channel."""
+    M: tl.constexpr = acc.shape[0]
+    N: tl.constexpr = acc.shape[1]
+    m = tl.arange(0, M)[:, None]
+    p, q = p0 + m // BOX_Q % BOX_P, q0 + m % BOX_Q
+    for i in range(begin, end):
+        if R * S == 1:
+            tap, c0 = 0, i * BLOCK_K
+        else:
+            tap, c0 = i // c_tiles, i % c_tiles * BLOCK_K
+        h = tap // S * DILATION_H - PAD_H
+        v = tap % S * DILATION_W - PAD_W
+        if STRIDE == 1:
+            a = x.load([n0, p0 + h, 0, q0 + v, c0])
+        else:
+            a = x.load([n0, p0 + (h >> 1), h & 1, q0 + (v >> 1), (v & 1) * channels + c0])
+        b = w.load([k0, tap, c0])
+        a, b = a.reshape(M, BLOCK_K), b.reshape(N, BLOCK_K)
+        if in_scale is not None:
+            row, column = p * STRIDE + h, q * STRIDE + v
+            inside = (row >= 0) & (row < H) & (column >= 0) & (column < W)
+            c = c0 + tl.arange(0, BLOCK_K)[None, :]
+            a = prologue(a, in_scale, in_shift, c, channels, inside)
+        acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
+    return acc
 
 
 @triton.jit
@@ -33,6 +69,10 @@ def conv_affine_act_tma_kernel(
     partial,
     sums,
     counters,
+    source,
+    source_w,
+    source_scale,
+    source_shift,
     N,
     H,
     W,
@@ -40,10 +80,12 @@ def conv_affine_act_tma_kernel(
     Q,
     channels,
     filters,
+    source_channels,
     p_tiles,
     q_tiles,
     k_tiles,
     c_tiles,
+    source_tiles,
     R: tl.constexpr,
     S: tl.constexpr,
     STRIDE: tl.constexpr,
@@ -51,6 +93,7 @@ def conv_affine_act_tma_kernel(
     PAD_W: tl.constexpr,
     DILATION_H: tl.constexpr,
     DILATION_W: tl.constexpr,
+    SOURCE_STRIDE: tl.constexpr,
     RELU: tl.constexpr,
     PRECISION: tl.constexpr,
     BOX_N: tl.constexpr,
@@ -59,22 +102,25 @@ def conv_affine_act_tma_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SPLIT: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):
     """y = relu(scale·conv(φ(x), w) + shift + residual) by tensor descriptors.
 
     Prologue: φ(x) = relu(in_scale·x + in_shift) in registers, before the tensor cores. Epilogue:
     one multiply-add, residual and ReLU per value, 64 columns after another, because the vectors of
     all columns do not fit into the registers. `partial` receives the moments of every tile of y for
-    batch statistics.
+    batch statistics. With `source` the residual is its projection,
+    source_scale·conv1x1(source, source_w) + source_shift, computed first and kept in registers in
+    the dtype of y.
 
     x is described as [N, H, 1, W, C], for stride 2 as its parities [N, H/2, 2, W/2, 2·C]. Thus for
-    a filter tap (r, s) the input of a box of BOX_N × BOX_P × BOX_Q output pixels is a box too.
-    w is [K, R·S, C], residual and y are [N, P, Q, K].
+    a filter tap (r, s) the input of a box of BOX_N × BOX_P × BOX_Q output pixels is a box too; so
+    is source. w is [K, R·S, C], residual and y are [N, P, Q, K].
     Grid: axis 0: one program per box of pixels and BLOCK_N filters, filters fastest, so that
     programs that run together share the input in L2; axis 1: the SPLIT parts of GEMM_K
-    (`conv_split`).
+    (`conv_split`), whose first steps are those of source.
     Bytes moved: x from memory once (its R·S·K/BLOCK_N reads hit L2), w, residual and y once; with a
-    split also the partial sums, into L2 and out of it.
+    split also the partial sums, into L2 and out of it. A projection writes and reads nothing.
     Why: descriptors load elements outside as zero, which is the padding, and do not store them. The
     kernel needs no pointer, mask or division per element. Tiles of up to 128 × 128 take less than
     half of a multiprocessor's registers and shared memory, so that the loads and stores of one
@@ -87,58 +133,84 @@ def conv_affine_act_tma_kernel(
     p0 = box // q_tiles % p_tiles * BOX_P
     n0 = box // q_tiles // p_tiles * BOX_N
     BLOCK_M: tl.constexpr = BOX_N * BOX_P * BOX_Q
-    m = tl.arange(0, BLOCK_M)[:, None]
-    n, p, q = n0 + m // BOX_Q // BOX_P, p0 + m // BOX_Q % BOX_P, q0 + m % BOX_Q
+    WIDTH: tl.constexpr = BLOCK_N if BLOCK_N < 64 else 64
+    COLUMNS: tl.constexpr = BLOCK_N // WIDTH
+    k = k0 + tl.arange(0, WIDTH)[None, :]
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    begin, end = share(R * S * c_tiles, tl.program_id(1), SPLIT)
-    for i in range(begin, end):
-        if R * S == 1:
-            tap, c0 = 0, i * BLOCK_K
-        else:
-            tap = i // c_tiles
-            c0 = i % c_tiles * BLOCK_K
-        h = tap // S * DILATION_H - PAD_H
-        v = tap % S * DILATION_W - PAD_W
-        if STRIDE == 1:
-            a = x.load([n0, p0 + h, 0, q0 + v, c0])
-        else:
-            a = x.load([n0, p0 + (h >> 1), h & 1, q0 + (v >> 1), (v & 1) * channels + c0])
-        b = w.load([k0, tap, c0])
-        a, b = a.reshape(BLOCK_M, BLOCK_K), b.reshape(BLOCK_N, BLOCK_K)
-        if in_scale is not None:
-            row, column = p * STRIDE + h, q * STRIDE + v
-            inside = (row >= 0) & (row < H) & (column >= 0) & (column < W)
-            c = c0 + tl.arange(0, BLOCK_K)[None, :]
-            a = prologue(a, in_scale, in_shift, c, channels, inside)
-        acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
+    steps = R * S * c_tiles
+    if source is not None:
+        steps += source_tiles
+    begin, end = share(steps, tl.program_id(1), SPLIT)
+    skips = ()
+    if source is not None:
+        acc = _products(
+            acc, source, source_w, None, None, begin, min(end, source_tiles), n0, p0, q0, k0, H, W,
+            source_channels, source_tiles, 1, 1, SOURCE_STRIDE, 0, 0, 1, 1, PRECISION, BOX_P, BOX_Q,
+            BLOCK_K,
+        )  # fmt: skip
+        parts = columns(acc)
+        for i in tl.static_range(COLUMNS):
+            if SPLIT == 1:
+                part = affine(parts[i], k + i * WIDTH, filters, source_scale, source_shift)
+                skips += (here(part.to(y.dtype), INTERPRETED),)
+            else:
+                skips += (affine(parts[i], k + i * WIDTH, filters, source_scale, None),)
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        begin, end = max(begin - source_tiles, 0), end - source_tiles
+    acc = _products(
+        acc, x, w, in_scale, in_shift, begin, end, n0, p0, q0, k0, H, W, channels, c_tiles, R, S,
+        STRIDE, PAD_H, PAD_W, DILATION_H, DILATION_W, PRECISION, BOX_P, BOX_Q, BLOCK_K,
+    )  # fmt: skip
 
     if SPLIT > 1:
+        if source is not None:  # one sum of both convolutions; the shifts are added at the end
+            acc = affine(acc, k, filters, scale, None) + skips[0]
         if not is_last(acc, sums, counters, pid, tl.program_id(1), SPLIT):
             return
         acc = sum_of_parts(acc, sums, counters, pid, SPLIT)
+        if source is not None:
+            acc = affine(acc, k, filters, None, source_shift)
     parts = columns(acc)
-    WIDTH: tl.constexpr = BLOCK_N if BLOCK_N < 64 else 64
-    for i in tl.static_range(BLOCK_N // WIDTH):
+    for i in tl.static_range(COLUMNS):
         first = k0 + i * WIDTH
-        k = first + tl.arange(0, WIDTH)[None, :]
         s = None
         if residual is not None:
             s = residual.load([n0, p0, q0, first]).reshape(BLOCK_M, WIDTH)
-        part = epilogue(parts[i], s, k, filters, scale, shift, RELU).to(y.dtype)
+        if source is not None and SPLIT == 1:
+            s = skips[i]
+        a = scale
+        if source is not None and SPLIT > 1:
+            a = None
+        part = epilogue(parts[i], s, k + i * WIDTH, filters, a, shift, RELU).to(y.dtype)
         y.store([n0, p0, q0, first], part.reshape(BOX_N, BOX_P, BOX_Q, WIDTH))
         if partial is not None:
+            m = tl.arange(0, BLOCK_M)[:, None]
+            n, p, q = n0 + m // BOX_Q // BOX_P, p0 + m // BOX_Q % BOX_P, q0 + m % BOX_Q
             inside = (n < N) & (p < P) & (q < Q)
             boxes = tl.num_programs(0) // k_tiles
-            store_moments(partial, part, inside, box, boxes, k, filters, filters)
+            store_moments(
+                partial, part, inside, box, boxes, k + i * WIDTH, filters, filters
+            )
+
+
+def _source_tiles(
+    source: Source, pixels: tuple[int, int, int], box: Box, config: Config
+) -> tuple[tuple[Any, ...], int, int]:
+    """The kernel's arguments for a projected residual, its channels, and their number of tiles."""
+    x, (n, p, q), stride = source.x, pixels, source.stride
+    c, block_n, block_k = x.size(1), config[1], config[2] * 2 // x.element_size()
+    tiles = input_tiles(x, (n, p * stride, q * stride, c), stride, box, block_k)
+    filters = filter_tiles(source.w, block_n, block_k)
+    return (tiles, filters, source.scale, source.shift), c, cdiv(c, block_k)
 
 
 def by_descriptors(x: Tensor, w: Tensor, conv: Conv, f: Fusion, y: Tensor) -> Tensor | None:
     """Compute y in place; returns the moments of its tiles if `f.stats`, else None."""
-    (n, h, width, c), (_, p, q, k) = walk(x, y, w, conv)
     r, s = w.shape[2:]
-    stride = conv.stride[0]
-    gpu = target(x)
+    gpu, stride = target(x), conv.stride[0]
+    whole = f.source is None or f.source.stride == 1
+    (n, h, width, c), (_, p, q, k) = walk(x, y, w, conv, whole)
 
     def start(config: Config) -> Tensor | None:
         partial = None
@@ -152,6 +224,10 @@ def by_descriptors(x: Tensor, w: Tensor, conv: Conv, f: Fusion, y: Tensor) -> Te
         residual = f.residual
         if residual is not None:
             residual = output_tiles(residual, (n, p, q, k), box, columns)
+        beside, source_c, source_tiles, source_stride = (None,) * 4, 1, 0, 1
+        if f.source is not None:
+            beside, source_c, source_tiles = _source_tiles(f.source, (n, p, q), box, config)
+            source_stride = f.source.stride
         sizes, blocks = (n, p, q, k), (*box, block_n)
         grid = [cdiv(*pair) for pair in zip(sizes, blocks, strict=True)]
         boxes = grid[0] * grid[1] * grid[2]
@@ -161,11 +237,11 @@ def by_descriptors(x: Tensor, w: Tensor, conv: Conv, f: Fusion, y: Tensor) -> Te
         meeting = meeting_place(x, programs, block_m, block_n, split)
         launch(
             conv_affine_act_tma_kernel, (programs, split),
-            x_tiles, w_tiles, residual, y_tiles, *f.vectors, partial, *meeting, n, h, width, p, q,
-            c, k, grid[1], grid[2], grid[3],
-            cdiv(c, block_k), r, s, stride, *conv.padding, *conv.dilation, f.relu,
-            precision(x), *box, block_n, block_k, split, num_warps=warps, num_stages=stages,
-            **all_registers(x),
+            x_tiles, w_tiles, residual, y_tiles, *f.vectors, partial, *meeting, *beside,
+            n, h, width, p, q, c, k, source_c, grid[1], grid[2], grid[3], cdiv(c, block_k),
+            source_tiles, r, s, stride, *conv.padding, *conv.dilation, source_stride, f.relu,
+            precision(x), *box, block_n, block_k, split, INTERPRETING, num_warps=warps,
+            num_stages=stages, **all_registers(x),
         )  # fmt: skip
         return partial
 

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import in_two
 from .dtypes import stats_dtype
 from .layout import is_channels_last, mask_shape, memory_format
 
@@ -404,3 +405,30 @@ def conv_bn_act(
         y = y + _wide(residual)
     y = torch.where(y <= 0, 0.0, y) if relu else y
     return y.to(x.dtype).contiguous(memory_format=fmt)
+
+
+def conv_add_projection(
+    x: Tensor,
+    w: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    source: Tensor,
+    source_w: Tensor,
+    source_scale: Tensor | None,
+    source_shift: Tensor | None,
+    relu: bool,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    source_stride: list[int],
+) -> Tensor:
+    """Inference: y = relu(scale·conv(x, w) + shift + s), the end of a block with a projection.
+
+    s = source_scale·conv(source, source_w) + source_shift, with 1x1 filters source_w and without
+    padding. Norms are folded (`bn_fold`), or None.
+    """
+    return in_two.conv_add_projection(
+        conv_bn_act, x, w, scale, shift, source, source_w, source_scale, source_shift, relu,
+        stride, padding, dilation, groups, source_stride,
+    )  # fmt: skip

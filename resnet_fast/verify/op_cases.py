@@ -312,6 +312,23 @@ def _infer(bias=False, norm=True, affine=True, residual=False, relu=True, filter
     return make
 
 
+def projection(stride=1, odd=False, norm=True, relu=True, channels=16, filters=None):
+    """conv_add_projection; odd: the source has the least size that gives y's, else a multiple."""
+
+    def make(draw, conv):
+        n, k, p, q = conv.out_shape
+        vectors = [draw.vector(k) for _ in range(4)] if norm else [None] * 4
+        sizes = [(size - 1) * stride + 1 if odd else size * stride for size in (p, q)]
+        own = Conv((n, channels, *sizes), k, (1, 1))
+        return [
+            draw.activations(conv.shape), draw.filters(conv, filters), *vectors[:2],
+            draw.activations(own.shape), draw.filters(own, filters), *vectors[2:], relu,
+            *conv.geometry, [stride, stride],
+        ]  # fmt: skip
+
+    return make
+
+
 CONVOLUTIONS = {  # variant → arguments for (Draw, Conv)
     "conv_fprop": _fprop(prologue=False, stats=False),
     "conv_fprop:stats": _fprop(prologue=False, stats=True),
@@ -339,6 +356,11 @@ CONVOLUTIONS = {  # variant → arguments for (Draw, Conv)
         kept=[torch.float32, torch.float16, torch.float64, torch.float32, torch.float16],
     ),
     "conv_bn_act:fp32-filters": _infer(residual=True, filters=torch.float32),
+    "conv_add_projection": projection(),
+    "conv_add_projection:stride2": projection(stride=2, channels=64),
+    "conv_add_projection:odd": projection(stride=2, odd=True, relu=False),
+    "conv_add_projection:bare": projection(norm=False, channels=3),
+    "conv_add_projection:fp32-filters": projection(filters=torch.float32),
 }
 
 

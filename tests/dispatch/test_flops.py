@@ -11,7 +11,7 @@ from chain_cases import CHAINS, draw
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 import resnet_fast
-from resnet_fast.dispatch import ops
+from resnet_fast.dispatch import cost_model, ops
 from resnet_fast.functional import add_relu, bn_act, conv_bn_act, global_avg_pool, run_chain
 
 ROOT = Path(__file__).parents[2]
@@ -68,6 +68,16 @@ def test_chain(name, gradients):
             return flops(lambda: function(chain, x, tensors, residual, running))
 
     assert count(run_chain) == count(twins.run_chain)
+
+
+def test_a_projection_in_one_op():
+    """Both convolutions, in the counter and in the cost model."""
+    x, w, source = torch.randn(2, 4, 3, 5), torch.randn(6, 4, 3, 3), torch.randn(2, 7, 6, 10)
+    rest = (None, None, source, torch.randn(6, 7, 1, 1), None, None, True,
+            [1, 1], [1, 1], [1, 1], 1, [2, 2])  # fmt: skip
+    expected = 2 * (2 * 6 * 3 * 5) * (4 * 9 + 7)
+    assert flops(lambda: ops.conv_add_projection(x, w, *rest, "reference")) == expected
+    assert cost_model.work("conv_add_projection", (x, w, *rest)).flop == expected
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])

@@ -24,7 +24,7 @@ from resnet_fast.kernels import (
     launch,
 )
 from resnet_fast.spec import chain, reference
-from resnet_fast.verify.op_cases import CONVOLUTIONS, Conv, Draw
+from resnet_fast.verify.op_cases import CONVOLUTIONS, Conv, Draw, projection
 
 interpreted = pytest.mark.skipif(not launch.INTERPRETING, reason="of the interpreter alone")
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -108,6 +108,31 @@ def test_every_split(large_gpu, take, name, dtype, tma):
         return
     found = {config[-1] for config in take.taken}
     assert found >= ({2} if name == "1x1" else {2, 4, 8})
+    assert not counted().any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("name", ["1x1", "3x3", "one-pixel"])
+def test_every_split_with_a_projection(large_gpu, take, monkeypatch, name, dtype):
+    """Its steps come first: parts have only those, those and the convolution's, or only these."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    draw = Draw(dtype, torch.channels_last, DEVICE)
+    args = projection(stride=2, channels=192)(draw, SHAPES[name])
+    x, w, scale, shift, source, source_w, *affine = args[:8]
+    source_w = source_w.contiguous(memory_format=torch.channels_last)
+    source = conv_plan.Source(source, source_w, 2, *affine)
+    fusion = conv.Fusion(scale, shift, source=source)
+    geometry = chain.Conv(*map(tuple, args[9:12]), args[12])
+
+    def run():
+        return conv.conv_fused(x, w, geometry, fusion, tma=True)[0]
+
+    for i in itertools.count():
+        last = take(i)
+        judge("conv_add_projection", args, f"{name} split {i}", run)
+        if last[0]:
+            break
+    assert {config[-1] for config in take.taken} >= {2, 4}
     assert not counted().any()
 
 

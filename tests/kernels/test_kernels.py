@@ -44,6 +44,7 @@ from resnet_fast.verify.op_cases import (
     Conv,
     Draw,
     op_of,
+    projection,
 )
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -109,6 +110,85 @@ def test_every_configuration_of_a_convolution(choose, dtype, name, tma):
             break
     assert {kernel for kernel, _ in taken} == {"conv_affine_act_tma" if tma else "conv_affine_act"}
     assert len(taken) == taken[0][1] > 1
+
+
+PROJECTED = {  # the convolution, and stride and channels of the residual's projection
+    "1x1": (CONV_SHAPES["1x1"], 1, 24),
+    "1x1-stride2": (CONV_SHAPES["1x1"], 2, 128),
+    "3x3-stride2": (CONV_SHAPES["3x3"], 2, 64),
+    "stride2": (CONV_SHAPES["3x3-stride2"], 1, 136),
+}
+
+
+def projected(name, dtype):
+    """Arguments of conv_add_projection, and the fusion of one launch."""
+    layer, stride, channels = PROJECTED[name]
+    draw = Draw(dtype, torch.channels_last, DEVICE)
+    args = projection(stride=stride, channels=channels)(draw, layer)
+    scale, shift, source, w, source_scale, source_shift = args[2:8]
+    w = w.contiguous(memory_format=torch.channels_last)
+    source = conv_plan.Source(source, w, stride, source_scale, source_shift)
+    return args, conv.Fusion(scale, shift, source=source)
+
+
+@pytest.mark.parametrize("name", PROJECTED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+def test_every_configuration_with_a_projection(choose, dtype, name):
+    args, fusion = projected(name, dtype)
+    geometry = chain.Conv(*map(tuple, args[9:12]), args[12])
+    for i in itertools.count():
+        taken = choose(i)
+        judge(
+            "conv_add_projection", args, f"{name} configuration {i}",
+            lambda: conv.conv_fused(*args[:2], geometry, fusion, tma=True)[0],
+        )  # fmt: skip
+        if i + 1 >= taken[-1][1]:
+            break
+    assert {kernel for kernel, _ in taken} == {"conv_affine_act_tma"}
+    assert len(taken) == taken[0][1] > 1
+
+
+def test_a_projection_is_rounded_as_in_two_launches(monkeypatch):
+    """One launch gives the bits of two: the projection is rounded to the dtype of y."""
+    args, _ = projected("1x1-stride2", torch.float16)
+    results = []
+    for plan in (conv_plan.FUSED, conv_plan.LIBRARY):
+
+        def choose(kernel, key, configs, *rest, plan=plan):
+            return plan if kernel == "conv_add_projection" else configs[0]
+
+        monkeypatch.setattr(config_select, "choose", choose)
+        results.append(kernels.conv_add_projection(*args))
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda args: args, "estimate"),
+        (lambda args: [*args[:4], args[4][:, :, :-1], *args[5:]], "odd size"),
+        (lambda args: [a.double() if torch.is_tensor(a) else a for a in args], "fp64"),
+    ],
+    ids=["even", "odd", "fp64"],
+)
+def test_plans_of_a_projection(monkeypatch, change, why):
+    """One launch where descriptors can be used, else two; either gives the result."""
+    monkeypatch.setattr(launch, "INTERPRETER", launch.Target(90, 132, "interpreter"))
+    args = change(projected("1x1-stride2", torch.float16)[0])
+    said = []
+
+    def rule(kernel, key, configs, rule, x, start, reason=""):
+        said.append((kernel, configs[rule], reason))
+        return configs[rule]
+
+    monkeypatch.setattr(config_select, "choose", rule)
+    with Launches(monkeypatch) as launches:
+        y = kernels.conv_add_projection(*args)
+    plan, reason = next((plan, text) for kernel, plan, text in said if "projection" in kernel)
+    assert why in reason
+    assert len(launches.kernels) == (1 if plan == conv_plan.FUSED else 2)
+    assert (why == "estimate") == (plan == conv_plan.FUSED)
+    judge("conv_add_projection", args, why, lambda: y)
 
 
 def test_descriptors_take_no_3_channels():
@@ -579,10 +659,13 @@ class Launches(TorchDispatchMode):
         (lambda: resnet_fast.Bottleneck(16, 8, 2), 4),
         (lambda: resnet_fast.BasicBlock(8, 8), 2),
         (lambda: resnet_fast.BasicBlock(8, 16, 2), 3),
+        (lambda: resnet_fast.Bottleneck(32, 16, 2), 3),
+        (lambda: resnet_fast.BasicBlock(32, 32, 2), 2),
         (lambda: resnet_fast.ConvBNAct2d(8, 16, 3), 1),
     ],
-    ids=["bottleneck", "bottleneck-projection", "basic", "basic-projection", "conv"],
-)
+    ids=["bottleneck", "bottleneck-projection", "basic", "basic-projection",
+         "bottleneck-descriptors", "basic-descriptors", "conv"],
+)  # fmt: skip
 def test_launches_of_a_block(monkeypatch, block, expected):
     module = block().to(DEVICE, memory_format=torch.channels_last).eval()
     module.impl = "triton"
@@ -637,7 +720,9 @@ def test_launches_of_a_training_step(monkeypatch, block, convs):
 
 @pytest.mark.slow
 def test_launches_of_resnet50(monkeypatch):
-    """One fold of all norms, two pads of the stem, 53 convolutions, two pools, the classifier."""
+    """One fold of all norms, two pads of the stem, 53 convolutions of which four projections run in
+    the launch of another, two pools, the classifier.
+    """
     net = resnet_fast.ResNet(
         resnet_fast.Bottleneck, [3, 4, 6, 3], num_classes=5, planes=8, impl="triton"
     )
@@ -645,7 +730,7 @@ def test_launches_of_resnet50(monkeypatch):
     x = torch.randn(1, 3, 32, 32, device=DEVICE).to(memory_format=torch.channels_last)
     with torch.no_grad(), Launches(monkeypatch) as launches:
         net(x)
-    assert len(launches.kernels) == 58 and launches.kernels.count("bn_fold_kernel") == 1
+    assert len(launches.kernels) == 54 and launches.kernels.count("bn_fold_kernel") == 1
     names = {call.split(".")[1] for call in launches.calls}
     assert names <= {"addmm", "linear"} and len(launches.calls) <= 1
 
