@@ -4,9 +4,11 @@ If several implementations can run an op, the tuning tables of kind "impls"
 (`runtime.tuning_tables`) say which was fastest on this GPU at these shapes:
 {op: {key: {"impl": name, "us": {name: microseconds}}}}. The key lists every argument: dtype, shape
 and memory order of a tensor, the value of anything else. For shapes not in a table, a fitted cost
-model decides (`cost_model`). With too few measurements for that, the first one of
-`backends.preference` runs. With RESNET_FAST_AUTOTUNE=1, shapes not in a table are measured once,
-outside CUDA graph capture, and the result is stored; `resnet-fast tune` does this for a model.
+model decides (`cost_model`). With too few measurements for that, estimates decide where there are
+some (`kernels.estimates`): the first one of `backends.preference` runs unless another takes less
+time by more than the estimates' error. With RESNET_FAST_AUTOTUNE=1, shapes not in a table are
+measured once, outside CUDA graph capture, and the result is stored; `resnet-fast tune` does this
+for a model.
 """
 
 from __future__ import annotations
@@ -20,23 +22,33 @@ from torch import Tensor
 from ..runtime import tuning_tables
 from . import cost_model
 
+ERROR = 1.28  # of an estimate: the largest against 24 layers on an H200 (bench/estimate.py)
+Estimates = Callable[[], Mapping[str, float]]  # microseconds by implementation
 _chosen: dict[tuple[str, str, str], tuple[str, str]] = {}
 _written: dict[tuple[str, str], bool] = {}
 
 
 def pick(
-    op: str, gpu: str, args: Sequence[Any], candidates: Mapping[str, Callable[..., Any]]
+    op: str,
+    gpu: str,
+    args: Sequence[Any],
+    candidates: Mapping[str, Callable[..., Any]],
+    estimates: Estimates | None = None,
 ) -> tuple[str, str]:
-    """(name, reason) of the one of `candidates`, in order of preference, that runs op(*args)."""
+    """(name, reason) of the one of `candidates`, in order of preference, that runs op(*args).
+
+    estimates: called for shapes that are not measured; None if there can be no estimate.
+    """
     first = next(iter(candidates)), "first choice"
-    if len(candidates) == 1 or not (tuning_tables.searching() or _is_written(op, gpu)):
+    known = tuning_tables.searching() or _is_written(op, gpu)
+    if len(candidates) == 1 or not (known or estimates):
         return first
     key = signature(args)
     place = (op, gpu, key)
     chosen = _chosen.get(place)
     if chosen is None:
-        chosen = _look_up(op, gpu, key, candidates)
-        if chosen is None:
+        chosen = _look_up(op, gpu, key, candidates) if known else None
+        if chosen is None and known:
             tuning_tables.missed("impls", gpu, op, key)
             if not tuning_tables.searching():
                 chosen = _predict(op, gpu, args, candidates)
@@ -44,6 +56,8 @@ def pick(
                 return first
             else:
                 chosen = _measure(op, gpu, key, args, candidates)
+        if chosen is None and estimates is not None:
+            chosen = _estimate(estimates(), candidates)
         chosen = chosen or first
         _chosen[place] = chosen
     return chosen
@@ -97,6 +111,19 @@ def _predict(
             if name is not None:
                 return name, "cost model"
     return None
+
+
+def _estimate(
+    times: Mapping[str, float], candidates: Mapping[str, Any]
+) -> tuple[str, str] | None:
+    """The choice by estimated times; None if they do not include all of `candidates`."""
+    if not candidates.keys() <= times.keys():
+        return None
+    best, *others = candidates
+    for name in others:
+        if ERROR * times[name] < times[best]:
+            best = name
+    return best, "estimate " + ", ".join(f"{times[name]:.0f} us by {name}" for name in candidates)
 
 
 def _measure(

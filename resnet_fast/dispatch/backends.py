@@ -215,12 +215,21 @@ def resolve(op: str, impl: str, x: Tensor, args: Sequence[Any] = ()) -> Choice:
         if why is not None:
             live = {name: run for name, run in live.items() if name != "native"}
         if live:
-            name, reason = auto_impl.pick(op, _gpu(x.device.index), (x, *args), live)
+            both = op == "conv_bn_act" and live.keys() == {"triton", "native"}
+            estimates = functools.partial(_estimates, op, x, args) if both else None
+            name, reason = auto_impl.pick(op, _gpu(x.device.index), (x, *args), live, estimates)
             return Choice(name, live[name], reason)
         impl = "reference"
     elif impl == "native" and why is not None:
         raise RuntimeError(f"impl='native' cannot run {op}: {why}")
     return _resolve(op, impl, "cuda", x.dtype)
+
+
+def _estimates(op: str, x: Tensor, args: Sequence[Any]) -> dict[str, float]:
+    """Estimated microseconds of op(x, *args) by implementation; {} if native would use cuDNN."""
+    if native_ops().conv_route(x, args[0], *args[9:13], True)[0] != "cutlass":
+        return {}
+    return triton_module()[0].estimates(op, (x, *args))
 
 
 def eights(w: Tensor) -> bool:

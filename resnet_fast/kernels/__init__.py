@@ -7,6 +7,9 @@ interpreter (TRITON_INTERPRET=1 before the first import), which is for tests.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import triton
 
@@ -16,6 +19,7 @@ except ImportError:
     message = f"the Triton kernels need Triton 3.4 or newer, found {triton.__version__}"
     raise ImportError(message) from None
 
+from ..spec.chain import Conv
 from ..spec.dtypes import DTYPES
 from .bn_act import add_relu, bn_act
 from .bn_act_bwd import add_relu_bwd, bn_act_bwd_apply, bn_act_bwd_reduce
@@ -23,6 +27,7 @@ from .bn_finalize import bn_bwd_finalize, bn_finalize
 from .bn_fold import bn_fold
 from .bn_stats import bn_stats
 from .conv import conv_add_projection, conv_bn_act
+from .conv_plan import implementations_us
 from .conv_train import conv_bprop, conv_fprop
 from .global_avg_pool import global_avg_pool
 from .launch import INTERPRETING
@@ -36,6 +41,14 @@ OPS = {
         conv_bprop, conv_fprop, global_avg_pool, max_pool_bwd,
     )
 }  # fmt: skip
+
+
+def estimates(op: str, args: Sequence[Any]) -> dict[str, float]:
+    """Estimated microseconds of op(*args) by implementation; {} where there is no estimate."""
+    if op != "conv_bn_act":
+        return {}
+    x, w, residual, conv = *args[:2], args[7], Conv(*map(tuple, args[10:13]), args[13])
+    return implementations_us(x, w, conv, residual is not None)
 
 
 def refusal(op: str, device: str, dtype: torch.dtype) -> str | None:

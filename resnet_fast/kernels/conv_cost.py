@@ -1,4 +1,6 @@
-"""Estimated time of a convolution's tile on a GPU: the rule where no tuning table has the shape.
+"""Estimated time of a convolution on a GPU: the rule where no tuning table has the shape.
+
+It ranks the tiles of the Triton kernel, cuDNN, and the tiles of the native kernels.
 
 The model is that of `bench.estimate`, with round numbers for what that reads from compiled code:
 
@@ -22,6 +24,7 @@ from .sizes import cdiv
 PACE = 4.4  # cycles per instruction of a warp
 CLOCK = 1755.0  # cycles per microsecond
 MEMORY, L2 = 4.3e6, 7e6  # bytes per microsecond
+RATE = 790e6  # FLOP per microsecond in 16 bits
 FIRST_LOAD, LOAD = 1.0, 0.8  # microseconds
 MERGE = 1.5  # microseconds: sums to L2, counter, barriers
 SMALL, GAP = 2.5, 1.0  # microseconds: a launch that moves little, and between two launches
@@ -127,6 +130,71 @@ def with_pass(gemm: Gemm) -> float:
     flops = 2 * pixels * gemm.filters * gemm.taps * gemm.channels
     more = GAP + max((2 + gemm.residual) * y / MEMORY, SMALL)
     return by_library(x + w + y, flops, filters) + more
+
+
+class NativeTile(NamedTuple):
+    """A tile of the native Hopper kernels: pixels, filters, and the instructions of a warp in a
+    step of NATIVE_DEPTH channels and after the steps, as `python -m bench cutlass` reads them.
+    """
+
+    pixels: int
+    filters: int
+    step: int
+    epilogue: int
+
+    @property
+    def together(self) -> bool:
+        """Whether both warp groups compute the tile ("cooperative"), not one each ("pingpong")."""
+        return self.pixels == 256
+
+    @property
+    def clustered(self) -> bool:
+        """Whether two multiprocessors read its filters once."""
+        return self.together or self.filters == 128
+
+
+NATIVE_DEPTH = 64
+NATIVE_TILES = (  # in the order of csrc/cuda/conv_tiles.h
+    NativeTile(256, 128, 88, 1341), NativeTile(256, 64, 85, 723), NativeTile(128, 128, 65, 1317),
+    NativeTile(128, 64, 68, 754), NativeTile(64, 64, 44, 533),
+)  # fmt: skip
+
+
+def native_tile(gemm: Gemm, processors: int) -> NativeTile:
+    """The tile that the native kernels choose: the largest whose grid fills the GPU."""
+    width = max(NATIVE_DEPTH, cdiv(gemm.filters, 64) * 64)
+    for tile in NATIVE_TILES[:-1]:
+        tiles = cdiv(gemm.pixels, tile.pixels) * cdiv(gemm.filters, tile.filters)
+        if tile.filters <= width and tiles >= processors:
+            return tile
+    return NATIVE_TILES[-1]
+
+
+def by_native(tile: NativeTile, gemm: Gemm, processors: int) -> float:
+    """Estimated time of the native kernel with `tile`, in 16 bits.
+
+    The kernel is persistent: a multiprocessor runs one program, of one warp group that loads and
+    two that compute. A tile takes
+
+        main = steps · max(tensor cores, instructions of a step)    epilogue = instructions after
+        pingpong     max(main, (main + epilogue) / 2): two tiles at a time, one in each part
+        cooperative  main + epilogue
+
+    and the last tile of a multiprocessor main + epilogue in any case.
+    """
+    tiles = cdiv(gemm.pixels, tile.pixels) * cdiv(gemm.filters, tile.filters)
+    tensor = 2 * tile.pixels * tile.filters * NATIVE_DEPTH / 4096
+    steps = gemm.taps * cdiv(gemm.channels, NATIVE_DEPTH)
+    main = steps * max(tensor, tile.step * PACE)
+    alone = main + tile.epilogue * PACE
+    each = alone if tile.together else max(main, alone / 2)
+    rounds = FIRST_LOAD + ((cdiv(tiles, processors) - 1) * each + alone) / CLOCK
+    results = gemm.pixels * gemm.filters * gemm.size * (1 + gemm.residual)
+    read = (gemm.pixels + gemm.filters * gemm.taps) * gemm.channels * gemm.size
+    columns = tile.filters / (2 if tile.clustered else 1)
+    through = tiles * steps * (tile.pixels + columns) * NATIVE_DEPTH * gemm.size + results
+    flops = 2 * gemm.pixels * gemm.filters * gemm.taps * gemm.channels
+    return max(rounds, through / L2, (read + results) / MEMORY, flops / RATE)
 
 
 def fastest(configs: Configs, gemm: Gemm, processors: int, shared: int) -> int:

@@ -221,7 +221,7 @@ def by_pointers(x: Tensor, w: Tensor, conv: Conv, f: Fusion, y: Tensor) -> Tenso
 
     gpu = target(x)
     configs = eligible(configs, filters, gpu.shared)
-    gemm = gemm_of(x, w, conv, f, pixels)
+    gemm = gemm_of(x, w, conv, f)
     splits = () if flat_channels else SPLITS
     configs, rule = with_splits(configs, gemm, gpu.multiprocessors, gpu.shared, splits)
     where = key(x, w, conv, f)

@@ -13,7 +13,7 @@ from ..runtime import settings
 from ..spec.chain import Conv
 from ..spec.layout import memory_format
 from .config_select import Config, Configs
-from .conv_cost import GAP, Gemm, microseconds, with_pass
+from .conv_cost import GAP, Gemm, by_native, microseconds, native_tile, with_pass
 from .conv_split import with_splits
 from .launch import INTERPRETING, target
 from .sizes import cdiv, next_power_of_2
@@ -156,13 +156,8 @@ def forward_plans(x: Tensor, w: Tensor, conv: Conv, f: Fusion, training: bool) -
     refusal = refuse_tma(x, w, conv)
     if len(plans) == 1:
         return Plans(plans, 0, why)
-    gpu = target(x)
-    if refusal is None and not training and gpu.capability == 90 and x.element_size() == 2:
-        n, k, p, q = conv.output_shape(x.shape, w.shape)
-        gemm = gemm_of(x, w, conv, f, n * p * q)
-        size = gpu.multiprocessors, gpu.shared
-        configs, rule = with_splits(forward_configs(f, k, gpu.shared), gemm, *size)
-        fused, library = microseconds(configs[rule], gemm, *size), with_pass(gemm)
+    if refusal is None and not training and _estimated(x):
+        fused, library = fused_us(x, w, conv, f), with_pass(gemm_of(x, w, conv, f))
         said = f"estimate {fused:.0f} us by Triton, {library:.0f} us by cuDNN and a pass"
         return Plans(plans, plans.index(FUSED if fused <= ERROR * library else LIBRARY), said)
     if not training or x.dtype == torch.float64 or refusal is None:
@@ -186,20 +181,37 @@ def projection_plans(
     plans, why = _asked((FUSED, LIBRARY), FUSED)
     if len(plans) == 1:
         return Plans(plans, 0, why)
-    n, k, p, q = conv.output_shape(x.shape, w.shape)
-    gpu = target(x)
-
-    def estimate(x: Tensor, w: Tensor, conv: Conv, f: Fusion) -> float:
-        gemm = gemm_of(x, w, conv, f, n * p * q)
-        size = gpu.multiprocessors, gpu.shared
-        configs, rule = with_splits(forward_configs(f, k, gpu.shared), gemm, *size)
-        return microseconds(configs[rule], gemm, *size) + GAP
-
-    one, half = estimate(x, w, conv, f), Fusion(f.scale, f.shift, relu=f.relu)
-    two = estimate(x, w, conv, half._replace(residual=x))
-    two += estimate(source.x, source.w, Conv(stride), half)
+    one, half = fused_us(x, w, conv, f), Fusion(f.scale, f.shift, relu=f.relu)
+    two = fused_us(x, w, conv, half._replace(residual=x)) + GAP
+    two += fused_us(source.x, source.w, Conv(stride), half)
     said = f"estimate {one:.0f} us together, {two:.0f} us in two launches"
     return Plans(plans, plans.index(FUSED if one <= two else LIBRARY), said)
+
+
+def implementations_us(x: Tensor, w: Tensor, conv: Conv, residual: bool) -> dict[str, float]:
+    """Estimated times of `conv_bn_act` by "triton", with its best plan, and by the "native" kernels
+    of CUTLASS; {} for tensors and GPUs without an estimate.
+    """
+    if conv.groups != 1 or not _estimated(x) or refuse_tma(x, w, conv) is not None:
+        return {}
+    f = Fusion(residual=x if residual else None)
+    gemm, processors = gemm_of(x, w, conv, f), target(x).multiprocessors
+    triton = min(fused_us(x, w, conv, f), with_pass(gemm))
+    native = by_native(native_tile(gemm, processors), gemm, processors)
+    return {"triton": triton + GAP, "native": native + GAP}
+
+
+def fused_us(x: Tensor, w: Tensor, conv: Conv, f: Fusion) -> float:
+    """Estimated time of one launch of `conv_tma` with its rule's tile."""
+    gpu, gemm = target(x), gemm_of(x, w, conv, f)
+    size = gpu.multiprocessors, gpu.shared
+    configs, rule = with_splits(forward_configs(f, w.size(0), gpu.shared), gemm, *size)
+    return microseconds(configs[rule], gemm, *size)
+
+
+def _estimated(x: Tensor) -> bool:
+    """Whether `conv_cost` was fitted to such GPUs and dtypes."""
+    return target(x).capability == 90 and x.element_size() == 2
 
 
 def forward_configs(f: Fusion, filters: int, shared: int) -> Configs:
@@ -376,13 +388,15 @@ def gradient_key(
     return _key(x, w, conv, kinds)
 
 
-def gemm_of(x: Tensor, w: Tensor, conv: Conv, f: Fusion, pixels: int) -> Gemm:
+def gemm_of(x: Tensor, w: Tensor, conv: Conv, f: Fusion) -> Gemm:
     """The forward convolution as `conv_cost` sees it."""
     filters, channels, r, s = w.shape
+    p, q = conv.output_size(x.size(2), r, 0), conv.output_size(x.size(3), s, 1)
     exact = precision(x) == "ieee"
-    rate = 256 if exact else 4096 * 2 // x.element_size()
+    size = x.element_size()
+    rate = 256 if exact else 4096 * 2 // size
     return Gemm(
-        pixels, filters // conv.groups, r * s, channels, conv.groups, x.element_size(), rate,
+        x.size(0) * p * q, filters // conv.groups, r * s, channels, conv.groups, size, rate,
         f.residual is not None, f.stats, 0 if f.source is None else f.source.w.size(1),
     )  # fmt: skip
 

@@ -246,7 +246,7 @@ def by_descriptors(x: Tensor, w: Tensor, conv: Conv, f: Fusion, y: Tensor) -> Te
         return partial
 
     configs = forward_configs(f, k, gpu.shared)
-    gemm = gemm_of(x, w, conv, f, n * p * q)
+    gemm = gemm_of(x, w, conv, f)
     configs, rule = with_splits(configs, gemm, gpu.multiprocessors, gpu.shared)
     where = key(x, w, conv, f)
     return start(config_select.choose("conv_affine_act_tma", where, configs, rule, x, start))

@@ -129,7 +129,7 @@ def test_backend_asks(monkeypatch):
     """`resolve` gives the picked function, on a GPU and under "auto" alone."""
     asked = []
 
-    def picked(op, gpu, args, candidates):
+    def picked(op, gpu, args, candidates, estimates):
         asked.append((op, gpu, len(args), list(candidates)))
         return "native", "measured"
 
@@ -145,6 +145,38 @@ def test_backend_asks(monkeypatch):
     assert backends.resolve("bn_stats", "reference", X).run is reference.bn_stats
     assert backends.resolve("bn_stats", "reference", OnGpu()).run is reference.bn_stats
     assert len(asked) == 1
+
+
+@pytest.mark.parametrize(
+    ("times", "expected"),
+    [
+        ({"triton": 10.0, "native": 7.0}, "native"),
+        ({"triton": 10.0, "native": 8.0}, "triton"),  # within the error of an estimate
+        ({"triton": 5.0, "native": 7.0}, "triton"),
+        ({"triton": 10.0}, "triton"),
+        ({}, "triton"),
+    ],
+    ids=str,
+)
+def test_estimates_decide_without_a_table(monkeypatch, times, expected):
+    """Once per shape; a measurement of the shape or a fitted model is believed before them."""
+    asked = []
+
+    def estimates():
+        asked.append(1)
+        return times
+
+    for _ in range(2):
+        name, why = auto_impl.pick("op", GPU, ARGS, CANDIDATES, estimates)
+        assert name == expected and len(asked) == 1
+    assert why == ("estimate 10 us by triton, 7 us by native" if expected == "native" else why)
+    forget(monkeypatch)
+    key = auto_impl.signature(ARGS)
+    tuning_tables.write(tuning_tables.user_table("impls", GPU), "op", key, entry("triton"))
+    assert auto_impl.pick("op", GPU, ARGS, CANDIDATES, estimates) == ("triton", "tuning table")
+    other = (X[:1], *ARGS[1:])
+    assert auto_impl.pick("op", GPU, other, CANDIDATES, estimates)[0] == expected
+    assert len(asked) == 2
 
 
 class OnGpu:
@@ -203,6 +235,44 @@ def test_channels_that_cutlass_does_not_take(channels, filters, change, why, mon
     assert resolve("auto") == "reference"
     live = {"triton": "triton", "native": "native"}
     assert resolve("auto") == "triton"
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({}, "native"),
+        ({"channels": 1024, "kernel": 1}, "triton"),  # no estimate is far from the other
+        ({"route": "cudnn"}, "triton"),
+        ({"capability": 100}, "triton"),
+        ({"dtype": torch.float32}, "triton"),
+        ({"layout": torch.contiguous_format}, "triton"),
+        ({"op": "conv_fprop"}, "triton"),
+    ],
+    ids=str,
+)
+def test_auto_by_estimates(monkeypatch, change, expected):
+    """CUTLASS where its estimate is clearly shorter than Triton's; else the order of preference."""
+    launch = pytest.importorskip("resnet_fast.kernels.launch")
+    channels, side = change.get("channels", 64), change.get("kernel", 3)
+    batch, size = (64, 14) if side == 1 else (1, 56)
+    fmt, dtype = change.get("layout", torch.channels_last), change.get("dtype", torch.bfloat16)
+    x = torch.zeros(batch, channels, size, size, dtype=dtype).contiguous(memory_format=fmt)
+    filters = 64 if side == 3 else 256
+    w = torch.zeros(filters, channels, side, side, dtype=dtype).contiguous(memory_format=fmt)
+    capability = change.get("capability", 90)
+    monkeypatch.setattr(launch, "_device_target",
+                        lambda index: launch.Target(capability, 132, "test"))  # fmt: skip
+    monkeypatch.setattr(backends, "_gpu", lambda index: GPU)
+    monkeypatch.setattr(backends, "_live", lambda op, device, dtype: CANDIDATES)
+    monkeypatch.setattr(backends, "build_info", lambda: {"cutlass": "built in"})
+    route = change.get("route", "cutlass")
+    native = SimpleNamespace(conv_route=lambda *args: (route, "why"))
+    monkeypatch.setattr(backends, "native_ops", lambda: native)
+    norm, geometry = [None] * 5, [[1, 1], [side // 2, side // 2], [1, 1], 1]
+    args = (w, *norm, None, True, 0.0, *geometry)
+    found = backends.resolve(change.get("op", "conv_bn_act"), "auto", OnGpu(x), args)
+    assert found.impl == expected
+    assert ("estimate" in found.why) == (change in ({}, {"channels": 1024, "kernel": 1}))
 
 
 def test_a_whole_net_has_such_channels(monkeypatch):

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import re
 import subprocess
 import sys
 
@@ -188,11 +189,10 @@ def test_one_launch(large_gpu, take, monkeypatch):
 
 def plan(batch, layer):
     """Configurations of a layer of a bf16 model on an H200, and the rule's."""
-    x_shape, (n, _, p, q) = layer.shapes(batch)
     x, w = (torch.empty(shape, dtype=torch.bfloat16, device="meta")
-            for shape in (x_shape, layer.weight_shape))  # fmt: skip
+            for shape in (layer.shapes(batch)[0], layer.weight_shape))  # fmt: skip
     residual = x if layer.residual else None  # only whether there is one
-    gemm = conv_plan.gemm_of(x, w, layer.conv, conv_plan.Fusion(residual=residual), n * p * q)
+    gemm = conv_plan.gemm_of(x, w, layer.conv, conv_plan.Fusion(residual=residual))
     configs = conv_plan.eligible(conv_plan.NARROW, layer.filters, 227 << 10)
     every, taken = conv_split.with_splits(configs, gemm, 132, 227 << 10)
     return every, every[taken], [conv_cost.microseconds(c, gemm, 132, 227 << 10) for c in every]
@@ -245,7 +245,52 @@ def test_constants_are_the_clocks():
     assert (conv_cost.MEMORY, conv_cost.L2) == (clock.bytes_per_s / 1e6, clock.l2_bytes_per_s / 1e6)
     assert (conv_cost.FIRST_LOAD, conv_cost.LOAD) == (clock.first_load_us, clock.load_us)
     assert (conv_cost.SMALL, conv_cost.GAP) == (clock.small_us, clock.gap_us)
+    assert conv_cost.RATE == clock.flops_per_s / 1e6
     assert (conv_cost.REGISTERS, conv_cost.THREADS) == (clock.registers, clock.threads)
+
+
+def native(tile, gemm, monkeypatch, **constants):
+    with monkeypatch.context() as patch:
+        for name, value in constants.items():
+            patch.setattr(conv_cost, name, value)
+        return conv_cost.by_native(conv_cost.NativeTile(*tile), gemm, 132)
+
+
+def test_native_tiles(monkeypatch):
+    """A pingpong tile hides its epilogue behind the other's steps; a cluster reads filters once."""
+    deep = conv_cost.Gemm(256 * 49, 512, 9, 512, 1, 2, 4096)
+    free = {"L2": 1e20, "RATE": 1e20, "MEMORY": 1e20}
+    steps, rounds = 9 * 8, -(-98 * 4 // 132)
+    main = steps * 512
+    for tile, each in (
+        ((128, 128, 65, 1300), main),
+        ((128, 128, 65, 9300), (main + 4.4 * 9300) / 2),
+        ((256, 128, 88, 1300), 2 * main + 4.4 * 1300),
+    ):
+        alone = main * tile[0] // 128 + 4.4 * tile[3]
+        count = -(-49 * 256 // tile[0] * 4 // 132) if tile[0] == 256 else rounds
+        expected = 1 + ((count - 1) * each + alone) / 1755
+        assert native(tile, deep, monkeypatch, **free) == pytest.approx(expected)
+    flat = conv_cost.Gemm(256 * 49, 512, 1, 2048, 1, 2, 4096)
+    through = [98 * 8 * 32 * (128 + 64) * 128, 98 * 4 * 32 * (128 + 64) * 128]
+    for tile, size in zip(((128, 64, 1, 0), (128, 128, 1, 0)), through, strict=True):
+        found = native(tile, flat, monkeypatch, CLOCK=1e9, FIRST_LOAD=0.0, MEMORY=1e20)
+        assert found == pytest.approx((size + 256 * 49 * 512 * 2) / 7e6, rel=1e-3)
+
+
+def test_native_rule_is_that_of_the_source():
+    """The tiles and their order, and the largest that fills the GPU and is not too wide."""
+    text = (ROOT / "csrc" / "cuda" / "conv_tiles.h").read_text()
+    listed = re.search(r"namespace sm90 \{.*?kTiles\[\] = \{(.*?)\};", text, re.DOTALL)[1]
+    found = [tuple(map(int, pair)) for pair in re.findall(r"\{(\d+), (\d+),", listed)]
+    assert found == [tile[:2] for tile in conv_cost.NATIVE_TILES]
+    for pixels, filters, expected in (
+        (256 * 3136, 64, (256, 64)), (256 * 3136, 256, (256, 128)), (256 * 3136, 72, (256, 128)),
+        (128 * 66, 256, (256, 64)), (128 * 66, 136, (128, 128)), (128 * 40, 256, (128, 64)),
+        (3136, 256, (64, 64)), (131 * 128, 64, (64, 64)),
+    ):  # fmt: skip
+        gemm = conv_cost.Gemm(pixels, filters, 1, 64, 1, 2, 4096)
+        assert conv_cost.native_tile(gemm, 132)[:2] == expected
 
 
 def test_measured_tiles_of_an_h200():
