@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import resnet_fast
 from bench import gate, models, step
-from bench.layers import EPS, Layer, layers_of, tensors
+from bench.layers import EPS, Layer, joins_of, layers_of, tensors
 from bench.step import Case
 from resnet_fast.dispatch import ops
 from resnet_fast.spec import reference, tolerance
@@ -27,6 +27,7 @@ from resnet_fast.spec.dtypes import PRECISIONS
 AWAY = 0.1  # conv_bprop recomputes a ReLU: minimum distance of its inputs from the kink
 RESULTS = {
     "conv_bn_act": ("y",),
+    "conv_add_projection": ("y",),
     "conv_fprop": ("z", "mean", "m2"),
     "conv_bprop": ("dx", "dw", "sum of dx", "sum of dx·xhat"),
 }
@@ -61,6 +62,10 @@ def draws(
             for name, make in makes.items():
                 what = f"{name} of {layer}, batch {case.batch}"
                 yield what, partial(make, layer, case.batch, PRECISIONS[case.dtype], where)
+        if case.mode == "infer":
+            for pair in joins_of(case.model, case.image_size):
+                what = f"{pair[1]} with its projection, batch {case.batch}"
+                yield what, partial(join, pair, case.batch, PRECISIONS[case.dtype], where)
 
 
 def on(device: torch.device, cases: Iterable[Case]) -> None:
@@ -83,6 +88,15 @@ def inference(layer: Layer, n: int, dtype: torch.dtype, device: torch.device) ->
     x, w, norm, residual = tensors(layer, n, dtype, device)
     args = [x, w, None, *norm, residual, layer.relu, EPS, *layer.conv.args()]
     return "conv_bn_act", args
+
+
+def join(pair: tuple[Layer, Layer], n: int, dtype: torch.dtype, device: torch.device) -> Call:
+    """The projection of a residual in the convolution that adds it."""
+    (source, source_w, side, _), (x, w, norm, _) = (tensors(one, n, dtype, device) for one in pair)
+    projection, layer = pair
+    stride = list(projection.conv.stride)
+    args = [x, w, *norm[:2], source, source_w, *side[:2], layer.relu, *layer.conv.args(), stride]
+    return "conv_add_projection", args
 
 
 def fprop(layer: Layer, n: int, dtype: torch.dtype, device: torch.device) -> Call:

@@ -20,7 +20,7 @@ import argparse
 import functools
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -127,6 +127,17 @@ def layers_of(model: str, image: int = 224) -> Mapping[Layer, int]:
                 module.register_forward_hook(seen)
         net(torch.empty(1, 3, image, image))
     return MappingProxyType(found)
+
+
+def joins_of(model: str, image: int = 224) -> Iterator[tuple[Layer, Layer]]:
+    """Every distinct projection, and the convolution whose residual it is."""
+    layers = layers_of(model, image)
+    for projection in layers:
+        if not projection.relu and not projection.residual:
+            y = projection.filters, projection.out_size
+            for one in layers:
+                if one.residual and (one.filters, one.out_size) == y:
+                    yield projection, one
 
 
 def tensors(

@@ -32,7 +32,7 @@ from bench.ceilings import Ceilings, measure
 from bench.compile import hopper
 from bench.estimate import GPUS
 from bench.floors import PARTS, Schedules, Step, kind_of, launched, total
-from bench.layers import Layer, layers_of
+from bench.layers import joins_of, layers_of
 from bench.step import Case
 from resnet_fast.blocks import ChainBlock
 from resnet_fast.runtime.options import DEVICES
@@ -52,10 +52,7 @@ def steps_of(model: str, kind: str, n: int, size: int, image: int = 224) -> list
     found: Counter[Step] = Counter()
     layers = Counter(layers_of(model, image))
     if kind == "infer":
-        for projection in [layer for layer in layers if not layer.relu and not layer.residual]:
-            joined = _adds(projection, layers)
-            if joined is None:
-                continue
+        for projection, joined in joins_of(model, image):
             y = math.prod(projection.shapes(n)[1])  # neither written nor read
             moved = joined.bytes(n, size) + projection.bytes(n, size) - 2 * y * size
             name = f"{joined}".replace("+res", "+projection")
@@ -73,13 +70,6 @@ def steps_of(model: str, kind: str, n: int, size: int, image: int = 224) -> list
         step = Step(mode, f"{name} {channels}@{side}", "passes", 1, int(n * values * size), 0)
         found[step] += 1
     return [replace(step, count=count) for step, count in found.items()]
-
-
-def _adds(projection: Layer, layers: Iterable[Layer]) -> Layer | None:
-    """The layer that adds the projection as its residual."""
-    y = projection.filters, projection.out_size
-    own = (one for one in layers if one.residual and (one.filters, one.out_size) == y)
-    return next(own, None)
 
 
 Pass = tuple[str, str, int, int, float]

@@ -110,8 +110,8 @@ def conv_affine_act_tma_kernel(
     one multiply-add, residual and ReLU per value, 64 columns after another, because the vectors of
     all columns do not fit into the registers. `partial` receives the moments of every tile of y for
     batch statistics. With `source` the residual is its projection,
-    source_scale·conv1x1(source, source_w) + source_shift, computed first and kept in registers in
-    the dtype of y.
+    source_scale·conv1x1(source, source_w) + source_shift, computed first and kept in registers: in
+    the dtype of y, as it would be in memory, or with a split in fp32.
 
     x is described as [N, H, 1, W, C], for stride 2 as its parities [N, H/2, 2, W/2, 2·C]. Thus for
     a filter tap (r, s) the input of a box of BOX_N × BOX_P × BOX_Q output pixels is a box too; so
@@ -171,6 +171,7 @@ def conv_affine_act_tma_kernel(
         acc = sum_of_parts(acc, sums, counters, pid, SPLIT)
         if source is not None:
             acc = affine(acc, k, filters, None, source_shift)
+            scale = None
     parts = columns(acc)
     for i in tl.static_range(COLUMNS):
         first = k0 + i * WIDTH
@@ -179,19 +180,14 @@ def conv_affine_act_tma_kernel(
             s = residual.load([n0, p0, q0, first]).reshape(BLOCK_M, WIDTH)
         if source is not None and SPLIT == 1:
             s = skips[i]
-        a = scale
-        if source is not None and SPLIT > 1:
-            a = None
-        part = epilogue(parts[i], s, k + i * WIDTH, filters, a, shift, RELU).to(y.dtype)
+        part = epilogue(parts[i], s, k + i * WIDTH, filters, scale, shift, RELU).to(y.dtype)
         y.store([n0, p0, q0, first], part.reshape(BOX_N, BOX_P, BOX_Q, WIDTH))
         if partial is not None:
             m = tl.arange(0, BLOCK_M)[:, None]
             n, p, q = n0 + m // BOX_Q // BOX_P, p0 + m // BOX_Q % BOX_P, q0 + m % BOX_Q
             inside = (n < N) & (p < P) & (q < Q)
             boxes = tl.num_programs(0) // k_tiles
-            store_moments(
-                partial, part, inside, box, boxes, k + i * WIDTH, filters, filters
-            )
+            store_moments(partial, part, inside, box, boxes, k + i * WIDTH, filters, filters)
 
 
 def _source_tiles(

@@ -55,6 +55,19 @@ def test_the_headline():
     assert all(c.graph and c.dtype == "bf16" and c.model == "resnet50" for c in cases)
 
 
+def test_checks_of_projections():
+    """Each projection of the model with the convolution that adds it, in inference."""
+    case = replace(
+        gpu.headline(torch.device("cpu"))[-1], model="resnet18", image_size=32, dtype="bf16"
+    )
+    joins = [draw for what, draw in correct.draws([case]) if "projection" in what]
+    assert len(joins) == 3
+    for draw in joins:
+        op, args = draw()
+        assert op == "conv_add_projection" and args[-1] == [2, 2]
+        assert correct.of_call(draw, "auto") == []
+
+
 def test_arguments(tmp_path, capsys, monkeypatch):
     """A folder with results is not written over; stages are known by name."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
