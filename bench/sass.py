@@ -88,7 +88,8 @@ def read(disassembly: str) -> Sass:
     first = main[0][0] if main else len(code)
     within = set(inside)
     sooner = [i for begin, stop in earlier for i in range(begin, stop)]
-    before = [i for i in range(first) if i not in within and i not in set(sooner)]
+    within.update(sooner)
+    before = [i for i in range(first) if i not in within]
     after = [i for i in range(first, len(code)) if i not in within]
     if not main:  # no loop: the code after the last product is the epilogue
         last = max((i for i, text in enumerate(code) if _opcode(text) in TENSOR), default=-1) + 1

@@ -5,8 +5,8 @@ If several implementations can run an op, the tuning tables of kind "impls"
 {op: {key: {"impl": name, "us": {name: microseconds}}}}. The key lists every argument: dtype, shape
 and memory order of a tensor, the value of anything else. For shapes not in a table, a fitted cost
 model decides (`cost_model`). With too few measurements for that, estimates decide where there are
-some (`kernels.estimates`): the first one of `backends.preference` runs unless another takes less
-time by more than the estimates' error. With RESNET_FAST_AUTOTUNE=1, shapes not in a table are
+some (`kernels.estimates`): the first one of `backends.preference` runs unless its estimated time is
+more than LEAST_GAIN times another's. With RESNET_FAST_AUTOTUNE=1, shapes not in a table are
 measured once, outside CUDA graph capture, and the result is stored; `resnet-fast tune` does this
 for a model.
 """
@@ -22,9 +22,11 @@ from torch import Tensor
 from ..runtime import tuning_tables
 from . import cost_model
 
-ERROR = 1.28  # of an estimate: the largest against 24 layers on an H200 (bench/estimate.py)
+# The largest error of Triton's estimates against 24 layers on an H200 (bench/estimate.py). Those of
+# native kernels have not been compared with measurements.
+LEAST_GAIN = 1.28
 Estimates = Callable[[], Mapping[str, float]]  # microseconds by implementation
-_chosen: dict[tuple[str, str, str], tuple[str, str]] = {}
+_chosen: dict[tuple[Any, ...], tuple[str, str]] = {}
 _written: dict[tuple[str, str], bool] = {}
 
 
@@ -43,10 +45,10 @@ def pick(
     known = tuning_tables.searching() or _is_written(op, gpu)
     if len(candidates) == 1 or not (known or estimates):
         return first
-    key = signature(args)
-    place = (op, gpu, key)
+    place = (op, gpu, *map(_kind, args))
     chosen = _chosen.get(place)
     if chosen is None:
+        key = signature(args)
         chosen = _look_up(op, gpu, key, candidates) if known else None
         if chosen is None and known:
             tuning_tables.missed("impls", gpu, op, key)
@@ -72,6 +74,13 @@ def forget() -> None:
     """Forget all choices, because the tables have changed."""
     _chosen.clear()
     _written.clear()
+
+
+def _kind(value: Any) -> Any:
+    """What `_part` says of an argument, hashable, in less time."""
+    if isinstance(value, Tensor):
+        return value.shape, value.dtype, value.is_contiguous()
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _part(value: Any) -> str:
@@ -121,7 +130,7 @@ def _estimate(
         return None
     best, *others = candidates
     for name in others:
-        if ERROR * times[name] < times[best]:
+        if LEAST_GAIN * times[name] < times[best]:
             best = name
     return best, "estimate " + ", ".join(f"{times[name]:.0f} us by {name}" for name in candidates)
 

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ..runtime import settings
 from ..spec import in_two, reference
@@ -167,7 +168,8 @@ def _function(impl: str, op: str) -> Callable[..., Any]:
     if impl == "native":
         if op in IN_TWO:
             part = getattr(native_ops(), IN_TWO[op]).default
-            return functools.partial(getattr(in_two, op), part)
+            both = functools.partial(getattr(in_two, op), part)
+            return checked(functools.wraps(getattr(reference, op))(both))
         return getattr(native_ops(), op).default
     return checked(triton_module()[0].OPS[op])
 
@@ -215,8 +217,9 @@ def resolve(op: str, impl: str, x: Tensor, args: Sequence[Any] = ()) -> Choice:
         if why is not None:
             live = {name: run for name, run in live.items() if name != "native"}
         if live:
-            both = op == "conv_bn_act" and live.keys() == {"triton", "native"}
-            estimates = functools.partial(_estimates, op, x, args) if both else None
+            estimates = None
+            if op == "conv_bn_act" and live.keys() == {"triton", "native"} and _estimated(x):
+                estimates = functools.partial(_estimates, x, args)
             name, reason = auto_impl.pick(op, _gpu(x.device.index), (x, *args), live, estimates)
             return Choice(name, live[name], reason)
         impl = "reference"
@@ -225,11 +228,20 @@ def resolve(op: str, impl: str, x: Tensor, args: Sequence[Any] = ()) -> Choice:
     return _resolve(op, impl, "cuda", x.dtype)
 
 
-def _estimates(op: str, x: Tensor, args: Sequence[Any]) -> dict[str, float]:
-    """Estimated microseconds of op(x, *args) by implementation; {} if native would use cuDNN."""
-    if native_ops().conv_route(x, args[0], *args[9:13], True)[0] != "cutlass":
+def _estimated(x: Tensor) -> bool:
+    """Whether there are estimates for x's GPU and dtype: 16 bits on Hopper."""
+    return x.dtype.itemsize == 2 and _capability(x.device.index) == (9, 0)
+
+
+def _estimates(x: Tensor, args: Sequence[Any]) -> dict[str, float]:
+    """Estimated microseconds of conv_bn_act(x, *args) by implementation; {} without an estimate,
+    or if native would use cuDNN. The question is not part of a recorded program.
+    """
+    with _disable_current_modes():
+        route, _ = native_ops().conv_route(x, args[0], *args[9:13], True)
+    if route != "cutlass":
         return {}
-    return triton_module()[0].estimates(op, (x, *args))
+    return triton_module()[0].estimates(x, *args)
 
 
 def eights(w: Tensor) -> bool:
@@ -244,18 +256,32 @@ def unsuited(op: str, x: Tensor, args: Sequence[Any]) -> str | None:
     CUTLASS runs 16-bit channels_last tensors with groups=1; native runs all others by cuDNN. With
     RESNET_FAST_CUDA_CONV=auto, cuDNN also runs the shapes that CUTLASS does not support.
     """
-    if op != "conv_bn_act" or x.dtype.itemsize != 2:
+    if IN_TWO.get(op, op) != "conv_bn_act" or x.dtype.itemsize != 2:
         return None
-    filters, channels = args[0].shape[:2]
-    own = channels == x.size(1) and memory_format(x, args[0]) == torch.channels_last
-    if eights(args[0]) or not own:
-        return None
-    if settings.CUDA_CONV.read() != "cutlass" or (build_info() or {}).get("cutlass") != "built in":
-        return None
-    return (
-        f"w: CUTLASS takes channels and filters that are multiples of 8, got {channels} channels "
-        f"and {filters} filters. Use impl='auto', or RESNET_FAST_CUDA_CONV=auto for cuDNN"
-    )
+    operands = {"w": (x, args[0])}
+    if op == "conv_add_projection":
+        operands["source_w"] = args[3], args[4]
+    for name, (of, w) in operands.items():
+        filters, channels = w.shape[:2]
+        own = channels == of.size(1) and memory_format(of, w) == torch.channels_last
+        if own and not eights(w) and _by_cutlass_alone():
+            return (
+                f"{name}: CUTLASS takes channels and filters that are multiples of 8, got "
+                f"{channels} channels and {filters} filters. Use impl='auto', or "
+                "RESNET_FAST_CUDA_CONV=auto for cuDNN"
+            )
+    return None
+
+
+def _by_cutlass_alone() -> bool:
+    """Whether CUTLASS is built in and must take every convolution that it could."""
+    built = (build_info() or {}).get("cutlass") == "built in"
+    return built and settings.CUDA_CONV.read() == "cutlass"
+
+
+@functools.cache
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
 
 
 @functools.cache

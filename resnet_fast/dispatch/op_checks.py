@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..spec.chain import Conv, Pool
 from ..spec.dtypes import stats_dtype
-from ..spec.layout import is_channels_last, mask_shape, memory_format
+from ..spec.layout import call_format, is_channels_last, mask_shape, memory_format
 
 # Kinds of arguments: X activations like the input; Y like the output; Y_STRIDED the same with any
 # strides; W filters; BITS the ReLU mask of another argument, one bit per value; C and K vectors in
@@ -177,10 +177,9 @@ def checked(run: Callable[..., Any]) -> Callable[..., Any]:
             either = x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
             formats[Y] = _order(args[0]) if either else formats[X]
         if "source" in names:
-            source, w = args[position["source"]], args[position["source_w"]]
-            stride = tuple(args[position["source_stride"]])
-            shapes[SOURCE], formats[SOURCE] = source.shape, formats[Y]
-            _check_projection(source, w, stride, shapes[Y])
+            source, stride = args[position["source"]], tuple(args[position["source_stride"]])
+            shapes[SOURCE], formats[SOURCE] = source.shape, call_format(x, w)
+            _check_projection(source, args[position["source_w"]], stride, shapes[Y])
         if "kernel" in names:
             at = position["kernel"]
             shapes[Y] = Pool(*(tuple(v) for v in args[at : at + 3])).output_shape(x.shape)

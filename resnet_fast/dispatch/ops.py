@@ -26,7 +26,8 @@ from .guard import function_modes
 LIBRARY = torch.library.Library("resnet_fast", "DEF")
 NAMES: list[str] = []
 IMPLEMENTATIONS: dict[Any, Callable[..., Any]] = {}  # operator → function that runs it
-CONVOLUTIONS = {"conv_fprop": 5, "conv_bprop": 16, "conv_bn_act": 10}  # index of geometry
+# index of geometry
+CONVOLUTIONS = {"conv_fprop": 5, "conv_bprop": 16, "conv_bn_act": 10, "conv_add_projection": 9}
 # index of the residual or its source, counted after x
 RESIDUALS = {"conv_fprop": None, "conv_bn_act": 6, "conv_add_projection": 3}
 _WINDOWS = "int[2] kernel, int[2] stride, int[2] padding"
@@ -89,7 +90,8 @@ def _traced(name: str, choice: backends.Choice, args: tuple[Any, ...]) -> Any:
         if choice.impl == "native" and name in CONVOLUTIONS:
             at = CONVOLUTIONS[name]
             route = backends.native_ops().conv_route
-            trace.note(*route(args[0], args[1], *args[at : at + 4], name == "conv_bn_act"))
+            inference = name not in ("conv_fprop", "conv_bprop")
+            trace.note(*route(args[0], args[1], *args[at : at + 4], inference))
         return choice.run(*args)
 
 

@@ -7,11 +7,11 @@ interpreter (TRITON_INTERPRET=1 before the first import), which is for tests.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 import triton
+from torch import Tensor
 
 try:
     import triton.tools.tensor_descriptor
@@ -43,11 +43,9 @@ OPS = {
 }  # fmt: skip
 
 
-def estimates(op: str, args: Sequence[Any]) -> dict[str, float]:
-    """Estimated microseconds of op(*args) by implementation; {} where there is no estimate."""
-    if op != "conv_bn_act":
-        return {}
-    x, w, residual, conv = *args[:2], args[7], Conv(*map(tuple, args[10:13]), args[13])
+def estimates(x: Tensor, w: Tensor, *rest: Any) -> dict[str, float]:
+    """Estimated microseconds of conv_bn_act(x, w, *rest) by implementation; {} without estimate."""
+    residual, conv = rest[5], Conv(*map(tuple, rest[8:11]), rest[11])
     return implementations_us(x, w, conv, residual is not None)
 
 

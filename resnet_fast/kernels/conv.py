@@ -132,8 +132,8 @@ def conv_add_projection(
     Which of them, a tuning table or the rule of `projection_plans` chooses.
     """
     conv = Conv(tuple(stride), tuple(padding), tuple(dilation), groups)
-    w, source_w = w.to(x.dtype), source_w.to(x.dtype)
-    source_w = source_w.contiguous(memory_format=torch.channels_last)
+    w = w.to(x.dtype, memory_format=memory_format(x, w))
+    source_w = source_w.to(x.dtype, memory_format=torch.channels_last)
     projection = Source(source, source_w, source_stride[0], source_scale, source_shift)
     fusion = Fusion(scale, shift, relu=relu, source=projection)
 

@@ -88,7 +88,7 @@ def microseconds(config: Config, gemm: Gemm, processors: int, shared: int) -> fl
     tensor = 2 * block_m * block_n * (block_k * 2 // gemm.size) / gemm.rate
     own = max(tensor, 117 * PACE)
     step = own if gemm.taps == 1 else 85 * PACE + max(tensor, 65 * PACE)
-    share = gemm.source_steps(config) / gemm.steps(config)
+    share = gemm.source_steps(config) / max(1, gemm.steps(config))
     step = share * own + (1 - share) * step
     beside = gemm.residual or gemm.source > 0
     instructions = (300 if gemm.taps == 1 else 400) + 60 + values * (8 if beside else 3)

@@ -30,7 +30,7 @@ def affine(acc, k, filters, scale, shift):
 
 
 @triton.jit
-def here(x, INTERPRETED: tl.constexpr):
+def computed_here(x, INTERPRETED: tl.constexpr):
     """x of 16 bits, computed here: compilers would keep wider values in registers until its use."""
     if INTERPRETED or x.dtype.primitive_bitwidth != 16:
         return x

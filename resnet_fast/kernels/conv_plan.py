@@ -41,7 +41,7 @@ DOUBLE_CONFIGS = ((64, 64, 64, 8, 2), (32, 32, 64, 8, 2))
 DGRAD_CONFIGS = ((128, 128, 64, 8, 3), (128, 64, 64, 8, 3), (64, 64, 64, 4, 3), (64, 32, 64, 4, 3))
 WGRAD_CONFIGS = ((128, 128, 64, 8, 3), (128, 64, 64, 8, 3), (64, 64, 64, 4, 3), (64, 32, 64, 4, 3))
 DOUBLE_WGRAD_CONFIGS = ((32, 32, 256, 8, 2),)
-ERROR = 1.1  # of an estimate
+LIBRARY_GAIN = 1.1  # least estimated gain for which cuDNN and a pass replace one launch
 # Forward plans: one launch; cuDNN between separate passes, or for `conv_add_projection` two calls;
 # cuDNN's own fused launch.
 FUSED, LIBRARY, CUDNN = (1,), (0,), (2,)
@@ -159,7 +159,8 @@ def forward_plans(x: Tensor, w: Tensor, conv: Conv, f: Fusion, training: bool) -
     if refusal is None and not training and _estimated(x):
         fused, library = fused_us(x, w, conv, f), with_pass(gemm_of(x, w, conv, f))
         said = f"estimate {fused:.0f} us by Triton, {library:.0f} us by cuDNN and a pass"
-        return Plans(plans, plans.index(FUSED if fused <= ERROR * library else LIBRARY), said)
+        best = FUSED if fused <= LIBRARY_GAIN * library else LIBRARY
+        return Plans(plans, plans.index(best), said)
     if not training or x.dtype == torch.float64 or refusal is None:
         return Plans(plans, plans.index(FUSED), "one launch")
     return Plans(plans, plans.index(LIBRARY), f"no tensor descriptors: {refusal}")
@@ -182,9 +183,9 @@ def projection_plans(
     if len(plans) == 1:
         return Plans(plans, 0, why)
     one, half = fused_us(x, w, conv, f), Fusion(f.scale, f.shift, relu=f.relu)
-    two = fused_us(x, w, conv, half._replace(residual=x)) + GAP
-    two += fused_us(source.x, source.w, Conv(stride), half)
-    said = f"estimate {one:.0f} us together, {two:.0f} us in two launches"
+    two = planned_us(x, w, conv, half._replace(residual=x)) + GAP
+    two += planned_us(source.x, source.w, Conv(stride), half)
+    said = f"estimate {one:.0f} us together, {two:.0f} us in two calls"
     return Plans(plans, plans.index(FUSED if one <= two else LIBRARY), said)
 
 
@@ -196,9 +197,14 @@ def implementations_us(x: Tensor, w: Tensor, conv: Conv, residual: bool) -> dict
         return {}
     f = Fusion(residual=x if residual else None)
     gemm, processors = gemm_of(x, w, conv, f), target(x).multiprocessors
-    triton = min(fused_us(x, w, conv, f), with_pass(gemm))
     native = by_native(native_tile(gemm, processors), gemm, processors)
-    return {"triton": triton + GAP, "native": native + GAP}
+    return {"triton": planned_us(x, w, conv, f) + GAP, "native": native + GAP}
+
+
+def planned_us(x: Tensor, w: Tensor, conv: Conv, f: Fusion) -> float:
+    """Estimated time of `conv_bn_act` in inference, by one launch or by cuDNN and a pass."""
+    fused = fused_us(x, w, conv, f)
+    return min(fused, with_pass(gemm_of(x, w, conv, f))) if _estimated(x) else fused
 
 
 def fused_us(x: Tensor, w: Tensor, conv: Conv, f: Fusion) -> float:

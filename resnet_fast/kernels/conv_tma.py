@@ -12,7 +12,7 @@ from torch import Tensor
 from ..spec.chain import Conv
 from . import config_select
 from .config_select import Config
-from .conv_epilogue import affine, columns, epilogue, here, prologue, store_moments
+from .conv_epilogue import affine, columns, computed_here, epilogue, prologue, store_moments
 from .conv_plan import Fusion, Source, box_of, forward_configs, gemm_of, key, precision
 from .conv_split import is_last, meeting_place, share, sum_of_parts, with_splits
 from .conv_tiles import Box, filter_tiles, input_tiles, output_tiles, walk
@@ -122,9 +122,9 @@ def conv_affine_act_tma_kernel(
     Bytes moved: x from memory once (its R·S·K/BLOCK_N reads hit L2), w, residual and y once; with a
     split also the partial sums, into L2 and out of it. A projection writes and reads nothing.
     Why: descriptors load elements outside as zero, which is the padding, and do not store them. The
-    kernel needs no pointer, mask or division per element. Tiles of up to 128 × 128 take less than
-    half of a multiprocessor's registers and shared memory, so that the loads and stores of one
-    program run while another multiplies.
+    kernel needs no pointer, mask or division per element. Tiles of up to 128 × 128 (128 × 64 with
+    source) take less than half of a multiprocessor's registers and shared memory, so that the loads
+    and stores of one program run while another multiplies.
     """
     pid = tl.program_id(0)
     k0 = pid % k_tiles * BLOCK_N
@@ -153,7 +153,7 @@ def conv_affine_act_tma_kernel(
         for i in tl.static_range(COLUMNS):
             if SPLIT == 1:
                 part = affine(parts[i], k + i * WIDTH, filters, source_scale, source_shift)
-                skips += (here(part.to(y.dtype), INTERPRETED),)
+                skips += (computed_here(part.to(y.dtype), INTERPRETED),)
             else:
                 skips += (affine(parts[i], k + i * WIDTH, filters, source_scale, None),)
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)

@@ -523,5 +523,7 @@ def test_table_of_native_tiles(monkeypatch, capsys):
     assert len(re.findall(r"^\dx\d/\d ", said, re.MULTILINE)) == 23
     tiles[0] = tiles[0]._replace(epilogue=int(1.2 * tiles[0].epilogue))
     assert main(["cutlass"]) == 1 and "NATIVE_TILES" in capsys.readouterr().err
+    del tiles[0]
+    assert main(["cutlass"]) == 1 and "NATIVE_TILES" in capsys.readouterr().err
     monkeypatch.setattr(cutlass.cuda, "sources", lambda: ([], "CUTLASS not found"))
     assert main(["cutlass"]) == 2 and "CUTLASS not found" in capsys.readouterr().err

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from resnet_fast.dispatch import auto_impl, backends, cost_model, native_inference
 from resnet_fast.runtime import tuning_tables
@@ -226,12 +227,21 @@ def test_channels_that_cutlass_does_not_take(channels, filters, change, why, mon
     def resolve(impl, op="conv_bn_act"):
         return backends.resolve(op, impl, OnGpu(x), (w, None)).impl
 
+    def joined(impl, *given):
+        return backends.resolve("conv_add_projection", impl, OnGpu(given[0]), given[1:]).impl
+
     assert resolve("native", "conv_fprop") == "native" and resolve("reference") == "reference"
     if why is None:
         assert resolve("native") == resolve("auto") == "native"
+        assert joined("native", x, w, None, None, x, w) == "native"
         return
     with pytest.raises(RuntimeError, match=f"impl='native' cannot run conv_bn_act: w: .*{why}"):
         resolve("native")
+    good = torch.zeros(16, channels, 3, 3).contiguous(memory_format=layout)
+    for operands, name in (((w, None, None, x, good), "w"), ((good, None, None, x, w), "source_w")):
+        if name == "w" or channels % 8 == 0:  # or the good ones are refused first
+            with pytest.raises(RuntimeError, match=f"cannot run conv_add_projection: {name}: .*"):
+                joined("native", x, *operands)
     assert resolve("auto") == "reference"
     live = {"triton": "triton", "native": "native"}
     assert resolve("auto") == "triton"
@@ -266,11 +276,18 @@ def test_auto_by_estimates(monkeypatch, change, expected):
     monkeypatch.setattr(backends, "_live", lambda op, device, dtype: CANDIDATES)
     monkeypatch.setattr(backends, "build_info", lambda: {"cutlass": "built in"})
     route = change.get("route", "cutlass")
-    native = SimpleNamespace(conv_route=lambda *args: (route, "why"))
+
+    def conv_route(*args):
+        assert torch._C._len_torch_dispatch_stack() == 0, "a recorder would see a value read"
+        return route, "why"
+
+    native = SimpleNamespace(conv_route=conv_route)
+    monkeypatch.setattr(backends, "_capability", lambda index: divmod(capability, 10))
     monkeypatch.setattr(backends, "native_ops", lambda: native)
     norm, geometry = [None] * 5, [[1, 1], [side // 2, side // 2], [1, 1], 1]
     args = (w, *norm, None, True, 0.0, *geometry)
-    found = backends.resolve(change.get("op", "conv_bn_act"), "auto", OnGpu(x), args)
+    with TorchDispatchMode():
+        found = backends.resolve(change.get("op", "conv_bn_act"), "auto", OnGpu(x), args)
     assert found.impl == expected
     assert ("estimate" in found.why) == (change in ({}, {"channels": 1024, "kernel": 1}))
 

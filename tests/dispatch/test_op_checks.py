@@ -58,7 +58,7 @@ def operands(op, channels=32):
 
 def wrong(value):
     """What is wrong → `value` with that."""
-    if value.dim() == 4 and value.size(2) == 3:
+    if value.dim() == 4 and value.size(2) in (1, 3):  # filters
         return {"channels": value[:, :-1], "double": value.double(), "shape": value[0]}
     if value.dim() == 4:
         rows = value[:, :, :-1].clone(memory_format=torch.channels_last)
@@ -119,7 +119,7 @@ def test_wrong_operands(walks, op, channels):
     ids=str,
 )
 def test_wrong_geometry(walks, channels, geometry):
-    for op in ("conv_fprop", "conv_bn_act", "conv_bprop"):
+    for op in ("conv_fprop", "conv_bn_act", "conv_bprop", "conv_add_projection"):
         with pytest.raises(REFUSED, match=f"{op}: "):
             call(walks, op, {**operands(op, channels), **geometry})
 
@@ -148,6 +148,8 @@ def test_wrong_windows(walks, windows):
         ("conv_bprop", "in_rstd"),
         ("conv_bprop", "c"),
         ("conv_bn_act", "running_var"),
+        ("conv_add_projection", "shift"),
+        ("conv_add_projection", "source_scale"),
         ("bn_relu_max_pool", "shift"),
         ("max_pool_bwd", "rstd"),
     ],

@@ -191,6 +191,32 @@ def test_plans_of_a_projection(monkeypatch, change, why):
     judge("conv_add_projection", args, why, lambda: y)
 
 
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format],
+                         ids=["channels_last", "nchw"])  # fmt: skip
+@pytest.mark.parametrize(
+    ("block", "channels", "size"),
+    [(resnet_fast.BasicBlock, (16, 32), 2), (resnet_fast.Bottleneck, (16, 8), 2),
+     (resnet_fast.BasicBlock, (4, 1), 6), (resnet_fast.PreActBottleneck, (16, 8), 5)],
+    ids=["basic-one-pixel", "bottleneck-one-pixel", "one-channel", "pre-activation-odd"],
+)  # fmt: skip
+def test_small_blocks_with_a_projection(block, channels, size, layout):
+    """Tensors that are dense in both formats."""
+    torch.manual_seed(0)
+    module = block(*channels, 2, impl="triton").to(DEVICE, memory_format=layout).eval()
+    plain = resnet_fast.unfuse(module)
+    x = torch.randn(2, channels[0], size, size, device=DEVICE).to(memory_format=layout)
+    with torch.inference_mode():
+        assert_close(module(x), plain(x), plain.double()(x.double()), "y")
+
+
+def test_a_convolution_without_channels():
+    x = torch.zeros(2, 0, 4, 4, dtype=torch.float16, device=DEVICE)
+    w, scale = torch.zeros(8, 0, 3, 3, dtype=torch.float16, device=DEVICE), torch.ones(8)
+    args = x, w, None, scale.to(DEVICE), scale.to(DEVICE), None, None, None, True, 0.0
+    y = kernels.conv_bn_act(*args, [1, 1], [1, 1], [1, 1], 1)
+    assert torch.equal(y, torch.ones_like(y)) and y.shape == (2, 8, 4, 4)
+
+
 def test_descriptors_take_no_3_channels():
     draw = Draw(torch.float16, torch.channels_last, DEVICE)
     x, w, *_ = CONVOLUTIONS["conv_bn_act"](draw, CONV_SHAPES["stem"])
