@@ -80,12 +80,14 @@ def _kind(value: Any) -> Any:
     """What `_part` says of an argument, hashable, in less time."""
     if isinstance(value, Tensor):
         return value.shape, value.dtype, value.is_contiguous()
-    return tuple(value) if isinstance(value, list) else value
+    return tuple(map(_kind, value)) if isinstance(value, list | tuple) else value
 
 
 def _part(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return f"[{','.join(map(_part, value))}]"
     if not isinstance(value, Tensor):
-        return str(list(value) if isinstance(value, tuple) else value).replace(" ", "")
+        return str(value)
     shape = "x".join(map(str, value.shape))
     order = "" if value.is_contiguous() else "/nhwc"
     return f"{str(value.dtype).removeprefix('torch.')}[{shape}]{order}"

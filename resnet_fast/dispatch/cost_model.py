@@ -30,10 +30,11 @@ class Work(NamedTuple):
 
 def work(op: str, args: Sequence[Any]) -> Work:
     """The work of `dispatch.ops.<op>(*args)`; flop is 0 for memory-bound ops."""
-    meta = [a.to("meta") if isinstance(a, Tensor) else a for a in args]
+    meta = [_on_meta(a) for a in args]
     found = getattr(torch.ops.resnet_fast, op)(*meta, "reference")
     results = found if isinstance(found, tuple | list) else (found,)
-    tensors = [a for a in (*meta, *results) if isinstance(a, Tensor)]
+    several = [a if isinstance(a, list) else [a] for a in meta]
+    tensors = [a for a in (*itertools.chain(*several), *results) if isinstance(a, Tensor)]
     moved = sum(t.numel() * t.element_size() for t in tensors)
     if op == "conv_bprop":  # dy, w, x, …, need_dx, need_dw
         return Work(moved, 2 * meta[0].numel() * meta[1][0].numel() * (args[-2] + args[-1]))
@@ -42,6 +43,12 @@ def work(op: str, args: Sequence[Any]) -> Work:
     if op == "conv_add_projection":  # x, w, scale, shift, source, source_w
         return Work(moved, 2 * results[0].numel() * (meta[1][0].numel() + meta[5][0].numel()))
     return Work(moved, 0)
+
+
+def _on_meta(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_on_meta(v) for v in value]
+    return value.to("meta") if isinstance(value, Tensor) else value
 
 
 def fastest(

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from resnet_fast.dispatch import auto_impl, backends, cost_model, native_inference
 from resnet_fast.runtime import tuning_tables
 from resnet_fast.spec import reference
+from resnet_fast.verify.op_cases import CONVOLUTIONS, CONVS, POINTWISE, SHAPES, Draw, op_of
 
 GPU = "NVIDIA Test 1"
 X = torch.zeros(2, 8, 3, 3).to(memory_format=torch.channels_last)
@@ -124,6 +125,26 @@ def test_signature():
     ]  # fmt: skip
     assert len({auto_impl.signature(args) for args in (ARGS, *different)}) == 7
     assert auto_impl.signature((X + 1, *ARGS[1:])) == auto_impl.signature(ARGS)
+
+
+def test_every_op_has_a_key_and_work(monkeypatch):
+    """Both depend on shapes, not on values, also of tensors in a list; so does the place of a
+    choice, which holds no tensor.
+    """
+    monkeypatch.undo()  # `cost_model.work` itself
+    for variant in (*POINTWISE, *CONVOLUTIONS):
+        drawn = []
+        for _ in range(2):
+            draw = Draw(torch.bfloat16, torch.channels_last)
+            if variant in POINTWISE:
+                drawn.append(POINTWISE[variant](draw, SHAPES["7x7"]))
+            else:
+                drawn.append(CONVOLUTIONS[variant](draw, CONVS["3x3"]))
+        keys = {auto_impl.signature(args) for args in drawn}
+        places = {tuple(map(auto_impl._kind, args)) for args in drawn}
+        assert len(keys) == len(places) == 1 and "tensor(" not in keys.pop(), variant
+        works = {cost_model.work(op_of(variant), args) for args in drawn}
+        assert len(works) == 1 and works.pop().bytes > 0, variant
 
 
 def test_backend_asks(monkeypatch):
