@@ -97,6 +97,32 @@ def test_products_that_run_into_the_next_trip_are_hidden_there():
     assert found.waits and found.hidden == 3 and found.loop.tensor == 128
 
 
+TWO_PRODUCTS = """
+    MOV R1, R1
+.L_x_0:
+    HGMMA.64x64x16.F32.BF16 R24, gdesc[UR4], R24
+    @P0 BRA `(.L_x_0)
+    FADD R3, R3, R3
+    FADD R3, R3, R3
+.L_x_1:
+    HGMMA.64x64x16.F32.BF16 R24, gdesc[UR4], R24
+    IADD3 R1, R1, 1, RZ
+    @P0 BRA `(.L_x_1)
+    STG.E.64 [R2.64], R8
+    EXIT
+"""
+
+
+def test_a_kernel_of_two_products():
+    """The last of equal loops is the main one; what is between them is before it."""
+    found = sass.read(disassembly(TWO_PRODUCTS))
+    parts = found.before, found.first, found.loop, found.after
+    assert [part.issue for part in parts] == [1 + 2, 2, 3, 2]
+    assert found.first.tensor == found.loop.tensor == 32
+    fewer = TWO_PRODUCTS.replace("HGMMA.64x64x16", "HGMMA.64x32x16", 1)
+    assert sass.read(disassembly(fewer)).first.issue == 0
+
+
 def test_straight_code_ends_its_prologue_with_the_last_product():
     found = sass.read(disassembly("""
         LDG.E R2, [R2.64]
@@ -235,6 +261,28 @@ def test_bytes_through_l2():
     found = of(conv_launch(200000, R=9, S=1), compiled(registers=64, loop=10), mode="infer")
     assert found["trips"] == 9 and found["bound"] == "L2"
     assert found["estimate_us"] == pytest.approx(found["l2_mb"] / 7 + H200.gap_us)
+
+
+def test_a_projection_in_the_launch():
+    """Its steps, bytes, operations and tiles, and the first load of the second product."""
+    source = torch.empty(4 * 128 * 132, 192, dtype=torch.bfloat16, device="meta")
+    both = {"source": source, "source_w": source[:64], "source_channels": 192, "source_tiles": 3,
+            "SOURCE_STRIDE": 2}  # fmt: skip
+    alone, one = conv_launch(132, c_tiles=5), conv_launch(132, c_tiles=5, **both)
+    assert estimate.flops(one) == estimate.flops(alone) * (64 + 192) // 64
+    read = source.numel() // 4 + 64 * 192  # one pixel of four
+    assert estimate.moved(one) == estimate.moved(alone) + 2 * read
+    assert estimate.through_l2(one, 8) == estimate.through_l2(alone, 8)
+    code = compiled(loop=100)
+    first = dataclasses.replace(code, sass=dataclasses.replace(code.sass, first=Section(30)))
+    without, found = (of(*pair, mode="infer") for pair in ((alone, code), (one, first)))
+    pace = H200.warp_cycles / 1755
+    assert found["program_us"] - without["program_us"] == pytest.approx(
+        3 * 30 * pace + H200.l2_load_us
+    )
+    assert found["family"] == "1x1 + projection" and found["trips"] == 5
+    straight = conv_launch(132, c_tiles=1, **both)  # its step is no loop: that is the projection's
+    assert of(straight, code, mode="infer")["trips"] == 3
 
 
 def test_a_program_runs_one_branch():
