@@ -285,12 +285,13 @@ def entry(one: Launch, code: Compiled | None, mode: str, gpu: Gpu) -> dict[str, 
         if code.failure:
             raise RuntimeError(f"{one.name} {code.config}: {code.failure}")
         warps = one.options.get("num_warps", 4)
-        trips, first = TRIPS[one.name](one.arguments) if one.name in TRIPS else 1, 0
-        if beside := _source_steps(one.arguments):
-            if code.sass.first.issue:
-                first = beside
-            elif trips == 1:  # its one step is straight code, so the loop is the projection's
-                trips = beside
+        trips = TRIPS[one.name](one.arguments) if one.name in TRIPS else 1
+        beside, first = _source_steps(one.arguments), 0
+        steps = trips + beside
+        if code.sass.first.issue:
+            first = beside
+        elif beside and trips == 1:  # one step is straight code, so the loop is the projection's
+            trips = beside
         if code.sass.loop.issue and one.name not in TRIPS:
             raise RuntimeError(f"{one.name}: its loop has no entry in bench.estimate.TRIPS")
         programs = math.prod(one.grid)
@@ -306,7 +307,6 @@ def entry(one: Launch, code: Compiled | None, mode: str, gpu: Gpu) -> dict[str, 
         took = 1e6 * max(busy, alone) / gpu.clock
         if took > time:
             time, bound = took, cycles.pipe if busy >= alone else "latency"
-        steps = TRIPS[one.name](one.arguments) + beside if beside else trips
         found["l2_mb"] = through_l2(one, steps) / 1e6
         if found["l2_mb"] / gpu.l2_bytes_per_s * 1e12 > time:
             time, bound = found["l2_mb"] / gpu.l2_bytes_per_s * 1e12, "L2"

@@ -55,7 +55,7 @@ def conv_fused(
         `reduce_partials.merge_tiles`, otherwise None.
 
     Raises:
-        ValueError: `tma` is True and descriptors cannot be used.
+        ValueError: `tma` is True or `fusion` has a source, and descriptors cannot be used.
     """
     fmt = memory_format(x, w)
     r, s = w.size(2), w.size(3)
@@ -68,6 +68,8 @@ def conv_fused(
     refusal = refuse_tma(x, w, conv, fusion.residual)
     if tma and refusal is not None:
         raise ValueError(f"tma: expected None or False: descriptors cannot be used ({refusal})")
+    if fusion.source is not None and (tma is False or refusal is not None):
+        raise ValueError(f"fusion: a source needs descriptors ({refusal or 'tma=False'})")
     run = by_pointers if refusal is not None or tma is False else by_descriptors
     return y, run(x, w, conv, fusion, y)
 
@@ -127,13 +129,13 @@ def conv_add_projection(
     groups: int,
     source_stride: list[int],
 ) -> Tensor:
-    """`reference.conv_add_projection` in one kernel launch, or by two of `conv_bn_act`.
+    """`reference.conv_add_projection` in one kernel launch, or in two calls of `conv_bn_act`.
 
-    Which of them, a tuning table or the rule of `projection_plans` chooses.
+    A tuning table or the rule of `projection_plans` decides.
     """
     conv = Conv(tuple(stride), tuple(padding), tuple(dilation), groups)
-    w = w.to(x.dtype, memory_format=memory_format(x, w))
-    source_w = source_w.to(x.dtype, memory_format=torch.channels_last)
+    w = w.to(x.dtype).contiguous(memory_format=memory_format(x, w))
+    source_w = source_w.to(x.dtype).contiguous(memory_format=torch.channels_last)
     projection = Source(source, source_w, source_stride[0], source_scale, source_shift)
     fusion = Fusion(scale, shift, relu=relu, source=projection)
 

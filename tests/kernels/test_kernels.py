@@ -224,6 +224,24 @@ def test_descriptors_take_no_3_channels():
         conv.conv_fused(x, w, chain.Conv((2, 2), (3, 3)), conv.Fusion(), tma=True)
 
 
+def test_filters_of_a_projection_are_not_copied(monkeypatch):
+    """1x1 filters are dense in both formats."""
+    args, _ = projected("1x1", torch.float16)
+    args[1], args[5] = (w.contiguous().view(w.shape) for w in (args[1], args[5]))
+    monkeypatch.setattr(config_select, "choose", lambda kernel, key, configs, *rest: configs[0])
+    with Launches(monkeypatch) as launches:
+        kernels.conv_add_projection(*args)
+    assert launches.kernels == ["conv_affine_act_tma_kernel"] and launches.calls == []
+
+
+@pytest.mark.parametrize("tma", [None, False])
+def test_pointers_take_no_projection(tma):
+    """Rather than leave it out."""
+    args, fusion = projected("1x1", torch.float16 if tma is False else torch.float64)
+    with pytest.raises(ValueError, match=r"^fusion: a source needs descriptors \((fp64|tma=False)"):
+        conv.conv_fused(*args[:2], chain.Conv(), fusion, tma=tma)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("tma", [True, False], ids=["descriptors", "pointers"])
 @pytest.mark.parametrize("prologue", [True, False], ids=["prologue", "plain"])
