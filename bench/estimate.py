@@ -10,7 +10,9 @@ and at least that of a small launch. T is the cycles of the busiest multiprocess
 n = ceil(P / multiprocessors) programs, o of them at a time (by registers, shared memory, threads):
 
     T = max(n · busiest pipe of a program, ceil(n / o) · one program alone)
-    one program alone = first load + before + trips · loop + dependent load + after
+    one program alone = first load + before + trips · loop + tiles · ends + dependent load + after
+
+where `tiles · ends` is the end of each tile of a kernel that walks several in one loop.
 
 A section takes the time of its busiest pipe: issue (one warp instruction per cycle and scheduler),
 MIO (shuffles and shared memory, one instruction of any width per cycle), LSU (global memory) or the
@@ -137,6 +139,7 @@ def _dgrad_steps(a: Mapping[str, Any]) -> int:
 # Trips of the main loop from the kernel's parameters; kernels not listed have no loop.
 TRIPS: dict[str, Callable[[Mapping[str, Any]], int]] = {
     "conv_affine_act_tma_kernel": _gemm_steps,
+    "conv_moments_kernel": lambda a: a["boxes_per_program"] * a["R"] * a["S"] * a["c_tiles"],
     "conv_affine_act_kernel": _pointer_steps,
     "conv_dgrad_kernel": _dgrad_steps,
     "conv_wgrad_kernel": lambda a: a["boxes_per_split"],
@@ -158,7 +161,8 @@ def moved(one: Launch) -> int:
     total = sum(_bytes(t) for t in one.tensors)
     a = one.arguments
     strided = []
-    if one.name in ("conv_affine_act_tma_kernel", "conv_wgrad_kernel") and a["STRIDE"] == 2:
+    strides = "conv_affine_act_tma_kernel", "conv_moments_kernel", "conv_wgrad_kernel"
+    if one.name in strides and a["STRIDE"] == 2:
         if a["R"] == a["S"] == 1:
             strided.append(a["x"])
     if _source_steps(a) and a["SOURCE_STRIDE"] == 2:
@@ -179,11 +183,9 @@ def flops(one: Launch) -> int:
         return one.flops
     if not one.name.startswith("conv"):
         return 0
-    taps = a["R"] * a["S"]
-    if one.name == "conv_affine_act_kernel":
-        return 2 * a["pixels"] * one.grid[1] * a["filters"] * taps * a["channels"]
-    depth = taps * a["channels"] + (a["source_channels"] if _source_steps(a) else 0)
-    return 2 * a["N"] * a["P"] * a["Q"] * a["filters"] * depth
+    results = tensors_in([a.get("y", a.get("dy"))])[0].numel()
+    depth = a["R"] * a["S"] * a["channels"] + (a["source_channels"] if _source_steps(a) else 0)
+    return 2 * results * depth
 
 
 def through_l2(one: Launch, trips: int) -> int:
@@ -222,11 +224,11 @@ class Cycles:
 
 
 def program(
-    code: Compiled, warps: int, trips: int, load_us: float, gpu: Gpu, first: int = 0
+    code: Compiled, warps: int, trips: int, load_us: float, gpu: Gpu, first: int = 0, tiles: int = 0
 ) -> Cycles:
     """Cycles of a kernel with `trips` loop trips; load_us is the latency of a dependent load.
 
-    first: trips of the loop before it.
+    first: trips of the loop before it. tiles: how many the loop walks.
     """
     s, share = code.sass, warps / SCHEDULERS
     pace = max(share, gpu.warp_cycles)  # cycles per instruction of a program alone
@@ -239,11 +241,12 @@ def program(
             "tensor": section.tensor * share,
         }
 
-    before, loop, after, sooner = map(pipes, (s.before, s.loop, s.after, s.first))
+    before, loop, after, sooner, tile = map(pipes, (s.before, s.loop, s.after, s.first, s.tile))
     total = {
         name: before[name] + first * sooner[name] + trips * loop[name] + after[name]
+        + tiles * tile[name]
         for name in loop
-    }
+    }  # fmt: skip
     pipe = max(total, key=total.__getitem__)
     trip = max(*loop.values(), s.loop.issue * pace)
     if s.waits:
@@ -255,6 +258,7 @@ def program(
     latency = gpu.first_load_us + load_us * s.loads_after + gpu.meeting_us * meets
     ends = max(*before.values(), s.before.issue * pace) + max(*after.values(), s.after.issue * pace)
     ends += first * max(*sooner.values(), s.first.issue * pace)
+    ends += tiles * max(*tile.values(), s.tile.issue * pace)
     alone = latency * 1e-6 * gpu.clock + ends + trips * trip
     return Cycles(total[pipe], alone, pipe)
 
@@ -300,7 +304,8 @@ def entry(one: Launch, code: Compiled | None, mode: str, gpu: Gpu) -> dict[str, 
         load_us = gpu.load_us if size > gpu.l2 else gpu.l2_load_us
         if one.name == "bn_fold_kernel":  # a program finds its norm and runs that branch
             code = replace(code, sass=one_branch(code.sass, len(one.arguments["channels"])))
-        cycles = program(code, warps, trips, load_us, gpu, first)
+        tiles = one.arguments.get("boxes_per_program", 0)
+        cycles = program(code, warps, trips, load_us, gpu, first, tiles)
         if beside:  # the first load of the second product
             cycles = replace(cycles, alone=cycles.alone + load_us * 1e-6 * gpu.clock)
         busy, alone = each * cycles.busiest, cdiv(each, resident) * cycles.alone

@@ -3,7 +3,10 @@
 `read` takes the output of `nvdisasm` for one kernel and counts the instructions of the hot path:
 those from the entry to the last EXIT. Code after it is cold (barrier retries, slow paths of a
 division). The main loop is the loop with the most tensor-core instructions, the last of equal ones;
-without them all loops count as one. Both sides of a branch within a section are counted.
+without them all loops count as one. Both sides of a branch within a section are counted, except in
+a main loop that also stores results, as of a kernel that walks several tiles. What a branch skips
+there is the end of a tile. Exchanges between threads that a branch in it skips are the first
+tile's.
 """
 
 from __future__ import annotations
@@ -58,6 +61,8 @@ class Sass:
     next such wait, or all of them without a wait. pipelined: whether its loads are asynchronous
     (TMA or cp.async). loads_after: whether the code after the loop loads from memory. first: an
     equal loop before the main one, as of a kernel of two matrix products; not part of `before`.
+    tile: the ends of a tile in a loop over the steps of several tiles; not part of `loop`. What it
+    does for the first tile only is part of `after`.
     """
 
     before: Section
@@ -68,6 +73,7 @@ class Sass:
     pipelined: bool
     loads_after: bool
     first: Section = Section()
+    tile: Section = Section()
 
 
 def read(disassembly: str) -> Sass:
@@ -94,6 +100,15 @@ def read(disassembly: str) -> Sass:
     if not main:  # no loop: the code after the last product is the epilogue
         last = max((i for i, text in enumerate(code) if _opcode(text) in TENSOR), default=-1) + 1
         before, after = list(range(last)), list(range(last, len(code)))
+    ends: list[int] = []
+    if multiplying and any(_opcode(code[i]) == "UTMASTG" for i in inside):
+        skipped = _skipped(code, labels, *main[0])
+        ends = [i for begin, stop in skipped for i in range(begin, stop)]
+        inner = [one for region in skipped for one in _skipped(code, labels, *region)]
+        exchanges = [one for one in inner if any(_opcode(c) == "SHFL" for c in code[slice(*one)])]
+        once = {i for begin, stop in exchanges for i in range(begin, stop)}
+        inside = [i for i in inside if i not in set(ends)]
+        ends, after = [i for i in ends if i not in once], sorted(once) + after
     hidden, waits = _hidden([code[i] for i in inside])
     parts = [[code[i] for i in part] for part in (before, inside, after)]
     loading = {_opcode(text) for text in parts[1 if main else 0]}
@@ -102,6 +117,7 @@ def read(disassembly: str) -> Sass:
         pipelined=bool(loading & {"LDGSTS", "UTMALDG"}) or "LDG" not in loading,
         loads_after=_tensor(code) > 0 and any(_opcode(text) in LOADS for text in parts[2]),
         first=_section([code[i] for i in sooner]),
+        tile=_section([code[i] for i in ends]),
     )  # fmt: skip
 
 
@@ -140,6 +156,21 @@ def _loops(code: Sequence[str], labels: dict[str, int]) -> list[tuple[int, int]]
         if not outermost or loop[0] >= outermost[-1][1]:
             outermost.append(loop)
     return outermost
+
+
+def _skipped(
+    code: Sequence[str], labels: dict[str, int], begin: int, stop: int
+) -> list[tuple[int, int]]:
+    """The outermost parts of [begin, stop) without a product that a branch in it skips."""
+    found: list[tuple[int, int]] = []
+    for i in range(begin, stop):
+        target = re.search(r"`\((\.L_x_\d+)\)", code[i])
+        if _opcode(code[i]) != "BRA" or target is None or (found and i < found[-1][1]):
+            continue
+        end = labels.get(target[1], i)
+        if i < end < stop and not _tensor(code[i:end]):
+            found.append((i + 1, end))
+    return found
 
 
 def _backward(code: Sequence[str], labels: dict[str, int]) -> list[tuple[int, int]]:

@@ -22,6 +22,7 @@ from .bn_act import bn_act
 from .bn_fold import bn_fold
 from .config_select import Config
 from .conv_gather import by_pointers
+from .conv_moments import conv_moments
 from .conv_plan import (
     CUDNN,
     FUSED,
@@ -39,7 +40,7 @@ from .conv_tma import by_descriptors
 def conv_fused(
     x: Tensor, w: Tensor, conv: Conv, fusion: Fusion, tma: bool | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """y = relu(scale·conv(φ(x), w) + shift + residual) in one kernel launch.
+    """y = relu(scale·conv(x, w) + shift + residual) in one kernel launch.
 
     Equation: Ioffe & Szegedy 2015, arXiv:1502.03167, section 3.1; He et al. 2015, eq. 1.
 
@@ -47,11 +48,11 @@ def conv_fused(
         x: Input [N,C,H,W].
         w: Filters [K,C/groups,R,S] in the dtype of x.
         conv: Stride, padding, dilation and groups.
-        fusion: What is fused. Channel vectors are [K], those of φ are [C].
+        fusion: What is fused. Channel vectors are [K].
         tma: True for tensor descriptors, False for pointers, None for descriptors where possible.
 
     Returns:
-        y [N,K,P,Q] in the memory format of x, and with `fusion.stats` the moments of its tiles for
+        y [N,K,P,Q] in the memory format of x, and with `fusion.stats` moments of parts of it for
         `reduce_partials.merge_tiles`, otherwise None.
 
     Raises:
@@ -70,8 +71,12 @@ def conv_fused(
         raise ValueError(f"tma: expected None or False: descriptors cannot be used ({refusal})")
     if fusion.source is not None and (tma is False or refusal is not None):
         raise ValueError(f"fusion: a source needs descriptors ({refusal or 'tma=False'})")
-    run = by_pointers if refusal is not None or tma is False else by_descriptors
-    return y, run(x, w, conv, fusion, y)
+    if refusal is not None or tma is False:
+        return y, by_pointers(x, w, conv, fusion, y)
+    if fusion.stats:
+        return y, conv_moments(x, w, conv, y)
+    by_descriptors(x, w, conv, fusion, y)
+    return y, None
 
 
 def conv_bn_act(

@@ -35,8 +35,8 @@ class Gemm(NamedTuple):
     """GEMM_M = pixels, GEMM_N = filters, GEMM_K = taps · channels of a convolution.
 
     filters and channels are those of one group; size is in bytes per element, rate in FLOP per
-    cycle of a multiprocessor. residual and stats: whether the epilogue adds one and computes
-    moments. source: channels of a projection that the kernel adds, or 0.
+    cycle of a multiprocessor. residual: whether the epilogue adds one. source: channels of a
+    projection that the kernel adds, or 0.
     """
 
     pixels: int
@@ -47,7 +47,6 @@ class Gemm(NamedTuple):
     size: int
     rate: int
     residual: bool = False
-    stats: bool = False
     source: int = 0
 
     def tiles(self, config: tuple[int, ...]) -> int:
@@ -93,23 +92,58 @@ def microseconds(config: Config, gemm: Gemm, processors: int, shared: int) -> fl
     beside = gemm.residual or gemm.source > 0
     instructions = (300 if gemm.taps == 1 else 400) + 60 + values * (8 if beside else 3)
     instructions += 200 if gemm.source else 0
-    ends = instructions * PACE + (16 * values * warps if gemm.stats else 0)
-    alone = FIRST_LOAD + beside * LOAD + (steps * step + ends) / CLOCK
+    alone = FIRST_LOAD + beside * LOAD + (steps * step + instructions * PACE) / CLOCK
     busy = (steps * max(tensor, 117 * warps / 4) + instructions * warps / 4) / CLOCK
 
-    deep = min(block_k * 2 // gemm.size, gemm.channels)  # beyond them a tile is not loaded
-    loaded = (block_m + min(block_n, gemm.filters)) * deep * gemm.size
-    elements = gemm.pixels * gemm.filters * gemm.groups
-    results = elements * gemm.size * (1 + gemm.residual)
-    read = (gemm.pixels + gemm.filters * gemm.taps) * gemm.channels * gemm.groups * gemm.size
-    read += (gemm.pixels + gemm.filters) * gemm.source * gemm.size
-    through = programs * steps * loaded + results
+    moved, through = _traffic(config, gemm)
     if split > 1:
         sums = block_m * block_n * max(gemm.size, 4)
         alone += MERGE + 2 * split * sums / (L2 / processors) / 2
         through += 2 * programs * sums
     rounds = max(cdiv(each, max(1, resident)) * alone, each * busy)
-    return max(rounds, through / L2, (read + results) / MEMORY)
+    return max(rounds, through / L2, moved / MEMORY)
+
+
+def _traffic(config: Config, gemm: Gemm) -> tuple[int, int]:
+    """Bytes to and from memory, and through L2 without the sums of a split."""
+    deep = min(config[2] * 2 // gemm.size, gemm.channels)  # beyond them a tile is not loaded
+    loaded = (config[0] + min(config[1], gemm.filters)) * deep * gemm.size
+    results = gemm.pixels * gemm.filters * gemm.groups * gemm.size * (1 + gemm.residual)
+    read = (gemm.pixels + gemm.filters * gemm.taps) * gemm.channels * gemm.groups * gemm.size
+    read += (gemm.pixels + gemm.filters) * gemm.source * gemm.size
+    return read + results, gemm.tiles(config) * gemm.steps(config) * loaded + results
+
+
+def registers_of(warps: int, at_once: int) -> int:
+    """Registers per thread with which a multiprocessor runs `at_once` programs."""
+    return min(255, REGISTERS // (32 * warps * at_once) // 8 * 8)
+
+
+def tiles_of_program(boxes: int, columns: int, programs: int) -> int:
+    """Tiles of each of up to `programs` programs, of one column of tiles each."""
+    return cdiv(boxes, max(1, programs // columns))
+
+
+@functools.lru_cache(1 << 16)
+def with_moments(config: Config, gemm: Gemm, processors: int) -> float:
+    """Estimated time of `conv_moments`, whose tile is GEMM_M, GEMM_N, GEMM_K of `config`, then
+    warps, stages, and the programs that a multiprocessor runs at a time.
+
+    A program walks its tiles, whose loads overlap with the tile before: steps · step + epilogue
+    each. At its ends it exchanges sums.
+    """
+    block_m, block_n, block_k, warps, _, at_once = config
+    values = block_m * block_n // (32 * warps)
+    boxes, columns = cdiv(gemm.pixels, block_m), cdiv(gemm.filters, block_n)
+    each = tiles_of_program(boxes, columns, processors * at_once)
+    steps = gemm.steps(config)
+    instructions = 125 if gemm.taps == 1 else 160
+    tensor = 2 * block_m * block_n * (block_k * 2 // gemm.size) / gemm.rate
+    ends, after = 60 + 7.5 * values, 700 + 20 * values
+    alone = each * (steps * max(tensor, instructions * PACE) + ends * PACE) + after * PACE
+    busy = each * (steps * max(tensor, instructions * warps / 4) + ends * warps / 4) * at_once
+    moved, through = _traffic(config, gemm)
+    return max(FIRST_LOAD + max(alone, busy) / CLOCK, through / L2, moved / MEMORY)
 
 
 def by_library(moved: int, flops: int, filters: int) -> float:

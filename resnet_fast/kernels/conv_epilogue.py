@@ -1,4 +1,4 @@
-"""The prologue and the epilogue that the convolution kernels share."""
+"""Prologue and epilogue of convolution kernels."""
 
 import triton
 import triton.language as tl

@@ -13,7 +13,7 @@ from ..spec.chain import Conv
 from ..spec.dtypes import stats_dtype
 from . import config_select
 from .config_select import Config
-from .conv_epilogue import columns, epilogue, prologue, store_moments
+from .conv_epilogue import columns, epilogue, store_moments
 from .conv_plan import (
     FLAT_CONFIGS,
     IEEE_CONFIGS,
@@ -39,8 +39,6 @@ def conv_affine_act_kernel(
     y,
     scale,
     shift,
-    in_scale,
-    in_shift,
     partial,
     sums,
     counters,
@@ -85,9 +83,9 @@ def conv_affine_act_kernel(
     BLOCK_K: tl.constexpr,
     SPLIT: tl.constexpr,
 ):
-    """y = relu(scale·conv(φ(x), w) + shift + residual) by pointers: any strides and groups.
+    """y = relu(scale·conv(x, w) + shift + residual) by pointers: any strides and groups.
 
-    φ and `partial` are as in `conv_affine_act_tma_kernel`.
+    `partial` receives the moments of every tile of y, for batch statistics.
 
     channels and filters are those of one group. FLAT_CHANNELS is the number of channels if they are
     few, else 0. If it is set, the loop walks GEMM_K = R·S·C without a break. At 0 a step is BLOCK_K
@@ -124,9 +122,6 @@ def conv_affine_act_kernel(
             a = tl.load(
                 x + (pixel[:, None] + (c * x_sc + dh * x_sh + dv * x_sw)[None, :]), inside, 0.0
             )
-            if in_scale is not None:
-                first = group * channels
-                a = prologue(a, in_scale + first, in_shift + first, c[None, :], channels, inside)
             at = (c * w_sc + r * w_sr + s * w_ss)[:, None] + k[None, :] * w_sk
             b = tl.load(w + at, (tap < R * S)[:, None] & is_filter[None, :], 0.0)
             acc = tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc_dtype)
@@ -142,9 +137,6 @@ def conv_affine_act_kernel(
             at = pixel + (r * DILATION_H * x_sh + s * DILATION_W * x_sw)
             mask = inside[:, None] & (c < channels)[None, :]
             a = tl.load(x + (at[:, None] + (c * x_sc)[None, :]), mask, 0.0)
-            if in_scale is not None:
-                first = group * channels
-                a = prologue(a, in_scale + first, in_shift + first, c[None, :], channels, mask)
             at = (c * w_sc)[:, None] + (k * w_sk)[None, :] + (r * w_sr + s * w_ss)
             b = tl.load(w + at, (c < channels)[:, None] & is_filter[None, :], 0.0)
             acc = tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc_dtype)
@@ -173,7 +165,7 @@ def conv_affine_act_kernel(
 
 def by_pointers(x: Tensor, w: Tensor, conv: Conv, f: Fusion, y: Tensor) -> Tensor | None:
     """Compute y in place; returns the moments of its tiles if `f.stats`, else None."""
-    if f.in_scale is None and takes_windows(x, w, conv):
+    if takes_windows(x, w, conv):
         x, w, conv = as_windows(x, w, conv)
     n, c, h, width = x.shape
     channels, filters = w.size(1), w.size(0) // conv.groups
@@ -193,7 +185,7 @@ def by_pointers(x: Tensor, w: Tensor, conv: Conv, f: Fusion, y: Tensor) -> Tenso
     elif precision(x) == "ieee":
         configs = IEEE_CONFIGS
     else:
-        # With a prologue or moments 256 pixels spill on sm_100.
+        # With moments 256 pixels spill on sm_100.
         wide = POINTER_CONFIGS if f.plain else POINTER_CONFIGS[1:]
         configs = FLAT_CONFIGS if flat_channels else wide
 
@@ -211,7 +203,7 @@ def by_pointers(x: Tensor, w: Tensor, conv: Conv, f: Fusion, y: Tensor) -> Tenso
         meeting = meeting_place(x, boxes * k_tiles * conv.groups, block_m, block_n, split)
         launch(
             conv_affine_act_kernel, (boxes * k_tiles, conv.groups, split),
-            x, w, f.residual, y, *f.vectors, partial, *meeting, *x.stride(), *w.stride(),
+            x, w, f.residual, y, f.scale, f.shift, partial, *meeting, *x.stride(), *w.stride(),
             *residual.stride(), *y.stride(), h, width, p, q, pixels, channels, filters, k_tiles, r,
             s, *conv.stride, *conv.padding, *conv.dilation, f.relu,
             precision(x), flat_channels, aligned, block_m, block_n, block_k, split,

@@ -13,7 +13,7 @@ from ..runtime import settings
 from ..spec.chain import Conv
 from ..spec.layout import memory_format
 from .config_select import Config, Configs
-from .conv_cost import GAP, Gemm, by_native, microseconds, native_tile, with_pass
+from .conv_cost import GAP, Gemm, by_native, microseconds, native_tile, with_moments, with_pass
 from .conv_split import with_splits
 from .launch import INTERPRETING, target
 from .sizes import cdiv, next_power_of_2
@@ -27,6 +27,14 @@ NARROW = (
     (64, 32, 64, 4, 5),
 )
 CONFIGS = ((128, 256, 64, 8, 3), (256, 128, 64, 8, 3), (256, 64, 64, 8, 3), *NARROW)
+# Here also the programs that a multiprocessor runs at a time
+MOMENTS_CONFIGS = (
+    (128, 128, 64, 8, 3, 1),
+    (256, 64, 64, 8, 3, 1),
+    (128, 64, 64, 8, 3, 2),
+    (64, 64, 64, 4, 3, 4),
+    (64, 32, 64, 4, 4, 4),
+)
 POINTER_CONFIGS = (
     (256, 64, 32, 8, 3),
     (128, 128, 64, 8, 3),
@@ -60,16 +68,13 @@ class Source(NamedTuple):
 class Fusion(NamedTuple):
     """Operations fused into a convolution, all optional.
 
-    Prologue: x becomes relu(in_scale·x + in_shift); the padding stays zero.
-    Epilogue: y = relu(scale·z + shift + residual), and with `stats` the mean and centred second
-    moment of every channel of y as stored. Vectors have the accumulation dtype. The residual may
-    instead be the projection of a `source`.
+    y = relu(scale·z + shift + residual). Vectors have the accumulation dtype. The residual may
+    instead be the projection of a `source`. stats: also the mean and centred second moment of
+    every channel of y as stored, where y = z.
     """
 
     scale: Tensor | None = None
     shift: Tensor | None = None
-    in_scale: Tensor | None = None
-    in_shift: Tensor | None = None
     residual: Tensor | None = None
     relu: bool = True
     stats: bool = False
@@ -77,13 +82,11 @@ class Fusion(NamedTuple):
 
     @property
     def plain(self) -> bool:
-        """Whether no prologue, moments or projection take registers beside the tile."""
-        return self.in_scale is None and not self.stats and self.source is None
+        """Whether no moments or projection take registers beside the tile."""
+        return not self.stats and self.source is None
 
-    @property
-    def vectors(self) -> tuple[Tensor | None, ...]:
-        """The channel vectors in the order in which the kernels take them."""
-        return self[:4]
+
+STATS = Fusion(relu=False, stats=True)
 
 
 class GradOut(NamedTuple):
@@ -221,19 +224,25 @@ def _estimated(x: Tensor) -> bool:
 
 
 def forward_configs(f: Fusion, filters: int, shared: int) -> Configs:
-    """Tiles of `conv_tma`: with a prologue, moments or a projection no wide ones, which would spill
-    on sm_100.
-    """
+    """Tiles of `conv_tma`: with a projection no wide ones, which would spill on sm_100."""
     return eligible(CONFIGS if f.plain else NARROW, filters, shared)
+
+
+def moments_configs(gemm: Gemm, processors: int, shared: int) -> tuple[Configs, int]:
+    """Tiles of `conv_moments`, and the index of the one of least estimated time."""
+    configs = eligible(MOMENTS_CONFIGS, gemm.filters, shared)
+    times = [with_moments(config, gemm, processors) for config in configs]
+    return configs, times.index(min(times))
 
 
 def backward_plans(x: Tensor, w: Tensor, conv: Conv) -> Plans:
     """Plans of both gradients.
 
-    Rule: Triton where tensor descriptors can be used, and in fp64 by pointers. A 1x1 filter
-    computes dz and φ(x) on load, because it is memory-bound. A larger filter would recompute them
-    for each tap, which by estimate takes longer than the tensor cores do, so a separate pass
-    computes them once; so does fp64. Above 9 taps cuDNN: the stem's 49 of 3 channels fill no tile.
+    Rule: Triton where tensor descriptors can be used, and in fp64 by pointers. Separate passes
+    compute dz and φ(x) once. On load each tile would compute them for each tap and between a load
+    and the tensor cores: by estimate a step of ResNet-50 would take 7 ms longer, and an H200 ran
+    every convolution of it faster with passes. Above 9 taps cuDNN: the stem's 49 of 3 channels fill
+    no tile.
     """
     refusal = refuse_gradients(x, w, conv)
     if refusal is not None:
@@ -245,10 +254,8 @@ def backward_plans(x: Tensor, w: Tensor, conv: Conv) -> Plans:
     refusal = None if x.dtype == torch.float64 else refuse_tma(x, w, conv)
     if refusal is not None or taps > 9:
         best, reason = PLANS[-1], f"no tensor descriptors: {refusal}" if refusal else "many taps"
-    elif taps == 1 and masks_on_load:
-        best, reason = PLANS[0], "1x1 filter: dz and the input computed on load"
     else:
-        best, reason = PLANS[1], "several taps: dz and the input computed once"
+        best, reason = PLANS[1], "dz and the input computed once"
     return Plans(plans, plans.index(best), reason) if best in plans else Plans(plans, 0, why)
 
 
@@ -403,7 +410,7 @@ def gemm_of(x: Tensor, w: Tensor, conv: Conv, f: Fusion) -> Gemm:
     rate = 256 if exact else 4096 * 2 // size
     return Gemm(
         x.size(0) * p * q, filters // conv.groups, r * s, channels, conv.groups, size, rate,
-        f.residual is not None, f.stats, 0 if f.source is None else f.source.w.size(1),
+        f.residual is not None, 0 if f.source is None else f.source.w.size(1),
     )  # fmt: skip
 
 
@@ -415,12 +422,17 @@ def pick(configs: Configs, pixels: int, filters: int, processors: int) -> int:
     return len(configs) - 1
 
 
-def key(x: Tensor, w: Tensor, conv: Conv, f: Fusion) -> tuple[Any, ...]:
-    """Key of a forward convolution in the tables of tiles and plans."""
+def key(
+    x: Tensor, w: Tensor, conv: Conv, f: Fusion, prologue: bool = False
+) -> tuple[Any, ...]:
+    """Key of a forward convolution in the tables of tiles and plans.
+
+    prologue: whether its input is φ(x).
+    """
     source = f.source
     projection = "" if source is None else f"projection{source.w.size(1)}/{source.stride}"
     kinds = (
-        ("prologue", f.in_scale), ("residual", f.residual), ("stats", f.stats or None),
+        ("prologue", prologue or None), ("residual", f.residual), ("stats", f.stats or None),
         (projection, source),
     )  # fmt: skip
     return _key(x, w, conv, kinds)

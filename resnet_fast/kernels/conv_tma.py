@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 from ..spec.chain import Conv
 from . import config_select
 from .config_select import Config
-from .conv_epilogue import affine, columns, computed_here, epilogue, prologue, store_moments
+from .conv_epilogue import affine, columns, computed_here, epilogue
 from .conv_plan import Fusion, Source, box_of, forward_configs, gemm_of, key, precision
 from .conv_split import is_last, meeting_place, share, sum_of_parts, with_splits
 from .conv_tiles import Box, filter_tiles, input_tiles, output_tiles, walk
@@ -24,16 +24,13 @@ STORE_N = 64  # columns of a stored box
 
 @triton.jit
 def _products(
-    acc, x, w, in_scale, in_shift, begin, end, n0, p0, q0, k0, H, W, channels, c_tiles,
-    R: tl.constexpr, S: tl.constexpr, STRIDE: tl.constexpr, PAD_H: tl.constexpr,
-    PAD_W: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
-    PRECISION: tl.constexpr, BOX_P: tl.constexpr, BOX_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    acc, x, w, begin, end, n0, p0, q0, k0, channels, c_tiles, R: tl.constexpr, S: tl.constexpr,
+    STRIDE: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr, DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """acc [M, N] plus the products of steps [begin, end) of GEMM_K, by tap and then by channel."""
     M: tl.constexpr = acc.shape[0]
     N: tl.constexpr = acc.shape[1]
-    m = tl.arange(0, M)[:, None]
-    p, q = p0 + m // BOX_Q % BOX_P, q0 + m % BOX_Q
     for i in range(begin, end):
         if R * S == 1:
             tap, c0 = 0, i * BLOCK_K
@@ -47,11 +44,6 @@ def _products(
             a = x.load([n0, p0 + (h >> 1), h & 1, q0 + (v >> 1), (v & 1) * channels + c0])
         b = w.load([k0, tap, c0])
         a, b = a.reshape(M, BLOCK_K), b.reshape(N, BLOCK_K)
-        if in_scale is not None:
-            row, column = p * STRIDE + h, q * STRIDE + v
-            inside = (row >= 0) & (row < H) & (column >= 0) & (column < W)
-            c = c0 + tl.arange(0, BLOCK_K)[None, :]
-            a = prologue(a, in_scale, in_shift, c, channels, inside)
         acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
     return acc
 
@@ -64,20 +56,12 @@ def conv_affine_act_tma_kernel(
     y,
     scale,
     shift,
-    in_scale,
-    in_shift,
-    partial,
     sums,
     counters,
     source,
     source_w,
     source_scale,
     source_shift,
-    N,
-    H,
-    W,
-    P,
-    Q,
     channels,
     filters,
     source_channels,
@@ -104,14 +88,12 @@ def conv_affine_act_tma_kernel(
     SPLIT: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """y = relu(scale·conv(φ(x), w) + shift + residual) by tensor descriptors.
+    """y = relu(scale·conv(x, w) + shift + residual) by tensor descriptors.
 
-    Prologue: φ(x) = relu(in_scale·x + in_shift) in registers, before the tensor cores. Epilogue:
-    one multiply-add, residual and ReLU per value, 64 columns after another, because the vectors of
-    all columns do not fit into the registers. `partial` receives the moments of every tile of y for
-    batch statistics. With `source` the residual is its projection,
-    source_scale·conv1x1(source, source_w) + source_shift, computed first and kept in registers: in
-    the dtype of y, as it would be in memory, or with a split in fp32.
+    Epilogue: one multiply-add, residual and ReLU per value, 64 columns after another, because the
+    vectors of all columns do not fit into the registers. With `source` the residual is its
+    projection, source_scale·conv1x1(source, source_w) + source_shift, computed first and kept in
+    registers: in the dtype of y, as it would be in memory, or with a split in fp32.
 
     x is described as [N, H, 1, W, C], for stride 2 as its parities [N, H/2, 2, W/2, 2·C]. Thus for
     a filter tap (r, s) the input of a box of BOX_N × BOX_P × BOX_Q output pixels is a box too; so
@@ -145,9 +127,8 @@ def conv_affine_act_tma_kernel(
     skips = ()
     if source is not None:
         acc = _products(
-            acc, source, source_w, None, None, begin, min(end, source_tiles), n0, p0, q0, k0, H, W,
-            source_channels, source_tiles, 1, 1, SOURCE_STRIDE, 0, 0, 1, 1, PRECISION, BOX_P, BOX_Q,
-            BLOCK_K,
+            acc, source, source_w, begin, min(end, source_tiles), n0, p0, q0, k0, source_channels,
+            source_tiles, 1, 1, SOURCE_STRIDE, 0, 0, 1, 1, PRECISION, BLOCK_K,
         )  # fmt: skip
         parts = columns(acc)
         for i in tl.static_range(COLUMNS):
@@ -159,8 +140,8 @@ def conv_affine_act_tma_kernel(
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         begin, end = max(begin - source_tiles, 0), end - source_tiles
     acc = _products(
-        acc, x, w, in_scale, in_shift, begin, end, n0, p0, q0, k0, H, W, channels, c_tiles, R, S,
-        STRIDE, PAD_H, PAD_W, DILATION_H, DILATION_W, PRECISION, BOX_P, BOX_Q, BLOCK_K,
+        acc, x, w, begin, end, n0, p0, q0, k0, channels, c_tiles, R, S, STRIDE, PAD_H, PAD_W,
+        DILATION_H, DILATION_W, PRECISION, BLOCK_K,
     )  # fmt: skip
 
     if SPLIT > 1:
@@ -182,12 +163,6 @@ def conv_affine_act_tma_kernel(
             s = skips[i]
         part = epilogue(parts[i], s, k + i * WIDTH, filters, scale, shift, RELU).to(y.dtype)
         y.store([n0, p0, q0, first], part.reshape(BOX_N, BOX_P, BOX_Q, WIDTH))
-        if partial is not None:
-            m = tl.arange(0, BLOCK_M)[:, None]
-            n, p, q = n0 + m // BOX_Q // BOX_P, p0 + m // BOX_Q % BOX_P, q0 + m % BOX_Q
-            inside = (n < N) & (p < P) & (q < Q)
-            boxes = tl.num_programs(0) // k_tiles
-            store_moments(partial, part, inside, box, boxes, k + i * WIDTH, filters, filters)
 
 
 def _source_tiles(
@@ -201,15 +176,14 @@ def _source_tiles(
     return (tiles, filters, source.scale, source.shift), c, cdiv(c, block_k)
 
 
-def by_descriptors(x: Tensor, w: Tensor, conv: Conv, f: Fusion, y: Tensor) -> Tensor | None:
-    """Compute y in place; returns the moments of its tiles if `f.stats`, else None."""
+def by_descriptors(x: Tensor, w: Tensor, conv: Conv, f: Fusion, y: Tensor) -> None:
+    """Compute y in place."""
     r, s = w.shape[2:]
     gpu, stride = target(x), conv.stride[0]
     whole = f.source is None or f.source.stride == 1
     (n, h, width, c), (_, p, q, k) = walk(x, y, w, conv, whole)
 
-    def start(config: Config) -> Tensor | None:
-        partial = None
+    def start(config: Config) -> None:
         block_m, block_n, block_k, warps, stages, split = config
         block_k = block_k * 2 // x.element_size()
         box = box_of(block_m, n, p, q)
@@ -226,23 +200,19 @@ def by_descriptors(x: Tensor, w: Tensor, conv: Conv, f: Fusion, y: Tensor) -> Te
             source_stride = f.source.stride
         sizes, blocks = (n, p, q, k), (*box, block_n)
         grid = [cdiv(*pair) for pair in zip(sizes, blocks, strict=True)]
-        boxes = grid[0] * grid[1] * grid[2]
-        if f.stats:
-            partial = x.new_empty(4, boxes, k, dtype=torch.float32)
-        programs = boxes * grid[3]
+        programs = math.prod(grid)
         meeting = meeting_place(x, programs, block_m, block_n, split)
         launch(
             conv_affine_act_tma_kernel, (programs, split),
-            x_tiles, w_tiles, residual, y_tiles, *f.vectors, partial, *meeting, *beside,
-            n, h, width, p, q, c, k, source_c, grid[1], grid[2], grid[3], cdiv(c, block_k),
+            x_tiles, w_tiles, residual, y_tiles, f.scale, f.shift, *meeting, *beside,
+            c, k, source_c, grid[1], grid[2], grid[3], cdiv(c, block_k),
             source_tiles, r, s, stride, *conv.padding, *conv.dilation, source_stride, f.relu,
             precision(x), *box, block_n, block_k, split, INTERPRETING, num_warps=warps,
             num_stages=stages, **all_registers(x),
         )  # fmt: skip
-        return partial
 
     configs = forward_configs(f, k, gpu.shared)
     gemm = gemm_of(x, w, conv, f)
     configs, rule = with_splits(configs, gemm, gpu.multiprocessors, gpu.shared)
     where = key(x, w, conv, f)
-    return start(config_select.choose("conv_affine_act_tma", where, configs, rule, x, start))
+    start(config_select.choose("conv_affine_act_tma", where, configs, rule, x, start))

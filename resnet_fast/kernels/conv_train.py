@@ -1,9 +1,9 @@
 """Convolutions of a training step, each by a Triton kernel or by PyTorch (cuDNN on a GPU).
 
-A Triton forward is one launch: prologue with the previous normalization and ReLU, epilogue with the
-statistics. A Triton backward is two: the prologues compute dz and φ(x); dgrad's epilogue applies
-the ReLU's gradient and sums for the previous normalization. cuDNN runs between separate Triton
-passes that do the rest.
+A Triton forward is one launch: the convolution, with the statistics of its result; a pass before it
+computes φ(x). A Triton backward is two: dgrad's epilogue applies the ReLU's gradient and sums for
+the previous normalization; passes or the kernels' prologues compute dz and φ(x). cuDNN runs between
+separate Triton passes that do the rest.
 
 `conv_plan` lists the plans that a layer may take; `config_select` chooses one, as it does a tile.
 """
@@ -121,17 +121,24 @@ def conv_fprop(
     dilation: list[int],
     groups: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`reference.conv_fprop`: one launch and the merge of its statistics, or PyTorch and passes."""
+    """`reference.conv_fprop`: a pass for φ(x), then a launch and the merge of its statistics, or
+    PyTorch's convolution and a pass for them.
+
+    Why a pass: a tile of x is read once per tile of filters and tap, and would be normalized each
+    time, between a load and the tensor cores (`bench estimate`, and cuDNN's plan on an H200).
+    """
     conv = Conv(tuple(stride), tuple(padding), tuple(dilation), groups)
-    args = (x, w, in_scale, in_shift, stats)
-    fusion = Fusion(in_scale=in_scale, in_shift=in_shift, relu=False, stats=stats)
+    fusion = Fusion(relu=False, stats=stats)
 
     def start(plan: Config) -> tuple[Tensor, Tensor, Tensor]:
+        h = x
+        if in_scale is not None:
+            h = bn_act(x, in_scale, in_shift, None, None, None, True, False)[0]
         if plan == LIBRARY:
-            return _library_fprop(*args, stride, padding, dilation, groups)
-        return _fused_fprop(x, w, conv, fusion)
+            return _library_fprop(h, w, stats, conv)
+        return _fused_fprop(h, w, conv, fusion)
 
-    where = key(x, w, conv, fusion)
+    where = key(x, w, conv, fusion, in_scale is not None)
     plans, rule, why = forward_plans(x, w, conv, fusion, training=True)
     return start(config_select.choose("conv_fprop", where, plans, rule, x, start, why))
 
@@ -145,12 +152,9 @@ def _fused_fprop(x, w, conv, fusion):
     return z, *merge_tiles(partial)
 
 
-def _library_fprop(x, w, in_scale, in_shift, stats, stride, padding, dilation, groups):
-    """`bn_act`, PyTorch's convolution, `bn_stats`."""
-    fmt = memory_format(x, w)
-    h = x if in_scale is None else bn_act(x, in_scale, in_shift, None, None, None, True, False)[0]
-    z = F.conv2d(h, w.to(x.dtype), None, stride, padding, dilation, groups)
-    z = z.contiguous(memory_format=fmt)
+def _library_fprop(x, w, stats, conv):
+    """PyTorch's convolution, `bn_stats`."""
+    z = F.conv2d(x, w.to(x.dtype), None, *conv.args()).contiguous(memory_format=memory_format(x, w))
     if stats:
         return z, *bn_stats(z)
     return z, *(x.new_empty(0, dtype=stats_dtype(x)) for _ in range(2))

@@ -88,8 +88,7 @@ def test_a_shipped_table_is_found():
     x = torch.empty(256, 64, 56, 56, dtype=torch.bfloat16, device="meta")
     w = torch.empty(256, 64, 1, 1, dtype=torch.bfloat16, device="meta")
     x, w = (t.contiguous(memory_format=torch.channels_last) for t in (x, w))
-    conv, fusion = Conv(), conv_plan.Fusion(relu=False, stats=True, in_scale=x, in_shift=x)
-    where = config_select._name(conv_plan.key(x, w, conv, fusion))
+    where = config_select._name(conv_plan.key(x, w, Conv(), conv_plan.STATS, prologue=True))
     plans = conv_plan.FUSED, conv_plan.LIBRARY
     found = config_select._measured("conv_fprop", "NVIDIA H200", where, plans)
     assert found == conv_plan.LIBRARY
