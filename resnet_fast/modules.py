@@ -25,7 +25,7 @@ from .dispatch.native_inference import infer
 from .dispatch.packed_filters import Rechecked
 from .functional import global_avg_pool, infer_chains, run_chain
 from .spec.chain import Chain, Conv, ConvParams, Norm, NormParams, Running, Tensors
-from .spec.checks import check_impl
+from .spec.checks import check_impl, check_keep
 from .spec.layers import Parts, windows_of
 from .spec.values import pair
 
@@ -36,7 +36,7 @@ def run_fused(
     residual: Tensor | None = None,
     *,
     impl: str = "auto",
-    keep_activations: bool = False,
+    keep_activations: bool | str = False,
 ) -> Tensor:
     """Run the chain of `parts` on x [N,C,H,W] with `resnet_fast.functional.run_chain`.
 
@@ -77,7 +77,7 @@ def _trains(norm: nn.BatchNorm2d | nn.SyncBatchNorm | None) -> bool:
 
 
 def _chain_of(
-    parts: Parts, shortcut: str, impl: str, keep_activations: bool
+    parts: Parts, shortcut: str, impl: str, keep_activations: bool | str
 ) -> tuple[Chain, Tensors]:
     """The chain of `parts`, and its tensors."""
     convs, norms = parts.convs, _norms_of(parts)
@@ -143,17 +143,19 @@ class Fused(Rechecked, blocks.ChainBlock):
 
     Args:
         impl: "auto", "reference", "native" or "triton" (see `resnet_fast.dispatch.backends`).
-        keep_activations: True stores the activations between convolutions for the backward pass
-            (more memory); False recomputes them.
+        keep_activations: True stores the activations between convolutions for the backward pass,
+            as PyTorch does; False recomputes them (less memory); "auto" is True on a GPU.
     """
 
     impl = "auto"
-    keep_activations = False
+    keep_activations: bool | str = False
 
-    def __init__(self, *args, impl: str = "auto", keep_activations: bool = False, **kwargs) -> None:
+    def __init__(
+        self, *args, impl: str = "auto", keep_activations: bool | str = False, **kwargs
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.impl = check_impl(impl)
-        self.keep_activations = keep_activations
+        self.keep_activations = check_keep(keep_activations)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return y [N,K,P,Q] for x [N,C,H,W]."""

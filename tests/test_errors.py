@@ -196,6 +196,14 @@ BUILDS = {  # constructions that do not fit
         lambda: Chain((Conv(),), (None, Norm()), projection_norm=Norm()), "projection_norm: expect",
     ),
     "norm-eps": (lambda: Norm(eps=-1e-5), "eps: expected a finite number of at least 0, got -1e"),
+    "keep-activations": (
+        lambda: resnet_fast.Bottleneck(64, 16, keep_activations=1),
+        "keep_activations: expected True, False or 'auto', got 1",
+    ),
+    "keep-activations-model": (
+        lambda: resnet_fast.resnet18(keep_activations="always"),
+        "keep_activations: expected True, False or 'auto', got 'always'",
+    ),
     "norm-batch-stats": (lambda: Norm(batch_stats=1), "batch_stats: expected True or False"),
     "pool-kernel": (lambda: Pool(3, (2, 2)), "kernel: expected two integers, got 3"),
     "pool-stride": (lambda: Pool((3, 3), (0, 2)), "stride: expected at least 1, got (0, 2)"),

@@ -15,7 +15,7 @@ rank computes the sums, with or without a gradient, so that collectives match.
 
 Saved: x, the filters, one raw output h per convolution, four vectors per norm, and the join's bit
 mask (or the index of each window's maximum).
-Not saved: anything after a ReLU (unless `Chain.keep_activations`).
+Not saved: anything after a ReLU (unless `Chain.keeps`).
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ def _forward(
     hs, acts, affines = [x], [], [ready(0, x, None)]
     for j in range(n):
         h, affine, act = hs[j], affines[j], None
-        if chain.keep_activations and affine.scale is not None:
+        if chain.keeps(x) and affine.scale is not None:
             act = _activate(h, affine, impl)
             h, affine = act, Affine()
         z, after = convolve(j, h, affine)

@@ -15,8 +15,9 @@ from .sizes import cdiv, next_power_of_2
 from .tile_math import sum_rows
 
 BLOCK_S, BLOCK_C = 64, 32
-TILES_A_SPLIT = 256
-SUMS_AT_ONCE = 4 * TILES_A_SPLIT  # above this, `fold` reduces them first, with more programs
+TILES_A_SPLIT = 512
+SUMS_AT_ONCE = 2 * TILES_A_SPLIT  # above this, `fold` reduces them first, with more programs
+FOLDED = 4096  # elements that a program of `fold` loads at a time
 
 
 @triton.jit
@@ -196,7 +197,8 @@ def merge_tiles(partial: Tensor) -> tuple[Tensor, Tensor]:
         out = (None, mean, None, m2) if last else tuple(moments)
         launch(
             merge_tiles_kernel, (splits, cdiv(channels, BLOCK_C)),
-            partial, *out, count, TILES_A_SPLIT, channels, BLOCK_S, BLOCK_C, num_warps=4,
+            partial, *out, count, TILES_A_SPLIT, channels, _rows_at_once(count), BLOCK_C,
+            num_warps=8,
         )  # fmt: skip
         if last:
             return mean, m2
@@ -211,11 +213,17 @@ def fold(partial: Tensor, out: Tensor, per_fold: int | None = None) -> None:
     count, size = partial.shape[-2:]
     groups = partial.numel() // max(1, count * size)
     per_fold = per_fold or count
-    block = min(512, max(32, next_power_of_2(size)))
+    rows = max(8, min(next_power_of_2(per_fold), FOLDED // 32))
+    block = FOLDED // rows
     launch(
         fold_kernel, (cdiv(size, block), cdiv(count, per_fold), groups),
-        partial, out, count, per_fold, size, 8, block, num_warps=4, **all_registers(partial),
+        partial, out, count, per_fold, size, rows, block, num_warps=4, **all_registers(partial),
     )  # fmt: skip
+
+
+def _rows_at_once(count: int) -> int:
+    """Rows of `count` that a program loads at a time: many, because it waits for each load."""
+    return min(256, max(BLOCK_S, next_power_of_2(count)))
 
 
 def merge_sums(partial: Tensor, rstd: Tensor, res_rstd: Tensor | None) -> tuple[Tensor, ...]:
@@ -228,7 +236,8 @@ def merge_sums(partial: Tensor, rstd: Tensor, res_rstd: Tensor | None) -> tuple[
     out = [partial.new_empty(channels if i < sums else 0) for i in range(3)]
     launch(
         merge_sums_kernel, (sums, cdiv(channels, BLOCK_C)),
-        partial, rstd, res_rstd, *out, splits, channels, BLOCK_S, BLOCK_C, num_warps=4,
+        partial, rstd, res_rstd, *out, splits, channels, _rows_at_once(splits), BLOCK_C,
+        num_warps=8,
     )  # fmt: skip
     return tuple(out)
 

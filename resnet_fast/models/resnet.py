@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..blocks import ResidualBlock
 from ..dispatch.guard import fusible, hooked, refusal
 from ..modules import PLAIN, Fused, GlobalAvgPool2d, run_fused, run_inference
-from ..spec.checks import check_impl
+from ..spec.checks import check_impl, check_keep
 from ..spec.layers import Parts
 from ..spec.values import check_callable, check_flag, check_list, integer
 from .copies import copy_modules
@@ -58,7 +58,8 @@ class ResNet(nn.Module):
         planes: channels of the stem, and planes of the first stage.
         in_channels: channels of x.
         impl: "auto", "reference", "native" or "triton", for every fused part.
-        keep_activations: True stores activations for the backward pass instead of recomputing them.
+        keep_activations: True stores activations for the backward pass, False recomputes them,
+            "auto" is True on a GPU.
         fused: False builds the plain PyTorch model with the same parameters and state dict.
 
     Attributes:
@@ -86,7 +87,7 @@ class ResNet(nn.Module):
         planes: int = 64,
         in_channels: int = 3,
         impl: str = "auto",
-        keep_activations: bool = False,
+        keep_activations: bool | str = False,
         fused: bool = True,
     ) -> None:
         super().__init__()
@@ -96,7 +97,7 @@ class ResNet(nn.Module):
         for flag in flags:
             check_flag(flag, "replace_stride_with_dilation")
         check_flag(zero_init_residual, "zero_init_residual")
-        check_flag(keep_activations, "keep_activations")
+        check_keep(keep_activations)
         check_flag(fused, "fused")
         check_callable(norm_layer, "norm_layer")
         dilate = [False, *(flags or [False] * (len(layers) - 1))]

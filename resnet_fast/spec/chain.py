@@ -168,8 +168,9 @@ class NormParams(NamedTuple):
 class Chain:
     """The static half of a block, without tensors (see the docstring of this module).
 
-    keep_activations stores φ[j](h[j]) for the backward pass instead of recomputing it from h[j]:
-    more memory, less arithmetic.
+    keep_activations: True stores φ[j](h[j]) for the backward pass, False recomputes it from h[j],
+    "auto" is True on a GPU and for the Triton kernels, which write it to memory anyway, and False
+    for the CPU kernels, which compute it on load.
     """
 
     convs: tuple[Conv, ...]
@@ -178,7 +179,7 @@ class Chain:
     shortcut: str = "none"
     projection: Conv | None = None
     projection_norm: Norm | None = None
-    keep_activations: bool = False
+    keep_activations: bool | str = False
     impl: str = "auto"
     pool: Pool | None = None
 
@@ -211,6 +212,11 @@ class Chain:
     def all_norms(self) -> tuple[Norm | None, ...]:
         """The chain's norms, then the projection's."""
         return (*self.norms, self.projection_norm)
+
+    def keeps(self, x: Tensor) -> bool:
+        """Whether activations on the device of x are stored (`keep_activations`)."""
+        auto = x.is_cuda or self.impl == "triton"
+        return auto if self.keep_activations == "auto" else bool(self.keep_activations)
 
     @property
     def shared(self) -> bool:

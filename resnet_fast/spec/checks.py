@@ -26,6 +26,13 @@ def check_impl(impl: str) -> str:
     return impl
 
 
+def check_keep(value: bool | str) -> bool | str:
+    """Return `value` if it is valid for `Chain.keep_activations`, else raise ValueError."""
+    if not isinstance(value, bool) and value != "auto":
+        raise ValueError(f"keep_activations: expected True, False or 'auto', got {given(value)}")
+    return value
+
+
 def check_chain(
     chain: Chain,
     x: Tensor,

@@ -68,6 +68,9 @@ def test_saved_by_bottleneck(impl):
     assert fused < 0.65 * saved_bytes(lambda: plain(x), plain)
     module.keep_activations = True
     assert saved_bytes(lambda: module(x), module) == fused + 2 * unit
+    module.keep_activations = "auto"
+    kept = x.is_cuda or impl.name == "triton"
+    assert saved_bytes(lambda: module(x), module) == fused + 2 * unit * kept
 
 
 def test_saved_by_add_relu(impl):

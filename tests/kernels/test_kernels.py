@@ -541,8 +541,8 @@ WALKS = {  # values [pixels, channels] of the input, which a filter of the ident
 @pytest.mark.parametrize("config", [(128, 32, 64, 8, 3, 1), (64, 32, 64, 4, 3, 1)],
                          ids=["128x32", "64x32"])  # fmt: skip
 def test_statistics_of_a_walk(monkeypatch, values, config):
-    """Programs of many tiles, the last one short: a mean within 1e-6 deviations, a variance within
-    2e-6 of itself, and the same bits twice.
+    """Programs of 14 or 27 tiles: a mean within 1e-6 deviations, a variance within the bound of
+    `conv_moments_kernel`, and the same bits twice.
     """
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     monkeypatch.setattr(conv_plan, "MOMENTS_CONFIGS", (config,))
@@ -559,7 +559,8 @@ def test_statistics_of_a_walk(monkeypatch, values, config):
     spread = (stored - exact[:, None]).square().sum(1)
     deviation = (spread / len(v)).sqrt()
     assert ((mean.double().cpu() - exact).abs() <= 1e-7 * exact.abs() + 1e-6 * deviation).all()
-    torch.testing.assert_close(m2.double().cpu(), spread, rtol=2e-6, atol=1e-12)
+    tiles = 1 + len(v) / (2 * config[0])
+    torch.testing.assert_close(m2.double().cpu(), spread, rtol=3e-7 * tiles, atol=1e-12)
     again = conv.conv_fused(x, eye, chain.Conv(), conv_plan.STATS)[1]
     assert torch.equal(again, partial)
 
