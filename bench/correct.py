@@ -28,8 +28,8 @@ AWAY = 0.1  # conv_bprop recomputes a ReLU: minimum distance of its inputs from 
 RESULTS = {
     "conv_bn_act": ("y",),
     "conv_add_projection": ("y",),
-    "conv_fprop": ("z", "mean", "m2"),
-    "conv_bprop": ("dx", "dw", "sum of dx", "sum of dx·xhat"),
+    "conv_fprop": ("z", "mean", "m2", "scale", "shift", "rstd"),
+    "conv_bprop": ("dx", "dw", "sum of dx", "sum of dx·xhat", "b", "c"),
 }
 
 Call = tuple[str, list[Any]]
@@ -100,10 +100,10 @@ def join(pair: tuple[Layer, Layer], n: int, dtype: torch.dtype, device: torch.de
 
 
 def fprop(layer: Layer, n: int, dtype: torch.dtype, device: torch.device) -> Call:
-    """The normalization and ReLU of the input, the convolution, the statistics of its output."""
-    x, w, _, _ = tensors(layer, n, dtype, device)
-    scale, shift = _affine(layer, device)
-    return "conv_fprop", [x, w, scale, shift, True, *layer.conv.args()]
+    """The normalization and ReLU of the input, the convolution, the next normalization."""
+    x, w, (weight, bias, *_), _ = tensors(layer, n, dtype, device)
+    affine = _affine(layer, device)
+    return "conv_fprop", [x, w, *affine, True, weight, bias, EPS, *layer.conv.args()]
 
 
 def bprop(layer: Layer, n: int, dtype: torch.dtype, device: torch.device) -> Call:

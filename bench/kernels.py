@@ -189,10 +189,10 @@ def conv_cases(
     if layer.residual:
         yield f"{name} projection", _projection_case(layer, x, w, norm)
     if name in TRAINED:
-        fprop = kernels.conv_fprop
-        yield f"{name} stats", partial(fprop, x, w, None, None, True, *geometry)
+        fprop, affine = kernels.conv_fprop, (*norm[1:3], EPS)
+        yield f"{name} stats", partial(fprop, x, w, None, None, True, *affine, *geometry)
         start = _vectors(layer.channels, 2, dtype)
-        yield f"{name} prologue+stats", partial(fprop, x, w, *start, True, *geometry)
+        yield f"{name} prologue+stats", partial(fprop, x, w, *start, True, *affine, *geometry)
         yield from gradient_cases(name, x, w, y, geometry)
     if name == SMALL:
         yield from small_cases(f"{name} N=1", layer, dtype)
@@ -217,14 +217,12 @@ def small_cases(
     """The convolution of `layer` for one image, by both kernels, with everything they can fuse."""
     from resnet_fast import kernels
     from resnet_fast.kernels.conv import conv_fused
-    from resnet_fast.kernels.conv_plan import Fusion
+    from resnet_fast.kernels.conv_plan import STATS, Fusion
 
     x_shape, y_shape = layer.shapes(1)
     x, w, y = (_tensor(shape, dtype) for shape in (x_shape, layer.weight_shape, y_shape))
     norm = _vectors(layer.filters, 2, dtype)
-    infer = Fusion(*norm, residual=y)
-    start = dict(zip(("in_scale", "in_shift"), _vectors(layer.channels, 2, dtype), strict=True))
-    training = Fusion(**start, relu=False, stats=True)
+    infer, training = Fusion(*norm, residual=y), STATS
     given = None, *norm, None, None, None, True, EPS, *layer.conv.args()
     yield name, partial(kernels.conv_bn_act, x, w, *given)
     for what, fusion in (("infer", infer), ("training", training)):
@@ -275,8 +273,8 @@ def norm_cases(dtype: torch.dtype, channels_last: bool) -> dict[str, Callable[[]
             "bn+res": partial(kernels.bn_act, x, a, b, y, None, None, True, True),
             "dual": partial(kernels.bn_act, x, a, b, y, c, d, True, True),
             "add": partial(kernels.add_relu, x, y, True),
-            "sums": partial(kernels.bn_act_bwd_reduce, x, mask, y, a, b, None, None, None),
-            "sums dual": partial(kernels.bn_act_bwd_reduce, x, mask, y, a, b, z, c, d),
+            "sums": partial(kernels.bn_act_bwd_reduce, x, mask, y, a, b, c, *[None] * 4),
+            "sums dual": partial(kernels.bn_act_bwd_reduce, x, mask, y, a, b, c, z, c, d, a),
             "bwd": partial(kernels.bn_act_bwd_apply, x, mask, a, y, b, c, d, None),
             "bwd+res": partial(kernels.bn_act_bwd_apply, x, mask, a, y, b, c, d, z),
             "frozen": partial(kernels.bn_act_bwd_apply, x, mask, a, *[None] * 5),

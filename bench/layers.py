@@ -215,7 +215,9 @@ def train(mode: str) -> Callable[[Layer, int, torch.dtype, torch.device, str], R
 
         def fused() -> Tensor:
             if mode == "fprop":
-                return ops.conv_fprop(x, w, *below[:2], True, *geometry, impl)[0]
+                return ops.conv_fprop(
+                    x, w, *below[:2], True, weight, bias, EPS, *geometry, impl
+                )[0]
             grads = ops.conv_bprop(
                 dy, w, x, None, a, z, mean, b, c, *below[:2],
                 *(below[2:] if mode == "dgrad" else (None, None)), None, None, None, *geometry,

@@ -201,7 +201,7 @@ BUILDS = {  # constructions that do not fit
         "keep_activations: expected True, False or 'auto', got 1",
     ),
     "keep-activations-model": (
-        lambda: resnet_fast.resnet18(keep_activations="always"),
+        lambda: resnet_fast.ResNet(resnet_fast.Bottleneck, [1], keep_activations="always"),
         "keep_activations: expected True, False or 'auto', got 'always'",
     ),
     "norm-batch-stats": (lambda: Norm(batch_stats=1), "batch_stats: expected True or False"),

@@ -30,7 +30,7 @@ from torch import Tensor
 from ..dispatch import ops, replay
 from ..spec.chain import Chain, Norm, NormParams, unflatten
 from ..spec.dtypes import stats_dtype
-from ..spec.layout import memory_format
+from ..spec.layout import memory_format, values_per_channel
 from . import sync
 
 DOUBLE_BACKWARD = (
@@ -105,17 +105,13 @@ class Saved(NamedTuple):
         )
 
 
-def values_per_channel(h: Tensor) -> int:
-    """Number of values per channel of h [N,C,H,W]: N·H·W."""
-    return h.size(0) * h.size(2) * h.size(3)
-
-
 def _ready(
     norm: Norm, p: NormParams, conv_bias: Tensor | None, h: Tensor, stats: Any, impl: str
 ) -> Affine:
     """The affine map of `norm` on h, from batch statistics or from running statistics.
 
-    A convolution's bias cancels in batch statistics; with running statistics it shifts the mean.
+    stats: mean and m2, and the count of a norm with a group. A convolution's bias cancels in batch
+    statistics; with running statistics it shifts the mean.
     """
     if norm.batch_stats:
         mean, m2, *shared = stats
@@ -141,13 +137,18 @@ def _forward(
     fmt = memory_format(x, convs[0].weight if n else None)
     statistics: list[Tensor] = []
 
-    def ready(i: int, h: Tensor, stats: tuple[Tensor, ...] | None) -> Affine:
-        norm = chain.all_norms[i]
+    def ready(i: int, h: Tensor, found: Sequence[Tensor] | None) -> Affine:
+        """found: mean, m2, scale, shift and rstd of h, if the convolution computed them."""
+        norm, stats = chain.all_norms[i], None
         if norm is None:
             return Affine()
         conv_bias = None if i == 0 else convs[i - 1].bias
         if norm.batch_stats:
-            stats = ops.bn_stats(h, impl) if stats is None else stats
+            if found is not None and conv_bias is None and norm.group is None:
+                mean, m2, scale, shift, rstd = found
+                statistics.extend((mean, m2))
+                return Affine(scale, shift, mean, rstd)
+            stats = ops.bn_stats(h, impl) if found is None else tuple(found[:2])
             if conv_bias is not None:  # it cancels if it is finite
                 stats = (stats[0], stats[1] + 0.0 * conv_bias)
             if norm.group is not None:
@@ -157,13 +158,14 @@ def _forward(
 
     def convolve(i: int, h: Tensor, affine: Affine) -> tuple[Tensor, Affine]:
         """Convolution i of (convs, projection) on φ(h), and the affine map of the norm after it."""
-        norm = chain.all_norms[i + 1]
-        z, mean, m2 = ops.conv_fprop(
-            h, convs[i].weight, affine.scale, affine.shift,
-            norm is not None and norm.batch_stats, *chain.all_convs[i].args(), impl,
+        norm, params = chain.all_norms[i + 1], norms[i + 1]
+        eps = 0.0 if norm is None else norm.eps
+        z, *found = ops.conv_fprop(
+            h, convs[i].weight, affine.scale, affine.shift, norm is not None and norm.batch_stats,
+            params.weight, params.bias, eps, *chain.all_convs[i].args(), impl,
         )  # fmt: skip
         z = _dense(z, fmt)  # with a single channel, either format fits
-        return z, ready(i + 1, z, (mean, m2))
+        return z, ready(i + 1, z, found)
 
     hs, acts, affines = [x], [], [ready(0, x, None)]
     for j in range(n):
@@ -317,17 +319,22 @@ class _Backward:
         return shared or self.need_x or any(any(needs) for needs in below)
 
     def through_norm(self, i: int, h: Tensor, sums: Any) -> tuple[Tensor | None, ...]:
-        """(a, z, mean, b, c) of `ops.bn_act_bwd_apply` for norm i on h; stores its gradients."""
+        """(a, z, mean, b, c) of `ops.bn_act_bwd_apply` for norm i on h; stores its gradients.
+
+        sums: Σdy and Σdy·xhat, and b and c of this process if they are computed already.
+        """
         norm, affine = self.chain.all_norms[i], self.saved.affines[i]
         if norm is None:
             return (None,) * 5
         if sums is not None:
-            self._store(i, norm, affine, sums)
+            self._store(i, norm, affine, sums[:2])
         if not norm.batch_stats:
             return affine.scale, None, None, None, None
         count = values_per_channel(h)
         if norm.group is not None:
-            sums, count = sync.mean_sums(*sums, affine.count, norm.group), 1
+            sums, count = sync.mean_sums(*sums[:2], affine.count, norm.group), 1
+        if len(sums) > 2:
+            return affine.scale, h, affine.mean, *sums[2:]
         b, c = ops.bn_bwd_finalize(*sums, affine.scale, affine.rstd, count, self.impl)
         return affine.scale, h, affine.mean, b, c
 
@@ -346,13 +353,13 @@ class _Backward:
         """dx of convolution i with input φ(h) under the norm `below`, and its sums; stores dw."""
         conv, need_dx = self.chain.all_convs[i], self.flows_below(i if i < self.n else 0)
         mean, rstd = (below.mean, below.rstd) if sums else (None, None)
-        dx, dw, sum_dx, sum_dx_xhat = ops.conv_bprop(
+        dx, dw, *found = ops.conv_bprop(
             g, self.saved.weights[i], h, g_mask, *prologue, below.scale, below.shift, mean, rstd,
             act, more, more_mask, *conv.args(), need_dx, self.need.convs[i].weight, self.impl,
         )  # fmt: skip
         if self.need.convs[i].weight:
             self.conv_grads[i][0] = dw
-        return (dx if need_dx else None), ((sum_dx, sum_dx_xhat) if sums else None)
+        return (dx if need_dx else None), (found if sums else None)
 
     def masked(self, dy: Tensor) -> Tensor:
         """dy masked by the join's ReLU, computed once."""
@@ -420,11 +427,12 @@ class _Backward:
         return dx, ((total, xhat) if sums else None)
 
     def join_sums(self, dy: Tensor, z: Tensor) -> tuple[Any, Any]:
-        """Σdy and Σdy·xhat of the last norm and of the projection's norm, in one pass."""
+        """Σdy, Σdy·xhat, b and c of the last norm and of the projection's norm, in one pass."""
         last, through = self.saved.affines[self.n :]
         dual = through.scale is not None
-        total, xhat, xhat_p = ops.bn_act_bwd_reduce(
-            dy, self.relu_mask, z, last.mean, last.rstd,
-            self.saved.z_p if dual else None, through.mean, through.rstd, self.impl,
+        total, *found = ops.bn_act_bwd_reduce(
+            dy, self.relu_mask, z, last.mean, last.rstd, last.scale,
+            *((self.saved.z_p, through.mean, through.rstd, through.scale) if dual else (None,) * 4),
+            self.impl,
         )  # fmt: skip
-        return (total, xhat), ((total, xhat_p) if dual else None)
+        return (total, *found[:3]), ((total, *found[3:]) if dual else None)

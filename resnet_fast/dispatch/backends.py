@@ -30,7 +30,12 @@ from . import auto_impl
 from .op_checks import checked
 
 REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps ."
-IN_TWO = {"conv_add_projection": "conv_bn_act"}  # op → the native op that it calls twice
+PARTS = {  # op → the native ops that it calls (`spec.in_two`)
+    "conv_add_projection": ("conv_bn_act",),
+    "conv_fprop": ("conv_fprop", "bn_finalize"),
+    "conv_bprop": ("conv_bprop", "bn_bwd_finalize"),
+    "bn_act_bwd_reduce": ("bn_act_bwd_reduce", "bn_bwd_finalize"),
+}
 SOURCE = Path(__file__).resolve().parents[2]
 IN_SOURCE = (
     "if resnet_fast is installed, run Python from another folder; "
@@ -155,7 +160,7 @@ def refusal(impl: str, op: str, device: str, dtype: torch.dtype) -> str | None:
             names = ", ".join(str(d).removeprefix("torch.") for d in NATIVE_DTYPES[device])
             given = str(dtype).removeprefix("torch.")
             return f"the native {device} kernels support {names}, not {given}"
-        if not hasattr(native_ops(), IN_TWO.get(op, op)):
+        if not hasattr(native_ops(), PARTS.get(op, (op,))[0]):
             return f"there is no native kernel for {op}"
         return None
     module, why = triton_module()
@@ -166,10 +171,11 @@ def _function(impl: str, op: str) -> Callable[..., Any]:
     if impl == "reference":
         return getattr(reference, op)
     if impl == "native":
-        if op in IN_TWO:
-            part = getattr(native_ops(), IN_TWO[op]).default
-            both = functools.partial(getattr(in_two, op), part)
-            return checked(functools.wraps(getattr(reference, op))(both))
+        if op in PARTS:
+            parts = [getattr(native_ops(), part).default for part in PARTS[op]]
+            both = functools.partial(getattr(in_two, op), *parts)
+            both = functools.wraps(getattr(reference, op))(both)
+            return checked(both) if PARTS[op][0] != op else both
         return getattr(native_ops(), op).default
     return checked(triton_module()[0].OPS[op])
 
@@ -256,7 +262,7 @@ def unsuited(op: str, x: Tensor, args: Sequence[Any]) -> str | None:
     CUTLASS runs 16-bit channels_last tensors with groups=1; native runs all others by cuDNN. With
     RESNET_FAST_CUDA_CONV=auto, cuDNN also runs the shapes that CUTLASS does not support.
     """
-    if IN_TWO.get(op, op) != "conv_bn_act" or x.dtype.itemsize != 2:
+    if PARTS.get(op, (op,))[0] != "conv_bn_act" or x.dtype.itemsize != 2:
         return None
     operands = {"w": (x, args[0])}
     if op == "conv_add_projection":

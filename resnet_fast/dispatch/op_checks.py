@@ -39,13 +39,15 @@ ARGUMENTS = {
     "add_relu": {"x": X, "residual": X},
     "add_relu_bwd": {"dy": X, "mask": BITS},
     "bn_act_bwd_reduce": {
-        "dy": X, "mask": BITS, "z": X, "mean": C, "rstd": C,
-        "residual": X, "res_mean": C, "res_rstd": C,
+        "dy": X, "mask": BITS, "z": X, "mean": C, "rstd": C, "scale": C,
+        "residual": X, "res_mean": C, "res_rstd": C, "res_scale": C,
     },
     "bn_act_bwd_apply": {
         "dy": X, "mask": BITS, "a": C, "z": X, "mean": C, "b": C, "c": C, "residual": X,
     },
-    "conv_fprop": {"x": X, "w": W, "in_scale": C, "in_shift": C},
+    "conv_fprop": {
+        "x": X, "w": W, "in_scale": C, "in_shift": C, "weight": PARAMETER, "bias": PARAMETER,
+    },
     "conv_bprop": {
         "dy": Y, "w": W, "x": X, "dy_mask": BITS, "a": K, "z": Y, "mean": K, "b": K, "c": K,
         "in_scale": C, "in_shift": C, "in_mean": C, "in_rstd": C,
@@ -62,7 +64,7 @@ TOGETHER = (  # all of them or none
     ("in_scale", "in_shift"), ("in_mean", "in_rstd"), ("res_scale", "res_shift"),
     ("scale", "shift"), ("mean", "rstd"), ("running_mean", "running_var"),
     ("source_scale", "source_shift"),
-    ("z", "mean", "b", "c"), ("residual", "res_mean", "res_rstd"),
+    ("z", "mean", "b", "c"), ("residual", "res_mean", "res_rstd", "res_scale"),
 )  # fmt: skip
 NEEDS = {  # argument → the argument that it requires
     "res_scale": "residual", "in_mean": "in_scale", "in_act": "in_scale",

@@ -27,7 +27,7 @@ LIBRARY = torch.library.Library("resnet_fast", "DEF")
 NAMES: list[str] = []
 IMPLEMENTATIONS: dict[Any, Callable[..., Any]] = {}  # operator → function that runs it
 # index of geometry
-CONVOLUTIONS = {"conv_fprop": 5, "conv_bprop": 16, "conv_bn_act": 10, "conv_add_projection": 9}
+CONVOLUTIONS = {"conv_fprop": 8, "conv_bprop": 16, "conv_bn_act": 10, "conv_add_projection": 9}
 # index of the residual or its source, counted after x
 RESIDUALS = {"conv_fprop": None, "conv_bn_act": 6, "conv_add_projection": 3}
 _WINDOWS = "int[2] kernel, int[2] stride, int[2] padding"
@@ -179,13 +179,17 @@ def add_relu_bwd(dy, mask, impl):
 
 
 @_op(
-    "bn_act_bwd_reduce(Tensor dy, Tensor? mask, Tensor z, Tensor mean, Tensor rstd, "
-    "Tensor? residual, Tensor? res_mean, Tensor? res_rstd)",
-    "(Tensor sum_dy, Tensor sum_dy_xhat, Tensor sum_dy_res_xhat)",
+    "bn_act_bwd_reduce(Tensor dy, Tensor? mask, Tensor z, Tensor mean, Tensor rstd, Tensor scale, "
+    "Tensor? residual, Tensor? res_mean, Tensor? res_rstd, Tensor? res_scale)",
+    "(Tensor sum_dy, Tensor sum_dy_xhat, Tensor b, Tensor c, Tensor sum_dy_res_xhat, Tensor res_b, "
+    "Tensor res_c)",
 )
-def bn_act_bwd_reduce(dy, mask, z, mean, rstd, residual, res_mean, res_rstd, impl):
-    sums = torch.empty_like(mean), torch.empty_like(mean)
-    return *sums, _vector(dy, 0 if residual is None else mean.size(0))
+def bn_act_bwd_reduce(
+    dy, mask, z, mean, rstd, scale, residual, res_mean, res_rstd, res_scale, impl
+):  # fmt: skip
+    own = [torch.empty_like(mean) for _ in range(4)]
+    size = 0 if residual is None else mean.size(0)
+    return *own, *(_vector(dy, size) for _ in range(3))
 
 
 @_op(
@@ -223,13 +227,16 @@ def global_avg_pool(x, impl):
 
 
 @_op(
-    f"conv_fprop(Tensor x, Tensor w, Tensor? in_scale, Tensor? in_shift, bool stats, {_GEOMETRY})",
-    "(Tensor z, Tensor mean, Tensor m2)",
+    "conv_fprop(Tensor x, Tensor w, Tensor? in_scale, Tensor? in_shift, bool stats, "
+    f"Tensor? weight, Tensor? bias, float eps, {_GEOMETRY})",
+    "(Tensor z, Tensor mean, Tensor m2, Tensor scale, Tensor shift, Tensor rstd)",
 )
-def conv_fprop(x, w, in_scale, in_shift, stats, stride, padding, dilation, groups, impl):
+def conv_fprop(
+    x, w, in_scale, in_shift, stats, weight, bias, eps, stride, padding, dilation, groups, impl
+):  # fmt: skip
     z = _conv_output(x, w, stride, padding, dilation)
     size = w.size(0) if stats else 0
-    return z, _vector(x, size), _vector(x, size)
+    return z, *(_vector(x, size) for _ in range(5))
 
 
 @_op(
@@ -237,7 +244,7 @@ def conv_fprop(x, w, in_scale, in_shift, stats, stride, padding, dilation, group
     "Tensor? mean, Tensor? b, Tensor? c, Tensor? in_scale, Tensor? in_shift, Tensor? in_mean, "
     "Tensor? in_rstd, Tensor? in_act, Tensor? residual, Tensor? residual_mask, "
     f"{_GEOMETRY}, bool need_dx, bool need_dw)",
-    "(Tensor dx, Tensor dw, Tensor sum_dx, Tensor sum_dx_xhat)",
+    "(Tensor dx, Tensor dw, Tensor sum_dx, Tensor sum_dx_xhat, Tensor b, Tensor c)",
 )
 def conv_bprop(
     dy, w, x, dy_mask, a, z, mean, b, c, in_scale, in_shift, in_mean, in_rstd, in_act,
@@ -248,7 +255,7 @@ def conv_bprop(
         dx = torch.empty_like(x, memory_format=memory_format(x, w))
     dw = torch.empty_like(w) if need_dw else w.new_empty(0)
     size = x.size(1) if need_dx and in_mean is not None else 0
-    return dx, dw, _vector(x, size), _vector(x, size)
+    return dx, dw, *(_vector(x, size) for _ in range(4))
 
 
 @_op(

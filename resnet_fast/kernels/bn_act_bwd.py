@@ -135,14 +135,16 @@ def bn_act_bwd_reduce(
     z: Tensor,
     mean: Tensor,
     rstd: Tensor,
+    scale: Tensor,
     residual: Tensor | None,
     res_mean: Tensor | None,
     res_rstd: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    res_scale: Tensor | None,
+) -> tuple[Tensor, ...]:
     """`reference.bn_act_bwd_reduce`: one pass over the tensors, then a merge of partial sums."""
     channels, sums = dy.size(1), 2 if residual is None else 3
     if dy.numel() == 0:
-        return tuple(mean.new_zeros(channels if i < sums else 0) for i in range(3))
+        return tuple(mean.new_zeros(channels if i < 4 or sums > 2 else 0) for i in range(7))
     count, pixels = dy.numel() // channels, dy.size(2) * dy.size(3)
     channels_last = is_channels_last(dy)
 
@@ -159,7 +161,7 @@ def bn_act_bwd_reduce(
 
     key = (count, channels, sums, channels_last, dy.dtype)
     partial = start(config_select.choose("bn_act_bwd_reduce", key, REDUCE_CONFIGS, 0, dy, start))
-    return merge_sums(partial, rstd, res_rstd)
+    return merge_sums(partial, rstd, scale, count, res_rstd, res_scale)
 
 
 def bn_act_bwd_apply(

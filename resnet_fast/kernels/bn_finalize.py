@@ -14,6 +14,32 @@ BLOCK = 128
 
 
 @triton.jit
+def store_finalized(
+    scale, shift, rstd, mean, m2, weight, bias, c, inside, count, EPS: tl.constexpr
+):  # fmt: skip
+    """Store scale, shift and rstd of channels c; mean and m2 are values, the others pointers."""
+    var = m2.to(tl.float64) / (tl.full((), 0.0, tl.float64) + count)
+    r = 1.0 / tl.sqrt(var + EPS)
+    s = r
+    if weight is not None:
+        s *= tl.load(weight + c, inside, 0.0).to(tl.float64)
+    s = s.to(scale.dtype.element_ty)
+    t = -mean.to(tl.float64) * s.to(tl.float64)
+    if bias is not None:
+        t += tl.load(bias + c, inside, 0.0).to(tl.float64)
+    tl.store(scale + c, s, inside)
+    tl.store(shift + c, t.to(shift.dtype.element_ty), inside)
+    tl.store(rstd + c, r.to(rstd.dtype.element_ty), inside)
+
+
+@triton.jit
+def share_of(total, scale, c, inside, count):
+    """−scale·total/count of channels c in fp64; scale is a pointer."""
+    a = -tl.load(scale + c, inside, 0.0).to(tl.float64) / (tl.full((), 0.0, tl.float64) + count)
+    return a * total
+
+
+@triton.jit
 def bn_finalize_kernel(
     mean,
     m2,
@@ -36,18 +62,8 @@ def bn_finalize_kernel(
     """
     c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = c < channels
-    var = tl.load(m2 + c, inside, 0.0).to(tl.float64) / (tl.full((), 0.0, tl.float64) + count)
-    r = 1.0 / tl.sqrt(var + EPS)
-    s = r
-    if weight is not None:
-        s *= tl.load(weight + c, inside, 0.0).to(tl.float64)
-    s = s.to(scale.dtype.element_ty)
-    t = -tl.load(mean + c, inside, 0.0).to(tl.float64) * s.to(tl.float64)
-    if bias is not None:
-        t += tl.load(bias + c, inside, 0.0).to(tl.float64)
-    tl.store(scale + c, s, inside)
-    tl.store(shift + c, t.to(shift.dtype.element_ty), inside)
-    tl.store(rstd + c, r.to(rstd.dtype.element_ty), inside)
+    own, spread = tl.load(mean + c, inside, 0.0), tl.load(m2 + c, inside, 0.0)
+    store_finalized(scale, shift, rstd, own, spread, weight, bias, c, inside, count, EPS)
 
 
 @triton.jit
@@ -61,10 +77,10 @@ def bn_bwd_finalize_kernel(
     """
     k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = k < channels
-    a = -tl.load(scale + k, inside, 0.0).to(tl.float64) / (tl.full((), 0.0, tl.float64) + count)
     x = tl.load(rstd + k, inside, 0.0).to(tl.float64) * tl.load(sum_dy_xhat + k, inside, 0.0)
-    tl.store(b + k, (a * x).to(b.dtype.element_ty), inside)
-    tl.store(c + k, (a * tl.load(sum_dy + k, inside, 0.0)).to(c.dtype.element_ty), inside)
+    tl.store(b + k, share_of(x, scale, k, inside, count).to(b.dtype.element_ty), inside)
+    own = share_of(tl.load(sum_dy + k, inside, 0.0), scale, k, inside, count)
+    tl.store(c + k, own.to(c.dtype.element_ty), inside)
 
 
 def bn_finalize(

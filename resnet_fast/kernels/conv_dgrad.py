@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..spec.chain import Conv
 from ..spec.dtypes import stats_dtype
-from ..spec.layout import memory_format
+from ..spec.layout import memory_format, values_per_channel
 from . import config_select
 from .config_select import Config
 from .conv_epilogue import columns
@@ -172,11 +172,11 @@ def conv_dgrad_kernel(
 
 def conv_dgrad(
     dy: Tensor, w: Tensor, x: Tensor, conv: Conv, grad_out: GradOut, grad_in: GradIn
-) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+) -> tuple[Tensor, tuple[Tensor, ...] | None]:
     """dx of z = conv(φ(x), w) as in `reference.conv_bprop`, with its prologue and epilogue.
 
     dy [N,K,P,Q], w [K,C,R,S], x [N,C,H,W] are channels_last and of one dtype. groups is 1; stride
-    is 1, or 2 without dilation. With `grad_in.mean` also returns Σdx and Σdx·xhat(x), else None.
+    is 1, or 2 without dilation. With `grad_in.mean` also Σdx, Σdx·xhat(x), b and c, else None.
     """
     (n, h, width, c), (_, p, q, k) = walk(x, dy, w, conv)
     r, s = w.shape[2:]
@@ -227,4 +227,5 @@ def conv_dgrad(
     partial = start(config_select.choose("conv_dgrad", key, configs, rule, x, start))
     if partial is None:
         return dx, None
-    return dx, merge_sums(partial, grad_in.rstd, None)[:2]
+    count = values_per_channel(x)
+    return dx, merge_sums(partial, grad_in.rstd, grad_in.scale, count)[:4]

@@ -20,10 +20,11 @@ from torch import Tensor
 
 from ..spec.chain import Conv
 from ..spec.dtypes import stats_dtype
-from ..spec.layout import is_channels_last, memory_format
+from ..spec.layout import is_channels_last, memory_format, values_per_channel
 from . import config_select
 from .bn_act import bn_act
 from .bn_act_bwd import bn_act_bwd_apply
+from .bn_finalize import bn_finalize
 from .bn_stats import bn_stats
 from .config_select import Config
 from .conv import conv_fused
@@ -116,11 +117,14 @@ def conv_fprop(
     in_scale: Tensor | None,
     in_shift: Tensor | None,
     stats: bool,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
     stride: list[int],
     padding: list[int],
     dilation: list[int],
     groups: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """`reference.conv_fprop`: a pass for φ(x), then a launch and the merge of its statistics, or
     PyTorch's convolution and a pass for them.
 
@@ -130,34 +134,26 @@ def conv_fprop(
     conv = Conv(tuple(stride), tuple(padding), tuple(dilation), groups)
     fusion = Fusion(relu=False, stats=stats)
 
-    def start(plan: Config) -> tuple[Tensor, Tensor, Tensor]:
+    def start(plan: Config) -> tuple[Tensor, ...]:
         h = x
         if in_scale is not None:
             h = bn_act(x, in_scale, in_shift, None, None, None, True, False)[0]
         if plan == LIBRARY:
-            return _library_fprop(h, w, stats, conv)
-        return _fused_fprop(h, w, conv, fusion)
+            z = F.conv2d(h, w.to(x.dtype), None, *conv.args())
+            z, partial = z.contiguous(memory_format=memory_format(h, w)), None
+        else:
+            z, partial = conv_fused(h, w.to(x.dtype), conv, fusion)
+        if not stats:
+            return z, *(x.new_empty(0, dtype=stats_dtype(x)) for _ in range(5))
+        values = values_per_channel(z)
+        if partial is not None:
+            return z, *merge_tiles(partial, values, weight, bias, eps)
+        moments = bn_stats(z)
+        return z, *moments, *bn_finalize(*moments, values, weight, bias, eps)
 
     where = key(x, w, conv, fusion, in_scale is not None)
     plans, rule, why = forward_plans(x, w, conv, fusion, training=True)
     return start(config_select.choose("conv_fprop", where, plans, rule, x, start, why))
-
-
-def _fused_fprop(x, w, conv, fusion):
-    """One launch, and the merge of its statistics."""
-    z, partial = conv_fused(x, w.to(x.dtype), conv, fusion)
-    size = w.size(0) if fusion.stats else 0
-    if partial is None:  # no statistics requested, or an empty batch
-        return z, *(x.new_zeros(size, dtype=stats_dtype(x)) for _ in range(2))
-    return z, *merge_tiles(partial)
-
-
-def _library_fprop(x, w, stats, conv):
-    """PyTorch's convolution, `bn_stats`."""
-    z = F.conv2d(x, w.to(x.dtype), None, *conv.args()).contiguous(memory_format=memory_format(x, w))
-    if stats:
-        return z, *bn_stats(z)
-    return z, *(x.new_empty(0, dtype=stats_dtype(x)) for _ in range(2))
 
 
 def conv_bprop(
@@ -183,7 +179,7 @@ def conv_bprop(
     groups: int,
     need_dx: bool,
     need_dw: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """`reference.conv_bprop`: two launches and the merge of their sums, or another `Plan`."""
     conv = Conv(tuple(stride), tuple(padding), tuple(dilation), groups)
     grad_out = GradOut(dy_mask, a, z, mean, b, c)
@@ -199,7 +195,7 @@ def conv_bprop(
         where = (*gradient_key(x, w, conv, grad_out, grad_in), needs)
         plans, rule, why = backward_plans(x, w, conv)
         dx, dw, sums = start(config_select.choose("conv_bprop", where, plans, rule, x, start, why))
-    empty = [x.new_empty(0, dtype=stats_dtype(x)) for _ in range(2)]
+    empty = [x.new_empty(0, dtype=stats_dtype(x)) for _ in range(4)]
     dx = dx if need_dx else x.new_empty(0)
     dw = dw.to(w.dtype) if need_dw else w.new_empty(0)
     return dx, dw, *(empty if sums is None else sums)
@@ -245,15 +241,15 @@ def dgrad_epilogue(
     rstd: Tensor | None,
     residual: Tensor | None,
     residual_mask: Tensor | None,
-) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-    """dx + residual where scale·x + shift > 0, else 0, and with `mean` its sums.
+) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+    """dx + residual where scale·x + shift > 0, else 0, and with `mean` its sums, b and c.
 
     residual counts where its mask is set. These are the last steps of `reference.conv_bprop`, in
     one pass.
     """
     channels = x.size(1)
     if dx.numel() == 0:
-        return dx, None if mean is None else (torch.zeros_like(mean), torch.zeros_like(mean))
+        return dx, None if mean is None else tuple(torch.zeros_like(mean) for _ in range(4))
     count, pixels = dx.numel() // channels, dx.size(2) * dx.size(3)
     channels_last = is_channels_last(dx)
     g = torch.empty_like(dx)
@@ -273,4 +269,4 @@ def dgrad_epilogue(
     partial = start(config_select.choose("dgrad_epilogue", key, CONFIGS, 0, dx, start))
     if partial is None:
         return g, None
-    return g, merge_sums(partial, rstd, None)[:2]
+    return g, merge_sums(partial, rstd, scale, count)[:4]

@@ -283,4 +283,4 @@ def max_pool_bwd(
     partial = start(config_select.choose("max_pool_bwd", key, BWD_CONFIGS, 0, x, start))
     if not sums:
         return dx, partial.new_empty(0), partial.new_empty(0)
-    return dx, *merge_sums(partial, rstd, None)[:2]
+    return dx, *merge_sums(partial, rstd, None, count)[:2]

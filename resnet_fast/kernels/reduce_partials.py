@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .bn_finalize import share_of, store_finalized
 from .launch import all_registers, launch
 from .sizes import cdiv, next_power_of_2
 from .tile_math import sum_rows
@@ -21,43 +22,66 @@ FOLDED = 4096  # elements that a program of `fold` loads at a time
 
 
 @triton.jit
+def _store_xhat(out, b, total, rstd, scale, k, is_channel, count):
+    """out = rstd·total, and with scale b = −scale·rstd·out/count; all but total are pointers."""
+    spread = tl.load(rstd + k, is_channel, 0.0)
+    xhat = total * spread
+    tl.store(out + k, xhat, is_channel)
+    if scale is not None:
+        own = share_of(spread.to(tl.float64) * xhat, scale, k, is_channel, count)
+        tl.store(b + k, own.to(b.dtype.element_ty), is_channel)
+
+
+@triton.jit
 def merge_sums_kernel(
     partial,
     rstd,
+    scale,
     res_rstd,
+    res_scale,
     sum_dy,
     sum_dy_xhat,
+    b,
+    c,
     sum_dy_res_xhat,
+    res_b,
+    res_c,
     splits,
     channels,
+    count,
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """Σ over splits of partial[0], rstd·Σ partial[1], res_rstd·Σ partial[2].
 
+    With scale also b = −scale·rstd·(rstd·Σ partial[1])/M and c = −scale·Σ partial[0]/M, where M is
+    `count`; with res_scale the same of partial[2].
     Grid: one program per sum and BLOCK_C channels. Bytes moved: sums · splits · channels values,
     from L2, where the previous launch left them.
     Why: a fixed order of additions gives the same bits in every run.
     """
     which = tl.program_id(0)
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    is_channel = c < channels
+    k = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    is_channel = k < channels
     total = tl.zeros((BLOCK_S, BLOCK_C), partial.dtype.element_ty)
     for s0 in range(0, splits, BLOCK_S):
-        s = s0 + tl.arange(0, BLOCK_S)
-        inside = (s < splits)[:, None] & is_channel[None, :]
-        at = (which * splits + s[:, None]) * channels + c[None, :]
-        total += tl.load(partial + at, inside, 0.0)
+        s = s0 + tl.arange(0, BLOCK_S)[:, None]
+        at = (which * splits + s) * channels + k
+        total += tl.load(partial + at, (s < splits) & is_channel, 0.0)
     result = sum_rows(total)
-    c, is_channel = c[None, :], is_channel[None, :]
     if which == 0:
-        tl.store(sum_dy + c, result, is_channel)
+        tl.store(sum_dy + k, result, is_channel)
+        if scale is not None:
+            own = share_of(result, scale, k, is_channel, count)
+            tl.store(c + k, own.to(c.dtype.element_ty), is_channel)
+        if res_scale is not None:
+            own = share_of(result, res_scale, k, is_channel, count)
+            tl.store(res_c + k, own.to(res_c.dtype.element_ty), is_channel)
     elif which == 1:
-        tl.store(sum_dy_xhat + c, result * tl.load(rstd + c, is_channel, 0.0), is_channel)
+        _store_xhat(sum_dy_xhat, b, result, rstd, scale, k, is_channel, count)
     else:
         if res_rstd is not None:
-            result *= tl.load(res_rstd + c, is_channel, 0.0)
-            tl.store(sum_dy_res_xhat + c, result, is_channel)
+            _store_xhat(sum_dy_res_xhat, res_b, result, res_rstd, res_scale, k, is_channel, count)
 
 
 @triton.jit
@@ -130,20 +154,28 @@ def merge_moments_kernel(
 @triton.jit
 def merge_tiles_kernel(
     partial,
+    weight,
+    bias,
     out_n,
     out_mean,
     out_rest,
     out_m2,
+    scale,
+    shift,
+    rstd,
     tiles,
     tiles_per_split,
     channels,
+    values,
+    EPS: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """Merge moments of tiles [4, tiles, C] into those of splits of tiles_per_split: [4, splits, C].
 
     Rows are n, mean, the rounding error of the mean (rest) and m2. The last merge, of all tiles,
-    needs only mean and m2: out_n and out_rest are None. With p the first tile's mean and
+    needs only mean and m2 (out_n and out_rest are None) and finalizes them: scale, shift and rstd
+    of `bn_finalize_kernel` for `values` values per channel. With p the first tile's mean and
     d = (mean_t − p) + rest_t: μ = Σ n·d/Σ n, m2 = Σ m2_t + Σ n·(d − μ)² (Chan et al. 1979).
     Grid: one program per split and BLOCK_C channels. Bytes moved: partial twice, the second time
     from L2.
@@ -179,17 +211,24 @@ def merge_tiles_kernel(
         m2 += tl.where(inside, own + tl.load(at, inside, 0.0) * d * d, 0.0)
     mean = pivot + mu
     at = split * channels + c
+    spread = sum_rows(m2)
     tl.store(out_mean + at, mean, is_channel)
-    tl.store(out_m2 + at, sum_rows(m2), is_channel)
+    tl.store(out_m2 + at, spread, is_channel)
+    if scale is not None:
+        store_finalized(
+            scale, shift, rstd, mean, spread, weight, bias, c, is_channel, values, EPS
+        )  # fmt: skip
     if out_n is not None:
         tl.store(out_n + at, total, is_channel)
         tl.store(out_rest + at, pivot - mean + mu, is_channel)
 
 
-def merge_tiles(partial: Tensor) -> tuple[Tensor, Tensor]:
-    """mean, m2 [C] from the moments of tiles [4, tiles, C] (`conv_epilogue.store_moments`)."""
+def merge_tiles(
+    partial: Tensor, values: int, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, ...]:
+    """mean, m2, scale, shift, rstd [C] from moments of tiles [4, tiles, C], of `values` values."""
     _, count, channels = partial.shape
-    mean, m2 = partial.new_empty(channels), partial.new_empty(channels)
+    mean, m2, *norm = (partial.new_empty(channels) for _ in range(5))
     while True:
         splits = cdiv(count, TILES_A_SPLIT)
         last = splits == 1
@@ -197,11 +236,11 @@ def merge_tiles(partial: Tensor) -> tuple[Tensor, Tensor]:
         out = (None, mean, None, m2) if last else tuple(moments)
         launch(
             merge_tiles_kernel, (splits, cdiv(channels, BLOCK_C)),
-            partial, *out, count, TILES_A_SPLIT, channels, _rows_at_once(count), BLOCK_C,
-            num_warps=8,
+            partial, weight, bias, *out, *(norm if last else (None,) * 3), count, TILES_A_SPLIT,
+            channels, values, eps, _rows_at_once(count), BLOCK_C, num_warps=8,
         )  # fmt: skip
         if last:
-            return mean, m2
+            return mean, m2, *norm
         partial, count = moments, splits
 
 
@@ -226,18 +265,30 @@ def _rows_at_once(count: int) -> int:
     return min(256, max(BLOCK_S, next_power_of_2(count)))
 
 
-def merge_sums(partial: Tensor, rstd: Tensor, res_rstd: Tensor | None) -> tuple[Tensor, ...]:
-    """Sums [C] over partial [2 or 3, splits, C]: Σ0, rstd·Σ1, and res_rstd·Σ2, or empty."""
+def merge_sums(
+    partial: Tensor,
+    rstd: Tensor,
+    scale: Tensor | None,
+    count: int,
+    res_rstd: Tensor | None = None,
+    res_scale: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """Σ0, then rstd·Σ1, b and c, then res_rstd·Σ2, res_b and res_c, of partial [2 or 3, splits, C].
+
+    b and c are those of `bn_bwd_finalize` for `count` values; without scale, and the last three
+    without a third sum, they are empty.
+    """
     sums, splits, channels = partial.shape
     if splits > SUMS_AT_ONCE:
         folds = partial.new_empty(sums, cdiv(splits, TILES_A_SPLIT), channels)
         fold(partial, folds, TILES_A_SPLIT)
-        return merge_sums(folds, rstd, res_rstd)
-    out = [partial.new_empty(channels if i < sums else 0) for i in range(3)]
+        return merge_sums(folds, rstd, scale, count, res_rstd, res_scale)
+    there = (True, True, *(scale is not None,) * 2, sums > 2, *(res_scale is not None,) * 2)
+    out = [partial.new_empty(channels if own else 0) for own in there]
     launch(
         merge_sums_kernel, (sums, cdiv(channels, BLOCK_C)),
-        partial, rstd, res_rstd, *out, splits, channels, _rows_at_once(splits), BLOCK_C,
-        num_warps=8,
+        partial, rstd, scale, res_rstd, res_scale, *out, splits, channels, max(count, 1),
+        _rows_at_once(splits), BLOCK_C, num_warps=8,
     )  # fmt: skip
     return tuple(out)
 

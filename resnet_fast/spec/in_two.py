@@ -1,4 +1,4 @@
-"""An op as two calls of another, for implementations without a kernel of its own."""
+"""Ops by calls of others, for implementations that have no kernel for the whole."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from typing import Any
 
 from torch import Tensor
 
-from .layout import memory_format
+from .layout import memory_format, values_per_channel
+
+Op = Callable[..., Any]
 
 
-def conv_add_projection(conv_bn_act: Callable[..., Tensor], *args: Any) -> Tensor:
+def conv_add_projection(conv_bn_act: Op, *args: Any) -> Tensor:
     """`reference.conv_add_projection(*args)` by two calls of `conv_bn_act` with folded norms."""
     x, w, scale, shift, source, source_w, source_scale, source_shift, relu = args[:9]
     *geometry, source_stride = args[9:]
@@ -20,3 +22,47 @@ def conv_add_projection(conv_bn_act: Callable[..., Tensor], *args: Any) -> Tenso
     skip = skip.contiguous(memory_format=memory_format(x, w))
     norm = None, scale, shift, None, None
     return conv_bn_act(x, w, *norm, skip, relu, 0.0, *geometry)
+
+
+def conv_fprop(conv: Op, bn_finalize: Op, *args: Any) -> tuple[Tensor, ...]:
+    """`reference.conv_fprop(*args)` by `conv`, which takes no norm, and `bn_finalize`."""
+    *inputs, stats, weight, bias, eps, stride, padding, dilation, groups = args
+    z, *moments = conv(*inputs, stats, stride, padding, dilation, groups)
+    if not stats:
+        return z, *moments, *(moments[0].new_empty(0) for _ in range(3))
+    return z, *moments, *bn_finalize(*moments, values_per_channel(z), weight, bias, eps)
+
+
+def conv_bprop(conv: Op, bn_bwd_finalize: Op, *args: Any) -> tuple[Tensor, ...]:
+    """`reference.conv_bprop(*args)` by `conv`, which gives no b and c, and `bn_bwd_finalize`."""
+    x, in_scale, in_mean, in_rstd, need_dx = args[2], args[9], args[11], args[12], args[20]
+    *grads, total, xhat = conv(*args)
+    if not need_dx or in_mean is None:
+        return *grads, total, xhat, total.new_empty(0), total.new_empty(0)
+    b_c = bn_bwd_finalize(total, xhat, in_scale, in_rstd, values_per_channel(x))
+    return *grads, total, xhat, *b_c
+
+
+def bn_act_bwd_reduce(
+    reduce: Op,
+    bn_bwd_finalize: Op,
+    dy: Tensor,
+    mask: Tensor | None,
+    z: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    scale: Tensor,
+    residual: Tensor | None,
+    res_mean: Tensor | None,
+    res_rstd: Tensor | None,
+    res_scale: Tensor | None,
+) -> tuple[Tensor, ...]:
+    """`reference.bn_act_bwd_reduce` by `reduce`, which gives only sums, and `bn_bwd_finalize`."""
+    sums = reduce(dy, mask, z, mean, rstd, residual, res_mean, res_rstd)
+    total, xhat, res_xhat = sums
+    count = values_per_channel(dy)
+    b_c = bn_bwd_finalize(total, xhat, scale, rstd, count)
+    if residual is None:
+        return total, xhat, *b_c, res_xhat, res_xhat.clone(), res_xhat.clone()
+    res_b_c = bn_bwd_finalize(total, res_xhat, res_scale, res_rstd, count)
+    return total, xhat, *b_c, res_xhat, *res_b_c

@@ -54,6 +54,11 @@ def rows_of(x: Tensor) -> tuple[int, int]:
     return (n * h * w, c) if is_channels_last(x) else (n * c, h * w)
 
 
+def values_per_channel(x: Tensor) -> int:
+    """Number of values per channel of x [N,C,H,W]: N·H·W."""
+    return x.size(0) * x.size(2) * x.size(3)
+
+
 def mask_shape(x: Tensor) -> tuple[int, int]:
     """Shape of the ReLU bit mask of dense `x`: one bit per element, each row padded to a byte."""
     rows, inner = rows_of(x)

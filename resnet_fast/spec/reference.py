@@ -20,7 +20,7 @@ from torch import Tensor
 
 from . import in_two
 from .dtypes import stats_dtype
-from .layout import is_channels_last, mask_shape, memory_format
+from .layout import is_channels_last, mask_shape, memory_format, values_per_channel
 
 CHANNELS = (1, -1, 1, 1)
 NONE = 255  # the index of a window whose result is 0
@@ -175,20 +175,28 @@ def bn_act_bwd_reduce(
     z: Tensor,
     mean: Tensor,
     rstd: Tensor,
+    scale: Tensor,
     residual: Tensor | None,
     res_mean: Tensor | None,
     res_rstd: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Σdz', Σdz'·xhat(z), Σdz'·xhat(residual), dz' = dy under the mask; the last may be empty."""
+    res_scale: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Σdz', then for z Σdz'·xhat(z) and `bn_bwd_finalize` of both sums, then for residual the same.
+
+    dz' = dy under the mask. Without a residual the last three are empty.
+    """
     g = _masked(dy, mask)
-    sums = [g.sum(OVER_PIXELS)]
-    for value, center, spread in ((z, mean, rstd), (residual, res_mean, res_rstd)):
+    total, results = g.sum(OVER_PIXELS), []
+    norms = (z, mean, rstd, scale), (residual, res_mean, res_rstd, res_scale)
+    for value, center, spread, factor in norms:
         if value is None:
-            sums.append(g.new_empty(0))
+            results += [g.new_empty(0) for _ in range(3)]
         else:
             xhat = (_wide(value) - center.view(CHANNELS)) * spread.view(CHANNELS)
-            sums.append((g * xhat).sum(OVER_PIXELS))
-    return sums[0], sums[1], sums[2]
+            sum_xhat = (g * xhat).sum(OVER_PIXELS)
+            sums = total, sum_xhat
+            results += [sum_xhat, *bn_bwd_finalize(*sums, factor, spread, values_per_channel(dy))]
+    return total, *results
 
 
 def _masked(dy: Tensor, mask: Tensor | None) -> Tensor:
@@ -297,22 +305,28 @@ def conv_fprop(
     in_scale: Tensor | None,
     in_shift: Tensor | None,
     stats: bool,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
     stride: list[int],
     padding: list[int],
     dilation: list[int],
     groups: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """z = conv(φ(x), w), and z's mean and m2 when `stats`.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """z = conv(φ(x), w), and when `stats` z's mean and m2 and their `bn_finalize`, else empty.
 
     φ(x) = relu(in_scale·x + in_shift) when given (the prologue), else x. Padding is zero after φ.
+    weight, bias and eps are those of the normalization of z.
     """
     fmt = memory_format(x, w)
     h = x if in_scale is None else bn_act(x, in_scale, in_shift, None, None, None, True, False)[0]
     z = F.conv2d(h, w.to(x.dtype), None, stride, padding, dilation, groups)
     z = z.contiguous(memory_format=fmt)
-    empty = torch.empty(0, dtype=stats_dtype(x), device=x.device)
-    mean, m2 = bn_stats(z) if stats else (empty, empty.clone())
-    return z, mean, m2
+    if not stats:
+        empty = torch.empty(0, dtype=stats_dtype(x), device=x.device)
+        return z, *(empty.clone() for _ in range(5))
+    moments = bn_stats(z)
+    return z, *moments, *bn_finalize(*moments, values_per_channel(z), weight, bias, eps)
 
 
 def conv_bprop(
@@ -338,13 +352,14 @@ def conv_bprop(
     groups: int,
     need_dx: bool,
     need_dw: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dx, dw of z = conv(φ(x), w), fused with its neighbours in the chain.
 
     First dz = bn_act_bwd_apply(dy, dy_mask, a, z, mean, b, c). Then dx = dgrad(dz) + residual
     (under `residual_mask`). With a prologue, dx = 0 where in_scale·x + in_shift ≤ 0 (the ReLU's
-    gradient). With `in_mean` and `in_rstd`, also Σdx and Σdx·xhat(x), for the backward pass of that
-    normalization. `in_act` is φ(x) if the caller stored it. Results not requested are empty.
+    gradient). With `in_mean` and `in_rstd`, also Σdx, Σdx·xhat(x) and their `bn_bwd_finalize`, for
+    the backward pass of that normalization. `in_act` is φ(x) if the caller stored it. Results not
+    requested are empty.
     """
     dz = dy
     if dy_mask is not None or a is not None:
@@ -361,18 +376,20 @@ def conv_bprop(
     empty = torch.empty(0, dtype=stats_dtype(x), device=x.device)
     dw = dw.to(w.dtype) if need_dw else torch.empty(0, dtype=w.dtype, device=w.device)
     if not need_dx:
-        return torch.empty(0, dtype=x.dtype, device=x.device), dw, empty, empty.clone()
+        dx = torch.empty(0, dtype=x.dtype, device=x.device)
+        return dx, dw, *(empty.clone() for _ in range(4))
     wide = _wide(dx)
     if residual is not None:
         wide = wide + _masked(residual, residual_mask)
     if in_scale is not None:
         wide = torch.where(_affine(x, in_scale, in_shift) <= 0, 0.0, wide)
-    sums = (empty, empty.clone())
+    vectors = tuple(empty.clone() for _ in range(4))
     if in_mean is not None:
         xhat = (_wide(x) - in_mean.view(CHANNELS)) * in_rstd.view(CHANNELS)
         sums = wide.sum(OVER_PIXELS), (wide * xhat).sum(OVER_PIXELS)
+        vectors = *sums, *bn_bwd_finalize(*sums, in_scale, in_rstd, values_per_channel(x))
     dx = wide.to(x.dtype).contiguous(memory_format=memory_format(x, w))
-    return dx, dw, *sums
+    return dx, dw, *vectors
 
 
 def conv_bn_act(

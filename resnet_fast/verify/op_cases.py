@@ -176,9 +176,10 @@ def _bwd_reduce(masked, dual):
     def make(draw, shape):
         c = shape[1]
         dy, z = draw.activations(shape), draw.activations(shape)
-        args = [dy, draw.mask(dy) if masked else None, z, draw.vector(c), draw.positive(c)]
-        other = [draw.activations(shape), draw.vector(c), draw.positive(c)]
-        return args + (other if dual else [None] * 3)
+        args = [dy, draw.mask(dy) if masked else None, z]
+        norm = [draw.vector(c), draw.positive(c), draw.vector(c)]
+        other = [draw.activations(shape), draw.vector(c), draw.positive(c), draw.vector(c)]
+        return args + norm + (other if dual else [None] * 4)
 
     return make
 
@@ -263,7 +264,8 @@ def _fprop(prologue, stats, filters=None):
         c = conv.shape[1]
         affine = [draw.vector(c), draw.vector(c)] if prologue else [None, None]
         x = draw.activations(conv.shape)
-        return [x, draw.filters(conv, filters), *affine, stats, *conv.geometry]
+        norm = [draw.vector(conv.filters), draw.vector(conv.filters)] if prologue else [None, None]
+        return [x, draw.filters(conv, filters), *affine, stats, *norm, EPS, *conv.geometry]
 
     return make
 

@@ -471,11 +471,13 @@ def test_sums_of_many_tiles(more):
     """More tiles than one launch sums; the last fold is full, or not."""
     torch.manual_seed(0)
     partial = torch.randn(2, 2 * reduce_partials.SUMS_AT_ONCE + more, 40)
-    rstd = torch.rand(40)
-    found = reduce_partials.merge_sums(partial.to(DEVICE), rstd.to(DEVICE), None)
-    exact = partial.double().sum(1)
-    torch.testing.assert_close(found[0].cpu().double(), exact[0], rtol=1e-6, atol=1e-3)
-    torch.testing.assert_close(found[1].cpu().double(), exact[1] * rstd, rtol=1e-6, atol=1e-3)
+    rstd, scale = torch.rand(40), torch.rand(40)
+    found = reduce_partials.merge_sums(partial.to(DEVICE), rstd.to(DEVICE), scale.to(DEVICE), 9)
+    exact = partial.double().sum(1) * torch.stack([torch.ones(40), rstd])
+    b_c = reference.bn_bwd_finalize(*exact, scale.double(), rstd.double(), 9)
+    for actual, expected in zip(found, (*exact, *b_c), strict=False):
+        torch.testing.assert_close(actual.cpu().double(), expected, rtol=1e-6, atol=1e-3)
+    assert [t.numel() for t in found] == [40] * 4 + [0] * 3
 
 
 def test_statistics_of_splits_far_apart():
@@ -495,6 +497,16 @@ def test_statistics_of_splits_far_apart():
     torch.testing.assert_close(found[1].cpu().double(), spread, rtol=1e-6, atol=0)
 
 
+def merged(partial, values):
+    """mean, m2 of moments in double; scale, shift and rstd must be those of them."""
+    weight, bias = torch.rand(2, partial.size(2), device=DEVICE)
+    mean, m2, *norm = reduce_partials.merge_tiles(partial.to(DEVICE), values, weight, bias, 1e-5)
+    expected = reference.bn_finalize(mean, m2, values, weight, bias, 1e-5)
+    for actual, other in zip(norm, expected, strict=True):
+        torch.testing.assert_close(actual, other, rtol=1e-6, atol=1e-6)
+    return mean.double().cpu(), m2.double().cpu()
+
+
 def test_statistics_of_many_tiles():
     """More tiles than one program merges, a mean that is large, against the exact moments."""
     torch.manual_seed(0)
@@ -506,11 +518,11 @@ def test_statistics_of_many_tiles():
     mean = v.nanmean(1).float()
     rest = (v.nanmean(1) - mean).float()
     m2 = (v - v.nanmean(1, keepdim=True)).square().nansum(1).float()
-    found = reduce_partials.merge_tiles(torch.stack([n, mean, rest, m2]).to(DEVICE))
+    found = merged(torch.stack([n, mean, rest, m2]), tiles * pixels - 5)
     whole = v.reshape(-1, channels)[: tiles * pixels - 5]
     exact = whole.mean(0), (whole - whole.mean(0)).square().sum(0)
     for a, b in zip(found, exact, strict=True):
-        torch.testing.assert_close(a.cpu().double(), b, rtol=1e-6, atol=0)
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=0)
 
 
 def test_statistics_of_two_to_the_31_values():
@@ -519,12 +531,12 @@ def test_statistics_of_two_to_the_31_values():
     mean = 1000 + 1e-3 * torch.randn(256, 8)
     rest, m2 = 1e-5 * torch.randn(256, 8), 2.0**23 * (1 + 0.1 * torch.randn(256, 8))
     n = torch.full_like(mean, 2.0**23)
-    found = reduce_partials.merge_tiles(torch.stack([n, mean, rest, m2]).to(DEVICE))
+    found = merged(torch.stack([n, mean, rest, m2]), 2**31)
     n, at, m2 = n.double(), mean.double() + rest.double(), m2.double()
     exact = (n * at).sum(0) / 2.0**31
     spread = m2.sum(0) + (n * (at - exact).square()).sum(0)
-    torch.testing.assert_close(found[0].cpu().double(), exact, rtol=1e-7, atol=0)
-    torch.testing.assert_close(found[1].cpu().double(), spread, rtol=1e-6, atol=0)
+    torch.testing.assert_close(found[0], exact, rtol=1e-7, atol=0)
+    torch.testing.assert_close(found[1], spread, rtol=1e-6, atol=0)
 
 
 WALKS = {  # values [pixels, channels] of the input, which a filter of the identity copies
@@ -553,14 +565,14 @@ def test_statistics_of_a_walk(monkeypatch, values, config):
     eye = eye.contiguous(memory_format=torch.channels_last)
     z, partial = conv.conv_fused(x, eye, chain.Conv(), conv_plan.STATS)
     assert partial.size(1) == 2 and partial[0].sum(0).eq(len(v)).all()
-    mean, m2 = reduce_partials.merge_tiles(partial)
+    mean, m2 = merged(partial, len(v))
     stored = z.double().permute(1, 0, 2, 3).flatten(1).cpu()
     exact = stored.mean(1)
     spread = (stored - exact[:, None]).square().sum(1)
     deviation = (spread / len(v)).sqrt()
-    assert ((mean.double().cpu() - exact).abs() <= 1e-7 * exact.abs() + 1e-6 * deviation).all()
+    assert ((mean - exact).abs() <= 1e-7 * exact.abs() + 1e-6 * deviation).all()
     tiles = 1 + len(v) / (2 * config[0])
-    torch.testing.assert_close(m2.double().cpu(), spread, rtol=3e-7 * tiles, atol=1e-12)
+    torch.testing.assert_close(m2, spread, rtol=3e-7 * tiles, atol=1e-12)
     again = conv.conv_fused(x, eye, chain.Conv(), conv_plan.STATS)[1]
     assert torch.equal(again, partial)
 
@@ -776,8 +788,7 @@ def test_launches_of_a_block(monkeypatch, block, expected):
 
 
 CONV_STATS = "conv_moments_kernel"
-VECTORS = {"merge_tiles_kernel", "merge_sums_kernel", "bn_finalize_kernel",
-           "bn_bwd_finalize_kernel", "fold_kernel"}  # fmt: skip
+VECTORS = {"merge_tiles_kernel", "merge_sums_kernel", "fold_kernel"}
 
 
 @pytest.mark.parametrize(

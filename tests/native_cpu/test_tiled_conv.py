@@ -119,7 +119,8 @@ ERRORS = """
 import torch
 from resnet_fast.dispatch import ops
 torch.manual_seed(0)
-run = lambda x: ops.conv_fprop(x, w, None, None, False, [1, 1], [1, 1], [1, 1], 1, "native")[0]
+rest = None, None, False, None, None, 0.0, [1, 1], [1, 1], [1, 1], 1, "native"
+run = lambda x: ops.conv_fprop(x, w, *rest)[0]
 for channels in (256, 64):
     x, w = torch.randn(2, channels, 14, 14), torch.randn(64, channels, 3, 3)
     x, w = (t.to(memory_format=torch.channels_last) for t in (x, w))
@@ -157,7 +158,7 @@ def test_pixels_that_no_tap_meets(dtype):
     x = torch.randn(1, 32, 9, 9).to(dtype).contiguous(memory_format=torch.channels_last)
     x[:, :, 1::2] = float("nan")
     w, geometry = torch.randn(32, 32, 1, 1), ([2, 2], [0, 0], [1, 1], 1)
-    z = ops.conv_fprop(x, w, None, None, False, *geometry, "native")[0]
+    z = ops.conv_fprop(x, w, None, None, False, None, None, 0.0, *geometry, "native")[0]
     nothing = [None] * 13
     dw = ops.conv_bprop(z, w, x, *nothing, *geometry, False, True, "native")[1]
     assert torch.isfinite(z).all() and torch.isfinite(dw).all()
@@ -168,5 +169,7 @@ def test_no_filters():
         pytest.skip("resnet_fast._C is not built")
     x = torch.randn(2, 32, 5, 5).to(memory_format=torch.channels_last)
     with pytest.raises(RuntimeError, match="weight"):
-        ops.conv_fprop(x, torch.randn(0, 32, 3, 3), None, None, True, [1, 1], [1, 1], [1, 1], 1,
-                       "native")  # fmt: skip
+        ops.conv_fprop(
+            x, torch.randn(0, 32, 3, 3), None, None, True, None, None, 0.0, [1, 1], [1, 1], [1, 1],
+            1, "native",
+        )  # fmt: skip

@@ -134,13 +134,14 @@ def test_memory_bound_kernels_at_size(shape, dtype, impl):
 
     z, residual, dy = draw(), draw(), draw()
     scale, shift, mean, rstd, b = (torch.rand(c, device="cuda") + 0.5 for _ in range(5))
+    other = residual, shift, scale, b
     mask = ops.bn_act(z, scale, shift, residual, None, None, True, True, impl)[1]
     windows = [3, 3], [2, 2], [1, 1]
     pooled, index = reference.bn_relu_max_pool(z, scale, shift, *windows, True)
     for op, args in {
         "bn_stats": [z],
         "bn_act": [z, scale, shift, residual, None, None, True, True],
-        "bn_act_bwd_reduce": [dy, mask, z, mean, rstd, residual, scale, shift],
+        "bn_act_bwd_reduce": [dy, mask, z, mean, rstd, scale, *other],
         "bn_act_bwd_apply": [dy, mask, scale, z, mean, b, shift, residual],
         "bn_relu_max_pool": [z, scale, shift, *windows, True],
         "max_pool_bwd": [pooled, index, z, mean, rstd, *windows],

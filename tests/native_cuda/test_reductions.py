@@ -35,7 +35,10 @@ def test_sums(splits, residual):
     ops = emulation.ops()
     with emulation.splits(splits):
         found = ops.bn_act_bwd_reduce(*args)
-    exact = reference.bn_act_bwd_reduce(*(a if a is None else a.double() for a in args))
+    wide = [a if a is None else a.double() for a in args]
+    scales = rstd.double(), rstd.double() if residual else None
+    exact = reference.bn_act_bwd_reduce(*wide[:5], scales[0], *wide[5:], scales[1])
+    exact = exact[0], exact[1], exact[4]
     for actual, expected in zip(found, exact, strict=True):
         assert torch.equal(actual, expected.float())
 

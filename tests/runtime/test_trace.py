@@ -33,7 +33,8 @@ def conv(channels=32, filters=32, size=3, layout=NHWC, dtype=torch.float32):
 
 
 def fprop(x, w, impl, groups=1):
-    return ops.conv_fprop(x, w, None, None, False, [1, 1], [1, 1], [1, 1], groups, impl)
+    norm = None, None, 0.0
+    return ops.conv_fprop(x, w, None, None, False, *norm, [1, 1], [1, 1], [1, 1], groups, impl)
 
 
 def test_once_for_each_kind_of_call(traced):
