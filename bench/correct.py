@@ -119,7 +119,7 @@ def bprop(layer: Layer, n: int, dtype: torch.dtype, device: torch.device) -> Cal
         x = x.contiguous(memory_format=torch.channels_last)
         spread = [torch.rand(layer.channels, device=device) + 0.5 for _ in range(2)]
         below = [scale, shift, *spread]
-    need = layer.channels >= 16, True  # the gradient of an image is not computed
+    need = layer.channels >= 16, True, False  # the gradient of an image is not computed
     args = [dy, w, x, None, a, z, mean, b, c, *below, None, None, None, *layer.conv.args(), *need]
     return "conv_bprop", args
 

@@ -243,7 +243,7 @@ def gradient_cases(
     a, mean, b, c = _vectors(w.size(0), 4, x.dtype)
     above, below = (a, y, mean, b, c), (*_vectors(x.size(1), 4, x.dtype), None)
     first = (*[None] * 5, x, bits(x))
-    need = (*geometry, True, True)
+    need = (*geometry, True, True, False)
     for what, mask, beside in (
         ("last", bits(y), (*below, None, None)),
         ("inner", None, (*below, None, None)),

@@ -221,7 +221,7 @@ def train(mode: str) -> Callable[[Layer, int, torch.dtype, torch.device, str], R
             grads = ops.conv_bprop(
                 dy, w, x, None, a, z, mean, b, c, *below[:2],
                 *(below[2:] if mode == "dgrad" else (None, None)), None, None, None, *geometry,
-                *need, impl,
+                *need, False, impl,
             )  # fmt: skip
             return grads[mode == "wgrad"]
 

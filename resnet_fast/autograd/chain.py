@@ -56,8 +56,8 @@ class Saved(NamedTuple):
     """Tensors that the backward pass reads.
 
     mask: bits of the join's ReLU, or the index of the maximum of each pool window; z_p: the
-    projection's raw output; weights: filters of `Chain.all_convs`; hs: h[j] of `spec.chain`; acts:
-    φ[j](h[j]) if kept; affines: one for each of `Chain.all_norms`.
+    projection's raw output; weights: filters of `Chain.all_convs` as `_cast` gives them; hs: h[j]
+    of `spec.chain`; acts: φ[j](h[j]) if kept; affines: one for each of `Chain.all_norms`.
     """
 
     mask: Tensor | None
@@ -135,6 +135,7 @@ def _forward(
     convs, norms = unflatten(chain, flat)
     n, impl = len(chain.convs), chain.impl
     fmt = memory_format(x, convs[0].weight if n else None)
+    weights = _cast([conv.weight for conv in convs], x, impl)
     statistics: list[Tensor] = []
 
     def ready(i: int, h: Tensor, found: Sequence[Tensor] | None) -> Affine:
@@ -161,7 +162,7 @@ def _forward(
         norm, params = chain.all_norms[i + 1], norms[i + 1]
         eps = 0.0 if norm is None else norm.eps
         z, *found = ops.conv_fprop(
-            h, convs[i].weight, affine.scale, affine.shift, norm is not None and norm.batch_stats,
+            h, weights[i], affine.scale, affine.shift, norm is not None and norm.batch_stats,
             params.weight, params.bias, eps, *chain.all_convs[i].args(), impl,
         )  # fmt: skip
         z = _dense(z, fmt)  # with a single channel, either format fits
@@ -201,7 +202,7 @@ def _forward(
     saved = Saved(
         mask if chain.relu else None,
         shortcut if chain.projection is not None else None,
-        [c.weight for c in convs],
+        weights,
         [*hs[:n], hs[n] if last.scale is not None else None],  # only a norm reads the last
         acts,
         [*affines, through],
@@ -260,6 +261,22 @@ def _dense(t: Tensor, fmt: torch.memory_format) -> Tensor:
     gradient if it is t itself.
     """
     return t if t.is_contiguous(memory_format=fmt) else t.contiguous(memory_format=fmt)
+
+
+def _cast(weights: list[Tensor], x: Tensor, impl: str) -> list[Tensor]:
+    """Filters in the dtype of x, on a GPU by one launch for all of a chain.
+
+    The CPU kernels take wider filters, and cast them as they pack them.
+    """
+    if not (x.is_cuda or impl == "triton"):
+        return weights
+    wide = [w for w in weights if w.dtype != x.dtype]
+    if not wide:
+        return weights
+    casts = [torch.empty_like(w, dtype=x.dtype) for w in wide]
+    torch._foreach_copy_(casts, wide)
+    rest = iter(casts)
+    return [w if w.dtype == x.dtype else next(rest) for w in weights]
 
 
 def _activate(h: Tensor, affine: Affine, impl: str) -> Tensor:
@@ -353,9 +370,10 @@ class _Backward:
         """dx of convolution i with input φ(h) under the norm `below`, and its sums; stores dw."""
         conv, need_dx = self.chain.all_convs[i], self.flows_below(i if i < self.n else 0)
         mean, rstd = (below.mean, below.rstd) if sums else (None, None)
+        w, dtype = self.saved.weights[i], self.dtypes.convs[i].weight
         dx, dw, *found = ops.conv_bprop(
-            g, self.saved.weights[i], h, g_mask, *prologue, below.scale, below.shift, mean, rstd,
-            act, more, more_mask, *conv.args(), need_dx, self.need.convs[i].weight, self.impl,
+            g, w, h, g_mask, *prologue, below.scale, below.shift, mean, rstd, act, more, more_mask,
+            *conv.args(), need_dx, self.need.convs[i].weight, w.dtype != dtype, self.impl,
         )  # fmt: skip
         if self.need.convs[i].weight:
             self.conv_grads[i][0] = dw

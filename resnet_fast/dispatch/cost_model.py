@@ -36,8 +36,8 @@ def work(op: str, args: Sequence[Any]) -> Work:
     several = [a if isinstance(a, list) else [a] for a in meta]
     tensors = [a for a in (*itertools.chain(*several), *results) if isinstance(a, Tensor)]
     moved = sum(t.numel() * t.element_size() for t in tensors)
-    if op == "conv_bprop":  # dy, w, x, …, need_dx, need_dw
-        return Work(moved, 2 * meta[0].numel() * meta[1][0].numel() * (args[-2] + args[-1]))
+    if op == "conv_bprop":  # dy, w, x, …, need_dx, need_dw, wide_dw
+        return Work(moved, 2 * meta[0].numel() * meta[1][0].numel() * (args[-3] + args[-2]))
     if op in ("conv_fprop", "conv_bn_act"):
         return Work(moved, 2 * results[0].numel() * meta[1][0].numel())
     if op == "conv_add_projection":  # x, w, scale, shift, source, source_w

@@ -32,7 +32,7 @@ def register(counter: ModuleType) -> None:
         return counter.conv_flop_count(x, w, y)
 
     def backward(dy: Shape, w: Shape, x: Shape, *rest: Any, out_shape: Any) -> int:
-        *geometry, groups, need_dx, need_dw, _ = rest[-7:]
+        *geometry, groups, need_dx, need_dw, _, _ = rest[-8:]
         return counter.conv_backward_flop(
             dy, x, w, None, *geometry, False, [0, 0], groups, [need_dx, need_dw, False],
             out_val=tuple(out_shape),

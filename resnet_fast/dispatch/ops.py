@@ -243,17 +243,18 @@ def conv_fprop(
     "conv_bprop(Tensor dy, Tensor w, Tensor x, Tensor? dy_mask, Tensor? a, Tensor? z, "
     "Tensor? mean, Tensor? b, Tensor? c, Tensor? in_scale, Tensor? in_shift, Tensor? in_mean, "
     "Tensor? in_rstd, Tensor? in_act, Tensor? residual, Tensor? residual_mask, "
-    f"{_GEOMETRY}, bool need_dx, bool need_dw)",
+    f"{_GEOMETRY}, bool need_dx, bool need_dw, bool wide_dw)",
     "(Tensor dx, Tensor dw, Tensor sum_dx, Tensor sum_dx_xhat, Tensor b, Tensor c)",
 )
 def conv_bprop(
     dy, w, x, dy_mask, a, z, mean, b, c, in_scale, in_shift, in_mean, in_rstd, in_act,
-    residual, residual_mask, stride, padding, dilation, groups, need_dx, need_dw, impl,
+    residual, residual_mask, stride, padding, dilation, groups, need_dx, need_dw, wide_dw, impl,
 ):  # fmt: skip
     dx = x.new_empty(0)
     if need_dx:
         dx = torch.empty_like(x, memory_format=memory_format(x, w))
-    dw = torch.empty_like(w) if need_dw else w.new_empty(0)
+    dtype = stats_dtype(x) if wide_dw else w.dtype
+    dw = torch.empty_like(w, dtype=dtype) if need_dw else w.new_empty(0, dtype=dtype)
     size = x.size(1) if need_dx and in_mean is not None else 0
     return dx, dw, *(_vector(x, size) for _ in range(4))
 

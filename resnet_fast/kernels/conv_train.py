@@ -179,14 +179,18 @@ def conv_bprop(
     groups: int,
     need_dx: bool,
     need_dw: bool,
+    wide_dw: bool,
 ) -> tuple[Tensor, ...]:
     """`reference.conv_bprop`: two launches and the merge of their sums, or another `Plan`."""
     conv = Conv(tuple(stride), tuple(padding), tuple(dilation), groups)
     grad_out = GradOut(dy_mask, a, z, mean, b, c)
     grad_in = GradIn(in_scale, in_shift, in_mean, in_rstd, residual, residual_mask)
 
+    dtype = stats_dtype(x) if wide_dw else w.dtype
+
     def start(plan: Config) -> tuple[Tensor | None, Tensor | None, Any]:
-        return _gradients(Plan(*plan), dy, w, x, in_act, conv, grad_out, grad_in, need_dx, need_dw)
+        need = need_dx, need_dw
+        return _gradients(Plan(*plan), dy, w, x, in_act, conv, grad_out, grad_in, *need, dtype)
 
     if x.numel() == 0 or dy.numel() == 0:
         dx, dw, sums = start(PLANS[-1])
@@ -197,11 +201,11 @@ def conv_bprop(
         dx, dw, sums = start(config_select.choose("conv_bprop", where, plans, rule, x, start, why))
     empty = [x.new_empty(0, dtype=stats_dtype(x)) for _ in range(4)]
     dx = dx if need_dx else x.new_empty(0)
-    dw = dw.to(w.dtype) if need_dw else w.new_empty(0)
+    dw = dw.to(dtype) if need_dw else w.new_empty(0, dtype=dtype)
     return dx, dw, *(empty if sums is None else sums)
 
 
-def _gradients(plan, dy, w, x, in_act, conv, grad_out, grad_in, need_dx, need_dw):
+def _gradients(plan, dy, w, x, in_act, conv, grad_out, grad_in, need_dx, need_dw, dtype):
     """dx, dw, sums by `plan`; dx includes the epilogue of `grad_in`."""
     fmt = memory_format(x, w)
     filters = w.to(x.dtype).contiguous(memory_format=fmt)
@@ -215,7 +219,8 @@ def _gradients(plan, dy, w, x, in_act, conv, grad_out, grad_in, need_dx, need_dw
         through = NOTHING
     dx = dw = sums = None
     if need_dw and plan.wgrad:
-        dw = conv_wgrad(dy, filters, seen, conv, grad_out, through, w)
+        dw = conv_wgrad(dy, filters, seen, conv, grad_out, through, dtype)
+        dw = dw.contiguous(memory_format=memory_format(w))
     if need_dx and plan.dgrad:
         dx, sums = conv_dgrad(dy, filters, x, conv, grad_out, grad_in)
     by_library = [need_dx and not plan.dgrad, need_dw and not plan.wgrad]

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from ..spec.chain import Conv
 from ..spec.dtypes import stats_dtype
-from ..spec.layout import memory_format
 from . import config_select
 from .config_select import Config
 from .conv_epilogue import prologue
@@ -131,11 +130,11 @@ def conv_wgrad(
     conv: Conv,
     grad_out: GradOut,
     grad_in: GradIn = NOTHING,
-    like: Tensor | None = None,
+    wanted: torch.dtype | None = None,
 ) -> Tensor:
     """dw of z = conv(φ(x), w) as in `reference.conv_bprop`.
 
-    dw has the dtype and memory format of `like`, by default w. dy [N,K,P,Q], w [K,C,R,S] and
+    dw is channels_last, of the dtype `wanted`, by default that of w. dy [N,K,P,Q], w [K,C,R,S] and
     x [N,C,H,W] are channels_last and of one dtype; groups is 1, stride is 1 or 2. Only scale and
     shift of `grad_in` are used.
     """
@@ -176,7 +175,6 @@ def conv_wgrad(
     configs = wgrad_configs(x, w, tma, grad_out)
     key = gradient_key(x, w, conv, grad_out, grad_in)
     partial = start(config_select.choose("conv_wgrad", key, configs, 0, x, start))
-    like = w if like is None else like
-    dw = torch.empty_like(like, memory_format=torch.channels_last)
+    dw = torch.empty_like(w, dtype=wanted, memory_format=torch.channels_last)
     fold(partial, dw)
-    return dw.contiguous(memory_format=memory_format(like))
+    return dw

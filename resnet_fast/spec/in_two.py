@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .dtypes import stats_dtype
 from .layout import memory_format, values_per_channel
 
 Op = Callable[..., Any]
@@ -34,9 +35,13 @@ def conv_fprop(conv: Op, bn_finalize: Op, *args: Any) -> tuple[Tensor, ...]:
 
 
 def conv_bprop(conv: Op, bn_bwd_finalize: Op, *args: Any) -> tuple[Tensor, ...]:
-    """`reference.conv_bprop(*args)` by `conv`, which gives no b and c, and `bn_bwd_finalize`."""
-    x, in_scale, in_mean, in_rstd, need_dx = args[2], args[9], args[11], args[12], args[20]
-    *grads, total, xhat = conv(*args)
+    """`reference.conv_bprop(*args)` by `conv`, which gives no b and c, and `bn_bwd_finalize`.
+
+    `conv` gives dw in the dtype of w.
+    """
+    dy, w, x, *rest, wide_dw = args
+    in_scale, in_mean, in_rstd, need_dx = args[9], args[11], args[12], args[20]
+    *grads, total, xhat = conv(dy, w.to(stats_dtype(x)) if wide_dw else w, x, *rest)
     if not need_dx or in_mean is None:
         return *grads, total, xhat, total.new_empty(0), total.new_empty(0)
     b_c = bn_bwd_finalize(total, xhat, in_scale, in_rstd, values_per_channel(x))

@@ -352,14 +352,15 @@ def conv_bprop(
     groups: int,
     need_dx: bool,
     need_dw: bool,
+    wide_dw: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dx, dw of z = conv(φ(x), w), fused with its neighbours in the chain.
 
     First dz = bn_act_bwd_apply(dy, dy_mask, a, z, mean, b, c). Then dx = dgrad(dz) + residual
     (under `residual_mask`). With a prologue, dx = 0 where in_scale·x + in_shift ≤ 0 (the ReLU's
     gradient). With `in_mean` and `in_rstd`, also Σdx, Σdx·xhat(x) and their `bn_bwd_finalize`, for
-    the backward pass of that normalization. `in_act` is φ(x) if the caller stored it. Results not
-    requested are empty.
+    the backward pass of that normalization. `in_act` is φ(x) if the caller stored it. dw has the
+    dtype of w, or with `wide_dw` that of statistics. Results not requested are empty.
     """
     dz = dy
     if dy_mask is not None or a is not None:
@@ -374,7 +375,8 @@ def conv_bprop(
         [need_dx, need_dw, False],
     )  # fmt: skip
     empty = torch.empty(0, dtype=stats_dtype(x), device=x.device)
-    dw = dw.to(w.dtype) if need_dw else torch.empty(0, dtype=w.dtype, device=w.device)
+    dtype = stats_dtype(x) if wide_dw else w.dtype
+    dw = dw.to(dtype) if need_dw else torch.empty(0, dtype=dtype, device=w.device)
     if not need_dx:
         dx = torch.empty(0, dtype=x.dtype, device=x.device)
         return dx, dw, *(empty.clone() for _ in range(4))

@@ -270,7 +270,10 @@ def _fprop(prologue, stats, filters=None):
     return make
 
 
-def _bprop(masked=True, batch=True, prologue=True, sums=True, kept=False, more=None, need=(1, 1)):
+def _bprop(
+    masked=True, batch=True, prologue=True, sums=True, kept=False, more=None, need=(1, 1),
+    wide=False,
+):  # fmt: skip
     """conv_bprop: mask and BN backward before it, the prologue's BN and a residual after it."""
 
     def make(draw, conv):
@@ -288,7 +291,7 @@ def _bprop(masked=True, batch=True, prologue=True, sums=True, kept=False, more=N
         mask = draw.mask(dy) if masked else None
         return [
             dy, draw.filters(conv), x, mask, *dz, *affine, *inner, act, residual, residual_mask,
-            *conv.geometry, bool(need[0]), bool(need[1]),
+            *conv.geometry, bool(need[0]), bool(need[1]), wide,
         ]  # fmt: skip
 
     return make
@@ -340,6 +343,7 @@ CONVOLUTIONS = {  # variant → arguments for (Draw, Conv)
     "conv_bprop:bare": _bprop(masked=False, batch=False, prologue=False, sums=False),
     "conv_bprop:no-prologue": _bprop(prologue=False, sums=False),
     "conv_bprop:frozen-input": _bprop(masked=False, sums=False),
+    "conv_bprop:wide": _bprop(wide=True),
     "conv_bprop:kept": _bprop(masked=False, kept=True),
     "conv_bprop:residual": _bprop(prologue=False, sums=False, more="plain"),
     "conv_bprop:residual-masked": _bprop(more="masked"),
