@@ -15,7 +15,7 @@ from .launch import all_registers, launch
 from .sizes import cdiv, next_power_of_2
 from .tile_math import sum_rows
 
-BLOCK_S, BLOCK_C = 64, 32
+BLOCK_C = 8  # channels of a program: 32 bytes, so that many programs load at once
 TILES_A_SPLIT = 512
 SUMS_AT_ONCE = 2 * TILES_A_SPLIT  # above this, `fold` reduces them first, with more programs
 FOLDED = 4096  # elements that a program of `fold` loads at a time
@@ -237,7 +237,7 @@ def merge_tiles(
         launch(
             merge_tiles_kernel, (splits, cdiv(channels, BLOCK_C)),
             partial, weight, bias, *out, *(norm if last else (None,) * 3), count, TILES_A_SPLIT,
-            channels, values, eps, _rows_at_once(count), BLOCK_C, num_warps=8,
+            channels, values, eps, _rows_at_once(count), BLOCK_C, num_warps=4,
         )  # fmt: skip
         if last:
             return mean, m2, *norm
@@ -262,7 +262,7 @@ def fold(partial: Tensor, out: Tensor, per_fold: int | None = None) -> None:
 
 def _rows_at_once(count: int) -> int:
     """Rows of `count` that a program loads at a time: many, because it waits for each load."""
-    return min(256, max(BLOCK_S, next_power_of_2(count)))
+    return min(256, max(16, next_power_of_2(count)))
 
 
 def merge_sums(
@@ -288,7 +288,7 @@ def merge_sums(
     launch(
         merge_sums_kernel, (sums, cdiv(channels, BLOCK_C)),
         partial, rstd, scale, res_rstd, res_scale, *out, splits, channels, max(count, 1),
-        _rows_at_once(splits), BLOCK_C, num_warps=8,
+        _rows_at_once(splits), BLOCK_C, num_warps=4,
     )  # fmt: skip
     return tuple(out)
 
@@ -299,6 +299,7 @@ def merge_moments(partial: Tensor, count: int, split: int) -> tuple[Tensor, Tens
     mean, m2 = partial.new_empty(channels), partial.new_empty(channels)
     launch(
         merge_moments_kernel, (cdiv(channels, BLOCK_C),),
-        partial, mean, m2, splits, channels, count, split, BLOCK_S, BLOCK_C, num_warps=4,
+        partial, mean, m2, splits, channels, count, split, _rows_at_once(splits), BLOCK_C,
+        num_warps=8,
     )  # fmt: skip
     return mean, m2
