@@ -22,8 +22,8 @@ that are not issued while they run add to their time. A loop whose loads are not
 for a load in every trip. With o = 1 the prologue and the epilogue of every tile are exposed
 ("latency"); with more they overlap with other programs. A launch's floor is the larger of memory
 and FLOP, with every tensor moved once. Bytes through L2 are the tiles that all programs of a
-convolution load, and what they store. cuDNN's forward convolution takes what `conv_cost` says, any
-other PyTorch kernel its floor. Not modelled: bank conflicts, barriers and cold instruction caches.
+convolution load, and what they store. cuDNN's convolutions take what `conv_cost` says, any other
+PyTorch kernel its floor. Not modelled: bank conflicts, barriers and cold instruction caches.
 "Small" launches are passes and PyTorch kernels that move less than L2 holds.
 
 `warp_cycles` and L2's bandwidth are fitted to 24 convolutions of ResNet-50 as an H200 ran them
@@ -143,14 +143,13 @@ TRIPS: dict[str, Callable[[Mapping[str, Any]], int]] = {
     "conv_affine_act_kernel": _pointer_steps,
     "conv_dgrad_kernel": _dgrad_steps,
     "conv_wgrad_kernel": lambda a: a["boxes_per_split"],
-    "bn_stats_kernel": lambda a: a["tiles_per_split"],
+    "bn_stats_kernel": lambda a: cdiv(a["tiles_per_split"], a["AT_ONCE"]),
     "bn_act_bwd_reduce_kernel": lambda a: a["tiles_per_split"],
     "dgrad_epilogue_kernel": lambda a: a["tiles_per_split"],
     "max_pool_bwd_kernel": lambda a: a["tiles_per_split"],
     "bn_relu_max_pool_kernel": lambda a: cdiv(a["R"] * a["S"], a["AT_ONCE"]),
     "global_avg_pool_kernel": lambda a: cdiv(a["pixels"], a["BLOCK_P"]),
     "merge_sums_kernel": lambda a: cdiv(a["splits"], a["BLOCK_S"]),
-    "merge_moments_kernel": lambda a: cdiv(a["splits"], a["BLOCK_S"]),
     "merge_tiles_kernel": lambda a: cdiv(min(a["tiles"], a["tiles_per_split"]), a["BLOCK_S"]),
     "fold_kernel": lambda a: cdiv(min(a["count"], a["per_fold"]), a["BLOCK_S"]),
 }
@@ -283,8 +282,10 @@ def entry(one: Launch, code: Compiled | None, mode: str, gpu: Gpu) -> dict[str, 
         "mb": size / 1e6, "gflop": work / 1e9, "floor_us": floor,
     }  # fmt: skip
     time, bound = floor, "memory" if floor > gpu.floor_us(0, work) else "compute"
-    if one.name == "aten.convolution":
-        time = conv_cost.by_library(size, work, filters=one.tensors[1].size(0))
+    if one.name.startswith("aten.convolution"):  # x, w, or dy, x, w
+        backward = one.name != "aten.convolution"
+        w = one.tensors[1 + backward]
+        time = conv_cost.by_library(size, work, w.size(0), w.size(1), backward)
     if code is not None:
         if code.failure:
             raise RuntimeError(f"{one.name} {code.config}: {code.failure}")

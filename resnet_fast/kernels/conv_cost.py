@@ -29,6 +29,7 @@ FIRST_LOAD, LOAD = 1.0, 0.8  # microseconds
 MERGE = 1.5  # microseconds: sums to L2, counter, barriers
 SMALL, GAP = 2.5, 1.0  # microseconds: a launch that moves little, and between two launches
 REGISTERS, THREADS = 65536, 2048
+FEW = 16  # channels: cuDNN has no fast kernel for fewer
 
 
 class Gemm(NamedTuple):
@@ -146,24 +147,29 @@ def with_moments(config: Config, gemm: Gemm, processors: int) -> float:
     return max(FIRST_LOAD + max(alone, busy) / CLOCK, through / L2, moved / MEMORY)
 
 
-def by_library(moved: int, flops: int, filters: int) -> float:
+def by_library(
+    moved: int, flops: int, filters: int, channels: int, backward: bool = False
+) -> float:
     """Estimated time of cuDNN's convolution in 16 bits, which moves `moved` bytes.
 
     720 TFLOP/s, 460 with 64 filters, and 3.7 TB/s are what an H200 reached by cuDNN
-    (bench/results/nvidia-h200-layers.jsonl, "torch conv"). One image took 7 to 10 us.
+    (bench/results/nvidia-h200-layers.jsonl, "torch conv"); for a stem of 3 channels 34 TFLOP/s
+    forward and 54 backward. One image took 7 to 10 us.
     """
     rate = 720e6 if filters > 64 else 460e6  # per microsecond
+    if channels < FEW:
+        rate = 54e6 if backward else 34e6
     return max(moved / 3.7e6, flops / rate, 7.0)
 
 
-def with_pass(gemm: Gemm) -> float:
-    """Estimated time of `by_library` and of one pass over its output, in inference."""
+def with_pass(gemm: Gemm, values: int) -> float:
+    """Estimated time of `by_library`, and of a pass that moves `values` values per value of y."""
     pixels, filters = gemm.pixels * gemm.groups, gemm.filters * gemm.groups
     y, x = gemm.pixels * filters * gemm.size, pixels * gemm.channels * gemm.size
     w = filters * gemm.taps * gemm.channels * gemm.size
     flops = 2 * pixels * gemm.filters * gemm.taps * gemm.channels
-    more = GAP + max((2 + gemm.residual) * y / MEMORY, SMALL)
-    return by_library(x + w + y, flops, filters) + more
+    more = GAP + max(values * y / MEMORY, SMALL) if values else 0.0
+    return by_library(x + w + y, flops, filters, gemm.channels) + more
 
 
 class NativeTile(NamedTuple):

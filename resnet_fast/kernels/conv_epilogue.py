@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .tile_math import relu, sum_rows, widen
+from .tile_math import relu, widen
 
 
 @triton.jit
@@ -73,25 +73,3 @@ def columns(acc):
         return a, b
     else:
         return (acc,)
-
-
-@triton.jit
-def store_moments(partial, y, inside, tile, tiles, k, last, stride):
-    """partial[0..3, tile, k] = moments of stored values y [M, N] over the pixels `inside` [M, 1].
-
-    They are n, the mean, `rest` (the rounding error of the mean) and Σ(y − mean − rest)². partial
-    is [4, tiles, stride]; `merge_tiles` merges all tiles.
-    """
-    v = tl.where(inside, widen(y), 0.0)
-    n = sum_rows(tl.where(inside, tl.full(v.shape, 1.0, v.dtype), 0.0))
-    mean = sum_rows(v) / tl.maximum(n, 1.0)
-    off = tl.where(inside, v - mean, 0.0)
-    rest = sum_rows(off) / tl.maximum(n, 1.0)
-    off = tl.where(inside, off - rest, 0.0)
-    is_filter = k < last
-    at = partial + (tl.full((), 0, tl.int64) + tile) * stride + k
-    plane = (tl.full((), 0, tl.int64) + tiles) * stride
-    tl.store(at, n, is_filter)
-    tl.store(at + plane, mean, is_filter)
-    tl.store(at + 2 * plane, rest, is_filter)
-    tl.store(at + 3 * plane, sum_rows(off * off), is_filter)

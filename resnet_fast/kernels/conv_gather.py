@@ -13,7 +13,7 @@ from ..spec.chain import Conv
 from ..spec.dtypes import stats_dtype
 from . import config_select
 from .config_select import Config
-from .conv_epilogue import columns, epilogue, store_moments
+from .conv_epilogue import columns, epilogue
 from .conv_plan import (
     FLAT_CONFIGS,
     IEEE_CONFIGS,
@@ -29,6 +29,7 @@ from .conv_split import SPLITS, is_last, meeting_place, share, sum_of_parts, wit
 from .conv_windows import as_windows, takes_windows
 from .launch import all_registers, launch, target
 from .sizes import cdiv, next_power_of_2
+from .tile_math import store_moments, sum_rows, widen
 
 
 @triton.jit
@@ -159,8 +160,16 @@ def conv_affine_act_kernel(
         part = epilogue(parts[i], rest, k, last, scale, shift, RELU).to(y.dtype.element_ty)
         tl.store(y + (y_at[:, None] + k * y_sk), part, inside)
         if partial is not None:
-            boxes, stride = tl.num_programs(0) // k_tiles, tl.num_programs(1) * filters
-            store_moments(partial, part, is_pixel[:, None], pid // k_tiles, boxes, k, last, stride)
+            tile, tiles = pid // k_tiles, tl.num_programs(0) // k_tiles
+            n = tl.zeros((1, WIDTH), acc_dtype) + tl.minimum(pixels - tile * BLOCK_M, BLOCK_M)
+            v = tl.where(is_pixel[:, None], widen(part), 0.0)
+            pivot = sum_rows(v) / n
+            d = tl.where(is_pixel[:, None], v - pivot, 0.0)
+            off = sum_rows(d) / n
+            m2 = sum_rows(d * d) - n * off * off
+            own = tl.where(k < last, k, tl.num_programs(1) * filters)  # none of the next group
+            every = tl.num_programs(1) * filters
+            store_moments(partial, tile, tiles, own, every, n, pivot, off, m2)
 
 
 def by_pointers(x: Tensor, w: Tensor, conv: Conv, f: Fusion, y: Tensor) -> Tensor | None:

@@ -16,7 +16,7 @@ from .conv_plan import STATS, box_of, gemm_of, key, moments_configs, precision
 from .conv_tiles import filter_tiles, input_tiles, output_tiles, walk
 from .launch import launch, target
 from .sizes import cdiv
-from .tile_math import widen
+from .tile_math import store_moments, widen
 
 STORE_N = 64  # columns of a stored box
 
@@ -150,15 +150,9 @@ def conv_moments_kernel(
     total = tl.zeros((1, BLOCK_N), tl.float32) + count
     off = tl.sum(tl.sum(sums, 1), 0, keep_dims=True) / total
     m2 = tl.sum(tl.sum(squares, 1), 0, keep_dims=True) - total * off * off
-    mean = pivot + off
     k = k0 + tl.arange(0, BLOCK_N)[None, :]
-    is_filter = k < filters
-    at = partial + (tl.full((), 0, tl.int64) + program) * filters + k
-    plane = (tl.full((), 0, tl.int64) + tl.num_programs(0) // k_tiles) * filters
-    tl.store(at, total, is_filter)
-    tl.store(at + plane, mean, is_filter)
-    tl.store(at + 2 * plane, (pivot - mean) + off, is_filter)
-    tl.store(at + 3 * plane, tl.where(m2 < 0, 0.0, m2), is_filter)
+    programs = tl.num_programs(0) // k_tiles
+    store_moments(partial, program, programs, k, filters, total, pivot, off, m2)
 
 
 def conv_moments(x: Tensor, w: Tensor, conv: Conv, y: Tensor) -> Tensor:
@@ -189,6 +183,6 @@ def conv_moments(x: Tensor, w: Tensor, conv: Conv, y: Tensor) -> Tensor:
         )  # fmt: skip
         return partial
 
-    configs, rule = moments_configs(gemm, gpu.multiprocessors, gpu.shared)
+    configs, rule = moments_configs(gemm, gpu)
     where = key(x, w, conv, STATS)
     return start(config_select.choose("conv_moments", where, configs, rule, x, start))

@@ -13,9 +13,18 @@ from ..runtime import settings
 from ..spec.chain import Conv
 from ..spec.layout import memory_format
 from .config_select import Config, Configs
-from .conv_cost import GAP, Gemm, by_native, microseconds, native_tile, with_moments, with_pass
+from .conv_cost import (
+    FEW,
+    GAP,
+    Gemm,
+    by_native,
+    microseconds,
+    native_tile,
+    with_moments,
+    with_pass,
+)
 from .conv_split import with_splits
-from .launch import INTERPRETING, target
+from .launch import INTERPRETING, Target, target
 from .sizes import cdiv, next_power_of_2
 
 # GEMM_M, GEMM_N, GEMM_K of a tile (GEMM_K in 2-byte elements), warps, stages of the pipeline
@@ -35,6 +44,8 @@ MOMENTS_CONFIGS = (
     (64, 64, 64, 4, 3, 4),
     (64, 32, 64, 4, 4, 4),
 )
+# sm_100 and later: a thread has one row of the tile, so sums take more registers
+MOMENTS_CONFIGS_100 = ((128, 64, 64, 8, 3, 1), (64, 64, 64, 4, 3, 2), (64, 32, 64, 4, 4, 4))
 POINTER_CONFIGS = (
     (256, 64, 32, 8, 3),
     (128, 128, 64, 8, 3),
@@ -149,9 +160,10 @@ def forward_plans(x: Tensor, w: Tensor, conv: Conv, f: Fusion, training: bool) -
     """FUSED, one Triton launch, or LIBRARY, cuDNN's convolution between Triton passes.
 
     A tuning table may also name CUDNN, its convolution with bias, addition and ReLU, in inference.
-    Rule: inference takes FUSED, but in 16 bits on Hopper LIBRARY if its estimated time is shorter
-    (`conv_cost`) by more than the estimates' error. Training takes LIBRARY where tensor descriptors
-    cannot be used, but FUSED in fp64, by pointers, which is still to be measured.
+    Rule: in 16 bits on Hopper LIBRARY if its estimated time is shorter (`conv_cost`) by more than
+    the estimates' error, else FUSED. Elsewhere inference takes FUSED. So does training, but
+    LIBRARY where tensor descriptors cannot be used, except in fp64, by pointers, which is still to
+    be measured, and for few channels, for which cuDNN is slow.
     """
     own = x.is_cuda and x.element_size() == 2 and f.scale is not None and f.relu
     own = own and memory_format(x, w) == torch.channels_last
@@ -159,13 +171,15 @@ def forward_plans(x: Tensor, w: Tensor, conv: Conv, f: Fusion, training: bool) -
     refusal = refuse_tma(x, w, conv)
     if len(plans) == 1:
         return Plans(plans, 0, why)
-    if refusal is None and not training and _estimated(x):
-        fused, library = fused_us(x, w, conv, f), with_pass(gemm_of(x, w, conv, f))
+    if refusal is None and _estimated(x):
+        passed = int(f.stats) if training else 2 + (f.residual is not None)
+        fused, library = fused_us(x, w, conv, f), with_pass(gemm_of(x, w, conv, f), passed)
         said = f"estimate {fused:.0f} us by Triton, {library:.0f} us by cuDNN and a pass"
         best = FUSED if fused <= LIBRARY_GAIN * library else LIBRARY
         return Plans(plans, plans.index(best), said)
-    if not training or x.dtype == torch.float64 or refusal is None:
-        return Plans(plans, plans.index(FUSED), "one launch")
+    few = w.size(1) < FEW and _estimated(x)
+    if not training or x.dtype == torch.float64 or refusal is None or few:
+        return Plans(plans, plans.index(FUSED), "few channels" if few else "one launch")
     return Plans(plans, plans.index(LIBRARY), f"no tensor descriptors: {refusal}")
 
 
@@ -207,12 +221,16 @@ def implementations_us(x: Tensor, w: Tensor, conv: Conv, residual: bool) -> dict
 def planned_us(x: Tensor, w: Tensor, conv: Conv, f: Fusion) -> float:
     """Estimated time of `conv_bn_act` in inference, by one launch or by cuDNN and a pass."""
     fused = fused_us(x, w, conv, f)
-    return min(fused, with_pass(gemm_of(x, w, conv, f))) if _estimated(x) else fused
+    moved = 2 + (f.residual is not None)
+    return min(fused, with_pass(gemm_of(x, w, conv, f), moved)) if _estimated(x) else fused
 
 
 def fused_us(x: Tensor, w: Tensor, conv: Conv, f: Fusion) -> float:
-    """Estimated time of one launch of `conv_tma` with its rule's tile."""
+    """Estimated time of one launch of `conv_tma` or `conv_moments` with its rule's tile."""
     gpu, gemm = target(x), gemm_of(x, w, conv, f)
+    if f.stats:
+        configs, rule = moments_configs(gemm, gpu)
+        return with_moments(configs[rule], gemm, gpu.multiprocessors)
     size = gpu.multiprocessors, gpu.shared
     configs, rule = with_splits(forward_configs(f, w.size(0), gpu.shared), gemm, *size)
     return microseconds(configs[rule], gemm, *size)
@@ -228,10 +246,11 @@ def forward_configs(f: Fusion, filters: int, shared: int) -> Configs:
     return eligible(CONFIGS if f.plain else NARROW, filters, shared)
 
 
-def moments_configs(gemm: Gemm, processors: int, shared: int) -> tuple[Configs, int]:
+def moments_configs(gemm: Gemm, gpu: Target) -> tuple[Configs, int]:
     """Tiles of `conv_moments`, and the index of the one of least estimated time."""
-    configs = eligible(MOMENTS_CONFIGS, gemm.filters, shared)
-    times = [with_moments(config, gemm, processors) for config in configs]
+    configs = MOMENTS_CONFIGS if gpu.capability < 100 else MOMENTS_CONFIGS_100
+    configs = eligible(configs, gemm.filters, gpu.shared)
+    times = [with_moments(config, gemm, gpu.multiprocessors) for config in configs]
     return configs, times.index(min(times))
 
 

@@ -24,8 +24,7 @@ from ..spec.layout import is_channels_last, memory_format, values_per_channel
 from . import config_select
 from .bn_act import bn_act
 from .bn_act_bwd import bn_act_bwd_apply
-from .bn_finalize import bn_finalize
-from .bn_stats import bn_stats
+from .bn_stats import bn_stats_finalized
 from .config_select import Config
 from .conv import conv_fused
 from .conv_dgrad import conv_dgrad
@@ -145,11 +144,9 @@ def conv_fprop(
             z, partial = conv_fused(h, w.to(x.dtype), conv, fusion)
         if not stats:
             return z, *(x.new_empty(0, dtype=stats_dtype(x)) for _ in range(5))
-        values = values_per_channel(z)
         if partial is not None:
-            return z, *merge_tiles(partial, values, weight, bias, eps)
-        moments = bn_stats(z)
-        return z, *moments, *bn_finalize(*moments, values, weight, bias, eps)
+            return z, *merge_tiles(partial, values_per_channel(z), weight, bias, eps)
+        return z, *bn_stats_finalized(z, weight, bias, eps)
 
     where = key(x, w, conv, fusion, in_scale is not None)
     plans, rule, why = forward_plans(x, w, conv, fusion, training=True)

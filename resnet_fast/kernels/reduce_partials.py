@@ -16,8 +16,8 @@ from .sizes import cdiv, next_power_of_2
 from .tile_math import sum_rows
 
 BLOCK_C = 8  # channels of a program: 32 bytes, so that many programs load at once
-TILES_A_SPLIT = 512
-SUMS_AT_ONCE = 2 * TILES_A_SPLIT  # above this, `fold` reduces them first, with more programs
+TILES_A_SPLIT = 1024
+SUMS_AT_ONCE, SUMS_A_FOLD = 1024, 256  # above the first, `fold` reduces them, with more programs
 FOLDED = 4096  # elements that a program of `fold` loads at a time
 
 
@@ -105,53 +105,6 @@ def fold_kernel(partial, out, count, per_fold, size, BLOCK_S: tl.constexpr, BLOC
 
 
 @triton.jit
-def merge_moments_kernel(
-    partial,
-    out_mean,
-    out_m2,
-    splits,
-    channels,
-    count,
-    split,
-    BLOCK_S: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """mean and m2 of all `count` pixels from those of splits of `split` pixels each (Chan et al.).
-
-    On x − pivot (`bn_stats_kernel`): mean = p + Σ n·(mean_s − p)/M, first with p = mean_0, then
-    with p = that result; m2 = Σ m2_s + Σ n·(mean_s − mean)². Chan, Golub & LeVeque 1979, "Updating
-    formulae and a pairwise algorithm for computing sample variances", eq. 2.1.
-    Grid: one program per BLOCK_C channels. Bytes moved: 4 · splits · channels values from L2.
-    Why two passes for the mean: the second corrects the rounding of the first.
-    """
-    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    is_channel = c < channels
-    wide = partial.dtype.element_ty
-    pivot = tl.load(partial + c, is_channel, 0.0)[None, :]
-    partial += channels
-    mean = tl.load(partial + c, is_channel, 0.0)[None, :]
-    for _ in tl.static_range(2):
-        drift = tl.zeros((BLOCK_S, BLOCK_C), wide)
-        for s0 in range(0, splits, BLOCK_S):
-            s = s0 + tl.arange(0, BLOCK_S)[:, None]
-            inside = (s < splits) & is_channel[None, :]
-            n = tl.minimum(split, count - s.to(tl.int64) * split).to(wide)
-            mean_s = tl.load(partial + s * channels + c[None, :], inside, 0.0)
-            drift += tl.where(inside, n * (mean_s - mean), 0.0)
-        mean += sum_rows(drift) / (tl.full((), 0.0, wide) + count)
-    m2 = tl.zeros((BLOCK_S, BLOCK_C), wide)
-    for s0 in range(0, splits, BLOCK_S):
-        s = s0 + tl.arange(0, BLOCK_S)[:, None]
-        inside = (s < splits) & is_channel[None, :]
-        n = tl.minimum(split, count - s.to(tl.int64) * split).to(wide)
-        mean_s = tl.load(partial + s * channels + c[None, :], inside, 0.0)
-        m2_s = tl.load(partial + (splits + s) * channels + c[None, :], inside, 0.0)
-        m2 += tl.where(inside, m2_s + n * (mean_s - mean) * (mean_s - mean), 0.0)
-    tl.store(out_mean + c[None, :], pivot + mean, is_channel[None, :])
-    tl.store(out_m2 + c[None, :], sum_rows(m2), is_channel[None, :])
-
-
-@triton.jit
 def merge_tiles_kernel(
     partial,
     weight,
@@ -176,9 +129,11 @@ def merge_tiles_kernel(
     Rows are n, mean, the rounding error of the mean (rest) and m2. The last merge, of all tiles,
     needs only mean and m2 (out_n and out_rest are None) and finalizes them: scale, shift and rstd
     of `bn_finalize_kernel` for `values` values per channel. With p the first tile's mean and
-    d = (mean_t − p) + rest_t: μ = Σ n·d/Σ n, m2 = Σ m2_t + Σ n·(d − μ)² (Chan et al. 1979).
-    Grid: one program per split and BLOCK_C channels. Bytes moved: partial twice, the second time
-    from L2.
+    d = (mean_t − p) + rest_t: μ = Σ n·d/Σ n, twice, the second time with p + μ as p, which corrects
+    the rounding of the first; m2 = Σ m2_t + Σ n·(d − μ)². Chan, Golub & LeVeque 1979, "Updating
+    formulae and a pairwise algorithm for computing sample variances", eq. 2.1.
+    Grid: one program per split and BLOCK_C channels. Bytes moved: partial three times, from
+    L2 after the first.
     Why: centring on p and carrying rest keep the digits of m2 where |mean| is large.
     """
     split = tl.program_id(0)
@@ -189,18 +144,23 @@ def merge_tiles_kernel(
     begin = split * tiles_per_split
     end = tl.minimum(begin + tiles_per_split, tiles)
     pivot = tl.load(partial + plane + (tl.full((), 0, tl.int64) + begin) * channels + c, is_channel)
-    count = tl.zeros((BLOCK_S, BLOCK_C), wide)
-    drift = tl.zeros((BLOCK_S, BLOCK_C), wide)
-    for t0 in range(begin, end, BLOCK_S):
-        t = t0 + tl.arange(0, BLOCK_S)[:, None]
-        inside = (t < end) & is_channel
-        at = partial + t.to(tl.int64) * channels + c
-        n = tl.load(at, inside, 0.0)
-        d = tl.load(at + plane, inside, 0.0) - pivot + tl.load(at + 2 * plane, inside, 0.0)
-        count += n
-        drift += tl.where(inside, n * d, 0.0)
-    total = sum_rows(count)
-    mu = sum_rows(drift) / tl.maximum(total, 1.0)
+    total = tl.zeros((1, BLOCK_C), wide)
+    mu = tl.zeros((1, BLOCK_C), wide)
+    for turn in tl.static_range(2):
+        count = tl.zeros((BLOCK_S, BLOCK_C), wide)
+        drift = tl.zeros((BLOCK_S, BLOCK_C), wide)
+        for t0 in range(begin, end, BLOCK_S):
+            t = t0 + tl.arange(0, BLOCK_S)[:, None]
+            inside = (t < end) & is_channel
+            at = partial + t.to(tl.int64) * channels + c
+            n = tl.load(at, inside, 0.0)
+            d = tl.load(at + plane, inside, 0.0) - pivot + tl.load(at + 2 * plane, inside, 0.0)
+            count += n
+            drift += tl.where(inside, n * d, 0.0)
+        total = sum_rows(count)
+        mu = sum_rows(drift) / tl.maximum(total, 1.0)
+        if turn == 0:
+            pivot += mu
     m2 = tl.zeros((BLOCK_S, BLOCK_C), wide)
     for t0 in range(begin, end, BLOCK_S):
         t = t0 + tl.arange(0, BLOCK_S)[:, None]
@@ -280,8 +240,8 @@ def merge_sums(
     """
     sums, splits, channels = partial.shape
     if splits > SUMS_AT_ONCE:
-        folds = partial.new_empty(sums, cdiv(splits, TILES_A_SPLIT), channels)
-        fold(partial, folds, TILES_A_SPLIT)
+        folds = partial.new_empty(sums, cdiv(splits, SUMS_A_FOLD), channels)
+        fold(partial, folds, SUMS_A_FOLD)
         return merge_sums(folds, rstd, scale, count, res_rstd, res_scale)
     there = (True, True, *(scale is not None,) * 2, sums > 2, *(res_scale is not None,) * 2)
     out = [partial.new_empty(channels if own else 0) for own in there]
@@ -291,15 +251,3 @@ def merge_sums(
         _rows_at_once(splits), BLOCK_C, num_warps=4,
     )  # fmt: skip
     return tuple(out)
-
-
-def merge_moments(partial: Tensor, count: int, split: int) -> tuple[Tensor, Tensor]:
-    """mean, m2 [C] of `count` pixels from partial [1 + 2·splits, C] of `bn_stats_kernel`."""
-    splits, channels = partial.size(0) // 2, partial.size(1)
-    mean, m2 = partial.new_empty(channels), partial.new_empty(channels)
-    launch(
-        merge_moments_kernel, (cdiv(channels, BLOCK_C),),
-        partial, mean, m2, splits, channels, count, split, _rows_at_once(splits), BLOCK_C,
-        num_warps=8,
-    )  # fmt: skip
-    return mean, m2

@@ -31,6 +31,22 @@ def sum_rows(x):
 
 
 @triton.jit
+def store_moments(partial, place, places, c, channels, n, pivot, off, m2):
+    """partial[0..3, place, c] = n, mean, rest and m2 of n values with the mean pivot + off.
+
+    rest is the rounding error of the mean. partial is [4, places, channels]; the others are [1, C].
+    """
+    mean = pivot + off
+    is_channel = c < channels
+    at = partial + (tl.full((), 0, tl.int64) + place) * channels + c
+    plane = (tl.full((), 0, tl.int64) + places) * channels
+    tl.store(at, n, is_channel)
+    tl.store(at + plane, mean, is_channel)
+    tl.store(at + 2 * plane, (pivot - mean) + off, is_channel)
+    tl.store(at + 3 * plane, tl.where(m2 < 0, 0.0, m2), is_channel)
+
+
+@triton.jit
 def pack_bits(on):
     """Booleans [R, I] → uint8 [R, I / 8]: element i is bit i % 8 of byte i // 8."""
     bits = on.to(tl.int32).reshape(on.shape[0], on.shape[1] // 8, 8)

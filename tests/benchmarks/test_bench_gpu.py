@@ -391,7 +391,7 @@ def test_splits_are_counted(monkeypatch):
     chosen = {
         ("conv_affine_act_tma", "gpu"): ((64, 64, 64, 4, 3, 4), "rule"),
         ("conv_affine_act", "gpu"): ((64, 64, 64, 4, 3, 1), "rule"),
-        ("bn_stats", "gpu"): ((4096, 4, 8), "rule"),
+        ("bn_stats", "gpu"): ((2048, 4, 8), "rule"),
     }
     monkeypatch.setattr(config_select, "_chosen", chosen)
     assert correct.splits() == 1

@@ -488,13 +488,13 @@ def test_statistics_of_splits_far_apart():
     n[-1] = pixels - 5
     mean, m2 = torch.randn(splits, channels), torch.rand(splits, channels)
     mean[0] += 1e5
-    partial = torch.cat([torch.zeros(1, channels), mean, m2]).to(DEVICE)
-    found = reduce_partials.merge_moments(partial, int(n.sum()), pixels)
+    partial = torch.stack([n.expand_as(mean), mean, torch.zeros_like(mean), m2])
+    found = merged(partial, int(n.sum()))
     n, mean, m2 = n.double(), mean.double(), m2.double()
     exact = (n * mean).sum(0) / n.sum()
     spread = m2.sum(0) + (n * (mean - exact).square()).sum(0)
-    torch.testing.assert_close(found[0].cpu().double(), exact, rtol=1e-6, atol=0)
-    torch.testing.assert_close(found[1].cpu().double(), spread, rtol=1e-6, atol=0)
+    torch.testing.assert_close(found[0], exact, rtol=1e-6, atol=0)
+    torch.testing.assert_close(found[1], spread, rtol=1e-6, atol=0)
 
 
 def merged(partial, values):
