@@ -11,14 +11,14 @@ from ..spec.layout import is_channels_last
 from . import config_select
 from .bn_finalize import bn_finalize
 from .config_select import Config
-from .launch import launch
+from .launch import launch, target
 from .reduce_partials import merge_tiles
 from .tile_math import element_offsets, store_moments, sum_rows, widen
 
 CONFIGS = ((2048, 4, 8), (2048, 8, 8), (1024, 8, 4), (1024, 16, 4))
 # elements per tile, programs per multiprocessor, warps
 AT_ONCE = 4  # tiles: a multiprocessor has 64 KiB in flight, more than latency times bandwidth
-REGISTERS = 64  # for four programs at a time
+REGISTERS = 64  # for four programs at a time; 128 before Hopper, where Triton 3.6 spills
 
 
 @triton.jit
@@ -94,7 +94,7 @@ def bn_stats_finalized(
         launch(
             bn_stats_kernel, split.grid(channels),
             x, partial, count, channels, pixels, split.tiles, channels_last, AT_ONCE, split.m,
-            split.c, num_warps=warps, maxnreg=REGISTERS,
+            split.c, num_warps=warps, maxnreg=REGISTERS if target(x).has_tma else 2 * REGISTERS,
         )  # fmt: skip
         return partial
 

@@ -123,6 +123,64 @@ def test_a_kernel_of_two_products():
     assert sass.read(disassembly(fewer)).first.issue == 0
 
 
+TILES = """
+    MOV R1, R1
+.L_x_0:
+    @P1 BRA `(.L_x_1)
+    IMAD R5, R5, R5, RZ
+    IMAD R6, R6, R6, RZ
+.L_x_1:
+    UTMALDG.3D [UR8], [UR6]
+    HGMMA.64x64x16.F32.BF16 R24, gdesc[UR4], R24
+    WARPGROUP.DEPBAR.LE gsb0, 0x1
+    @P0 BRA `(.L_x_2)
+    WARPGROUP.DEPBAR.LE gsb0, 0x0
+    STS [R2], R3
+    UTMASTG.4D [UR8], [UR6]
+    @P2 BRA `(.L_x_3)
+    SHFL.BFLY PT, R3, R3, 0x10, 0x1f
+    FADD R3, R3, R3
+.L_x_3:
+    FADD R4, R4, R4
+.L_x_2:
+    IADD3 R1, R1, 1, RZ
+    @P3 BRA `(.L_x_0)
+    SHFL.BFLY PT, R3, R3, 0x10, 0x1f
+    EXIT
+"""
+
+
+def test_a_loop_over_the_steps_of_several_tiles():
+    """What a branch skips is the end of a tile; an exchange that one in it skips is done once."""
+    found = sass.read(disassembly(TILES))
+    parts = found.before, found.loop, found.tile, found.after
+    assert [part.issue for part in parts] == [1, 7, 2 + 5, 2 + 2]
+    assert (found.loop.mio, found.tile.mio, found.after.mio) == (0, 1, 2)
+    assert found.loop.tensor == 32 and not found.waits and found.pipelined
+    one = sass.read(disassembly(TILES.replace("UTMASTG.4D", "UTMALDG.4D")))
+    assert one.tile.issue == 0 and one.loop.issue == 7 + 7 + 2, "a loop that stores no tile"
+
+
+def test_tiles_of_a_program():
+    """Each takes its steps and its end; the first load is exposed once."""
+    code = compiled(loop=100, registers=255)
+    tile = dataclasses.replace(code, sass=dataclasses.replace(code.sass, tile=Section(50)))
+    trips = {"R": 1, "S": 1, "c_tiles": 4, "boxes_per_program": 6}
+    one = dataclasses.replace(conv_launch(132, **trips), name="conv_moments_kernel")
+    without, found = of(one, code), of(one, tile)
+    assert found["trips"] == without["trips"] == 24
+    cycles = 1755 * (found["program_us"] - without["program_us"])
+    assert cycles == pytest.approx(6 * 50 * H200.warp_cycles)
+
+
+def test_cudnn_is_slow_for_few_channels():
+    """As an H200 measured the stem: 34 TFLOP/s forward, 54 backward, and 720 for many channels."""
+    conv_cost = pytest.importorskip("resnet_fast.kernels.conv_cost")
+    for channels, backward, rate in ((3, False, 34), (3, True, 54), (64, False, 720)):
+        us = conv_cost.by_library(1, 60_000_000_000, 128, channels, backward)
+        assert us == pytest.approx(60e3 / rate)
+
+
 def test_straight_code_ends_its_prologue_with_the_last_product():
     found = sass.read(disassembly("""
         LDG.E R2, [R2.64]
@@ -465,8 +523,10 @@ def launches():
 
 
 def test_launches_of_resnet50(launches):
-    """Every convolution in each pass by a kernel, but the stem, which is cuDNN's in training; in
-    inference, projections run in the launch of another where that takes less time by estimate.
+    """Every convolution once in each pass, and what runs beside them.
+
+    Projections run in the launch of another, and forward convolutions by cuDNN, where that takes
+    less time by estimate.
     """
     found, distinct = launches
     counts = {mode: Counter() for mode in found}
@@ -474,9 +534,25 @@ def test_launches_of_resnet50(launches):
         for name, count, *_ in own:
             counts[mode][name] += count
     train = counts["train"]
-    for name in ("conv_affine_act_tma_kernel", "conv_dgrad_kernel", "conv_wgrad_kernel"):
-        assert train[name] == 52, name
-    assert train["aten.convolution"] == train["aten.convolution_backward"] == 1
+    ours, library = train["conv_moments_kernel"], train["aten.convolution"]
+    assert ours + library == 52 and ours >= 15 and train["conv_affine_act_kernel"] == 1
+    assert train["conv_dgrad_kernel"] == train["conv_wgrad_kernel"] == 52
+    assert train["aten.convolution_backward"] == 1
+    norms, blocks, folds = 53, 16, 17
+    assert train["merge_tiles_kernel"] == norms + 1, "the stem's has many tiles"
+    assert train["bn_stats_kernel"] == library
+    assert train["merge_sums_kernel"] == 2 * blocks + blocks + 1
+    assert train["fold_kernel"] <= 52 + folds
+    assert train["bn_act_bwd_apply_kernel"] == norms
+    assert train["bn_act_fwd_kernel"] == blocks + 2 * 2 * blocks
+    one_a_chain = ("aten._foreach_copy_", "aten._foreach_add_", "aten._foreach_lerp_")
+    assert all(train[name] == blocks + 1 for name in one_a_chain)
+    assert train["bn_finalize_kernel"] == 0 and train["bn_bwd_finalize_kernel"] == 1
+    small = sum(
+        count for name, count in train.items()
+        if not name.startswith(("conv", "aten.convolution", "bn_act", "bn_stats", "max_pool"))
+    )  # fmt: skip
+    assert small <= 265
     copies = train["aten.clone"] + train["aten.copy_"]
     assert copies <= 6, "but for the biases of four projections no gradient is copied"
     for mode in ("infer", "one"):
@@ -503,7 +579,7 @@ def test_operations_of_resnet50(launches):
     )
     assert step == pytest.approx(3 * forward, rel=0.03), "a group's channels alone"
     moved = sum(count * size for _, count, _, size in found["train"]) / 256
-    assert 255e6 < moved < 1.2 * 255e6  # the ideal schedule's and what is made again
+    assert 255e6 < moved < 1.3 * 255e6  # the ideal schedule's and what is made again
 
 
 def test_committed_estimates(launches):
