@@ -18,7 +18,7 @@ from .tile_math import element_offsets, store_moments, sum_rows, widen
 CONFIGS = ((2048, 4, 8), (2048, 8, 8), (1024, 8, 4), (1024, 16, 4))
 # elements per tile, programs per multiprocessor, warps
 AT_ONCE = 4  # tiles: a multiprocessor has 64 KiB in flight, more than latency times bandwidth
-REGISTERS = 64  # for four programs at a time; 128 before Hopper, where Triton 3.6 spills
+REGISTERS = 64  # for four programs at a time; twice as many in NCHW and before Hopper
 
 
 @triton.jit
@@ -87,6 +87,9 @@ def bn_stats_finalized(
         return *moments, *bn_finalize(*moments, 0, weight, bias, eps)
     count, pixels, channels_last = x.numel() // channels, x.size(2) * x.size(3), is_channels_last(x)
 
+    lean = channels_last and target(x).has_tma  # ptxas spills the offsets of the others
+    registers = REGISTERS if lean else 2 * REGISTERS
+
     def start(config: Config) -> Tensor:
         elements, per_processor, warps = config
         split = config_select.reduction(elements, per_processor, count, channels, channels_last, x)
@@ -94,7 +97,7 @@ def bn_stats_finalized(
         launch(
             bn_stats_kernel, split.grid(channels),
             x, partial, count, channels, pixels, split.tiles, channels_last, AT_ONCE, split.m,
-            split.c, num_warps=warps, maxnreg=REGISTERS if target(x).has_tma else 2 * REGISTERS,
+            split.c, num_warps=warps, maxnreg=registers,
         )  # fmt: skip
         return partial
 
