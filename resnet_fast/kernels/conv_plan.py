@@ -177,7 +177,7 @@ def forward_plans(x: Tensor, w: Tensor, conv: Conv, f: Fusion, training: bool) -
         said = f"estimate {fused:.0f} us by Triton, {library:.0f} us by cuDNN and a pass"
         best = FUSED if fused <= LIBRARY_GAIN * library else LIBRARY
         return Plans(plans, plans.index(best), said)
-    few = w.size(1) < FEW and _estimated(x)
+    few = x.size(1) < FEW and memory_format(x, w) == torch.channels_last and _estimated(x)
     if not training or x.dtype == torch.float64 or refusal is None or few:
         return Plans(plans, plans.index(FUSED), "few channels" if few else "one launch")
     return Plans(plans, plans.index(LIBRARY), f"no tensor descriptors: {refusal}")

@@ -466,6 +466,32 @@ def test_plans_of_inference():
         assert found.plans[found.rule] != conv_plan.CUDNN and found.plans[-1] == conv_plan.LIBRARY
 
 
+NHWC = torch.channels_last
+IN_TRAINING = {  # x, w, padding, groups, memory format, dtype: plan and reason
+    "memory-bound": ((256, 64, 56, 56), (256, 64, 1, 1), 0, 1, NHWC, torch.bfloat16, True, "estim"),
+    "3x3": ((256, 512, 7, 7), (512, 512, 3, 3), 1, 1, NHWC, torch.bfloat16, False, "estimate"),
+    "stem": ((256, 3, 224, 224), (64, 3, 7, 7), 3, 1, NHWC, torch.float16, True, "few channels"),
+    "NCHW-stem": ((256, 3, 224, 224), (64, 3, 7, 7), 3, 1, torch.contiguous_format, torch.float16,
+                  False, "no tensor descriptors: NCHW"),
+    "groups": ((8, 128, 14, 14), (128, 4, 3, 3), 1, 32, NHWC, torch.bfloat16, False, "no tensor"),
+    "fp64": ((8, 128, 14, 14), (128, 128, 3, 3), 1, 1, NHWC, torch.float64, True, "one launch"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", IN_TRAINING)
+def test_plans_of_training(monkeypatch, name):
+    """On a Hopper without a table: by estimate, or by what is known of cuDNN."""
+    shape, filters, padding, groups, fmt, dtype, fused, why = IN_TRAINING[name]
+    hopper = launch.Target(90, 132, "Hopper")
+    monkeypatch.setattr(conv_plan, "target", lambda x: hopper)
+    x, w = (torch.empty(size, dtype=dtype, device="meta") for size in (shape, filters))
+    x, w = (t.contiguous(memory_format=fmt) for t in (x, w))
+    layer = chain.Conv(padding=(padding, padding), groups=groups)
+    found = conv_plan.forward_plans(x, w, layer, conv_plan.STATS, training=True)
+    assert found.plans[found.rule] == (conv_plan.FUSED if fused else conv_plan.LIBRARY)
+    assert found.why.startswith(why)
+
+
 @pytest.mark.parametrize("more", [0, 3])
 def test_sums_of_many_tiles(more):
     """More tiles than one launch sums; the last fold is full, or not."""
