@@ -231,11 +231,33 @@ def test_twice_the_work_takes_twice_as_long(change):
     assert 1.6 < estimated(GEMM._replace(**change)) / estimated(GEMM) < 2.4
 
 
-@pytest.mark.parametrize("more", ["residual", "stats"])
-def test_an_epilogue_takes_time(more):
+def test_an_epilogue_takes_time():
     """Where there are few steps before it."""
     short = GEMM._replace(taps=1, channels=64)
-    assert estimated(short._replace(**{more: True})) > 1.2 * estimated(short)
+    assert estimated(short._replace(residual=True)) > 1.2 * estimated(short)
+
+
+@pytest.mark.parametrize("change", [{"pixels": 100352}, {"taps": 18}, {"channels": 512}], ids=str)
+def test_moments_of_twice_the_work(monkeypatch, change):
+    """A program walks its tiles, one after another; L2 and memory bound all of them."""
+    config = (128, 128, 64, 8, 3, 1)
+    gemms = GEMM, GEMM._replace(**change)
+    one, two = (conv_cost.with_moments.__wrapped__(config, gemm, 132) for gemm in gemms)
+    assert 1.8 < two / one < 2.1
+    monkeypatch.setattr(conv_cost, "L2", 1e20)
+    free = conv_cost.with_moments.__wrapped__(config, GEMM, 132)
+    each = conv_cost.tiles_of_program(50176 // 128, 2, 132)
+    assert each == 6 and one > 1.3 * free
+    cycles = each * (36 * 160 * 4.4 + 540 * 4.4) + (700 + 20 * 64) * 4.4
+    assert free == pytest.approx(1 + cycles / 1755)
+
+
+def test_programs_that_fit():
+    """Registers for so many programs, and tiles of so many: no program has two columns."""
+    assert [conv_cost.registers_of(8, n) for n in (1, 2)] == [255, 128]
+    assert [conv_cost.registers_of(4, n) for n in (2, 3, 4)] == [255, 168, 128]
+    assert conv_cost.tiles_of_program(98, 16, 132) == 13
+    assert conv_cost.tiles_of_program(5, 200, 132) == 5
 
 
 def test_constants_are_the_clocks():
