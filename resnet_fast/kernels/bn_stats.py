@@ -52,6 +52,7 @@ def bn_stats_kernel(
     at = element_offsets(first, lane, c, channels, pixels, CHANNELS_LAST)
     v = widen(tl.load(x + at, (lane < own) & is_channel, 0.0))
     pivot = sum_rows(v) / tl.minimum(own, BLOCK_M).to(wide)
+    pivot = pivot.to(tl.float32).to(wide)  # its last digits would round every sum the same way
     sums = tl.zeros((BLOCK_M, BLOCK_C), wide)
     squares = tl.zeros((BLOCK_M, BLOCK_C), wide)
     for tile in range(0, tiles_per_split, AT_ONCE):
@@ -73,18 +74,18 @@ def bn_stats_kernel(
 
 def bn_stats(x: Tensor) -> tuple[Tensor, Tensor]:
     """`reference.bn_stats`: one pass over x, then one launch that merges its partial moments."""
-    mean, m2, *_ = bn_stats_finalized(x, None, None, 0.0)
+    mean, m2 = bn_stats_finalized(x, None, None, None)
     return mean, m2
 
 
 def bn_stats_finalized(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float | None
 ) -> tuple[Tensor, ...]:
-    """`bn_stats` and its `bn_finalize`, in the same launches."""
+    """`bn_stats` and, with eps, its `bn_finalize`, in the same launches."""
     channels, dtype = x.size(1), stats_dtype(x)
     if x.numel() == 0:
-        moments = [x.new_zeros(channels, dtype=dtype) for _ in range(2)]
-        return *moments, *bn_finalize(*moments, 0, weight, bias, eps)
+        mean, m2 = (x.new_zeros(channels, dtype=dtype) for _ in range(2))
+        return mean, m2, *(() if eps is None else bn_finalize(mean, m2, 0, weight, bias, eps))
     count, pixels, channels_last = x.numel() // channels, x.size(2) * x.size(3), is_channels_last(x)
 
     lean = channels_last and target(x).has_tma  # ptxas spills the offsets of the others

@@ -184,20 +184,24 @@ def merge_tiles_kernel(
 
 
 def merge_tiles(
-    partial: Tensor, values: int, weight: Tensor | None, bias: Tensor | None, eps: float
+    partial: Tensor, values: int, weight: Tensor | None, bias: Tensor | None, eps: float | None
 ) -> tuple[Tensor, ...]:
-    """mean, m2, scale, shift, rstd [C] from moments of tiles [4, tiles, C], of `values` values."""
+    """mean, m2, scale, shift, rstd [C] from moments of tiles [4, tiles, C], of `values` values.
+
+    Without eps only mean and m2.
+    """
     _, count, channels = partial.shape
-    mean, m2, *norm = (partial.new_empty(channels) for _ in range(5))
+    mean, m2, *norm = (partial.new_empty(channels) for _ in range(2 if eps is None else 5))
     while True:
         splits = cdiv(count, TILES_A_SPLIT)
         last = splits == 1
         moments = None if last else partial.new_empty(4, splits, channels)
         out = (None, mean, None, m2) if last else tuple(moments)
+        ends = norm if last and norm else [None] * 3
         launch(
             merge_tiles_kernel, (splits, cdiv(channels, BLOCK_C)),
-            partial, weight, bias, *out, *(norm if last else (None,) * 3), count, TILES_A_SPLIT,
-            channels, values, eps, _rows_at_once(count), BLOCK_C, num_warps=4,
+            partial, weight, bias, *out, *ends, count, TILES_A_SPLIT, channels, values, eps,
+            _rows_at_once(count), BLOCK_C, num_warps=4,
         )  # fmt: skip
         if last:
             return mean, m2, *norm

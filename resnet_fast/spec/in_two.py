@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
@@ -25,13 +26,23 @@ def conv_add_projection(conv_bn_act: Op, *args: Any) -> Tensor:
     return conv_bn_act(x, w, *norm, skip, relu, 0.0, *geometry)
 
 
+@contextmanager
+def _errors_of(part: str, op: str) -> Iterator[None]:
+    """Errors of `part` call it `op`, whose argument is wrong."""
+    try:
+        yield
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise type(error)(str(error).replace(f"{part}:", f"{op}:", 1)) from None
+
+
 def conv_fprop(conv: Op, bn_finalize: Op, *args: Any) -> tuple[Tensor, ...]:
     """`reference.conv_fprop(*args)` by `conv`, which takes no norm, and `bn_finalize`."""
     *inputs, stats, weight, bias, eps, stride, padding, dilation, groups = args
     z, *moments = conv(*inputs, stats, stride, padding, dilation, groups)
     if not stats:
         return z, *moments, *(moments[0].new_empty(0) for _ in range(3))
-    return z, *moments, *bn_finalize(*moments, values_per_channel(z), weight, bias, eps)
+    with _errors_of("bn_finalize", "conv_fprop"):
+        return z, *moments, *bn_finalize(*moments, values_per_channel(z), weight, bias, eps)
 
 
 def conv_bprop(conv: Op, bn_bwd_finalize: Op, *args: Any) -> tuple[Tensor, ...]:
@@ -66,8 +77,11 @@ def bn_act_bwd_reduce(
     sums = reduce(dy, mask, z, mean, rstd, residual, res_mean, res_rstd)
     total, xhat, res_xhat = sums
     count = values_per_channel(dy)
-    b_c = bn_bwd_finalize(total, xhat, scale, rstd, count)
-    if residual is None:
-        return total, xhat, *b_c, res_xhat, res_xhat.clone(), res_xhat.clone()
-    res_b_c = bn_bwd_finalize(total, res_xhat, res_scale, res_rstd, count)
+    with _errors_of("bn_bwd_finalize", "bn_act_bwd_reduce"):
+        b_c = bn_bwd_finalize(total, xhat, scale, rstd, count)
+        if residual is None:
+            return total, xhat, *b_c, res_xhat, res_xhat.clone(), res_xhat.clone()
+        if res_scale is None:
+            raise RuntimeError("bn_bwd_finalize: `res_scale` is None beside a residual")
+        res_b_c = bn_bwd_finalize(total, res_xhat, res_scale, res_rstd, count)
     return total, xhat, *b_c, res_xhat, *res_b_c

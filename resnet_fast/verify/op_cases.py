@@ -274,7 +274,11 @@ def _bprop(
     masked=True, batch=True, prologue=True, sums=True, kept=False, more=None, need=(1, 1),
     wide=False,
 ):  # fmt: skip
-    """conv_bprop: mask and BN backward before it, the prologue's BN and a residual after it."""
+    """conv_bprop: mask and BN backward before it, the prologue's BN and a residual after it.
+
+    The channels of that BN differ little: b is Σdx·xhat times scale·rstd, and the tolerance rule
+    compares the errors of all channels.
+    """
 
     def make(draw, conv):
         c, k = conv.shape[1], conv.filters
@@ -283,8 +287,9 @@ def _bprop(
         if batch:
             z, vectors = draw.activations(conv.out_shape), [draw.vector(k) for _ in range(4)]
             dz = [vectors[0], z, *vectors[1:]]
-        affine = [draw.vector(c), draw.vector(c)] if prologue else [None, None]
-        inner = [draw.vector(c), draw.positive(c)] if sums else [None, None]
+        scale = draw.vector(c).sign() * draw.positive(c)
+        affine = [scale, draw.vector(c)] if prologue else [None, None]
+        inner = [draw.vector(c), 1 + draw.vector(c) / 8] if sums else [None, None]
         act = draw.activations(conv.shape).relu() if kept else None
         residual = draw.activations(conv.shape) if more else None
         residual_mask = draw.mask(residual) if more == "masked" else None

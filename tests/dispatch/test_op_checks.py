@@ -30,7 +30,7 @@ TAKEN = {("bn_stats x", "rows"), ("conv_fprop x", "rows"), ("global_avg_pool x",
 TAKEN |= {(f"{op} x", "order") for op in OPS} | {("conv_bn_act residual", "order")}
 TAKEN |= {
     (f"{op} {name}", "dtype")
-    for op in ("conv_bn_act", "bn_finalize")
+    for op in ("conv_bn_act", "bn_finalize", "conv_fprop")
     for name in ("bias", "bn_weight", "bn_bias", "running_mean", "running_var", "weight")
 }
 TAKEN |= {("bn_stats x", "double"), ("global_avg_pool x", "double"), ("add_relu_bwd dy", "double")}
