@@ -37,8 +37,9 @@ def bn_stats_kernel(
     """partial[0..3, split] = n, mean, rest and m2 of x over the pixels of a split.
 
     Each of the BLOCK_M · BLOCK_C lanes sums d = v − p and d² over the tiles of its split, where p
-    is the mean of the first tile; at the end the lanes of a channel are summed. The moments, and a
-    bound of their error for any mean and deviation, are those of `conv_moments_kernel`.
+    is the mean of the first tile without the largest and the smallest of its eighths, so that one
+    outlier does not move it; at the end the lanes of a channel are summed. The moments, and a bound
+    of their error for any mean and deviation, are those of `conv_moments_kernel`.
     Grid: one program per split and BLOCK_C channels. Bytes moved: x once, splits · 4 · channels.
     Why: a subtraction, an addition and a multiply-add per value, and no data between threads until
     the end. AT_ONCE tiles are loaded at a time.
@@ -51,7 +52,13 @@ def bn_stats_kernel(
     own = tl.minimum(count - first, tiles_per_split * BLOCK_M)  # pixels
     at = element_offsets(first, lane, c, channels, pixels, CHANNELS_LAST)
     v = widen(tl.load(x + at, (lane < own) & is_channel, 0.0))
-    pivot = sum_rows(v) / tl.minimum(own, BLOCK_M).to(wide)
+    eighths = tl.sum(v.reshape(BLOCK_M // 8, 8, BLOCK_C), 0)
+    extremes = tl.max(eighths, 0, keep_dims=True) + tl.min(eighths, 0, keep_dims=True)
+    pivot = tl.sum(eighths, 0, keep_dims=True)
+    if own >= BLOCK_M:
+        pivot = (pivot - extremes) / (BLOCK_M - BLOCK_M // 4)
+    else:
+        pivot /= own
     pivot = pivot.to(tl.float32).to(wide)  # its last digits would round every sum the same way
     sums = tl.zeros((BLOCK_M, BLOCK_C), wide)
     squares = tl.zeros((BLOCK_M, BLOCK_C), wide)
