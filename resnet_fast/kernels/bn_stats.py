@@ -18,7 +18,7 @@ from .tile_math import element_offsets, store_moments, sum_rows, widen
 CONFIGS = ((2048, 4, 8), (2048, 8, 8), (1024, 8, 4), (1024, 16, 4))
 # elements per tile, programs per multiprocessor, warps
 AT_ONCE = 4  # tiles: a multiprocessor has 64 KiB in flight, more than latency times bandwidth
-REGISTERS = 64  # for four programs at a time; twice as many in NCHW and before Hopper
+REGISTERS = 64  # for four programs at a time; twice as many in NCHW and on other GPUs
 
 
 @triton.jit
@@ -95,7 +95,7 @@ def bn_stats_finalized(
         return mean, m2, *(() if eps is None else bn_finalize(mean, m2, 0, weight, bias, eps))
     count, pixels, channels_last = x.numel() // channels, x.size(2) * x.size(3), is_channels_last(x)
 
-    lean = channels_last and target(x).has_tma  # ptxas spills the offsets of the others
+    lean = channels_last and target(x).capability == 90  # elsewhere ptxas spills with so few
     registers = REGISTERS if lean else 2 * REGISTERS
 
     def start(config: Config) -> Tensor:
