@@ -6,7 +6,8 @@ a copy, and its operations over the rate of a large matmul. Source: Williams, Wa
 (`bench.launches`), so this is the floor of what runs. Compared with the ideal schedule of
 `bench.roofline`, the kernels also move:
 
-    dz, φ(x)   in the backward of a 3x3 convolution, which computes them once (1x1: on load)
+    dz, φ(x)   gradients and activations that passes write for convolutions
+    passes     the statistics of what cuDNN's forward convolutions compute
     vectors    partial sums, channel vectors, parameters, the classifier and the loss
 """
 

@@ -191,8 +191,6 @@ def conv_cases(
     if name in TRAINED:
         fprop, affine = kernels.conv_fprop, (*norm[1:3], EPS)
         yield f"{name} stats", partial(fprop, x, w, None, None, True, *affine, *geometry)
-        start = _vectors(layer.channels, 2, dtype)
-        yield f"{name} prologue+stats", partial(fprop, x, w, *start, True, *affine, *geometry)
         yield from gradient_cases(name, x, w, y, geometry)
     if name == SMALL:
         yield from small_cases(f"{name} N=1", layer, dtype)

@@ -1,20 +1,21 @@
 """One autograd Function that runs any `Chain`: conv+BN+ReLU, BN+ReLU, add+ReLU, residual blocks.
 
 Forward: for each convolution j, the raw output z[j] = h[j+1] is stored, with mean and m2 of its
-channels. The normalization and ReLU between two convolutions are the prologue of the second one.
+channels. `conv_fprop` applies the normalization and ReLU before it: on a CPU as it loads its
+input, on a GPU in a pass.
 The join normalizes the last z and adds the shortcut in one pass. It keeps one bit per value for its
 ReLU. With a pool, it also takes the maximum of each window and keeps one byte for its position.
 
 Backward, from the join to the input: one reduction gives Σdy and Σdy·xhat of the last norm. With a
 pool, it also computes the gradient before the pool. Then each `conv_bprop` forms
-dz = a·dy + b·(z − mean) + c on load and computes dx and dw. It masks dx by the ReLU recomputed from
+dz = a·dy + b·(z − mean) + c and computes dx and dw. It masks dx by the ReLU recomputed from
 the stored h, and sums it for the norm below (`reference.conv_bprop`).
 
 A norm with a `Norm.group` shares its statistics and these sums with other processes (`sync`). Every
 rank computes the sums, with or without a gradient, so that collectives match.
 
-Saved: x, the filters, one raw output h per convolution, four vectors per norm, and the join's bit
-mask (or the index of each window's maximum).
+Saved: x, the filters (on a GPU in the dtype of x), one raw output h per convolution, four vectors
+per norm, and the join's bit mask (or the index of each window's maximum).
 Not saved: anything after a ReLU (unless `Chain.keeps`).
 """
 

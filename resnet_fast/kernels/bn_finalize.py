@@ -90,10 +90,9 @@ def bn_finalize(
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
-    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`reference.bn_finalize` in one kernel launch; the results have `dtype`, by default mean's."""
-    scale, shift, rstd = (torch.empty_like(mean, dtype=dtype) for _ in range(3))
+    """`reference.bn_finalize` in one kernel launch."""
+    scale, shift, rstd = (torch.empty_like(mean) for _ in range(3))
     channels = mean.numel()
     if channels:
         launch(

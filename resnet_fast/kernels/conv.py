@@ -1,8 +1,9 @@
-"""Fused convolution in one kernel launch: implicit GEMM with a prologue and an epilogue.
+"""Fused convolution in one kernel launch: implicit GEMM with an epilogue.
 
-GEMM_M = N·P·Q output pixels, GEMM_N = K filters, GEMM_K = R·S·C. Two kernels share the prologue and
-the epilogue: `conv_tma` moves tiles by tensor descriptors, `conv_gather` gathers by pointers. When
-there are few output tiles, several programs share the GEMM_K of one tile (`conv_split`).
+GEMM_M = N·P·Q output pixels, GEMM_N = K filters, GEMM_K = R·S·C. `conv_tma` moves tiles by tensor
+descriptors, and so does `conv_moments`, which also sums batch statistics; `conv_gather` gathers by
+pointers. When there are few output tiles, several programs share the GEMM_K of one tile
+(`conv_split`).
 """
 
 from __future__ import annotations
@@ -56,8 +57,12 @@ def conv_fused(
         `reduce_partials.merge_tiles`, otherwise None.
 
     Raises:
-        ValueError: `tma` is True or `fusion` has a source, and descriptors cannot be used.
+        ValueError: `tma` is True or `fusion` has a source, and descriptors cannot be used; or
+            `fusion` has both `stats` and something to apply to y.
     """
+    applied = fusion.relu or any(t is not None for t in (*fusion[:3], fusion.source))
+    if fusion.stats and applied:
+        raise ValueError("fusion: expected no norm, residual or ReLU with stats")
     fmt = memory_format(x, w)
     r, s = w.size(2), w.size(3)
     p, q = conv.output_size(x.size(2), r, 0), conv.output_size(x.size(3), s, 1)

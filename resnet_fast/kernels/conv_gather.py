@@ -165,11 +165,10 @@ def conv_affine_act_kernel(
             v = tl.where(is_pixel[:, None], widen(part), 0.0)
             pivot = sum_rows(v) / n
             d = tl.where(is_pixel[:, None], v - pivot, 0.0)
-            off = sum_rows(d) / n
-            m2 = sum_rows(d * d) - n * off * off
             own = tl.where(k < last, k, tl.num_programs(1) * filters)  # none of the next group
             every = tl.num_programs(1) * filters
-            store_moments(partial, tile, tiles, own, every, n, pivot, off, m2)
+            sums, squares = sum_rows(d), sum_rows(d * d)
+            store_moments(partial, tile, tiles, own, every, n, pivot, sums, squares)
 
 
 def by_pointers(x: Tensor, w: Tensor, conv: Conv, f: Fusion, y: Tensor) -> Tensor | None:

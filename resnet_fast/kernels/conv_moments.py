@@ -73,15 +73,17 @@ def conv_moments_kernel(
         mean = p + S/n    rest = (p − mean) + S/n    m2 = Q − S²/n
 
     Accuracy: p is the mean of n₁ of the n values, so n·(mean − p)² ≤ (n/n₁)·m2 (Cauchy-Schwarz).
-    Hence Q ≤ (1 + T)·m2 with T = n/n₁ tiles: the subtraction costs at most the relative error of
-    Q times 1 + T, whatever mean and deviation the channel has. For pixels that do not depend on
-    their place, n₁·(mean − p)² is about the variance and the factor is about 1 + 1/n₁.
+    Hence Q ≤ (1 + T)·m2 with T = n/n₁, the number of tiles if all are full: the subtraction
+    multiplies the relative error of Q by 1 + T at most, whatever mean and deviation the channel
+    has. For pixels that do not depend on their place, n₁·(mean − p)² is about the variance and the
+    factor is about 1 + 1/n₁.
 
     The tiles are those of `conv_affine_act_tma_kernel`. One loop walks the steps of all tiles of
     the program; the loads of the next tile run while a tile is stored.
     Grid: one program per BLOCK_N filters and `boxes_per_program` boxes of pixels, filters fastest,
-    so that programs that run together share the input in L2. There are as many programs as the GPU
-    runs at a time. WHOLE: boxes end where the images do.
+    so that programs that run together share the input in L2. There are at most as many programs as
+    the GPU runs at a time, unless there are more columns of tiles. WHOLE: boxes end where the
+    images do.
     Bytes moved: x from memory once (its R·S·K/BLOCK_N reads hit L2), w and y once; programs · 4
     vectors of moments.
     Why: sums stay in registers over all tiles, and threads exchange them once per program. That
@@ -148,11 +150,11 @@ def conv_moments_kernel(
             squares += _in_a_thread(d * d, WARPS)
 
     total = tl.zeros((1, BLOCK_N), tl.float32) + count
-    off = tl.sum(tl.sum(sums, 1), 0, keep_dims=True) / total
-    m2 = tl.sum(tl.sum(squares, 1), 0, keep_dims=True) - total * off * off
+    sums = tl.sum(tl.sum(sums, 1), 0, keep_dims=True)
+    squares = tl.sum(tl.sum(squares, 1), 0, keep_dims=True)
     k = k0 + tl.arange(0, BLOCK_N)[None, :]
     programs = tl.num_programs(0) // k_tiles
-    store_moments(partial, program, programs, k, filters, total, pivot, off, m2)
+    store_moments(partial, program, programs, k, filters, total, pivot, sums, squares)
 
 
 def conv_moments(x: Tensor, w: Tensor, conv: Conv, y: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ NARROW = (
     (64, 32, 64, 4, 5),
 )
 CONFIGS = ((128, 256, 64, 8, 3), (256, 128, 64, 8, 3), (256, 64, 64, 8, 3), *NARROW)
-# Here also the programs that a multiprocessor runs at a time
+# The same numbers, then the programs that a multiprocessor runs at a time
 MOMENTS_CONFIGS = (
     (128, 128, 64, 8, 3, 1),
     (256, 64, 64, 8, 3, 1),
@@ -163,7 +163,8 @@ def forward_plans(x: Tensor, w: Tensor, conv: Conv, f: Fusion, training: bool) -
     Rule: in 16 bits on Hopper LIBRARY if its estimated time is shorter (`conv_cost`) by more than
     the estimates' error, else FUSED. Elsewhere inference takes FUSED. So does training, but
     LIBRARY where tensor descriptors cannot be used, except in fp64, by pointers, which is still to
-    be measured, and for few channels, for which cuDNN is slow.
+    be measured, and on Hopper in 16 bits and channels_last for few channels, for which cuDNN is
+    slow.
     """
     own = x.is_cuda and x.element_size() == 2 and f.scale is not None and f.relu
     own = own and memory_format(x, w) == torch.channels_last
@@ -177,7 +178,8 @@ def forward_plans(x: Tensor, w: Tensor, conv: Conv, f: Fusion, training: bool) -
         said = f"estimate {fused:.0f} us by Triton, {library:.0f} us by cuDNN and a pass"
         best = FUSED if fused <= LIBRARY_GAIN * library else LIBRARY
         return Plans(plans, plans.index(best), said)
-    few = x.size(1) < FEW and memory_format(x, w) == torch.channels_last and _estimated(x)
+    few = training and x.size(1) < FEW and conv.groups == 1 and _estimated(x)
+    few = few and memory_format(x, w) == torch.channels_last
     if not training or x.dtype == torch.float64 or refusal is None or few:
         return Plans(plans, plans.index(FUSED), "few channels" if few else "one launch")
     return Plans(plans, plans.index(LIBRARY), f"no tensor descriptors: {refusal}")
@@ -259,9 +261,9 @@ def backward_plans(x: Tensor, w: Tensor, conv: Conv) -> Plans:
 
     Rule: Triton where tensor descriptors can be used, and in fp64 by pointers. Separate passes
     compute dz and φ(x) once. On load each tile would compute them for each tap and between a load
-    and the tensor cores: by estimate a step of ResNet-50 would take 7 ms longer, and an H200 ran
-    every convolution of it faster with passes. Above 9 taps cuDNN: the stem's 49 of 3 channels fill
-    no tile.
+    and the tensor cores: by estimate a step of ResNet-50 would take 7 ms longer. An H200 ran every
+    convolution of it faster with passes, an H100 all but three. Above 9 taps cuDNN: the stem's 49
+    of 3 channels fill no tile.
     """
     refusal = refuse_gradients(x, w, conv)
     if refusal is not None:
@@ -275,7 +277,9 @@ def backward_plans(x: Tensor, w: Tensor, conv: Conv) -> Plans:
         best, reason = PLANS[-1], f"no tensor descriptors: {refusal}" if refusal else "many taps"
     else:
         best, reason = PLANS[1], "dz and the input computed once"
-    return Plans(plans, plans.index(best), reason) if best in plans else Plans(plans, 0, why)
+    if best not in plans:
+        best, reason = PLANS[1] if PLANS[1] in plans else plans[0], why
+    return Plans(plans, plans.index(best), reason)
 
 
 def _asked(plans: Configs, *fused: Config) -> tuple[Configs, str]:

@@ -32,7 +32,7 @@ from .conv_plan import (
     LIBRARY,
     NOTHING,
     PLANS,
-    Fusion,
+    STATS,
     GradIn,
     GradOut,
     Plan,
@@ -131,7 +131,7 @@ def conv_fprop(
     time, between a load and the tensor cores (`bench estimate`, and cuDNN's plan on an H200).
     """
     conv = Conv(tuple(stride), tuple(padding), tuple(dilation), groups)
-    fusion = Fusion(relu=False, stats=stats)
+    fusion = STATS._replace(stats=stats)
 
     def start(plan: Config) -> tuple[Tensor, ...]:
         h = x

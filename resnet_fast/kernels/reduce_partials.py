@@ -1,7 +1,7 @@
 """Second half of every reduction over pixels: merge the partial results of the splits.
 
 Channel-sized launches merge the splits in a fixed order, so a result has the same bits in every
-run. The pixel counts are exact: every split has `split` pixels except the last.
+run. Every part of a statistic carries its own count.
 """
 
 from __future__ import annotations

@@ -31,11 +31,14 @@ def sum_rows(x):
 
 
 @triton.jit
-def store_moments(partial, place, places, c, channels, n, pivot, off, m2):
-    """partial[0..3, place, c] = n, mean, rest and m2 of n values with the mean pivot + off.
+def store_moments(partial, place, places, c, channels, n, pivot, sums, squares):
+    """partial[0..3, place, c] = n, mean, rest and m2 of n values v.
 
-    rest is the rounding error of the mean. partial is [4, places, channels]; the others are [1, C].
+    sums = Σ(v − pivot), squares = Σ(v − pivot)². rest is the rounding error of the mean. partial is
+    [4, places, channels]; the others are [1, C].
     """
+    off = sums / n
+    m2 = squares - n * off * off
     mean = pivot + off
     is_channel = c < channels
     at = partial + (tl.full((), 0, tl.int64) + place) * channels + c

@@ -1,4 +1,8 @@
-"""Ops by calls of others, for implementations that have no kernel for the whole."""
+"""Ops by calls of others, for implementations that have no kernel for the whole.
+
+They finalize the moments or sums of every norm, which takes microseconds, also where the caller
+merges those of several processes first.
+"""
 
 from __future__ import annotations
 

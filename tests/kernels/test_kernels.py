@@ -245,17 +245,16 @@ def test_pointers_take_no_projection(tma):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tma", [True, False], ids=["descriptors", "pointers"])
-@pytest.mark.parametrize("prologue", [True, False], ids=["prologue", "plain"])
 @pytest.mark.parametrize("name", CONV_SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16],
                          ids=["fp64", "fp32", "fp16"])  # fmt: skip
 @pytest.mark.leave_out(
     cases=lambda case: case.tma and (case.name in BY_POINTERS or case.dtype == torch.float64)
 )
-def test_training_forward_in_one_launch(choose, monkeypatch, dtype, name, prologue, tma):
-    """Statistics of every configuration, whose tiles end where the images do not."""
-    variant = "conv_fprop:prologue" if prologue else "conv_fprop:stats"
-    args = CONVOLUTIONS[variant](Draw(dtype, torch.channels_last, DEVICE), CONV_SHAPES[name])
+def test_statistics_of_every_configuration(choose, monkeypatch, dtype, name, tma):
+    """Tiles end where the images do not."""
+    draw = Draw(dtype, torch.channels_last, DEVICE)
+    args = CONVOLUTIONS["conv_fprop:stats"](draw, CONV_SHAPES[name])
     monkeypatch.setenv("RESNET_FAST_TRITON_CONV", "fused")
     monkeypatch.setattr(conv_train, "conv_fused", functools.partial(conv.conv_fused, tma=tma))
     for i in itertools.count():
@@ -264,7 +263,18 @@ def test_training_forward_in_one_launch(choose, monkeypatch, dtype, name, prolog
         if i + 1 >= taken[-1][1]:
             break
     kernel = "conv_moments" if tma else "conv_affine_act"
-    assert {name for name, _ in taken} - {"bn_act_fwd"} == {"conv_fprop", kernel}
+    assert {name for name, _ in taken} == {"conv_fprop", kernel}
+
+
+@pytest.mark.parametrize("tma", [None, False], ids=["descriptors", "pointers"])
+@pytest.mark.parametrize("beside", ["relu", "scale", "residual"])
+def test_statistics_are_of_the_convolution_alone(tma, beside):
+    """Nothing is dropped without a word."""
+    draw = Draw(torch.float16, torch.channels_last, DEVICE)
+    x, w, *_ = CONVOLUTIONS["conv_fprop:stats"](draw, CONV_SHAPES["1x1"])
+    fusion = conv_plan.STATS._replace(**{beside: True if beside == "relu" else x})
+    with pytest.raises(ValueError, match="fusion: expected no norm, residual or ReLU with stats"):
+        conv.conv_fused(x, w, chain.Conv(), fusion, tma=tma)
 
 
 GRADIENT_SHAPES = {name: conv for name, conv in CONV_SHAPES.items() if name not in BY_POINTERS} | {
@@ -474,6 +484,8 @@ IN_TRAINING = {  # x, w, padding, groups, memory format, dtype: plan and reason
     "NCHW-stem": ((256, 3, 224, 224), (64, 3, 7, 7), 3, 1, torch.contiguous_format, torch.float16,
                   False, "no tensor descriptors: NCHW"),
     "groups": ((8, 128, 14, 14), (128, 4, 3, 3), 1, 32, NHWC, torch.bfloat16, False, "no tensor"),
+    "depthwise": ((8, 4, 56, 56), (4, 1, 3, 3), 1, 4, NHWC, torch.bfloat16, False, "no tensor"),
+    "8-channels": ((8, 8, 56, 56), (64, 8, 3, 3), 1, 1, NHWC, torch.bfloat16, True, "estimate"),
     "fp64": ((8, 128, 14, 14), (128, 128, 3, 3), 1, 1, NHWC, torch.float64, True, "one launch"),
 }  # fmt: skip
 
@@ -490,6 +502,25 @@ def test_plans_of_training(monkeypatch, name):
     found = conv_plan.forward_plans(x, w, layer, conv_plan.STATS, training=True)
     assert found.plans[found.rule] == (conv_plan.FUSED if fused else conv_plan.LIBRARY)
     assert found.why.startswith(why)
+    if name == "stem":
+        found = conv_plan.forward_plans(x, w, layer, conv_plan.Fusion(), training=False)
+        assert found.why == "one launch"
+        monkeypatch.setattr(conv_plan, "target", lambda x: launch.Target(80, 108, "Ampere"))
+        found = conv_plan.forward_plans(x, w, layer, conv_plan.STATS, training=True)
+        assert found.plans[found.rule] == conv_plan.LIBRARY
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_triton_alone_for_gradients(monkeypatch, capability):
+    """Where the rule takes cuDNN, for 25 taps or without descriptors: with passes all the same."""
+    monkeypatch.setattr(conv_plan, "target", lambda x: launch.Target(capability, 132, "a GPU"))
+    x, w = (torch.empty(8, 64, 14, 14, device="meta"), torch.empty(64, 64, 5, 5, device="meta"))
+    x, w = (t.bfloat16().contiguous(memory_format=NHWC) for t in (x, w))
+    found = conv_plan.backward_plans(x, w, chain.Conv(padding=(2, 2)))
+    assert found.plans[found.rule] == conv_plan.PLANS[-1]
+    monkeypatch.setenv("RESNET_FAST_TRITON_CONV", "fused")
+    found = conv_plan.backward_plans(x, w, chain.Conv(padding=(2, 2)))
+    assert found.plans[found.rule] == conv_plan.PLANS[1]
 
 
 @pytest.mark.parametrize("more", [0, 3])
@@ -601,6 +632,27 @@ def test_statistics_of_a_walk(monkeypatch, values, config):
     torch.testing.assert_close(m2, spread, rtol=3e-7 * tiles, atol=1e-12)
     again = conv.conv_fused(x, eye, chain.Conv(), conv_plan.STATS)[1]
     assert torch.equal(again, partial)
+
+
+@pytest.mark.parametrize("values", WALKS)
+def test_statistics_of_a_walk_of_short_tiles(monkeypatch, values):
+    """Boxes that end beyond the images; the first has all its pixels, the last a few."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    monkeypatch.setattr(conv_plan, "MOMENTS_CONFIGS", ((64, 32, 64, 4, 3, 1),))
+    torch.manual_seed(0)
+    v = WALKS[values](torch.randn(65 * 9 * 9, 32))
+    x = v.reshape(65, 9, 9, 32).permute(0, 3, 1, 2).to(DEVICE)
+    w = torch.zeros(32, 32, 3, 3, device=DEVICE)
+    w[:, :, 1, 1] = torch.eye(32)
+    w = w.contiguous(memory_format=NHWC)
+    z, partial = conv.conv_fused(x, w, chain.Conv(padding=(1, 1)), conv_plan.STATS)
+    assert torch.equal(z, x) and partial.size(1) == 2 and partial[0].sum(0).eq(len(v)).all()
+    mean, m2 = merged(partial, len(v))
+    exact = v.double().mean(0)
+    spread = (v.double() - exact).square().sum(0)
+    deviation = (spread / len(v)).sqrt()
+    assert ((mean - exact).abs() <= 1e-7 * exact.abs() + 1e-6 * deviation).all()
+    torch.testing.assert_close(m2, spread, rtol=3e-7 * (1 + len(v) / 2 / 16), atol=1e-12)
 
 
 LARGE = (3, 72, 19, 23)
