@@ -125,9 +125,9 @@ def _bars(axes: Any, own: Schedules, limits: Ceilings, n: int) -> list[str]:
                 continue
             parts.append(part)
             axes.barh(name, one.ms, 0.62, left, color=COLORS[part])
-            if one.ms > 0.05 * longest:
+            if one.ms > 0.1 * longest:  # the text is nearly as wide
                 axes.text(left + one.ms / 2, name, f"{one.ms:.2f}", ha="center", va="center",
-                          fontsize=9, color="#16181d")  # fmt: skip
+                          fontsize=8, color="#16181d")  # fmt: skip
             left += one.ms
         axes.text(left, name, f"  {left:.2f} ms,\n  {1e3 * n / left:,.0f} images/s", va="center",
                   fontsize=9)  # fmt: skip

@@ -13,7 +13,7 @@ from .config_select import Config
 from .conv_cost import registers_of, tiles_of_program
 from .conv_epilogue import columns
 from .conv_plan import STATS, box_of, gemm_of, key, moments_configs, precision
-from .conv_tiles import filter_tiles, input_tiles, output_tiles, walk
+from .conv_tiles import filter_tiles, input_tiles, operands, output_tiles, walk
 from .launch import launch, target
 from .sizes import cdiv
 from .tile_math import store_moments, widen
@@ -116,14 +116,10 @@ def conv_moments_kernel(
                 q0 = box % q_tiles * BOX_Q
                 p0 = box // q_tiles % p_tiles * BOX_P
                 n0 = box // q_tiles // p_tiles * BOX_N
-        h = tap // S * DILATION_H - PAD_H
-        v = tap % S * DILATION_W - PAD_W
-        if STRIDE == 1:
-            a = x.load([n0, p0 + h, 0, q0 + v, c0])
-        else:
-            a = x.load([n0, p0 + (h >> 1), h & 1, q0 + (v >> 1), (v & 1) * channels + c0])
-        b = w.load([k0, tap, c0])
-        a, b = a.reshape(M, BLOCK_K), b.reshape(BLOCK_N, BLOCK_K)
+        a, b = operands(
+            x, w, n0, p0, q0, k0, tap, c0, channels, S, STRIDE, PAD_H, PAD_W, DILATION_H,
+            DILATION_W, M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
         acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
         if (tap == R * S - 1) & (c0 + BLOCK_K >= channels):
             z = acc.to(y.dtype)

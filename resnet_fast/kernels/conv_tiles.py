@@ -59,6 +59,25 @@ def filter_tiles(w: Tensor, filters: int, channels: int) -> TensorDescriptor:
 
 
 @triton.jit
+def operands(
+    x, w, n0, p0, q0, k0, tap, c0, channels, S: tl.constexpr, STRIDE: tl.constexpr,
+    PAD_H: tl.constexpr, PAD_W: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """A step of a forward convolution: the input [M, BLOCK_K] and the filters [N, BLOCK_K] of `tap`
+    and channels from c0, by descriptors.
+    """
+    h = tap // S * DILATION_H - PAD_H
+    v = tap % S * DILATION_W - PAD_W
+    if STRIDE == 1:
+        a = x.load([n0, p0 + h, 0, q0 + v, c0])
+    else:
+        a = x.load([n0, p0 + (h >> 1), h & 1, q0 + (v >> 1), (v & 1) * channels + c0])
+    b = w.load([k0, tap, c0])
+    return a.reshape(M, BLOCK_K), b.reshape(N, BLOCK_K)
+
+
+@triton.jit
 def load_input(
     src, n0, i0, parity, j0, first, pixel, channel, channels, inside, TMA: tl.constexpr,
     M: tl.constexpr, WIDTH: tl.constexpr,

@@ -15,7 +15,7 @@ from .config_select import Config
 from .conv_epilogue import affine, columns, computed_here, epilogue
 from .conv_plan import Fusion, Source, box_of, forward_configs, gemm_of, key, precision
 from .conv_split import is_last, meeting_place, share, sum_of_parts, with_splits
-from .conv_tiles import Box, filter_tiles, input_tiles, output_tiles, walk
+from .conv_tiles import Box, filter_tiles, input_tiles, operands, output_tiles, walk
 from .launch import INTERPRETING, all_registers, launch, target
 from .sizes import cdiv
 
@@ -36,14 +36,10 @@ def _products(
             tap, c0 = 0, i * BLOCK_K
         else:
             tap, c0 = i // c_tiles, i % c_tiles * BLOCK_K
-        h = tap // S * DILATION_H - PAD_H
-        v = tap % S * DILATION_W - PAD_W
-        if STRIDE == 1:
-            a = x.load([n0, p0 + h, 0, q0 + v, c0])
-        else:
-            a = x.load([n0, p0 + (h >> 1), h & 1, q0 + (v >> 1), (v & 1) * channels + c0])
-        b = w.load([k0, tap, c0])
-        a, b = a.reshape(M, BLOCK_K), b.reshape(N, BLOCK_K)
+        a, b = operands(
+            x, w, n0, p0, q0, k0, tap, c0, channels, S, STRIDE, PAD_H, PAD_W, DILATION_H,
+            DILATION_W, M, N, BLOCK_K,
+        )  # fmt: skip
         acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
     return acc
 
