@@ -59,7 +59,8 @@ def bn_stats_kernel(
         pivot = (pivot - extremes) / (BLOCK_M - BLOCK_M // 4)
     else:
         pivot /= own
-    pivot = pivot.to(tl.float32).to(wide)  # its last digits would round every sum the same way
+    # In fp64 p has the digits of fp32: more would round every sum of fp32 values the same way.
+    pivot = pivot.to(tl.float32).to(wide)
     sums = tl.zeros((BLOCK_M, BLOCK_C), wide)
     squares = tl.zeros((BLOCK_M, BLOCK_C), wide)
     for tile in range(0, tiles_per_split, AT_ONCE):

@@ -165,8 +165,8 @@ def conv_affine_act_kernel(
             v = tl.where(is_pixel[:, None], widen(part), 0.0)
             pivot = sum_rows(v) / n
             d = tl.where(is_pixel[:, None], v - pivot, 0.0)
-            own = tl.where(k < last, k, tl.num_programs(1) * filters)  # none of the next group
             every = tl.num_programs(1) * filters
+            own = tl.where(k < last, k, every)  # none of the next group
             sums, squares = sum_rows(d), sum_rows(d * d)
             store_moments(partial, tile, tiles, own, every, n, pivot, sums, squares)
 

@@ -63,29 +63,16 @@ def conv_bprop(conv: Op, bn_bwd_finalize: Op, *args: Any) -> tuple[Tensor, ...]:
     return *grads, total, xhat, *b_c
 
 
-def bn_act_bwd_reduce(
-    reduce: Op,
-    bn_bwd_finalize: Op,
-    dy: Tensor,
-    mask: Tensor | None,
-    z: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    scale: Tensor,
-    residual: Tensor | None,
-    res_mean: Tensor | None,
-    res_rstd: Tensor | None,
-    res_scale: Tensor | None,
-) -> tuple[Tensor, ...]:
+def bn_act_bwd_reduce(reduce: Op, bn_bwd_finalize: Op, *args: Any) -> tuple[Tensor, ...]:
     """`reference.bn_act_bwd_reduce` by `reduce`, which gives only sums, and `bn_bwd_finalize`."""
-    sums = reduce(dy, mask, z, mean, rstd, residual, res_mean, res_rstd)
-    total, xhat, res_xhat = sums
+    dy, mask, z, mean, rstd, scale, residual, res_mean, res_rstd, res_scale = args
+    if residual is not None and res_scale is None:
+        raise ValueError("bn_act_bwd_reduce: res_scale: expected a tensor together with residual")
+    total, xhat, res_xhat = reduce(dy, mask, z, mean, rstd, residual, res_mean, res_rstd)
     count = values_per_channel(dy)
     with _errors_of("bn_bwd_finalize", "bn_act_bwd_reduce"):
         b_c = bn_bwd_finalize(total, xhat, scale, rstd, count)
         if residual is None:
             return total, xhat, *b_c, res_xhat, res_xhat.clone(), res_xhat.clone()
-        if res_scale is None:
-            raise RuntimeError("bn_bwd_finalize: `res_scale` is None beside a residual")
         res_b_c = bn_bwd_finalize(total, res_xhat, res_scale, res_rstd, count)
     return total, xhat, *b_c, res_xhat, *res_b_c
