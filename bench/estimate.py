@@ -282,10 +282,11 @@ def entry(one: Launch, code: Compiled | None, mode: str, gpu: Gpu) -> dict[str, 
         "mb": size / 1e6, "gflop": work / 1e9, "floor_us": floor,
     }  # fmt: skip
     time, bound = floor, "memory" if floor > gpu.floor_us(0, work) else "compute"
-    if one.name.startswith("aten.convolution"):  # x, w, or dy, x, w
-        backward = one.name != "aten.convolution"
-        w = one.tensors[1 + backward]
-        time = conv_cost.by_library(size, work, w.size(0), w.size(1), backward)
+    if one.name.startswith("cudnn "):
+        kind = one.name.removeprefix("cudnn ")
+        filters, channels, *_ = one.tensors[1].shape  # of x, w, y
+        columns = {"fprop": filters, "wgrad": min(filters, channels)}.get(kind, channels)
+        time = conv_cost.by_library(size, work, columns, channels, kind)
     if code is not None:
         if code.failure:
             raise RuntimeError(f"{one.name} {code.config}: {code.failure}")

@@ -26,8 +26,10 @@ from bench.step import Case
 KINDS = ("1x1", "3x3", "other filters", "passes")
 MADE = {"bn_act_bwd_apply_kernel": "dz", "bn_act_fwd_kernel": "φ(x)"}
 PARTS = (*KINDS, *MADE.values(), "vectors")
-MODES = {"conv_dgrad_kernel": "dgrad", "conv_wgrad_kernel": "wgrad",
-         "aten.convolution_backward": "bwd"}  # fmt: skip
+MODES = {
+    "conv_dgrad_kernel": "dgrad", "cudnn dgrad": "dgrad", "cudnn strided dgrad": "dgrad",
+    "conv_wgrad_kernel": "wgrad", "cudnn wgrad": "wgrad",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,7 @@ def _step(one: Launch, case: Case, weights: set[tuple[int, ...]]) -> Step:
         said += "+res" if a.get("residual") is not None else ""
         said += "+projection" if a.get("source") is not None else ""
         return Step(MODES.get(one.name, forward), said, kind_of((a["R"], a["S"])), *size)
-    if one.name.startswith("aten.convolution"):
+    if one.name.startswith("cudnn "):
         k, c, *filters = next(s for s in shapes if s in weights)
         said = f"{filters[0]}x{filters[1]} {c}>{k} @{max(s[2] for s in images)} library"
         return Step(MODES.get(one.name, forward), said, kind_of(filters), *size)

@@ -32,9 +32,10 @@ NO_LAUNCH = MEMORY | {aten.as_strided_.default}
 class Launch:
     """`count` equal launches.
 
-    kernel: a Triton kernel, or None for a PyTorch operator (name: "aten.…"), whose grid is unknown.
-    arguments: by the kernel's parameter names; for an operator its tensors. flops: only of an
-    operator.
+    kernel: a Triton kernel, or None, with an unknown grid, for a PyTorch operator ("aten.…") and
+    for each product of a convolution ("cudnn fprop", "cudnn dgrad", "cudnn strided dgrad", "cudnn
+    wgrad"). arguments: by the kernel's parameter names; without a kernel the tensors, of a product
+    its operands and result. flops: only without a kernel.
     """
 
     name: str
@@ -164,26 +165,31 @@ class _Operators(TorchDispatchMode):
         result = func(*args, **kwargs)
         if func is aten.convolution.default:  # cuDNN keeps channels_last, the meta kernel does not
             result = result.contiguous(memory_format=memory_format(args[0], args[1]))
-        if func not in NO_LAUNCH and not func.is_view:
-            tensors = tensors_in((args, tuple(kwargs.values()), result))
-            flops = _flops(func, args, kwargs, result)
+            self._add_product("fprop", *args[:2], result, args[3])
+        elif func is aten.convolution_backward.default:
+            for gradient, result_of_it in zip(("dgrad", "wgrad"), result[:2], strict=True):
+                if result_of_it is not None:
+                    x = args[1] if gradient == "wgrad" else result_of_it
+                    self._add_product(gradient, x, args[2], args[0], args[4])
+        elif func not in NO_LAUNCH and not func.is_view:
+            count = flop_registry.get(func.overloadpacket)
+            flops = 0 if count is None else count(*args, **kwargs, out_val=result)
             name = str(func).rpartition(".")[0]
-            named = {str(i): t for i, t in enumerate(_outlines(tensors))}
-            if tensors:
-                self._add(Launch(name, (), named, flops=flops))
+            self._add_operator(name, tensors_in((args, tuple(kwargs.values()), result)), flops)
         return result
 
+    def _add_product(self, kind: str, x: Tensor, w: Tensor, y: Tensor, stride: Any) -> None:
+        """A product of a convolution of x; a 1x1 filter reads the pixels of its stride only."""
+        if kind == "dgrad" and max(stride) > 1:
+            kind = "strided dgrad"
+        elif w.size(2) * w.size(3) == 1:
+            x = x[:, :, :: stride[0], :: stride[1]]
+        self._add_operator(f"cudnn {kind}", [x, w, y], 2 * y.numel() * w[0].numel())
 
-def _flops(func: Any, args: Any, kwargs: Any, result: Any) -> int:
-    """Operations of a PyTorch operator, as PyTorch counts them.
-
-    A convolution's gradients are counted here, because PyTorch's count ignores groups.
-    """
-    if func is aten.convolution_backward.default:
-        dy, _, w = args[:3]
-        return 2 * dy.numel() * w[0].numel() * sum(args[-1][:2])
-    count = flop_registry.get(func.overloadpacket)
-    return 0 if count is None else count(*args, **kwargs, out_val=result)
+    def _add_operator(self, name: str, tensors: Sequence[Tensor], flops: int) -> None:
+        if tensors:
+            named = {str(i): t for i, t in enumerate(_outlines(tensors))}
+            self._add(Launch(name, (), named, flops=flops))
 
 
 def _outlines(values: Sequence[Any]) -> list[Any]:

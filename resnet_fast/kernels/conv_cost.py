@@ -38,6 +38,9 @@ class Gemm(NamedTuple):
     filters and channels are those of one group; size is in bytes per element, rate in FLOP per
     cycle of a multiprocessor. residual: whether the epilogue adds one. source: channels of a
     projection that the kernel adds, or 0.
+    dgrad is the GEMM of GEMM_M = pixels of x, GEMM_N = channels of x. stride: the convolution's, so
+    that a pixel has only taps/stride² taps. gate: whether the epilogue applies a ReLU's gradient
+    and sums the result.
     """
 
     pixels: int
@@ -49,6 +52,8 @@ class Gemm(NamedTuple):
     rate: int
     residual: bool = False
     source: int = 0
+    stride: int = 1
+    gate: bool = False
 
     def tiles(self, config: tuple[int, ...]) -> int:
         """Number of output tiles."""
@@ -57,7 +62,8 @@ class Gemm(NamedTuple):
 
     def steps(self, config: tuple[int, ...]) -> int:
         """Steps over GEMM_K; a configuration gives their length in 2-byte elements."""
-        return self.taps * cdiv(self.channels, self._depth(config)) + self.source_steps(config)
+        own = self.taps * cdiv(self.channels, self._depth(config))
+        return cdiv(own, self.stride**2) + self.source_steps(config)
 
     def source_steps(self, config: tuple[int, ...]) -> int:
         """Those of them that are the projection's."""
@@ -78,6 +84,7 @@ def microseconds(config: Config, gemm: Gemm, processors: int, shared: int) -> fl
     steps = cdiv(gemm.steps(config), split)
     programs = gemm.tiles(config) * split
     kept = values * gemm.size // 4 if gemm.source else 0  # the projection, in the dtype of y
+    kept += values * gemm.gate  # what is summed
     resident = min(
         REGISTERS // (32 * warps * min(255, values + kept + 48)),
         (shared + 1024) // (min(stages, steps) * step_bytes + 1024),
@@ -90,8 +97,9 @@ def microseconds(config: Config, gemm: Gemm, processors: int, shared: int) -> fl
     step = own if gemm.taps == 1 else 85 * PACE + max(tensor, 65 * PACE)
     share = gemm.source_steps(config) / max(1, gemm.steps(config))
     step = share * own + (1 - share) * step
-    beside = gemm.residual or gemm.source > 0
-    instructions = (300 if gemm.taps == 1 else 400) + 60 + values * (8 if beside else 3)
+    beside = gemm.residual or gemm.source > 0 or gemm.gate
+    per_value = 32 if gemm.gate else 8 if beside else 3
+    instructions = (300 if gemm.taps == 1 else 400) + 60 + values * per_value
     instructions += 200 if gemm.source else 0
     alone = FIRST_LOAD + beside * LOAD + (steps * step + instructions * PACE) / CLOCK
     busy = (steps * max(tensor, 117 * warps / 4) + instructions * warps / 4) / CLOCK
@@ -109,8 +117,10 @@ def _traffic(config: Config, gemm: Gemm) -> tuple[int, int]:
     """Bytes to and from memory, and through L2 without the sums of a split."""
     deep = min(config[2] * 2 // gemm.size, gemm.channels)  # beyond them a tile is not loaded
     loaded = (config[0] + min(config[1], gemm.filters)) * deep * gemm.size
-    results = gemm.pixels * gemm.filters * gemm.groups * gemm.size * (1 + gemm.residual)
-    read = (gemm.pixels + gemm.filters * gemm.taps) * gemm.channels * gemm.groups * gemm.size
+    results = gemm.pixels * gemm.filters * gemm.groups * gemm.size
+    results *= 1 + gemm.residual + gemm.gate
+    pixels = cdiv(gemm.pixels, gemm.stride**2)
+    read = (pixels + gemm.filters * gemm.taps) * gemm.channels * gemm.groups * gemm.size
     read += (gemm.pixels + gemm.filters) * gemm.source * gemm.size
     return read + results, gemm.tiles(config) * gemm.steps(config) * loaded + results
 
@@ -147,29 +157,63 @@ def with_moments(config: Config, gemm: Gemm, processors: int) -> float:
     return max(FIRST_LOAD + max(alone, busy) / CLOCK, through / L2, moved / MEMORY)
 
 
-def by_library(
-    moved: int, flops: int, filters: int, channels: int, backward: bool = False
-) -> float:
+def boxes_per_split(boxes: int, programs: int, processors: int) -> int:
+    """Boxes of pixels that a program of `conv_wgrad` sums: two programs per multiprocessor run."""
+    return cdiv(boxes, max(1, min(boxes, 2 * processors // programs)))
+
+
+@functools.lru_cache(1 << 16)
+def with_fold(config: Config, gemm: Gemm, moved: int, processors: int) -> float:
+    """Estimated time of `conv_wgrad` and of the launch that sums its splits.
+
+    Its tile is GEMM_M filters, GEMM_N channels and GEMM_K pixels of `config`, then warps and
+    stages. gemm: the forward convolution. moved: bytes of x and dy.
+    """
+    block_m, block_n, block_k, warps, _ = config
+    block_k = block_k * 2 // gemm.size
+    programs = cdiv(gemm.filters, block_m) * cdiv(gemm.channels, block_n) * gemm.taps
+    boxes = cdiv(gemm.pixels, block_k)
+    steps = boxes_per_split(boxes, programs, processors)
+    splits = cdiv(boxes, steps)
+    each = cdiv(programs * splits, processors)
+    tensor = 2 * block_m * block_n * block_k / gemm.rate
+    instructions = 122 if gemm.taps == 1 else 178
+    alone = steps * max(tensor, instructions * PACE) + 650 * PACE
+    busy = steps * max(tensor, instructions * warps / 4) + 650 * warps / 4
+    rounds = FIRST_LOAD + max(cdiv(each, 2) * alone, each * busy) / CLOCK
+    loaded = min(block_m, gemm.filters) + min(block_n, gemm.channels)
+    through = programs * boxes * loaded * block_k * gemm.size
+    sums = 4 * splits * gemm.filters * gemm.taps * gemm.channels
+    return max(rounds, (through + sums) / L2, moved / MEMORY) + GAP + max(sums / L2, SMALL)
+
+
+# FLOP per microsecond and bytes per microsecond of cuDNN's convolutions
+LIBRARY_RATES = {"fprop": 720e6, "dgrad": 720e6, "strided dgrad": 490e6, "wgrad": 620e6}
+LIBRARY_MEMORY = {"fprop": 3.7e6, "dgrad": 3.7e6, "strided dgrad": 3e6, "wgrad": 3.4e6}
+
+
+def by_library(moved: int, flops: int, filters: int, channels: int, kind: str = "fprop") -> float:
     """Estimated time of cuDNN's convolution in 16 bits, which moves `moved` bytes.
 
-    720 TFLOP/s, 460 with 64 filters, and 3.7 TB/s are what an H200 reached by cuDNN
-    (bench/results/nvidia-h200-layers.jsonl, "torch conv"); for a stem of 3 channels 34 TFLOP/s
-    forward and 54 backward. One image took 7 to 10 us.
+    filters: GEMM_N. The rates are what an H200 reached by cuDNN
+    (bench/results/nvidia-h200-layers.jsonl, "torch conv"); with 64 filters 460 TFLOP/s, for a stem
+    of 3 channels 34 forward and 54 backward. One image took 7 to 10 us.
     """
-    rate = 720e6 if filters > 64 else 460e6  # per microsecond
+    rate = LIBRARY_RATES[kind] if filters > 64 else 460e6
     if channels < FEW:
-        rate = 54e6 if backward else 34e6
-    return max(moved / 3.7e6, flops / rate, 7.0)
+        rate = 34e6 if kind == "fprop" else 54e6
+    return max(moved / LIBRARY_MEMORY[kind], flops / rate, 7.0)
 
 
 def with_pass(gemm: Gemm, values: int) -> float:
     """Estimated time of `by_library`, and of a pass that moves `values` values per value of y."""
-    pixels, filters = gemm.pixels * gemm.groups, gemm.filters * gemm.groups
+    pixels, filters = cdiv(gemm.pixels, gemm.stride**2) * gemm.groups, gemm.filters * gemm.groups
     y, x = gemm.pixels * filters * gemm.size, pixels * gemm.channels * gemm.size
     w = filters * gemm.taps * gemm.channels * gemm.size
     flops = 2 * pixels * gemm.filters * gemm.taps * gemm.channels
     more = GAP + max(values * y / MEMORY, SMALL) if values else 0.0
-    return by_library(x + w + y, flops, filters, gemm.channels) + more
+    kind = "fprop" if gemm.stride == 1 else "strided dgrad"
+    return by_library(x + w + y, flops, filters, gemm.channels, kind) + more
 
 
 class NativeTile(NamedTuple):

@@ -1,4 +1,4 @@
-"""dgrad, the gradient of a convolution's input, as implicit GEMM with a prologue and an epilogue.
+"""dgrad, the gradient of a convolution's input, as implicit GEMM with an epilogue.
 
 GEMM_M = pixels of x, GEMM_N = C, GEMM_K = taps · K. One kernel moves its tiles by tensor
 descriptors or by pointers, because the geometry is the same.
@@ -19,16 +19,14 @@ from .config_select import Config
 from .conv_epilogue import columns
 from .conv_plan import (
     GradIn,
-    GradOut,
     box_of,
-    gradient_configs,
+    dgrad_configs,
     gradient_key,
-    pick,
     precision,
     refuse_tma,
 )
-from .conv_tiles import dz_tile, filter_tiles, input_tiles, load_input, output_tiles, walk
-from .launch import all_registers, launch, target
+from .conv_tiles import filter_tiles, input_tiles, load_input, load_output, output_tiles, walk
+from .launch import all_registers, launch
 from .reduce_partials import merge_sums
 from .sizes import cdiv
 from .tile_math import relu_gate, row_bits, sum_rows, widen
@@ -39,16 +37,10 @@ STORE_N = 64  # columns of a stored box
 @triton.jit
 def conv_dgrad_kernel(
     dy,
-    z,
     w,
     x,
     residual,
     dx,
-    dy_mask,
-    a,
-    mean,
-    b,
-    c,
     in_scale,
     in_shift,
     in_mean,
@@ -81,10 +73,10 @@ def conv_dgrad_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """g = (Σ over taps dz · w + residual') where in_scale·x + in_shift > 0, else 0; sums of g.
+    """g = (Σ over taps dy · w + residual') where in_scale·x + in_shift > 0, else 0; sums of g.
 
-    Prologue: dz = a·dy' + b·(z − mean) + c. dy' and residual' are dy and residual where their mask
-    bits are set, else 0. Terms whose argument is None are omitted.
+    residual' is residual where its mask bit is set, else 0. Terms whose argument is None are
+    omitted.
     Epilogue: partial[0..1, tile] = Σ g and Σ g·(x − in_mean) over a tile's pixels, from registers,
     before g is rounded.
     Stride 2: a program computes the pixels of one parity (h, w) = (2i + i0, 2j + j0). It visits
@@ -92,8 +84,8 @@ def conv_dgrad_kernel(
     of [N, H/2, 2, W/2, 2·C].
     Grid: one program per box of pixels, parity and BLOCK_N channels, channels fastest, then
     parities, so that programs that run together share dy in L2.
-    Bytes moved: dy and z once (their R·S·C/BLOCK_N reads hit L2), w, x, residual and g once.
-    Why: with separate passes before and after dgrad, dz and dx each move two more times.
+    Bytes moved: dy once (its R·S·C/BLOCK_N reads hit L2), w, x, residual and g once.
+    Why: with a separate pass after dgrad, dx would move two more times.
     """
     pid = tl.program_id(0)
     c0 = pid % c_tiles * BLOCK_N
@@ -121,10 +113,10 @@ def conv_dgrad_kernel(
             up, left = up >> 1, left >> 1
         p, q = i + up, j + left
         there = (n < N) & (p >= 0) & (p < P) & (q >= 0) & (q < Q)
-        g = dz_tile(
-            dy, z, dy_mask, a, mean, b, c, n0, i0 + up, j0 + left, k0, n, p, q, there, P, Q,
-            filters, TMA, BLOCK_M, BLOCK_K,
-        )  # fmt: skip
+        k, source = k0 + tl.arange(0, BLOCK_K)[None, :], (n.to(tl.int64) * P + p) * Q + q
+        g = load_output(
+            dy, n0, i0 + up, j0 + left, k0, source, k, filters, there, TMA, BLOCK_M, BLOCK_K
+        )
         if TMA:
             f = w.load([k0, r * S + s, c0]).reshape(BLOCK_K, BLOCK_N)
         else:
@@ -171,17 +163,17 @@ def conv_dgrad_kernel(
 
 
 def conv_dgrad(
-    dy: Tensor, w: Tensor, x: Tensor, conv: Conv, grad_out: GradOut, grad_in: GradIn
+    dy: Tensor, w: Tensor, x: Tensor, conv: Conv, grad_in: GradIn
 ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
-    """dx of z = conv(φ(x), w) as in `reference.conv_bprop`, with its prologue and epilogue.
+    """dx of z = conv(φ(x), w) as in `reference.conv_bprop`, with its epilogue.
 
     dy [N,K,P,Q], w [K,C,R,S], x [N,C,H,W] are channels_last and of one dtype. groups is 1; stride
     is 1, or 2 without dilation. With `grad_in.mean` also Σdx, Σdx·xhat(x), b and c, else None.
     """
     (n, h, width, c), (_, p, q, k) = walk(x, dy, w, conv)
     r, s = w.shape[2:]
-    stride, gpu = conv.stride[0], target(x)
-    tma = refuse_tma(x, w, conv, dy, grad_out.z, grad_in.residual) is None
+    stride = conv.stride[0]
+    tma = refuse_tma(x, w, conv, dy, grad_in.residual) is None
     tma = tma and (stride == 1 or c % STORE_N == 0)  # no box may reach into the other parity
     dx = torch.empty_like(x, memory_format=memory_format(x, w))
     dtype = stats_dtype(x)
@@ -196,22 +188,18 @@ def conv_dgrad(
         boxes = grid[0] * grid[1] * grid[2] * stride * stride
         if grad_in.mean is not None:
             partial = x.new_empty(2, boxes, c, dtype=dtype)
-        moved = [dy, grad_out.z, w, x if grad_in.scale is not None else None, grad_in.residual, dx]
+        moved = [dy, w, x if grad_in.scale is not None else None, grad_in.residual, dx]
         if tma:
             columns = min(block_n, STORE_N)
-            as_output = [
-                None if t is None else output_tiles(t, (n, p, q, k), box, block_k)
-                for t in moved[:2]
-            ]
             as_input = [
                 None if t is None else input_tiles(t, (n, h, width, c), stride, box, columns)
-                for t in moved[3:]
+                for t in moved[2:]
             ]
-            moved = [*as_output, filter_tiles(w, block_k, block_n), *as_input]
+            dy_tiles = output_tiles(dy, (n, p, q, k), box, block_k)
+            moved = [dy_tiles, filter_tiles(w, block_k, block_n), *as_input]
         launch(
             conv_dgrad_kernel, (boxes * grid[3],),
-            *moved, grad_out.mask, grad_out.a, grad_out.mean, grad_out.b, grad_out.c,
-            grad_in.scale, grad_in.shift, grad_in.mean, grad_in.residual_mask,
+            *moved, grad_in.scale, grad_in.shift, grad_in.mean, grad_in.residual_mask,
             partial, n, h, width, p, q, c, k, grid[1], grid[2], grid[3],
             cdiv(k, block_k), r, s, stride, *conv.padding, *conv.dilation,
             precision(x), tl.float64 if dtype == torch.float64 else tl.float32, tma, *box, block_n,
@@ -219,11 +207,8 @@ def conv_dgrad(
         )  # fmt: skip
         return partial
 
-    configs = gradient_configs(x, w, tma, grad_out)
-    if tma and stride == 2:
-        configs = tuple(config for config in configs if c % config[1] == 0)
-    rule = pick(configs, n * h * width, c, gpu.multiprocessors)
-    key = gradient_key(x, w, conv, grad_out, grad_in)
+    configs, rule = dgrad_configs(x, w, conv, tma)
+    key = gradient_key(x, w, conv, grad_in)
     partial = start(config_select.choose("conv_dgrad", key, configs, rule, x, start))
     if partial is None:
         return dx, None

@@ -1,18 +1,9 @@
-"""Prologue and epilogue of convolution kernels."""
+"""Epilogue of convolution kernels."""
 
 import triton
 import triton.language as tl
 
 from .tile_math import relu, widen
-
-
-@triton.jit
-def prologue(a, scale, shift, c, channels, inside):
-    """relu(scale·a + shift) of a tile a [M, C] in a's dtype, zero outside `inside`; c is [1, C]."""
-    is_channel = c < channels
-    s, t = tl.load(scale + c, is_channel, 0.0), tl.load(shift + c, is_channel, 0.0)
-    h = relu(tl.fma(widen(a), s, t))
-    return tl.where(inside, h, 0.0).to(a.dtype)
 
 
 @triton.jit

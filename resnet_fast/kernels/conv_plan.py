@@ -17,14 +17,16 @@ from .conv_cost import (
     FEW,
     GAP,
     Gemm,
+    by_library,
     by_native,
     microseconds,
     native_tile,
+    with_fold,
     with_moments,
     with_pass,
 )
 from .conv_split import with_splits
-from .launch import INTERPRETING, Target, target
+from .launch import Target, target
 from .sizes import cdiv, next_power_of_2
 
 # GEMM_M, GEMM_N, GEMM_K of a tile (GEMM_K in 2-byte elements), warps, stages of the pipeline
@@ -100,23 +102,8 @@ class Fusion(NamedTuple):
 STATS = Fusion(relu=False, stats=True)
 
 
-class GradOut(NamedTuple):
-    """Prologue of both gradients: dz = a·dy' + b·(z − mean) + c, the gradient of z.
-
-    z is the convolution's output, dy' is dy where the bits of `mask` are set, else 0. Terms that
-    are None are omitted, b together with z, mean and c.
-    """
-
-    mask: Tensor | None = None
-    a: Tensor | None = None
-    z: Tensor | None = None
-    mean: Tensor | None = None
-    b: Tensor | None = None
-    c: Tensor | None = None
-
-
 class GradIn(NamedTuple):
-    """Epilogue of dgrad, and the forward prologue φ(x) = relu(scale·x + shift).
+    """Epilogue of dgrad: dx + residual where scale·x + shift > 0, else 0.
 
     residual is added where the bits of its mask are set. With mean and rstd, those of the
     normalization that gave scale and shift, the sums Σdx and Σdx·xhat(x) are computed too.
@@ -130,22 +117,14 @@ class GradIn(NamedTuple):
     residual_mask: Tensor | None = None
 
 
-NOTHING = GradIn()
-
-
 class Plan(NamedTuple):
-    """Kernels of conv_bprop: 1 is a fused Triton kernel, 0 is cuDNN or a separate pass.
+    """Kernels of conv_bprop: 1 is a Triton kernel; 0 is cuDNN, and after dgrad a separate pass."""
 
-    on_load: dgrad and wgrad compute dz and φ(x) in their prologues. If cuDNN computes one of the
-    gradients, dz must be in memory, and both read it from there.
-    """
-
-    on_load: int
     dgrad: int
     wgrad: int
 
 
-PLANS = (Plan(1, 1, 1), Plan(0, 1, 1), Plan(0, 1, 0), Plan(0, 0, 1), Plan(0, 0, 0))
+PLANS = (Plan(1, 1), Plan(1, 0), Plan(0, 1), Plan(0, 0))
 
 
 class Plans(NamedTuple):
@@ -256,39 +235,65 @@ def moments_configs(gemm: Gemm, gpu: Target) -> tuple[Configs, int]:
     return configs, times.index(min(times))
 
 
-def backward_plans(x: Tensor, w: Tensor, conv: Conv) -> Plans:
+def backward_plans(x: Tensor, w: Tensor, conv: Conv, grad_in: GradIn) -> Plans:
     """Plans of both gradients.
 
-    Rule: Triton where tensor descriptors can be used, and in fp64 by pointers. Separate passes
-    compute dz and φ(x) once. On load each tile would compute them for each tap and between a load
-    and the tensor cores: by estimate a step of ResNet-50 would take 7 ms longer. An H200 ran every
-    convolution of it faster with passes, an H100 all but three. Above 9 taps cuDNN: the stem's 49
-    of 3 channels fill no tile.
+    Rule: in 16 bits on Hopper, each gradient by cuDNN if its estimated time is shorter
+    (`conv_cost`) by more than the estimates' error, else by Triton. Elsewhere Triton where tensor
+    descriptors can be used, and in fp64 by pointers. Above 9 taps cuDNN: the stem's 49 of 3
+    channels fill no tile.
     """
     refusal = refuse_gradients(x, w, conv)
     if refusal is not None:
         return Plans(PLANS[-1:], 0, f"no kernel: {refusal}")
-    # Not in fp64: Triton 3.6 cannot compile a bit mask beside an fp64 dot; its interpreter can.
-    masks_on_load = x.dtype != torch.float64 or INTERPRETING
-    plans, why = _asked(PLANS if masks_on_load else PLANS[1:], *PLANS[:2])
-    taps = w.size(2) * w.size(3)
+    plans, why = _asked(PLANS, PLANS[0])
+    if len(plans) == 1:
+        return Plans(plans, 0, why)
     refusal = None if x.dtype == torch.float64 else refuse_tma(x, w, conv)
-    if refusal is not None or taps > 9:
-        best, reason = PLANS[-1], f"no tensor descriptors: {refusal}" if refusal else "many taps"
-    else:
-        best, reason = PLANS[1], "dz and the input computed once"
-    if best not in plans:
-        best, reason = PLANS[1] if PLANS[1] in plans else plans[0], why
-    return Plans(plans, plans.index(best), reason)
+    if refusal is not None:
+        return Plans(plans, plans.index(PLANS[-1]), f"no tensor descriptors: {refusal}")
+    if w.size(2) * w.size(3) > 9:
+        return Plans(plans, plans.index(PLANS[-1]), "many taps")
+    if not _estimated(x):
+        return Plans(plans, plans.index(PLANS[0]), "one launch each")
+    times = dgrad_us(x, w, conv, grad_in), wgrad_us(x, w, conv)
+    best = Plan(*(int(ours <= LIBRARY_GAIN * library) for ours, library in times))
+    said = "; ".join(
+        f"{name} {ours:.0f} us by Triton, {library:.0f} us by cuDNN"
+        for name, (ours, library) in zip(("dgrad", "wgrad"), times, strict=True)
+    )
+    return Plans(plans, plans.index(best), f"estimate: {said}")
 
 
-def _asked(plans: Configs, *fused: Config) -> tuple[Configs, str]:
+def dgrad_us(x: Tensor, w: Tensor, conv: Conv, grad_in: GradIn) -> tuple[float, float]:
+    """Estimated times of dgrad by one launch of `conv_dgrad`, and by cuDNN and a pass."""
+    gpu, gemm = target(x), _dgrad_gemm(x, w, conv, grad_in)
+    configs, rule = dgrad_configs(x, w, conv, True)
+    ours = microseconds((*configs[rule], 1), gemm, gpu.multiprocessors, gpu.shared)
+    passed = (grad_in.scale is not None) + (grad_in.residual is not None)
+    return ours, with_pass(gemm, passed + 2 if passed else 0)
+
+
+def wgrad_us(x: Tensor, w: Tensor, conv: Conv) -> tuple[float, float]:
+    """Estimated times of wgrad by `conv_wgrad` and the sum of its splits, and by cuDNN."""
+    gemm = gemm_of(x, w, conv, Fusion())
+    read = min(1.0, gemm.taps / (conv.stride[0] * conv.stride[1]))  # the part of x that is read
+    moved = int(read * x.numel() + gemm.pixels * gemm.filters) * gemm.size
+    flops = 2 * gemm.pixels * gemm.filters * gemm.taps * gemm.channels
+    config = wgrad_configs(x, w)[0]
+    return (
+        with_fold(config, gemm, moved, target(x).multiprocessors),
+        by_library(moved, flops, min(gemm.filters, gemm.channels), gemm.channels, "wgrad"),
+    )
+
+
+def _asked(plans: Configs, fused: Config) -> tuple[Configs, str]:
     """The subset of `plans` that RESNET_FAST_TRITON_CONV allows; plans[-1] is cuDNN's."""
     asked = settings.TRITON_CONV.read()
     if asked == "library":
         plans = plans[-1:]
     elif asked == "fused":
-        plans = tuple(plan for plan in plans if plan in fused)
+        plans = (fused,)
     return plans, f"{settings.TRITON_CONV.variable}={asked}"
 
 
@@ -380,45 +385,34 @@ def double_configs(x: Tensor) -> Configs:
     return DOUBLE_CONFIGS[1:] if target(x).capability >= 100 else DOUBLE_CONFIGS
 
 
-def gradient_configs(x: Tensor, w: Tensor, tma: bool, grad_out: GradOut) -> Configs:
-    """Configurations of `conv_dgrad`: dz is GEMM_M × GEMM_K, from dy or from dy and z."""
+def dgrad_configs(x: Tensor, w: Tensor, conv: Conv, tma: bool) -> tuple[Configs, int]:
+    """Tiles of `conv_dgrad`, GEMM_M pixels of x, GEMM_N channels, GEMM_K filters; the rule's."""
+    gpu, channels = target(x), w.size(1)
     if x.dtype == torch.float64:
-        return eligible(double_configs(x), w.size(1), target(x).shared)
-    if not tma and precision(x) == "ieee":
-        return eligible(IEEE_CONFIGS, w.size(1), target(x).shared)
-    pieces = 1 + (grad_out.z is not None)
-    return tuple(
-        config
-        for config in eligible(DGRAD_CONFIGS, w.size(1), target(x).shared)
-        if (pieces * config[0] + config[1]) * config[2] * 2 * config[4] <= target(x).shared
-    )
+        configs = double_configs(x)
+    else:
+        configs = IEEE_CONFIGS if not tma and precision(x) == "ieee" else DGRAD_CONFIGS
+    configs = eligible(configs, channels, gpu.shared)
+    if tma and conv.stride[0] == 2:  # no box may reach into the other parity
+        configs = tuple(config for config in configs if channels % config[1] == 0)
+    return configs, pick(configs, x.numel() // channels, channels, gpu.multiprocessors)
 
 
-def wgrad_configs(x: Tensor, w: Tensor, tma: bool, grad_out: GradOut) -> Configs:
-    """Configurations of `conv_wgrad`: GEMM_M filters, GEMM_N channels, GEMM_K pixels."""
+def wgrad_configs(x: Tensor, w: Tensor) -> Configs:
+    """Tiles of `conv_wgrad`, GEMM_M filters, GEMM_N channels, GEMM_K pixels; first the rule's."""
     if x.dtype == torch.float64:
         return DOUBLE_WGRAD_CONFIGS
-    pieces = 1 + (grad_out.z is not None)
-    # The addresses of two pieces and the accumulators of the widest tile exceed the registers.
-    configs = WGRAD_CONFIGS[1:] if pieces > 1 and not tma else WGRAD_CONFIGS
-    configs = eligible(configs, w.size(1), target(x).shared)
     tallest = max(64, next_power_of_2(w.size(0)))
-    fits = tuple(
-        config
-        for config in configs
-        if config[0] <= tallest
-        and (pieces * config[0] + config[1]) * config[2] * 2 * config[4] <= target(x).shared
-    )
-    return fits
+    configs = eligible(WGRAD_CONFIGS, w.size(1), target(x).shared)
+    return tuple(config for config in configs if config[0] <= tallest)
 
 
 def gradient_key(
-    x: Tensor, w: Tensor, conv: Conv, grad_out: GradOut, grad_in: GradIn
+    x: Tensor, w: Tensor, conv: Conv, grad_in: GradIn | None = None
 ) -> tuple[Any, ...]:
     """Key of a gradient in the tables of tiles and plans."""
+    grad_in = grad_in or GradIn()
     kinds = (
-        ("mask", grad_out.mask), ("frozen", grad_out.a if grad_out.b is None else None),
-        ("bn", grad_out.b),
         ("relu", grad_in.scale), ("sums", grad_in.mean), ("residual", grad_in.residual),
     )  # fmt: skip
     return _key(x, w, conv, kinds)
@@ -434,6 +428,16 @@ def gemm_of(x: Tensor, w: Tensor, conv: Conv, f: Fusion) -> Gemm:
     return Gemm(
         x.size(0) * p * q, filters // conv.groups, r * s, channels, conv.groups, size, rate,
         f.residual is not None, 0 if f.source is None else f.source.w.size(1),
+    )  # fmt: skip
+
+
+def _dgrad_gemm(x: Tensor, w: Tensor, conv: Conv, grad_in: GradIn) -> Gemm:
+    """dgrad as `conv_cost` sees it: filters and channels change places."""
+    filters, channels, r, s = w.shape
+    return Gemm(
+        x.numel() // channels, channels, r * s, filters, 1, x.element_size(),
+        4096 * 2 // x.element_size(), grad_in.residual is not None,
+        stride=conv.stride[0], gate=grad_in.scale is not None,
     )  # fmt: skip
 
 

@@ -13,7 +13,6 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..spec.chain import Conv
-from .tile_math import row_bits, widen
 
 Box = tuple[int, int, int]
 
@@ -99,31 +98,3 @@ def load_output(
         return src.load([n0, p0, q0, first]).reshape(M, WIDTH)
     else:
         return tl.load(src + (pixel * channels + channel), inside & (channel < channels), 0.0)
-
-
-@triton.jit
-def dz_tile(
-    dy, z, mask, a, mean, b, c, n0, p0, q0, k0, n, p, q, inside, P, Q, filters,
-    TMA: tl.constexpr, M: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    """dz = a·dy' + b·(z − mean) + c [M, WIDTH] in dy's dtype; dy' = dy where mask is set, else 0.
-
-    Covers pixels (n, p, q) [M, 1] of the box at (n0, p0, q0) and filters from k0; zero outside
-    `inside`. Terms whose argument is None are omitted.
-    """
-    k = k0 + tl.arange(0, WIDTH)[None, :]
-    pixel = (n.to(tl.int64) * P + p) * Q + q
-    g = load_output(dy, n0, p0, q0, k0, pixel, k, filters, inside, TMA, M, WIDTH)
-    v = g
-    if mask is not None:
-        on = row_bits(mask, pixel, inside, k0, filters, WIDTH)
-        v = tl.where(on, widen(v), 0.0)
-    if a is not None:
-        v = widen(v) * tl.load(a + k, k < filters, 0.0)
-    if b is not None:
-        t = load_output(z, n0, p0, q0, k0, pixel, k, filters, inside, TMA, M, WIDTH)
-        centred = widen(t) - tl.load(mean + k, k < filters, 0.0)
-        scaled = widen(v) + tl.load(c + k, k < filters, 0.0)
-        v = tl.fma(centred, tl.load(b + k, k < filters, 0.0), scaled)
-        v = tl.where(inside, v, 0.0)
-    return v.to(g.dtype)

@@ -1,9 +1,9 @@
 """Convolutions of a training step, each by a Triton kernel or by PyTorch (cuDNN on a GPU).
 
-A Triton forward is one launch: the convolution, with the statistics of its result; a pass before it
-computes φ(x). A Triton backward is two: dgrad's epilogue applies the ReLU's gradient and sums for
-the previous normalization; passes or the kernels' prologues compute dz and φ(x). cuDNN runs between
-separate Triton passes that do the rest.
+A Triton forward is one launch: the convolution, with the statistics of its result. A Triton
+backward is two: dgrad's epilogue applies the ReLU's gradient and sums for the previous
+normalization. Passes before them compute φ(x) and dz. cuDNN runs between separate Triton passes
+that do the rest.
 
 `conv_plan` lists the plans that a layer may take; `config_select` chooses one, as it does a tile.
 """
@@ -30,11 +30,9 @@ from .conv import conv_fused
 from .conv_dgrad import conv_dgrad
 from .conv_plan import (
     LIBRARY,
-    NOTHING,
     PLANS,
     STATS,
     GradIn,
-    GradOut,
     Plan,
     backward_plans,
     forward_plans,
@@ -178,57 +176,59 @@ def conv_bprop(
     need_dw: bool,
     wide_dw: bool,
 ) -> tuple[Tensor, ...]:
-    """`reference.conv_bprop`: two launches and the merge of their sums, or another `Plan`."""
-    conv = Conv(tuple(stride), tuple(padding), tuple(dilation), groups)
-    grad_out = GradOut(dy_mask, a, z, mean, b, c)
-    grad_in = GradIn(in_scale, in_shift, in_mean, in_rstd, residual, residual_mask)
+    """`reference.conv_bprop`: passes for dz and φ(x), then a launch for each gradient and the merge
+    of their sums, or another `Plan`.
 
+    Why passes: dgrad and wgrad read a tile of dz once per tap and tile of the other operand. On
+    load they would compute it each time, between a load and the tensor cores: by estimate 7 ms of a
+    training step of ResNet-50. An H200 ran every convolution of it faster with passes.
+    """
+    conv = Conv(tuple(stride), tuple(padding), tuple(dilation), groups)
+    grad_in = GradIn(in_scale, in_shift, in_mean, in_rstd, residual, residual_mask)
     dtype = stats_dtype(x) if wide_dw else w.dtype
+    if any(t is not None for t in (dy_mask, a, b)):
+        dy = bn_act_bwd_apply(dy, dy_mask, a, z, mean, b, c, None)
+    seen = x if in_act is None else in_act
+    if in_act is None and in_scale is not None and need_dw:
+        seen = bn_act(x, in_scale, in_shift, None, None, None, True, False)[0]
+    filters = w.to(x.dtype).contiguous(memory_format=memory_format(x, w))
 
     def start(plan: Config) -> tuple[Tensor | None, Tensor | None, Any]:
         need = need_dx, need_dw
-        return _gradients(Plan(*plan), dy, w, x, in_act, conv, grad_out, grad_in, *need, dtype)
+        return _gradients(Plan(*plan), dy, filters, x, seen, conv, grad_in, *need, dtype)
 
     if x.numel() == 0 or dy.numel() == 0:
         dx, dw, sums = start(PLANS[-1])
     else:
         needs = f"{'dx' * need_dx}{'dw' * need_dw}"
-        where = (*gradient_key(x, w, conv, grad_out, grad_in), needs)
-        plans, rule, why = backward_plans(x, w, conv)
+        where = (*gradient_key(x, w, conv, grad_in), needs)
+        plans, rule, why = backward_plans(x, w, conv, grad_in)
         dx, dw, sums = start(config_select.choose("conv_bprop", where, plans, rule, x, start, why))
     empty = [x.new_empty(0, dtype=stats_dtype(x)) for _ in range(4)]
     dx = dx if need_dx else x.new_empty(0)
-    dw = dw.to(dtype) if need_dw else w.new_empty(0, dtype=dtype)
+    if need_dw:
+        dw = dw.to(dtype).contiguous(memory_format=memory_format(w))
+    else:
+        dw = w.new_empty(0, dtype=dtype)
     return dx, dw, *(empty if sums is None else sums)
 
 
-def _gradients(plan, dy, w, x, in_act, conv, grad_out, grad_in, need_dx, need_dw, dtype):
-    """dx, dw, sums by `plan`; dx includes the epilogue of `grad_in`."""
-    fmt = memory_format(x, w)
-    filters = w.to(x.dtype).contiguous(memory_format=fmt)
-    if not plan.on_load and any(t is not None for t in grad_out):
-        dy, grad_out = bn_act_bwd_apply(dy, *grad_out, None), GradOut()
-    seen, through = x, grad_in  # the convolution's input is φ(seen), with φ of `through`
-    if in_act is not None:
-        seen, through = in_act, NOTHING
-    elif grad_in.scale is not None and need_dw and not plan.on_load:
-        seen = bn_act(x, grad_in.scale, grad_in.shift, None, None, None, True, False)[0]
-        through = NOTHING
+def _gradients(plan, dy, w, x, seen, conv, grad_in, need_dx, need_dw, dtype):
+    """dx, dw, sums by `plan`; dx includes the epilogue of `grad_in`. seen is φ(x), for dw."""
     dx = dw = sums = None
     if need_dw and plan.wgrad:
-        dw = conv_wgrad(dy, filters, seen, conv, grad_out, through, dtype)
-        dw = dw.contiguous(memory_format=memory_format(w))
+        dw = conv_wgrad(dy, w, seen, conv, dtype)
     if need_dx and plan.dgrad:
-        dx, sums = conv_dgrad(dy, filters, x, conv, grad_out, grad_in)
+        dx, sums = conv_dgrad(dy, w, x, conv, grad_in)
     by_library = [need_dx and not plan.dgrad, need_dw and not plan.wgrad]
     if any(by_library):
         args = (list(conv.stride), list(conv.padding), list(conv.dilation), False, [0, 0])
         grads = torch.ops.aten.convolution_backward(
-            dy, seen, filters, None, *args, conv.groups, [*by_library, False]
+            dy, seen, w, None, *args, conv.groups, [*by_library, False]
         )
         dw = grads[1] if by_library[1] else dw
         if by_library[0]:
-            dx = grads[0].contiguous(memory_format=fmt)
+            dx = grads[0].contiguous(memory_format=memory_format(x, w))
             if grad_in.scale is not None or grad_in.residual is not None:
                 dx, sums = dgrad_epilogue(dx, x, *grad_in)
     return dx, dw, sums

@@ -1,4 +1,4 @@
-"""wgrad, the gradient of a convolution's filters, as implicit GEMM with a prologue per operand.
+"""wgrad, the gradient of a convolution's filters, as implicit GEMM.
 
 GEMM_M = K, GEMM_N = C of one filter tap, GEMM_K = pixels of dz.
 """
@@ -14,38 +14,19 @@ from ..spec.chain import Conv
 from ..spec.dtypes import stats_dtype
 from . import config_select
 from .config_select import Config
-from .conv_epilogue import prologue
-from .conv_plan import (
-    NOTHING,
-    GradIn,
-    GradOut,
-    box_of,
-    gradient_key,
-    precision,
-    refuse_tma,
-    wgrad_configs,
-)
-from .conv_tiles import dz_tile, input_tiles, load_input, output_tiles, walk
+from .conv_cost import boxes_per_split
+from .conv_plan import box_of, gradient_key, precision, refuse_tma, wgrad_configs
+from .conv_tiles import input_tiles, load_input, load_output, output_tiles, walk
 from .launch import all_registers, launch, target
 from .reduce_partials import fold
 from .sizes import cdiv
-
-PROGRAMS = 2  # per multiprocessor: the target that sets the number of splits
 
 
 @triton.jit
 def conv_wgrad_kernel(
     dy,
-    z,
     x,
     partial,
-    dy_mask,
-    a,
-    mean,
-    b,
-    c,
-    in_scale,
-    in_shift,
     N,
     H,
     W,
@@ -73,13 +54,11 @@ def conv_wgrad_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """partial[split] = Σ over its pixels of dzᵀ · φ(x), for each filter tap: [K, R·S, C].
+    """partial[split] = Σ over its pixels of dyᵀ · x, for each filter tap: [K, R·S, C].
 
-    Prologue: dz = a·dy' + b·(z − mean) + c with dy' = dy where its mask bit is set, else 0, and
-    φ(x) = relu(in_scale·x + in_shift). Terms whose argument is None are omitted.
     Grid: axis 0: one program per BLOCK_M filters, tap and BLOCK_N channels; axis 1: splits of
     `boxes_per_split` boxes of pixels. Programs that run together share their pixels in L2.
-    Bytes moved: dy, z and x once from memory (their R·S·C/BLOCK_N and R·S·K/BLOCK_M reads hit L2),
+    Bytes moved: dy and x once from memory (their R·S·C/BLOCK_N and R·S·K/BLOCK_M reads hit L2),
     splits · |w| sums.
     Why: partial sums in memory instead of atomics give the same bits in every run.
     """
@@ -100,10 +79,8 @@ def conv_wgrad_kernel(
         n0 = box // q_tiles // p_tiles * BOX_N
         n, p, q = n0 + m // BOX_Q // BOX_P, p0 + m // BOX_Q % BOX_P, q0 + m % BOX_Q
         there = (n < N) & (p < P) & (q < Q)
-        g = dz_tile(
-            dy, z, dy_mask, a, mean, b, c, n0, p0, q0, k0, n, p, q, there, P, Q, filters, TMA,
-            BLOCK_K, BLOCK_M,
-        )  # fmt: skip
+        k, source = k0 + tl.arange(0, BLOCK_M)[None, :], (n.to(tl.int64) * P + p) * Q + q
+        g = load_output(dy, n0, p0, q0, k0, source, k, filters, there, TMA, BLOCK_K, BLOCK_M)
         row, column = p * STRIDE + h, q * STRIDE + v
         inside = there & (row >= 0) & (row < H) & (column >= 0) & (column < W)
         if STRIDE == 1:
@@ -114,8 +91,6 @@ def conv_wgrad_kernel(
         e = load_input(
             x, n0, i0, parity, j0, first, pixel, channel, channels, inside, TMA, BLOCK_K, BLOCK_N
         )
-        if in_scale is not None:
-            e = prologue(e, in_scale, in_shift, channel, channels, inside)
         acc = tl.dot(g.T, e, acc, input_precision=PRECISION, out_dtype=WIDE)
 
     k = k0 + tl.arange(0, BLOCK_M)[:, None]
@@ -124,24 +99,17 @@ def conv_wgrad_kernel(
 
 
 def conv_wgrad(
-    dy: Tensor,
-    w: Tensor,
-    x: Tensor,
-    conv: Conv,
-    grad_out: GradOut,
-    grad_in: GradIn = NOTHING,
-    wanted: torch.dtype | None = None,
+    dy: Tensor, w: Tensor, x: Tensor, conv: Conv, wanted: torch.dtype | None = None
 ) -> Tensor:
-    """dw of z = conv(φ(x), w) as in `reference.conv_bprop`.
+    """dw of z = conv(x, w) as in `reference.conv_bprop`.
 
     dw is channels_last, of the dtype `wanted`, by default that of w. dy [N,K,P,Q], w [K,C,R,S] and
-    x [N,C,H,W] are channels_last and of one dtype; groups is 1, stride is 1 or 2. Only scale and
-    shift of `grad_in` are used.
+    x [N,C,H,W] are channels_last and of one dtype; groups is 1, stride is 1 or 2.
     """
     (n, h, width, c), (_, p, q, k) = walk(x, dy, w, conv)
     r, s = w.shape[2:]
     stride, gpu = conv.stride[0], target(x)
-    tma = refuse_tma(x, w, conv, dy, grad_out.z) is None
+    tma = refuse_tma(x, w, conv, dy) is None
     dtype = stats_dtype(x)
 
     def start(config: Config) -> Tensor:
@@ -150,30 +118,26 @@ def conv_wgrad(
         box = box_of(block_k, n, p, q)
         grid = [cdiv(*pair) for pair in zip((n, p, q, k, c), (*box, block_m, block_n), strict=True)]
         boxes, programs = grid[0] * grid[1] * grid[2], grid[3] * grid[4] * r * s
-        splits = max(1, min(boxes, PROGRAMS * gpu.multiprocessors // programs))
-        per_split = cdiv(boxes, splits)
+        per_split = boxes_per_split(boxes, programs, gpu.multiprocessors)
         splits = cdiv(boxes, per_split)
         partial = x.new_empty(splits, k * r * s * c, dtype=dtype)
-        moved = [dy, grad_out.z, x]
+        moved = [dy, x]
         if tma:
-            as_output = [
-                None if t is None else output_tiles(t, (n, p, q, k), box, block_m)
-                for t in moved[:2]
+            moved = [
+                output_tiles(dy, (n, p, q, k), box, block_m),
+                input_tiles(x, (n, h, width, c), stride, box, block_n),
             ]
-            moved = [*as_output, input_tiles(x, (n, h, width, c), stride, box, block_n)]
         launch(
             conv_wgrad_kernel, (programs, splits),
-            *moved, partial, grad_out.mask, grad_out.a, grad_out.mean, grad_out.b, grad_out.c,
-            grad_in.scale, grad_in.shift,
-            n, h, width, p, q, c, k, grid[1], grid[2], grid[4], per_split, r, s,
+            *moved, partial, n, h, width, p, q, c, k, grid[1], grid[2], grid[4], per_split, r, s,
             stride, *conv.padding, *conv.dilation, precision(x),
             tl.float64 if dtype == torch.float64 else tl.float32, tma, *box, block_m, block_n,
             num_warps=warps, num_stages=stages, **all_registers(x),
         )  # fmt: skip
         return partial
 
-    configs = wgrad_configs(x, w, tma, grad_out)
-    key = gradient_key(x, w, conv, grad_out, grad_in)
+    configs = wgrad_configs(x, w)
+    key = gradient_key(x, w, conv)
     partial = start(config_select.choose("conv_wgrad", key, configs, 0, x, start))
     dw = torch.empty_like(w, dtype=wanted, memory_format=torch.channels_last)
     fold(partial, dw)

@@ -288,7 +288,7 @@ GRADIENT_SHAPES = {name: conv for name, conv in CONV_SHAPES.items() if name not 
 def with_plan(monkeypatch, plan, tma):
     """conv_bprop by `plan`, its kernels by descriptors where they can or by pointers."""
 
-    def plans(x, w, conv):
+    def plans(x, w, conv, grad_in):
         able = conv_plan.refuse_gradients(x, w, conv) is None
         return conv_plan.Plans((plan if able else conv_plan.PLANS[-1],), 0, "the test's")
 
@@ -319,14 +319,14 @@ def with_plan(monkeypatch, plan, tma):
     )
 )
 def test_gradients_in_a_launch_each(choose, monkeypatch, name, dtype, tma, variant):
-    """dz and φ(x) on load, ReLU's gradient and sums on store, in every configuration."""
+    """ReLU's gradient and sums on store, in every configuration."""
     shape = GRADIENT_SHAPES[name]
     args = CONVOLUTIONS[f"conv_bprop:{variant}"](Draw(dtype, torch.channels_last, DEVICE), shape)
     with_plan(monkeypatch, conv_train.PLANS[0], tma)
     for i in itertools.count():
         taken = choose(i)
         judge("conv_bprop", args, f"{name} {i}", lambda: kernels.conv_bprop(*args))
-        sizes = dict(taken)
+        sizes = {kernel: size for kernel, size in taken if kernel.startswith("conv_")}
         if i + 1 >= max(sizes.values()):
             break
     assert set(sizes) == {"conv_bprop", "conv_dgrad", "conv_wgrad"}
@@ -516,11 +516,38 @@ def test_triton_alone_for_gradients(monkeypatch, capability):
     monkeypatch.setattr(conv_plan, "target", lambda x: launch.Target(capability, 132, "a GPU"))
     x, w = (torch.empty(8, 64, 14, 14, device="meta"), torch.empty(64, 64, 5, 5, device="meta"))
     x, w = (t.bfloat16().contiguous(memory_format=NHWC) for t in (x, w))
-    found = conv_plan.backward_plans(x, w, chain.Conv(padding=(2, 2)))
+    case = x, w, chain.Conv(padding=(2, 2)), conv_plan.GradIn()
+    found = conv_plan.backward_plans(*case)
     assert found.plans[found.rule] == conv_plan.PLANS[-1]
     monkeypatch.setenv("RESNET_FAST_TRITON_CONV", "fused")
-    found = conv_plan.backward_plans(x, w, chain.Conv(padding=(2, 2)))
-    assert found.plans[found.rule] == conv_plan.PLANS[1]
+    found = conv_plan.backward_plans(*case)
+    assert found.plans[found.rule] == conv_plan.PLANS[0]
+
+
+GRADIENTS = {  # x, w, what dgrad's epilogue does, dtype: plan and reason
+    "memory-bound": ((256, 64, 56, 56), (256, 64, 1, 1), "sums", torch.bfloat16, (1, 1), "estim"),
+    "residual": ((256, 1024, 14, 14), (256, 1024, 1, 1), "residual", torch.bfloat16, (1, 0), "est"),
+    "3x3": ((256, 512, 7, 7), (512, 512, 3, 3), "sums", torch.float16, (0, 0), "estimate: dgrad "),
+    "fp32": ((256, 512, 7, 7), (512, 512, 3, 3), "sums", torch.float32, (1, 1), "one launch each"),
+    "fp64": ((256, 512, 7, 7), (512, 512, 3, 3), "sums", torch.float64, (1, 1), "one launch each"),
+}
+
+
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_plans_of_gradients(monkeypatch, name):
+    """On a Hopper without a table: each gradient by estimate."""
+    shape, filters, epilogue, dtype, plan, why = GRADIENTS[name]
+    monkeypatch.setattr(conv_plan, "target", lambda x: launch.Target(90, 132, "Hopper"))
+    monkeypatch.setattr(conv_plan, "precision", lambda x: "tf32")
+    x, w = (torch.empty(size, dtype=dtype, device="meta") for size in (shape, filters))
+    x, w = (t.contiguous(memory_format=NHWC) for t in (x, w))
+    vector = torch.empty(shape[1], device="meta")
+    grad_in = conv_plan.GradIn(*[vector] * 4)
+    if epilogue == "residual":
+        grad_in = conv_plan.GradIn(residual=x)
+    layer = chain.Conv(padding=(filters[2] // 2,) * 2)
+    found = conv_plan.backward_plans(x, w, layer, grad_in)
+    assert found.plans[found.rule] == plan and found.why.startswith(why)
 
 
 @pytest.mark.parametrize("more", [0, 3])
