@@ -10,13 +10,14 @@ from torch import Tensor
 from ..spec.layout import is_channels_last, memory_format, rows_of
 from . import config_select
 from .config_select import Config
-from .launch import launch
+from .launch import all_registers, launch
 from .reduce_partials import merge_sums
 from .tile_math import element_offsets, mask_bits, sum_rows, unpack_bits, widen
 
 APPLY_CONFIGS = ((4096, 4), (2048, 4), (8192, 8), (2048, 8))  # elements per tile, warps
-REDUCE_CONFIGS = ((4096, 4, 8), (2048, 8, 4), (4096, 2, 8), (2048, 4, 8))
+REDUCE_CONFIGS = ((2048, 4, 8), (2048, 8, 8), (1024, 8, 4), (1024, 16, 4))
 # elements per tile, programs per multiprocessor, warps
+AT_ONCE = 2  # tiles: the loads of a multiprocessor in flight cover latency times bandwidth
 
 
 @triton.jit
@@ -88,6 +89,7 @@ def bn_act_bwd_reduce_kernel(
     pixels,
     tiles_per_split,
     CHANNELS_LAST: tl.constexpr,
+    AT_ONCE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -97,7 +99,7 @@ def bn_act_bwd_reduce_kernel(
     Grid: one program per split of the pixels and BLOCK_C channels. A split is `tiles_per_split`
     tiles of BLOCK_M pixels. Each lane accumulates in registers; lanes are summed once at the end.
     Bytes moved: dy, z and residual once each, one mask bit per element, splits · channels values
-    per sum.
+    per sum. AT_ONCE tiles are loaded at a time.
     Why: partial sums in memory instead of atomics give the same bits in every run.
     """
     split = tl.program_id(0)
@@ -109,18 +111,29 @@ def bn_act_bwd_reduce_kernel(
     sum_dy, sum_dy_z, sum_dy_res = zero, zero, zero
     if residual is not None:
         res_centre = tl.load(res_mean + c, is_channel, 0.0)
-    for tile in range(tiles_per_split):
-        m0 = (split.to(tl.int64) * tiles_per_split + tile) * BLOCK_M
-        inside = (m0 + lane < count) & is_channel
-        at = element_offsets(m0, lane, c, channels, pixels, CHANNELS_LAST)
-        g = widen(tl.load(dy + at, inside, 0.0))
-        if mask is not None:
-            on = mask_bits(mask, m0, lane, c0, count, channels, pixels, BLOCK_C, CHANNELS_LAST)
-            g = tl.where(on, g, 0.0)
-        sum_dy += g
-        sum_dy_z += g * (widen(tl.load(z + at, inside, 0.0)) - centre)
-        if residual is not None:
-            sum_dy_res += g * (widen(tl.load(residual + at, inside, 0.0)) - res_centre)
+    first = split.to(tl.int64) * tiles_per_split * BLOCK_M
+    end = tl.minimum(first + tiles_per_split * BLOCK_M, count)
+    for tile in range(0, tiles_per_split, AT_ONCE):
+        dys, zs, set_bits, residuals = (), (), (), ()
+        for i in tl.static_range(AT_ONCE):
+            m0 = first + (tile + i) * BLOCK_M
+            inside = (m0 + lane < end) & is_channel
+            at = element_offsets(m0, lane, c, channels, pixels, CHANNELS_LAST)
+            dys += (tl.load(dy + at, inside, 0.0),)
+            zs += (tl.load(z + at, inside, 0.0),)
+            if residual is not None:
+                residuals += (tl.load(residual + at, inside, 0.0),)
+            if mask is not None:
+                on = mask_bits(mask, m0, lane, c0, end, channels, pixels, BLOCK_C, CHANNELS_LAST)
+                set_bits += (on,)
+        for i in tl.static_range(AT_ONCE):
+            g = widen(dys[i])
+            if mask is not None:
+                g = tl.where(set_bits[i], g, 0.0)
+            sum_dy += g
+            sum_dy_z += g * (widen(zs[i]) - centre)
+            if residual is not None:
+                sum_dy_res += g * (widen(residuals[i]) - res_centre)
     splits = tl.num_programs(0)
     out = partial + split * channels + c
     tl.store(out, sum_rows(sum_dy), is_channel)
@@ -155,7 +168,8 @@ def bn_act_bwd_reduce(
         launch(
             bn_act_bwd_reduce_kernel, split.grid(channels),
             dy, mask, z, mean, residual, res_mean, partial, count, channels, pixels, split.tiles,
-            channels_last, split.m, split.c, num_warps=warps,
+            channels_last, AT_ONCE, split.m, split.c, num_warps=warps,
+            **all_registers(dy),
         )  # fmt: skip
         return partial
 

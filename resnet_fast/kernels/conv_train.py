@@ -40,12 +40,13 @@ from .conv_plan import (
     key,
 )
 from .conv_wgrad import conv_wgrad
-from .launch import launch
+from .launch import all_registers, launch
 from .reduce_partials import merge_sums, merge_tiles
 from .tile_math import element_offsets, mask_bits, relu_gate, sum_rows, widen
 
-CONFIGS = ((4096, 4, 8), (2048, 8, 4), (4096, 2, 8), (2048, 4, 8))
+CONFIGS = ((2048, 4, 8), (2048, 8, 8), (1024, 8, 4), (1024, 16, 4))
 # elements per tile, programs per multiprocessor, warps
+AT_ONCE = 2  # tiles: the loads of a multiprocessor in flight cover latency times bandwidth
 
 
 @triton.jit
@@ -64,6 +65,7 @@ def dgrad_epilogue_kernel(
     pixels,
     tiles_per_split,
     CHANNELS_LAST: tl.constexpr,
+    AT_ONCE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -71,7 +73,8 @@ def dgrad_epilogue_kernel(
 
     residual' is residual where its mask bit is set, else 0. Terms whose argument is None are
     omitted. Grid, tiles and sums: as in `bn_act_bwd_reduce_kernel`.
-    Bytes moved: dx, x, residual and g once each, and one mask bit per element.
+    Bytes moved: dx, x, residual and g once each, and one mask bit per element. AT_ONCE tiles are
+    loaded at a time.
     Why: it follows cuDNN's dgrad. The epilogue of `conv_dgrad` saves writing and reading dx.
     """
     split = tl.program_id(0)
@@ -81,27 +84,42 @@ def dgrad_epilogue_kernel(
     wide: tl.constexpr = tl.float64 if dx.dtype.element_ty == tl.float64 else tl.float32
     sum_g = tl.zeros((BLOCK_M, BLOCK_C), wide)
     sum_g_x = tl.zeros((BLOCK_M, BLOCK_C), wide)
-    for tile in range(tiles_per_split):
-        m0 = (split.to(tl.int64) * tiles_per_split + tile) * BLOCK_M
-        inside = (m0 + lane < count) & is_channel
-        at = element_offsets(m0, lane, c, channels, pixels, CHANNELS_LAST)
-        d = widen(tl.load(dx + at, inside, 0.0))
-        if residual is not None:
-            more = widen(tl.load(residual + at, inside, 0.0))
+    first = split.to(tl.int64) * tiles_per_split * BLOCK_M
+    end = tl.minimum(first + tiles_per_split * BLOCK_M, count)
+    for tile in range(0, tiles_per_split, AT_ONCE):
+        ds, xs, residuals, set_bits = (), (), (), ()
+        for i in tl.static_range(AT_ONCE):
+            m0 = first + (tile + i) * BLOCK_M
+            inside = (m0 + lane < end) & is_channel
+            at = element_offsets(m0, lane, c, channels, pixels, CHANNELS_LAST)
+            ds += (tl.load(dx + at, inside, 0.0),)
+            if scale is not None:
+                xs += (tl.load(x + at, inside, 0.0),)
+            if residual is not None:
+                residuals += (tl.load(residual + at, inside, 0.0),)
             if residual_mask is not None:
                 on = mask_bits(
-                    residual_mask, m0, lane, c0, count, channels, pixels, BLOCK_C, CHANNELS_LAST
+                    residual_mask, m0, lane, c0, end, channels, pixels, BLOCK_C, CHANNELS_LAST
                 )
-                more = tl.where(on, more, 0.0)
-            d += more
-        if scale is not None:
-            v = widen(tl.load(x + at, inside, 0.0))
-            d = relu_gate(d, v, scale, shift, c, is_channel)
-            if mean is not None:
-                sum_g += tl.where(inside, d, 0.0)
-                centred = v - tl.load(mean + c, is_channel, 0.0)
-                sum_g_x += tl.where(inside, d * centred, 0.0)
-        tl.store(g + at, d.to(g.dtype.element_ty), inside)
+                set_bits += (on,)
+        for i in tl.static_range(AT_ONCE):
+            m0 = first + (tile + i) * BLOCK_M
+            inside = (m0 + lane < end) & is_channel
+            d = widen(ds[i])
+            if residual is not None:
+                more = widen(residuals[i])
+                if residual_mask is not None:
+                    more = tl.where(set_bits[i], more, 0.0)
+                d += more
+            if scale is not None:
+                v = widen(xs[i])
+                d = relu_gate(d, v, scale, shift, c, is_channel)
+                if mean is not None:
+                    sum_g += tl.where(inside, d, 0.0)
+                    centred = v - tl.load(mean + c, is_channel, 0.0)
+                    sum_g_x += tl.where(inside, d * centred, 0.0)
+            at = element_offsets(m0, lane, c, channels, pixels, CHANNELS_LAST)
+            tl.store(g + at, d.to(g.dtype.element_ty), inside)
     if mean is not None:
         out = partial + split * channels + c
         tl.store(out, sum_rows(sum_g), is_channel)
@@ -263,7 +281,8 @@ def dgrad_epilogue(
         launch(
             dgrad_epilogue_kernel, split.grid(channels),
             dx, x, scale, shift, mean, residual, residual_mask, g, partial, count, channels,
-            pixels, split.tiles, channels_last, split.m, split.c, num_warps=warps,
+            pixels, split.tiles, channels_last, AT_ONCE, split.m, split.c, num_warps=warps,
+            **all_registers(dx),
         )  # fmt: skip
         return partial
 
