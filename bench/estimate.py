@@ -12,7 +12,9 @@ n = ceil(P / multiprocessors) programs, o of them at a time (by registers, share
     T = max(n · busiest pipe of a program, ceil(n / o) · one program alone)
     one program alone = first load + before + trips · loop + tiles · ends + dependent load + after
 
-where `tiles · ends` is the end of each tile of a kernel that walks several in one loop.
+where `tiles · ends` is the end of each tile of a kernel that walks several in one loop. Where the
+last program of a launch merges what all have stored, its arrival, loads and instructions come on
+top, once.
 
 A section takes the time of its busiest pipe: issue (one warp instruction per cycle and scheduler),
 MIO (shuffles and shared memory, one instruction of any width per cycle), LSU (global memory) or the
@@ -154,6 +156,11 @@ TRIPS: dict[str, Callable[[Mapping[str, Any]], int]] = {
     "fold_kernel": lambda a: cdiv(min(a["count"], a["per_fold"]), a["BLOCK_S"]),
 }
 
+# Trips of the loop in which the last program to arrive merges what all have stored.
+MERGES: dict[str, Callable[[Mapping[str, Any], int], int]] = {
+    "bn_stats_kernel": lambda a, splits: cdiv(splits, a["MERGED"] * a["BLOCK_S"]),
+}
+
 
 def moved(one: Launch) -> int:
     """Bytes of a launch: each tensor once. A 1x1 filter with stride 2 reads one pixel of four."""
@@ -262,6 +269,16 @@ def program(
     return Cycles(total[pipe], alone, pipe)
 
 
+def last_us(s: Sass, warps: int, trips: int, gpu: Gpu) -> float:
+    """Time from the partial results of the last program to the end of a launch that it merges.
+
+    Its loads are from L2: those of every trip, and channel vectors.
+    """
+    pace = max(warps / SCHEDULERS, gpu.warp_cycles)
+    cycles = s.last.issue * pace + trips * max(s.merge.issue * pace, s.merge.lsu * warps)
+    return gpu.meeting_us + (trips + 1) * gpu.l2_load_us + 1e6 * cycles / gpu.clock
+
+
 def one_branch(code: Sass, branches: int) -> Sass:
     """Straight code of equal branches as a program runs it: one of them, and a test for each."""
     after = code.after
@@ -306,6 +323,11 @@ def entry(one: Launch, code: Compiled | None, mode: str, gpu: Gpu) -> dict[str, 
         load_us = gpu.load_us if size > gpu.l2 else gpu.l2_load_us
         if one.name == "bn_fold_kernel":  # a program finds its norm and runs that branch
             code = replace(code, sass=one_branch(code.sass, len(one.arguments["channels"])))
+        merges = MERGES[one.name](one.arguments, one.grid[0]) if one.name in MERGES else 0
+        last = last_us(code.sass, warps, merges, gpu) if merges else 0.0
+        if merges:
+            after = code.sass.after - code.sass.last - code.sass.merge
+            code = replace(code, sass=replace(code.sass, after=after))
         tiles = one.arguments.get("boxes_per_program", 0)
         cycles = program(code, warps, trips, load_us, gpu, first, tiles)
         if beside:  # the first load of the second product
@@ -317,6 +339,7 @@ def entry(one: Launch, code: Compiled | None, mode: str, gpu: Gpu) -> dict[str, 
         found["l2_mb"] = through_l2(one, steps) / 1e6
         if found["l2_mb"] / gpu.l2_bytes_per_s * 1e12 > time:
             time, bound = found["l2_mb"] / gpu.l2_bytes_per_s * 1e12, "L2"
+        time += last
         found |= {
             "config": code.config, "warps": warps,
             "registers": code.registers, "spilled_bytes": code.local, "shared_bytes": code.shared,
@@ -324,7 +347,7 @@ def entry(one: Launch, code: Compiled | None, mode: str, gpu: Gpu) -> dict[str, 
             "last_wave_idle": 1 - programs / (at_once * cdiv(programs, at_once)),
             "trips": trips, "waits": code.sass.waits, "program_us": 1e6 * cycles.alone / gpu.clock,
             "before": code.sass.before.pipes, "loop": code.sass.loop.pipes,
-            "after": code.sass.after.pipes,
+            "after": code.sass.after.pipes, "last_us": last,
         }  # fmt: skip
     if time + gpu.gap_us < gpu.small_us:
         bound = "launch"

@@ -3,10 +3,10 @@
 `read` takes the output of `nvdisasm` for one kernel and counts the instructions of the hot path:
 those from the entry to the last EXIT. Code after it is cold (barrier retries, slow paths of a
 division). The main loop is the loop with the most tensor-core instructions, the last of equal ones;
-without them all loops count as one. Both sides of a branch within a section are counted, except in
-a main loop that also stores results, as of a kernel that walks several tiles. What a branch skips
-there is the end of a tile. Exchanges between threads that a branch in it skips are the first
-tile's.
+without them all loops before an atomic operation count as one. Both sides of a branch within a
+section are counted, except in a main loop that also stores results, as of a kernel that walks
+several tiles. What a branch skips there is the end of a tile. Exchanges between threads that a
+branch in it skips are the first tile's.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 TENSOR = ("HGMMA", "HMMA", "DMMA", "IMMA", "QGMMA")
 MIO = ("SHFL", "LDS", "STS", "LDSM", "STSM", "ATOMS", "MOVM")
@@ -44,6 +44,11 @@ class Section:
     barriers: int = 0
     opcodes: Counter[str] = field(default_factory=Counter)
 
+    def __sub__(self, part: Section) -> Section:
+        """Without the instructions of a part of it."""
+        counts = (getattr(self, f.name) - getattr(part, f.name) for f in fields(self))
+        return Section(*counts)
+
     @property
     def pipes(self) -> dict[str, int]:
         """Instructions per pipe; "alu" includes the barriers."""
@@ -62,7 +67,8 @@ class Sass:
     (TMA or cp.async). loads_after: whether the code after the loop loads from memory. first: an
     equal loop before the main one, as of a kernel of two matrix products; not part of `before`.
     tile: the ends of a tile in a loop over the steps of several tiles; not part of `loop`. What it
-    does for the first tile only is part of `after`.
+    does for the first tile only is part of `after`. last, merge: straight code and loops from the
+    last atomic operation on, which the last program to arrive runs; parts of `after`.
     """
 
     before: Section
@@ -74,6 +80,8 @@ class Sass:
     loads_after: bool
     first: Section = Section()
     tile: Section = Section()
+    last: Section = Section()
+    merge: Section = Section()
 
 
 def read(disassembly: str) -> Sass:
@@ -83,7 +91,12 @@ def read(disassembly: str) -> Sass:
         raise ValueError("disassembly: expected the instructions of a kernel, found none")
     end = max((i for i, text in enumerate(code) if _opcode(text) == "EXIT"), default=len(code) - 1)
     code = code[: end + 1]
-    loops = _loops(code, labels)
+    atomics = [i for i, text in enumerate(code) if _opcode(text) in ("ATOM", "ATOMG")]
+    arrived = atomics[-1] if atomics else len(code)
+    every = _loops(code, labels)
+    loops = [loop for loop in every if loop[0] < arrived]
+    merging = [i for begin, stop in every if begin > arrived for i in range(begin, stop)]
+    alone = [i for i in range(arrived, len(code)) if i not in merging]
     multiplying = [loop for loop in loops if _tensor(code[slice(*loop)])]
     main, earlier = loops, []
     if multiplying:
@@ -118,6 +131,8 @@ def read(disassembly: str) -> Sass:
         loads_after=_tensor(code) > 0 and any(_opcode(text) in LOADS for text in parts[2]),
         first=_section([code[i] for i in sooner]),
         tile=_section([code[i] for i in ends]),
+        last=_section([code[i] for i in alone]),
+        merge=_section([code[i] for i in merging]),
     )  # fmt: skip
 
 

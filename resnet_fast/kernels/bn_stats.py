@@ -6,41 +6,59 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..runtime import recording
 from ..spec.dtypes import stats_dtype
 from ..spec.layout import is_channels_last
 from . import config_select
 from .bn_finalize import bn_finalize
 from .config_select import Config
+from .counters import counters
+from .last_program import arrives_last, finish_moments
 from .launch import launch, target
-from .reduce_partials import merge_tiles
 from .tile_math import element_offsets, store_moments, sum_rows, widen
 
 CONFIGS = ((2048, 4, 8), (2048, 8, 8), (1024, 8, 4), (1024, 16, 4))
 # elements per tile, programs per multiprocessor, warps
 AT_ONCE = 4  # tiles: a multiprocessor has 64 KiB in flight, more than latency times bandwidth
+MERGED = 2  # vectors of splits that the last program loads at a time
 REGISTERS = 64  # for four programs at a time; twice as many in NCHW and on other GPUs
 
 
 @triton.jit
 def bn_stats_kernel(
     x,
+    weight,
+    bias,
     partial,
+    counters,
+    mean,
+    m2,
+    scale,
+    shift,
+    rstd,
     count,
     channels,
     pixels,
     tiles_per_split,
+    EPS: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     AT_ONCE: tl.constexpr,
+    MERGED: tl.constexpr,
+    BLOCK_S: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """partial[0..3, split] = n, mean, rest and m2 of x over the pixels of a split.
+    """mean and m2 = Σ(v − mean)² of each channel of x, and with scale what makes a norm of them.
+
+    partial[0..3, split] = n, mean, rest and m2 over the pixels of a split, which the last program
+    of a column merges (`merge_moments`) and finalizes (`bn_finalize_kernel`).
 
     Each of the BLOCK_M · BLOCK_C lanes sums d = v − p and d² over the tiles of its split, where p
     is the mean of the first tile without the largest and the smallest of its eighths, so that one
     outlier does not move it; at the end the lanes of a channel are summed. The moments, and a bound
     of their error, are those of `conv_moments_kernel`, with three quarters of a tile as n₁.
-    Grid: one program per split and BLOCK_C channels. Bytes moved: x once, splits · 4 · channels.
+    Grid: one program per split and BLOCK_C channels. Bytes moved: x once, splits · 4 ·
+    channels into L2 and out of it.
     Why: a subtraction, an addition and a multiply-add per value, and no data between threads until
     the end. AT_ONCE tiles are loaded at a time.
     """
@@ -76,11 +94,18 @@ def bn_stats_kernel(
             squares += d * d
     n = tl.zeros((1, BLOCK_C), wide) + own
     sums, squares = sum_rows(sums), sum_rows(squares)
-    store_moments(partial, split, tl.num_programs(0), c, channels, n, pivot, sums, squares)
+    splits, column = tl.num_programs(0), tl.program_id(1)
+    store_moments(partial, split, splits, c, channels, n, pivot, sums, squares)
+    if not arrives_last(counters, column, splits):
+        return
+    finish_moments(
+        partial, splits, mean, m2, scale, shift, rstd, weight, bias, column * BLOCK_C, channels,
+        count, EPS, MERGED, BLOCK_S, BLOCK_C,
+    )  # fmt: skip
 
 
 def bn_stats(x: Tensor) -> tuple[Tensor, Tensor]:
-    """`reference.bn_stats`: one pass over x, then one launch that merges its partial moments."""
+    """`reference.bn_stats` in one kernel launch, one pass over x."""
     mean, m2 = bn_stats_finalized(x, None, None, None)
     return mean, m2
 
@@ -88,7 +113,7 @@ def bn_stats(x: Tensor) -> tuple[Tensor, Tensor]:
 def bn_stats_finalized(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float | None
 ) -> tuple[Tensor, ...]:
-    """`bn_stats` and, with eps, its `bn_finalize`, in the same launches."""
+    """`bn_stats` and, with eps, its `bn_finalize`, in the same launch."""
     channels, dtype = x.size(1), stats_dtype(x)
     if x.numel() == 0:
         mean, m2 = (x.new_zeros(channels, dtype=dtype) for _ in range(2))
@@ -98,17 +123,20 @@ def bn_stats_finalized(
     lean = channels_last and target(x).capability == 90  # elsewhere ptxas spills with so few
     registers = REGISTERS if lean else 2 * REGISTERS
 
-    def start(config: Config) -> Tensor:
+    def start(config: Config) -> tuple[Tensor, ...]:
         elements, per_processor, warps = config
         split = config_select.reduction(elements, per_processor, count, channels, channels_last, x)
+        grid = split.grid(channels)
         partial = x.new_empty(4, split.splits, channels, dtype=dtype)
+        mean, m2, *norm = (partial.new_empty(channels) for _ in range(2 if eps is None else 5))
         launch(
-            bn_stats_kernel, split.grid(channels),
-            x, partial, count, channels, pixels, split.tiles, channels_last, AT_ONCE, split.m,
-            split.c, num_warps=warps, maxnreg=registers,
+            bn_stats_kernel, grid,
+            x, weight, bias, partial, recording.step(counters, x, grid[1]), mean, m2,
+            *(norm or (None,) * 3), count, channels, pixels, split.tiles, eps, channels_last,
+            AT_ONCE, MERGED, max(8, split.m // MERGED), split.m, split.c, num_warps=warps,
+            maxnreg=registers,
         )  # fmt: skip
-        return partial
+        return mean, m2, *norm
 
     key = count, channels, channels_last, x.dtype
-    partial = start(config_select.choose("bn_stats", key, CONFIGS, 0, x, start))
-    return merge_tiles(partial, count, weight, bias, eps)
+    return start(config_select.choose("bn_stats", key, CONFIGS, 0, x, start))

@@ -146,7 +146,7 @@ def conv_affine_act_kernel(
         tile = group * tl.num_programs(0) + pid
         if not is_last(acc, sums, counters, tile, tl.program_id(2), SPLIT):
             return
-        acc = sum_of_parts(acc, sums, counters, tile, SPLIT)
+        acc = sum_of_parts(acc, sums, tile, SPLIT)
     r_at, y_at = n * r_sn + p * r_sp + q * r_sq, n * y_sn + p * y_sp + q * y_sq
     first, last = group * filters, (group + 1) * filters
     parts = columns(acc)

@@ -24,6 +24,7 @@ from ..spec.dtypes import stats_dtype
 from .config_select import Configs
 from .conv_cost import Gemm, fastest
 from .counters import counters
+from .last_program import arrives_last
 
 SPLITS = (2, 4, 8)
 LEAST_STEPS = 4  # of GEMM_K per part: fewer do not fill the pipeline
@@ -50,23 +51,14 @@ def _places(acc, tile, part, SPLIT: tl.constexpr):
 
 @triton.jit
 def is_last(acc, sums, counters, tile, part, SPLIT: tl.constexpr):
-    """Store acc as the sums of `part` of the tile; returns whether all other parts are stored.
-
-    One thread increments the counter for its program. The barrier orders the stores of the other
-    threads before the release. Triton broadcasts the count with a second barrier, which orders
-    their loads after the acquire.
-    """
+    """Store acc as the sums of `part` of the tile; returns whether all other parts are stored."""
     tl.store(sums + _places(acc, tile, part, SPLIT), acc)
-    tl.debug_barrier()
-    return tl.atomic_add(counters + tile, 1, sem="acq_rel", scope="gpu") == SPLIT - 1
+    return arrives_last(counters, tile, SPLIT)
 
 
 @triton.jit
-def sum_of_parts(acc, sums, counters, tile, SPLIT: tl.constexpr):
-    """The tile's sums over all of GEMM_K, shaped like acc; resets the tile's counter to zero.
-
-    Loads are from L2 (.cg), which all multiprocessors share: L1 may hold stale values.
-    """
+def sum_of_parts(acc, sums, tile, SPLIT: tl.constexpr):
+    """The tile's sums over all of GEMM_K, shaped like acc, for the program that `is_last`."""
     # Sums in flight at once: enough to hide the latency of L2, few enough for the registers.
     IN_FLIGHT: tl.constexpr = 16384
     MANY: tl.constexpr = IN_FLIGHT // (acc.shape[0] * acc.shape[1])
@@ -75,7 +67,6 @@ def sum_of_parts(acc, sums, counters, tile, SPLIT: tl.constexpr):
     for first in tl.range(0, SPLIT, AT_ONCE):
         for i in tl.static_range(AT_ONCE):
             total += tl.load(sums + _places(acc, tile, first + i, SPLIT), cache_modifier=".cg")
-    tl.store(counters + tile, 0)
     return total
 
 

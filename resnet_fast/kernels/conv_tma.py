@@ -145,7 +145,7 @@ def conv_affine_act_tma_kernel(
             acc = affine(acc, k, filters, scale, None) + skips[0]
         if not is_last(acc, sums, counters, pid, tl.program_id(1), SPLIT):
             return
-        acc = sum_of_parts(acc, sums, counters, pid, SPLIT)
+        acc = sum_of_parts(acc, sums, pid, SPLIT)
         if source is not None:
             acc = affine(acc, k, filters, None, source_shift)
             scale = None

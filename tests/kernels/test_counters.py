@@ -1,4 +1,4 @@
-"""Counters of split convolutions: which launches share a set, and when captured ones come back."""
+"""Counters of arrival: which launches share a set, and when captured ones come back."""
 
 import contextlib
 import ctypes
