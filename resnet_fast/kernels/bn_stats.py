@@ -48,17 +48,16 @@ def bn_stats_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """mean and m2 = Σ(v − mean)² of each channel of x, and with scale what makes a norm of them.
+    """mean and m2 = Σ(v − mean)² per channel of x; if given, scale, shift and rstd of its norm.
 
-    partial[0..3, split] = n, mean, rest and m2 over the pixels of a split, which the last program
-    of a column merges (`merge_moments`) and finalizes (`bn_finalize_kernel`).
-
+    partial[0..3, split] = n, mean, rest and m2 over the pixels of a split. The last program of a
+    column merges them (`merge_moments`) and computes what `bn_finalize_kernel` does.
     Each of the BLOCK_M · BLOCK_C lanes sums d = v − p and d² over the tiles of its split, where p
     is the mean of the first tile without the largest and the smallest of its eighths, so that one
     outlier does not move it; at the end the lanes of a channel are summed. The moments, and a bound
     of their error, are those of `conv_moments_kernel`, with three quarters of a tile as n₁.
-    Grid: one program per split and BLOCK_C channels. Bytes moved: x once, splits · 4 ·
-    channels into L2 and out of it.
+    Grid: one program per split and BLOCK_C channels.
+    Bytes moved: x once, splits · 4 · channels into L2 and out of it.
     Why: a subtraction, an addition and a multiply-add per value, and no data between threads until
     the end. AT_ONCE tiles are loaded at a time.
     """
