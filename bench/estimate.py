@@ -321,7 +321,7 @@ def entry(one: Launch, code: Compiled | None, mode: str, gpu: Gpu) -> dict[str, 
         resident = gpu.resident(code.registers, code.shared, warps)
         each, at_once = cdiv(programs, gpu.multiprocessors), gpu.multiprocessors * resident
         load_us = gpu.load_us if size > gpu.l2 else gpu.l2_load_us
-        if one.name == "bn_fold_kernel":  # a program finds its norm and runs that branch
+        if isinstance(one.arguments.get("channels"), tuple):  # a program runs its norm's branch
             code = replace(code, sass=one_branch(code.sass, len(one.arguments["channels"])))
         merges = MERGES[one.name](one.arguments, one.grid[0]) if one.name in MERGES else 0
         last = last_us(code.sass, warps, merges, gpu) if merges else 0.0

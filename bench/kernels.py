@@ -262,6 +262,9 @@ def norm_cases(dtype: torch.dtype, channels_last: bool) -> dict[str, Callable[[]
     mask = torch.empty((rows, inner // 8), dtype=torch.uint8, device="meta")
     a, b, c, d = _vectors(channels, 4, dtype)
     windows = [3, 3], [2, 2], [1, 1]
+    tracked = torch.empty((), dtype=torch.int64, device="meta")
+    norm = a, b, None, None, c, d, tracked, n * size * size
+    shared = a, b, c, d[:1], c, d, tracked, 0
     pooled = _tensor((n, channels, size // 2, size // 2), dtype, channels_last)
     index = _tensor(pooled.shape, torch.uint8, channels_last)
     return {
@@ -285,6 +288,9 @@ def norm_cases(dtype: torch.dtype, channels_last: bool) -> dict[str, Callable[[]
             ),
             "vectors": partial(kernels.bn_finalize, a, b, n, c, d, EPS),
             "fold": partial(kernels.bn_fold, x, [None, a, b, c, d] * 3 + [a] * 5, [EPS] * 4),
+            "running": partial(kernels.update_running, [norm] * 3, 0.1),
+            "running shared": partial(kernels.update_running, [norm, *[shared] * 3], 0.1),
+            "running mean": partial(kernels.update_running, [norm] * 3, None),
             "vectors bwd": partial(kernels.bn_bwd_finalize, a, b, c, d, n),
             "dgrad": partial(dgrad_epilogue, x, y, a, b, c, d, z, mask),
         }.items()

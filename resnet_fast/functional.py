@@ -249,7 +249,7 @@ def run_chain(
                 conv_bias = tensors.convs[i - 1].bias if i > 0 else None
                 follow.append((rule, tensors.norms[i], Batch(mean, m2, count, conv_bias)))
     if follow:
-        update_running(follow)
+        update_running(chain, follow)
     return y
 
 

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..spec.chain import NormParams, Running
+from ..dispatch import backends, ops, replay
+from ..spec.chain import Chain, NormParams, Running
 
 
 class Batch(NamedTuple):
@@ -22,17 +23,102 @@ class Batch(NamedTuple):
     conv_bias: Tensor | None
 
 
-def update_running(norms: Sequence[tuple[Running, NormParams, Batch]]) -> None:
+Norms = Sequence[tuple[Running, NormParams, Batch]]
+"""For each norm: how to update its running statistics, these, and those of the batch."""
+
+
+def update_running(chain: Chain, norms: Norms) -> None:
     """running = (1 − momentum)·running + momentum·batch in place, with the unbiased variance.
 
-    All norms of a chain are updated at once: on a GPU by one `lerp` launch instead of one per norm.
-    On a CPU the two terms are computed separately, because `lerp` subtracts: a variance that
-    overflowed to infinity could become NaN; here it stays infinite, as in PyTorch.
+    All norms of a chain are updated at once; where Triton computes them, by one launch.
     """
     if len({id(params.running_mean) for _, params, _ in norms}) < len(norms):
         for norm in norms:  # a norm used twice is updated twice, in order
-            update_running([norm])
+            update_running(chain, [norm])
+    elif _in_triton(chain.impl, norms[0][2].mean):
+        _replayed(chain, norms)
+    else:
+        _by_pytorch(norms)
+
+
+def _replayed(chain: Chain, norms: Norms) -> None:
+    """`_running_stats` on the tensors of `norms`, replayed if it was recorded."""
+    rules, tensors, written = [], [], []
+    for rule, params, batch in norms:
+        running = *params[2:], rule.num_batches_tracked
+        momentum, count, total = rule.momentum, batch.count, None
+        if isinstance(count, Tensor):
+            count, total = 0, count
+        rules.append((momentum if momentum is None else float(momentum), count))
+        tensors += (batch.mean, batch.m2, batch.conv_bias, total, *running)
+        written += [t for t in running if t is not None]
+    if any(t.requires_grad for t in written):
+        _by_pytorch(norms)  # raises PyTorch's error
         return
+    replay.run(_running_stats, chain, (tuple(rules),), tensors)
+    torch.autograd.graph.increment_version(written)  # PyTorch does not see what a kernel writes
+
+
+def _in_triton(impl: str, x: Tensor) -> bool:
+    """Whether Triton computes the norms of a chain, and nothing must see PyTorch's ops instead."""
+    if torch.compiler.is_compiling() or (x.is_cpu and impl != "triton"):
+        return False
+    kernels, _ = backends.triton_module()
+    if kernels is not None and kernels.launch.compiling():
+        return True  # the launches are listed
+    if ops.traced() or x.is_meta:
+        return False
+    return backends.chosen("bn_finalize", impl, x.device.type, x.dtype) == "triton"
+
+
+def _running_stats(
+    chain: Chain, rules: Sequence[tuple[float | None, int]], *tensors: Tensor | None
+) -> None:
+    """Update by the kernel, or by PyTorch if the kernel does not take the tensors.
+
+    tensors: for each norm mean, m2, conv_bias, the count if it is a tensor, running_mean,
+    running_var, num_batches_tracked. rules: its momentum, and its count or 0.
+    """
+    norms = [tensors[i : i + 7] for i in range(0, len(tensors), 7)]
+    if not all(_fits(momentum, *norm) for (momentum, _), norm in zip(rules, norms, strict=True)):
+        _by_pytorch([
+            (Running(momentum, tracked), NormParams(None, None, *running),
+             Batch(mean, m2, count if total is None else total, bias))
+            for (momentum, count), (mean, m2, bias, total, *running, tracked)
+            in zip(rules, norms, strict=True)
+        ])  # fmt: skip
+        return
+    groups: dict[float | None, list[tuple[Tensor | int | None, ...]]] = {}
+    for (momentum, count), norm in zip(rules, norms, strict=True):
+        if norm[4] is None or (count == 0 and norm[3] is None):  # only the batch is counted
+            norm = (*[None] * 6, norm[6])
+        if any(t is not None for t in norm):
+            groups.setdefault(momentum, []).append((*norm, count))
+    for momentum, group in groups.items():
+        backends.triton_module()[0].update_running(group, momentum)
+
+
+def _fits(momentum: float | None, *norm: Tensor | None) -> bool:
+    """Whether the kernel takes these tensors of a norm: plain and dense ones, on one device."""
+    tracked, device = norm[-1], norm[0].device
+    if tracked is None and momentum is None:
+        return False
+    if tracked is not None and (tracked.dtype != torch.int64 or tracked.numel() != 1):
+        return False
+    refusal = backends.triton_module()[0].refusal
+    return all(
+        type(t) in replay.PLAIN and t.device == device and t.is_contiguous()
+        and (t is tracked or t.is_meta or not refusal("bn_finalize", device.type, t.dtype))
+        for t in norm if t is not None
+    )  # fmt: skip
+
+
+def _by_pytorch(norms: Norms) -> None:
+    """Update by PyTorch's ops, on a GPU by one `lerp` launch instead of one per norm.
+
+    On a CPU the two terms are computed separately, because `lerp` subtracts: a variance that
+    overflowed to infinity could become NaN; here it stays infinite, as in PyTorch.
+    """
     tracked = [r.num_batches_tracked for r, *_ in norms if r.num_batches_tracked is not None]
     if tracked:
         torch._foreach_add_(tracked, 1)

@@ -85,7 +85,8 @@ def test_training(impl, kind, recorded):
         with anew():
             expected = step(again, x)
         assert all(torch.equal(a, b) for a, b in zip(given, expected, strict=True)), i
-        assert len(recorded) == 2 and None not in recorded, "forward and backward, once"
+        programs = 2 + (impl.name == "triton")
+        assert len(recorded) == programs and None not in recorded, "forward, update, backward, once"
 
 
 @pytest.mark.parametrize("kind", BLOCKS)
@@ -125,7 +126,8 @@ def test_autocast(impl, recorded):
             with anew():
                 expected = step(again, x)
         assert all(torch.equal(a, b) for a, b in zip(given, expected, strict=True))
-    assert len(recorded) == 4, "the addition takes x in fp32: a chain of its own"
+    programs = 4 + (impl.name == "triton")  # that updates running statistics by a program
+    assert len(recorded) == programs, "the addition takes x in fp32: a chain of its own"
 
 
 def test_gradients_have_memory_of_their_own(recorded):

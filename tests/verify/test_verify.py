@@ -117,8 +117,9 @@ def raising(results, args):
 def bias_running_variance(monkeypatch):
     update = functional.update_running
 
-    def biased(norms):
-        update([(*ours, b._replace(m2=b.m2 * (b.count - 1) / b.count)) for *ours, b in norms])
+    def biased(chain, norms):
+        norms = [(*ours, b._replace(m2=b.m2 * (b.count - 1) / b.count)) for *ours, b in norms]
+        update(chain, norms)
 
     monkeypatch.setattr(functional, "update_running", biased)
 
