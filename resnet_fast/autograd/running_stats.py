@@ -42,7 +42,10 @@ def update_running(chain: Chain, norms: Norms) -> None:
 
 
 def _replayed(chain: Chain, norms: Norms) -> None:
-    """`_running_stats` on the tensors of `norms`, replayed if it was recorded."""
+    """`_running_stats` on the tensors of `norms`, replayed if it was recorded.
+
+    A new momentum is recorded anew.
+    """
     rules, tensors, written = [], [], []
     for rule, params, batch in norms:
         running = *params[2:], rule.num_batches_tracked
@@ -53,10 +56,11 @@ def _replayed(chain: Chain, norms: Norms) -> None:
         tensors += (batch.mean, batch.m2, batch.conv_bias, total, *running)
         written += [t for t in running if t is not None]
     if any(t.requires_grad for t in written):
-        _by_pytorch(norms)  # raises PyTorch's error
+        _by_pytorch(norms)  # raises PyTorch's error where gradients are enabled
         return
     replay.run(_running_stats, chain, (tuple(rules),), tensors)
-    torch.autograd.graph.increment_version(written)  # PyTorch does not see what a kernel writes
+    for t in written:  # PyTorch does not see what a kernel writes
+        torch.autograd.graph.increment_version(t)
 
 
 def _in_triton(impl: str, x: Tensor) -> bool:

@@ -192,27 +192,27 @@ LIBRARY_RATES = {"fprop": 720e6, "dgrad": 720e6, "strided dgrad": 490e6, "wgrad"
 LIBRARY_MEMORY = {"fprop": 3.7e6, "dgrad": 3.7e6, "strided dgrad": 3e6, "wgrad": 3.4e6}
 
 
-def by_library(moved: int, flops: int, filters: int, channels: int, kind: str = "fprop") -> float:
+def by_library(moved: int, flops: int, columns: int, channels: int, kind: str = "fprop") -> float:
     """Estimated time of cuDNN's convolution in 16 bits, which moves `moved` bytes.
 
-    filters: GEMM_N. The rates are what an H200 reached by cuDNN
+    columns: GEMM_N; for wgrad the smaller of filters and channels. kind: of `LIBRARY_RATES`. The
+    rates are what an H200 reached by cuDNN
     (bench/results/nvidia-h200-layers.jsonl, "torch conv"); with 64 filters 460 TFLOP/s, for a stem
     of 3 channels 34 forward and 54 backward. One image took 7 to 10 us.
     """
-    rate = LIBRARY_RATES[kind] if filters > 64 else 460e6
+    rate = LIBRARY_RATES[kind] if columns > 64 else 460e6
     if channels < FEW:
         rate = 34e6 if kind == "fprop" else 54e6
     return max(moved / LIBRARY_MEMORY[kind], flops / rate, 7.0)
 
 
-def with_pass(gemm: Gemm, values: int) -> float:
+def with_pass(gemm: Gemm, values: int, kind: str = "fprop") -> float:
     """Estimated time of `by_library`, and of a pass that moves `values` values per value of y."""
     pixels, filters = cdiv(gemm.pixels, gemm.stride**2) * gemm.groups, gemm.filters * gemm.groups
     y, x = gemm.pixels * filters * gemm.size, pixels * gemm.channels * gemm.size
     w = filters * gemm.taps * gemm.channels * gemm.size
     flops = 2 * pixels * gemm.filters * gemm.taps * gemm.channels
     more = GAP + max(values * y / MEMORY, SMALL) if values else 0.0
-    kind = "fprop" if gemm.stride == 1 else "strided dgrad"
     return by_library(x + w + y, flops, filters, gemm.channels, kind) + more
 
 

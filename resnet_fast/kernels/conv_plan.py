@@ -271,7 +271,8 @@ def dgrad_us(x: Tensor, w: Tensor, conv: Conv, grad_in: GradIn) -> tuple[float, 
     configs, rule = dgrad_configs(x, w, conv, True)
     ours = microseconds((*configs[rule], 1), gemm, gpu.multiprocessors, gpu.shared)
     passed = (grad_in.scale is not None) + (grad_in.residual is not None)
-    return ours, with_pass(gemm, passed + 2 if passed else 0)
+    kind = "dgrad" if conv.stride == (1, 1) else "strided dgrad"
+    return ours, with_pass(gemm, passed + 2 if passed else 0, kind)
 
 
 def wgrad_us(x: Tensor, w: Tensor, conv: Conv) -> tuple[float, float]:

@@ -35,17 +35,21 @@ def merge_moments(
 ):  # fmt: skip
     """mean and m2 [1, C] of `values` values, from partial [4, places, channels] of `store_moments`.
 
-    With p the mean of place 0, d = (mean_s − p) + rest_s, D = Σ n·d and Q = Σ (m2_s + n·d²):
-    mean = p + D/values, m2 = Q − D²/values. One pass, because a single program waits for each load,
-    with AT_ONCE · BLOCK_S places in flight. p is the mean of n₀ of the values, so the subtraction
-    multiplies the relative error of Q by 1 + values/n₀ at most, as in `conv_moments_kernel`.
+    With p the mean of the means of the first BLOCK_S places, d = (mean_s − p) + rest_s, D = Σ n·d
+    and Q = Σ (m2_s + n·d²): mean = p + D/values, m2 = Q − D²/values. One pass, because a single
+    program waits for each load, with AT_ONCE · BLOCK_S places in flight. The first places have n₀
+    of the values, equal parts, so the subtraction multiplies the relative error of Q by
+    1 + values/n₀ at most, as in `conv_moments_kernel`.
     """
     c = c0 + tl.arange(0, BLOCK_C)[None, :]
     is_channel = c < channels
     wide: tl.constexpr = partial.dtype.element_ty
     plane = (tl.full((), 0, tl.int64) + places) * channels
     means, rests, spreads = partial + plane, partial + 2 * plane, partial + 3 * plane
-    pivot = tl.load(means + c, is_channel, 0.0, cache_modifier=".cg")
+    s = tl.arange(0, BLOCK_S)[:, None]
+    inside = (s < places) & is_channel
+    first = tl.load(means + (s * channels + c), inside, 0.0, cache_modifier=".cg")
+    pivot = sum_rows(first) / tl.minimum(places, BLOCK_S)
     drift = tl.zeros((BLOCK_S, BLOCK_C), wide)
     squares = tl.zeros((BLOCK_S, BLOCK_C), wide)
     for s0 in range(0, places, AT_ONCE * BLOCK_S):

@@ -1,4 +1,4 @@
-"""Second half of every reduction over pixels: merge the partial results of the splits.
+"""Second half of reductions over pixels by two launches: merge the partial results of the splits.
 
 Channel-sized launches merge the splits in a fixed order, so a result has the same bits in every
 run. Every part of a statistic carries its own count.
@@ -184,20 +184,17 @@ def merge_tiles_kernel(
 
 
 def merge_tiles(
-    partial: Tensor, values: int, weight: Tensor | None, bias: Tensor | None, eps: float | None
+    partial: Tensor, values: int, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, ...]:
-    """mean, m2, scale, shift, rstd [C] from moments of tiles [4, tiles, C], of `values` values.
-
-    Without eps only mean and m2.
-    """
+    """mean, m2, scale, shift, rstd [C] from moments of tiles [4, tiles, C], of `values` values."""
     _, count, channels = partial.shape
-    mean, m2, *norm = (partial.new_empty(channels) for _ in range(2 if eps is None else 5))
+    mean, m2, *norm = (partial.new_empty(channels) for _ in range(5))
     while True:
         splits = cdiv(count, TILES_A_SPLIT)
         last = splits == 1
         moments = None if last else partial.new_empty(4, splits, channels)
         out = (None, mean, None, m2) if last else tuple(moments)
-        ends = norm if last and norm else [None] * 3
+        ends = norm if last else [None] * 3
         launch(
             merge_tiles_kernel, (splits, cdiv(channels, BLOCK_C)),
             partial, weight, bias, *out, *ends, count, TILES_A_SPLIT, channels, values, eps,

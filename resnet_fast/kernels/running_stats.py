@@ -29,6 +29,7 @@ def _update(
     mean, m2, bias, total, running_mean, running_var, tracked, count, channels, momentum,
     CUMULATIVE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """One norm of `update_running_kernel`; the arguments are its entries."""
     share = tl.full((), 0.0, tl.float64) + momentum
     if CUMULATIVE:
         share = 1.0 / tl.load(tracked).to(tl.float64)
@@ -58,9 +59,9 @@ def update_running_kernel(
 
     batch is mean + bias and m2/(M − 1), where M is `total` or else `count`; s is momentum. With
     CUMULATIVE, s = 1/num_batches_tracked, which is not changed. Arguments are tuples with an entry
-    per norm; terms whose entry is None are omitted, the statistics without a running mean.
+    per norm. Terms whose entry is None are omitted; without a running mean only the batch counts.
     Grid: axis 0: blocks of BLOCK channels of the widest norm; axis 1: norms.
-    Bytes moved: seven channel vectors per norm.
+    Bytes moved: six channel vectors per norm, seven with a bias.
     Why: these vectors are small, so a launch takes as long for all norms as for one. fp64, and not
     `running + s·(batch − running)`: an infinite variance stays infinite, as in PyTorch's norms.
     """
@@ -76,8 +77,8 @@ def update_running(norms: Sequence[tuple[Any, ...]], momentum: float | None) -> 
     """Update the running statistics of `norms` in one kernel launch for up to MOST.
 
     A norm is mean, m2, bias, total, running_mean, running_var, num_batches_tracked and count, of
-    which all but count may be None. momentum None is the cumulative average; one more launch then
-    counts first, because all programs read the counts.
+    which all but count may be None. momentum None is the cumulative average, which needs
+    num_batches_tracked; one more launch then counts first, because all programs read the counts.
     """
     if momentum is None:
         torch._foreach_add_([norm[6] for norm in norms], 1)
