@@ -51,6 +51,7 @@ def main():
         torch.testing.assert_close(value, expected, rtol=1e-6, atol=1e-8)
     if rank == 0:
         print(f"ok: {world} processes trained as plain PyTorch in one")
+    dist.barrier()  # no process leaves while another still communicates
     dist.destroy_process_group()
 
 

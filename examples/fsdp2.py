@@ -35,11 +35,10 @@ def main():
     dist.init_process_group("nccl" if cuda else "gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
     mesh = dist.init_device_mesh(device.type, (world,))
-    torch.manual_seed(0)  # the same model and the same batch in every process
+    torch.manual_seed(0)  # the same model and batch (channels_last) in every process
     model = resnet_fast.create_model("cifar_resnet20").to(device, torch.float64)
     plain = resnet_fast.unfuse(copy.deepcopy(model))
-    x = torch.randn(8 * world, 32, 32, 3, dtype=torch.float64, device=device)
-    x = x.permute(0, 3, 1, 2)  # channels_last
+    x = torch.randn(8 * world, 32, 32, 3, dtype=torch.float64, device=device).movedim(3, 1)
     y = torch.randint(10, (8 * world,), device=device)
     parts = list(zip(x.chunk(world), y.chunk(world), strict=True))
     assert {row.state for row in resnet_fast.explain(model).rows} == {"fused"}
@@ -52,6 +51,7 @@ def main():
         torch.testing.assert_close(value.full_tensor(), expected, rtol=1e-6, atol=1e-8)
     if rank == 0:
         print(f"ok: {world} processes with sharded parameters trained as plain PyTorch in one")
+    dist.barrier()  # no process leaves while another still communicates
     dist.destroy_process_group()
 
 
