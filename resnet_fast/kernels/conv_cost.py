@@ -196,9 +196,9 @@ def by_library(moved: int, flops: int, columns: int, channels: int, kind: str = 
     """Estimated time of cuDNN's convolution in 16 bits, which moves `moved` bytes.
 
     columns: GEMM_N; for wgrad the smaller of filters and channels. kind: of `LIBRARY_RATES`. The
-    rates are what an H200 reached by cuDNN
-    (bench/results/nvidia-h200-layers.jsonl, "torch conv"); with 64 filters 460 TFLOP/s, for a stem
-    of 3 channels 34 forward and 54 backward. One image took 7 to 10 us.
+    rates are what an H200 reached (bench/results/nvidia-h200-layers.jsonl, "torch conv"): with 64
+    columns 460 TFLOP/s, for a stem of 3 channels 34 forward and 54 backward. One image took 7 to
+    10 us.
     """
     rate = LIBRARY_RATES[kind] if columns > 64 else 460e6
     if channels < FEW:

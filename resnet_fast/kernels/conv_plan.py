@@ -117,6 +117,9 @@ class GradIn(NamedTuple):
     residual_mask: Tensor | None = None
 
 
+NO_EPILOGUE = GradIn()
+
+
 class Plan(NamedTuple):
     """Kernels of conv_bprop: 1 is a Triton kernel; 0 is cuDNN, and after dgrad a separate pass."""
 
@@ -409,10 +412,9 @@ def wgrad_configs(x: Tensor, w: Tensor) -> Configs:
 
 
 def gradient_key(
-    x: Tensor, w: Tensor, conv: Conv, grad_in: GradIn | None = None
+    x: Tensor, w: Tensor, conv: Conv, grad_in: GradIn = NO_EPILOGUE
 ) -> tuple[Any, ...]:
     """Key of a gradient in the tables of tiles and plans."""
-    grad_in = grad_in or GradIn()
     kinds = (
         ("relu", grad_in.scale), ("sums", grad_in.mean), ("residual", grad_in.residual),
     )  # fmt: skip
