@@ -16,6 +16,7 @@ from .config_select import Config, Configs
 from .conv_cost import (
     FEW,
     GAP,
+    HOST,
     Gemm,
     by_library,
     by_native,
@@ -143,7 +144,8 @@ def forward_plans(x: Tensor, w: Tensor, conv: Conv, f: Fusion, training: bool) -
 
     A tuning table may also name CUDNN, its convolution with bias, addition and ReLU, in inference.
     Rule: in 16 bits on Hopper LIBRARY if its estimated time is shorter (`conv_cost`) by more than
-    the estimates' error, else FUSED. Elsewhere inference takes FUSED. So does training, but
+    the estimates' error, else FUSED. In training LIBRARY takes at least HOST, because the GPU waits
+    for the host in a step of small tensors. Elsewhere inference takes FUSED. So does training, but
     LIBRARY where tensor descriptors cannot be used, except in fp64, by pointers, which is still to
     be measured, and on Hopper in 16 bits and channels_last for few channels, for which cuDNN is
     slow.
@@ -157,6 +159,7 @@ def forward_plans(x: Tensor, w: Tensor, conv: Conv, f: Fusion, training: bool) -
     if refusal is None and _estimated(x):
         passed = int(f.stats) if training else 2 + (f.residual is not None)
         fused, library = fused_us(x, w, conv, f), with_pass(gemm_of(x, w, conv, f), passed)
+        library = max(library, HOST) if training else library
         said = f"estimate {fused:.0f} us by Triton, {library:.0f} us by cuDNN and a pass"
         best = FUSED if fused <= LIBRARY_GAIN * library else LIBRARY
         return Plans(plans, plans.index(best), said)
@@ -241,9 +244,9 @@ def moments_configs(gemm: Gemm, gpu: Target) -> tuple[Configs, int]:
 def backward_plans(x: Tensor, w: Tensor, conv: Conv, grad_in: GradIn) -> Plans:
     """Plans of both gradients.
 
-    Rule: in 16 bits on Hopper, each gradient by cuDNN if its estimated time is shorter
-    (`conv_cost`) by more than the estimates' error, else by Triton. Elsewhere Triton where tensor
-    descriptors can be used, and in fp64 by pointers. Above 9 taps cuDNN: the stem's 49 of 3
+    Rule: in 16 bits on Hopper, each gradient by cuDNN if its estimated time, at least HOST, is
+    shorter (`conv_cost`) by more than the estimates' error, else by Triton. Elsewhere Triton where
+    tensor descriptors can be used, and in fp64 by pointers. Above 9 taps cuDNN: the stem's 49 of 3
     channels fill no tile.
     """
     refusal = refuse_gradients(x, w, conv)
@@ -259,7 +262,8 @@ def backward_plans(x: Tensor, w: Tensor, conv: Conv, grad_in: GradIn) -> Plans:
         return Plans(plans, plans.index(PLANS[-1]), "many taps")
     if not _estimated(x):
         return Plans(plans, plans.index(PLANS[0]), "one launch each")
-    times = dgrad_us(x, w, conv, grad_in), wgrad_us(x, w, conv)
+    pairs = dgrad_us(x, w, conv, grad_in), wgrad_us(x, w, conv)
+    times = [(ours, max(library, HOST)) for ours, library in pairs]
     best = Plan(*(int(ours <= LIBRARY_GAIN * library) for ours, library in times))
     said = "; ".join(
         f"{name} {ours:.0f} us by Triton, {library:.0f} us by cuDNN"

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 
 from ..runtime import recording
@@ -112,8 +113,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
     if _compiling is not None:
         _compiling[1](kernel, grid, args, options)
         return
-    start = functools.partial(_start, kernel, grid, args, options)
     device = _device(args)
+    start = functools.partial(_start, kernel, grid, args, options, device)
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         recording.launched(start, args)
         return
@@ -122,17 +123,22 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
 
 
 def _start(
-    kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]
+    kernel: Any,
+    grid: tuple[int, ...],
+    args: tuple[Any, ...],
+    options: dict[str, Any],
+    device: torch.device,
 ) -> Callable[..., None]:
     """kernel[grid](*args, **options); returns a function that launches it on similar arguments.
 
-    On a GPU that is the compiled kernel. It does not specialize on the arguments again, which takes
-    the host longer than the launch.
+    On a GPU that is the compiled kernel on the device's current stream. It does not specialize on
+    the arguments again, which takes the host longer than the launch.
     """
     compiled = kernel[grid](*args, **options)
     if compiled is None:  # the interpreter
         return functools.partial(kernel[grid], **options)
-    return compiled[(*grid, 1, 1)[:3]]
+    run, stream_of = compiled[(*grid, 1, 1)[:3]], triton.runtime.driver.active.get_current_stream
+    return lambda *args: run(*args, stream=stream_of(device.index))
 
 
 def _device(args: tuple[Any, ...]) -> torch.device:

@@ -246,9 +246,10 @@ def merge_sums(
         return merge_sums(folds, rstd, scale, count, res_rstd, res_scale)
     there = (True, True, *(scale is not None,) * 2, sums > 2, *(res_scale is not None,) * 2)
     out = [partial.new_empty(channels if own else 0) for own in there]
+    written = [t if own else None for t, own in zip(out, there, strict=True)]
     launch(
         merge_sums_kernel, (sums, cdiv(channels, BLOCK_C)),
-        partial, rstd, scale, res_rstd, res_scale, *out, splits, channels, max(count, 1),
+        partial, rstd, scale, res_rstd, res_scale, *written, splits, channels, max(count, 1),
         _rows_at_once(splits), BLOCK_C, num_warps=4,
     )  # fmt: skip
     return tuple(out)

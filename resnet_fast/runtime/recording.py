@@ -9,9 +9,11 @@ must guarantee that the function would run the same steps (`dispatch.replay`).
 
 from __future__ import annotations
 
+import functools
+import operator
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,18 +27,8 @@ MEMORY = {
 }  # fmt: skip
 Step = Callable[[list[Any]], None]
 """Reads tensors from their places, and writes its results to their places."""
-
-
-class _Place(int):
-    """Index of a tensor in a program."""
-
-
-class _Descriptor(NamedTuple):
-    """A descriptor of the tensor at a place."""
-
-    kind: type
-    fields: dict[str, Any]
-    place: _Place
+Reader = Callable[[list[Any]], Any]
+"""Reads tensors from their places, and returns them in a structure."""
 
 
 class _Current(threading.local):
@@ -47,19 +39,26 @@ _current = _Current()
 
 
 class Program:
-    """The steps of a recorded function, and the places of its results."""
+    """The steps of a recorded function, and how its results are read.
 
-    def __init__(self, steps: Sequence[tuple[Step, list[int]]], places: int, result: Any) -> None:
-        self._steps, self._places, self._result = steps, places, result
+    An environment has the arguments, then a slot for each other place: a result of a step, or a
+    constant operand. `itemgetter` then reads the operands of a step, which is most of the host time
+    besides PyTorch's and Triton's own.
+    """
+
+    def __init__(
+        self, steps: Sequence[tuple[Step, list[int]]], slots: list[Any], result: Reader
+    ) -> None:
+        self._steps, self._slots, self._result = steps, slots, result
 
     def __call__(self, tensors: Sequence[Tensor | None]) -> Any:
         """Return the results of the function for these arguments."""
-        env = [*tensors, *(None,) * (self._places - len(tensors))]
+        env = [*tensors, *self._slots]
         for step, last_used in self._steps:
             step(env)
             for place in last_used:
                 env[place] = None
-        return _filled(self._result, env)
+        return self._result(env)
 
 
 def record(
@@ -111,8 +110,8 @@ class _Recorder(TorchDispatchMode):
         super().__init__()
         self._inline = inline
         self._place = WeakIdKeyDictionary({t: i for i, t in enumerate(tensors) if t is not None})
-        self._places = len(tensors)
-        self._steps: list[tuple[Step, list[int]]] = []  # with the places of its operands
+        self._arguments, self._slots = len(tensors), []
+        self._steps: list[tuple[Step, list[int], bool]] = []  # see `_add`
         self._fits = len(self._place) == sum(t is not None for t in tensors)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -126,22 +125,27 @@ class _Recorder(TorchDispatchMode):
         return self.add_call(func, args, result, kwargs)
 
     def add_launch(self, start: Callable[..., None], args: Sequence[Any]) -> None:
-        operands = self._placed(list(args))
-        fill = _filling(operands)
+        operands, read = self._reader(tuple(args))
 
         def step(env: list[Any]) -> None:
-            start(*fill(env))
+            start(*read(env))
 
-        self._steps.append((step, _places(operands)))
+        self._add(step, operands)
+
+    def _add(self, step: Step, places: list[int], needed: bool = True) -> None:
+        """places: those that it reads or writes. needed: even if no later step reads them."""
+        self._steps.append((step, places, needed))
 
     def _add_memory(self, t: Tensor) -> Tensor:
-        place, size, stride = self._put(t), t.size(), t.stride()
-        options = {"dtype": t.dtype, "device": t.device}
+        place = self._put(t)
+        make = functools.partial(
+            torch.empty_strided, t.size(), t.stride(), dtype=t.dtype, device=t.device
+        )
 
         def step(env: list[Any]) -> None:
-            env[place] = torch.empty_strided(size, stride, **options)
+            env[place] = make()
 
-        self._steps.append((step, [place]))
+        self._add(step, [place], needed=False)
         return t
 
     def add_call(
@@ -152,10 +156,11 @@ class _Recorder(TorchDispatchMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """Record func(*args, **kwargs), whose result is `result`; return `result`."""
-        operands, options = self._placed((list(args), dict(kwargs or {})))
+        (operands, read), options = self._reader(tuple(args)), dict(kwargs or {})
         several = isinstance(result, (tuple, list))
         results = list(result) if several else [result]
-        if _places(options) or not all(isinstance(t, Tensor) or t is None for t in results):
+        named, _ = self._reader(options)
+        if named or not all(isinstance(t, Tensor) or t is None for t in results):
             self._fits = False  # a tensor is a keyword argument, or a value is read
             return result
         same = isinstance(result, Tensor) and result in self._place
@@ -163,93 +168,98 @@ class _Recorder(TorchDispatchMode):
             return result  # an unchanged operand
         places = [None if t is None else self._put(t) for t in results]
         used = [place for place in places if place is not None]
-        fill = _filling(operands)
 
         def step(env: list[Any]) -> None:
-            given = func(*fill(env), **options)
+            given = func(*read(env), **options)
             for place, t in zip(places, given if several else (given,), strict=True):
                 if place is not None:
                     env[place] = t
 
-        self._steps.append((step, [*_places(operands), *used]))
+        self._add(step, [*operands, *used])
         return result
 
     def _put(self, t: Tensor) -> int:
         """The place of a result: a new one, unless the result is an operand."""
         if t not in self._place:
-            self._place[t] = self._places
-            self._places += 1
+            self._place[t] = self._slot()
         return self._place[t]
 
-    def _placed(self, value: Any) -> Any:
-        """`value` with places instead of tensors."""
+    def _slot(self, constant: Any = None) -> int:
+        """A new place, which holds `constant` when a program starts."""
+        self._slots.append(constant)
+        return self._arguments + len(self._slots) - 1
+
+    def _reader(self, value: Any) -> tuple[list[int], Reader]:
+        """The places that the reader of `value` uses, and that reader.
+
+        value: tensors, descriptors of tensors, constants, and tuples, lists and dictionaries of
+        these.
+        """
         if isinstance(value, Tensor):
             place = self._place.get(value)
             self._fits = self._fits and place is not None
-            return _Place(place or 0)
+            return [place or 0], operator.itemgetter(place or 0)
         if isinstance(getattr(value, "base", None), Tensor):
-            fields = {name: v for name, v in vars(value).items() if name != "base"}
-            return _Descriptor(type(value), fields, self._placed(value.base))
-        return _mapped(self._placed, value)
+            return self._described(value)
+        if isinstance(value, dict):
+            names, (places, read) = tuple(value), self._reader(tuple(value.values()))
+            return places, lambda env: dict(zip(names, read(env), strict=True))
+        if isinstance(value, (tuple, list)):
+            return self._several(value)
+        return [], lambda env: value
+
+    def _described(self, value: Any) -> tuple[list[int], Reader]:
+        kind, fields = type(value), {name: v for name, v in vars(value).items() if name != "base"}
+        places, base = self._reader(value.base)
+
+        def read(env: list[Any]) -> Any:
+            descriptor = object.__new__(kind)  # its fields were checked when recorded
+            vars(descriptor).update(fields, base=base(env))
+            return descriptor
+
+        return places, read
+
+    def _several(self, values: Sequence[Any]) -> tuple[list[int], Reader]:
+        """Every item is read from a place, by one call; constants and parts are put there."""
+        make = getattr(type(values), "_make", type(values))
+        places, from_places, parts = [], [], []
+        for value in values:
+            used, read = self._reader(value)
+            places += used
+            if isinstance(value, Tensor):
+                from_places += used
+                continue
+            slot = self._slot(None if used else read([]))
+            from_places.append(slot)
+            if used:
+                parts.append((slot, read))
+                places.append(slot)
+        if not places:
+            fixed = make(values)
+            return [], lambda env: fixed
+        get = operator.itemgetter(*from_places)
+
+        def read_all(env: list[Any]) -> Any:
+            for slot, read in parts:
+                env[slot] = read(env)
+            found = get(env)
+            return make(found if len(from_places) > 1 else (found,))
+
+        return places, read_all
 
     def program(self, result: Any) -> Program | None:
-        result = self._placed(result)
+        """The steps, without memory that no other uses; None if they do not fit other tensors."""
+        places, read = self._reader(result)
         if not self._fits:
             return None
-        seen, steps = set(_places(result)), []
-        for step, places in reversed(self._steps):
-            last_used = set(places) - seen
-            seen |= last_used
-            steps.append((step, sorted(last_used)))
-        return Program(steps[::-1], self._places, result)
+        seen, steps = set(places), []
+        for step, used, needed in reversed(self._steps):
+            if needed or not seen.isdisjoint(used):
+                steps.append((step, sorted(set(used) - seen)))
+                seen |= set(used)
+        return Program(steps[::-1], self._slots, read)
 
 
 def _mutates(func: Callable[..., Any]) -> bool:
     schema = getattr(func, "_schema", None)
     return schema is None or schema.is_mutable
-
-
-def _mapped(f: Callable[[Any], Any], value: Any) -> Any:
-    """`value` with f applied to the items of its tuples, lists and dictionaries."""
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*map(f, value))
-    if isinstance(value, (tuple, list)):
-        return type(value)(map(f, value))
-    if isinstance(value, dict):
-        return {key: f(v) for key, v in value.items()}
-    return value
-
-
-def _filled(value: Any, env: list[Any]) -> Any:
-    """`value` with tensors instead of places."""
-    if type(value) is _Place:
-        return env[value]
-    if type(value) is _Descriptor:
-        descriptor = object.__new__(value.kind)  # its fields were checked when recorded
-        vars(descriptor).update(value.fields, base=env[value.place])
-        return descriptor
-    return _mapped(lambda v: _filled(v, env), value)
-
-
-def _filling(operands: list[Any]) -> Callable[[list[Any]], list[Any]]:
-    """A function that returns `_filled` of these operands, quickly."""
-    tensors = [(i, v) for i, v in enumerate(operands) if type(v) is _Place]
-    others = [(i, v) for i, v in enumerate(operands) if type(v) is not _Place and _places(v)]
-
-    def fill(env: list[Any]) -> list[Any]:
-        values = operands.copy()
-        for i, place in tensors:
-            values[i] = env[place]
-        for i, value in others:
-            values[i] = _filled(value, env)
-        return values
-
-    return fill
-
-
-def _places(value: Any) -> list[int]:
-    if type(value) is _Place:
-        return [value]
-    if isinstance(value, dict):
-        value = tuple(value.values())
-    return [p for v in value for p in _places(v)] if isinstance(value, (tuple, list)) else []

@@ -353,6 +353,41 @@ def test_step_has_tensors_of_its_own():
     assert torch.equal(steps([torch.zeros(3)]), kept) and asked == [3, 3, 3]
 
 
+def test_memory_of_no_use_is_not_allocated(monkeypatch):
+    allocated = []
+
+    def empty_strided(*args, **kwargs):
+        allocated.append(torch.empty(0).new_empty_strided(*args, **kwargs))
+        return allocated[-1]
+
+    def function(x):
+        memory = [torch.empty(size) for size in (3, 5, 7)]
+        return memory[0].copy_(x), memory[2]
+
+    monkeypatch.setattr(torch, "empty_strided", empty_strided)
+    _, steps = record(function, torch.ones(3))
+    allocated.clear()
+    x = torch.randn(3)
+    copied, given = steps([x])
+    assert torch.equal(copied, x) and given.shape == (7,)
+    assert [t.shape for t in allocated] == [(3,), (7,)]
+
+
+def test_constants_of_a_program():
+    """Lists are those of the recording; one tensor alone, and none, can be a list's items."""
+    sizes = [2, 3]
+
+    def function(x):
+        y = torch.stack([x.reshape(sizes)])
+        sizes.append(1)
+        return [y], [], [sizes[:2]], ()
+
+    _, steps = record(function, torch.ones(6))
+    x = torch.randn(6)
+    first, *others = steps([x])
+    assert torch.equal(first[0], x.reshape(1, 2, 3)) and others == [[], [[2, 3]], ()]
+
+
 def test_launches_are_steps():
     """Launches of kernels, with descriptors of tensors among their arguments."""
 
