@@ -28,7 +28,7 @@ RATE = 790e6  # FLOP per microsecond in 16 bits
 FIRST_LOAD, LOAD = 1.0, 0.8  # microseconds
 MERGE = 1.5  # microseconds: sums to L2, counter, barriers
 SMALL, GAP = 2.5, 1.0  # microseconds: a launch that moves little, and between two launches
-HOST = 20.0  # microseconds of the host for a convolution of a training step by PyTorch's cuDNN
+HOST = 20.0  # microseconds: assumed for the host to start cuDNN's convolution in training
 REGISTERS, THREADS = 65536, 2048
 FEW = 8  # channels: one 16-byte vector; cuDNN is slow for fewer, as measured for 3
 

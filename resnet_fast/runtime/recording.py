@@ -42,8 +42,7 @@ class Program:
     """The steps of a recorded function, and how its results are read.
 
     An environment has the arguments, then a slot for each other place: a result of a step, or a
-    constant operand. `itemgetter` then reads the operands of a step, which is most of the host time
-    besides PyTorch's and Triton's own.
+    constant operand, so that `itemgetter` reads all operands of a step at once.
     """
 
     def __init__(

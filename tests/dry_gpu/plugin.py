@@ -16,6 +16,7 @@ VALUES = (AssertionError, ZeroDivisionError, OverflowError, torch.OutOfMemoryErr
 OF_VALUES = (
     "multiplication overflow", "Invalid learning rate", "was mutated", "opcheck(",
     "must match the size of tensor b", "calculation overflowed",  # bins of what is counted
+    "expected labels",
 )  # fmt: skip
 
 
