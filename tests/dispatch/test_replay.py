@@ -374,18 +374,19 @@ def test_memory_of_no_use_is_not_allocated(monkeypatch):
 
 
 def test_constants_of_a_program():
-    """Lists are those of the recording; one tensor alone, and none, can be a list's items."""
+    """Lists are those of the recording; a list's items can be one tensor alone, or none."""
     sizes = [2, 3]
 
     def function(x):
-        y = torch.stack([x.reshape(sizes)])
-        sizes.append(1)
-        return [y], [], [sizes[:2]], ()
+        y = recording.step(torch.reshape, x, sizes)
+        sizes[:] = [3, 2]
+        return [y], [], [[*sizes]], ()
 
     _, steps = record(function, torch.ones(6))
+    sizes[:] = [6]
     x = torch.randn(6)
     first, *others = steps([x])
-    assert torch.equal(first[0], x.reshape(1, 2, 3)) and others == [[], [[2, 3]], ()]
+    assert torch.equal(first[0], x.reshape(2, 3)) and others == [[], [[3, 2]], ()]
 
 
 def test_launches_are_steps():
