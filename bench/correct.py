@@ -138,11 +138,14 @@ def of_call(draw: Callable[[], Call], impl: str) -> list[str]:
     op, args = draw()
     run = partial(getattr(ops, op), *args, impl)
     found, again = (_several(run()) for _ in range(2))
-    same = _several(getattr(reference, op)(*args))
-    exact = _several(getattr(reference, op)(*map(_wide, args)))
-    wrong = []
-    for name, value, other, *expected in zip(RESULTS[op], found, again, same, exact, strict=True):
-        verdict = tolerance.compare(value, *expected, gradient=op == "conv_bprop")
+    plain = partial(getattr(reference, op), *args)
+    same, exact = _several(plain()), _several(getattr(reference, op)(*map(_wide, args)))
+    results, wrong = zip(RESULTS[op], found, again, same, exact, strict=True), []
+    for i, (name, value, other, *expected) in enumerate(results):
+        verdict = tolerance.compare(
+            value, *expected, gradient=op == "conv_bprop",
+            more=lambda i=i: [_several(run)[i] for run in tolerance.plain_runs(plain)],
+        )  # fmt: skip
         if not verdict.ok:
             wrong.append(f"{name}: {verdict}")
         if not torch.equal(value, other):

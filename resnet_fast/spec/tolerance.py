@@ -28,6 +28,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 T = TypeVar("T")
 
@@ -147,15 +148,34 @@ def assert_close(
 
 
 def plain_runs(run: Callable[[], T]) -> Iterator[T]:
-    """Results of `run` in plain PyTorch with one thread and three, with oneDNN and without."""
+    """Results of `run` in plain PyTorch with one thread and three, with oneDNN and without.
+
+    The last has oneDNN run all fp32 convolutions; PyTorch computes small ones itself on some CPUs.
+    """
     threads = torch.get_num_threads()
     try:
         for count, enabled in itertools.product((1, 3), (True, False)):
             torch.set_num_threads(count)
             with torch.backends.mkldnn.flags(enabled=enabled):
                 yield run()
+        if torch.backends.mkldnn.is_available():
+            with _ByOneDnn():
+                last = run()
+            yield last
     finally:
         torch.set_num_threads(threads)
+
+
+class _ByOneDnn(TorchDispatchMode):
+    """Runs every fp32 convolution on a CPU by oneDNN."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.convolution.default:
+            x, w, bias, stride, padding, dilation, transposed, _, groups = args
+            dense = x.numel() > 0 and w.size(1) > 1 and not transposed
+            if x.is_cpu and x.dtype == torch.float32 and dense:
+                return torch.mkldnn_convolution(x, w, bias, padding, stride, dilation, groups)
+        return func(*args, **(kwargs or {}))
 
 
 def near_kink(preactivation: Tensor, dtype: torch.dtype) -> Tensor:

@@ -138,19 +138,23 @@ def test_empty_cache_gives_memory_to_the_system():
 
 @pytest.mark.slow
 def test_the_least_recently_used_goes_first():
-    """Of two models the one in use stays packed when blocks want its place."""
+    """Of two models the one in use stays packed when it and its blocks want more place.
+
+    How much of the other one still fits depends on the layouts of the CPU's kernels.
+    """
     kept = run("""
         one, other = model(), model()
-        other(image()), one(image())
+        other(image())
+        whole = kept()["packed_filters"]
+        one(image())
         for _ in range(30):
             one(image(160, 2))
         before = kept()["packed_filters"]
         del other
         gc.collect()
-        print(json.dumps({"before": before, "after": kept()["packed_filters"]}))
+        print(json.dumps({"whole": whole, "before": before, "after": kept()["packed_filters"]}))
     """, 100)  # fmt: skip
-    assert kept["after"] > 0
-    assert kept["before"] == kept["after"]
+    assert kept["after"] >= kept["whole"] > 2 * (kept["before"] - kept["after"])
 
 
 def test_the_budget_is_the_setting():

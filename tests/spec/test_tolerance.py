@@ -59,6 +59,22 @@ def test_plain_runs_by_threads_and_onednn():
     assert (torch.get_num_threads(), torch.backends.mkldnn.enabled) == before
 
 
+@pytest.mark.parametrize("groups", [1, 16], ids=["dense", "depthwise"])
+def test_the_last_plain_run_is_by_onednn(groups):
+    """Also for a small image, and in another format; PyTorch itself runs a depthwise one."""
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("PyTorch has no oneDNN")
+    x, w = torch.randn(1, 16, 8, 8), torch.randn(16, 16 // groups, 3, 3, requires_grad=True)
+    x = x.contiguous(memory_format=torch.channels_last)
+    *_, last = plain_runs(lambda: torch.nn.functional.conv2d(x, w, padding=1, groups=groups))
+    pads = [1, 1]
+    expected = torch.mkldnn_convolution(x, w, None, pads, [1, 1], [1, 1], groups)
+    if groups > 1:
+        expected = torch.nn.functional.conv2d(x, w, padding=1, groups=groups)
+    torch.testing.assert_close(last, expected, rtol=1e-6, atol=1e-6)
+    assert last.requires_grad and len(list(plain_runs(lambda: None))) == 5
+
+
 @pytest.mark.parametrize("gradient", [False, True], ids=["result", "gradient"])
 def test_one_element_past_the_limit_fails(gradient):
     same, exact = triple()
