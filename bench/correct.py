@@ -140,7 +140,7 @@ def of_call(draw: Callable[[], Call], impl: str) -> list[str]:
     found, again = (_several(run()) for _ in range(2))
     plain = partial(getattr(reference, op), *args)
     same, exact = _several(plain()), _several(getattr(reference, op)(*map(_wide, args)))
-    results, wrong = zip(RESULTS[op], found, again, same, exact, strict=True), []
+    wrong, results = [], zip(RESULTS[op], found, again, same, exact, strict=True)
     for i, (name, value, other, *expected) in enumerate(results):
         verdict = tolerance.compare(
             value, *expected, gradient=op == "conv_bprop",

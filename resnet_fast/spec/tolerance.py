@@ -20,7 +20,6 @@ MAX_KINK_SHARE of a tensor fails. Method after flash-attention's tests (Dao 2022
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -148,32 +147,32 @@ def assert_close(
 
 
 def plain_runs(run: Callable[[], T]) -> Iterator[T]:
-    """Results of `run` in plain PyTorch with one thread and three, with oneDNN and without.
-
-    The last has oneDNN run all fp32 convolutions; PyTorch computes small ones itself on some CPUs.
+    """Results of `run` in plain PyTorch by one thread and three, each with oneDNN, without it, and
+    with every fp32 convolution by it: PyTorch computes small ones itself on some CPUs.
     """
-    threads = torch.get_num_threads()
+    threads, there = torch.get_num_threads(), torch.backends.mkldnn.is_available()
     try:
-        for count, enabled in itertools.product((1, 3), (True, False)):
+        for count in (1, 3):
             torch.set_num_threads(count)
-            with torch.backends.mkldnn.flags(enabled=enabled):
-                yield run()
-        if torch.backends.mkldnn.is_available():
-            with _ByOneDnn():
-                last = run()
-            yield last
+            for enabled in (True, False):
+                with torch.backends.mkldnn.flags(enabled=enabled):
+                    yield run()
+            if there:
+                with _ByOneDnn():
+                    found = run()
+                yield found
     finally:
         torch.set_num_threads(threads)
 
 
 class _ByOneDnn(TorchDispatchMode):
-    """Runs every fp32 convolution on a CPU by oneDNN."""
+    """Runs fp32 convolutions on a CPU by oneDNN, except those of one channel."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.aten.convolution.default:
             x, w, bias, stride, padding, dilation, transposed, _, groups = args
-            dense = x.numel() > 0 and w.size(1) > 1 and not transposed
-            if x.is_cpu and x.dtype == torch.float32 and dense:
+            fits = x.is_cpu and x.dtype == torch.float32 and x.size(1) > 1 and x.numel() > 0
+            if fits and not transposed:
                 return torch.mkldnn_convolution(x, w, bias, padding, stride, dilation, groups)
         return func(*args, **(kwargs or {}))
 

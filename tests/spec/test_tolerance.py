@@ -1,5 +1,6 @@
 """The tolerance rule itself: what passes, what fails, and that nothing slips through."""
 
+import functools
 import math
 
 import pytest
@@ -59,20 +60,25 @@ def test_plain_runs_by_threads_and_onednn():
     assert (torch.get_num_threads(), torch.backends.mkldnn.enabled) == before
 
 
-@pytest.mark.parametrize("groups", [1, 16], ids=["dense", "depthwise"])
-def test_the_last_plain_run_is_by_onednn(groups):
-    """Also for a small image, and in another format; PyTorch itself runs a depthwise one."""
+@pytest.mark.parametrize("channels", [1, 16])
+def test_plain_runs_by_onednn_alone(monkeypatch, channels):
+    """Of each number of threads the last; one channel is PyTorch's."""
     if not torch.backends.mkldnn.is_available():
         pytest.skip("PyTorch has no oneDNN")
-    x, w = torch.randn(1, 16, 8, 8), torch.randn(16, 16 // groups, 3, 3, requires_grad=True)
-    x = x.contiguous(memory_format=torch.channels_last)
-    *_, last = plain_runs(lambda: torch.nn.functional.conv2d(x, w, padding=1, groups=groups))
-    pads = [1, 1]
-    expected = torch.mkldnn_convolution(x, w, None, pads, [1, 1], [1, 1], groups)
-    if groups > 1:
-        expected = torch.nn.functional.conv2d(x, w, padding=1, groups=groups)
-    torch.testing.assert_close(last, expected, rtol=1e-6, atol=1e-6)
-    assert last.requires_grad and len(list(plain_runs(lambda: None))) == 5
+    real, asked = torch.mkldnn_convolution, []
+
+    def noted(x, w, *rest):
+        asked.append(torch.get_num_threads())
+        return real(x, w, *rest)
+
+    monkeypatch.setattr(torch, "mkldnn_convolution", noted)
+    x, w = torch.randn(1, channels, 8, 9), torch.randn(4, channels, 3, 3, requires_grad=True)
+    conv = functools.partial(torch.nn.functional.conv2d, x, w, padding=(1, 0), stride=(1, 2))
+    runs = list(plain_runs(conv))
+    assert len(runs) == 6 and asked == ([1, 3] if channels > 1 else [])
+    for y in runs:
+        torch.testing.assert_close(y, runs[0])
+        assert y.requires_grad
 
 
 @pytest.mark.parametrize("gradient", [False, True], ids=["result", "gradient"])
