@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench import gate, memory, rows, step, table, timing
+from bench import gate, memory, peers, rows, step, table, timing
 from bench.step import Case
 from resnet_fast.runtime.options import device, integers, names, positive
 from resnet_fast.spec.dtypes import PRECISIONS
@@ -45,6 +45,8 @@ class Provider:
     layout: str
     gated: bool = False
     graphs_itself: bool = False
+    takes: Callable[[Case], bool] = lambda case: True
+    in_pytorch: bool = True  # its memory is PyTorch's, and can be measured
 
 
 def _eager(layout: str) -> Callable[[nn.Module, Case, Tensor], nn.Module]:
@@ -94,6 +96,12 @@ PROVIDERS: dict[str, Provider] = {
     "compile_default": Provider(
         partial(_compiled, best=False), "channels_last", graphs_itself=True
     ),
+    "openvino": Provider(
+        peers.openvino, "nchw", gated=True, takes=peers.openvino_takes, in_pytorch=False
+    ),
+    "onnxruntime": Provider(
+        peers.onnxruntime, "nchw", gated=True, takes=peers.onnxruntime_takes, in_pytorch=False
+    ),
     "resnet_fast": Provider(_resnet_fast, "channels_last", gated=True),
 }
 USUAL = ("eager_nchw", "eager", "compile", "resnet_fast")
@@ -128,8 +136,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--device", type=device, default=torch.device("cpu"), metavar="cpu|cuda",
         help="default: cpu")  # fmt: skip
     add("--providers", type=names(lambda: PROVIDERS), default=list(USUAL), metavar="NAME,…",
-        help=f"some of {', '.join(PROVIDERS)}; eager is channels_last (default: all except "
-             "compile_default)")  # fmt: skip
+        help=f"some of {', '.join(PROVIDERS)}; eager is channels_last; openvino and onnxruntime "
+             "run inference on a CPU (default: " + ", ".join(USUAL) + ")")  # fmt: skip
     add("--out", type=Path, metavar="FILE.jsonl", help="append the rows to this file")
     add("--threads", type=positive(int), metavar="N", help="CPU threads (default: PyTorch's)")
     add("--rounds", type=positive(int), metavar="N", help="time exactly N rounds per case")
@@ -166,12 +174,13 @@ def run(args: argparse.Namespace) -> int:
                      args.graph and args.device.type == "cuda")
                 for batch in args.batch
             ]  # fmt: skip
-            if not admitted(plain, cases[0], args.providers):
+            providers = [name for name in args.providers if PROVIDERS[name].takes(cases[0])]
+            if not admitted(plain, cases[0], providers):
                 failed = True
                 continue
             for case in cases:
                 new, why = measure(
-                    plain, case, args.providers, facts, rounds=args.rounds, seconds=args.seconds
+                    plain, case, providers, facts, rounds=args.rounds, seconds=args.seconds
                 )
                 failed = failed or bool(why)
                 measured += new
@@ -220,7 +229,7 @@ def measure(
     Progress goes to stderr. rounds and seconds are those of `timing.interleave`.
     """
     steps: dict[str, timing.Step] = {}
-    peaks: dict[str, float] = {}
+    peaks: dict[str, float | None] = {}
     failed: dict[str, str] = {}
     try:
         layouts = {PROVIDERS[name].layout for name in providers}
@@ -266,7 +275,7 @@ def _build(
     case: Case,
     inputs: Mapping[str, Sequence[tuple[Tensor, Tensor]]],
     check: bool,
-) -> tuple[timing.Step, float, gate.Check | None]:
+) -> tuple[timing.Step, float | None, gate.Check | None]:
     """The warm step of a provider, its peak memory, and for gated ones the check at full size."""
     provider, first, start = PROVIDERS[name], [], time.perf_counter()
 
@@ -277,10 +286,11 @@ def _build(
 
     run, peak = memory.peak_of(build, case.device)
     say(f"{case}: {name} built and warm after {time.perf_counter() - start:.1f} s")
+    known = peak if provider.in_pytorch else None
     if not (provider.gated and check):
-        return run, peak, None
+        return run, known, None
     x = inputs[provider.layout][0][0]
-    return run, peak, gate.at_full_size(first[0], plain, case, x)
+    return run, known, gate.at_full_size(first[0], plain, case, x)
 
 
 def _times(

@@ -26,8 +26,11 @@ LABELS = {
     "eager": "eager",
     "compile": "torch.compile",
     "compile_default": "torch.compile default",
+    "openvino": "OpenVINO",
+    "onnxruntime": "ONNX Runtime",
     "resnet_fast": "resnet_fast",
 }
+PEERS = ("eager", "compile", "compile_default", "openvino", "onnxruntime")
 MACHINE = ("device", "cpu_or_gpu", "threads", "isa", "torch", "triton", "cuda")
 CASE = ("model", "image_size", "mode", "dtype", "batch", "impl", "optimizer", "graph")
 
@@ -117,7 +120,7 @@ def markdown(found: Iterable[rows.Row]) -> str:
 def _machine(runs: Sequence[Run]) -> str:
     every = [one for run in runs for one in run.values()]
     providers = _providers(runs)
-    peers = [name for name in ("eager", "compile", "compile_default") if name in providers]
+    peers = [name for name in PEERS if name in providers]
     ours = "resnet_fast" in providers
     header = ["model", "mode", "dtype", "batch", *(LABELS.get(p, p) for p in providers)]
     header += [f"vs {LABELS[p]}" for p in peers if ours] + ["peak MiB"] * bool(ours and peers)
@@ -189,8 +192,12 @@ def _versus(run: Run, peer: str) -> str:
 
 
 def _peak(run: Run) -> str:
-    cells = [f"{run[p]['peak_mb']:.0f}" if p in run else "–" for p in ("eager", "resnet_fast")]
+    cells = [_mebibytes(run[p]) if p in run else "–" for p in ("eager", "resnet_fast")]
     return " → ".join(cells)
+
+
+def _mebibytes(one: rows.Row) -> str:
+    return "–" if one["peak_mb"] is None else f"{one['peak_mb']:.0f}"
 
 
 def text(found: Iterable[rows.Row]) -> str:
@@ -204,7 +211,7 @@ def text(found: Iterable[rows.Row]) -> str:
         lines.append((
             one["model"], one["mode"], one["dtype"], str(one["batch"]), one["provider"],
             f"{one['images_per_s']:.1f}", *times,
-            f"{one['peak_mb']:.0f}", "–" if ratio is None else f"{ratio:.2f}x",
+            _mebibytes(one), "–" if ratio is None else f"{ratio:.2f}x",
         ))  # fmt: skip
     return columns(lines, left=5)
 

@@ -14,14 +14,6 @@
 
 namespace resnet_fast::cpu {
 
-template <class T>
-constexpr int64_t kStepValues = 4 / sizeof(T);
-
-template <class T>
-int64_t steps(int64_t values) {
-  return (values + kStepValues<T> - 1) / kStepValues<T>;
-}
-
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Cuts `total` items into parts of equal size; the first total % parts are one larger.

@@ -1,10 +1,13 @@
 // The inner kernels of resnet_fast's CPU convolutions (tiled_conv.cpp, wgrad.cpp); T is float or bf16. For CPUs with
-// AVX-512 (gemm.inl), and with AMX for bf16 (kernels_amx_bf16.cpp).
+// AVX2 or AVX-512 (gemm.inl), and with AMX for bf16 (kernels_amx_bf16.cpp).
 //
-// Each is a product C[rows][32] += Σ A[row][step]·B[step][32] over 4-byte steps: one fp32 value, or a pair of bf16
-// values whose products are accumulated in fp32. A tile is `rows` rows of 32 values in two halves, which need not be
-// adjacent. AVX-512 has tiles of 14 rows: 28 of 32 registers accumulate, with 28 FMAs for 2 loads of B and 14
-// broadcasts of A. AMX has tiles of 32 rows: four accumulators of 16 by 16.
+// Each is a product C[rows][columns] += Σ A[row][step]·B[step][columns] over 4-byte steps: one fp32 value, or a pair of
+// bf16 values whose products are accumulated in fp32. Where the CPU has no products of bf16, bf16 values are widened to
+// fp32 steps. A tile is `rows` rows in two halves, which need not be adjacent:
+//
+//   AVX2     6 x 16    12 of 16 registers accumulate: 12 FMAs for 2 loads of B and 6 broadcasts of A
+//   AVX-512  14 x 32   28 of 32 registers accumulate: 28 FMAs for 2 loads of B and 14 broadcasts of A
+//   AMX      32 x 32   four accumulators of 16 by 16
 #pragma once
 
 #include <cstdint>
@@ -13,9 +16,8 @@
 
 namespace resnet_fast {
 
-constexpr int kTileColumns = 32;
-constexpr int64_t kPanelStep = kTileColumns * 4;  // bytes per step of B
-constexpr int64_t kChain = 256;                   // steps that gemm.inl accumulates at once; longer sums add such parts
+constexpr int64_t kChannels = 32;  // the tiles take multiples of this many channels and filters
+constexpr int64_t kChain = 256;    // steps that gemm.inl accumulates at once; longer sums add such parts
 
 // One stretch of the sum: `steps` steps, `a` and `b` bytes after the product's A and B.
 struct Stretch {
@@ -23,7 +25,7 @@ struct Stretch {
 };
 
 // A tile's sum over its stretches. In a stretch A(row, step) is at a + row·lda + step·a_step bytes in the first
-// half of the tile, at a + half_a + (row − half)·lda + step·a_step in the second; B(step) is at b + step·kPanelStep.
+// half of the tile, at a + half_a + (row − half)·lda + step·a_step in the second; B(step) is at b + step·columns·4.
 // If steps are grouped, the steps of a group are adjacent, and a_step is the distance between groups divided by the
 // steps per group.
 struct Product {
@@ -36,7 +38,7 @@ struct Product {
 // The epilogue of a tile: y = relu(scale·sum + shift + residual); each part is optional.
 template <class T>
 struct Epilogue {
-  const float *scale, *shift;  // [32]
+  const float *scale, *shift;  // [columns]
   const T* residual;           // indexed like y
   bool relu;
 };
@@ -52,14 +54,20 @@ struct Rows {
 template <class T>
 struct ConvKernels {
   int rows, half;         // of a tile, and of its first half
+  int columns;            // of a tile and a panel
+  int values;             // of T per step
   bool ragged;            // the first half may be short even with a second one
   int steps;              // per group; stretches are whole groups
   int64_t depth;          // maximum steps per stretch: all taps of these steps are multiplied while in L1
   int64_t scratch_bytes;  // of input that stays in L2 with a panel and the output
   int64_t block_bytes;    // of panels that are multiplied by a tile of pixels in sequence
-  int dw_parts;           // tiles of dw per 32 filters
+  int dw_parts;           // tiles of dw per panel of filters
   int64_t dw_pixels;      // maximum pixels per block of dw,
   int64_t dw_bytes;       // and maximum bytes of its operands
+
+  int64_t panel_step() const { return 4 * columns; }  // bytes of B per step
+  int64_t steps_of(int64_t values_) const { return (values_ + values - 1) / values; }
+  int64_t value_bytes() const { return 4 / values; }  // of a value in A
 
   // y[row·ldy + column] = …; rows of the second half at y[half_y + (row − half)·ldy + column]. `shape` is the
   // thread's tile configuration, 0 before the first tile. Call release() after the last tile; nullptr without AMX.
@@ -68,13 +76,15 @@ struct ConvKernels {
   // sum[row·ld + column] = … or, where `add`, += …
   void (*add_tile)(int rows, const Product&, bool add, float* sum, int64_t ld, int& shape);
   void (*release)();
-  // Filters [outer][inner] (inner contiguous, rows `ld` values apart, of type float or T) as B panels of 32
-  // outer values (fprop) or of 32 inner values (dgrad): packed[step][32].
+  // Filters [outer][inner] (inner contiguous, rows `ld` values apart; float, or T unless T is widened) as B panels of
+  // `columns` outer values (fprop) or inner values (dgrad): packed[step][columns].
   void (*pack_outer)(const void* w, bool is_float, int64_t ld, int64_t inner, char* packed);
   void (*pack_inner)(const void* w, bool is_float, int64_t ld, int64_t outer, char* packed);
   // Pixels as steps: `channels` values (a multiple of 32) of `pixels` pixels, `ld` values apart, as panels
-  // [step][32], `panel_bytes` apart. With an odd number of bf16 pixels, zeros complete the last pair.
+  // [step][columns], `panel_bytes` apart. With an odd number of bf16 pixels, zeros complete the last pair.
   void (*pack_pixels)(const T* x, int64_t ld, int64_t pixels, int64_t channels, char* packed, int64_t panel_bytes);
+  // Copies `values` values (a multiple of 32) of A as fp32 steps; nullptr where T itself is multiplied.
+  void (*widen)(const T* x, int64_t values, float* to);
   // The next two are for tiles that read a group of steps of many pixels at once (AMX), else nullptr.
   // Transposes a panel of pixels in place from B's order to A's: [step][32] to [group][32][steps of a group].
   void (*turn)(char* packed, int64_t steps);
@@ -86,11 +96,17 @@ struct ConvKernels {
 template <class T>
 const ConvKernels<T>* conv_kernels();
 
+namespace avx2 {
+template <class T>
+const ConvKernels<T>& conv_kernels();
+}
 namespace avx512 {
-const ConvKernels<float>& conv_kernels();
+template <class T>
+const ConvKernels<T>& conv_kernels();
 }
 namespace avx512_bf16 {
-const ConvKernels<bf16>& conv_kernels();
+template <class T>
+const ConvKernels<T>& conv_kernels();
 }
 namespace amx_bf16 {
 const ConvKernels<bf16>& conv_kernels();

@@ -16,6 +16,8 @@ namespace resnet_fast::amx_bf16 {
 #include "lanes.inl"
 
 constexpr int kHalf = 16, kGroup = 16;  // rows and steps of a tile register
+constexpr int kColumns = 32;
+constexpr int64_t kPanelStep = kColumns * 4;
 
 // The configuration of the eight tile registers: 0 and 1 are the first half of C (left and right columns), 2 and 3 the
 // second half; 4 and 5 are the halves of A, 6 and 7 the left and right columns of B.
@@ -87,12 +89,12 @@ struct Finisher {
     _mm512_storeu_si512(y + at, (__m512i)_mm512_cvtne2ps_pbh(v[1].v, v[0].v));
   }
   void rows(int count, const float* sum, int64_t at) const {
-    for (int i = 0; i < count; ++i) row(sum + i * kTileColumns, at + i * ldy);
+    for (int i = 0; i < count; ++i) row(sum + i * kColumns, at + i * ldy);
   }
   void run(const Rows& rows, const float* sum) const {
     int column = rows.column;
     int64_t at = 0;
-    for (int i = 0; i < rows.first + rows.second; ++i, sum += kTileColumns) {
+    for (int i = 0; i < rows.first + rows.second; ++i, sum += kColumns) {
       if (column < rows.width) {
         row(sum, at);
         at += ldy;
@@ -114,15 +116,15 @@ inline __attribute__((always_inline)) void sum_up(const Product& product, float*
   _tile_stored(0, sum, kPanelStep);
   _tile_stored(1, sum + 16, kPanelStep);
   if constexpr (kTwo) {
-    _tile_stored(2, sum + kHalf * kTileColumns, kPanelStep);
-    _tile_stored(3, sum + kHalf * kTileColumns + 16, kPanelStep);
+    _tile_stored(2, sum + kHalf * kColumns, kPanelStep);
+    _tile_stored(3, sum + kHalf * kColumns + 16, kPanelStep);
   }
 }
 
 void store_tile(
     const Rows& rows, const Product& product, bf16* y, int64_t ldy, int64_t half_y, const Epilogue<bf16>& epilogue,
     int& shape) {
-  alignas(64) float sum[2 * kHalf * kTileColumns];
+  alignas(64) float sum[2 * kHalf * kColumns];
   reshape(rows.first, rows.second, shape);
   if (rows.second > 0) {
     sum_up<true>(product, sum);
@@ -135,7 +137,7 @@ void store_tile(
     return;
   }
   finisher.rows(rows.first, sum, 0);
-  finisher.rows(rows.second, sum + kHalf * kTileColumns, half_y);
+  finisher.rows(rows.second, sum + kHalf * kColumns, half_y);
 }
 
 // rows is always 32, because dw_parts is 1.
@@ -206,7 +208,7 @@ void spread(const bf16* x, int64_t pixels, int64_t channels, char* to, int64_t g
 
 const ConvKernels<bf16>& conv_kernels() {
   static const ConvKernels<bf16> all = [] {
-    ConvKernels<bf16> k = avx512_bf16::conv_kernels();  // for its packing
+    ConvKernels<bf16> k = avx512_bf16::conv_kernels<bf16>();  // for its packing
     k.rows = 2 * kHalf, k.half = kHalf, k.ragged = true, k.steps = kGroup, k.depth = 2 * kGroup;
     k.scratch_bytes = 512 << 10, k.block_bytes = 512 << 10;
     k.dw_parts = 1, k.dw_pixels = 2048, k.dw_bytes = 1 << 20;

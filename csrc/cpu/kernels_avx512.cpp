@@ -1,4 +1,4 @@
-// The kernels for AVX-512 F, BW, VL and DQ: memory-bound, and fp32 convolution tiles.
+// The kernels for AVX-512 F, BW, VL and DQ: memory-bound, and convolution tiles.
 #include "target.h"
 
 #if RESNET_FAST_X86
@@ -10,7 +10,6 @@ RESNET_FAST_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
 #include "winograd.h"
 
 namespace resnet_fast::avx512 {
-using Element = float;
 #include "lanes.inl"
 #include "norm.inl"
 #include "gemm.inl"

@@ -10,7 +10,6 @@ RESNET_FAST_TARGET("avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c"
 #include "kernels.h"
 
 namespace resnet_fast::avx512_bf16 {
-using Element = bf16;
 #include "lanes.inl"
 #include "gemm.inl"
 }  // namespace resnet_fast::avx512_bf16

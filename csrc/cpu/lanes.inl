@@ -52,6 +52,7 @@ struct Lanes {
     for (int i = 0; i < kWidth; ++i) r.v[i] = (bits >> i) & 1 ? v[i] : other.v[i];
     return r;
   }
+  Lanes relu() const { return where(positive()); }
   A sum() const {
     A s[4] = {0, 0, 0, 0};
     for (int i = 0; i < kWidth; ++i) s[i % 4] += v[i];
@@ -117,6 +118,7 @@ struct Lanes<float> {
   }
   Lanes where(uint32_t bits) const { return {_mm512_maskz_mov_ps(__mmask16(bits), v)}; }
   Lanes where(uint32_t bits, const Lanes& other) const { return {_mm512_mask_mov_ps(other.v, __mmask16(bits), v)}; }
+  Lanes relu() const { return where(positive()); }
   float sum() const { return _mm512_reduce_add_ps(v); }
 };
 
@@ -159,10 +161,24 @@ struct Lanes<float> {
       for (int i = 0; i < n; ++i) p[i] = part[i];
     }
   }
+  static __m256i narrow8(__m256 x) {  // bf16 in the low halves; as on AVX-512
+    const __m256i bits = _mm256_castps_si256(x);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i up = _mm256_add_epi32(_mm256_add_epi32(bits, odd), _mm256_set1_epi32(0x7fff));
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+    return _mm256_srli_epi32(_mm256_blendv_epi8(up, _mm256_set1_epi32(0x7fc00000), nan), 16);
+  }
   void store(bf16* p, int n = kWidth) const {
-    float part[kWidth];
-    store(part);
-    for (int i = 0; i < n; ++i) p[i] = narrow<bf16>(part[i]);
+    // packus takes 128-bit parts of both in turn; the permutation puts them in order.
+    const __m256i mixed = _mm256_packus_epi32(narrow8(lo), narrow8(hi));
+    const __m256i half = _mm256_permute4x64_epi64(mixed, 0xd8);
+    if (n == kWidth) {
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), half);
+    } else {
+      bf16 part[kWidth];
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(part), half);
+      for (int i = 0; i < n; ++i) p[i] = part[i];
+    }
   }
   uint32_t positive() const {
     const __m256 zero = _mm256_setzero_ps();
@@ -184,6 +200,8 @@ struct Lanes<float> {
     const Lanes mine = where(bits), rest = other.where(~bits);
     return {_mm256_or_ps(mine.lo, rest.lo), _mm256_or_ps(mine.hi, rest.hi)};
   }
+  static __m256 relu8(__m256 x) { return _mm256_and_ps(x, _mm256_cmp_ps(x, _mm256_setzero_ps(), _CMP_NLE_UQ)); }
+  Lanes relu() const { return {relu8(lo), relu8(hi)}; }
   float sum() const {
     float part[kWidth], s[4] = {0, 0, 0, 0};
     store(part);

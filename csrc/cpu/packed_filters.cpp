@@ -156,7 +156,8 @@ Key make_key(const Tensor& x, const Tensor& w, const BatchNorm& bn, const Geomet
              at::get_num_threads(), onednn().takes(x, w, g)};
   // oneDNN's layout depends on the input's size; that of the tiles on the use of Winograd.
   if (route(x, w, g, true).tiled) {
-    key.push_back(x.scalar_type() == at::kFloat && by_winograd(conv_shape(x, w, g), false));
+    const ConvShape s = conv_shape(x, w, g);
+    key.push_back(x.scalar_type() == at::kFloat ? by_winograd<float>(s, false) : by_winograd<bf16>(s, false));
   } else {
     key.insert(key.end(), x.sizes().begin(), x.sizes().end());
   }
@@ -289,10 +290,13 @@ Route route(const Tensor& x, const Tensor& w, const Geometry& g, bool inference)
   if (!(single ? tiled_conv_takes<float>(s) : tiled_conv_takes<bf16>(s))) {
     return library("channels or filters are not multiples of 32, or the CPU has no tiles");
   }
-  if (single && by_winograd(s, false)) return {"winograd", "fp32, 3x3, stride 1", true};
+  if (single ? by_winograd<float>(s, false) : by_winograd<bf16>(s, false)) {
+    return {"winograd", "fp32 arithmetic, 3x3, stride 1", true};
+  }
   const int64_t values = s.images * s.rows * s.columns * (s.channels + s.filters);
   const bool streams = s.pointwise() && values > s.channels * s.filters;
-  if (inference && single && conv_by() == ConvBy::Auto && is_intel() && !streams && onednn().takes(x, w, g)) {
+  if (inference && single && conv_by() == ConvBy::Auto && is_intel() &&
+      active_isa() >= Isa::AVX512 && !streams && onednn().takes(x, w, g)) {
     return library("fp32 inference on Intel");
   }
   return {"tiles", "channels and filters are multiples of 32", true};

@@ -15,26 +15,24 @@
 
 namespace resnet_fast {
 
-template <>
-const ConvKernels<float>* conv_kernels() {
+template <class T>
+const ConvKernels<T>* conv_kernels() {
 #if RESNET_FAST_X86_64
-  return active_isa() >= Isa::AVX512 ? &avx512::conv_kernels() : nullptr;
-#else
-  return nullptr;
+  const Isa isa = active_isa();
+  if constexpr (std::is_same_v<T, bf16>) {
+#if RESNET_FAST_HAS_AMX
+    if (isa >= Isa::AMX_BF16) return &amx_bf16::conv_kernels();
 #endif
+    if (isa >= Isa::AVX512_BF16) return &avx512_bf16::conv_kernels<bf16>();
+  }
+  if (isa >= Isa::AVX512) return &avx512::conv_kernels<T>();
+  if (isa >= Isa::AVX2) return &avx2::conv_kernels<T>();
+#endif
+  return nullptr;
 }
 
-template <>
-const ConvKernels<bf16>* conv_kernels() {
-#if RESNET_FAST_X86_64
-#if RESNET_FAST_HAS_AMX
-  if (active_isa() >= Isa::AMX_BF16) return &amx_bf16::conv_kernels();
-#endif
-  return active_isa() >= Isa::AVX512_BF16 ? &avx512_bf16::conv_kernels() : nullptr;
-#else
-  return nullptr;
-#endif
-}
+template const ConvKernels<float>* conv_kernels();
+template const ConvKernels<bf16>* conv_kernels();
 
 namespace cpu {
 namespace {
@@ -75,7 +73,7 @@ Window window(const Problem<T>& c, const Band& band) {
   Window w = {rows.least(band.p0), rows.most(band.p1 - 1) + 1, columns.least(band.q0),
               columns.most(band.q1 - 1) + 1, false};
   const bool inside = w.row0 >= 0 && w.row1 <= rows.input && w.column0 >= 0 && w.column1 <= columns.input;
-  w.in_place = c.x != nullptr && inside;
+  w.in_place = c.x != nullptr && inside && conv_kernels<T>()->widen == nullptr;
   return w;
 }
 
@@ -88,19 +86,20 @@ int64_t group_pitch(const Window& w) {
 
 template <class T>
 int64_t input_bytes(const Problem<T>& c, const Window& w) {
+  const ConvKernels<T>& kernels = *conv_kernels<T>();
   if (w.in_place) return 0;
-  if (!conv_kernels<T>()->spread) return w.height() * w.width() * c.channels * int64_t(sizeof(T));
-  return steps<T>(c.channels) / conv_kernels<T>()->steps * group_pitch<T>(w);
+  if (!kernels.spread) return w.height() * w.width() * c.channels * kernels.value_bytes();
+  return kernels.steps_of(c.channels) / kernels.steps * group_pitch<T>(w);
 }
 
 // Copies the input of a band to `to`, of input_bytes, unless it is read in place.
 template <class T>
 Input lay_out(const Problem<T>& c, const Band& band, const Window& w, char* to) {
   const ConvKernels<T>& kernels = *conv_kernels<T>();
-  const int64_t pixel = c.channels * int64_t(sizeof(T)), begin = std::max<int64_t>(0, w.column0);
+  const int64_t pixel = c.channels * kernels.value_bytes(), begin = std::max<int64_t>(0, w.column0);
   const int64_t end = std::min(c.columns.input, w.column1), group_bytes = kernels.steps * 4;
+  if (c.x && *c.fill) (*c.fill)(band.image, band.p0, band.q0, band.q1, nullptr);
   if (w.in_place) {
-    if (*c.fill) (*c.fill)(band.image, band.p0, band.q0, band.q1, nullptr);
     const T* image = c.x + band.image * c.rows.input * c.columns.input * c.channels;
     return {reinterpret_cast<const char*>(image), 0, 0, c.columns.input * pixel, pixel, group_bytes};
   }
@@ -120,17 +119,17 @@ Input lay_out(const Problem<T>& c, const Band& band, const Window& w, char* to) 
     clear(line, begin - w.column0);
     clear(first + (end - begin) * width, w.column1 - end);
     const T* from = c.x ? c.x + ((band.image * c.rows.input + i) * c.columns.input + begin) * c.channels : nullptr;
-    if (!apart) {
-      if (from) std::memcpy(first, from, (end - begin) * pixel);
-      if (!from) (*c.fill)(band.image, i, begin, end, reinterpret_cast<T*>(first));
-      continue;
-    }
+    const bool copies = !apart && !kernels.widen;
     if (!from) {
-      T* filled = reinterpret_cast<T*>(scratch(1, (end - begin) * pixel));
+      const int64_t bytes = (end - begin) * c.channels * int64_t(sizeof(T));
+      T* filled = reinterpret_cast<T*>(copies ? first : scratch(1, bytes));
       (*c.fill)(band.image, i, begin, end, filled);
       from = filled;
+    } else if (copies) {
+      std::memcpy(first, from, (end - begin) * pixel);
     }
-    kernels.spread(from, end - begin, c.channels, first, group);
+    if (kernels.widen) kernels.widen(from, (end - begin) * c.channels, reinterpret_cast<float*>(first));
+    if (apart) kernels.spread(from, end - begin, c.channels, first, group);
   }
   return {to, w.row0, w.column0, w.width() * width, width, group};
 }
@@ -157,7 +156,8 @@ struct Ready {
 template <class T>
 std::vector<Stretch> stretches_of(const Problem<T>& c, const Input& in, int64_t a_step, int64_t p0, int64_t q0) {
   const Axis &rows = c.rows, &columns = c.columns;
-  const int64_t depth = steps<T>(c.channels), most = conv_kernels<T>()->depth;
+  const ConvKernels<T>& kernels = *conv_kernels<T>();
+  const int64_t depth = kernels.steps_of(c.channels), most = kernels.depth;
   std::vector<Stretch> stretches;
   for (int64_t i = 0; i < depth; i += most) {
     for (int64_t r = 0; r < rows.taps; ++r) {
@@ -165,7 +165,7 @@ std::vector<Stretch> stretches_of(const Problem<T>& c, const Input& in, int64_t 
         if (!columns.meets(q0, s)) continue;
         const int64_t at = (rows.at(p0, r) - in.row0) * in.pitch + (columns.at(q0, s) - in.column0) * in.pixel;
         const int64_t tap = (r * columns.taps + s) * depth;
-        stretches.push_back({at + i * a_step, (tap + i) * kPanelStep, std::min(most, depth - i)});
+        stretches.push_back({at + i * a_step, (tap + i) * kernels.panel_step(), std::min(most, depth - i)});
       }
     }
   }
@@ -248,7 +248,7 @@ inline void fetch(const void* from, const void* to) {
 template <class T>
 void run_bands(const Problem<T>& c, const Band* bands, int64_t count, int64_t panel0, int64_t panel1) {
   const ConvKernels<T>& kernels = *conv_kernels<T>();
-  const int64_t panel_bytes = c.rows.taps * c.columns.taps * steps<T>(c.channels) * kPanelStep;
+  const int64_t panel_bytes = c.rows.taps * c.columns.taps * kernels.steps_of(c.channels) * kernels.panel_step();
   std::vector<Window> windows;
   int64_t bytes = 0;
   for (int64_t i = 0; i < count; ++i) {
@@ -268,7 +268,7 @@ void run_bands(const Problem<T>& c, const Band* bands, int64_t count, int64_t pa
   Tiles state(kernels);
   const auto multiply = [&](const Ready<T>& band, const Tile& tile, int64_t panel) {
     const std::vector<Stretch>& phase = band.phases[tile.phase];
-    const int64_t k = panel * kTileColumns;
+    const int64_t k = panel * kernels.columns;
     const Epilogue<T> epilogue = {c.scale ? c.scale + k : nullptr, c.shift ? c.shift + k : nullptr,
                                   c.residual ? c.residual + tile.y + k : nullptr, c.relu};
     const Product product = {tile.a, c.panels + panel * panel_bytes, phase.data(), int64_t(phase.size()), band.lda,
@@ -292,7 +292,7 @@ void run_bands(const Problem<T>& c, const Band* bands, int64_t count, int64_t pa
             if (first == panel0) fetch(next->a + row0 * band.lda, next->a + row1 * band.lda);
             for (int64_t row = row0; c.residual && row < row1; ++row) {
               const T* at = c.residual + next->y + row * band.ldy;
-              fetch(at + first * kTileColumns, at + last * kTileColumns);
+              fetch(at + first * kernels.columns, at + last * kernels.columns);
             }
           }
           multiply(band, band.tiles[i], panel);
@@ -308,7 +308,7 @@ std::vector<Band> cut(const Problem<T>& c) {
   const Axis &rows = c.rows, &columns = c.columns;
   const int64_t scratch_bytes = conv_kernels<T>()->scratch_bytes, tile_rows = conv_kernels<T>()->rows;
   std::vector<Band> bands;
-  const int64_t pixel = c.channels * int64_t(sizeof(T)), row_bytes = columns.input * pixel;
+  const int64_t pixel = c.channels * conv_kernels<T>()->value_bytes(), row_bytes = columns.input * pixel;
   if (rows.output == 1 && columns.div == 1 && columns.taps == 1) {
     const int64_t fits = std::max<int64_t>(2 * tile_rows, scratch_bytes / pixel);
     const int64_t most = std::min<int64_t>(fits, 16 * tile_rows), threads = at::get_num_threads();
@@ -340,7 +340,7 @@ std::vector<Band> cut(const Problem<T>& c) {
 template <class T>
 int64_t bands_together(const Problem<T>& c, const std::vector<Band>& bands) {
   const int64_t count = int64_t(bands.size()), threads = at::get_num_threads();
-  const int64_t panels = c.rows.taps * c.columns.taps * c.filters * c.channels * int64_t(sizeof(T));
+  const int64_t panels = c.rows.taps * c.columns.taps * c.filters * c.channels * conv_kernels<T>()->value_bytes();
   const int64_t bytes = input_bytes(c, window(c, bands[0]));
   const int64_t room = panels > kFarBytes ? kFarScratch : conv_kernels<T>()->scratch_bytes;
   const int64_t fits = std::max<int64_t>(1, bytes ? room / bytes : 1);
@@ -351,7 +351,7 @@ int64_t bands_together(const Problem<T>& c, const std::vector<Band>& bands) {
 template <class T>
 void run(const Problem<T>& c) {
   const std::vector<Band> bands = cut(c);
-  const int64_t panels = c.filters / kTileColumns, together = bands_together(c, bands);
+  const int64_t panels = c.filters / conv_kernels<T>()->columns, together = bands_together(c, bands);
   const int64_t count = ceil_div(int64_t(bands.size()), together);
   const auto run_some = [&](int64_t i, int64_t panel0, int64_t panel1) {
     const int64_t first = i * together, last = std::min(first + together, int64_t(bands.size()));
@@ -385,35 +385,36 @@ void run(const Problem<T>& c) {
 
 template <class T>
 bool tiled_conv_takes(const ConvShape& s) {
-  return conv_kernels<T>() != nullptr && s.channels % kTileColumns == 0 && s.filters % kTileColumns == 0 &&
+  return conv_kernels<T>() != nullptr && s.channels % kChannels == 0 && s.filters % kChannels == 0 &&
          s.channels * s.filters * s.images * s.rows * s.columns > 0;
 }
 
-bool by_winograd(const ConvShape& s, bool dgrad) { return winograd_takes(dgrad ? transposed(s) : s); }
+template <class T>
+bool by_winograd(const ConvShape& s, bool dgrad) {
+  return winograd_takes<T>(dgrad ? transposed(s) : s);
+}
 
 template <class T>
 at::Tensor pack_filters(const ConvShape& shape, const at::Tensor& w, bool for_dgrad, Allocate allocate) {
-  if constexpr (std::is_same_v<T, float>) {
-    if (by_winograd(shape, for_dgrad)) return winograd_filters(w, for_dgrad, allocate);
-  }
-  const at::Tensor rows = w.contiguous(at::MemoryFormat::ChannelsLast);  // [K][R·S][C]
-  const bool is_float = w.scalar_type() == at::kFloat;
+  if (by_winograd<T>(shape, for_dgrad)) return winograd_filters<T>(w, for_dgrad, allocate);
+  const ConvKernels<T>& kernels = *conv_kernels<T>();
+  const at::Tensor rows = (kernels.widen ? w.to(at::kFloat) : w).contiguous(at::MemoryFormat::ChannelsLast);  // [K][R·S][C]
+  const bool is_float = rows.scalar_type() == at::kFloat;
   const int64_t filters = w.size(0), channels = w.size(1), taps = w.size(2) * w.size(3), ld = taps * channels;
   const int64_t outer = for_dgrad ? channels : filters, inner = for_dgrad ? filters : channels;
-  const int64_t tap_bytes = steps<T>(inner) * kPanelStep;
-  const int64_t bytes = outer / kTileColumns * taps * tap_bytes + 64;
+  const int64_t tap_bytes = kernels.steps_of(inner) * kernels.panel_step(), width = kernels.columns;
+  const int64_t bytes = outer / width * taps * tap_bytes + 64;
   const at::Tensor packed = allocate(bytes);
   char* to = reinterpret_cast<char*>(packed.data_ptr<uint8_t>());
   const char* from = static_cast<const char*>(rows.const_data_ptr());
-  const int64_t size = w.element_size();
-  const ConvKernels<T>& kernels = *conv_kernels<T>();
-  at::parallel_for(0, outer / kTileColumns * taps, 1, [&](int64_t begin, int64_t end) {
+  const int64_t size = rows.element_size();
+  at::parallel_for(0, outer / width * taps, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t panel = i / taps, tap = i % taps;
       if (for_dgrad) {
-        kernels.pack_inner(from + (tap * channels + panel * kTileColumns) * size, is_float, ld, inner, to + i * tap_bytes);
+        kernels.pack_inner(from + (tap * channels + panel * width) * size, is_float, ld, inner, to + i * tap_bytes);
       } else {
-        kernels.pack_outer(from + (panel * kTileColumns * ld + tap * channels) * size, is_float, ld, inner, to + i * tap_bytes);
+        kernels.pack_outer(from + (panel * width * ld + tap * channels) * size, is_float, ld, inner, to + i * tap_bytes);
       }
     }
   });
@@ -424,9 +425,7 @@ template <class T>
 void tiled_conv_fprop(
     const ConvShape& shape, const T* x, const FillRow<T>& fill, const at::Tensor& panels, const float* scale,
     const float* shift, const T* residual, bool relu, T* y, const Finish& finish) {
-  if constexpr (std::is_same_v<T, float>) {
-    if (by_winograd(shape, false)) return winograd(shape, x, fill, panels, scale, shift, residual, relu, y, finish);
-  }
+  if (by_winograd<T>(shape, false)) return winograd(shape, x, fill, panels, scale, shift, residual, relu, y, finish);
   const ConvShape s = flattened(shape);
   const Problem<T> c = {
       s.images, s.channels, s.filters, fprop_axis(s.height, s.rows, s, 0), fprop_axis(s.width, s.columns, s, 1),
@@ -438,10 +437,8 @@ template <class T>
 void tiled_conv_dgrad(
     const ConvShape& shape, const T* dz, const FillRow<T>& fill, const at::Tensor& panels, T* dx,
     const Finish& finish) {
-  if constexpr (std::is_same_v<T, float>) {
-    if (by_winograd(shape, true)) {
-      return winograd(transposed(shape), dz, fill, panels, nullptr, nullptr, nullptr, false, dx, finish);
-    }
+  if (by_winograd<T>(shape, true)) {
+    return winograd<T>(transposed(shape), dz, fill, panels, nullptr, nullptr, nullptr, false, dx, finish);
   }
   const ConvShape s = flattened(shape);
   const Problem<T> c = {
@@ -453,6 +450,7 @@ void tiled_conv_dgrad(
 
 #define RESNET_FAST_TILED_CONV(T)                                                                                   \
   template bool tiled_conv_takes<T>(const ConvShape&);                                                              \
+  template bool by_winograd<T>(const ConvShape&, bool);                                                             \
   template at::Tensor pack_filters<T>(const ConvShape&, const at::Tensor&, bool, Allocate);                         \
   template void tiled_conv_fprop<T>(                                                                                \
       const ConvShape&, const T*, const FillRow<T>&, const at::Tensor&, const float*, const float*, const T*, bool, \

@@ -1,7 +1,7 @@
-// resnet_fast's NHWC convolutions for CPUs with AVX-512: implicit GEMM in bands of output rows that stay in the L2
+// resnet_fast's NHWC convolutions for CPUs with AVX2 or AVX-512: implicit GEMM in bands of output rows that stay in the L2
 // cache. The prologue (normalization, ReLU, BatchNorm backward) runs while a band's input is copied, and the epilogue
-// (statistics, ReLU gradient, sums) while its output is in cache. 3x3 convolutions in fp32 use Winograd where it is
-// faster (winograd.h), also in blocks.
+// (statistics, ReLU gradient, sums) while its output is in cache. 3x3 convolutions in fp32 arithmetic use Winograd
+// where it is faster (winograd.h), also in blocks.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -24,7 +24,8 @@ using Finish = std::function<void(int64_t task, int64_t begin, int64_t end)>;
 template <class T>
 bool tiled_conv_takes(const ConvShape& shape);
 
-// Whether an fp32 convolution uses Winograd (winograd.h).
+// Whether a convolution uses Winograd (winograd.h).
+template <class T>
 bool by_winograd(const ConvShape& shape, bool dgrad);
 
 // Packs filters [K,C,R,S] (float or T) as panels for the shape's fprop or dgrad, in memory from `allocate`.

@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <type_traits>
 #include <vector>
 
 #include "bands.h"
@@ -69,8 +68,8 @@ const T* input_row(
 
 }  // namespace
 
-// For each block of pixels whose operands fit L2: pack panels of 32 filters of dz, [row][step][32], and of 32 channels
-// of x for each column tap, [row][step][32]; a step is one pixel in fp32, two in bf16. Then accumulate
+// For each block of pixels whose operands fit L2: pack panels of filters of dz, [row][step][columns], and of channels
+// of x for each column tap, [row][step][columns]; a step is one pixel in fp32 arithmetic, two in products of bf16. Then accumulate
 // dw[filters][tap][channels] += dzᵀ·x in tiles of a panel of dz, or a part of it, by a panel of x. Rows of x are
 // ordered by their remainder modulo the stride, so that the rows that consecutive output rows read are adjacent, and a
 // band is one stretch. If a band is not a whole number of groups of steps, zeros of dz complete it, and multiply
@@ -78,26 +77,25 @@ const T* input_row(
 // added in order.
 template <class T>
 at::Tensor tiled_conv_wgrad(const ConvShape& shape, const T* x, const FillRow<T>& fill, const T* dz) {
-  if constexpr (std::is_same_v<T, float>) {
-    if (by_winograd(shape, false)) return winograd_wgrad(shape, x, fill, dz);
-  }
+  if (by_winograd<T>(shape, false)) return winograd_wgrad(shape, x, fill, dz);
   const ConvShape s = flattened(shape);
   const ConvKernels<T>& kernels = *conv_kernels<T>();
   const Axis rows = fprop_axis(s.height, s.rows, s, 0), columns = fprop_axis(s.width, s.columns, s, 1);
   const int64_t taps = s.tap_count(), size = s.filters * taps * s.channels, threads = at::get_num_threads();
-  const int64_t panels = s.channels / kTileColumns, group_steps = kernels.steps;
+  const int64_t width = kernels.columns, panel_step = kernels.panel_step();
+  const int64_t panels = s.channels / width, group_steps = kernels.steps;
   // Sums that do not fit L2 are divided among the threads; smaller ones are duplicated.
-  const int64_t share = size < (256 << 10) ? s.filters : ceil_div(s.filters / kTileColumns, threads) * kTileColumns;
+  const int64_t share = size < (256 << 10) ? s.filters : ceil_div(s.filters / width, threads) * width;
   const int64_t chunk = std::min<int64_t>(share, 512), chunks = ceil_div(s.filters, chunk);
   const int64_t pixel_bytes = (chunk + s.channels * s.taps[1]) * int64_t(sizeof(T));
   const std::vector<Block> blocks =
       cut_blocks(s, std::clamp<int64_t>(kernels.dw_bytes / pixel_bytes, 96, kernels.dw_pixels) / 2 * 2);
   const int64_t count = int64_t(blocks.size()), lanes = std::clamp<int64_t>(ceil_div(threads, chunks), 1, count);
   const at::Tensor sums = empty({lanes, size}, at::kFloat, at::MemoryFormat::Contiguous);
-  const Cut parts = {kernels.dw_parts, kTileColumns};
+  const Cut parts = {kernels.dw_parts, width};
   std::vector<bool> met(rows.mul);  // whether a tap reads rows of x with this remainder
   for (int64_t r = 0; r < rows.taps; ++r) met[r * rows.slope % rows.mul] = true;
-  // A in B's order, [step][32], or transposed, [group][32][steps of a group].
+  // A in B's order, [step][columns], or transposed, [group][32][steps of a group].
   const int64_t lda = 4 * group_steps;
 
   // A band in a block: its steps, in dz also as whole groups; the steps of dz and the rows of x before it.
@@ -105,10 +103,10 @@ at::Tensor tiled_conv_wgrad(const ConvShape& shape, const T* x, const FillRow<T>
     int64_t steps, whole_steps, before, row, rows_of_phase;
   };
 
-  const auto run_block = [&](const Block& block, bool add, int64_t k0, int64_t width, float* dw) {
+  const auto run_block = [&](const Block& block, bool add, int64_t k0, int64_t filters, float* dw) {
     const Band& first = block[0];
     const int64_t column0 = columns.least(first.q0), column1 = columns.most(first.q1 - 1) + 1;
-    const int64_t pixels = first.q1 - first.q0, row_steps = steps<T>(pixels), row_bytes = row_steps * kPanelStep;
+    const int64_t pixels = first.q1 - first.q0, row_steps = kernels.steps_of(pixels), row_bytes = row_steps * panel_step;
     std::vector<Place> places;
     int64_t a_steps = 0, in_rows = 0;
     for (const Band& band : block) {
@@ -118,9 +116,9 @@ at::Tensor tiled_conv_wgrad(const ConvShape& shape, const T* x, const FillRow<T>
       a_steps += whole, in_rows += phase * rows.mul;
     }
     // Panels are one cache line farther apart: at a power of two they would share cache sets.
-    const int64_t over = (group_steps - 1) * kPanelStep;
-    const int64_t a_panel = a_steps * kPanelStep + 64, b_panel = in_rows * row_bytes + over + 64;
-    const int64_t a_panels = width / kTileColumns, copy = panels * b_panel;
+    const int64_t over = (group_steps - 1) * panel_step;
+    const int64_t a_panel = a_steps * panel_step + 64, b_panel = in_rows * row_bytes + over + 64;
+    const int64_t a_panels = filters / width, copy = panels * b_panel;
     T* line = reinterpret_cast<T*>(scratch(0, (column1 - column0) * s.channels * int64_t(sizeof(T))));
     char *a = scratch(1, a_panels * a_panel), *b = scratch(2, s.taps[1] * copy);
     const auto clear = [&](char* at, int64_t n, int64_t panel_bytes, int64_t bytes) {
@@ -130,12 +128,12 @@ at::Tensor tiled_conv_wgrad(const ConvShape& shape, const T* x, const FillRow<T>
     for (size_t j = 0; j < block.size(); ++j) {
       const Band& band = block[j];
       const Place& place = places[j];
-      char* to = a + place.before * kPanelStep;
+      char* to = a + place.before * panel_step;
       for (int64_t p = band.p0; p < band.p1; ++p) {
         const T* from = dz + ((band.image * s.rows + p) * s.columns + band.q0) * s.filters + k0;
-        kernels.pack_pixels(from, s.filters, pixels, width, to + (p - band.p0) * row_bytes, a_panel);
+        kernels.pack_pixels(from, s.filters, pixels, filters, to + (p - band.p0) * row_bytes, a_panel);
       }
-      clear(to + place.steps * kPanelStep, a_panels, a_panel, (place.whole_steps - place.steps) * kPanelStep);
+      clear(to + place.steps * panel_step, a_panels, a_panel, (place.whole_steps - place.steps) * panel_step);
       const int64_t row0 = rows.least(band.p0), row1 = row0 + place.rows_of_phase * rows.mul;
       for (int64_t i = row0; i < row1; ++i) {
         const int64_t phase = (i - row0) % rows.mul, at = place.row + phase * place.rows_of_phase + (i - row0) / rows.mul;
@@ -160,7 +158,7 @@ at::Tensor tiled_conv_wgrad(const ConvShape& shape, const T* x, const FillRow<T>
     for (int64_t r = 0; r < s.taps[0]; ++r) {
       for (const Place& place : places) {
         const int64_t row = r * rows.slope, at = row % rows.mul * place.rows_of_phase + row / rows.mul;
-        stretches[r].push_back({place.before * kPanelStep, (place.row + at) * row_bytes, place.whole_steps});
+        stretches[r].push_back({place.before * panel_step, (place.row + at) * row_bytes, place.whole_steps});
       }
     }
     Tiles state(kernels);
@@ -169,12 +167,12 @@ at::Tensor tiled_conv_wgrad(const ConvShape& shape, const T* x, const FillRow<T>
         const std::vector<Stretch>& row = stretches[tap / s.taps[1]];
         const char* plane = b + tap % s.taps[1] * copy + panel * b_panel;
         for (int64_t i = 0; i < a_panels * parts.parts; ++i) {
-          const int64_t part = parts.begin(i % parts.parts), k = i / parts.parts * kTileColumns + part;
+          const int64_t part = parts.begin(i % parts.parts), k = i / parts.parts * width + part;
           const Product product = {a + i / parts.parts * a_panel + part * lda, plane, row.data(),
-                                   int64_t(row.size()), lda, lda * kernels.half, kPanelStep};
+                                   int64_t(row.size()), lda, lda * kernels.half, panel_step};
           kernels.add_tile(
               int(parts.begin(i % parts.parts + 1) - part), product, add,
-              dw + ((k0 + k) * taps + tap) * s.channels + panel * kTileColumns, taps * s.channels, state.shape);
+              dw + ((k0 + k) * taps + tap) * s.channels + panel * width, taps * s.channels, state.shape);
         }
       }
     }

@@ -11,9 +11,13 @@
 namespace resnet_fast::cpu {
 namespace {
 
-const WinogradKernels* kernels() {
+// nullptr if this CPU has no tiles of T in fp32 arithmetic.
+template <class T>
+const WinogradKernels<T>* kernels() {
 #if RESNET_FAST_X86_64
-  return active_isa() >= Isa::AVX512 ? &avx512::winograd_kernels() : nullptr;
+  const ConvKernels<T>* const tiles = conv_kernels<T>();
+  if (tiles == nullptr || tiles->values > 1) return nullptr;
+  return active_isa() >= Isa::AVX512 ? &avx512::winograd_kernels<T>() : &avx2::winograd_kernels<T>();
 #else
   return nullptr;
 #endif
@@ -57,26 +61,26 @@ std::vector<Segment> segments(const ConvShape& s, const Grid& grid, int64_t firs
 int64_t pitch_of(int64_t tiles, int64_t width) { return (tiles * width / 16 | 1) * 16; }
 
 // The values of pixels outside an image.
-const float* zeros() {
-  static const std::vector<float> values(kMostWinogradChannels, 0.0f);
+template <class T>
+const T* zeros() {
+  static const std::vector<T> values(kMostWinogradChannels, T{});
   return values.data();
 }
 
 // f(tile, its patch) for the tiles of a segment; with a prologue, it first writes the rows of x to scratch memory.
-template <class F>
-void each_patch(
-    const ConvShape& s, const Grid& grid, const Segment& g, const float* x, const FillRow<float>& fill, F f) {
+template <class T, class F>
+void each_patch(const ConvShape& s, const Grid& grid, const Segment& g, const T* x, const FillRow<T>& fill, F f) {
   const int64_t line = s.width * s.channels;
-  const float* lines;  // the first row that is read
+  const T* lines;  // the first row that is read
   if (x != nullptr) {
     lines = x + (g.image * s.height + g.h0) * line;
   } else {
-    auto* filled = reinterpret_cast<float*>(scratch(2, (g.h1 - g.h0) * line * int64_t(sizeof(float))));
+    auto* filled = reinterpret_cast<T*>(scratch(2, (g.h1 - g.h0) * line * int64_t(sizeof(T))));
     for (int64_t h = g.h0; h < g.h1; ++h) fill(g.image, h, 0, s.width, filled + (h - g.h0) * line);
     lines = filled;
   }
-  const float* rows[4];
-  const float* d[16];
+  const T* rows[4];
+  const T* d[16];
   int64_t tile = g.tile;
   for (int64_t p = g.p0; p < g.p0 + 2 * g.rows; p += 2) {
     for (int64_t i = 0; i < 4; ++i) {
@@ -86,7 +90,7 @@ void each_patch(
     for (int64_t q = 0; q < 2 * grid.columns; q += 2) {
       for (int64_t i = 0; i < 16; ++i) {
         const int64_t w = q - s.padding[1] + i % 4;
-        d[i] = rows[i / 4] && w >= 0 && w < s.width ? rows[i / 4] + w * s.channels : zeros();
+        d[i] = rows[i / 4] && w >= 0 && w < s.width ? rows[i / 4] + w * s.channels : zeros<T>();
       }
       f(tile++, d);
     }
@@ -110,10 +114,10 @@ void each_output(const ConvShape& s, const Segment& g, F f) {
 }
 
 std::vector<Stretch> stretches_of(int64_t steps, int64_t a_step) {
-  const int64_t depth = conv_kernels<float>()->depth;
+  const ConvKernels<float>& kernels = *conv_kernels<float>();
   std::vector<Stretch> stretches;
-  for (int64_t i = 0; i < steps; i += depth) {
-    stretches.push_back({i * a_step, i * kPanelStep, std::min(depth, steps - i)});
+  for (int64_t i = 0; i < steps; i += kernels.depth) {
+    stretches.push_back({i * a_step, i * kernels.panel_step(), std::min(kernels.depth, steps - i)});
   }
   return stretches;
 }
@@ -127,7 +131,7 @@ void multiply(
   const std::vector<Stretch> stretches = stretches_of(s.channels, sizeof(float));
   int shape = 0;
   for (int64_t i = 0; i < kWinogradProducts; ++i) {
-    for (int64_t k = 0; k < s.filters; k += kTileColumns, filters += s.channels * kPanelStep) {
+    for (int64_t k = 0; k < s.filters; k += kernels.columns, filters += s.channels * kernels.panel_step()) {
       for (int64_t t = 0; t < tiles; t += kernels.rows) {
         const int rows = int(std::min<int64_t>(kernels.rows, tiles - t)), upper = std::min(rows, kernels.half);
         const auto* a = reinterpret_cast<const char*>(v + i * v_pitch + t * s.channels);
@@ -142,16 +146,17 @@ void multiply(
 
 }  // namespace
 
+template <class T>
 bool winograd_takes(const ConvShape& s) {
   const ConvBy by = conv_by();
-  if (kernels() == nullptr || by == ConvBy::Tiles || by == ConvBy::OneDnn) return false;
+  if (kernels<T>() == nullptr || by == ConvBy::Tiles || by == ConvBy::OneDnn) return false;
   for (int i = 0; i < 2; ++i) {
     if (s.taps[i] != 3 || s.stride[i] != 1 || s.dilation[i] != 1 || s.padding[i] > 2) return false;
   }
   const Grid grid(s);
   const int64_t threads = at::get_num_threads();  // each has separate rows of tiles
   const bool enough = grid.all >= threads && grid.all * grid.columns >= kLeastTiles * threads;
-  return (enough || by == ConvBy::Winograd) && tiled_conv_takes<float>(s) &&
+  return (enough || by == ConvBy::Winograd) && tiled_conv_takes<T>(s) &&
          std::max(s.channels, s.filters) <= kMostWinogradChannels;
 }
 
@@ -163,11 +168,15 @@ ConvShape transposed(const ConvShape& s) {
   return t;
 }
 
+template <class T>
 at::Tensor winograd_filters(const at::Tensor& w, bool for_dgrad, Allocate allocate) {
-  const at::Tensor rows = w.contiguous(at::MemoryFormat::ChannelsLast);  // [K][9][C]
+  const WinogradKernels<T>& transforms = *kernels<T>();
+  const ConvKernels<float>& tiles = *conv_kernels<float>();
+  const int64_t width = tiles.columns, panel_step = tiles.panel_step();
+  const at::Tensor rows = w.to(at::kFloat).contiguous(at::MemoryFormat::ChannelsLast);  // [K][9][C]
   const auto* from = rows.const_data_ptr<float>();
-  const int64_t filters = w.size(0), channels = w.size(1), panels = (for_dgrad ? channels : filters) / kTileColumns;
-  const int64_t panel_bytes = (for_dgrad ? filters : channels) * kPanelStep, matrix = panels * panel_bytes;
+  const int64_t filters = w.size(0), channels = w.size(1), panels = (for_dgrad ? channels : filters) / width;
+  const int64_t panel_bytes = (for_dgrad ? filters : channels) * panel_step, matrix = panels * panel_bytes;
   const at::Tensor packed = allocate(kWinogradProducts * matrix + 64);
   auto* to = reinterpret_cast<char*>(packed.data_ptr<uint8_t>());
   const auto taps = [&](int64_t k, int64_t c, const float*(&g)[9]) {
@@ -179,28 +188,30 @@ at::Tensor winograd_filters(const at::Tensor& w, bool for_dgrad, Allocate alloca
       char* first = to + panel * panel_bytes;
       if (for_dgrad) {  // 32 channels of a filter are a step
         for (int64_t k = 0; k < filters; ++k) {
-          taps(k, panel * kTileColumns, g);
-          kernels()->filter(g, kTileColumns, reinterpret_cast<float*>(first + k * kPanelStep), matrix / sizeof(float));
+          taps(k, panel * width, g);
+          transforms.filter(g, width, reinterpret_cast<float*>(first + k * panel_step), matrix / sizeof(float));
         }
         continue;
       }
-      const int64_t pitch = pitch_of(kTileColumns, channels);
+      const int64_t pitch = pitch_of(width, channels);
       auto* u = reinterpret_cast<float*>(scratch(0, kWinogradProducts * pitch * int64_t(sizeof(float))));
-      for (int64_t k = 0; k < kTileColumns; ++k) {
-        taps(panel * kTileColumns + k, 0, g);
-        kernels()->filter(g, channels, u + k * channels, pitch);
+      for (int64_t k = 0; k < width; ++k) {
+        taps(panel * width + k, 0, g);
+        transforms.filter(g, channels, u + k * channels, pitch);
       }
       for (int64_t i = 0; i < kWinogradProducts; ++i) {
-        conv_kernels<float>()->pack_outer(u + i * pitch, true, channels, channels, first + i * matrix);
+        tiles.pack_outer(u + i * pitch, true, channels, channels, first + i * matrix);
       }
     }
   });
   return packed;
 }
 
+template <class T>
 void winograd(
-    const ConvShape& s, const float* x, const FillRow<float>& fill, const at::Tensor& filters, const float* scale,
-    const float* shift, const float* residual, bool relu, float* y, const Finish& finish) {
+    const ConvShape& s, const T* x, const FillRow<T>& fill, const at::Tensor& filters, const float* scale,
+    const float* shift, const T* residual, bool relu, T* y, const Finish& finish) {
+  const WinogradKernels<T>& transforms = *kernels<T>();
   const Grid grid(s);
   const int64_t size = std::max<int64_t>(1, kBlockTiles / grid.columns);
   const int64_t threads = at::get_num_threads(), blocks = ceil_div(ceil_div(grid.all, size), threads) * threads;
@@ -215,20 +226,20 @@ void winograd(
     auto* v = reinterpret_cast<float*>(scratch(0, kWinogradProducts * v_pitch * int64_t(sizeof(float))));
     auto* m = reinterpret_cast<float*>(scratch(1, kWinogradProducts * m_pitch * int64_t(sizeof(float))));
     for (const Segment& g : parts) {
-      each_patch(s, grid, g, x, fill, [&](int64_t tile, const float* const(&d)[16]) {
-        kernels()->input(d, s.channels, v + tile * s.channels, v_pitch);
+      each_patch(s, grid, g, x, fill, [&](int64_t tile, const T* const(&d)[16]) {
+        transforms.input(d, s.channels, v + tile * s.channels, v_pitch);
       });
     }
     multiply(s, (last - first) * grid.columns, v, v_pitch, panels, m, m_pitch);
     for (const Segment& g : parts) {
       each_output(s, g, [&](int64_t tile, const int64_t(&at)[4]) {
-        float* to[4];
-        const float* beside[4];
+        T* to[4];
+        const T* beside[4];
         for (int i = 0; i < 4; ++i) {
           to[i] = at[i] >= 0 ? y + at[i] : nullptr;
           beside[i] = at[i] >= 0 && residual ? residual + at[i] : nullptr;
         }
-        kernels()->output(m + tile * s.filters, m_pitch, s.filters, to, beside, scale, shift, relu);
+        transforms.output(m + tile * s.filters, m_pitch, s.filters, to, beside, scale, shift, relu);
       });
       const int64_t row = g.image * s.rows;
       if (finish) finish(task, (row + g.p0) * s.columns, (row + g.p1) * s.columns);
@@ -242,51 +253,54 @@ void winograd(
 
 // For blocks of tiles as in the forward pass: transform to V and M, in panels of 32 values, [tile][32], where a tile is
 // a step; then U[product][filters][channels] += Mᵀ·V. Tasks and lanes as in tiled_conv_wgrad.
-at::Tensor winograd_wgrad(const ConvShape& s, const float* x, const FillRow<float>& fill, const float* dz) {
+template <class T>
+at::Tensor winograd_wgrad(const ConvShape& s, const T* x, const FillRow<T>& fill, const T* dz) {
+  const WinogradKernels<T>& transforms = *kernels<T>();
   const ConvKernels<float>& tile_kernels = *conv_kernels<float>();
+  const int64_t width = tile_kernels.columns;
   const Grid grid(s);
   const int64_t size = kWinogradProducts * s.filters * s.channels, threads = at::get_num_threads();
   const bool shared = size > (256 << 10);  // sums that do not fit L2: divided among the threads by filters
-  const int64_t chunk = shared ? ceil_div(s.filters / kTileColumns, threads) * kTileColumns : s.filters;
+  const int64_t chunk = shared ? ceil_div(s.filters / width, threads) * width : s.filters;
   const int64_t chunks = ceil_div(s.filters, chunk), rows = std::max<int64_t>(1, kBlockTiles / grid.columns);
   const int64_t lanes = std::clamp<int64_t>(ceil_div(threads, chunks), 1, grid.all);
   const Cut cut = {std::min(ceil_div(ceil_div(grid.all, rows), lanes) * lanes, grid.all), grid.all};
-  const Cut parts = {tile_kernels.dw_parts, kTileColumns};
+  const Cut parts = {tile_kernels.dw_parts, width};
   const at::Tensor sums =
       empty({lanes, kWinogradProducts, s.filters, s.channels}, at::kFloat, at::MemoryFormat::Contiguous);
 
   const auto run = [&](int64_t block, bool add, int64_t k0, int64_t filters, float* u) {
     const int64_t first = cut.begin(block), last = cut.begin(block + 1), tiles = (last - first) * grid.columns;
-    const int64_t panel = tiles * kTileColumns, lda = int64_t(sizeof(float));
+    const int64_t panel = tiles * width, lda = int64_t(sizeof(float));
     const int64_t v_pitch = pitch_of(tiles, s.channels), m_pitch = pitch_of(tiles, filters);
     auto* v = reinterpret_cast<float*>(scratch(0, kWinogradProducts * v_pitch * lda));
     auto* m = reinterpret_cast<float*>(scratch(1, kWinogradProducts * m_pitch * lda));
     for (const Segment& g : segments(s, grid, first, last)) {
-      each_patch(s, grid, g, x, fill, [&](int64_t tile, const float*(&d)[16]) {
-        for (int64_t c = 0; c < s.channels; c += kTileColumns) {
-          kernels()->input(d, kTileColumns, v + c * tiles + tile * kTileColumns, v_pitch);
-          for (const float*& pixel : d) pixel += kTileColumns;
+      each_patch(s, grid, g, x, fill, [&](int64_t tile, const T*(&d)[16]) {
+        for (int64_t c = 0; c < s.channels; c += width) {
+          transforms.input(d, width, v + c * tiles + tile * width, v_pitch);
+          for (const T*& pixel : d) pixel += width;
         }
       });
       each_output(s, g, [&](int64_t tile, const int64_t(&at)[4]) {
-        const float* dy[4];
-        for (int i = 0; i < 4; ++i) dy[i] = at[i] >= 0 ? dz + at[i] + k0 : zeros();
-        for (int64_t k = 0; k < filters; k += kTileColumns) {
-          kernels()->output_gradient(dy, kTileColumns, m + k * tiles + tile * kTileColumns, m_pitch);
-          for (const float*& pixel : dy) pixel += kTileColumns;
+        const T* dy[4];
+        for (int i = 0; i < 4; ++i) dy[i] = at[i] >= 0 ? dz + at[i] + k0 : zeros<T>();
+        for (int64_t k = 0; k < filters; k += width) {
+          transforms.output_gradient(dy, width, m + k * tiles + tile * width, m_pitch);
+          for (const T*& pixel : dy) pixel += width;
         }
       });
     }
-    const std::vector<Stretch> stretches = stretches_of(tiles, kPanelStep);
+    const std::vector<Stretch> stretches = stretches_of(tiles, tile_kernels.panel_step());
     int shape = 0;
     for (int64_t i = 0; i < kWinogradProducts; ++i) {
-      for (int64_t c = 0; c < s.channels; c += kTileColumns) {
-        const auto* b = reinterpret_cast<const char*>(v + i * v_pitch + c / kTileColumns * panel);
-        for (int64_t j = 0; j < filters / kTileColumns * parts.parts; ++j) {
-          const int64_t part = parts.begin(j % parts.parts), k = j / parts.parts * kTileColumns;
+      for (int64_t c = 0; c < s.channels; c += width) {
+        const auto* b = reinterpret_cast<const char*>(v + i * v_pitch + c / width * panel);
+        for (int64_t j = 0; j < filters / width * parts.parts; ++j) {
+          const int64_t part = parts.begin(j % parts.parts), k = j / parts.parts * width;
           const auto* a = reinterpret_cast<const char*>(m + i * m_pitch + k * tiles + part);
           const Product product = {a, b, stretches.data(), int64_t(stretches.size()), lda, lda * tile_kernels.half,
-                                   kPanelStep};
+                                   tile_kernels.panel_step()};
           float* to = u + ((i * s.filters + k0 + k + part) * s.channels + c);
           tile_kernels.add_tile(int(parts.begin(j % parts.parts + 1) - part), product, add, to, s.channels, shape);
         }
@@ -306,10 +320,21 @@ at::Tensor winograd_wgrad(const ConvShape& s, const float* x, const FillRow<floa
     for (int64_t k = begin; k < end; ++k) {
       float* to[9];
       for (int64_t i = 0; i < 9; ++i) to[i] = dw.data_ptr<float>() + (k * 9 + i) * s.channels;
-      kernels()->filter_gradient(u.const_data_ptr<float>() + k * s.channels, s.filters * s.channels, s.channels, to);
+      transforms.filter_gradient(u.const_data_ptr<float>() + k * s.channels, s.filters * s.channels, s.channels, to);
     }
   });
   return dw;
 }
+
+#define RESNET_FAST_WINOGRAD(T)                                                                                        \
+  template bool winograd_takes<T>(const ConvShape&);                                                                   \
+  template at::Tensor winograd_filters<T>(const at::Tensor&, bool, Allocate);                                          \
+  template void winograd<T>(                                                                                           \
+      const ConvShape&, const T*, const FillRow<T>&, const at::Tensor&, const float*, const float*, const T*, bool, T*, \
+      const Finish&);                                                                                                  \
+  template at::Tensor winograd_wgrad<T>(const ConvShape&, const T*, const FillRow<T>&, const T*);
+
+RESNET_FAST_WINOGRAD(float)
+RESNET_FAST_WINOGRAD(bf16)
 
 }  // namespace resnet_fast::cpu

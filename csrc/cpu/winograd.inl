@@ -32,7 +32,8 @@ void winograd_filter(const float* const g[9], int64_t channels, float* u, int64_
   }
 }
 
-void winograd_input(const float* const d[16], int64_t channels, float* v, int64_t pitch) {
+template <class T>
+void winograd_input(const T* const d[16], int64_t channels, float* v, int64_t pitch) {
   for (int64_t c = 0; c < channels; c += 16) {
     Lanes<float> rows[4][4];  // of Bᵀ d: [column][row]
 #pragma GCC unroll 4
@@ -50,8 +51,9 @@ void winograd_input(const float* const d[16], int64_t channels, float* v, int64_
   }
 }
 
+template <class T>
 void winograd_output(
-    const float* m, int64_t pitch, int64_t channels, float* const y[4], const float* const residual[4],
+    const float* m, int64_t pitch, int64_t channels, T* const y[4], const T* const residual[4],
     const float* scale, const float* shift, bool relu) {
   const auto zero = Lanes<float>::broadcast(0), one = Lanes<float>::broadcast(1);
   for (int64_t c = 0; c < channels; c += 16) {
@@ -73,7 +75,7 @@ void winograd_output(
         if (y[2 * i + j] == nullptr) continue;
         Lanes<float> out = fma(pair[j], factor, added);
         if (residual[2 * i + j]) out = out + Lanes<float>::load(residual[2 * i + j] + c);
-        if (relu) out = out.where(out.positive());
+        if (relu) out = out.relu();
         out.store(y[2 * i + j] + c);
       }
     }
@@ -85,7 +87,8 @@ inline __attribute__((always_inline)) void winograd_pair(Lanes<float> a, Lanes<f
   to[0] = a, to[1] = a + b, to[2] = a - b, to[3] = Lanes<float>::broadcast(0) - b;
 }
 
-void winograd_output_gradient(const float* const dy[4], int64_t channels, float* m, int64_t pitch) {
+template <class T>
+void winograd_output_gradient(const T* const dy[4], int64_t channels, float* m, int64_t pitch) {
   for (int64_t c = 0; c < channels; c += 16) {
     Lanes<float> rows[2][4];  // of A dy: [column][row]
 #pragma GCC unroll 2
@@ -128,8 +131,12 @@ void winograd_filter_gradient(const float* u, int64_t pitch, int64_t channels, f
   }
 }
 
-const WinogradKernels& winograd_kernels() {
-  static const WinogradKernels all = {
-      winograd_filter, winograd_input, winograd_output, winograd_output_gradient, winograd_filter_gradient};
+template <class T>
+const WinogradKernels<T>& winograd_kernels() {
+  static const WinogradKernels<T> all = {winograd_filter, winograd_input<T>, winograd_output<T>,
+                                         winograd_output_gradient<T>, winograd_filter_gradient};
   return all;
 }
+
+template const WinogradKernels<float>& winograd_kernels<float>();
+template const WinogradKernels<bf16>& winograd_kernels<bf16>();
