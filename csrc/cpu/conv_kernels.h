@@ -24,6 +24,15 @@ struct Stretch {
   int64_t a, b, steps;
 };
 
+// The number of `stretches` that one register accumulates: up to `most` steps, at least one stretch.
+inline int64_t chain(const Stretch* stretches, int64_t n, int64_t most = kChain) {
+  int64_t count = 0;
+  for (int64_t sum = 0; count < n && (count == 0 || sum + stretches[count].steps <= most); ++count) {
+    sum += stretches[count].steps;
+  }
+  return count;
+}
+
 // A tile's sum over its stretches. In a stretch A(row, step) is at a + row·lda + step·a_step bytes in the first
 // half of the tile, at a + half_a + (row − half)·lda + step·a_step in the second; B(step) is at b + step·columns·4.
 // If steps are grouped, the steps of a group are adjacent, and a_step is the distance between groups divided by the
@@ -35,9 +44,10 @@ struct Product {
   int64_t lda, half_a, a_step;
 };
 
-// The epilogue of a tile: y = relu(scale·sum + shift + residual); each part is optional.
+// The epilogue of a tile: y = relu(scale·(partial + sum) + shift + residual); each part is optional.
 template <class T>
 struct Epilogue {
+  const float* partial;        // [rows][columns], from sum_tile
   const float *scale, *shift;  // [columns]
   const T* residual;           // indexed like y
   bool relu;
@@ -73,6 +83,10 @@ struct ConvKernels {
   // thread's tile configuration, 0 before the first tile. Call release() after the last tile; nullptr without AMX.
   void (*store_tile)(
       const Rows&, const Product&, T* y, int64_t ldy, int64_t half_y, const Epilogue<T>&, int& shape);
+  // partial[row·columns + column] = … or, where `add`, += …, for A as in store_tile: products of more than kChain steps
+  // are added chain by chain, all tiles of a panel before the next chain. nullptr for tiles that accumulate all steps
+  // without a loss (AMX).
+  void (*sum_tile)(const Rows&, const Product&, bool add, float* partial);
   // sum[row·ld + column] = … or, where `add`, += …
   void (*add_tile)(int rows, const Product&, bool add, float* sum, int64_t ld, int& shape);
   void (*release)();

@@ -115,15 +115,6 @@ void add_rows(const Product& product, bool add_to, float* to, int64_t ld) {
   }
 }
 
-// The number of `stretches` that one register accumulates: up to kChain steps, at least one stretch.
-inline int64_t chain(const Stretch* stretches, int64_t n) {
-  int64_t count = 0;
-  for (int64_t sum = 0; count < n && (count == 0 || sum + stretches[count].steps <= kChain); ++count) {
-    sum += stretches[count].steps;
-  }
-  return count;
-}
-
 // The epilogue of a tile with the sums sum(row, part).
 template <int kRows, class T, class F>
 inline __attribute__((always_inline)) void finish(
@@ -136,7 +127,9 @@ inline __attribute__((always_inline)) void finish(
 #pragma GCC unroll 14
   for (int row = 0; row < kRows; ++row) {
     for (int part = 0; part < kParts; ++part) {
-      Lanes<float> v = fma(sum(row, part), scale[part], shift[part]);
+      Lanes<float> v = sum(row, part);
+      if (epilogue.partial) v = v + Lanes<float>::load(epilogue.partial + row * kColumns + 16 * part);
+      v = fma(v, scale[part], shift[part]);
       const int64_t at = row / kHalf * half_y + row % kHalf * ldy + 16 * part;
       if (epilogue.residual) v = v + Lanes<float>::load(epilogue.residual + at);
       if (epilogue.relu) v = v.relu();
@@ -176,7 +169,7 @@ void store_rows(const Product& product, T* y, int64_t ldy, int64_t half_y, const
 
 // f(std::integral_constant<int, rows>) for rows in 1..kTileRows.
 template <int kRows = kTileRows, class F>
-inline void with_rows(int rows, F f) {
+inline __attribute__((always_inline)) void with_rows(int rows, F f) {
   if constexpr (kRows > 0) {
     if (rows == kRows) return f(std::integral_constant<int, kRows>());
     with_rows<kRows - 1>(rows, f);
@@ -187,6 +180,12 @@ template <class T>
 void store_tile(
     const Rows& rows, const Product& product, T* y, int64_t ldy, int64_t half_y, const Epilogue<T>& epilogue, int&) {
   with_rows(rows.first + rows.second, [&](auto r) { store_rows<r.value>(product, y, ldy, half_y, epilogue); });
+}
+
+void sum_tile(const Rows& rows, const Product& product, bool add, float* partial) {
+  with_rows(rows.first + rows.second, [&](auto r) {
+    add_rows<r.value, kStepBytes>(product, add, partial, kColumns);
+  });
 }
 
 void add_tile(int rows, const Product& product, bool add, float* to, int64_t ld, int&) {
@@ -281,7 +280,7 @@ const ConvKernels<T>& conv_kernels() {
     k.scratch_bytes = 256 << 10, k.block_bytes = 32 << 10;
     // Parts of 11 rows of 32 use the FMAs of AVX-512 as well as 14; of 6 rows of 16 those of AVX2.
     k.dw_parts = 3, k.dw_pixels = 256, k.dw_bytes = 640 << 10;
-    k.store_tile = store_tile<T>, k.add_tile = add_tile;
+    k.store_tile = store_tile<T>, k.sum_tile = sum_tile, k.add_tile = add_tile;
     k.pack_outer = pack_outer, k.pack_inner = pack_inner, k.pack_pixels = pack_pixels<T>;
     if (kValues * sizeof(T) < 4) k.widen = widen_values<T>;
     return k;

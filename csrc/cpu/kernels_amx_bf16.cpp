@@ -212,7 +212,7 @@ const ConvKernels<bf16>& conv_kernels() {
     k.rows = 2 * kHalf, k.half = kHalf, k.ragged = true, k.steps = kGroup, k.depth = 2 * kGroup;
     k.scratch_bytes = 512 << 10, k.block_bytes = 512 << 10;
     k.dw_parts = 1, k.dw_pixels = 2048, k.dw_bytes = 1 << 20;
-    k.store_tile = store_tile, k.add_tile = add_tile, k.release = release, k.turn = turn, k.spread = spread;
+    k.store_tile = store_tile, k.sum_tile = nullptr, k.add_tile = add_tile, k.release = release, k.turn = turn, k.spread = spread;
     return k;
   }();
   return all;

@@ -142,12 +142,25 @@ struct Tile {
   int phase;
 };
 
+// The stretches of a phase, and the end of each chain of them.
+struct Phase {
+  std::vector<Stretch> stretches;
+  std::vector<int64_t> ends;
+
+  Phase(std::vector<Stretch> all, int64_t most) : stretches(std::move(all)) {
+    const int64_t n = int64_t(stretches.size());
+    for (int64_t i = 0; i < n; ends.push_back(i)) i += chain(&stretches[i], n - i, most);
+    if (n == 0) ends.push_back(0);  // no tap: zeros
+  }
+  int64_t begin(size_t chain) const { return chain == 0 ? 0 : ends[chain - 1]; }
+};
+
 // A band ready for multiplication. In the transpose of a strided convolution, all pixels whose row and column have
 // the same remainders modulo the stride use the same taps: they form a phase, which has its tiles and stretches.
 template <class T>
 struct Ready {
   std::vector<Tile> tiles;
-  std::vector<std::vector<Stretch>> phases;
+  std::vector<Phase> phases;
   int64_t lda, a_step, ldy;
 };
 
@@ -194,7 +207,7 @@ Ready<T> prepare(const Problem<T>& c, const Band& band, const Window& w, const I
       const char* first = in.base + origin;
       const int64_t y0 = (band.image * rows.output + p0) * y_row + q0 * c.filters;
       const int phase = int(ready.phases.size());
-      ready.phases.push_back(std::move(stretches));
+      ready.phases.emplace_back(std::move(stretches), kernels.depth);
 
       const bool pairs = width == half || (kernels.ragged && width < half);
       const Cut cut = {ceil_div(width, full), width};
@@ -235,6 +248,9 @@ Ready<T> prepare(const Problem<T>& c, const Band& band, const Window& w, const I
 // bands that share a pass over such filters, in addition to a panel.
 constexpr int64_t kMostPanels = 8, kFarBytes = 1 << 20, kFarScratch = 5 << 18;
 
+// Filters that are larger than this multiple of the input are read chain by chain.
+constexpr int64_t kFarFilters = 4;
+
 // Maximum bytes of a tile that are prefetched in shares, one before each panel, because more prefetches than the CPU
 // has fill buffers would stall. A larger tile is prefetched at once: with a panel it exceeds L1, and stalls anyway.
 constexpr int64_t kSharedFetch = 24 << 10;
@@ -242,6 +258,11 @@ constexpr int64_t kSharedFetch = 24 << 10;
 // Prefetches [from, to) to L2.
 inline void fetch(const void* from, const void* to) {
   for (auto* line = static_cast<const char*>(from); line < to; line += 64) __builtin_prefetch(line, 0, 2);
+}
+
+template <class T>
+int64_t filter_bytes(const Problem<T>& c) {
+  return c.rows.taps * c.columns.taps * c.filters * c.channels * conv_kernels<T>()->value_bytes();
 }
 
 // Multiplies bands that fit L2 together by panels [panel0, panel1).
@@ -266,15 +287,63 @@ void run_bands(const Problem<T>& c, const Band* bands, int64_t count, int64_t pa
   const bool streams = windows[0].in_place && c.rows.output == 1 && c.columns.div == 1 && c.columns.mul == 1;
 
   Tiles state(kernels);
-  const auto multiply = [&](const Ready<T>& band, const Tile& tile, int64_t panel) {
-    const std::vector<Stretch>& phase = band.phases[tile.phase];
+  const auto product = [&](const Ready<T>& band, const Tile& tile, int64_t panel, int64_t first, int64_t last) {
+    const Stretch* stretches = band.phases[tile.phase].stretches.data();
+    return Product{tile.a, c.panels + panel * panel_bytes, stretches + first, last - first, band.lda, tile.half_a,
+                   band.a_step};
+  };
+  const auto store = [&](const Ready<T>& band, const Tile& tile, int64_t panel, const Product& product,
+                         const float* partial) {
     const int64_t k = panel * kernels.columns;
-    const Epilogue<T> epilogue = {c.scale ? c.scale + k : nullptr, c.shift ? c.shift + k : nullptr,
+    const Epilogue<T> epilogue = {partial, c.scale ? c.scale + k : nullptr, c.shift ? c.shift + k : nullptr,
                                   c.residual ? c.residual + tile.y + k : nullptr, c.relu};
-    const Product product = {tile.a, c.panels + panel * panel_bytes, phase.data(), int64_t(phase.size()), band.lda,
-                             tile.half_a, band.a_step};
     kernels.store_tile(tile.rows, product, c.y + tile.y + k, band.ldy, tile.half_y, epilogue, state.shape);
   };
+  // Prefetches the i-th of n shares of a chain of a panel.
+  const auto fetch_share = [&](int64_t panel, const Phase& phase, size_t chain, size_t i, size_t n) {
+    for (int64_t j = phase.begin(chain); j < phase.ends[chain]; ++j) {
+      const Stretch& stretch = phase.stretches[j];
+      const char* b = c.panels + panel * panel_bytes + stretch.b;
+      const Cut share = {int64_t(n), stretch.steps};
+      fetch(b + share.begin(i) * kernels.panel_step(), b + share.begin(i + 1) * kernels.panel_step());
+    }
+  };
+  size_t chains = 1, tiles = 0;
+  for (const Ready<T>& band : ready) {
+    tiles += band.tiles.size();
+    for (const Phase& phase : band.phases) chains = std::max(chains, phase.ends.size());
+  }
+  const int64_t input = c.images * c.rows.input * c.columns.input * c.channels * kernels.value_bytes();
+  if (chains > 1 && kernels.sum_tile && filter_bytes(c) > kFarFilters * input) {
+    // The filters come from memory: one chain of a panel stays in L1 for all tiles, while the next one is prefetched.
+    const int64_t size = kernels.rows * kernels.columns;
+    auto* const partials = reinterpret_cast<float*>(scratch(2, int64_t(tiles) * size * int64_t(sizeof(float))));
+    for (int64_t panel = panel0; panel < panel1; ++panel) {
+      for (size_t i = 0; i < chains; ++i) {
+        float* partial = partials;
+        for (const Ready<T>& band : ready) {
+          for (size_t j = 0; j < band.tiles.size(); ++j, partial += size) {
+            const Tile& tile = band.tiles[j];
+            const Phase& phase = band.phases[tile.phase];
+            if (i >= phase.ends.size()) continue;
+            const bool first = i == 0, last = i + 1 == phase.ends.size();
+            if (!last) {
+              fetch_share(panel, phase, i + 1, j, band.tiles.size());
+            } else if (panel + 1 < panel1) {
+              fetch_share(panel + 1, phase, 0, j, band.tiles.size());
+            }
+            const Product part = product(band, tile, panel, phase.begin(i), phase.ends[i]);
+            if (last) {
+              store(band, tile, panel, part, first ? nullptr : partial);
+            } else {
+              kernels.sum_tile(tile.rows, part, !first, partial);
+            }
+          }
+        }
+      }
+    }
+    return;
+  }
   // A tile of a pointwise convolution is multiplied by several panels in sequence, while it is in L1, and y is written
   // in longer runs. With more taps, the window is too large for L1, and writing y is a smaller part of the time.
   const bool pointwise = c.rows.taps * c.columns.taps == 1;
@@ -295,23 +364,26 @@ void run_bands(const Problem<T>& c, const Band* bands, int64_t count, int64_t pa
               fetch(at + first * kernels.columns, at + last * kernels.columns);
             }
           }
-          multiply(band, band.tiles[i], panel);
+          const Tile& tile = band.tiles[i];
+          const int64_t stretches = int64_t(band.phases[tile.phase].stretches.size());
+          store(band, tile, panel, product(band, tile, panel, 0, stretches), nullptr);
         }
       }
     }
   }
 }
 
-// Bands of about scratch_bytes of input: whole rows of an image, or runs of columns if the image is one row.
+// Bands of about scratch_bytes of input: whole rows of an image, or runs of columns if the image is one row; a multiple
+// of `threads` of equal size where possible.
 template <class T>
-std::vector<Band> cut(const Problem<T>& c) {
+std::vector<Band> cut(const Problem<T>& c, int64_t threads) {
   const Axis &rows = c.rows, &columns = c.columns;
   const int64_t scratch_bytes = conv_kernels<T>()->scratch_bytes, tile_rows = conv_kernels<T>()->rows;
   std::vector<Band> bands;
   const int64_t pixel = c.channels * conv_kernels<T>()->value_bytes(), row_bytes = columns.input * pixel;
   if (rows.output == 1 && columns.div == 1 && columns.taps == 1) {
     const int64_t fits = std::max<int64_t>(2 * tile_rows, scratch_bytes / pixel);
-    const int64_t most = std::min<int64_t>(fits, 16 * tile_rows), threads = at::get_num_threads();
+    const int64_t most = std::min<int64_t>(fits, 16 * tile_rows);
     const int64_t parts = ceil_div(ceil_div(columns.output, most), threads) * threads;  // equal per thread
     const int64_t size = ceil_div(ceil_div(columns.output, parts), tile_rows) * tile_rows;
     for (int64_t n = 0; n < c.images; ++n) {
@@ -323,8 +395,7 @@ std::vector<Band> cut(const Problem<T>& c) {
   }
   const int64_t in_rows = std::max<int64_t>(1, scratch_bytes / row_bytes - (rows.taps - 1) / rows.div);
   const int64_t most = std::clamp<int64_t>(in_rows * rows.div / rows.mul, 1, rows.output);
-  // At least one band per thread.
-  const int64_t least = ceil_div(at::get_num_threads(), c.images);
+  const int64_t least = ceil_div(threads, c.images);  // at least one band per thread
   const int64_t parts = std::max(ceil_div(rows.output, most), std::min(least, rows.output));
   const int64_t size = ceil_div(rows.output, parts);
   for (int64_t n = 0; n < c.images; ++n) {
@@ -338,27 +409,29 @@ std::vector<Band> cut(const Problem<T>& c) {
 // The number of bands that share a pass over the panels, balanced over the threads. It is larger if the panels do not
 // fit L2, because each pass then reads them from L3 or memory.
 template <class T>
-int64_t bands_together(const Problem<T>& c, const std::vector<Band>& bands) {
-  const int64_t count = int64_t(bands.size()), threads = at::get_num_threads();
-  const int64_t panels = c.rows.taps * c.columns.taps * c.filters * c.channels * conv_kernels<T>()->value_bytes();
+int64_t bands_together(const Problem<T>& c, const std::vector<Band>& bands, int64_t threads) {
+  const int64_t count = int64_t(bands.size());
   const int64_t bytes = input_bytes(c, window(c, bands[0]));
-  const int64_t room = panels > kFarBytes ? kFarScratch : conv_kernels<T>()->scratch_bytes;
+  const int64_t room = filter_bytes(c) > kFarBytes ? kFarScratch : conv_kernels<T>()->scratch_bytes;
   const int64_t fits = std::max<int64_t>(1, bytes ? room / bytes : 1);
   return ceil_div(count, ceil_div(ceil_div(count, fits), threads) * threads);
 }
 
-// Runs all bands. Where no step needs whole bands, few bands (a small batch) are also split by filters.
+// Runs all bands. Where no step needs whole bands, few bands (a small batch) are also split by filters; and only by
+// filters if these do not stay in L2, so that each is read by one thread.
 template <class T>
 void run(const Problem<T>& c) {
-  const std::vector<Band> bands = cut(c);
-  const int64_t panels = c.filters / conv_kernels<T>()->columns, together = bands_together(c, bands);
+  const bool completes = c.x != nullptr && *c.fill;  // fill writes x: one task per band
+  const bool splits = !*c.finish && !completes;
+  const int64_t share = splits && filter_bytes(c) > kFarBytes ? 1 : at::get_num_threads();
+  const std::vector<Band> bands = cut(c, share);
+  const int64_t panels = c.filters / conv_kernels<T>()->columns, together = bands_together(c, bands, share);
   const int64_t count = ceil_div(int64_t(bands.size()), together);
   const auto run_some = [&](int64_t i, int64_t panel0, int64_t panel1) {
     const int64_t first = i * together, last = std::min(first + together, int64_t(bands.size()));
     run_bands(c, &bands[first], last - first, panel0, panel1);
   };
-  const bool completes = c.x != nullptr && *c.fill;  // fill writes x: one task per band
-  if (!*c.finish && !completes) {
+  if (splits) {
     const Cut groups = {std::clamp<int64_t>(ceil_div(4 * at::get_num_threads(), count), 1, panels), panels};
     for_tasks(count * groups.parts, [&](int64_t task) {
       const int64_t group = task % groups.parts;
