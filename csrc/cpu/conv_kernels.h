@@ -97,7 +97,7 @@ struct ConvKernels {
   // Pixels as steps: `channels` values (a multiple of 32) of `pixels` pixels, `ld` values apart, as panels
   // [step][columns], `panel_bytes` apart. With an odd number of bf16 pixels, zeros complete the last pair.
   void (*pack_pixels)(const T* x, int64_t ld, int64_t pixels, int64_t channels, char* packed, int64_t panel_bytes);
-  // Copies `values` values (a multiple of 32) of A as fp32 steps; nullptr where T itself is multiplied.
+  // Copies `values` values of A as fp32 steps; nullptr where T itself is multiplied.
   void (*widen)(const T* x, int64_t values, float* to);
   // The next two are for tiles that read a group of steps of many pixels at once (AMX), else nullptr.
   // Transposes a panel of pixels in place from B's order to A's: [step][32] to [group][32][steps of a group].

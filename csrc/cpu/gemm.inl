@@ -268,7 +268,9 @@ void pack_pixels(const T* x, int64_t ld, int64_t pixels, int64_t channels, char*
 
 template <class T>
 void widen_values(const T* x, int64_t values, float* to) {
-  for (int64_t i = 0; i < values; i += 16) Lanes<float>::load(x + i).store(to + i);
+  int64_t i = 0;
+  for (; i + 16 <= values; i += 16) Lanes<float>::load(x + i).store(to + i);
+  if (i < values) Lanes<float>::load(x + i, int(values - i)).store(to + i, int(values - i));
 }
 
 template <class T>

@@ -49,6 +49,7 @@ struct Problem {
   bool relu;
   T* y;
   const Finish* finish;
+  bool merged;  // the taps of a row are one tap of taps·channels values, which are adjacent in x
 };
 
 // The zero-padded input of a band, in x itself or copied to scratch memory: row i, column j is at
@@ -170,14 +171,15 @@ template <class T>
 std::vector<Stretch> stretches_of(const Problem<T>& c, const Input& in, int64_t a_step, int64_t p0, int64_t q0) {
   const Axis &rows = c.rows, &columns = c.columns;
   const ConvKernels<T>& kernels = *conv_kernels<T>();
-  const int64_t depth = kernels.steps_of(c.channels), most = kernels.depth;
+  const int64_t column_taps = c.merged ? 1 : columns.taps;
+  const int64_t depth = kernels.steps_of(c.merged ? columns.taps * c.channels : c.channels), most = kernels.depth;
   std::vector<Stretch> stretches;
   for (int64_t i = 0; i < depth; i += most) {
     for (int64_t r = 0; r < rows.taps; ++r) {
-      for (int64_t s = 0; s < columns.taps && rows.meets(p0, r); ++s) {
+      for (int64_t s = 0; s < column_taps && rows.meets(p0, r); ++s) {
         if (!columns.meets(q0, s)) continue;
         const int64_t at = (rows.at(p0, r) - in.row0) * in.pitch + (columns.at(q0, s) - in.column0) * in.pixel;
-        const int64_t tap = (r * columns.taps + s) * depth;
+        const int64_t tap = (r * column_taps + s) * depth;
         stretches.push_back({at + i * a_step, (tap + i) * kernels.panel_step(), std::min(most, depth - i)});
       }
     }
@@ -463,6 +465,13 @@ bool tiled_conv_takes(const ConvShape& s) {
 }
 
 template <class T>
+bool tiled_fprop_merges(const ConvShape& s) {
+  const ConvKernels<T>* const kernels = conv_kernels<T>();
+  return kernels != nullptr && kernels->values == 1 && s.channels < kChannels && s.taps[1] > 1 && s.dilation[1] == 1 &&
+         s.filters % kChannels == 0 && s.channels * s.filters * s.images * s.rows * s.columns > 0;
+}
+
+template <class T>
 bool by_winograd(const ConvShape& s, bool dgrad) {
   return winograd_takes<T>(dgrad ? transposed(s) : s);
 }
@@ -502,7 +511,8 @@ void tiled_conv_fprop(
   const ConvShape s = flattened(shape);
   const Problem<T> c = {
       s.images, s.channels, s.filters, fprop_axis(s.height, s.rows, s, 0), fprop_axis(s.width, s.columns, s, 1),
-      x, &fill, reinterpret_cast<const char*>(panels.const_data_ptr<uint8_t>()), scale, shift, residual, relu, y, &finish};
+      x, &fill, reinterpret_cast<const char*>(panels.const_data_ptr<uint8_t>()), scale, shift, residual, relu, y, &finish,
+      tiled_fprop_merges<T>(shape)};
   run(c);
 }
 
@@ -517,12 +527,13 @@ void tiled_conv_dgrad(
   const Problem<T> c = {
       s.images, s.filters, s.channels, dgrad_axis(s.rows, s.height, s, 0), dgrad_axis(s.columns, s.width, s, 1),
       dz, &fill, reinterpret_cast<const char*>(panels.const_data_ptr<uint8_t>()), nullptr, nullptr,
-      nullptr, false, dx, &finish};
+      nullptr, false, dx, &finish, false};
   run(c);
 }
 
 #define RESNET_FAST_TILED_CONV(T)                                                                                   \
   template bool tiled_conv_takes<T>(const ConvShape&);                                                              \
+  template bool tiled_fprop_merges<T>(const ConvShape&);                                                            \
   template bool by_winograd<T>(const ConvShape&, bool);                                                             \
   template at::Tensor pack_filters<T>(const ConvShape&, const at::Tensor&, bool, Allocate);                         \
   template void tiled_conv_fprop<T>(                                                                                \

@@ -24,6 +24,11 @@ using Finish = std::function<void(int64_t task, int64_t begin, int64_t end)>;
 template <class T>
 bool tiled_conv_takes(const ConvShape& shape);
 
+// Whether tiled_conv_fprop also takes a convolution of fewer channels (a network's first): in fp32 arithmetic, without
+// dilation of columns. The values that a row of taps reads are adjacent, and are multiplied like one tap's.
+template <class T>
+bool tiled_fprop_merges(const ConvShape& shape);
+
 // Whether a convolution uses Winograd (winograd.h).
 template <class T>
 bool by_winograd(const ConvShape& shape, bool dgrad);
