@@ -300,8 +300,9 @@ def _times(
     fastest = min((timing.warm_up(s, sync) for s in steps.values()), default=0.0)
     say(f"{case}: timing {', '.join(steps)}")
     return timing.interleave(
-        steps, rounds=rounds, seconds=seconds, repeats=timing.repeats_for(fastest), sync=sync
-    )
+        steps, rounds=rounds, seconds=seconds, repeats=timing.repeats_for(fastest), sync=sync,
+        pause=timing.PAUSE_S if case.device.type == "cpu" else 0.0,
+    )  # fmt: skip
 
 
 def _reason(error: BaseException) -> str:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 MIN_ROUNDS = 7
+PAUSE_S = 0.02  # on a CPU, between two providers: longer than the pools' threads wait for work
 MIN_SAMPLE_MS = 20.0  # shorter steps are repeated until one sample lasts this long
 
 Step = Callable[[int], object]
@@ -44,11 +45,13 @@ def interleave(
     repeats: int = 1,
     sync: Callable[[], None] = lambda: None,
     clock: Callable[[], float] = time.perf_counter,
+    pause: float = 0.0,
 ) -> dict[str, list[float]]:
     """Milliseconds per step of each provider, one value per round; equal indices share a round.
 
     Runs `rounds` rounds, or with None as many as fit in `seconds`, at least MIN_ROUNDS. A value is
-    the mean of `repeats` consecutive steps.
+    the mean of `repeats` consecutive steps. Before each, all threads have `pause` seconds to sleep:
+    after a step the threads of a pool wait for work in a loop, on cores that the next provider needs.
     """
     times: dict[str, list[float]] = {name: [] for name in steps}
     start = clock()
@@ -58,6 +61,7 @@ def interleave(
     ):
         inputs = range(done * repeats, (done + 1) * repeats)
         for name in rotated(list(steps), done):
+            time.sleep(pause)
             times[name].append(_sample(steps[name], inputs, sync, clock))
         done += 1
     return times

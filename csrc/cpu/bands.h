@@ -14,6 +14,8 @@
 
 namespace resnet_fast::cpu {
 
+constexpr int64_t kFarBytes = 1 << 20;  // size from which filters do not stay in L2
+
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Cuts `total` items into parts of equal size; the first total % parts are one larger.

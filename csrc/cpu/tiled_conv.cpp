@@ -246,9 +246,9 @@ Ready<T> prepare(const Problem<T>& c, const Band& band, const Window& w, const I
   return ready;
 }
 
-// Maximum panels per tile of a pointwise convolution; size from which filters do not stay in L2; and the space for
-// bands that share a pass over such filters, in addition to a panel.
-constexpr int64_t kMostPanels = 8, kFarBytes = 1 << 20, kFarScratch = 5 << 18;
+// Maximum panels per tile of a pointwise convolution; and the space for bands that share a pass over filters that do
+// not stay in L2, in addition to a panel.
+constexpr int64_t kMostPanels = 8, kFarScratch = 5 << 18;
 
 // Filters that are larger than this multiple of the input are read chain by chain.
 constexpr int64_t kFarFilters = 4;

@@ -34,9 +34,11 @@ struct Grid {
 
 // Tiles per block; a block is transformed, multiplied and transformed back as a whole. It is large enough that the
 // filters, which each block reads, are a small part of its traffic, and small enough that with few filters its products
-// stay in L2 (measured: the fastest of 56 to 336). kLeastTiles: tiles per thread from which fewer products outweigh
-// larger filters.
-constexpr int64_t kBlockTiles = 112, kLeastTiles = 12;
+// stay in L2 (measured: the fastest of 56 to 336).
+constexpr int64_t kBlockTiles = 112;
+
+// Tiles per thread from which fewer products outweigh larger filters (measured).
+int64_t least_tiles() { return active_isa() >= Isa::AVX512 ? 12 : 8; }
 
 // Rows of tiles of one image in a block; `tile` is the first one's index in the block. They give rows [p0, p1) of y
 // from rows [h0, h1) of x and zeros.
@@ -122,24 +124,24 @@ std::vector<Stretch> stretches_of(int64_t steps, int64_t a_step) {
   return stretches;
 }
 
-// M = V·U for each of the 16 products.
+// M = V·U for panels [begin, end) of all 16 products' filters.
 void multiply(
     const ConvShape& s, int64_t tiles, const float* v, int64_t v_pitch, const char* filters, float* m,
-    int64_t m_pitch) {
+    int64_t m_pitch, int64_t begin, int64_t end) {
   const ConvKernels<float>& kernels = *conv_kernels<float>();
-  const int64_t lda = s.channels * int64_t(sizeof(float));
+  const int64_t lda = s.channels * int64_t(sizeof(float)), panels = s.filters / kernels.columns;
   const std::vector<Stretch> stretches = stretches_of(s.channels, sizeof(float));
   int shape = 0;
-  for (int64_t i = 0; i < kWinogradProducts; ++i) {
-    for (int64_t k = 0; k < s.filters; k += kernels.columns, filters += s.channels * kernels.panel_step()) {
-      for (int64_t t = 0; t < tiles; t += kernels.rows) {
-        const int rows = int(std::min<int64_t>(kernels.rows, tiles - t)), upper = std::min(rows, kernels.half);
-        const auto* a = reinterpret_cast<const char*>(v + i * v_pitch + t * s.channels);
-        const Product product = {a, filters, stretches.data(), int64_t(stretches.size()), lda, kernels.half * lda,
-                                 int64_t(sizeof(float))};
-        kernels.store_tile({upper, rows - upper}, product, m + i * m_pitch + t * s.filters + k, s.filters,
-                           kernels.half * s.filters, {}, shape);
-      }
+  for (int64_t j = begin; j < end; ++j) {
+    const int64_t i = j / panels, k = j % panels * kernels.columns;
+    const char* const panel = filters + j * s.channels * kernels.panel_step();
+    for (int64_t t = 0; t < tiles; t += kernels.rows) {
+      const int rows = int(std::min<int64_t>(kernels.rows, tiles - t)), upper = std::min(rows, kernels.half);
+      const auto* a = reinterpret_cast<const char*>(v + i * v_pitch + t * s.channels);
+      const Product product = {a, panel, stretches.data(), int64_t(stretches.size()), lda, kernels.half * lda,
+                               int64_t(sizeof(float))};
+      kernels.store_tile({upper, rows - upper}, product, m + i * m_pitch + t * s.filters + k, s.filters,
+                         kernels.half * s.filters, {}, shape);
     }
   }
 }
@@ -155,7 +157,7 @@ bool winograd_takes(const ConvShape& s) {
   }
   const Grid grid(s);
   const int64_t threads = at::get_num_threads();  // each has separate rows of tiles
-  const bool enough = grid.all >= threads && grid.all * grid.columns >= kLeastTiles * threads;
+  const bool enough = grid.all >= threads && grid.all * grid.columns >= least_tiles() * threads;
   return (enough || by == ConvBy::Winograd) && tiled_conv_takes<T>(s) &&
          std::max(s.channels, s.filters) <= kMostWinogradChannels;
 }
@@ -216,22 +218,19 @@ void winograd(
   const int64_t size = std::max<int64_t>(1, kBlockTiles / grid.columns);
   const int64_t threads = at::get_num_threads(), blocks = ceil_div(ceil_div(grid.all, size), threads) * threads;
   const Cut cut = {std::min(blocks, grid.all), grid.all};
-  const int64_t tiles = ceil_div(grid.all, cut.parts) * grid.columns;
-  const int64_t v_pitch = pitch_of(tiles, s.channels), m_pitch = pitch_of(tiles, s.filters);
   const auto* panels = reinterpret_cast<const char*>(filters.const_data_ptr<uint8_t>());
+  const int64_t count = kWinogradProducts * s.filters / conv_kernels<float>()->columns;  // of panels
 
-  const auto run = [&](int64_t task, int64_t block) {
-    const int64_t first = cut.begin(block), last = cut.begin(block + 1);
-    const std::vector<Segment> parts = segments(s, grid, first, last);
-    auto* v = reinterpret_cast<float*>(scratch(0, kWinogradProducts * v_pitch * int64_t(sizeof(float))));
-    auto* m = reinterpret_cast<float*>(scratch(1, kWinogradProducts * m_pitch * int64_t(sizeof(float))));
-    for (const Segment& g : parts) {
+  // V of rows [first, last) of tiles, and y from their M.
+  const auto transform = [&](int64_t first, int64_t last, float* v, int64_t v_pitch) {
+    for (const Segment& g : segments(s, grid, first, last)) {
       each_patch(s, grid, g, x, fill, [&](int64_t tile, const T* const(&d)[16]) {
         transforms.input(d, s.channels, v + tile * s.channels, v_pitch);
       });
     }
-    multiply(s, (last - first) * grid.columns, v, v_pitch, panels, m, m_pitch);
-    for (const Segment& g : parts) {
+  };
+  const auto untransform = [&](int64_t first, int64_t last, const float* m, int64_t m_pitch, int64_t task) {
+    for (const Segment& g : segments(s, grid, first, last)) {
       each_output(s, g, [&](int64_t tile, const int64_t(&at)[4]) {
         T* to[4];
         const T* beside[4];
@@ -244,6 +243,36 @@ void winograd(
       const int64_t row = g.image * s.rows;
       if (finish) finish(task, (row + g.p0) * s.columns, (row + g.p1) * s.columns);
     }
+  };
+
+  if (cut.parts < 4 * threads && count * s.channels * conv_kernels<float>()->panel_step() > kFarBytes) {
+    // A small batch, and filters that do not stay in L2: the threads share the filters, so that one thread reads each.
+    const int64_t tiles = grid.all * grid.columns;
+    const int64_t v_pitch = pitch_of(tiles, s.channels), m_pitch = pitch_of(tiles, s.filters);
+    const at::Tensor all = empty({kWinogradProducts * (v_pitch + m_pitch)}, at::kFloat, at::MemoryFormat::Contiguous);
+    float *const v = all.data_ptr<float>(), *const m = v + kWinogradProducts * v_pitch;
+    for_tasks(grid.all, [&](int64_t row) {
+      transform(row, row + 1, v + row * grid.columns * s.channels, v_pitch);
+    });
+    const Cut shares = {std::min(count, 16 * threads), count};
+    for_tasks(shares.parts, [&](int64_t i) {
+      multiply(s, tiles, v, v_pitch, panels, m, m_pitch, shares.begin(i), shares.begin(i + 1));
+    });
+    const Cut rows = {std::min(grid.all, kTasks), grid.all};
+    for_tasks(rows.parts, [&](int64_t i) {
+      untransform(rows.begin(i), rows.begin(i + 1), m + rows.begin(i) * grid.columns * s.filters, m_pitch, i);
+    });
+    return;
+  }
+  const int64_t tiles = ceil_div(grid.all, cut.parts) * grid.columns;
+  const int64_t v_pitch = pitch_of(tiles, s.channels), m_pitch = pitch_of(tiles, s.filters);
+  const auto run = [&](int64_t task, int64_t block) {
+    const int64_t first = cut.begin(block), last = cut.begin(block + 1);
+    auto* v = reinterpret_cast<float*>(scratch(0, kWinogradProducts * v_pitch * int64_t(sizeof(float))));
+    auto* m = reinterpret_cast<float*>(scratch(1, kWinogradProducts * m_pitch * int64_t(sizeof(float))));
+    transform(first, last, v, v_pitch);
+    multiply(s, (last - first) * grid.columns, v, v_pitch, panels, m, m_pitch, 0, count);
+    untransform(first, last, m, m_pitch, task);
   };
   const int64_t tasks = finish ? std::min(cut.parts, kTasks) : cut.parts;
   for_tasks(tasks, [&](int64_t task) {
