@@ -1,7 +1,8 @@
-"""Inference runtimes other than PyTorch, as providers of `bench models`: OpenVINO, ONNX Runtime.
+"""OpenVINO and ONNX Runtime, as providers of `bench models`.
 
-Each runs a plain PyTorch module on the CPU, with as many threads as PyTorch has. Both fold BatchNorm
-and choose their layouts themselves. They are optional: `pip install openvino onnxruntime onnxscript`.
+Each runs a plain PyTorch module on the CPU, with as many threads as PyTorch has. Both fold
+BatchNorm and choose their layouts themselves. They are optional:
+`pip install openvino onnxruntime onnxscript`.
 """
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ def openvino(plain: nn.Module, case: Case, x: Tensor) -> nn.Module:
     """
     ov = imported("openvino", "benchmarks of OpenVINO", "openvino")
     with _quietly():
-        model = ov.convert_model(_fp32(plain, case), example_input=x.float(), input=[tuple(x.shape)])
+        model = ov.convert_model(
+            _fp32(plain, case), example_input=x.float(), input=[tuple(x.shape)]
+        )
     options = {
         "PERFORMANCE_HINT": "LATENCY",
         "NUM_STREAMS": 1,

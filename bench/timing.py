@@ -51,7 +51,7 @@ def interleave(
 
     Runs `rounds` rounds, or with None as many as fit in `seconds`, at least MIN_ROUNDS. A value is
     the mean of `repeats` consecutive steps. Before each, all threads have `pause` seconds to sleep:
-    after a step the threads of a pool wait for work in a loop, on cores that the next provider needs.
+    after a step, those of a pool wait for work in a loop, on cores that the next provider needs.
     """
     times: dict[str, list[float]] = {name: [] for name in steps}
     start = clock()

@@ -462,10 +462,11 @@ def excuse_of(case: Case, name: str) -> str:
     infinite = ("inf", "-inf", "huge")
     if case.poisoned in infinite and name.startswith(GRADIENT):
         return "infinite parameter"
-    tiles = backends.build_info()["isa_active"].startswith(("avx512", "amx"))
-    way = os.environ.get("RESNET_FAST_CPU_CONV", "auto")
-    convolves = case.dtype == "fp32" and case.kind not in ("bn_act", "add_relu", "global_avg_pool")
-    if case.values in infinite and tiles and convolves and way in ("auto", "winograd"):
+    isa, way = backends.build_info()["isa_active"], os.environ.get("RESNET_FAST_CPU_CONV", "auto")
+    widened = ("bf16",) if isa in ("avx2", "avx512") else ()  # bf16 in fp32 arithmetic
+    convolves = case.kind not in ("bn_act", "add_relu", "global_avg_pool")
+    by_winograd = isa != "baseline" and convolves and case.dtype in ("fp32", *widened)
+    if case.values in infinite and by_winograd and way in ("auto", "winograd"):
         return "winograd"
     return ""
 
@@ -605,13 +606,13 @@ def parser() -> argparse.ArgumentParser:
 
 
 def pairs(args: argparse.Namespace) -> list[tuple[str, str]]:
-    """The instruction sets that this CPU has, each with every way to convolve that it has: those
-    below AVX-512 have no tiles, and oneDNN alone.
+    """The instruction sets that this CPU has, each with every way to convolve that it has: the
+    baseline has no tiles, and oneDNN alone.
     """
     all_isas = list(ISAS)
     most = all_isas.index(backends.build_info()["isa_detected"])
     isas = [args.isa] if args.isa else all_isas[: most + 1]
-    ways = {isa: WAYS if isa.startswith(("avx512", "amx")) else ("auto",) for isa in isas}
+    ways = {isa: ("auto",) if isa == "baseline" else WAYS for isa in isas}
     return [(isa, way) for isa in isas for way in ([args.conv] if args.conv else ways[isa])]
 
 

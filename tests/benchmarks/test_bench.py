@@ -3,14 +3,16 @@
 import json
 import re
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from bench import gate, memory, models, rows, step, table, timing
+from bench import gate, memory, models, peers, rows, step, table, timing
 from bench.__main__ import COMMANDS, main
+from resnet_fast.runtime.optional import MissingPackage
 
 TINY = ["models", "--model", "tiny", "--image-size", "16", "--rounds", "2", "--threads", "1"]
 
@@ -318,6 +320,51 @@ def test_commands_are_imported_when_asked_for(monkeypatch, capsys):
     monkeypatch.setitem(COMMANDS, "kernels", ("a_module", "kernels one by one"))
     monkeypatch.setattr("importlib.import_module", {"a_module": command}.__getitem__)
     assert main(["kernels", "--tile", "7"]) == 7
+
+
+def test_other_runtimes_take_inference_on_a_cpu_alone():
+    cpu = step.Case("resnet18", "infer", 1, "fp32", torch.device("cpu"))
+    others = [replace(cpu, mode="train"), replace(cpu, device=torch.device("cuda"))]
+    for takes in (peers.openvino_takes, peers.onnxruntime_takes):
+        assert takes(cpu)
+        assert not any(takes(other) for other in others)
+    bf16 = replace(cpu, dtype="bf16")
+    assert peers.openvino_takes(bf16)
+    assert not peers.onnxruntime_takes(bf16)
+
+
+@pytest.mark.parametrize("name", ["openvino", "onnxruntime"])
+def test_another_runtime_that_is_not_installed(name, monkeypatch):
+    monkeypatch.setitem(sys.modules, name, None)
+    case = step.Case("tiny", "infer", 1, "fp32", torch.device("cpu"), 32)
+    with pytest.raises(MissingPackage, match=f"pip install {name}"):
+        getattr(peers, name)(Tiny(), case, torch.zeros(1, 3, 32, 32))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["openvino", "onnxruntime"])
+def test_another_runtime_computes_the_same(name, tiny, capsys):
+    pytest.importorskip(name)
+    if name == "onnxruntime":
+        pytest.importorskip("onnxscript")
+    assert main([*TINY, "--mode", "infer", "--providers", f"{name},resnet_fast", "--json"]) == 0
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(one["provider"], one["peak_mb"] is None) for one in found] == [
+        (name, True), ("resnet_fast", False)
+    ]  # fmt: skip
+
+
+def test_a_table_with_another_runtime():
+    run = [
+        sample_row("openvino", images_per_s=40.0, ms_p50=400.0, peak_mb=None),
+        sample_row("resnet_fast", speedup_vs_eager=None),
+    ]
+    header, _, line = table.markdown(run).splitlines()[2:5]
+    assert header == (
+        "| model | mode | dtype | batch | OpenVINO | resnet_fast | vs OpenVINO | peak MiB |"
+    )
+    assert line.endswith("| 40 | 50 | 1.25x | – → 200 |")
+    assert table.text(run).splitlines()[1].split()[-2:] == ["–", "1.50x"]
 
 
 def test_table_round_trip(tmp_path, capsys):

@@ -18,7 +18,7 @@ from resnet_fast.verify.op_cases import CONVOLUTIONS, Conv, Draw
 
 TESTS = Path(__file__).parents[1]
 PATH = os.pathsep.join(map(str, (TESTS.parent, TESTS, TESTS / "support")))  # of a process
-TILED = {  # channels and filters in multiples of 32
+TILED = {  # channels and filters in multiples of 32; or few channels
     "1x1": Conv((2, 32, 7, 7), 64, (1, 1)),
     "1x1-many": Conv((1, 96, 31, 37), 32, (1, 1)),
     "1x1-stride2": Conv((2, 64, 15, 14), 32, (1, 1), (2, 2)),
@@ -40,6 +40,10 @@ TILED = {  # channels and filters in multiples of 32
     "2x2": Conv((2, 32, 8, 9), 32, (2, 2), (2, 2)),
     "one-pixel": Conv((19, 64, 1, 1), 64, (3, 3), padding=(1, 1)),
     "many-filters": Conv((1, 32, 4, 4), 1056, (1, 1)),
+    "large-filters": Conv((1, 512, 7, 7), 544, (3, 3), (2, 2), (1, 1)),
+    "large-filters-stride1": Conv((1, 512, 7, 6), 64, (3, 3), padding=(1, 1)),
+    "first": Conv((2, 3, 33, 38), 64, (7, 7), (2, 2), (3, 3)),
+    "first-unpadded": Conv((1, 5, 20, 25), 32, (3, 2), (1, 1)),
 }
 
 
@@ -76,7 +80,10 @@ def guard(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("isa", "dtype", "by"),
-    [("avx512", "fp32", "tiles"), ("avx512", "fp32", "winograd"),
+    [("avx2", "fp32", "tiles"), ("avx2", "fp32", "winograd"),
+     ("avx2", "bf16", "tiles"), ("avx2", "bf16", "winograd"),
+     ("avx512", "fp32", "tiles"), ("avx512", "fp32", "winograd"),
+     ("avx512", "bf16", "tiles"), ("avx512", "bf16", "winograd"),
      ("avx512_bf16", "bf16", "tiles"), ("amx_bf16", "bf16", "tiles")],
 )  # fmt: skip
 def test_tiles(isa, dtype, by, guard):
@@ -136,8 +143,8 @@ print((~run(x).isfinite())[0].any(0).nonzero().tolist())
 def test_rounding_errors_of_winograd():
     """Of direct products' size, and an infinity shows where its windows are alone."""
     info = backends.build_info()
-    if info is None or "avx512" not in info["isas"] or info["isa_detected"] in ("baseline", "avx2"):
-        pytest.skip("the own tiles need AVX-512")
+    if info is None or "avx2" not in info["isas"] or info["isa_detected"] == "baseline":
+        pytest.skip("the own tiles need AVX2")
     found = {}
     for by in ("tiles", "winograd"):
         env = {**os.environ, "RESNET_FAST_CPU_CONV": by}
