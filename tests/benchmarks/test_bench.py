@@ -347,7 +347,8 @@ def test_another_runtime_computes_the_same(name, tiny, capsys):
     pytest.importorskip(name)
     if name == "onnxruntime":
         pytest.importorskip("onnxscript")
-    assert main([*TINY, "--mode", "infer", "--providers", f"{name},resnet_fast", "--json"]) == 0
+    asked = ["--mode", "infer", "--batch", "2", "--providers", f"{name},resnet_fast", "--json"]
+    assert main([*TINY, *asked]) == 0
     found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [(one["provider"], one["peak_mb"] is None) for one in found] == [
         (name, True), ("resnet_fast", False)

@@ -74,7 +74,7 @@ def test_why_not_another(traced):
         ({"dtype": torch.float64}, "aten", "neither fp32 nor bf16"),
         ({"channels": 24}, "aten", "channels or filters are not multiples of 32"),
         ({"size": 1}, "tiles", "multiples of 32"),
-        ({"dtype": torch.bfloat16}, "tiles", "multiples of 32"),
+        ({"dtype": torch.bfloat16, "size": 1}, "tiles", "multiples of 32"),
     ],
 )
 def test_the_route_of_a_native_convolution(case, by, why, traced):
