@@ -169,7 +169,7 @@ def test_readme_gives_the_range_of_the_tables():
         for line in table.splitlines():
             for title, cell in zip(cells, line.split("|"), strict=False):
                 if title.startswith("vs ") and cell.strip().endswith("x"):
-                    peer = "torch.compile" if "compile" in title else "eager"
+                    peer = "torch.compile" if "compile" in title else title.removeprefix("vs ")
                     found.setdefault((where, peer), []).append(float(cell.strip()[:-1]))
     for (where, peer), values in found.items():
         words = f"{min(values):.2f}x to {max(values):.2f}x {peer}"
