@@ -1,5 +1,5 @@
-// The kernels of conv_kernels.h, by vectors of AVX-512 or AVX2. A step of bf16 is a pair of
-// values with AVX-512 BF16; elsewhere one value, which is widened to fp32 when it is copied or packed.
+// The kernels of conv_kernels.h, by vectors of AVX-512 or AVX2. A step of bf16 is a pair of values with AVX-512 BF16;
+// elsewhere one value, which is widened to fp32 when it is copied or packed.
 
 #if defined(RESNET_FAST_AVX512)
 using Vector = __m512;
@@ -57,7 +57,8 @@ constexpr int kValues = 1;
 #endif
 
 // Rows are in groups of four or three, at p, p + lda, p + 2·lda, p + 3·lda: x86 address modes with one pointer and
-// two strides. Each half of the tile has two groups, or one with AVX2. kStep is product.a_step as a constant, which saves a register.
+// two strides. Each half of the tile has two groups, or one with AVX2. kStep is product.a_step as a
+// constant, which saves a register.
 template <int kRows, int kStep>
 inline __attribute__((always_inline)) void accumulate(
     const Product& product, Vector (&sum)[kRows][2]) {

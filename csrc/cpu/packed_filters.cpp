@@ -287,7 +287,7 @@ Route route(const Tensor& x, const Tensor& w, const Geometry& g, bool inference)
   const bool single = x.scalar_type() == at::kFloat;
   if (!single && x.scalar_type() != at::kBFloat16) return library("neither fp32 nor bf16");
   const ConvShape s = conv_shape(x, w, g);
-  // With AVX-512, oneDNN has first convolutions that are as fast in fp32.
+  // In fp32 with AVX-512 they go to oneDNN: these tiles are not measured there.
   const bool merges = single ? active_isa() < Isa::AVX512 && tiled_fprop_merges<float>(s) : tiled_fprop_merges<bf16>(s);
   if (inference && merges) return {"tiles", "few channels", true};
   if (!(single ? tiled_conv_takes<float>(s) : tiled_conv_takes<bf16>(s))) {
