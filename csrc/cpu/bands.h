@@ -22,6 +22,7 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 struct Cut {
   int64_t parts, total;
   int64_t begin(int64_t i) const { return i * (total / parts) + std::min(i, total % parts); }
+  int64_t size(int64_t i) const { return begin(i + 1) - begin(i); }
 };
 
 inline int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -ceil_div(-a, b); }

@@ -5,7 +5,7 @@
 // bf16 values whose products are accumulated in fp32. Where the CPU has no products of bf16, bf16 values are widened to
 // fp32 steps. A tile is `rows` rows in two halves, which need not be adjacent:
 //
-//   AVX2     6 x 16    12 of 16 registers accumulate: 12 FMAs for 2 loads of B and 6 broadcasts of A
+//   AVX2     3 x 32    12 of 16 registers accumulate: 12 FMAs for 4 loads of B and 3 broadcasts of A
 //   AVX-512  14 x 32   28 of 32 registers accumulate: 28 FMAs for 2 loads of B and 14 broadcasts of A
 //   AMX      32 x 32   four accumulators of 16 by 16
 #pragma once
@@ -16,8 +16,9 @@
 
 namespace resnet_fast {
 
-constexpr int64_t kChannels = 32;  // the tiles take multiples of this many channels and filters
-constexpr int64_t kChain = 256;    // steps that gemm.inl accumulates at once; longer sums add such parts
+constexpr int kColumns = 32;                  // of a tile and a panel: channels and filters are multiples of this
+constexpr int64_t kPanelStep = 4 * kColumns;  // bytes of B per step
+constexpr int64_t kChain = 256;               // steps that gemm.inl accumulates at once; longer sums add such parts
 
 // One stretch of the sum: `steps` steps, `a` and `b` bytes after the product's A and B.
 struct Stretch {
@@ -55,18 +56,19 @@ struct Epilogue {
 
 // The rows in use of a tile's first and second half. With `pitch`, they are a run across lines of `pitch` positions,
 // starting at position `column` of a line. Rows at positions from `width` on are padding and are not stored; the rows
-// of y follow each other without them.
+// of y follow each other without them. `tiles` tiles of such rows follow each other.
 struct Rows {
   int first, second;
-  int column = 0, width = 0, pitch = 0;
+  int column = 0, width = 0, pitch = 0, tiles = 1;
 };
 
 template <class T>
 struct ConvKernels {
   int rows, half;         // of a tile, and of its first half
-  int columns;            // of a tile and a panel
   int values;             // of T per step
   bool ragged;            // the first half may be short even with a second one
+  bool chained;           // few rows read B often: it must stay in L1, so longer sums are always added chain by chain
+  int tiles;              // maximum per call
   int steps;              // per group; stretches are whole groups
   int64_t depth;          // maximum steps per stretch: all taps of these steps are multiplied while in L1
   int64_t scratch_bytes;  // of input that stays in L2 with a panel and the output
@@ -75,7 +77,6 @@ struct ConvKernels {
   int64_t dw_pixels;      // maximum pixels per block of dw,
   int64_t dw_bytes;       // and maximum bytes of its operands
 
-  int64_t panel_step() const { return 4 * columns; }  // bytes of B per step
   int64_t steps_of(int64_t values_) const { return (values_ + values - 1) / values; }
   int64_t value_bytes() const { return 4 / values; }  // of a value in A
 
@@ -83,10 +84,10 @@ struct ConvKernels {
   // thread's tile configuration, 0 before the first tile. Call release() after the last tile; nullptr without AMX.
   void (*store_tile)(
       const Rows&, const Product&, T* y, int64_t ldy, int64_t half_y, const Epilogue<T>&, int& shape);
-  // partial[row·columns + column] = … or, where `add`, += …, for A as in store_tile: products of more than kChain steps
+  // sum[row·ld + column] = … or, where `add`, += …, for A as in store_tile: products of more than kChain steps
   // are added chain by chain, all tiles of a panel before the next chain. nullptr for tiles that accumulate all steps
   // without a loss (AMX).
-  void (*sum_tile)(const Rows&, const Product&, bool add, float* partial);
+  void (*sum_tile)(const Rows&, const Product&, bool add, float* sum, int64_t ld);
   // sum[row·ld + column] = … or, where `add`, += …
   void (*add_tile)(int rows, const Product&, bool add, float* sum, int64_t ld, int& shape);
   void (*release)();

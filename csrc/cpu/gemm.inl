@@ -27,7 +27,7 @@ inline Vector gather(const float* p, int64_t ld) {
 inline __attribute__((always_inline)) Lanes<float> lanes(const Vector (&row)[2], int part) { return {row[part]}; }
 #else
 using Vector = __m256;
-constexpr int kVector = 8, kTileRows = 6, kHalf = 3;
+constexpr int kVector = 8, kTileRows = 3, kHalf = 3;
 
 inline __attribute__((always_inline)) Vector load(const void* p) {
   return _mm256_loadu_ps(static_cast<const float*>(p));
@@ -44,11 +44,12 @@ inline Vector gather(const float* p, int64_t ld) {
   const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
   return _mm256_i32gather_ps(p, _mm256_mullo_epi32(lanes, _mm256_set1_epi32(int(ld))), 4);
 }
-inline __attribute__((always_inline)) Lanes<float> lanes(const Vector (&row)[2], int) { return {row[0], row[1]}; }
+inline __attribute__((always_inline)) Lanes<float> lanes(const Vector (&row)[4], int part) {
+  return {row[2 * part], row[2 * part + 1]};
+}
 #endif
 
-constexpr int kColumns = 2 * kVector, kParts = kColumns / 16;
-constexpr int64_t kPanelStep = kColumns * 4;
+constexpr int kWidth = kColumns / kVector, kParts = kColumns / 16;  // vectors, and Lanes, of a row
 constexpr int kStepBytes = 4;  // between steps of A in unpacked pixels; kPanelStep in packed ones
 #if defined(RESNET_FAST_AVX512_BF16)
 constexpr int kValues = 2;  // per step
@@ -56,12 +57,64 @@ constexpr int kValues = 2;  // per step
 constexpr int kValues = 1;
 #endif
 
+#if !defined(RESNET_FAST_AVX512)
+// sum += A·B over `steps` steps of a full tile. In assembly: twelve sums, three values of A and a vector of B take all
+// sixteen registers, and GCC 12 stores and reloads one of the sums in every iteration.
+template <int kStep>
+inline __attribute__((always_inline)) void multiply_full(
+    const char* a, int64_t lda, const char* b, int64_t steps, Vector (&sum)[kTileRows][kWidth]) {
+#define RESNET_FAST_COLUMN(at, sum0, sum1, sum2)   \
+  "vmovups " at "(%%rcx), %%ymm15\n"               \
+  "vfmadd231ps %%ymm15, %%ymm12, %[" #sum0 "]\n"   \
+  "vfmadd231ps %%ymm15, %%ymm13, %[" #sum1 "]\n"   \
+  "vfmadd231ps %%ymm15, %%ymm14, %[" #sum2 "]\n"
+#define RESNET_FAST_STEP(i)                                  \
+  "vbroadcastss %c[step]*" #i "(%%rax), %%ymm12\n"           \
+  "vbroadcastss %c[step]*" #i "(%%rax,%[lda]), %%ymm13\n"    \
+  "vbroadcastss %c[step]*" #i "(%%rax,%[lda],2), %%ymm14\n"  \
+  RESNET_FAST_COLUMN("128*" #i, s00, s10, s20)               \
+  RESNET_FAST_COLUMN("128*" #i "+32", s01, s11, s21)         \
+  RESNET_FAST_COLUMN("128*" #i "+64", s02, s12, s22)         \
+  RESNET_FAST_COLUMN("128*" #i "+96", s03, s13, s23)
+  static_assert(kPanelStep == 128 && kTileRows == 3);
+  asm volatile(
+      "mov %[a], %%rax\n"
+      "mov %[b], %%rcx\n"
+      "mov %[steps], %%rdx\n"
+      "sub $4, %%rdx\n"
+      "jl 2f\n"
+      "1:\n"  // four steps
+      RESNET_FAST_STEP(0) RESNET_FAST_STEP(1) RESNET_FAST_STEP(2) RESNET_FAST_STEP(3)
+      "add $4*%c[step], %%rax\n"
+      "add $4*128, %%rcx\n"
+      "sub $4, %%rdx\n"
+      "jge 1b\n"
+      "2:\n"
+      "add $4, %%rdx\n"
+      "jz 4f\n"
+      "3:\n"  // the rest, one by one
+      RESNET_FAST_STEP(0)
+      "add $%c[step], %%rax\n"
+      "add $128, %%rcx\n"
+      "dec %%rdx\n"
+      "jnz 3b\n"
+      "4:\n"
+      : [s00] "+x"(sum[0][0]), [s01] "+x"(sum[0][1]), [s02] "+x"(sum[0][2]), [s03] "+x"(sum[0][3]),
+        [s10] "+x"(sum[1][0]), [s11] "+x"(sum[1][1]), [s12] "+x"(sum[1][2]), [s13] "+x"(sum[1][3]),
+        [s20] "+x"(sum[2][0]), [s21] "+x"(sum[2][1]), [s22] "+x"(sum[2][2]), [s23] "+x"(sum[2][3])
+      : [a] "r"(a), [b] "r"(b), [steps] "r"(steps), [lda] "r"(lda), [step] "i"(kStep)
+      : "rax", "rcx", "rdx", "xmm12", "xmm13", "xmm14", "xmm15", "cc", "memory");
+#undef RESNET_FAST_STEP
+#undef RESNET_FAST_COLUMN
+}
+#endif
+
 // Rows are in groups of four or three, at p, p + lda, p + 2·lda, p + 3·lda: x86 address modes with one pointer and
-// two strides. Each half of the tile has two groups, or one with AVX2. kStep is product.a_step as a
-// constant, which saves a register.
+// two strides. Each half of an AVX-512 tile has two groups. kStep is product.a_step as a constant, which
+// saves a register.
 template <int kRows, int kStep>
 inline __attribute__((always_inline)) void accumulate(
-    const Product& product, Vector (&sum)[kRows][2]) {
+    const Product& product, Vector (&sum)[kRows][kWidth]) {
   constexpr int kGroups = kRows > kHalf + 4 ? 4 : kRows > kHalf ? 3 : kRows > 4 ? 2 : 1;
   const int64_t lda = product.lda, lda3 = 3 * lda;
   const int64_t half_a = product.half_a, offset[4] = {0, 4 * lda, half_a, half_a + 4 * lda};
@@ -70,17 +123,22 @@ inline __attribute__((always_inline)) void accumulate(
     const char* group[kGroups];
     for (int g = 0; g < kGroups; ++g) group[g] = product.a + stretches[i].a + offset[g];
     const char* b = product.b + stretches[i].b;
+#if !defined(RESNET_FAST_AVX512)
+    if constexpr (kRows == kTileRows) {
+      multiply_full<kStep>(group[0], lda, b, stretches[i].steps, sum);
+      continue;
+    }
+#endif
     for (int64_t step = stretches[i].steps; step > 0; --step) {
-      const Vector b0 = load(b), b1 = load(b + kPanelStep / 2);
-      b += kPanelStep;
+      Vector columns[kWidth];
+      for (int j = 0; j < kWidth; ++j, b += sizeof(Vector)) columns[j] = load(b);
 #pragma GCC unroll 14
       for (int row = 0; row < kRows; ++row) {
         const int in_half = row % kHalf;
         const char* p = group[row / kHalf * 2 + in_half / 4];
         const char* at = in_half % 4 == 0 ? p : in_half % 4 == 1 ? p + lda : in_half % 4 == 2 ? p + 2 * lda : p + lda3;
         const Vector a = broadcast(at);
-        sum[row][0] = multiply_add(a, b0, sum[row][0]);
-        sum[row][1] = multiply_add(a, b1, sum[row][1]);
+        for (int j = 0; j < kWidth; ++j) sum[row][j] = multiply_add(a, columns[j], sum[row][j]);
       }
       for (int g = 0; g < kGroups; ++g) group[g] += kStep;
     }
@@ -98,20 +156,19 @@ inline __attribute__((always_inline)) void store_lanes(Lanes<float> v, T* y) {
 
 // Adds the previous value last, so that the rounding error grows with the chain, not with the whole sum.
 template <int kRows, int kStep>
-void add_rows(const Product& product, bool add_to, float* to, int64_t ld) {
-  Vector sum[kRows][2];
-#pragma GCC unroll 14
-  for (int row = 0; row < kRows; ++row) {
-    if (add_to) _mm_prefetch(reinterpret_cast<const char*>(to + row * ld), _MM_HINT_T0);
-    if (add_to && kColumns > 16) _mm_prefetch(reinterpret_cast<const char*>(to + row * ld + 16), _MM_HINT_T0);
-    sum[row][0] = sum[row][1] = Vector{};
+inline __attribute__((always_inline)) void add_rows(const Product& product, bool add_to, float* to, int64_t ld) {
+  Vector sum[kRows][kWidth] = {};
+  for (int row = 0; add_to && row < kRows; ++row) {
+    _mm_prefetch(reinterpret_cast<const char*>(to + row * ld), _MM_HINT_T0);
+    _mm_prefetch(reinterpret_cast<const char*>(to + row * ld + 16), _MM_HINT_T0);
   }
   accumulate<kRows, kStep>(product, sum);
 #pragma GCC unroll 14
   for (int row = 0; row < kRows; ++row) {
-    for (int half = 0; half < 2; ++half) {
-      float* at = to + row * ld + kVector * half;
-      store(at, add_to ? add(load(at), sum[row][half]) : sum[row][half]);
+#pragma GCC unroll 4
+    for (int j = 0; j < kWidth; ++j) {
+      float* at = to + row * ld + kVector * j;
+      store(at, add_to ? add(load(at), sum[row][j]) : sum[row][j]);
     }
   }
 }
@@ -120,18 +177,17 @@ void add_rows(const Product& product, bool add_to, float* to, int64_t ld) {
 template <int kRows, class T, class F>
 inline __attribute__((always_inline)) void finish(
     F sum, T* y, int64_t ldy, int64_t half_y, const Epilogue<T>& epilogue) {
-  Lanes<float> scale[kParts], shift[kParts];  // added after the sum: a large shift in it would cost precision
-  for (int part = 0; part < kParts; ++part) {
-    scale[part] = epilogue.scale ? Lanes<float>::load(epilogue.scale + 16 * part) : Lanes<float>::broadcast(1);
-    shift[part] = epilogue.shift ? Lanes<float>::load(epilogue.shift + 16 * part) : Lanes<float>::broadcast(0);
-  }
+#pragma GCC unroll 2
+  for (int part = 0; part < kParts; ++part) {  // a part of all rows, so that its scale and shift stay in registers
+    const int column = 16 * part;
+    const auto scale = epilogue.scale ? Lanes<float>::load(epilogue.scale + column) : Lanes<float>::broadcast(1);
+    const auto shift = epilogue.shift ? Lanes<float>::load(epilogue.shift + column) : Lanes<float>::broadcast(0);
 #pragma GCC unroll 14
-  for (int row = 0; row < kRows; ++row) {
-    for (int part = 0; part < kParts; ++part) {
+    for (int row = 0; row < kRows; ++row) {
       Lanes<float> v = sum(row, part);
-      if (epilogue.partial) v = v + Lanes<float>::load(epilogue.partial + row * kColumns + 16 * part);
-      v = fma(v, scale[part], shift[part]);
-      const int64_t at = row / kHalf * half_y + row % kHalf * ldy + 16 * part;
+      if (epilogue.partial) v = v + Lanes<float>::load(epilogue.partial + row * kColumns + column);
+      v = fma(v, scale, shift);  // the shift after the sum: a large shift in it would cost precision
+      const int64_t at = row / kHalf * half_y + row % kHalf * ldy + column;
       if (epilogue.residual) v = v + Lanes<float>::load(epilogue.residual + at);
       if (epilogue.relu) v = v.relu();
       store_lanes(v, y + at);
@@ -140,19 +196,18 @@ inline __attribute__((always_inline)) void finish(
 }
 
 template <int kRows, class T>
-void store_rows(const Product& product, T* y, int64_t ldy, int64_t half_y, const Epilogue<T>& epilogue) {
+inline __attribute__((always_inline)) void store_rows(
+    const Product& product, T* y, int64_t ldy, int64_t half_y, const Epilogue<T>& epilogue) {
   if (epilogue.residual) {  // prefetched during the sum
     for (int row = 0; row < kRows; ++row) {
       const T* p = epilogue.residual + row / kHalf * half_y + row % kHalf * ldy;
       _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0);
-      if (kColumns * sizeof(T) > 64) _mm_prefetch(reinterpret_cast<const char*>(p + 16), _MM_HINT_T0);
+      if (sizeof(T) > 2) _mm_prefetch(reinterpret_cast<const char*>(p + 16), _MM_HINT_T0);
     }
   }
   const int64_t n = product.count, first = chain(product.stretches, n);
   if (first == n) {
-    Vector sum[kRows][2];
-#pragma GCC unroll 14
-    for (int row = 0; row < kRows; ++row) sum[row][0] = sum[row][1] = Vector{};
+    Vector sum[kRows][kWidth] = {};
     accumulate<kRows, kStepBytes>(product, sum);
     finish<kRows>([&](int row, int part) { return lanes(sum[row], part); }, y, ldy, half_y, epilogue);
     return;
@@ -168,6 +223,26 @@ void store_rows(const Product& product, T* y, int64_t ldy, int64_t half_y, const
       [&](int row, int part) { return Lanes<float>::load(sums[row] + 16 * part); }, y, ldy, half_y, epilogue);
 }
 
+// Tiles whose rows follow each other.
+template <int kRows, class T>
+void store_run(int tiles, Product product, T* y, int64_t ldy, int64_t half_y, Epilogue<T> epilogue) {
+  for (; tiles > 0; --tiles) {
+    store_rows<kRows>(product, y, ldy, half_y, epilogue);
+    product.a += kRows * product.lda;
+    y += kRows * ldy;
+    if (epilogue.residual) epilogue.residual += kRows * ldy;
+    if (epilogue.partial) epilogue.partial += kRows * kColumns;
+  }
+}
+template <int kRows>
+void sum_run(int tiles, Product product, bool add, float* sum, int64_t ld) {
+  for (; tiles > 0; --tiles) {
+    add_rows<kRows, kStepBytes>(product, add, sum, ld);
+    product.a += kRows * product.lda;
+    sum += kRows * ld;
+  }
+}
+
 // f(std::integral_constant<int, rows>) for rows in 1..kTileRows.
 template <int kRows = kTileRows, class F>
 inline __attribute__((always_inline)) void with_rows(int rows, F f) {
@@ -180,13 +255,11 @@ inline __attribute__((always_inline)) void with_rows(int rows, F f) {
 template <class T>
 void store_tile(
     const Rows& rows, const Product& product, T* y, int64_t ldy, int64_t half_y, const Epilogue<T>& epilogue, int&) {
-  with_rows(rows.first + rows.second, [&](auto r) { store_rows<r.value>(product, y, ldy, half_y, epilogue); });
+  with_rows(rows.first + rows.second, [&](auto r) { store_run<r.value>(rows.tiles, product, y, ldy, half_y, epilogue); });
 }
 
-void sum_tile(const Rows& rows, const Product& product, bool add, float* partial) {
-  with_rows(rows.first + rows.second, [&](auto r) {
-    add_rows<r.value, kStepBytes>(product, add, partial, kColumns);
-  });
+void sum_tile(const Rows& rows, const Product& product, bool add, float* sum, int64_t ld) {
+  with_rows(rows.first + rows.second, [&](auto r) { sum_run<r.value>(rows.tiles, product, add, sum, ld); });
 }
 
 void add_tile(int rows, const Product& product, bool add, float* to, int64_t ld, int&) {
@@ -206,8 +279,8 @@ inline Vector pairs(__m512 low, __m512 high) {
 
 void pack_outer(const void* w, bool is_float, int64_t ld, int64_t inner, char* packed) {
   for (int64_t i = 0; i < inner; i += kValues) {
-    for (int half = 0; half < 2; ++half, packed += kPanelStep / 2) {
-      const int64_t first = kVector * half * ld + i;
+    for (int j = 0; j < kWidth; ++j, packed += sizeof(Vector)) {
+      const int64_t first = kVector * j * ld + i;
       if (is_float) {
         const float* p = static_cast<const float*>(w) + first;
 #if defined(RESNET_FAST_AVX512_BF16)
@@ -278,11 +351,11 @@ template <class T>
 const ConvKernels<T>& conv_kernels() {
   static const ConvKernels<T> all = [] {
     ConvKernels<T> k = {};
-    k.rows = kTileRows, k.half = kHalf, k.columns = kColumns, k.values = kValues;
+    k.rows = kTileRows, k.half = kHalf, k.values = kValues;
     k.ragged = false, k.steps = 1, k.depth = kChain;
-    k.scratch_bytes = 256 << 10, k.block_bytes = 32 << 10;
-    // Parts of 11 rows of 32 use the FMAs of AVX-512 as well as 14; of 6 rows of 16 those of AVX2.
-    k.dw_parts = 3, k.dw_pixels = 256, k.dw_bytes = 640 << 10;
+    k.chained = kTileRows < 4, k.tiles = k.chained ? 8 : 1;
+    k.scratch_bytes = 256 << 10, k.block_bytes = k.chained ? 0 : 32 << 10;
+    k.dw_parts = (kColumns + kTileRows - 1) / kTileRows, k.dw_pixels = 256, k.dw_bytes = 640 << 10;
     k.store_tile = store_tile<T>, k.sum_tile = sum_tile, k.add_tile = add_tile;
     k.pack_outer = pack_outer, k.pack_inner = pack_inner, k.pack_pixels = pack_pixels<T>;
     if (kValues * sizeof(T) < 4) k.widen = widen_values<T>;

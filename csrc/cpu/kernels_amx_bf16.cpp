@@ -16,8 +16,6 @@ namespace resnet_fast::amx_bf16 {
 #include "lanes.inl"
 
 constexpr int kHalf = 16, kGroup = 16;  // rows and steps of a tile register
-constexpr int kColumns = 32;
-constexpr int64_t kPanelStep = kColumns * 4;
 
 // The configuration of the eight tile registers: 0 and 1 are the first half of C (left and right columns), 2 and 3 the
 // second half; 4 and 5 are the halves of A, 6 and 7 the left and right columns of B.
@@ -209,7 +207,7 @@ void spread(const bf16* x, int64_t pixels, int64_t channels, char* to, int64_t g
 const ConvKernels<bf16>& conv_kernels() {
   static const ConvKernels<bf16> all = [] {
     ConvKernels<bf16> k = avx512_bf16::conv_kernels<bf16>();  // for its packing
-    k.rows = 2 * kHalf, k.half = kHalf, k.ragged = true, k.steps = kGroup, k.depth = 2 * kGroup;
+    k.rows = 2 * kHalf, k.half = kHalf, k.tiles = 1, k.ragged = true, k.steps = kGroup, k.depth = 2 * kGroup;
     k.scratch_bytes = 512 << 10, k.block_bytes = 512 << 10;
     k.dw_parts = 1, k.dw_pixels = 2048, k.dw_bytes = 1 << 20;
     k.store_tile = store_tile, k.sum_tile = nullptr, k.add_tile = add_tile, k.release = release, k.turn = turn, k.spread = spread;

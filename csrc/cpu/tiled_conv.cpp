@@ -180,7 +180,7 @@ std::vector<Stretch> stretches_of(const Problem<T>& c, const Input& in, int64_t 
         if (!columns.meets(q0, s)) continue;
         const int64_t at = (rows.at(p0, r) - in.row0) * in.pitch + (columns.at(q0, s) - in.column0) * in.pixel;
         const int64_t tap = (r * column_taps + s) * depth;
-        stretches.push_back({at + i * a_step, (tap + i) * kernels.panel_step(), std::min(most, depth - i)});
+        stretches.push_back({at + i * a_step, (tap + i) * kPanelStep, std::min(most, depth - i)});
       }
     }
   }
@@ -211,7 +211,7 @@ Ready<T> prepare(const Problem<T>& c, const Band& band, const Window& w, const I
       const int phase = int(ready.phases.size());
       ready.phases.emplace_back(std::move(stretches), kernels.depth);
 
-      const bool pairs = width == half || (kernels.ragged && width < half);
+      const bool pairs = full > half && (width == half || (kernels.ragged && width < half));
       const Cut cut = {ceil_div(width, full), width};
       const int64_t positions = (height - 1) * w.width() + width;
       const bool runs = kernels.spread && !w.in_place && line == w.width() * lda && rows.div == 1 && columns.div == 1;
@@ -236,9 +236,10 @@ Ready<T> prepare(const Problem<T>& c, const Band& band, const Window& w, const I
           ++p;
           continue;
         }
-        for (int64_t i = 0; i < cut.parts; ++i) {
-          const int size = int(cut.begin(i + 1) - cut.begin(i)), upper = std::min(size, half);
-          add(p, cut.begin(i), {upper, size - upper}, half * lda, half * ldy);
+        for (int64_t i = 0, next; i < cut.parts; i = next) {
+          const int size = int(cut.size(i)), upper = std::min(size, half);
+          for (next = i + 1; next < std::min(cut.parts, i + kernels.tiles) && cut.size(next) == size;) ++next;
+          add(p, cut.begin(i), {upper, size - upper, 0, 0, 0, int(next - i)}, half * lda, half * ldy);
         }
       }
     }
@@ -250,7 +251,7 @@ Ready<T> prepare(const Problem<T>& c, const Band& band, const Window& w, const I
 // not stay in L2, in addition to a panel.
 constexpr int64_t kMostPanels = 8, kFarScratch = 5 << 18;
 
-// Filters that are larger than this multiple of the input are read chain by chain.
+// Filters that are larger than this multiple of the input, and come from memory, are read chain by chain.
 constexpr int64_t kFarFilters = 4;
 
 // Maximum bytes of a tile that are prefetched in shares, one before each panel, because more prefetches than the CPU
@@ -271,7 +272,7 @@ int64_t filter_bytes(const Problem<T>& c) {
 template <class T>
 void run_bands(const Problem<T>& c, const Band* bands, int64_t count, int64_t panel0, int64_t panel1) {
   const ConvKernels<T>& kernels = *conv_kernels<T>();
-  const int64_t panel_bytes = c.rows.taps * c.columns.taps * kernels.steps_of(c.channels) * kernels.panel_step();
+  const int64_t panel_bytes = c.rows.taps * c.columns.taps * kernels.steps_of(c.channels) * kPanelStep;
   std::vector<Window> windows;
   int64_t bytes = 0;
   for (int64_t i = 0; i < count; ++i) {
@@ -296,7 +297,7 @@ void run_bands(const Problem<T>& c, const Band* bands, int64_t count, int64_t pa
   };
   const auto store = [&](const Ready<T>& band, const Tile& tile, int64_t panel, const Product& product,
                          const float* partial) {
-    const int64_t k = panel * kernels.columns;
+    const int64_t k = panel * kColumns;
     const Epilogue<T> epilogue = {partial, c.scale ? c.scale + k : nullptr, c.shift ? c.shift + k : nullptr,
                                   c.residual ? c.residual + tile.y + k : nullptr, c.relu};
     kernels.store_tile(tile.rows, product, c.y + tile.y + k, band.ldy, tile.half_y, epilogue, state.shape);
@@ -307,25 +308,28 @@ void run_bands(const Problem<T>& c, const Band* bands, int64_t count, int64_t pa
       const Stretch& stretch = phase.stretches[j];
       const char* b = c.panels + panel * panel_bytes + stretch.b;
       const Cut share = {int64_t(n), stretch.steps};
-      fetch(b + share.begin(i) * kernels.panel_step(), b + share.begin(i + 1) * kernels.panel_step());
+      fetch(b + share.begin(i) * kPanelStep, b + share.begin(i + 1) * kPanelStep);
     }
   };
-  size_t chains = 1, tiles = 0;
+  size_t chains = 1;
+  int64_t tiles = 0;
   for (const Ready<T>& band : ready) {
-    tiles += band.tiles.size();
+    for (const Tile& tile : band.tiles) tiles += tile.rows.tiles;
     for (const Phase& phase : band.phases) chains = std::max(chains, phase.ends.size());
   }
   const int64_t input = c.images * c.rows.input * c.columns.input * c.channels * kernels.value_bytes();
-  if (chains > 1 && kernels.sum_tile && filter_bytes(c) > kFarFilters * input) {
-    // The filters come from memory: one chain of a panel stays in L1 for all tiles, while the next one is prefetched.
-    const int64_t size = kernels.rows * kernels.columns;
-    auto* const partials = reinterpret_cast<float*>(scratch(2, int64_t(tiles) * size * int64_t(sizeof(float))));
+  if (chains > 1 && (kernels.chained || (kernels.sum_tile && filter_bytes(c) > kFarFilters * input))) {
+    // One chain of a panel stays in L1 for all tiles, while the next one is prefetched.
+    const int64_t size = kernels.rows * kColumns;
+    auto* const partials = reinterpret_cast<float*>(scratch(2, tiles * size * int64_t(sizeof(float))));
     for (int64_t panel = panel0; panel < panel1; ++panel) {
       for (size_t i = 0; i < chains; ++i) {
         float* partial = partials;
         for (const Ready<T>& band : ready) {
-          for (size_t j = 0; j < band.tiles.size(); ++j, partial += size) {
+          for (size_t j = 0; j < band.tiles.size(); ++j) {
             const Tile& tile = band.tiles[j];
+            float* const sums = partial;
+            partial += tile.rows.tiles * size;
             const Phase& phase = band.phases[tile.phase];
             if (i >= phase.ends.size()) continue;
             const bool first = i == 0, last = i + 1 == phase.ends.size();
@@ -336,9 +340,9 @@ void run_bands(const Problem<T>& c, const Band* bands, int64_t count, int64_t pa
             }
             const Product part = product(band, tile, panel, phase.begin(i), phase.ends[i]);
             if (last) {
-              store(band, tile, panel, part, first ? nullptr : partial);
+              store(band, tile, panel, part, first ? nullptr : sums);
             } else {
-              kernels.sum_tile(tile.rows, part, !first, partial);
+              kernels.sum_tile(tile.rows, part, !first, sums, kColumns);
             }
           }
         }
@@ -355,7 +359,7 @@ void run_bands(const Problem<T>& c, const Band* bands, int64_t count, int64_t pa
     for (const Ready<T>& band : ready) {
       for (size_t i = 0; i < band.tiles.size(); ++i) {
         const Tile* next = streams && i + 1 < band.tiles.size() ? &band.tiles[i + 1] : nullptr;
-        const int64_t next_rows = next ? next->rows.first + next->rows.second : 0;
+        const int64_t next_rows = next ? (next->rows.first + next->rows.second) * next->rows.tiles : 0;
         const Cut shares = {next_rows * band.lda <= kSharedFetch ? last - first : 1, next_rows};
         for (int64_t panel = first; panel < last; ++panel) {
           if (const int64_t share = panel - first; next && share < shares.parts) {
@@ -363,7 +367,7 @@ void run_bands(const Problem<T>& c, const Band* bands, int64_t count, int64_t pa
             if (first == panel0) fetch(next->a + row0 * band.lda, next->a + row1 * band.lda);
             for (int64_t row = row0; c.residual && row < row1; ++row) {
               const T* at = c.residual + next->y + row * band.ldy;
-              fetch(at + first * kernels.columns, at + last * kernels.columns);
+              fetch(at + first * kColumns, at + last * kColumns);
             }
           }
           const Tile& tile = band.tiles[i];
@@ -385,7 +389,7 @@ std::vector<Band> cut(const Problem<T>& c, int64_t threads) {
   const int64_t pixel = c.channels * conv_kernels<T>()->value_bytes(), row_bytes = columns.input * pixel;
   if (rows.output == 1 && columns.div == 1 && columns.taps == 1) {
     const int64_t fits = std::max<int64_t>(2 * tile_rows, scratch_bytes / pixel);
-    const int64_t most = std::min<int64_t>(fits, 16 * tile_rows);
+    const int64_t most = std::min<int64_t>(fits, std::max<int64_t>(16 * tile_rows, 96));
     const int64_t parts = ceil_div(ceil_div(columns.output, most), threads) * threads;  // equal per thread
     const int64_t size = ceil_div(ceil_div(columns.output, parts), tile_rows) * tile_rows;
     for (int64_t n = 0; n < c.images; ++n) {
@@ -427,7 +431,7 @@ void run(const Problem<T>& c) {
   const bool splits = !*c.finish && !completes;
   const int64_t share = splits && filter_bytes(c) > kFarBytes ? 1 : at::get_num_threads();
   const std::vector<Band> bands = cut(c, share);
-  const int64_t panels = c.filters / conv_kernels<T>()->columns, together = bands_together(c, bands, share);
+  const int64_t panels = c.filters / kColumns, together = bands_together(c, bands, share);
   const int64_t count = ceil_div(int64_t(bands.size()), together);
   const auto run_some = [&](int64_t i, int64_t panel0, int64_t panel1) {
     const int64_t first = i * together, last = std::min(first + together, int64_t(bands.size()));
@@ -460,15 +464,15 @@ void run(const Problem<T>& c) {
 
 template <class T>
 bool tiled_conv_takes(const ConvShape& s) {
-  return conv_kernels<T>() != nullptr && s.channels % kChannels == 0 && s.filters % kChannels == 0 &&
+  return conv_kernels<T>() != nullptr && s.channels % kColumns == 0 && s.filters % kColumns == 0 &&
          s.channels * s.filters * s.images * s.rows * s.columns > 0;
 }
 
 template <class T>
 bool tiled_fprop_merges(const ConvShape& s) {
   const ConvKernels<T>* const kernels = conv_kernels<T>();
-  return kernels != nullptr && kernels->values == 1 && s.channels < kChannels && s.taps[1] > 1 && s.dilation[1] == 1 &&
-         s.filters % kChannels == 0 && s.channels * s.filters * s.images * s.rows * s.columns > 0;
+  return kernels != nullptr && kernels->values == 1 && s.channels < kColumns && s.taps[1] > 1 && s.dilation[1] == 1 &&
+         s.filters % kColumns == 0 && s.channels * s.filters * s.images * s.rows * s.columns > 0;
 }
 
 template <class T>
@@ -484,19 +488,19 @@ at::Tensor pack_filters(const ConvShape& shape, const at::Tensor& w, bool for_dg
   const bool is_float = rows.scalar_type() == at::kFloat;
   const int64_t filters = w.size(0), channels = w.size(1), taps = w.size(2) * w.size(3), ld = taps * channels;
   const int64_t outer = for_dgrad ? channels : filters, inner = for_dgrad ? filters : channels;
-  const int64_t tap_bytes = kernels.steps_of(inner) * kernels.panel_step(), width = kernels.columns;
-  const int64_t bytes = outer / width * taps * tap_bytes + 64;
+  const int64_t tap_bytes = kernels.steps_of(inner) * kPanelStep;
+  const int64_t bytes = outer / kColumns * taps * tap_bytes + 64;
   const at::Tensor packed = allocate(bytes);
   char* to = reinterpret_cast<char*>(packed.data_ptr<uint8_t>());
   const char* from = static_cast<const char*>(rows.const_data_ptr());
   const int64_t size = rows.element_size();
-  at::parallel_for(0, outer / width * taps, 1, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, outer / kColumns * taps, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t panel = i / taps, tap = i % taps;
       if (for_dgrad) {
-        kernels.pack_inner(from + (tap * channels + panel * width) * size, is_float, ld, inner, to + i * tap_bytes);
+        kernels.pack_inner(from + (tap * channels + panel * kColumns) * size, is_float, ld, inner, to + i * tap_bytes);
       } else {
-        kernels.pack_outer(from + (panel * width * ld + tap * channels) * size, is_float, ld, inner, to + i * tap_bytes);
+        kernels.pack_outer(from + (panel * kColumns * ld + tap * channels) * size, is_float, ld, inner, to + i * tap_bytes);
       }
     }
   });

@@ -82,7 +82,7 @@ at::Tensor tiled_conv_wgrad(const ConvShape& shape, const T* x, const FillRow<T>
   const ConvKernels<T>& kernels = *conv_kernels<T>();
   const Axis rows = fprop_axis(s.height, s.rows, s, 0), columns = fprop_axis(s.width, s.columns, s, 1);
   const int64_t taps = s.tap_count(), size = s.filters * taps * s.channels, threads = at::get_num_threads();
-  const int64_t width = kernels.columns, panel_step = kernels.panel_step();
+  constexpr int64_t width = kColumns, panel_step = kPanelStep;
   const int64_t panels = s.channels / width, group_steps = kernels.steps;
   // Sums that do not fit L2 are divided among the threads; smaller ones are duplicated.
   const int64_t share = size < (256 << 10) ? s.filters : ceil_div(s.filters / width, threads) * width;

@@ -119,7 +119,7 @@ std::vector<Stretch> stretches_of(int64_t steps, int64_t a_step) {
   const ConvKernels<float>& kernels = *conv_kernels<float>();
   std::vector<Stretch> stretches;
   for (int64_t i = 0; i < steps; i += kernels.depth) {
-    stretches.push_back({i * a_step, i * kernels.panel_step(), std::min(kernels.depth, steps - i)});
+    stretches.push_back({i * a_step, i * kPanelStep, std::min(kernels.depth, steps - i)});
   }
   return stretches;
 }
@@ -129,19 +129,20 @@ void multiply(
     const ConvShape& s, int64_t tiles, const float* v, int64_t v_pitch, const char* filters, float* m,
     int64_t m_pitch, int64_t begin, int64_t end) {
   const ConvKernels<float>& kernels = *conv_kernels<float>();
-  const int64_t lda = s.channels * int64_t(sizeof(float)), panels = s.filters / kernels.columns;
+  const int64_t lda = s.channels * int64_t(sizeof(float)), panels = s.filters / kColumns;
   const std::vector<Stretch> stretches = stretches_of(s.channels, sizeof(float));
-  int shape = 0;
   for (int64_t j = begin; j < end; ++j) {
-    const int64_t i = j / panels, k = j % panels * kernels.columns;
-    const char* const panel = filters + j * s.channels * kernels.panel_step();
-    for (int64_t t = 0; t < tiles; t += kernels.rows) {
-      const int rows = int(std::min<int64_t>(kernels.rows, tiles - t)), upper = std::min(rows, kernels.half);
-      const auto* a = reinterpret_cast<const char*>(v + i * v_pitch + t * s.channels);
-      const Product product = {a, panel, stretches.data(), int64_t(stretches.size()), lda, kernels.half * lda,
-                               int64_t(sizeof(float))};
-      kernels.store_tile({upper, rows - upper}, product, m + i * m_pitch + t * s.filters + k, s.filters,
-                         kernels.half * s.filters, {}, shape);
+    const int64_t i = j / panels, k = j % panels * kColumns;
+    const char* const panel = filters + j * s.channels * kPanelStep;
+    for (size_t part = 0; part < stretches.size(); ++part) {
+      for (int64_t t = 0, whole; t < tiles; t += whole) {
+        const int rows = int(std::min<int64_t>(kernels.rows, tiles - t)), upper = std::min(rows, kernels.half);
+        whole = (tiles - t) / rows * rows;
+        const auto* a = reinterpret_cast<const char*>(v + i * v_pitch + t * s.channels);
+        const Product product = {a, panel, &stretches[part], 1, lda, kernels.half * lda, int64_t(sizeof(float))};
+        const Rows tile = {upper, rows - upper, 0, 0, 0, int(whole / rows)};
+        kernels.sum_tile(tile, product, part > 0, m + i * m_pitch + t * s.filters + k, s.filters);
+      }
     }
   }
 }
@@ -174,7 +175,7 @@ template <class T>
 at::Tensor winograd_filters(const at::Tensor& w, bool for_dgrad, Allocate allocate) {
   const WinogradKernels<T>& transforms = *kernels<T>();
   const ConvKernels<float>& tiles = *conv_kernels<float>();
-  const int64_t width = tiles.columns, panel_step = tiles.panel_step();
+  constexpr int64_t width = kColumns, panel_step = kPanelStep;
   const at::Tensor rows = w.to(at::kFloat).contiguous(at::MemoryFormat::ChannelsLast);  // [K][9][C]
   const auto* from = rows.const_data_ptr<float>();
   const int64_t filters = w.size(0), channels = w.size(1), panels = (for_dgrad ? channels : filters) / width;
@@ -219,7 +220,7 @@ void winograd(
   const int64_t threads = at::get_num_threads(), blocks = ceil_div(ceil_div(grid.all, size), threads) * threads;
   const Cut cut = {std::min(blocks, grid.all), grid.all};
   const auto* panels = reinterpret_cast<const char*>(filters.const_data_ptr<uint8_t>());
-  const int64_t count = kWinogradProducts * s.filters / conv_kernels<float>()->columns;  // of panels
+  const int64_t count = kWinogradProducts * s.filters / kColumns;  // of panels
 
   // V of rows [first, last) of tiles, and y from their M.
   const auto transform = [&](int64_t first, int64_t last, float* v, int64_t v_pitch) {
@@ -245,7 +246,7 @@ void winograd(
     }
   };
 
-  if (cut.parts < 4 * threads && count * s.channels * conv_kernels<float>()->panel_step() > kFarBytes) {
+  if (cut.parts < 4 * threads && count * s.channels * kPanelStep > kFarBytes) {
     // A small batch, and filters that do not stay in L2: the threads share the filters, so that one thread reads each.
     const int64_t tiles = grid.all * grid.columns;
     const int64_t v_pitch = pitch_of(tiles, s.channels), m_pitch = pitch_of(tiles, s.filters);
@@ -286,7 +287,7 @@ template <class T>
 at::Tensor winograd_wgrad(const ConvShape& s, const T* x, const FillRow<T>& fill, const T* dz) {
   const WinogradKernels<T>& transforms = *kernels<T>();
   const ConvKernels<float>& tile_kernels = *conv_kernels<float>();
-  const int64_t width = tile_kernels.columns;
+  constexpr int64_t width = kColumns;
   const Grid grid(s);
   const int64_t size = kWinogradProducts * s.filters * s.channels, threads = at::get_num_threads();
   const bool shared = size > (256 << 10);  // sums that do not fit L2: divided among the threads by filters
@@ -320,7 +321,7 @@ at::Tensor winograd_wgrad(const ConvShape& s, const T* x, const FillRow<T>& fill
         }
       });
     }
-    const std::vector<Stretch> stretches = stretches_of(tiles, tile_kernels.panel_step());
+    const std::vector<Stretch> stretches = stretches_of(tiles, kPanelStep);
     int shape = 0;
     for (int64_t i = 0; i < kWinogradProducts; ++i) {
       for (int64_t c = 0; c < s.channels; c += width) {
@@ -329,7 +330,7 @@ at::Tensor winograd_wgrad(const ConvShape& s, const T* x, const FillRow<T>& fill
           const int64_t part = parts.begin(j % parts.parts), k = j / parts.parts * width;
           const auto* a = reinterpret_cast<const char*>(m + i * m_pitch + k * tiles + part);
           const Product product = {a, b, stretches.data(), int64_t(stretches.size()), lda, lda * tile_kernels.half,
-                                   tile_kernels.panel_step()};
+                                   kPanelStep};
           float* to = u + ((i * s.filters + k0 + k + part) * s.channels + c);
           tile_kernels.add_tile(int(parts.begin(j % parts.parts + 1) - part), product, add, to, s.channels, shape);
         }
