@@ -251,7 +251,7 @@ Ready<T> prepare(const Problem<T>& c, const Band& band, const Window& w, const I
 // not stay in L2, in addition to a panel.
 constexpr int64_t kMostPanels = 8, kFarScratch = 5 << 18;
 
-// Filters that are larger than this multiple of the input, and come from memory, are read chain by chain.
+// Filters larger than this multiple of the input come from memory: every kernel reads them chain by chain.
 constexpr int64_t kFarFilters = 4;
 
 // Maximum bytes of a tile that are prefetched in shares, one before each panel, because more prefetches than the CPU
@@ -351,7 +351,8 @@ void run_bands(const Problem<T>& c, const Band* bands, int64_t count, int64_t pa
     return;
   }
   // A tile of a pointwise convolution is multiplied by several panels in sequence, while it is in L1, and y is written
-  // in longer runs. With more taps, the window is too large for L1, and writing y is a smaller part of the time.
+  // in longer runs; by one panel if the kernels are chained. With more taps, the window is too large for L1, and
+  // writing y is a smaller part of the time.
   const bool pointwise = c.rows.taps * c.columns.taps == 1;
   const int64_t block = pointwise ? std::clamp<int64_t>(kernels.block_bytes / panel_bytes, 1, kMostPanels) : 1;
   for (int64_t first = panel0; first < panel1; first += block) {

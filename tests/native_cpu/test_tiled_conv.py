@@ -44,7 +44,7 @@ TILED = {  # channels and filters in multiples of 32; or few channels
     "large-filters-stride1": Conv((1, 512, 7, 6), 64, (3, 3), padding=(1, 1)),
     "first": Conv((2, 3, 33, 38), 64, (7, 7), (2, 2), (3, 3)),
     "first-unpadded": Conv((1, 5, 20, 25), 32, (3, 2), (1, 1)),
-    "first-gray": Conv((2, 1, 12, 11), 32, (3, 3), padding=(1, 1)),
+    "first-two-channels": Conv((2, 2, 12, 11), 32, (3, 3), padding=(1, 1)),
 }
 
 
