@@ -150,6 +150,7 @@ struct ConvShape {
   int64_t images, height, width, channels;  // x
   int64_t rows, columns, filters;           // y
   int64_t taps[2], stride[2], padding[2], dilation[2];
+  int64_t groups = 1;
 
   int64_t tap_count() const { return taps[0] * taps[1]; }
   bool pointwise() const {  // a plain GEMM over all pixels

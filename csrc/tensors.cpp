@@ -34,7 +34,7 @@ Tensor empty_mask(const Tensor& x, bool wanted) {
 Tensor empty_vector(const Tensor& x, int64_t size) { return at::empty({size}, x.options().dtype(accumulate_type(x))); }
 
 ConvShape conv_shape(const Tensor& x, const Tensor& w, const Geometry& g) {
-  ConvShape s = {x.size(0), x.size(2), x.size(3), x.size(1), 0, 0, w.size(0), {}, {}, {}, {}};
+  ConvShape s = {x.size(0), x.size(2), x.size(3), x.size(1), 0, 0, w.size(0), {}, {}, {}, {}, g.groups};
   for (int i = 0; i < 2; ++i) {
     s.taps[i] = w.size(2 + i), s.stride[i] = g.stride[i], s.padding[i] = g.padding[i], s.dilation[i] = g.dilation[i];
     const int64_t reach = s.dilation[i] * (s.taps[i] - 1) + 1, padded = x.size(2 + i) + 2 * s.padding[i];

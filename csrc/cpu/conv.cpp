@@ -91,6 +91,7 @@ template <class T>
 std::tuple<Tensor, Tensor, Tensor> tiled_fprop(
     const Tensor& x, const Tensor& w, const OptTensor& in_scale, const OptTensor& in_shift, bool stats,
     const Geometry& g) {
+  if (g.groups > 1 && in_scale) return tiled_fprop<T>(activate(x, *in_scale, *in_shift), w, {}, {}, stats, g);
   const ConvShape s = conv_shape(x, w, g);
   const Tensor z = empty({s.images, s.filters, s.rows, s.columns}, x.options(), at::MemoryFormat::ChannelsLast);
   T* to = static_cast<T*>(z.data_ptr());
@@ -135,7 +136,7 @@ OutputGradient<T> output_gradient(
     const ConvShape& s, bool need_dx, const Tensor& dy, const OptTensor& mask, const OptTensor& a, const OptTensor& z,
     const OptTensor& mean, const OptTensor& b, const OptTensor& c) {
   if (!mask && !a) return {dy, {}};
-  if (!s.pointwise() || !need_dx) return {bn_act_bwd_apply(dy, mask, a, z, mean, b, c, {}, {}), {}};
+  if (!s.pointwise() || s.groups > 1 || !need_dx) return {bn_act_bwd_apply(dy, mask, a, z, mean, b, c, {}, {}), {}};
   const Tensor dz = empty(dy.sizes(), dy.options(), at::MemoryFormat::ChannelsLast);
   const BnActBwdApply<T> k = {
       shape_of(dz), static_cast<T*>(dz.data_ptr()), data<T>(dy), data<T>(z), nullptr,
@@ -197,7 +198,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tiled_bprop(
     std::tie(dx, sum_dx, sum_dx_xhat) =
         tiled_dgrad<T>(gradient, w, x, in_scale, in_shift, in_mean, in_rstd, residual, residual_mask, g);
   }
-  if (need_dw) {
+  if (need_dw && g.groups > 1) {  // it has no tiles
+    const Tensor h = in_act ? *in_act : in_scale ? activate(x, *in_scale, *in_shift) : x;
+    dw = std::get<1>(conv2d_backward(gradient.dz, h, w.to(x.scalar_type()), g, false, true)).to(w.scalar_type());
+  } else if (need_dw) {
     dw = in_act ? tiled_wgrad<T>(gradient.dz, w, *in_act, {}, {}, g)
                 : tiled_wgrad<T>(gradient.dz, w, x, in_scale, in_shift, g);
   }
@@ -277,7 +281,9 @@ struct ChainOps {
 std::tuple<std::string, std::string> conv_route(
     const Tensor& x, const Tensor& w, IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, int64_t groups,
     bool inference) {
-  const Route found = route(x, w, {stride, padding, dilation, groups}, inference);
+  const Geometry g = {stride, padding, dilation, groups};
+  check_conv_act(x, w, {}, g);
+  const Route found = route(x, w, g, inference);
   return {found.by, found.why};
 }
 

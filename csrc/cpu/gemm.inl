@@ -3,7 +3,11 @@
 
 #if defined(RESNET_FAST_AVX512)
 using Vector = __m512;
-constexpr int kVector = 16, kTileRows = 14, kHalf = 7;
+constexpr int kVector = 16;
+template <int kVectors>
+constexpr int kTileRows = 14;
+template <int kVectors>
+constexpr int kHalf = 7;
 
 inline __attribute__((always_inline)) Vector load(const void* p) { return _mm512_loadu_ps(p); }
 inline __attribute__((always_inline)) void store(void* p, Vector v) { _mm512_storeu_ps(p, v); }
@@ -24,10 +28,14 @@ inline Vector gather(const float* p, int64_t ld) {
   return _mm512_i32gather_ps(_mm512_mullo_epi32(lanes, _mm512_set1_epi32(int(ld))), p, 4);
 }
 // Sixteen values of a row of sums, from `part` on.
-inline __attribute__((always_inline)) Lanes<float> lanes(const Vector (&row)[2], int part) { return {row[part]}; }
+inline __attribute__((always_inline)) Lanes<float> lanes(const Vector* row, int part) { return {row[part]}; }
 #else
 using Vector = __m256;
-constexpr int kVector = 8, kTileRows = 3, kHalf = 3;
+constexpr int kVector = 8;
+template <int kVectors>
+constexpr int kTileRows = 12 / kVectors;
+template <int kVectors>
+constexpr int kHalf = kTileRows<kVectors>;
 
 inline __attribute__((always_inline)) Vector load(const void* p) {
   return _mm256_loadu_ps(static_cast<const float*>(p));
@@ -44,13 +52,14 @@ inline Vector gather(const float* p, int64_t ld) {
   const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
   return _mm256_i32gather_ps(p, _mm256_mullo_epi32(lanes, _mm256_set1_epi32(int(ld))), 4);
 }
-inline __attribute__((always_inline)) Lanes<float> lanes(const Vector (&row)[4], int part) {
+inline __attribute__((always_inline)) Lanes<float> lanes(const Vector* row, int part) {
   return {row[2 * part], row[2 * part + 1]};
 }
 #endif
 
-constexpr int kWidth = kColumns / kVector, kParts = kColumns / 16;  // vectors, and Lanes, of a row
-constexpr int kStepBytes = 4;  // between steps of A in unpacked pixels; kPanelStep in packed ones
+// Vectors of a row of a tile and of a step of B, the template argument kVectors: wide tiles, and those for groups.
+constexpr int kWide = kColumns / kVector, kNarrow = kNarrowColumns / kVector;
+constexpr int kStepBytes = 4;  // between steps of A in unpacked pixels; those of B in packed ones
 #if defined(RESNET_FAST_AVX512_BF16)
 constexpr int kValues = 2;  // per step
 #else
@@ -62,7 +71,7 @@ constexpr int kValues = 1;
 // sixteen registers, and GCC 12 stores and reloads one of the sums in every iteration.
 template <int kStep>
 inline __attribute__((always_inline)) void multiply_full(
-    const char* a, int64_t lda, const char* b, int64_t steps, Vector (&sum)[kTileRows][kWidth]) {
+    const char* a, int64_t lda, const char* b, int64_t steps, Vector (&sum)[3][kWide]) {
 #define RESNET_FAST_COLUMN(at, sum0, sum1, sum2)   \
   "vmovups " at "(%%rcx), %%ymm15\n"               \
   "vfmadd231ps %%ymm15, %%ymm12, %[" #sum0 "]\n"   \
@@ -76,7 +85,7 @@ inline __attribute__((always_inline)) void multiply_full(
   RESNET_FAST_COLUMN("128*" #i "+32", s01, s11, s21)         \
   RESNET_FAST_COLUMN("128*" #i "+64", s02, s12, s22)         \
   RESNET_FAST_COLUMN("128*" #i "+96", s03, s13, s23)
-  static_assert(kPanelStep == 128 && kTileRows == 3);
+  static_assert(kPanelStep == 128 && kTileRows<kWide> == 3);
   asm volatile(
       "mov %[a], %%rax\n"
       "mov %[b], %%rcx\n"
@@ -112,10 +121,10 @@ inline __attribute__((always_inline)) void multiply_full(
 // Rows are in groups of four or three, at p, p + lda, p + 2·lda, p + 3·lda: x86 address modes with one pointer and
 // two strides. Each half of an AVX-512 tile has two groups. kStep is product.a_step as a constant, which
 // saves a register.
-template <int kRows, int kStep>
+template <int kRows, int kVectors, int kStep>
 inline __attribute__((always_inline)) void accumulate(
-    const Product& product, Vector (&sum)[kRows][kWidth]) {
-  constexpr int kGroups = kRows > kHalf + 4 ? 4 : kRows > kHalf ? 3 : kRows > 4 ? 2 : 1;
+    const Product& product, Vector (&sum)[kRows][kVectors]) {
+  constexpr int half = kHalf<kVectors>, kGroups = kRows > half + 4 ? 4 : kRows > half ? 3 : kRows > 4 ? 2 : 1;
   const int64_t lda = product.lda, lda3 = 3 * lda;
   const int64_t half_a = product.half_a, offset[4] = {0, 4 * lda, half_a, half_a + 4 * lda};
   const Stretch* stretches = product.stretches;
@@ -124,21 +133,21 @@ inline __attribute__((always_inline)) void accumulate(
     for (int g = 0; g < kGroups; ++g) group[g] = product.a + stretches[i].a + offset[g];
     const char* b = product.b + stretches[i].b;
 #if !defined(RESNET_FAST_AVX512)
-    if constexpr (kRows == kTileRows) {
+    if constexpr (kVectors == kWide && kRows == kTileRows<kWide>) {
       multiply_full<kStep>(group[0], lda, b, stretches[i].steps, sum);
       continue;
     }
 #endif
     for (int64_t step = stretches[i].steps; step > 0; --step) {
-      Vector columns[kWidth];
-      for (int j = 0; j < kWidth; ++j, b += sizeof(Vector)) columns[j] = load(b);
+      Vector columns[kVectors];
+      for (int j = 0; j < kVectors; ++j, b += sizeof(Vector)) columns[j] = load(b);
 #pragma GCC unroll 14
       for (int row = 0; row < kRows; ++row) {
-        const int in_half = row % kHalf;
-        const char* p = group[row / kHalf * 2 + in_half / 4];
+        const int in_half = row % half;
+        const char* p = group[row / half * 2 + in_half / 4];
         const char* at = in_half % 4 == 0 ? p : in_half % 4 == 1 ? p + lda : in_half % 4 == 2 ? p + 2 * lda : p + lda3;
         const Vector a = broadcast(at);
-        for (int j = 0; j < kWidth; ++j) sum[row][j] = multiply_add(a, columns[j], sum[row][j]);
+        for (int j = 0; j < kVectors; ++j) sum[row][j] = multiply_add(a, columns[j], sum[row][j]);
       }
       for (int g = 0; g < kGroups; ++g) group[g] += kStep;
     }
@@ -155,18 +164,18 @@ inline __attribute__((always_inline)) void store_lanes(Lanes<float> v, T* y) {
 }
 
 // Adds the previous value last, so that the rounding error grows with the chain, not with the whole sum.
-template <int kRows, int kStep>
+template <int kRows, int kVectors, int kStep>
 inline __attribute__((always_inline)) void add_rows(const Product& product, bool add_to, float* to, int64_t ld) {
-  Vector sum[kRows][kWidth] = {};
+  Vector sum[kRows][kVectors] = {};
   for (int row = 0; add_to && row < kRows; ++row) {
     _mm_prefetch(reinterpret_cast<const char*>(to + row * ld), _MM_HINT_T0);
     _mm_prefetch(reinterpret_cast<const char*>(to + row * ld + 16), _MM_HINT_T0);
   }
-  accumulate<kRows, kStep>(product, sum);
+  accumulate<kRows, kVectors, kStep>(product, sum);
 #pragma GCC unroll 14
   for (int row = 0; row < kRows; ++row) {
 #pragma GCC unroll 4
-    for (int j = 0; j < kWidth; ++j) {
+    for (int j = 0; j < kVectors; ++j) {
       float* at = to + row * ld + kVector * j;
       store(at, add_to ? add(load(at), sum[row][j]) : sum[row][j]);
     }
@@ -174,20 +183,21 @@ inline __attribute__((always_inline)) void add_rows(const Product& product, bool
 }
 
 // The epilogue of a tile with the sums sum(row, part).
-template <int kRows, class T, class F>
+template <int kRows, int kVectors, class T, class F>
 inline __attribute__((always_inline)) void finish(
     F sum, T* y, int64_t ldy, int64_t half_y, const Epilogue<T>& epilogue) {
+  constexpr int parts = kVectors * kVector / 16;
 #pragma GCC unroll 2
-  for (int part = 0; part < kParts; ++part) {  // a part of all rows, so that its scale and shift stay in registers
+  for (int part = 0; part < parts; ++part) {  // a part of all rows, so that its scale and shift stay in registers
     const int column = 16 * part;
     const auto scale = epilogue.scale ? Lanes<float>::load(epilogue.scale + column) : Lanes<float>::broadcast(1);
     const auto shift = epilogue.shift ? Lanes<float>::load(epilogue.shift + column) : Lanes<float>::broadcast(0);
 #pragma GCC unroll 14
     for (int row = 0; row < kRows; ++row) {
       Lanes<float> v = sum(row, part);
-      if (epilogue.partial) v = v + Lanes<float>::load(epilogue.partial + row * kColumns + column);
+      if (epilogue.partial) v = v + Lanes<float>::load(epilogue.partial + row * kVectors * kVector + column);
       v = fma(v, scale, shift);  // the shift after the sum: a large shift in it would cost precision
-      const int64_t at = row / kHalf * half_y + row % kHalf * ldy + column;
+      const int64_t at = row / kHalf<kVectors> * half_y + row % kHalf<kVectors> * ldy + column;
       if (epilogue.residual) v = v + Lanes<float>::load(epilogue.residual + at);
       if (epilogue.relu) v = v.relu();
       store_lanes(v, y + at);
@@ -195,56 +205,56 @@ inline __attribute__((always_inline)) void finish(
   }
 }
 
-template <int kRows, class T>
+template <int kRows, int kVectors, class T>
 inline __attribute__((always_inline)) void store_rows(
     const Product& product, T* y, int64_t ldy, int64_t half_y, const Epilogue<T>& epilogue) {
   if (epilogue.residual) {  // prefetched during the sum
     for (int row = 0; row < kRows; ++row) {
-      const T* p = epilogue.residual + row / kHalf * half_y + row % kHalf * ldy;
+      const T* p = epilogue.residual + row / kHalf<kVectors> * half_y + row % kHalf<kVectors> * ldy;
       _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0);
       if (sizeof(T) > 2) _mm_prefetch(reinterpret_cast<const char*>(p + 16), _MM_HINT_T0);
     }
   }
   const int64_t n = product.count, first = chain(product.stretches, n);
   if (first == n) {
-    Vector sum[kRows][kWidth] = {};
-    accumulate<kRows, kStepBytes>(product, sum);
-    finish<kRows>([&](int row, int part) { return lanes(sum[row], part); }, y, ldy, half_y, epilogue);
+    Vector sum[kRows][kVectors] = {};
+    accumulate<kRows, kVectors, kStepBytes>(product, sum);
+    finish<kRows, kVectors>([&](int row, int part) { return lanes(sum[row], part); }, y, ldy, half_y, epilogue);
     return;
   }
-  alignas(64) float sums[kRows][kColumns];
+  alignas(64) float sums[kRows][kVectors * kVector];
   Product part = product;
   for (int64_t i = 0; i < n; i += part.count) {
     part.stretches = product.stretches + i;
     part.count = chain(part.stretches, n - i);
-    add_rows<kRows, kStepBytes>(part, i > 0, sums[0], kColumns);
+    add_rows<kRows, kVectors, kStepBytes>(part, i > 0, sums[0], kVectors * kVector);
   }
-  finish<kRows>(
+  finish<kRows, kVectors>(
       [&](int row, int part) { return Lanes<float>::load(sums[row] + 16 * part); }, y, ldy, half_y, epilogue);
 }
 
 // Tiles whose rows follow each other.
-template <int kRows, class T>
+template <int kRows, int kVectors, class T>
 void store_run(int tiles, Product product, T* y, int64_t ldy, int64_t half_y, Epilogue<T> epilogue) {
   for (; tiles > 0; --tiles) {
-    store_rows<kRows>(product, y, ldy, half_y, epilogue);
+    store_rows<kRows, kVectors>(product, y, ldy, half_y, epilogue);
     product.a += kRows * product.lda;
     y += kRows * ldy;
     if (epilogue.residual) epilogue.residual += kRows * ldy;
-    if (epilogue.partial) epilogue.partial += kRows * kColumns;
+    if (epilogue.partial) epilogue.partial += kRows * kVectors * kVector;
   }
 }
-template <int kRows>
+template <int kRows, int kVectors>
 void sum_run(int tiles, Product product, bool add, float* sum, int64_t ld) {
   for (; tiles > 0; --tiles) {
-    add_rows<kRows, kStepBytes>(product, add, sum, ld);
+    add_rows<kRows, kVectors, kStepBytes>(product, add, sum, ld);
     product.a += kRows * product.lda;
     sum += kRows * ld;
   }
 }
 
-// f(std::integral_constant<int, rows>) for rows in 1..kTileRows.
-template <int kRows = kTileRows, class F>
+// f(std::integral_constant<int, rows>) for rows in 1..kRows.
+template <int kRows, class F>
 inline __attribute__((always_inline)) void with_rows(int rows, F f) {
   if constexpr (kRows > 0) {
     if (rows == kRows) return f(std::integral_constant<int, kRows>());
@@ -252,18 +262,26 @@ inline __attribute__((always_inline)) void with_rows(int rows, F f) {
   }
 }
 
-template <class T>
+template <int kVectors, class T>
 void store_tile(
     const Rows& rows, const Product& product, T* y, int64_t ldy, int64_t half_y, const Epilogue<T>& epilogue, int&) {
-  with_rows(rows.first + rows.second, [&](auto r) { store_run<r.value>(rows.tiles, product, y, ldy, half_y, epilogue); });
+  with_rows<kTileRows<kVectors>>(rows.first + rows.second, [&](auto r) {
+    store_run<r.value, kVectors>(rows.tiles, product, y, ldy, half_y, epilogue);
+  });
 }
 
+template <int kVectors>
 void sum_tile(const Rows& rows, const Product& product, bool add, float* sum, int64_t ld) {
-  with_rows(rows.first + rows.second, [&](auto r) { sum_run<r.value>(rows.tiles, product, add, sum, ld); });
+  with_rows<kTileRows<kVectors>>(rows.first + rows.second, [&](auto r) {
+    sum_run<r.value, kVectors>(rows.tiles, product, add, sum, ld);
+  });
 }
 
+template <int kVectors>
 void add_tile(int rows, const Product& product, bool add, float* to, int64_t ld, int&) {
-  with_rows(rows, [&](auto r) { add_rows<r.value, kPanelStep>(product, add, to, ld); });
+  with_rows<kTileRows<kVectors>>(rows, [&](auto r) {
+    add_rows<r.value, kVectors, kVectors * int(sizeof(Vector))>(product, add, to, ld);
+  });
 }
 
 #if defined(RESNET_FAST_AVX512_BF16)
@@ -277,9 +295,38 @@ inline Vector pairs(__m512 low, __m512 high) {
 }
 #endif
 
+// kVector steps of a filter whose values are at `from`.
+inline Vector steps_at(const char* from, bool is_float) {
+#if defined(RESNET_FAST_AVX512_BF16)
+  if (is_float) return _mm512_castsi512_ps((__m512i)_mm512_cvtne2ps_pbh(load(from + sizeof(Vector)), load(from)));
+#else
+  (void)is_float;
+#endif
+  return load(from);
+}
+
+// A few filters at a time, so that the CPU prefetches them, and as many steps of them as panels of L1 hold.
+template <int kVectors>
 void pack_outer(const void* w, bool is_float, int64_t ld, int64_t inner, char* packed) {
-  for (int64_t i = 0; i < inner; i += kValues) {
-    for (int j = 0; j < kWidth; ++j, packed += sizeof(Vector)) {
+  constexpr int64_t size = kVectors * sizeof(Vector);  // of a step
+  const int64_t value = is_float ? sizeof(float) : sizeof(bf16), whole = inner / (kValues * kVector) * kVector;
+  for (int64_t begin = 0, end; begin < whole; begin = end) {
+    end = std::min(begin + kChain, whole);
+    for (int j = 0; j < kVectors; ++j) {
+      const char* first = static_cast<const char*>(w) + kVector * j * ld * value;
+      for (int64_t step = begin; step < end; step += kVector) {
+        Vector row[kVector];
+#pragma GCC unroll 16
+        for (int i = 0; i < kVector; ++i) row[i] = steps_at(first + (i * ld + step * kValues) * value, is_float);
+        transpose(row);
+#pragma GCC unroll 16
+        for (int i = 0; i < kVector; ++i) store(packed + (step + i) * size + j * sizeof(Vector), row[i]);
+      }
+    }
+  }
+  packed += whole * size;
+  for (int64_t i = whole * kValues; i < inner; i += kValues) {
+    for (int j = 0; j < kVectors; ++j, packed += sizeof(Vector)) {
       const int64_t first = kVector * j * ld + i;
       if (is_float) {
         const float* p = static_cast<const float*>(w) + first;
@@ -295,10 +342,10 @@ void pack_outer(const void* w, bool is_float, int64_t ld, int64_t inner, char* p
   }
 }
 
-template <class W>
+template <int kVectors, class W>
 void pack_inner_of(const W* w, int64_t ld, int64_t outer, char* packed) {
   for (int64_t o = 0; o < outer; o += kValues, w += kValues * ld) {
-    for (int part = 0; part < kParts; ++part, packed += 64) {
+    for (int part = 0; part < kVectors * kVector / 16; ++part, packed += 64) {
       const Lanes<float> low = Lanes<float>::load(w + 16 * part);
 #if defined(RESNET_FAST_AVX512_BF16)
       store(packed, pairs(low.v, Lanes<float>::load(w + ld + 16 * part).v));
@@ -309,9 +356,10 @@ void pack_inner_of(const W* w, int64_t ld, int64_t outer, char* packed) {
   }
 }
 
+template <int kVectors>
 void pack_inner(const void* w, bool is_float, int64_t ld, int64_t outer, char* packed) {
-  is_float ? pack_inner_of(static_cast<const float*>(w), ld, outer, packed)
-           : pack_inner_of(static_cast<const bf16*>(w), ld, outer, packed);
+  is_float ? pack_inner_of<kVectors>(static_cast<const float*>(w), ld, outer, packed)
+           : pack_inner_of<kVectors>(static_cast<const bf16*>(w), ld, outer, packed);
 }
 
 template <class T>
@@ -332,7 +380,7 @@ void pack_pixels(const T* x, int64_t ld, int64_t pixels, int64_t channels, char*
     }
 #else
     for (int64_t c = 0; c < channels; c += kColumns, to += panel_bytes) {
-      for (int part = 0; part < kParts; ++part) {
+      for (int part = 0; part < kColumns / 16; ++part) {
         Lanes<float>::load(x + c + 16 * part).store(reinterpret_cast<float*>(to) + 16 * part);
       }
     }
@@ -341,30 +389,50 @@ void pack_pixels(const T* x, int64_t ld, int64_t pixels, int64_t channels, char*
 }
 
 template <class T>
-void widen_values(const T* x, int64_t values, float* to) {
-  int64_t i = 0;
-  for (; i + 16 <= values; i += 16) Lanes<float>::load(x + i).store(to + i);
-  if (i < values) Lanes<float>::load(x + i, int(values - i)).store(to + i, int(values - i));
+void copy_pixels(const T* x, int64_t ld, int64_t pixels, int64_t channels, char* to) {
+  if (ld == channels) channels *= pixels, pixels = 1;
+  constexpr bool plain = kValues * sizeof(T) == 4;
+  if (plain && pixels == 1) {
+    std::memcpy(to, x, channels * sizeof(T));
+    return;
+  }
+  for (int64_t i = 0; i < pixels; ++i, x += ld) {
+    int64_t c = 0;
+    for (; c + 16 <= channels; c += 16, to += 64 / kValues) {
+      if constexpr (plain) {
+        std::memcpy(to, x + c, 16 * sizeof(T));
+      } else {
+        Lanes<float>::load(x + c).store(reinterpret_cast<float*>(to));
+      }
+    }
+    if (c == channels) continue;
+    const int rest = int(channels - c);  // only of pixels of few channels, which are adjacent
+    Lanes<float>::load(x + c, rest).store(reinterpret_cast<float*>(to), rest);
+    to += rest * sizeof(float);
+  }
+}
+
+template <class T, int kVectors>
+ConvKernels<T> kernels_of() {
+  ConvKernels<T> k = {};
+  k.columns = kVectors * kVector, k.rows = kTileRows<kVectors>, k.half = kHalf<kVectors>, k.values = kValues;
+  k.widens = kValues * sizeof(T) < 4, k.ragged = false, k.steps = 1, k.depth = kChain;
+  k.chained = k.rows < 4, k.tiles = k.half < k.rows ? 1 : 8;
+  k.scratch_bytes = 256 << 10, k.block_bytes = k.chained ? 0 : 32 << 10;
+  k.dw_parts = (k.columns + k.rows - 1) / k.rows, k.dw_pixels = 256, k.dw_bytes = 640 << 10;
+  k.store_tile = store_tile<kVectors, T>, k.sum_tile = sum_tile<kVectors>, k.add_tile = add_tile<kVectors>;
+  k.pack_outer = pack_outer<kVectors>, k.pack_inner = pack_inner<kVectors>;
+  k.pack_pixels = pack_pixels<T>, k.copy = copy_pixels<T>;
+  return k;
 }
 
 template <class T>
-const ConvKernels<T>& conv_kernels() {
-  static const ConvKernels<T> all = [] {
-    ConvKernels<T> k = {};
-    k.rows = kTileRows, k.half = kHalf, k.values = kValues;
-    k.ragged = false, k.steps = 1, k.depth = kChain;
-    k.chained = kTileRows < 4, k.tiles = k.chained ? 8 : 1;
-    k.scratch_bytes = 256 << 10, k.block_bytes = k.chained ? 0 : 32 << 10;
-    k.dw_parts = (kColumns + kTileRows - 1) / kTileRows, k.dw_pixels = 256, k.dw_bytes = 640 << 10;
-    k.store_tile = store_tile<T>, k.sum_tile = sum_tile, k.add_tile = add_tile;
-    k.pack_outer = pack_outer, k.pack_inner = pack_inner, k.pack_pixels = pack_pixels<T>;
-    if (kValues * sizeof(T) < 4) k.widen = widen_values<T>;
-    return k;
-  }();
-  return all;
+const ConvKernels<T>& conv_kernels(bool narrow) {
+  static const ConvKernels<T> wide = kernels_of<T, kWide>(), groups = kernels_of<T, kNarrow>();
+  return narrow ? groups : wide;
 }
 
 #if !defined(RESNET_FAST_AVX512_BF16)
-template const ConvKernels<float>& conv_kernels<float>();
+template const ConvKernels<float>& conv_kernels<float>(bool);
 #endif
-template const ConvKernels<bf16>& conv_kernels<bf16>();
+template const ConvKernels<bf16>& conv_kernels<bf16>(bool);

@@ -14,6 +14,7 @@ RESNET_FAST_TARGET("amx-tile,amx-bf16,avx512bf16,avx512f,avx512bw,avx512vl,avx51
 
 namespace resnet_fast::amx_bf16 {
 #include "lanes.inl"
+#include "transpose.inl"
 
 constexpr int kHalf = 16, kGroup = 16;  // rows and steps of a tile register
 
@@ -162,29 +163,11 @@ void add_tile(int rows, const Product& product, bool add, float* to, int64_t ld,
 }
 
 // 16 rows of 16 4-byte lanes, `from` bytes apart, transposed to rows of 64 bytes at `to`.
-inline __attribute__((always_inline)) void transpose(const char* packed, int64_t from, char* to) {
-  __m512i r[16], t[16];
-  for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(packed + i * from);
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4) {  // r[i + j]: lane j of each 128-bit part, rows i to i + 3
-    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-  }
-  for (int j = 0; j < 4; ++j) {
-    const __m512i even = _mm512_shuffle_i32x4(r[j], r[4 + j], 0x88), odd = _mm512_shuffle_i32x4(r[j], r[4 + j], 0xdd);
-    const __m512i even2 = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0x88);
-    const __m512i odd2 = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0xdd);
-    t[j] = _mm512_shuffle_i32x4(even, even2, 0x88);
-    t[8 + j] = _mm512_shuffle_i32x4(even, even2, 0xdd);
-    t[4 + j] = _mm512_shuffle_i32x4(odd, odd2, 0x88);
-    t[12 + j] = _mm512_shuffle_i32x4(odd, odd2, 0xdd);
-  }
-  for (int i = 0; i < 16; ++i) _mm512_storeu_si512(to + 64 * i, t[i]);
+inline void transpose(const char* packed, int64_t from, char* to) {
+  __m512 row[16];
+  for (int i = 0; i < 16; ++i) row[i] = _mm512_loadu_ps(packed + i * from);
+  transpose(row);
+  for (int i = 0; i < 16; ++i) _mm512_storeu_ps(to + 64 * i, row[i]);
 }
 
 void turn(char* packed, int64_t steps) {

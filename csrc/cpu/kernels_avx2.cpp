@@ -12,6 +12,7 @@ RESNET_FAST_TARGET("avx2,fma,f16c")
 namespace resnet_fast::avx2 {
 #include "lanes.inl"
 #include "norm.inl"
+#include "transpose.inl"
 #include "gemm.inl"
 #include "winograd.inl"
 }  // namespace resnet_fast::avx2

@@ -12,6 +12,7 @@ RESNET_FAST_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
 namespace resnet_fast::avx512 {
 #include "lanes.inl"
 #include "norm.inl"
+#include "transpose.inl"
 #include "gemm.inl"
 #include "winograd.inl"
 }  // namespace resnet_fast::avx512

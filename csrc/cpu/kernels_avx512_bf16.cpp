@@ -11,6 +11,7 @@ RESNET_FAST_TARGET("avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c"
 
 namespace resnet_fast::avx512_bf16 {
 #include "lanes.inl"
+#include "transpose.inl"
 #include "gemm.inl"
 }  // namespace resnet_fast::avx512_bf16
 RESNET_FAST_TARGET_END

@@ -282,7 +282,8 @@ Route route(const Tensor& x, const Tensor& w, const Geometry& g, bool inference)
     return Route{inference && onednn().takes(x, w, g) ? "onednn" : "aten", why, false};
   };
   if (conv_by() == ConvBy::OneDnn) return library("RESNET_FAST_CPU_CONV=onednn");
-  if (g.groups != 1) return library("groups > 1");
+  // Their tiles are not measured with AVX-512.
+  if (g.groups != 1 && active_isa() >= Isa::AVX512 && conv_by() == ConvBy::Auto) return library("groups > 1");
   if (format_of(x, &w) != at::MemoryFormat::ChannelsLast) return library("not channels_last");
   const bool single = x.scalar_type() == at::kFloat;
   if (!single && x.scalar_type() != at::kBFloat16) return library("neither fp32 nor bf16");
@@ -291,7 +292,7 @@ Route route(const Tensor& x, const Tensor& w, const Geometry& g, bool inference)
   const bool merges = single ? active_isa() < Isa::AVX512 && tiled_fprop_merges<float>(s) : tiled_fprop_merges<bf16>(s);
   if (inference && merges) return {"tiles", "few channels", true};
   if (!(single ? tiled_conv_takes<float>(s) : tiled_conv_takes<bf16>(s))) {
-    return library("channels or filters are not multiples of 32, or the CPU has no tiles");
+    return library("channels or filters are not multiples of 32 (of up to 4 groups: of 16), or the CPU has no tiles");
   }
   if (single ? by_winograd<float>(s, false) : by_winograd<bf16>(s, false)) {
     return {"winograd", "fp32 arithmetic, 3x3, stride 1", true};

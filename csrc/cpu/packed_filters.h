@@ -16,8 +16,8 @@
 
 namespace resnet_fast::cpu {
 
-// Which implementation convolves on a CPU, and why. Tiles take NHWC, one group, float or bf16, and a CPU and channel
-// counts that tiled_conv_takes. In fp32 inference on Intel, oneDNN measures faster. Exceptions use the tiles: Winograd,
+// Which implementation convolves on a CPU, and why. Tiles take NHWC, float or bf16, and a CPU, groups and channels that
+// tiled_conv_takes. In fp32 inference on Intel, oneDNN measures faster. Exceptions use the tiles: Winograd,
 // and pointwise convolutions with more pixel values than filter values, which are as fast as oneDNN's, and faster with
 // a residual (ResNet-50). settings().cpu_conv overrides the choice.
 struct Route {

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <numeric>
 #include <type_traits>
 #include <vector>
 
@@ -16,30 +17,54 @@
 namespace resnet_fast {
 
 template <class T>
-const ConvKernels<T>* conv_kernels() {
+const ConvKernels<T>* conv_kernels(bool narrow) {
 #if RESNET_FAST_X86_64
   const Isa isa = active_isa();
   if constexpr (std::is_same_v<T, bf16>) {
 #if RESNET_FAST_HAS_AMX
-    if (isa >= Isa::AMX_BF16) return &amx_bf16::conv_kernels();
+    if (isa >= Isa::AMX_BF16) return narrow ? nullptr : &amx_bf16::conv_kernels();
 #endif
-    if (isa >= Isa::AVX512_BF16) return &avx512_bf16::conv_kernels<bf16>();
+    if (isa >= Isa::AVX512_BF16) return &avx512_bf16::conv_kernels<bf16>(narrow);
   }
-  if (isa >= Isa::AVX512) return &avx512::conv_kernels<T>();
-  if (isa >= Isa::AVX2) return &avx2::conv_kernels<T>();
+  if (isa >= Isa::AVX512) return &avx512::conv_kernels<T>(narrow);
+  if (isa >= Isa::AVX2) return &avx2::conv_kernels<T>(narrow);
 #endif
   return nullptr;
 }
 
-template const ConvKernels<float>* conv_kernels();
-template const ConvKernels<bf16>* conv_kernels();
+template const ConvKernels<float>* conv_kernels(bool);
+template const ConvKernels<bf16>* conv_kernels(bool);
 
 namespace cpu {
 namespace {
 
+// Groups that are multiplied as one: the fewest adjacent ones whose channels and filters are multiples of a panel's
+// columns, with zeros where a filter does not read a channel.
+struct Block {
+  int64_t groups, channels, filters;
+};
+
+// Panels are narrow for groups of other sizes than multiples of kColumns. AMX has no tiles for groups.
+template <class T>
+const ConvKernels<T>* kernels_for(const ConvShape& s) {
+  const int64_t n = s.groups * kColumns;
+  const auto* const kernels = conv_kernels<T>(s.groups > 1 && (s.channels % n != 0 || s.filters % n != 0));
+  return s.groups > 1 && kernels != nullptr && kernels->spread ? nullptr : kernels;
+}
+
+template <class T>
+Block block_of(const ConvShape& s) {
+  const int64_t channels = s.channels / s.groups, filters = s.filters / s.groups, columns = kernels_for<T>(s)->columns;
+  const auto groups = [&](int64_t size) { return columns / std::gcd(columns, size); };
+  const int64_t n = s.groups == 1 ? 1 : std::lcm(groups(channels), groups(filters));
+  return {n, n * channels, n * filters};
+}
+
 template <class T>
 struct Problem {
+  const ConvKernels<T>& kernels;
   int64_t images, channels, filters;
+  Block block;             // the panels of a block read its channels; fill provides those of a single block
   Axis rows, columns;
   const T* x;              // nullptr: fill provides x
   const FillRow<T>* fill;  // with x: completes x in place first
@@ -74,38 +99,40 @@ Window window(const Problem<T>& c, const Band& band) {
   Window w = {rows.least(band.p0), rows.most(band.p1 - 1) + 1, columns.least(band.q0),
               columns.most(band.q1 - 1) + 1, false};
   const bool inside = w.row0 >= 0 && w.row1 <= rows.input && w.column0 >= 0 && w.column1 <= columns.input;
-  w.in_place = c.x != nullptr && inside && conv_kernels<T>()->widen == nullptr;
+  w.in_place = c.x != nullptr && inside && !c.kernels.widens;
   return w;
 }
 
 // Bytes between the groups of steps of a copied band with separate groups: an odd number of cache lines, so that
 // groups do not share cache sets.
 template <class T>
-int64_t group_pitch(const Window& w) {
-  return ((w.height() * w.width()) | 1) * conv_kernels<T>()->steps * 4;
+int64_t group_pitch(const Problem<T>& c, const Window& w) {
+  return ((w.height() * w.width()) | 1) * c.kernels.steps * 4;
 }
 
 template <class T>
 int64_t input_bytes(const Problem<T>& c, const Window& w) {
-  const ConvKernels<T>& kernels = *conv_kernels<T>();
+  const ConvKernels<T>& kernels = c.kernels;
   if (w.in_place) return 0;
-  if (!kernels.spread) return w.height() * w.width() * c.channels * kernels.value_bytes();
-  return kernels.steps_of(c.channels) / kernels.steps * group_pitch<T>(w);
+  if (!kernels.spread) return w.height() * w.width() * c.block.channels * kernels.value_bytes();
+  return kernels.steps_of(c.block.channels) / kernels.steps * group_pitch(c, w);
 }
 
-// Copies the input of a band to `to`, of input_bytes, unless it is read in place.
+// Copies a block's input of a band to `to`, of input_bytes, unless it is read in place.
 template <class T>
-Input lay_out(const Problem<T>& c, const Band& band, const Window& w, char* to) {
-  const ConvKernels<T>& kernels = *conv_kernels<T>();
-  const int64_t pixel = c.channels * kernels.value_bytes(), begin = std::max<int64_t>(0, w.column0);
+Input lay_out(const Problem<T>& c, const Band& band, int64_t block, const Window& w, char* to) {
+  const ConvKernels<T>& kernels = c.kernels;
+  const int64_t pixel = c.block.channels * kernels.value_bytes(), begin = std::max<int64_t>(0, w.column0);
   const int64_t end = std::min(c.columns.input, w.column1), group_bytes = kernels.steps * 4;
   if (c.x && *c.fill) (*c.fill)(band.image, band.p0, band.q0, band.q1, nullptr);
+  const int64_t image = band.image * c.rows.input * c.columns.input * c.channels;
+  const T* const x = c.x ? c.x + image + block * c.block.channels : nullptr;
   if (w.in_place) {
-    const T* image = c.x + band.image * c.rows.input * c.columns.input * c.channels;
-    return {reinterpret_cast<const char*>(image), 0, 0, c.columns.input * pixel, pixel, group_bytes};
+    const int64_t ld = c.channels * kernels.value_bytes();
+    return {reinterpret_cast<const char*>(x), 0, 0, c.columns.input * ld, ld, group_bytes};
   }
   const bool apart = kernels.spread != nullptr;
-  const int64_t group = apart ? group_pitch<T>(w) : group_bytes, groups = apart ? pixel / group_bytes : 1;
+  const int64_t group = apart ? group_pitch(c, w) : group_bytes, groups = apart ? pixel / group_bytes : 1;
   const int64_t width = apart ? group_bytes : pixel;  // bytes of a pixel in a group
   const auto clear = [&](char* at, int64_t pixels) {
     for (int64_t g = 0; g < groups; ++g) std::memset(at + g * group, 0, pixels * width);
@@ -119,18 +146,20 @@ Input lay_out(const Problem<T>& c, const Band& band, const Window& w, char* to) 
     char* first = line + (begin - w.column0) * width;
     clear(line, begin - w.column0);
     clear(first + (end - begin) * width, w.column1 - end);
-    const T* from = c.x ? c.x + ((band.image * c.rows.input + i) * c.columns.input + begin) * c.channels : nullptr;
-    const bool copies = !apart && !kernels.widen;
-    if (!from) {
+    const T* from = x ? x + (i * c.columns.input + begin) * c.channels : nullptr;
+    if (!x) {
+      const bool direct = !apart && !kernels.widens;
       const int64_t bytes = (end - begin) * c.channels * int64_t(sizeof(T));
-      T* filled = reinterpret_cast<T*>(copies ? first : scratch(1, bytes));
+      T* filled = reinterpret_cast<T*>(direct ? first : scratch(1, bytes));
       (*c.fill)(band.image, i, begin, end, filled);
+      if (direct) continue;
       from = filled;
-    } else if (copies) {
-      std::memcpy(first, from, (end - begin) * pixel);
     }
-    if (kernels.widen) kernels.widen(from, (end - begin) * c.channels, reinterpret_cast<float*>(first));
-    if (apart) kernels.spread(from, end - begin, c.channels, first, group);
+    if (apart) {
+      kernels.spread(from, end - begin, c.channels, first, group);
+    } else {
+      kernels.copy(from, c.channels, end - begin, c.block.channels, first);
+    }
   }
   return {to, w.row0, w.column0, w.width() * width, width, group};
 }
@@ -170,9 +199,9 @@ struct Ready {
 template <class T>
 std::vector<Stretch> stretches_of(const Problem<T>& c, const Input& in, int64_t a_step, int64_t p0, int64_t q0) {
   const Axis &rows = c.rows, &columns = c.columns;
-  const ConvKernels<T>& kernels = *conv_kernels<T>();
+  const ConvKernels<T>& kernels = c.kernels;
   const int64_t column_taps = c.merged ? 1 : columns.taps;
-  const int64_t depth = kernels.steps_of(c.merged ? columns.taps * c.channels : c.channels), most = kernels.depth;
+  const int64_t depth = kernels.steps_of(c.merged ? columns.taps * c.channels : c.block.channels), most = kernels.depth;
   std::vector<Stretch> stretches;
   for (int64_t i = 0; i < depth; i += most) {
     for (int64_t r = 0; r < rows.taps; ++r) {
@@ -180,7 +209,7 @@ std::vector<Stretch> stretches_of(const Problem<T>& c, const Input& in, int64_t 
         if (!columns.meets(q0, s)) continue;
         const int64_t at = (rows.at(p0, r) - in.row0) * in.pitch + (columns.at(q0, s) - in.column0) * in.pixel;
         const int64_t tap = (r * column_taps + s) * depth;
-        stretches.push_back({at + i * a_step, (tap + i) * kPanelStep, std::min(most, depth - i)});
+        stretches.push_back({at + i * a_step, (tap + i) * kernels.panel_step(), std::min(most, depth - i)});
       }
     }
   }
@@ -191,7 +220,7 @@ std::vector<Stretch> stretches_of(const Problem<T>& c, const Input& in, int64_t 
 // x is copied in groups and consecutive rows have the stride of pixels, runs of pixels across rows.
 template <class T>
 Ready<T> prepare(const Problem<T>& c, const Band& band, const Window& w, const Input& in) {
-  const ConvKernels<T>& kernels = *conv_kernels<T>();
+  const ConvKernels<T>& kernels = c.kernels;
   const Axis &rows = c.rows, &columns = c.columns;
   const int64_t y_row = columns.output * c.filters, ldy = columns.div * c.filters;
   const int64_t lda = columns.mul * in.pixel, line = rows.mul * in.pitch;
@@ -265,14 +294,15 @@ inline void fetch(const void* from, const void* to) {
 
 template <class T>
 int64_t filter_bytes(const Problem<T>& c) {
-  return c.rows.taps * c.columns.taps * c.filters * c.channels * conv_kernels<T>()->value_bytes();
+  return c.rows.taps * c.columns.taps * c.block.filters * c.block.channels * c.kernels.value_bytes();
 }
 
-// Multiplies bands that fit L2 together by panels [panel0, panel1).
+// Multiplies bands that fit L2 together by panels [panel0, panel1) of one block.
 template <class T>
 void run_bands(const Problem<T>& c, const Band* bands, int64_t count, int64_t panel0, int64_t panel1) {
-  const ConvKernels<T>& kernels = *conv_kernels<T>();
-  const int64_t panel_bytes = c.rows.taps * c.columns.taps * kernels.steps_of(c.channels) * kPanelStep;
+  const ConvKernels<T>& kernels = c.kernels;
+  const int64_t panel_bytes = c.rows.taps * c.columns.taps * kernels.steps_of(c.block.channels) * kernels.panel_step();
+  const int64_t block = panel0 * kernels.columns / c.block.filters;
   std::vector<Window> windows;
   int64_t bytes = 0;
   for (int64_t i = 0; i < count; ++i) {
@@ -282,7 +312,7 @@ void run_bands(const Problem<T>& c, const Band* bands, int64_t count, int64_t pa
   char* to = bytes ? scratch(0, bytes) : nullptr;
   std::vector<Ready<T>> ready;
   for (int64_t i = 0; i < count; ++i) {
-    const Input in = lay_out(c, bands[i], windows[i], to);
+    const Input in = lay_out(c, bands[i], block, windows[i], to);
     ready.push_back(prepare(c, bands[i], windows[i], in));
     to += input_bytes(c, windows[i]);
   }
@@ -297,7 +327,7 @@ void run_bands(const Problem<T>& c, const Band* bands, int64_t count, int64_t pa
   };
   const auto store = [&](const Ready<T>& band, const Tile& tile, int64_t panel, const Product& product,
                          const float* partial) {
-    const int64_t k = panel * kColumns;
+    const int64_t k = panel * kernels.columns;
     const Epilogue<T> epilogue = {partial, c.scale ? c.scale + k : nullptr, c.shift ? c.shift + k : nullptr,
                                   c.residual ? c.residual + tile.y + k : nullptr, c.relu};
     kernels.store_tile(tile.rows, product, c.y + tile.y + k, band.ldy, tile.half_y, epilogue, state.shape);
@@ -308,7 +338,7 @@ void run_bands(const Problem<T>& c, const Band* bands, int64_t count, int64_t pa
       const Stretch& stretch = phase.stretches[j];
       const char* b = c.panels + panel * panel_bytes + stretch.b;
       const Cut share = {int64_t(n), stretch.steps};
-      fetch(b + share.begin(i) * kPanelStep, b + share.begin(i + 1) * kPanelStep);
+      fetch(b + share.begin(i) * kernels.panel_step(), b + share.begin(i + 1) * kernels.panel_step());
     }
   };
   size_t chains = 1;
@@ -317,10 +347,10 @@ void run_bands(const Problem<T>& c, const Band* bands, int64_t count, int64_t pa
     for (const Tile& tile : band.tiles) tiles += tile.rows.tiles;
     for (const Phase& phase : band.phases) chains = std::max(chains, phase.ends.size());
   }
-  const int64_t input = c.images * c.rows.input * c.columns.input * c.channels * kernels.value_bytes();
+  const int64_t input = c.images * c.rows.input * c.columns.input * c.block.channels * kernels.value_bytes();
   if (chains > 1 && (kernels.chained || (kernels.sum_tile && filter_bytes(c) > kFarFilters * input))) {
     // One chain of a panel stays in L1 for all tiles, while the next one is prefetched.
-    const int64_t size = kernels.rows * kColumns;
+    const int64_t size = kernels.rows * kernels.columns;
     auto* const partials = reinterpret_cast<float*>(scratch(2, tiles * size * int64_t(sizeof(float))));
     for (int64_t panel = panel0; panel < panel1; ++panel) {
       for (size_t i = 0; i < chains; ++i) {
@@ -342,7 +372,7 @@ void run_bands(const Problem<T>& c, const Band* bands, int64_t count, int64_t pa
             if (last) {
               store(band, tile, panel, part, first ? nullptr : sums);
             } else {
-              kernels.sum_tile(tile.rows, part, !first, sums, kColumns);
+              kernels.sum_tile(tile.rows, part, !first, sums, kernels.columns);
             }
           }
         }
@@ -354,9 +384,9 @@ void run_bands(const Problem<T>& c, const Band* bands, int64_t count, int64_t pa
   // in longer runs; by one panel if the kernels are chained. With more taps, the window is too large for L1, and
   // writing y is a smaller part of the time.
   const bool pointwise = c.rows.taps * c.columns.taps == 1;
-  const int64_t block = pointwise ? std::clamp<int64_t>(kernels.block_bytes / panel_bytes, 1, kMostPanels) : 1;
-  for (int64_t first = panel0; first < panel1; first += block) {
-    const int64_t last = std::min(first + block, panel1);
+  const int64_t sequence = pointwise ? std::clamp<int64_t>(kernels.block_bytes / panel_bytes, 1, kMostPanels) : 1;
+  for (int64_t first = panel0; first < panel1; first += sequence) {
+    const int64_t last = std::min(first + sequence, panel1);
     for (const Ready<T>& band : ready) {
       for (size_t i = 0; i < band.tiles.size(); ++i) {
         const Tile* next = streams && i + 1 < band.tiles.size() ? &band.tiles[i + 1] : nullptr;
@@ -368,7 +398,7 @@ void run_bands(const Problem<T>& c, const Band* bands, int64_t count, int64_t pa
             if (first == panel0) fetch(next->a + row0 * band.lda, next->a + row1 * band.lda);
             for (int64_t row = row0; c.residual && row < row1; ++row) {
               const T* at = c.residual + next->y + row * band.ldy;
-              fetch(at + first * kColumns, at + last * kColumns);
+              fetch(at + first * kernels.columns, at + last * kernels.columns);
             }
           }
           const Tile& tile = band.tiles[i];
@@ -385,9 +415,9 @@ void run_bands(const Problem<T>& c, const Band* bands, int64_t count, int64_t pa
 template <class T>
 std::vector<Band> cut(const Problem<T>& c, int64_t threads) {
   const Axis &rows = c.rows, &columns = c.columns;
-  const int64_t scratch_bytes = conv_kernels<T>()->scratch_bytes, tile_rows = conv_kernels<T>()->rows;
+  const int64_t scratch_bytes = c.kernels.scratch_bytes, tile_rows = c.kernels.rows;
   std::vector<Band> bands;
-  const int64_t pixel = c.channels * conv_kernels<T>()->value_bytes(), row_bytes = columns.input * pixel;
+  const int64_t pixel = c.block.channels * c.kernels.value_bytes(), row_bytes = columns.input * pixel;
   if (rows.output == 1 && columns.div == 1 && columns.taps == 1) {
     const int64_t fits = std::max<int64_t>(2 * tile_rows, scratch_bytes / pixel);
     const int64_t most = std::min<int64_t>(fits, std::max<int64_t>(16 * tile_rows, 96));
@@ -419,37 +449,39 @@ template <class T>
 int64_t bands_together(const Problem<T>& c, const std::vector<Band>& bands, int64_t threads) {
   const int64_t count = int64_t(bands.size());
   const int64_t bytes = input_bytes(c, window(c, bands[0]));
-  const int64_t room = filter_bytes(c) > kFarBytes ? kFarScratch : conv_kernels<T>()->scratch_bytes;
+  const int64_t room = filter_bytes(c) > kFarBytes ? kFarScratch : c.kernels.scratch_bytes;
   const int64_t fits = std::max<int64_t>(1, bytes ? room / bytes : 1);
   return ceil_div(count, ceil_div(ceil_div(count, fits), threads) * threads);
 }
 
-// Runs all bands. Where no step needs whole bands, few bands (a small batch) are also split by filters; and only by
-// filters if these do not stay in L2, so that each is read by one thread.
+// Runs all bands and blocks. Where no step needs whole bands, few bands (a small batch) are also split by filters; and
+// only by filters if there are several blocks, or filters that do not stay in L2, so that each is read by one thread.
 template <class T>
 void run(const Problem<T>& c) {
   const bool completes = c.x != nullptr && *c.fill;  // fill writes x: one task per band
   const bool splits = !*c.finish && !completes;
-  const int64_t share = splits && filter_bytes(c) > kFarBytes ? 1 : at::get_num_threads();
+  const int64_t blocks = c.filters / c.block.filters, panels = c.block.filters / c.kernels.columns;
+  const int64_t share = splits && (blocks > 1 || filter_bytes(c) > kFarBytes) ? 1 : at::get_num_threads();
   const std::vector<Band> bands = cut(c, share);
-  const int64_t panels = c.filters / kColumns, together = bands_together(c, bands, share);
+  const int64_t together = bands_together(c, bands, share);
   const int64_t count = ceil_div(int64_t(bands.size()), together);
-  const auto run_some = [&](int64_t i, int64_t panel0, int64_t panel1) {
+  const auto run_some = [&](int64_t i, int64_t block, int64_t panel0, int64_t panel1) {
     const int64_t first = i * together, last = std::min(first + together, int64_t(bands.size()));
-    run_bands(c, &bands[first], last - first, panel0, panel1);
+    run_bands(c, &bands[first], last - first, block * panels + panel0, block * panels + panel1);
   };
   if (splits) {
-    const Cut groups = {std::clamp<int64_t>(ceil_div(4 * at::get_num_threads(), count), 1, panels), panels};
-    for_tasks(count * groups.parts, [&](int64_t task) {
-      const int64_t group = task % groups.parts;
-      run_some(task / groups.parts, groups.begin(group), groups.begin(group + 1));
+    const int64_t least = 4 * at::get_num_threads();
+    const Cut parts = {std::clamp<int64_t>(ceil_div(least, count * blocks), 1, panels), panels};
+    for_tasks(count * blocks * parts.parts, [&](int64_t task) {
+      const int64_t part = task % parts.parts, i = task / parts.parts;
+      run_some(i / blocks, i % blocks, parts.begin(part), parts.begin(part + 1));
     });
     return;
   }
   const int64_t tasks = std::min(count, kTasks);
   for_tasks(tasks, [&](int64_t task) {
     for (int64_t i = task * count / tasks; i < (task + 1) * count / tasks; ++i) {
-      run_some(i, 0, panels);
+      for (int64_t block = 0; block < blocks; ++block) run_some(i, block, 0, panels);
       if (!*c.finish) continue;
       for (int64_t j = i * together; j < std::min((i + 1) * together, int64_t(bands.size())); ++j) {
         const Band& band = bands[j];
@@ -465,15 +497,19 @@ void run(const Problem<T>& c) {
 
 template <class T>
 bool tiled_conv_takes(const ConvShape& s) {
-  return conv_kernels<T>() != nullptr && s.channels % kColumns == 0 && s.filters % kColumns == 0 &&
+  const ConvKernels<T>* const kernels = kernels_for<T>(s);
+  if (kernels == nullptr) return false;
+  const Block block = block_of<T>(s);
+  return block.channels % kernels->columns == 0 && block.filters % kernels->columns == 0 &&
+         s.groups % block.groups == 0 && block.groups <= kMostGroups &&
          s.channels * s.filters * s.images * s.rows * s.columns > 0;
 }
 
 template <class T>
 bool tiled_fprop_merges(const ConvShape& s) {
   const ConvKernels<T>* const kernels = conv_kernels<T>();
-  return kernels != nullptr && kernels->values == 1 && s.channels < kColumns && s.taps[1] > 1 && s.dilation[1] == 1 &&
-         s.filters % kColumns == 0 && s.channels * s.filters * s.images * s.rows * s.columns > 0;
+  return kernels != nullptr && kernels->values == 1 && s.groups == 1 && s.channels < kColumns && s.taps[1] > 1 &&
+         s.dilation[1] == 1 && s.filters % kColumns == 0 && s.channels * s.filters * s.images * s.rows * s.columns > 0;
 }
 
 template <class T>
@@ -481,27 +517,41 @@ bool by_winograd(const ConvShape& s, bool dgrad) {
   return winograd_takes<T>(dgrad ? transposed(s) : s);
 }
 
+// Filters [K,n·C,R,S] of w [K,C,R,S], where n groups are a block: zeros for the channels of the other groups.
+at::Tensor whole_blocks(const at::Tensor& w, int64_t groups, int64_t n) {
+  if (n == 1) return w;
+  const int64_t blocks = groups / n, filters = w.size(0) / groups;
+  const at::Tensor dense = at::zeros({blocks, n, filters, n, w.size(1), w.size(2), w.size(3)}, w.options());
+  const at::Tensor parts = w.reshape({blocks, n, filters, w.size(1), w.size(2), w.size(3)});
+  dense.diagonal(0, 1, 3).copy_(parts.permute({0, 2, 3, 4, 5, 1}));
+  return dense.view({w.size(0), n * w.size(1), w.size(2), w.size(3)});
+}
+
 template <class T>
 at::Tensor pack_filters(const ConvShape& shape, const at::Tensor& w, bool for_dgrad, Allocate allocate) {
   if (by_winograd<T>(shape, for_dgrad)) return winograd_filters<T>(w, for_dgrad, allocate);
-  const ConvKernels<T>& kernels = *conv_kernels<T>();
-  const at::Tensor rows = (kernels.widen ? w.to(at::kFloat) : w).contiguous(at::MemoryFormat::ChannelsLast);  // [K][R·S][C]
+  const ConvKernels<T>& kernels = *kernels_for<T>(shape);
+  const Block block = block_of<T>(shape);
+  const at::Tensor dense = whole_blocks(kernels.widens ? w.to(at::kFloat) : w, shape.groups, block.groups);
+  const at::Tensor rows = dense.contiguous(at::MemoryFormat::ChannelsLast);  // [K][R·S][C]
   const bool is_float = rows.scalar_type() == at::kFloat;
-  const int64_t filters = w.size(0), channels = w.size(1), taps = w.size(2) * w.size(3), ld = taps * channels;
-  const int64_t outer = for_dgrad ? channels : filters, inner = for_dgrad ? filters : channels;
-  const int64_t tap_bytes = kernels.steps_of(inner) * kPanelStep;
-  const int64_t bytes = outer / kColumns * taps * tap_bytes + 64;
+  const int64_t channels = rows.size(1), taps = shape.tap_count(), ld = taps * channels;
+  const int64_t outer = for_dgrad ? shape.channels : shape.filters, inner = for_dgrad ? block.filters : channels;
+  const int64_t width = kernels.columns, tap_bytes = kernels.steps_of(inner) * kernels.panel_step();
+  const int64_t bytes = outer / width * taps * tap_bytes + 64;
   const at::Tensor packed = allocate(bytes);
   char* to = reinterpret_cast<char*>(packed.data_ptr<uint8_t>());
   const char* from = static_cast<const char*>(rows.const_data_ptr());
   const int64_t size = rows.element_size();
-  at::parallel_for(0, outer / kColumns * taps, 1, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, outer / width * taps, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t panel = i / taps, tap = i % taps;
-      if (for_dgrad) {
-        kernels.pack_inner(from + (tap * channels + panel * kColumns) * size, is_float, ld, inner, to + i * tap_bytes);
+      if (for_dgrad) {  // outer are channels: those of a block in each of its filters
+        const int64_t first = panel * width / channels * block.filters * ld + panel * width % channels;
+        kernels.pack_inner(from + (first + tap * channels) * size, is_float, ld, inner, to + i * tap_bytes);
       } else {
-        kernels.pack_outer(from + (panel * kColumns * ld + tap * channels) * size, is_float, ld, inner, to + i * tap_bytes);
+        const int64_t first = panel * width * ld;
+        kernels.pack_outer(from + (first + tap * channels) * size, is_float, ld, inner, to + i * tap_bytes);
       }
     }
   });
@@ -515,7 +565,8 @@ void tiled_conv_fprop(
   if (by_winograd<T>(shape, false)) return winograd(shape, x, fill, panels, scale, shift, residual, relu, y, finish);
   const ConvShape s = flattened(shape);
   const Problem<T> c = {
-      s.images, s.channels, s.filters, fprop_axis(s.height, s.rows, s, 0), fprop_axis(s.width, s.columns, s, 1),
+      *kernels_for<T>(s), s.images, s.channels, s.filters, block_of<T>(s),
+      fprop_axis(s.height, s.rows, s, 0), fprop_axis(s.width, s.columns, s, 1),
       x, &fill, reinterpret_cast<const char*>(panels.const_data_ptr<uint8_t>()), scale, shift, residual, relu, y, &finish,
       tiled_fprop_merges<T>(shape)};
   run(c);
@@ -529,8 +580,10 @@ void tiled_conv_dgrad(
     return winograd<T>(transposed(shape), dz, fill, panels, nullptr, nullptr, nullptr, false, dx, finish);
   }
   const ConvShape s = flattened(shape);
+  const Block block = block_of<T>(s);
   const Problem<T> c = {
-      s.images, s.filters, s.channels, dgrad_axis(s.rows, s.height, s, 0), dgrad_axis(s.columns, s.width, s, 1),
+      *kernels_for<T>(s), s.images, s.filters, s.channels, {block.groups, block.filters, block.channels},
+      dgrad_axis(s.rows, s.height, s, 0), dgrad_axis(s.columns, s.width, s, 1),
       dz, &fill, reinterpret_cast<const char*>(panels.const_data_ptr<uint8_t>()), nullptr, nullptr,
       nullptr, false, dx, &finish, false};
   run(c);

@@ -20,7 +20,10 @@ using FillRow = std::function<void(int64_t image, int64_t row, int64_t begin, in
 // Called by task `task` when pixels [begin, end) of y (counted over all images) are finished.
 using Finish = std::function<void(int64_t task, int64_t begin, int64_t end)>;
 
-// Whether this CPU has tiles for T, and channels and filters are multiples of 32.
+constexpr int64_t kMostGroups = 4;  // ResNeXt's groups of 4 channels
+
+// Whether this CPU has tiles for T, and channels and filters are multiples of 32. With several groups, those of a group
+// are multiples of 16, or those of up to kMostGroups adjacent groups, which are multiplied as one with zeros.
 template <class T>
 bool tiled_conv_takes(const ConvShape& shape);
 

@@ -153,6 +153,7 @@ template <class T>
 bool winograd_takes(const ConvShape& s) {
   const ConvBy by = conv_by();
   if (kernels<T>() == nullptr || by == ConvBy::Tiles || by == ConvBy::OneDnn) return false;
+  if (s.groups > 1) return false;
   for (int i = 0; i < 2; ++i) {
     if (s.taps[i] != 3 || s.stride[i] != 1 || s.dilation[i] != 1 || s.padding[i] > 2) return false;
   }

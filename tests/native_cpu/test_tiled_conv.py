@@ -18,7 +18,7 @@ from resnet_fast.verify.op_cases import CONVOLUTIONS, Conv, Draw
 
 TESTS = Path(__file__).parents[1]
 PATH = os.pathsep.join(map(str, (TESTS.parent, TESTS, TESTS / "support")))  # of a process
-TILED = {  # channels and filters in multiples of 32; or few channels
+TILED = {  # channels and filters in multiples of 32, with groups of 16; or few channels
     "1x1": Conv((2, 32, 7, 7), 64, (1, 1)),
     "1x1-many": Conv((1, 96, 31, 37), 32, (1, 1)),
     "1x1-stride2": Conv((2, 64, 15, 14), 32, (1, 1), (2, 2)),
@@ -45,6 +45,12 @@ TILED = {  # channels and filters in multiples of 32; or few channels
     "first": Conv((2, 3, 33, 38), 64, (7, 7), (2, 2), (3, 3)),
     "first-unpadded": Conv((1, 5, 20, 25), 32, (3, 2), (1, 1)),
     "first-two-channels": Conv((2, 2, 12, 11), 32, (3, 3), padding=(1, 1)),
+    "groups-of-4": Conv((2, 32, 9, 14), 32, (3, 3), padding=(1, 1), groups=8),
+    "groups-of-8-to-4": Conv((1, 64, 15, 13), 32, (3, 3), (2, 2), (1, 1), groups=8),
+    "groups-of-16-unpadded": Conv((3, 48, 7, 8), 48, (3, 3), dilation=(1, 2), groups=3),
+    "groups-of-32": Conv((2, 96, 7, 7), 96, (3, 3), padding=(1, 1), groups=3),
+    "groups-of-48-1x1": Conv((2, 96, 5, 6), 96, (1, 1), groups=2),
+    "groups-long": Conv((1, 352, 5, 5), 64, (3, 3), padding=(1, 1), groups=2),
 }
 
 
@@ -105,6 +111,22 @@ def test_tiles(isa, dtype, by, guard):
              "RESNET_FAST_CPU_CONV": by, **guard},
     )  # fmt: skip
     assert run.returncode == 0, (run.returncode, run.stderr[-3000:])
+
+
+@pytest.mark.parametrize(
+    ("channels", "groups", "takes"), [(32, 8, True), (96, 3, True), (32, 32, False), (24, 3, False)]
+)
+def test_groups_that_tiles_take(channels, groups, takes):
+    info = backends.build_info()
+    if info is None:
+        pytest.skip("resnet_fast._C is not built")
+    x, w = torch.randn(1, channels, 8, 8), torch.randn(channels, channels // groups, 3, 3)
+    x = x.to(memory_format=torch.channels_last)
+    route = torch.ops.resnet_fast_native.conv_route
+    by, why = route(x, w, [1, 1], [1, 1], [1, 1], groups, False)
+    assert (by == "tiles") == (takes and info["isa_active"] == "avx2"), (by, why)
+    with pytest.raises(RuntimeError, match="groups"):
+        route(x, w, [1, 1], [1, 1], [1, 1], 0, False)
 
 
 OVERREAD = """
