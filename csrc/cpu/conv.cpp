@@ -91,7 +91,6 @@ template <class T>
 std::tuple<Tensor, Tensor, Tensor> tiled_fprop(
     const Tensor& x, const Tensor& w, const OptTensor& in_scale, const OptTensor& in_shift, bool stats,
     const Geometry& g) {
-  if (g.groups > 1 && in_scale) return tiled_fprop<T>(activate(x, *in_scale, *in_shift), w, {}, {}, stats, g);
   const ConvShape s = conv_shape(x, w, g);
   const Tensor z = empty({s.images, s.filters, s.rows, s.columns}, x.options(), at::MemoryFormat::ChannelsLast);
   T* to = static_cast<T*>(z.data_ptr());
@@ -111,11 +110,12 @@ std::tuple<Tensor, Tensor, Tensor> conv_fprop(
   const at::AutoDispatchBelowADInplaceOrView guard;
   const Geometry g = {stride, padding, dilation, groups};
   check_conv_fprop(x, w, in_scale, in_shift, g);
-  if (route(x, w, g).tiled) {
-    return x.scalar_type() == at::kFloat ? tiled_fprop<float>(x, w, in_scale, in_shift, stats, g)
-                                         : tiled_fprop<bf16>(x, w, in_scale, in_shift, stats, g);
-  }
+  const bool tiled = route(x, w, g).tiled, single = x.scalar_type() == at::kFloat;
+  if (tiled && groups == 1) return (single ? tiled_fprop<float> : tiled_fprop<bf16>)(x, w, in_scale, in_shift, stats, g);
   const Tensor h = in_scale ? activate(x, *in_scale, *in_shift) : x;
+  if (tiled && fits_tiles(h, conv_shape(h, w, g))) {
+    return (single ? tiled_fprop<float> : tiled_fprop<bf16>)(h, w, {}, {}, stats, g);
+  }
   const Tensor z = conv2d(h, w.to(x.scalar_type()), g).contiguous(format_of(x, &w));
   if (!stats) return {z, empty_vector(x, 0), empty_vector(x, 0)};
   auto [mean, m2] = bn_stats(z);
@@ -136,7 +136,7 @@ OutputGradient<T> output_gradient(
     const ConvShape& s, bool need_dx, const Tensor& dy, const OptTensor& mask, const OptTensor& a, const OptTensor& z,
     const OptTensor& mean, const OptTensor& b, const OptTensor& c) {
   if (!mask && !a) return {dy, {}};
-  if (!s.pointwise() || s.groups > 1 || !need_dx) return {bn_act_bwd_apply(dy, mask, a, z, mean, b, c, {}, {}), {}};
+  if (!s.pointwise() || !need_dx) return {bn_act_bwd_apply(dy, mask, a, z, mean, b, c, {}, {}), {}};
   const Tensor dz = empty(dy.sizes(), dy.options(), at::MemoryFormat::ChannelsLast);
   const BnActBwdApply<T> k = {
       shape_of(dz), static_cast<T*>(dz.data_ptr()), data<T>(dy), data<T>(z), nullptr,
@@ -218,12 +218,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bprop(
   const Geometry g = {stride, padding, dilation, groups};
   check_conv_bprop(
       dy, w, x, dy_mask, a, z, mean, b, c, in_scale, in_shift, in_mean, in_rstd, in_act, residual, residual_mask, g);
-  if (route(x, w, g).tiled) {
-    return (x.scalar_type() == at::kFloat ? tiled_bprop<float> : tiled_bprop<bf16>)(
+  const bool tiled = route(x, w, g).tiled;
+  const auto tiled_bprop = x.scalar_type() == at::kFloat ? cpu::tiled_bprop<float> : cpu::tiled_bprop<bf16>;
+  if (tiled && groups == 1) {
+    return tiled_bprop(
         dy, w, x, dy_mask, a, z, mean, b, c, in_scale, in_shift, in_mean, in_rstd, in_act, residual, residual_mask, g,
         need_dx, need_dw);
   }
   const Tensor dz = dy_mask || a ? bn_act_bwd_apply(dy, dy_mask, a, z, mean, b, c, {}, {}) : dy;
+  if (tiled && fits_tiles(dz, conv_shape(x, w, g))) {
+    return tiled_bprop(
+        dz, w, x, {}, {}, {}, {}, {}, {}, in_scale, in_shift, in_mean, in_rstd, in_act, residual, residual_mask, g,
+        need_dx, need_dw);
+  }
   Tensor dx = at::empty({0}, x.options()), dw = at::empty({0}, w.options());
   Tensor sum_dx = empty_vector(x, 0), sum_dx_xhat = empty_vector(x, 0);
   const Tensor h = in_act ? *in_act : in_scale && need_dw ? activate(x, *in_scale, *in_shift) : x;

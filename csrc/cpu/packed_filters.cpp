@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <cmath>
 #include <cstring>
 #include <list>
 #include <memory>
@@ -306,6 +307,11 @@ Route route(const Tensor& x, const Tensor& w, const Geometry& g, bool inference)
   return {"tiles", "channels and filters are multiples of 32", true};
 }
 
+bool fits_tiles(const Tensor& values, const ConvShape& s) {
+  const bool joins = values.scalar_type() == at::kFloat ? tiled_conv_joins<float>(s) : tiled_conv_joins<bf16>(s);
+  return !joins || std::isfinite(values.sum().item<double>());
+}
+
 namespace {
 
 template <class T>
@@ -387,13 +393,13 @@ std::tuple<Tensor, Tensor> conv2d_backward(
 Tensor run_packed(
     const Tensor& x, const Tensor& w, const PackedConv& packed, const OptTensor& residual, bool relu,
     const Geometry& g, bool over) {
-  if (packed.panels) {
+  if (packed.panels && fits_tiles(x, conv_shape(x, w, g))) {
     const auto run = x.scalar_type() == at::kFloat ? run_panels<float> : run_panels<bf16>;
     return run(x, w, packed, residual, relu, g, over);
   }
-  const Tensor y = (onednn().takes(x, w, g) ? run_onednn(x, w, packed, g)
-                                            : conv2d(x, packed.weight.defined() ? packed.weight : w, g))
-                       .contiguous(format_of(x, &w));
+  const Tensor weight = !packed.panels && packed.weight.defined() ? packed.weight : w.to(x.scalar_type());
+  const bool by_onednn = !packed.panels && onednn().takes(x, w, g);
+  const Tensor y = (by_onednn ? run_onednn(x, w, packed, g) : conv2d(x, weight, g)).contiguous(format_of(x, &w));
   // Not oneDNN's ReLU, which returns 0 for NaN.
   if (relu || residual || packed.scale) bn_act_over(y, packed.scale, packed.shift, residual, relu);
   return y;

@@ -506,6 +506,11 @@ bool tiled_conv_takes(const ConvShape& s) {
 }
 
 template <class T>
+bool tiled_conv_joins(const ConvShape& s) {
+  return s.groups > 1 && block_of<T>(s).groups > 1;
+}
+
+template <class T>
 bool tiled_fprop_merges(const ConvShape& s) {
   const ConvKernels<T>* const kernels = conv_kernels<T>();
   return kernels != nullptr && kernels->values == 1 && s.groups == 1 && s.channels < kColumns && s.taps[1] > 1 &&
@@ -591,6 +596,7 @@ void tiled_conv_dgrad(
 
 #define RESNET_FAST_TILED_CONV(T)                                                                                   \
   template bool tiled_conv_takes<T>(const ConvShape&);                                                              \
+  template bool tiled_conv_joins<T>(const ConvShape&);                                                              \
   template bool tiled_fprop_merges<T>(const ConvShape&);                                                            \
   template bool by_winograd<T>(const ConvShape&, bool);                                                             \
   template at::Tensor pack_filters<T>(const ConvShape&, const at::Tensor&, bool, Allocate);                         \

@@ -27,6 +27,11 @@ constexpr int64_t kMostGroups = 4;  // ResNeXt's groups of 4 channels
 template <class T>
 bool tiled_conv_takes(const ConvShape& shape);
 
+// Whether groups are multiplied as one. A filter then multiplies channels that it does not read by zero, so that
+// x (for dgrad: dz) must be finite.
+template <class T>
+bool tiled_conv_joins(const ConvShape& shape);
+
 // Whether tiled_conv_fprop also takes a convolution of fewer channels (a network's first): in fp32 arithmetic, without
 // dilation of columns. The values that a row of taps reads are adjacent, and are multiplied like one tap's.
 template <class T>

@@ -129,6 +129,24 @@ def test_groups_that_tiles_take(channels, groups, takes):
         route(x, w, [1, 1], [1, 1], [1, 1], 0, False)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_an_infinity_stays_in_its_group(dtype, value):
+    """Also where several groups are multiplied as one: forward, dx and inference."""
+    if backends.build_info() is None:
+        pytest.skip("resnet_fast._C is not built")
+    x = torch.randn(2, 32, 6, 6).to(dtype).contiguous(memory_format=torch.channels_last)
+    w, geometry = torch.randn(32, 4, 3, 3), ([1, 1], [1, 1], [1, 1], 8)
+    x[1, 5, 2, 3] = value
+    alone = torch.zeros(2, 32, 6, 6, dtype=torch.bool)
+    alone[1, 4:8, 1:4, 2:5] = True  # group 1, the windows of the pixel
+    z = ops.conv_fprop(x, w, None, None, False, None, None, 0.0, *geometry, "native")[0]
+    dx = ops.conv_bprop(x, w, z, *[None] * 13, *geometry, True, False, False, "native")[0]
+    y = ops.conv_bn_act(x, w, *[None] * 5, z.clone().zero_(), False, 0.0, *geometry, "native")
+    for found in (z, dx, y):
+        assert torch.equal(~found.isfinite(), alone)
+
+
 OVERREAD = """
 import ctypes, sys
 aligned_alloc = ctypes.CDLL(None).aligned_alloc
