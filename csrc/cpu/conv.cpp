@@ -110,12 +110,11 @@ std::tuple<Tensor, Tensor, Tensor> conv_fprop(
   const at::AutoDispatchBelowADInplaceOrView guard;
   const Geometry g = {stride, padding, dilation, groups};
   check_conv_fprop(x, w, in_scale, in_shift, g);
-  const bool tiled = route(x, w, g).tiled, single = x.scalar_type() == at::kFloat;
-  if (tiled && groups == 1) return (single ? tiled_fprop<float> : tiled_fprop<bf16>)(x, w, in_scale, in_shift, stats, g);
+  const bool tiled = route(x, w, g).tiled;
+  const auto by_tiles = x.scalar_type() == at::kFloat ? tiled_fprop<float> : tiled_fprop<bf16>;
+  if (tiled && groups == 1) return by_tiles(x, w, in_scale, in_shift, stats, g);
   const Tensor h = in_scale ? activate(x, *in_scale, *in_shift) : x;
-  if (tiled && fits_tiles(h, conv_shape(h, w, g))) {
-    return (single ? tiled_fprop<float> : tiled_fprop<bf16>)(h, w, {}, {}, stats, g);
-  }
+  if (tiled && fits_tiles(h, conv_shape(h, w, g))) return by_tiles(h, w, {}, {}, stats, g);
   const Tensor z = conv2d(h, w.to(x.scalar_type()), g).contiguous(format_of(x, &w));
   if (!stats) return {z, empty_vector(x, 0), empty_vector(x, 0)};
   auto [mean, m2] = bn_stats(z);
@@ -198,10 +197,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tiled_bprop(
     std::tie(dx, sum_dx, sum_dx_xhat) =
         tiled_dgrad<T>(gradient, w, x, in_scale, in_shift, in_mean, in_rstd, residual, residual_mask, g);
   }
-  if (need_dw && g.groups > 1) {  // it has no tiles
-    const Tensor h = in_act ? *in_act : in_scale ? activate(x, *in_scale, *in_shift) : x;
-    dw = std::get<1>(conv2d_backward(gradient.dz, h, w.to(x.scalar_type()), g, false, true)).to(w.scalar_type());
-  } else if (need_dw) {
+  if (need_dw) {
     dw = in_act ? tiled_wgrad<T>(gradient.dz, w, *in_act, {}, {}, g)
                 : tiled_wgrad<T>(gradient.dz, w, x, in_scale, in_shift, g);
   }
@@ -219,24 +215,31 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bprop(
   check_conv_bprop(
       dy, w, x, dy_mask, a, z, mean, b, c, in_scale, in_shift, in_mean, in_rstd, in_act, residual, residual_mask, g);
   const bool tiled = route(x, w, g).tiled;
-  const auto tiled_bprop = x.scalar_type() == at::kFloat ? cpu::tiled_bprop<float> : cpu::tiled_bprop<bf16>;
+  const bool single = x.scalar_type() == at::kFloat;
   if (tiled && groups == 1) {
-    return tiled_bprop(
+    return (single ? tiled_bprop<float> : tiled_bprop<bf16>)(
         dy, w, x, dy_mask, a, z, mean, b, c, in_scale, in_shift, in_mean, in_rstd, in_act, residual, residual_mask, g,
         need_dx, need_dw);
   }
   const Tensor dz = dy_mask || a ? bn_act_bwd_apply(dy, dy_mask, a, z, mean, b, c, {}, {}) : dy;
-  if (tiled && fits_tiles(dz, conv_shape(x, w, g))) {
-    return tiled_bprop(
-        dz, w, x, {}, {}, {}, {}, {}, {}, in_scale, in_shift, in_mean, in_rstd, in_act, residual, residual_mask, g,
-        need_dx, need_dw);
-  }
   Tensor dx = at::empty({0}, x.options()), dw = at::empty({0}, w.options());
   Tensor sum_dx = empty_vector(x, 0), sum_dx_xhat = empty_vector(x, 0);
   const Tensor h = in_act ? *in_act : in_scale && need_dw ? activate(x, *in_scale, *in_shift) : x;
-  const auto [grad_x, grad_w] = conv2d_backward(dz, h, w.to(x.scalar_type()), g, need_dx, need_dw);
+  // With groups, tiles compute dx only.
+  const bool dx_by_tiles = need_dx && tiled && fits_tiles(dz, conv_shape(x, w, g));
+  const bool library_dx = need_dx && !dx_by_tiles;
+  Tensor grad_x, grad_w;
+  if (library_dx || need_dw) {
+    std::tie(grad_x, grad_w) = conv2d_backward(dz, h, w.to(x.scalar_type()), g, library_dx, need_dw);
+  }
   if (need_dw) dw = grad_w.to(w.scalar_type());
-  if (need_dx) {
+  if (dx_by_tiles) {
+    const auto finished = [&](auto zero) {
+      using T = decltype(zero);
+      return tiled_dgrad<T>({dz, {}}, w, x, in_scale, in_shift, in_mean, in_rstd, residual, residual_mask, g);
+    };
+    std::tie(dx, sum_dx, sum_dx_xhat) = single ? finished(float()) : finished(bf16());
+  } else if (need_dx) {
     dx = grad_x.contiguous(format_of(x, &w));
     std::tie(sum_dx, sum_dx_xhat) =
         finish_dgrad(dx, x, in_scale, in_shift, in_mean, in_rstd, residual, residual_mask);

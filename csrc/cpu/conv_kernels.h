@@ -78,7 +78,7 @@ struct ConvKernels {
   int64_t depth;          // maximum steps per stretch: all taps of these steps are multiplied while in L1
   int64_t scratch_bytes;  // of input that stays in L2 with a panel and the output
   int64_t block_bytes;    // of panels that are multiplied by a tile of pixels in sequence; at least one panel is
-  int dw_parts;           // tiles of dw per panel of filters
+  int dw_parts;           // tiles of dw per panel of kColumns filters; always wide
   int64_t dw_pixels;      // maximum pixels per block of dw,
   int64_t dw_bytes;       // and maximum bytes of its operands
 

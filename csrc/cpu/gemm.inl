@@ -277,11 +277,8 @@ void sum_tile(const Rows& rows, const Product& product, bool add, float* sum, in
   });
 }
 
-template <int kVectors>
 void add_tile(int rows, const Product& product, bool add, float* to, int64_t ld, int&) {
-  with_rows<kTileRows<kVectors>>(rows, [&](auto r) {
-    add_rows<r.value, kVectors, kVectors * int(sizeof(Vector))>(product, add, to, ld);
-  });
+  with_rows<kTileRows<kWide>>(rows, [&](auto r) { add_rows<r.value, kWide, kPanelStep>(product, add, to, ld); });
 }
 
 #if defined(RESNET_FAST_AVX512_BF16)
@@ -419,8 +416,8 @@ ConvKernels<T> kernels_of() {
   k.widens = kValues * sizeof(T) < 4, k.ragged = false, k.steps = 1, k.depth = kChain;
   k.chained = k.rows < 4, k.tiles = k.half < k.rows ? 1 : 8;
   k.scratch_bytes = 256 << 10, k.block_bytes = k.chained ? 0 : 32 << 10;
-  k.dw_parts = (k.columns + k.rows - 1) / k.rows, k.dw_pixels = 256, k.dw_bytes = 640 << 10;
-  k.store_tile = store_tile<kVectors, T>, k.sum_tile = sum_tile<kVectors>, k.add_tile = add_tile<kVectors>;
+  k.dw_parts = (kColumns + kTileRows<kWide> - 1) / kTileRows<kWide>, k.dw_pixels = 256, k.dw_bytes = 640 << 10;
+  k.store_tile = store_tile<kVectors, T>, k.sum_tile = sum_tile<kVectors>, k.add_tile = add_tile;
   k.pack_outer = pack_outer<kVectors>, k.pack_inner = pack_inner<kVectors>;
   k.pack_pixels = pack_pixels<T>, k.copy = copy_pixels<T>;
   return k;

@@ -304,6 +304,7 @@ Route route(const Tensor& x, const Tensor& w, const Geometry& g, bool inference)
       active_isa() >= Isa::AVX512 && !streams && onednn().takes(x, w, g)) {
     return library("fp32 inference on Intel");
   }
+  if (g.groups > 1) return {"tiles", "channels and filters of up to 4 groups are multiples of 16", true};
   return {"tiles", "channels and filters are multiples of 32", true};
 }
 
