@@ -3,6 +3,8 @@
 Other benchmarks report shares of these limits: bytes over the copy's bytes/s, operations over the
 matmul's operations/s. The copy reads and writes 1 GiB each (256 MiB on a CPU); the matmul is of two
 square matrices. On CUDA it also times a small launch in a CUDA graph, the least time of a kernel.
+On a CPU that has convolution tiles, the tiles' products from registers take the matmul's place: a
+matmul in PyTorch reaches less than the convolutions on some.
 """
 
 from __future__ import annotations
@@ -10,12 +12,14 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from bench import rows, timing
+from resnet_fast.dispatch import backends
 from resnet_fast.runtime import graph_timing
 from resnet_fast.runtime.options import DEVICES
 from resnet_fast.spec.dtypes import PRECISIONS
@@ -26,12 +30,14 @@ class Ceilings:
     """Measured limits of a device: bytes/s of a copy (read plus written), operations/s of a matmul.
 
     dtype: of the matmul. launch_us: time of a minimal launch in a CUDA graph; None if not measured.
+    tiles: the operations are those of resnet_fast's tiles, from registers, not of a matmul.
     """
 
     bytes_per_s: float
     flops_per_s: float
     dtype: str
     launch_us: float | None = None
+    tiles: bool = False
 
     def floor_ms(self, moved: float, flops: float) -> float:
         """Minimum time of a launch that moves `moved` bytes and does `flops` operations."""
@@ -44,12 +50,27 @@ def measure(device: torch.device, dtype: str) -> Ceilings:
     size = 2**30 if cuda else 2**28
     source = torch.empty(size, dtype=torch.uint8, device=device).fill_(1)
     target = torch.empty_like(source)
-    side = 8192 if cuda else 1024
-    a, b = (torch.randn(side, side, device=device).to(PRECISIONS[dtype]) for _ in range(2))
     copy_ms = best_ms(lambda: target.copy_(source), device)
-    matmul_ms = best_ms(lambda: a @ b, device)
+    spin = None if cuda else tiles(dtype)
+    if spin is not None:
+        flops, ms = spin(), best_ms(spin, device)
+    else:
+        side = 8192 if cuda else 1024
+        a, b = (torch.randn(side, side, device=device).to(PRECISIONS[dtype]) for _ in range(2))
+        flops, ms = 2 * side**3, best_ms(lambda: a @ b, device)
     launch_us = small_launch_us(device) if cuda else None
-    return Ceilings(2 * size / copy_ms * 1e3, 2 * side**3 / matmul_ms * 1e3, dtype, launch_us)
+    return Ceilings(2e3 * size / copy_ms, 1e3 * flops / ms, dtype, launch_us, spin is not None)
+
+
+def tiles(dtype: str, steps: int = 2**20) -> Callable[[], int] | None:
+    """`steps` products of the CPU's convolution tiles on every thread: returns the operations.
+
+    None if the CPU has no tiles for `dtype`.
+    """
+    native, _ = backends.native_module()
+    if native is None or dtype not in ("fp32", "bf16") or not native.spin(dtype == "bf16", 1):
+        return None
+    return lambda: native.spin(dtype == "bf16", steps)
 
 
 def small_launch_us(device: torch.device, launches: int = 1000, samples: int = 20) -> float:
@@ -93,7 +114,8 @@ def sample_ms(run, device: torch.device, samples: int, cold: bool = False) -> li
 def row(facts: rows.Row, found: Ceilings) -> rows.Row:
     """The row of a measurement."""
     return rows.layer_row(
-        facts, benchmark="ceilings", dtype=found.dtype, provider="torch",
+        facts, benchmark="ceilings", dtype=found.dtype,
+        provider="resnet_fast" if found.tiles else "torch",
         gb_per_s=found.bytes_per_s / 1e9, tflop_per_s=found.flops_per_s / 1e12,
         launch_us=found.launch_us,
     )  # fmt: skip
@@ -116,7 +138,8 @@ def run(args: argparse.Namespace) -> int:
     found = measure(device, args.dtype)
     print(
         f"{rows.device_name(device)}: copy {found.bytes_per_s / 1e9:.0f} GB/s, "
-        f"{args.dtype} matmul {found.flops_per_s / 1e12:.2f} TFLOP/s"
+        f"{args.dtype} {'tiles' if found.tiles else 'matmul'} "
+        f"{found.flops_per_s / 1e12:.3g} TFLOP/s"
         + ("" if found.launch_us is None else f", {found.launch_us:.2f} us per small launch")
     )
     if args.out is not None:

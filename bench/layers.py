@@ -129,6 +129,17 @@ def layers_of(model: str, image: int = 224) -> Mapping[Layer, int]:
     return MappingProxyType(found)
 
 
+def flops_of(model: str, kind: str, image: int = 224) -> int:
+    """Floating-point operations of the convolutions per image, in inference or training.
+
+    kind: "infer" or "train", which adds dgrad and wgrad. The gradient of an image is not computed.
+    """
+    layers = layers_of(model, image)
+    forward = sum(count * layer.flops(1) for layer, count in layers.items())
+    first = sum(count * layer.flops(1) for layer, count in layers.items() if layer.channels < 16)
+    return forward if kind == "infer" else 3 * forward - first
+
+
 def joins_of(model: str, image: int = 224) -> Iterator[tuple[Layer, Layer]]:
     """Every distinct projection, and the convolution whose residual it is."""
     layers = layers_of(model, image)

@@ -12,11 +12,12 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from bench import rows
+from bench.layers import flops_of
 
 BEGIN, END = "<!-- bench:begin", "<!-- bench:end -->"
 BLOCK = re.compile(rf"{BEGIN}(?: ([\w.-]+))? -->\n(?:(?!{BEGIN}).)*?{END}", re.DOTALL)
@@ -31,8 +32,8 @@ LABELS = {
     "resnet_fast": "resnet_fast",
 }
 PEERS = ("eager", "compile", "compile_default", "openvino", "onnxruntime")
-MACHINE = ("device", "cpu_or_gpu", "threads", "isa", "torch", "triton", "cuda")
-CASE = ("model", "image_size", "mode", "dtype", "batch", "impl", "optimizer", "graph")
+MACHINE = ("device", "cpu_or_gpu", "isa", "torch", "triton", "cuda")
+CASE = ("model", "image_size", "mode", "dtype", "batch", "impl", "optimizer", "graph", "threads")
 
 Run = dict[str, rows.Row]
 """The rows of one case in one run, by provider."""
@@ -85,7 +86,7 @@ def splice(text: str, found: Sequence[rows.Row], name: str) -> str:
         raise ValueError(f"{name}: expected one {BEGIN} --> followed by one {END}")
     (block,) = blocks
     model = block[1]
-    table = markdown(one for one in found if model in (None, one.get("model")))
+    table = markdown(one for one in found if model is None or one.get("model") in (None, model))
     begin = block[0].partition("\n")[0]
     return f"{text[: block.start()]}{begin}\n{table}\n{END}{text[block.end() :]}"
 
@@ -108,24 +109,35 @@ def newest(found: Iterable[rows.Row]) -> list[Run]:
 
 def markdown(found: Iterable[rows.Row]) -> str:
     """One table per machine and versions: images/s of each provider, speedups, peak memory."""
+    found = list(found)
     machines: dict[tuple[Any, ...], list[Run]] = {}
     for run in newest(found):
         one = next(iter(run.values()))
         machines.setdefault(tuple(one[name] for name in MACHINE), []).append(run)
     if not machines:
         return "No measurements yet: `python -m bench models --out bench/results/NAME.jsonl`."
-    return "\n\n".join(_machine(runs) for runs in machines.values())
+    limits = {
+        tuple(one[name] for name in (*MACHINE, "threads", "dtype")): 1e12 * one["tflop_per_s"]
+        for one in sorted(found, key=lambda one: one["date"])
+        if one["benchmark"] == "ceilings" and one["device"] == "cpu"
+    }
+    return "\n\n".join(_machine(runs, limits) for runs in machines.values())
 
 
-def _machine(runs: Sequence[Run]) -> str:
+def _machine(runs: Sequence[Run], limits: Mapping[tuple[Any, ...], float]) -> str:
     every = [one for run in runs for one in run.values()]
     providers = _providers(runs)
     peers = [name for name in PEERS if name in providers]
     ours = "resnet_fast" in providers
     header = ["model", "mode", "dtype", "batch", *(LABELS.get(p, p) for p in providers)]
     header += [f"vs {LABELS[p]}" for p in peers if ours] + ["peak MiB"] * bool(ours and peers)
+    threads = len({one["threads"] for one in every}) > 1
+    header += ["threads"] * threads
+    shares = [_share(run, limits) for run in runs]
+    limited = any(share is not None for share in shares)
+    header += ["of the FMA limit"] * limited
     lines = [header, ["---"] * 3 + ["---:"] * (len(header) - 3)]
-    for run in runs:
+    for run, share in zip(runs, shares, strict=True):
         one = next(iter(run.values()))
         line = [_model(one), _mode(one), one["dtype"], str(one["batch"])]
         line += [_figure(run[p]["images_per_s"]) if p in run else "–" for p in providers]
@@ -133,9 +145,21 @@ def _machine(runs: Sequence[Run]) -> str:
             line += [_versus(run, peer) for peer in peers]
         if ours and peers:
             line.append(_peak(run))
+        line += [str(one["threads"])] * threads
+        line += ["–" if share is None else f"{share:.0%}"] * limited
         lines.append(line)
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return f"{_heading(every[0])}\n\n{table}\n\n{_footnote(every, bool(ours and peers))}"
+    note = _footnote(every, bool(ours and peers), limited)
+    return f"{_heading(every[0], threads)}\n\n{table}\n\n{note}"
+
+
+def _share(run: Run, limits: Mapping[tuple[Any, ...], float]) -> float | None:
+    """Operations per second of resnet_fast's convolutions over those of the machine's products."""
+    one = run.get("resnet_fast", {})
+    limit = limits.get(tuple(one.get(name) for name in (*MACHINE, "threads", "dtype")))
+    if limit is None:
+        return None
+    return one["images_per_s"] * flops_of(one["model"], one["mode"], one["image_size"]) / limit
 
 
 def _providers(runs: Iterable[Run]) -> list[str]:
@@ -143,15 +167,16 @@ def _providers(runs: Iterable[Run]) -> list[str]:
     return [name for name in LABELS if name in seen] + [n for n in seen if n not in LABELS]
 
 
-def _heading(one: rows.Row) -> str:
-    where = f"{one['threads']} threads, " if one["device"] == "cpu" else ""
+def _heading(one: rows.Row, threads: bool = False) -> str:
+    """threads: they differ between the lines, which show them."""
+    where = "" if threads or one["device"] != "cpu" else f"{one['threads']} threads, "
     versions = [f"PyTorch {one['torch']}"]
     versions += [f"Triton {one['triton']}"] if one["triton"] else []
     versions += [f"CUDA {one['cuda']}"] if one["cuda"] else []
     return f"**{one['cpu_or_gpu']}** ({where}{one['isa']}), {', '.join(versions)}"
 
 
-def _footnote(every: Sequence[rows.Row], peak: bool) -> str:
+def _footnote(every: Sequence[rows.Row], peak: bool, limited: bool) -> str:
     counts = sorted(one["rounds"] for one in every)
     rounds = f"{counts[0]} to {counts[-1]}" if counts[0] != counts[-1] else f"{counts[0]}"
     widest = max((one["ms_p80"] - one["ms_p20"]) / one["ms_p50"] for one in every)
@@ -164,6 +189,11 @@ def _footnote(every: Sequence[rows.Row], peak: bool) -> str:
     )
     if peak:
         note += "Peak: live tensor memory in a step, eager → resnet_fast. "
+    if limited:
+        note += (
+            "Of the FMA limit: the convolutions' operations per second, counted as direct "
+            "convolutions, over those of FMA instructions on registers. "
+        )
     return f"{note}Measured {dates}" + (f" at {commits}." if commits else ".")
 
 

@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <atomic>
 #include <map>
 #include <mutex>
 #include <optional>
@@ -14,6 +15,7 @@
 #include <utility>
 #include <vector>
 
+#include "cpu/conv_kernels.h"
 #include "cpu/cpu_features.h"
 #include "cpu/memory.h"
 #include "cpu/packed_filters.h"
@@ -102,6 +104,19 @@ int64_t parallel_threads() {
   return static_cast<int64_t>(threads.size());
 }
 
+// `steps` products of the convolution tiles for T, from registers, on every thread; their number of floating-point
+// operations, 0 without tiles.
+template <class T>
+int64_t spin(int64_t steps) {
+  const auto* const kernels = resnet_fast::conv_kernels<T>();
+  if (kernels == nullptr) return 0;
+  std::atomic<int64_t> operations{0};
+  at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t begin, int64_t end) {
+    for (; begin < end; ++begin) operations += kernels->spin(steps);
+  });
+  return operations;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
@@ -117,6 +132,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         "Return compiler, flags, instruction sets, CUDA architectures and versions of this binary");
   m.def("parallel_threads", &parallel_threads,
         "Count the threads that the native kernels run on; expected: torch.get_num_threads()");
+  m.def("spin", [](bool bf16, int64_t steps) { return bf16 ? spin<resnet_fast::bf16>(steps) : spin<float>(steps); },
+        py::arg("bf16"), py::arg("steps"),
+        "Multiply from registers on every thread, as the convolution tiles do; returns the operations, 0 without tiles");
   m.def("empty_cache", &resnet_fast::cpu::empty_cache,
         "Free the memory that the CPU kernels cache; returns its size in bytes");
   m.def("kept", &kept, "Bytes that the CPU kernels cache, by kind, and the limit");

@@ -12,6 +12,7 @@
 // Groups of few channels take tiles of 16 columns, which waste fewer products: 6 x 16 with AVX2, 14 x 16 with AVX-512.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "kernels.h"
@@ -40,12 +41,21 @@ inline int64_t chain(const Stretch* stretches, int64_t n, int64_t most = kChain)
 // A tile's sum over its stretches. In a stretch A(row, step) is at a + row·lda + step·a_step bytes in the first
 // half of the tile, at a + half_a + (row − half)·lda + step·a_step in the second; B(step) is at b + step·columns·4.
 // If steps are grouped, the steps of a group are adjacent, and a_step is the distance between groups divided by the
-// steps per group.
+// steps per group. `ahead` is what is needed next: it is prefetched to L2 during the sum, ahead_step bytes (at most 32)
+// per step, and advanced. AMX's tiles do not prefetch.
 struct Product {
   const char *a, *b;
   const Stretch* stretches;
   int64_t count;
   int64_t lda, half_a, a_step;
+  const char* ahead = nullptr;
+  int64_t ahead_step = 0;
+
+  // Prefetches `bytes` from `from` on, in `steps` steps of this sum and of those that continue it.
+  void prefetch(const char* from, int64_t bytes, int64_t steps) {
+    ahead = from;
+    ahead_step = std::min<int64_t>(32, (bytes + steps - 1) / steps);
+  }
 };
 
 // The epilogue of a tile: y = relu(scale·(partial + sum) + shift + residual); each part is optional.
@@ -95,7 +105,7 @@ struct ConvKernels {
   // without a loss (AMX).
   void (*sum_tile)(const Rows&, const Product&, bool add, float* sum, int64_t ld);
   // sum[row·ld + column] = … or, where `add`, += …
-  void (*add_tile)(int rows, const Product&, bool add, float* sum, int64_t ld, int& shape);
+  void (*add_tile)(int rows, Product, bool add, float* sum, int64_t ld, int& shape);
   void (*release)();
   // Filters [outer][inner] (inner contiguous, rows `ld` values apart; float, or T unless T is widened) as B panels of
   // `columns` outer values (fprop) or inner values (dgrad): packed[step][columns].
@@ -111,6 +121,9 @@ struct ConvKernels {
   void (*turn)(char* packed, int64_t steps);
   // Copies pixels to to[group][pixel], with groups `group_bytes` apart.
   void (*spread)(const T* x, int64_t pixels, int64_t channels, char* to, int64_t group_bytes);
+  // `steps` products for each accumulator of a tile, of operands in registers: the peak of the tiles. Returns the
+  // floating-point operations.
+  int64_t (*spin)(int64_t steps);
 };
 
 // The kernels for this CPU, of 32 columns or `narrow`; nullptr if it has none.

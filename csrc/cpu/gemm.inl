@@ -67,37 +67,52 @@ constexpr int kValues = 1;
 #endif
 
 #if !defined(RESNET_FAST_AVX512)
-// sum += A·B over `steps` steps of a full tile. In assembly: twelve sums, three values of A and a vector of B take all
-// sixteen registers, and GCC 12 stores and reloads one of the sums in every iteration.
+// A stretch of a full tile. `ahead` is advanced over the steps that are done in fours.
+struct Operands {
+  const char *a, *b;
+  int64_t lda, steps;
+  const char* ahead;
+  int64_t ahead_step;
+};
+
+// sum += A·B of a full tile. In assembly: twelve sums, three values of A and a vector of B take all sixteen registers,
+// and GCC 12 stores and reloads one of the sums in every iteration.
 template <int kStep>
-inline __attribute__((always_inline)) void multiply_full(
-    const char* a, int64_t lda, const char* b, int64_t steps, Vector (&sum)[3][kWide]) {
+inline __attribute__((always_inline)) void multiply_full(Operands& operands, Vector (&sum)[3][kWide]) {
 #define RESNET_FAST_COLUMN(at, sum0, sum1, sum2)   \
   "vmovups " at "(%%rcx), %%ymm15\n"               \
   "vfmadd231ps %%ymm15, %%ymm12, %[" #sum0 "]\n"   \
   "vfmadd231ps %%ymm15, %%ymm13, %[" #sum1 "]\n"   \
   "vfmadd231ps %%ymm15, %%ymm14, %[" #sum2 "]\n"
-#define RESNET_FAST_STEP(i)                                  \
-  "vbroadcastss %c[step]*" #i "(%%rax), %%ymm12\n"           \
-  "vbroadcastss %c[step]*" #i "(%%rax,%[lda]), %%ymm13\n"    \
-  "vbroadcastss %c[step]*" #i "(%%rax,%[lda],2), %%ymm14\n"  \
-  RESNET_FAST_COLUMN("128*" #i, s00, s10, s20)               \
-  RESNET_FAST_COLUMN("128*" #i "+32", s01, s11, s21)         \
-  RESNET_FAST_COLUMN("128*" #i "+64", s02, s12, s22)         \
+#define RESNET_FAST_STEP(i)                               \
+  "vbroadcastss %c[step]*" #i "(%%rax), %%ymm12\n"        \
+  "vbroadcastss %c[step]*" #i "(%%rax,%%rsi), %%ymm13\n"  \
+  "vbroadcastss %c[step]*" #i "(%%rax,%%rsi,2), %%ymm14\n" \
+  RESNET_FAST_COLUMN("128*" #i, s00, s10, s20)            \
+  RESNET_FAST_COLUMN("128*" #i "+32", s01, s11, s21)      \
+  RESNET_FAST_COLUMN("128*" #i "+64", s02, s12, s22)      \
   RESNET_FAST_COLUMN("128*" #i "+96", s03, s13, s23)
-  static_assert(kPanelStep == 128 && kTileRows<kWide> == 3);
+  static_assert(kPanelStep == 128 && kTileRows<kWide> == 3 && sizeof(Operands) == 48);
   asm volatile(
-      "mov %[a], %%rax\n"
-      "mov %[b], %%rcx\n"
-      "mov %[steps], %%rdx\n"
+      "mov (%[operands]), %%rax\n"
+      "mov 8(%[operands]), %%rcx\n"
+      "mov 16(%[operands]), %%rsi\n"
+      "mov 24(%[operands]), %%rdx\n"
+      "mov 32(%[operands]), %%r8\n"
+      "mov 40(%[operands]), %%r9\n"
       "sub $4, %%rdx\n"
       "jl 2f\n"
       "1:\n"  // four steps
-      RESNET_FAST_STEP(0) RESNET_FAST_STEP(1) RESNET_FAST_STEP(2) RESNET_FAST_STEP(3)
+      "prefetcht1 (%%r8)\n"
+      RESNET_FAST_STEP(0) RESNET_FAST_STEP(1)
+      "prefetcht1 (%%r8,%%r9,2)\n"
+      RESNET_FAST_STEP(2) RESNET_FAST_STEP(3)
+      "lea (%%r8,%%r9,4), %%r8\n"
       "add $4*%c[step], %%rax\n"
       "add $4*128, %%rcx\n"
       "sub $4, %%rdx\n"
       "jge 1b\n"
+      "mov %%r8, 32(%[operands])\n"
       "2:\n"
       "add $4, %%rdx\n"
       "jz 4f\n"
@@ -111,8 +126,8 @@ inline __attribute__((always_inline)) void multiply_full(
       : [s00] "+x"(sum[0][0]), [s01] "+x"(sum[0][1]), [s02] "+x"(sum[0][2]), [s03] "+x"(sum[0][3]),
         [s10] "+x"(sum[1][0]), [s11] "+x"(sum[1][1]), [s12] "+x"(sum[1][2]), [s13] "+x"(sum[1][3]),
         [s20] "+x"(sum[2][0]), [s21] "+x"(sum[2][1]), [s22] "+x"(sum[2][2]), [s23] "+x"(sum[2][3])
-      : [a] "r"(a), [b] "r"(b), [steps] "r"(steps), [lda] "r"(lda), [step] "i"(kStep)
-      : "rax", "rcx", "rdx", "xmm12", "xmm13", "xmm14", "xmm15", "cc", "memory");
+      : [operands] "r"(&operands), [step] "i"(kStep)
+      : "rax", "rcx", "rdx", "rsi", "r8", "r9", "xmm12", "xmm13", "xmm14", "xmm15", "cc", "memory");
 #undef RESNET_FAST_STEP
 #undef RESNET_FAST_COLUMN
 }
@@ -120,13 +135,13 @@ inline __attribute__((always_inline)) void multiply_full(
 
 // Rows are in groups of four or three, at p, p + lda, p + 2·lda, p + 3·lda: x86 address modes with one pointer and
 // two strides. Each half of an AVX-512 tile has two groups. kStep is product.a_step as a constant, which
-// saves a register.
+// saves a register. Prefetches are spread over the steps: many at once would fill the CPU's buffers and stall.
 template <int kRows, int kVectors, int kStep>
-inline __attribute__((always_inline)) void accumulate(
-    const Product& product, Vector (&sum)[kRows][kVectors]) {
+inline __attribute__((always_inline)) void accumulate(Product& product, Vector (&sum)[kRows][kVectors]) {
   constexpr int half = kHalf<kVectors>, kGroups = kRows > half + 4 ? 4 : kRows > half ? 3 : kRows > 4 ? 2 : 1;
   const int64_t lda = product.lda, lda3 = 3 * lda;
   const int64_t half_a = product.half_a, offset[4] = {0, 4 * lda, half_a, half_a + 4 * lda};
+  const char* ahead = product.ahead ? product.ahead : product.b;
   const Stretch* stretches = product.stretches;
   for (int64_t i = 0; i < product.count; ++i) {
     const char* group[kGroups];
@@ -134,7 +149,9 @@ inline __attribute__((always_inline)) void accumulate(
     const char* b = product.b + stretches[i].b;
 #if !defined(RESNET_FAST_AVX512)
     if constexpr (kVectors == kWide && kRows == kTileRows<kWide>) {
-      multiply_full<kStep>(group[0], lda, b, stretches[i].steps, sum);
+      Operands operands = {group[0], b, lda, stretches[i].steps, ahead, product.ahead_step};
+      multiply_full<kStep>(operands, sum);
+      ahead = operands.ahead;
       continue;
     }
 #endif
@@ -150,8 +167,11 @@ inline __attribute__((always_inline)) void accumulate(
         for (int j = 0; j < kVectors; ++j) sum[row][j] = multiply_add(a, columns[j], sum[row][j]);
       }
       for (int g = 0; g < kGroups; ++g) group[g] += kStep;
+      _mm_prefetch(ahead, _MM_HINT_T1);
+      ahead += product.ahead_step;
     }
   }
+  if (product.ahead) product.ahead = ahead;
 }
 
 template <class T>
@@ -165,7 +185,7 @@ inline __attribute__((always_inline)) void store_lanes(Lanes<float> v, T* y) {
 
 // Adds the previous value last, so that the rounding error grows with the chain, not with the whole sum.
 template <int kRows, int kVectors, int kStep>
-inline __attribute__((always_inline)) void add_rows(const Product& product, bool add_to, float* to, int64_t ld) {
+inline __attribute__((always_inline)) void add_rows(Product& product, bool add_to, float* to, int64_t ld) {
   Vector sum[kRows][kVectors] = {};
   for (int row = 0; add_to && row < kRows; ++row) {
     _mm_prefetch(reinterpret_cast<const char*>(to + row * ld), _MM_HINT_T0);
@@ -207,7 +227,7 @@ inline __attribute__((always_inline)) void finish(
 
 template <int kRows, int kVectors, class T>
 inline __attribute__((always_inline)) void store_rows(
-    const Product& product, T* y, int64_t ldy, int64_t half_y, const Epilogue<T>& epilogue) {
+    Product& product, T* y, int64_t ldy, int64_t half_y, const Epilogue<T>& epilogue) {
   if (epilogue.residual) {  // prefetched during the sum
     for (int row = 0; row < kRows; ++row) {
       const T* p = epilogue.residual + row / kHalf<kVectors> * half_y + row % kHalf<kVectors> * ldy;
@@ -229,6 +249,7 @@ inline __attribute__((always_inline)) void store_rows(
     part.count = chain(part.stretches, n - i);
     add_rows<kRows, kVectors, kStepBytes>(part, i > 0, sums[0], kVectors * kVector);
   }
+  product.ahead = part.ahead;
   finish<kRows, kVectors>(
       [&](int row, int part) { return Lanes<float>::load(sums[row] + 16 * part); }, y, ldy, half_y, epilogue);
 }
@@ -277,7 +298,7 @@ void sum_tile(const Rows& rows, const Product& product, bool add, float* sum, in
   });
 }
 
-void add_tile(int rows, const Product& product, bool add, float* to, int64_t ld, int&) {
+void add_tile(int rows, Product product, bool add, float* to, int64_t ld, int&) {
   with_rows<kTileRows<kWide>>(rows, [&](auto r) { add_rows<r.value, kWide, kPanelStep>(product, add, to, ld); });
 }
 
@@ -409,6 +430,19 @@ void copy_pixels(const T* x, int64_t ld, int64_t pixels, int64_t channels, char*
   }
 }
 
+int64_t spin(int64_t steps) {
+  constexpr int count = kTileRows<kWide> * kWide;
+  Vector sum[count] = {}, a = {}, b = {};
+  for (Vector& v : sum) asm volatile("" : "+v"(v));  // different values for the compiler, so that it keeps all products
+  for (int64_t step = 0; step < steps; ++step) {
+    asm volatile("" : "+v"(a), "+v"(b));
+#pragma GCC unroll 28
+    for (int i = 0; i < count; ++i) sum[i] = multiply_add(a, b, sum[i]);
+  }
+  for (Vector& v : sum) asm volatile("" : : "v"(v));
+  return steps * count * 2 * kValues * kVector;
+}
+
 template <class T, int kVectors>
 ConvKernels<T> kernels_of() {
   ConvKernels<T> k = {};
@@ -419,7 +453,7 @@ ConvKernels<T> kernels_of() {
   k.dw_parts = (kColumns + kTileRows<kWide> - 1) / kTileRows<kWide>, k.dw_pixels = 256, k.dw_bytes = 640 << 10;
   k.store_tile = store_tile<kVectors, T>, k.sum_tile = sum_tile<kVectors>, k.add_tile = add_tile;
   k.pack_outer = pack_outer<kVectors>, k.pack_inner = pack_inner<kVectors>;
-  k.pack_pixels = pack_pixels<T>, k.copy = copy_pixels<T>;
+  k.pack_pixels = pack_pixels<T>, k.copy = copy_pixels<T>, k.spin = spin;
   return k;
 }
 

@@ -140,7 +140,7 @@ void store_tile(
 }
 
 // rows is always 32, because dw_parts is 1.
-void add_tile(int rows, const Product& product, bool add, float* to, int64_t ld, int& shape) {
+void add_tile(int rows, Product product, bool add, float* to, int64_t ld, int& shape) {
   reshape(kHalf, rows - kHalf, shape);
   float* second = to + kHalf * ld;
   const int64_t pitch = ld * int64_t(sizeof(float));
@@ -187,13 +187,35 @@ void spread(const bf16* x, int64_t pixels, int64_t channels, char* to, int64_t g
   }
 }
 
+int64_t spin(int64_t steps) {
+  int shape = 0;
+  reshape(kHalf, kHalf, shape);
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  _tile_zero(4);
+  _tile_zero(5);
+  _tile_zero(6);
+  _tile_zero(7);
+  for (int64_t step = 0; step < steps; ++step) {
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+  release();
+  return steps * 4 * 2 * 2 * kHalf * kHalf * kGroup;
+}
+
 const ConvKernels<bf16>& conv_kernels() {
   static const ConvKernels<bf16> all = [] {
     ConvKernels<bf16> k = avx512_bf16::conv_kernels<bf16>();  // for its packing
     k.rows = 2 * kHalf, k.half = kHalf, k.tiles = 1, k.ragged = true, k.steps = kGroup, k.depth = 2 * kGroup;
     k.scratch_bytes = 512 << 10, k.block_bytes = 512 << 10;
     k.dw_parts = 1, k.dw_pixels = 2048, k.dw_bytes = 1 << 20;
-    k.store_tile = store_tile, k.sum_tile = nullptr, k.add_tile = add_tile, k.release = release, k.turn = turn, k.spread = spread;
+    k.store_tile = store_tile, k.sum_tile = nullptr, k.add_tile = add_tile, k.release = release;
+    k.turn = turn, k.spread = spread, k.spin = spin;
     return k;
   }();
   return all;

@@ -287,11 +287,6 @@ constexpr int64_t kFarFilters = 4;
 // has fill buffers would stall. A larger tile is prefetched at once: with a panel it exceeds L1, and stalls anyway.
 constexpr int64_t kSharedFetch = 24 << 10;
 
-// Prefetches [from, to) to L2.
-inline void fetch(const void* from, const void* to) {
-  for (auto* line = static_cast<const char*>(from); line < to; line += 64) __builtin_prefetch(line, 0, 2);
-}
-
 template <class T>
 int64_t filter_bytes(const Problem<T>& c) {
   return c.rows.taps * c.columns.taps * c.block.filters * c.block.channels * c.kernels.value_bytes();
@@ -332,14 +327,19 @@ void run_bands(const Problem<T>& c, const Band* bands, int64_t count, int64_t pa
                                   c.residual ? c.residual + tile.y + k : nullptr, c.relu};
     kernels.store_tile(tile.rows, product, c.y + tile.y + k, band.ldy, tile.half_y, epilogue, state.shape);
   };
-  // Prefetches the i-th of n shares of a chain of a panel.
-  const auto fetch_share = [&](int64_t panel, const Phase& phase, size_t chain, size_t i, size_t n) {
-    for (int64_t j = phase.begin(chain); j < phase.ends[chain]; ++j) {
-      const Stretch& stretch = phase.stretches[j];
-      const char* b = c.panels + panel * panel_bytes + stretch.b;
-      const Cut share = {int64_t(n), stretch.steps};
-      fetch(b + share.begin(i) * kernels.panel_step(), b + share.begin(i + 1) * kernels.panel_step());
-    }
+  // Lets the product of the i-th of n tiles prefetch its share of a chain of a panel.
+  const auto prefetch = [&](Product& product, const Tile& tile, int64_t panel, const Phase& phase, size_t chain,
+                            size_t i, size_t n) {
+    if (phase.stretches.empty()) return;
+    const auto steps = [](const Stretch* begin, int64_t count) {
+      int64_t sum = 0;
+      for (int64_t j = 0; j < count; ++j) sum += begin[j].steps;
+      return sum;
+    };
+    const Stretch* const first = &phase.stretches[phase.begin(chain)];
+    const Cut share = {int64_t(n), steps(first, phase.ends[chain] - phase.begin(chain)) * kernels.panel_step()};
+    product.prefetch(c.panels + panel * panel_bytes + first->b + share.begin(i), share.size(i),
+                     tile.rows.tiles * steps(product.stretches, product.count));
   };
   size_t chains = 1;
   int64_t tiles = 0;
@@ -363,12 +363,12 @@ void run_bands(const Problem<T>& c, const Band* bands, int64_t count, int64_t pa
             const Phase& phase = band.phases[tile.phase];
             if (i >= phase.ends.size()) continue;
             const bool first = i == 0, last = i + 1 == phase.ends.size();
+            Product part = product(band, tile, panel, phase.begin(i), phase.ends[i]);
             if (!last) {
-              fetch_share(panel, phase, i + 1, j, band.tiles.size());
+              prefetch(part, tile, panel, phase, i + 1, j, band.tiles.size());
             } else if (panel + 1 < panel1) {
-              fetch_share(panel + 1, phase, 0, j, band.tiles.size());
+              prefetch(part, tile, panel + 1, phase, 0, j, band.tiles.size());
             }
-            const Product part = product(band, tile, panel, phase.begin(i), phase.ends[i]);
             if (last) {
               store(band, tile, panel, part, first ? nullptr : sums);
             } else {
@@ -402,8 +402,12 @@ void run_bands(const Problem<T>& c, const Band* bands, int64_t count, int64_t pa
             }
           }
           const Tile& tile = band.tiles[i];
-          const int64_t stretches = int64_t(band.phases[tile.phase].stretches.size());
-          store(band, tile, panel, product(band, tile, panel, 0, stretches), nullptr);
+          const Phase& phase = band.phases[tile.phase];
+          Product whole = product(band, tile, panel, 0, int64_t(phase.stretches.size()));
+          if (sequence == 1 && chains == 1 && panel + 1 < panel1) {
+            prefetch(whole, tile, panel + 1, phase, 0, i, band.tiles.size());
+          }
+          store(band, tile, panel, whole, nullptr);
         }
       }
     }

@@ -131,18 +131,22 @@ void multiply(
   const ConvKernels<float>& kernels = *conv_kernels<float>();
   const int64_t lda = s.channels * int64_t(sizeof(float)), panels = s.filters / kColumns;
   const std::vector<Stretch> stretches = stretches_of(s.channels, sizeof(float));
-  for (int64_t j = begin; j < end; ++j) {
-    const int64_t i = j / panels, k = j % panels * kColumns;
+  const auto parts = int64_t(stretches.size());
+  const auto filters_at = [&](int64_t n) { return filters + n / parts * s.channels * kPanelStep + stretches[n % parts].b; };
+  for (int64_t n = begin * parts; n < end * parts; ++n) {
+    const int64_t j = n / parts, part = n % parts, i = j / panels, k = j % panels * kColumns;
     const char* const panel = filters + j * s.channels * kPanelStep;
-    for (size_t part = 0; part < stretches.size(); ++part) {
-      for (int64_t t = 0, whole; t < tiles; t += whole) {
-        const int rows = int(std::min<int64_t>(kernels.rows, tiles - t)), upper = std::min(rows, kernels.half);
-        whole = (tiles - t) / rows * rows;
-        const auto* a = reinterpret_cast<const char*>(v + i * v_pitch + t * s.channels);
-        const Product product = {a, panel, &stretches[part], 1, lda, kernels.half * lda, int64_t(sizeof(float))};
-        const Rows tile = {upper, rows - upper, 0, 0, 0, int(whole / rows)};
-        kernels.sum_tile(tile, product, part > 0, m + i * m_pitch + t * s.filters + k, s.filters);
-      }
+    Product product = {nullptr, panel, &stretches[part], 1, lda, kernels.half * lda, int64_t(sizeof(float))};
+    if (n + 1 < end * parts) {
+      const int64_t bytes = stretches[(n + 1) % parts].steps * kPanelStep;
+      product.prefetch(filters_at(n + 1), bytes, ceil_div(tiles, kernels.rows) * stretches[part].steps);
+    }
+    for (int64_t t = 0, whole; t < tiles; t += whole) {
+      const int rows = int(std::min<int64_t>(kernels.rows, tiles - t)), upper = std::min(rows, kernels.half);
+      whole = (tiles - t) / rows * rows;
+      product.a = reinterpret_cast<const char*>(v + i * v_pitch + t * s.channels);
+      const Rows tile = {upper, rows - upper, 0, 0, 0, int(whole / rows)};
+      kernels.sum_tile(tile, product, part > 0, m + i * m_pitch + t * s.filters + k, s.filters);
     }
   }
 }

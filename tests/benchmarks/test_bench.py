@@ -12,6 +12,7 @@ from torch import nn
 
 from bench import gate, memory, models, peers, rows, step, table, timing
 from bench.__main__ import COMMANDS, main
+from bench.layers import flops_of
 from resnet_fast.runtime.optional import MissingPackage
 
 TINY = ["models", "--model", "tiny", "--image-size", "16", "--rounds", "2", "--threads", "1"]
@@ -396,6 +397,23 @@ def test_table_round_trip(tmp_path, capsys):
     assert main([*command, "--check"]) == 1
     assert main(["table", str(results)]) == 0
     assert re.search(r"^\| resnet50, 224 px .* \| 20 \|", capsys.readouterr().out, re.M)
+
+
+def test_a_table_shows_threads_and_the_share_of_the_fma_limit():
+    limit = sample_row("resnet_fast", benchmark="ceilings", model=None, mode=None, batch=None)
+    limits = [limit | {"tflop_per_s": 1.0}, limit | {"tflop_per_s": 4.0, "date": "2025-02-01"}]
+    infer = flops_of("resnet50", "infer")
+    assert infer == pytest.approx(2 * 4.087e9, rel=1e-3)  # its 4.09 G multiply-adds, without fc
+    stem = 2 * 112 * 112 * 64 * 3 * 49  # its dgrad is not computed
+    assert flops_of("resnet50", "train") == 3 * infer - stem
+    one = sample_row(threads=1, images_per_s=20.0)
+    found = [*limits, sample_row(), one, sample_row("eager"), sample_row(dtype="bf16")]
+    text = table.markdown(found)
+    heading, _, header, _, first, alone, bf16 = text.splitlines()[:7]
+    assert "thread" not in heading and header.endswith("| threads | of the FMA limit |")
+    assert first.endswith(f"| 2 | {50 * infer / 4e12:.0%} |")
+    assert alone.endswith("| 1 | – |") and bf16.endswith("| 2 | – |")  # no limit of that case
+    assert "threads" not in table.markdown([sample_row()]).splitlines()[2]
 
 
 def test_a_table_line_holds_one_run_and_the_newest():

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import re
 import subprocess
 import sys
 from functools import partial
@@ -229,7 +230,22 @@ def test_ceilings_command(tmp_path, capsys):
     (row,) = [json.loads(line) for line in path.read_text().splitlines()]
     assert row["benchmark"] == "ceilings" and row["gb_per_s"] > 0.1 and row["tflop_per_s"] > 1e-3
     assert row["launch_us"] is None, "of CUDA graphs"
-    assert "GB/s" in capsys.readouterr().out
+    by = "matmul" if ceilings.tiles("fp32") is None else "tiles"
+    assert row["provider"] == ("torch" if by == "matmul" else "resnet_fast")
+    assert re.search(rf": copy \d+ GB/s, fp32 {by} [\d.]+ TFLOP/s", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_operations_of_tiles_from_registers(dtype):
+    """Per step and thread: the accumulators of a tile, 2 operations per value."""
+    isa = backends.build_info()["isa_active"] if backends.build_info() else "baseline"
+    if isa == "baseline":
+        assert ceilings.tiles(dtype) is None
+        return
+    wide = {"avx2": 12 * 8, "avx512": 28 * 16, "avx512_bf16": 28 * 32, "amx_bf16": 32 * 32 * 32}
+    own = wide[isa] if dtype == "bf16" else wide["avx2" if isa == "avx2" else "avx512"]
+    assert ceilings.tiles(dtype, 5)() == 5 * 2 * own * torch.get_num_threads()
+    assert ceilings.tiles("fp16") is None
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
