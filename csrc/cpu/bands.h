@@ -69,15 +69,24 @@ struct Band {
   int64_t image, p0, p1, q0, q1;
 };
 
-// Runs f(task) for every task on the first free thread. The thread that runs a task must not affect the result.
-template <class F>
-void for_tasks(int64_t tasks, F f) {
+// Runs f(state, task) for every task on the first free thread, which keeps a State between its tasks. The thread that
+// runs a task must not affect the result.
+template <class State, class F>
+void for_tasks_with(int64_t tasks, F f) {
   std::atomic<int64_t> next{0};
   at::parallel_for(0, std::min<int64_t>(tasks, at::get_num_threads()), 1, [&](int64_t begin, int64_t end) {
     for (; begin < end; ++begin) {
-      for (int64_t task; (task = next.fetch_add(1)) < tasks;) f(task);
+      State state;
+      for (int64_t task; (task = next.fetch_add(1)) < tasks;) f(state, task);
     }
   });
+}
+
+// The same for f(task).
+template <class F>
+void for_tasks(int64_t tasks, F f) {
+  struct None {};
+  for_tasks_with<None>(tasks, [&](None&, int64_t task) { f(task); });
 }
 
 // Prefetches [from, to) to L2.

@@ -5,6 +5,7 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <torch/library.h>
 
+#include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -87,8 +88,11 @@ class BandStatistics {
   std::vector<std::vector<double>> moments_;  // of each task: means, then m2s
 };
 
+using Three = std::tuple<Tensor, Tensor, Tensor>;
+
+// Empty if the tiles cannot convolve these values (tiled_conv_fprop).
 template <class T>
-std::tuple<Tensor, Tensor, Tensor> tiled_fprop(
+std::optional<Three> tiled_fprop(
     const Tensor& x, const Tensor& w, const OptTensor& in_scale, const OptTensor& in_shift, bool stats,
     const Geometry& g) {
   const ConvShape s = conv_shape(x, w, g);
@@ -96,15 +100,16 @@ std::tuple<Tensor, Tensor, Tensor> tiled_fprop(
   T* to = static_cast<T*>(z.data_ptr());
   BandStatistics<T> statistics({shape_of(z), to});
   const Finish finish = [&](int64_t task, int64_t begin, int64_t end) { statistics.add(task, begin, end); };
-  tiled_conv_fprop<T>(
+  const bool done = tiled_conv_fprop<T>(
       s, in_scale ? nullptr : data<T>(x), prologue<T>(s, x, in_scale, in_shift), pack_filters<T>(s, w, false), nullptr,
       nullptr, nullptr, false, to, stats ? finish : Finish());
-  if (!stats) return {z, empty_vector(x, 0), empty_vector(x, 0)};
+  if (!done) return {};
+  if (!stats) return Three{z, empty_vector(x, 0), empty_vector(x, 0)};
   auto [mean, m2] = statistics.result(x);
-  return {z, mean, m2};
+  return Three{z, mean, m2};
 }
 
-std::tuple<Tensor, Tensor, Tensor> conv_fprop(
+Three conv_fprop(
     const Tensor& x, const Tensor& w, const OptTensor& in_scale, const OptTensor& in_shift, bool stats,
     IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, int64_t groups) {
   const at::AutoDispatchBelowADInplaceOrView guard;
@@ -112,9 +117,11 @@ std::tuple<Tensor, Tensor, Tensor> conv_fprop(
   check_conv_fprop(x, w, in_scale, in_shift, g);
   const bool tiled = route(x, w, g).tiled;
   const auto by_tiles = x.scalar_type() == at::kFloat ? tiled_fprop<float> : tiled_fprop<bf16>;
-  if (tiled && groups == 1) return by_tiles(x, w, in_scale, in_shift, stats, g);
+  if (tiled && groups == 1) return *by_tiles(x, w, in_scale, in_shift, stats, g);
   const Tensor h = in_scale ? activate(x, *in_scale, *in_shift) : x;
-  if (tiled && fits_tiles(h, conv_shape(h, w, g))) return by_tiles(h, w, {}, {}, stats, g);
+  if (tiled) {
+    if (auto found = by_tiles(h, w, {}, {}, stats, g)) return *found;
+  }
   const Tensor z = conv2d(h, w.to(x.scalar_type()), g).contiguous(format_of(x, &w));
   if (!stats) return {z, empty_vector(x, 0), empty_vector(x, 0)};
   auto [mean, m2] = bn_stats(z);
@@ -143,9 +150,9 @@ OutputGradient<T> output_gradient(
   return {dz, [k](int64_t, int64_t, int64_t begin, int64_t end, T*) { kernels<T>().bn_act_bwd_apply(k, begin, end); }};
 }
 
-// dx, finished band by band (see finish_dgrad); the sums are empty without in_mean.
+// dx, finished band by band (see finish_dgrad); the sums are empty without in_mean. Empty as tiled_fprop.
 template <class T>
-std::tuple<Tensor, Tensor, Tensor> tiled_dgrad(
+std::optional<Three> tiled_dgrad(
     const OutputGradient<T>& gradient, const Tensor& w, const Tensor& x, const OptTensor& in_scale, const OptTensor& in_shift,
     const OptTensor& in_mean, const OptTensor& in_rstd, const OptTensor& residual, const OptTensor& residual_mask,
     const Geometry& g) {
@@ -162,15 +169,16 @@ std::tuple<Tensor, Tensor, Tensor> tiled_dgrad(
     for (int64_t c = 0; c < width; ++c) sums[task][c] += band[c];
   };
   const bool more = in_scale || residual;
-  tiled_conv_dgrad<T>(
+  const bool done = tiled_conv_dgrad<T>(
       s, data<T>(gradient.dz), gradient.fill, pack_filters<T>(s, w, true), k.out, more ? finish : Finish());
-  if (!in_mean) return {dx, empty_vector(x, 0), empty_vector(x, 0)};
+  if (!done) return {};
+  if (!in_mean) return Three{dx, empty_vector(x, 0), empty_vector(x, 0)};
   Tensor total[2] = {empty_vector(x, s.channels), empty_vector(x, s.channels)};
   for (size_t task = 1; task < sums.size(); ++task) {
     for (size_t c = 0; c < sums[task].size(); ++c) sums[0][c] += sums[task][c];
   }
   for (int64_t c = 0; c < width; ++c) total[c / s.channels].data_ptr<float>()[c % s.channels] = float(sums[0][c]);
-  return {dx, total[0], total[1]};
+  return Three{dx, total[0], total[1]};
 }
 
 template <class T>
@@ -195,7 +203,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tiled_bprop(
   const auto gradient = output_gradient<T>(conv_shape(x, w, g), need_dx, dy, dy_mask, a, z, mean, b, c);
   if (need_dx) {
     std::tie(dx, sum_dx, sum_dx_xhat) =
-        tiled_dgrad<T>(gradient, w, x, in_scale, in_shift, in_mean, in_rstd, residual, residual_mask, g);
+        *tiled_dgrad<T>(gradient, w, x, in_scale, in_shift, in_mean, in_rstd, residual, residual_mask, g);
   }
   if (need_dw) {
     dw = in_act ? tiled_wgrad<T>(gradient.dz, w, *in_act, {}, {}, g)
@@ -225,20 +233,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bprop(
   Tensor dx = at::empty({0}, x.options()), dw = at::empty({0}, w.options());
   Tensor sum_dx = empty_vector(x, 0), sum_dx_xhat = empty_vector(x, 0);
   const Tensor h = in_act ? *in_act : in_scale && need_dw ? activate(x, *in_scale, *in_shift) : x;
-  // With groups, tiles compute dx only.
-  const bool dx_by_tiles = need_dx && tiled && fits_tiles(dz, conv_shape(x, w, g));
-  const bool library_dx = need_dx && !dx_by_tiles;
+  std::optional<Three> found;  // with groups, tiles compute dx only
+  if (need_dx && tiled) {
+    const auto by_tiles = [&](auto zero) {
+      using T = decltype(zero);
+      return tiled_dgrad<T>({dz, {}}, w, x, in_scale, in_shift, in_mean, in_rstd, residual, residual_mask, g);
+    };
+    found = single ? by_tiles(float()) : by_tiles(bf16());
+  }
+  const bool library_dx = need_dx && !found;
   Tensor grad_x, grad_w;
   if (library_dx || need_dw) {
     std::tie(grad_x, grad_w) = conv2d_backward(dz, h, w.to(x.scalar_type()), g, library_dx, need_dw);
   }
   if (need_dw) dw = grad_w.to(w.scalar_type());
-  if (dx_by_tiles) {
-    const auto finished = [&](auto zero) {
-      using T = decltype(zero);
-      return tiled_dgrad<T>({dz, {}}, w, x, in_scale, in_shift, in_mean, in_rstd, residual, residual_mask, g);
-    };
-    std::tie(dx, sum_dx, sum_dx_xhat) = single ? finished(float()) : finished(bf16());
+  if (found) {
+    std::tie(dx, sum_dx, sum_dx_xhat) = *found;
   } else if (need_dx) {
     dx = grad_x.contiguous(format_of(x, &w));
     std::tie(sum_dx, sum_dx_xhat) =

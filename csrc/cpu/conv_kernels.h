@@ -9,7 +9,8 @@
 //   AVX-512  14 x 32   28 of 32 registers accumulate: 28 FMAs for 2 loads of B and 14 broadcasts of A
 //   AMX      32 x 32   four accumulators of 16 by 16
 //
-// Groups of few channels take tiles of 16 columns, which waste fewer products: 6 x 16 with AVX2, 14 x 16 with AVX-512.
+// Groups of few channels take tiles of fewer columns, which waste fewer products: 6 x 16 and 12 x 8 with AVX2, 14 x 16
+// with AVX-512.
 #pragma once
 
 #include <algorithm>
@@ -20,7 +21,6 @@
 namespace resnet_fast {
 
 constexpr int kColumns = 32;                  // of a tile and a panel: channels and filters are multiples of this
-constexpr int kNarrowColumns = 16;            // the same for grouped convolutions
 constexpr int64_t kPanelStep = 4 * kColumns;  // bytes of B per step of a panel of kColumns
 constexpr int64_t kChain = 256;               // steps that gemm.inl accumulates at once; longer sums add such parts
 
@@ -114,33 +114,32 @@ struct ConvKernels {
   // Pixels as steps: `channels` values (a multiple of 32) of `pixels` pixels, `ld` values apart, as panels
   // [step][columns], `panel_bytes` apart. With an odd number of bf16 pixels, zeros complete the last pair.
   void (*pack_pixels)(const T* x, int64_t ld, int64_t pixels, int64_t channels, char* packed, int64_t panel_bytes);
-  // Copies `channels` values of pixels, `ld` values apart, as steps, without gaps.
-  void (*copy)(const T* x, int64_t ld, int64_t pixels, int64_t channels, char* to);
-  // The next two are for tiles that read a group of steps of many pixels at once (AMX), else nullptr.
-  // Transposes a panel of pixels in place from B's order to A's: [step][32] to [group][32][steps of a group].
+  // Copies pixels, `ld` values apart, as steps to planes [pixel][width], `plane` bytes apart: a plane holds `width` of
+  // their values, the next one those that follow. With fewer than 32 columns, returns whether all values are finite.
+  bool (*copy)(const T* x, int64_t ld, int64_t pixels, int64_t planes, int64_t width, char* to, int64_t plane);
+  // Transposes a panel of pixels in place from B's order to A's: [step][32] to [group][32][steps of a group]. For tiles
+  // that read a group of steps of many pixels at once (AMX), else nullptr.
   void (*turn)(char* packed, int64_t steps);
-  // Copies pixels to to[group][pixel], with groups `group_bytes` apart.
-  void (*spread)(const T* x, int64_t pixels, int64_t channels, char* to, int64_t group_bytes);
   // `steps` products for each accumulator of a tile, of operands in registers: the peak of the tiles. Returns the
   // floating-point operations.
   int64_t (*spin)(int64_t steps);
 };
 
-// The kernels for this CPU, of 32 columns or `narrow`; nullptr if it has none.
+// The kernels for this CPU, of at least `columns` columns: 32, 16 or 8; nullptr if it has none.
 template <class T>
-const ConvKernels<T>* conv_kernels(bool narrow = false);
+const ConvKernels<T>* conv_kernels(int columns = kColumns);
 
 namespace avx2 {
 template <class T>
-const ConvKernels<T>& conv_kernels(bool narrow = false);
+const ConvKernels<T>& conv_kernels(int columns = kColumns);
 }
 namespace avx512 {
 template <class T>
-const ConvKernels<T>& conv_kernels(bool narrow = false);
+const ConvKernels<T>& conv_kernels(int columns = kColumns);
 }
 namespace avx512_bf16 {
 template <class T>
-const ConvKernels<T>& conv_kernels(bool narrow = false);
+const ConvKernels<T>& conv_kernels(int columns = kColumns);
 }
 namespace amx_bf16 {
 const ConvKernels<bf16>& conv_kernels();

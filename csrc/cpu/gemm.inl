@@ -27,15 +27,18 @@ inline Vector gather(const float* p, int64_t ld) {
   const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   return _mm512_i32gather_ps(_mm512_mullo_epi32(lanes, _mm512_set1_epi32(int(ld))), p, 4);
 }
-// Sixteen values of a row of sums, from `part` on.
-inline __attribute__((always_inline)) Lanes<float> lanes(const Vector* row, int part) { return {row[part]}; }
+// Sixteen values of a row of sums, from `part` on; those of a row of one vector are its first.
+template <int kVectors>
+inline __attribute__((always_inline)) Lanes<float> lanes(const Vector (&row)[kVectors], int part) {
+  return {row[part]};
+}
 #else
 using Vector = __m256;
 constexpr int kVector = 8;
 template <int kVectors>
 constexpr int kTileRows = 12 / kVectors;
 template <int kVectors>
-constexpr int kHalf = kTileRows<kVectors>;
+constexpr int kHalf = kVectors == 1 ? 6 : kTileRows<kVectors>;
 
 inline __attribute__((always_inline)) Vector load(const void* p) {
   return _mm256_loadu_ps(static_cast<const float*>(p));
@@ -52,13 +55,18 @@ inline Vector gather(const float* p, int64_t ld) {
   const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
   return _mm256_i32gather_ps(p, _mm256_mullo_epi32(lanes, _mm256_set1_epi32(int(ld))), 4);
 }
-inline __attribute__((always_inline)) Lanes<float> lanes(const Vector* row, int part) {
+template <int kVectors>
+inline __attribute__((always_inline)) Lanes<float> lanes(const Vector (&row)[kVectors], int part) {
+  if constexpr (kVectors == 1) return {row[0], _mm256_setzero_ps()};
   return {row[2 * part], row[2 * part + 1]};
 }
 #endif
 
 // Vectors of a row of a tile and of a step of B, the template argument kVectors: wide tiles, and those for groups.
-constexpr int kWide = kColumns / kVector, kNarrow = kNarrowColumns / kVector;
+constexpr int kWide = kColumns / kVector;
+// Values of a row that the epilogue takes at once, and of a panel that are packed at once.
+template <int kVectors>
+constexpr int kPart = kVectors * kVector < 16 ? kVectors * kVector : 16;
 constexpr int kStepBytes = 4;  // between steps of A in unpacked pixels; those of B in packed ones
 #if defined(RESNET_FAST_AVX512_BF16)
 constexpr int kValues = 2;  // per step
@@ -174,12 +182,13 @@ inline __attribute__((always_inline)) void accumulate(Product& product, Vector (
   if (product.ahead) product.ahead = ahead;
 }
 
-template <class T>
+template <int kCount, class T>
 inline __attribute__((always_inline)) void store_lanes(Lanes<float> v, T* y) {
 #if defined(RESNET_FAST_AVX512_BF16)
+  static_assert(kCount == 16);
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(y), (__m256i)_mm512_cvtneps_pbh(v.v));
 #else
-  v.store(y);
+  v.store(y, kCount);
 #endif
 }
 
@@ -189,7 +198,7 @@ inline __attribute__((always_inline)) void add_rows(Product& product, bool add_t
   Vector sum[kRows][kVectors] = {};
   for (int row = 0; add_to && row < kRows; ++row) {
     _mm_prefetch(reinterpret_cast<const char*>(to + row * ld), _MM_HINT_T0);
-    _mm_prefetch(reinterpret_cast<const char*>(to + row * ld + 16), _MM_HINT_T0);
+    if (kVectors * kVector > 16) _mm_prefetch(reinterpret_cast<const char*>(to + row * ld + 16), _MM_HINT_T0);
   }
   accumulate<kRows, kVectors, kStep>(product, sum);
 #pragma GCC unroll 14
@@ -206,21 +215,21 @@ inline __attribute__((always_inline)) void add_rows(Product& product, bool add_t
 template <int kRows, int kVectors, class T, class F>
 inline __attribute__((always_inline)) void finish(
     F sum, T* y, int64_t ldy, int64_t half_y, const Epilogue<T>& epilogue) {
-  constexpr int parts = kVectors * kVector / 16;
+  constexpr int n = kPart<kVectors>, parts = kVectors * kVector / n;
 #pragma GCC unroll 2
   for (int part = 0; part < parts; ++part) {  // a part of all rows, so that its scale and shift stay in registers
-    const int column = 16 * part;
-    const auto scale = epilogue.scale ? Lanes<float>::load(epilogue.scale + column) : Lanes<float>::broadcast(1);
-    const auto shift = epilogue.shift ? Lanes<float>::load(epilogue.shift + column) : Lanes<float>::broadcast(0);
+    const int column = n * part;
+    const auto scale = epilogue.scale ? Lanes<float>::load(epilogue.scale + column, n) : Lanes<float>::broadcast(1);
+    const auto shift = epilogue.shift ? Lanes<float>::load(epilogue.shift + column, n) : Lanes<float>::broadcast(0);
 #pragma GCC unroll 14
     for (int row = 0; row < kRows; ++row) {
       Lanes<float> v = sum(row, part);
-      if (epilogue.partial) v = v + Lanes<float>::load(epilogue.partial + row * kVectors * kVector + column);
+      if (epilogue.partial) v = v + Lanes<float>::load(epilogue.partial + row * kVectors * kVector + column, n);
       v = fma(v, scale, shift);  // the shift after the sum: a large shift in it would cost precision
       const int64_t at = row / kHalf<kVectors> * half_y + row % kHalf<kVectors> * ldy + column;
-      if (epilogue.residual) v = v + Lanes<float>::load(epilogue.residual + at);
+      if (epilogue.residual) v = v + Lanes<float>::load(epilogue.residual + at, n);
       if (epilogue.relu) v = v.relu();
-      store_lanes(v, y + at);
+      store_lanes<n>(v, y + at);
     }
   }
 }
@@ -250,8 +259,9 @@ inline __attribute__((always_inline)) void store_rows(
     add_rows<kRows, kVectors, kStepBytes>(part, i > 0, sums[0], kVectors * kVector);
   }
   product.ahead = part.ahead;
+  constexpr int size = kPart<kVectors>;
   finish<kRows, kVectors>(
-      [&](int row, int part) { return Lanes<float>::load(sums[row] + 16 * part); }, y, ldy, half_y, epilogue);
+      [&](int row, int part) { return Lanes<float>::load(sums[row] + size * part, size); }, y, ldy, half_y, epilogue);
 }
 
 // Tiles whose rows follow each other.
@@ -362,13 +372,14 @@ void pack_outer(const void* w, bool is_float, int64_t ld, int64_t inner, char* p
 
 template <int kVectors, class W>
 void pack_inner_of(const W* w, int64_t ld, int64_t outer, char* packed) {
+  constexpr int n = kPart<kVectors>;
   for (int64_t o = 0; o < outer; o += kValues, w += kValues * ld) {
-    for (int part = 0; part < kVectors * kVector / 16; ++part, packed += 64) {
-      const Lanes<float> low = Lanes<float>::load(w + 16 * part);
+    for (int part = 0; part < kVectors * kVector / n; ++part, packed += 4 * n) {
+      const Lanes<float> low = Lanes<float>::load(w + n * part, n);
 #if defined(RESNET_FAST_AVX512_BF16)
-      store(packed, pairs(low.v, Lanes<float>::load(w + ld + 16 * part).v));
+      store(packed, pairs(low.v, Lanes<float>::load(w + ld + n * part).v));
 #else
-      low.store(reinterpret_cast<float*>(packed));
+      low.store(reinterpret_cast<float*>(packed), n);
 #endif
     }
   }
@@ -406,28 +417,38 @@ void pack_pixels(const T* x, int64_t ld, int64_t pixels, int64_t channels, char*
   }
 }
 
-template <class T>
-void copy_pixels(const T* x, int64_t ld, int64_t pixels, int64_t channels, char* to) {
-  if (ld == channels) channels *= pixels, pixels = 1;
+// kChecks: the products of joined groups need finite values. 0·v is NaN for others.
+template <class T, bool kChecks>
+bool copy_pixels(const T* x, int64_t ld, int64_t pixels, int64_t planes, int64_t width, char* to, int64_t plane) {
   constexpr bool plain = kValues * sizeof(T) == 4;
-  if (plain && pixels == 1) {
-    std::memcpy(to, x, channels * sizeof(T));
-    return;
+  constexpr int64_t value = 4 / kValues;
+  if (planes == 1 && ld == width) width *= pixels, pixels = 1;
+  if (plain && !kChecks && planes * pixels == 1) {
+    std::memcpy(to, x, width * sizeof(T));
+    return true;
   }
+  Lanes<float> sum = Lanes<float>::broadcast(0);
   for (int64_t i = 0; i < pixels; ++i, x += ld) {
-    int64_t c = 0;
-    for (; c + 16 <= channels; c += 16, to += 64 / kValues) {
-      if constexpr (plain) {
-        std::memcpy(to, x + c, 16 * sizeof(T));
-      } else {
-        Lanes<float>::load(x + c).store(reinterpret_cast<float*>(to));
+    const T* from = x;
+    for (int64_t j = 0; j < planes; ++j, from += width) {
+      char* at = to + j * plane + i * width * value;
+      int64_t c = 0;
+      for (; c + 16 <= width; c += 16, at += 16 * value) {
+        if constexpr (plain) {
+          std::memcpy(at, from + c, 16 * sizeof(T));
+        } else {
+          Lanes<float>::load(from + c).store(reinterpret_cast<float*>(at));
+        }
+        if constexpr (kChecks) sum = fma(Lanes<float>::load(from + c), Lanes<float>::broadcast(0), sum);
       }
+      if (c == width) continue;
+      const int rest = int(width - c);
+      const Lanes<float> last = Lanes<float>::load(from + c, rest);
+      last.store(reinterpret_cast<float*>(at), rest);
+      if constexpr (kChecks) sum = fma(last, Lanes<float>::broadcast(0), sum);
     }
-    if (c == channels) continue;
-    const int rest = int(channels - c);  // only of pixels of few channels, which are adjacent
-    Lanes<float>::load(x + c, rest).store(reinterpret_cast<float*>(to), rest);
-    to += rest * sizeof(float);
   }
+  return sum.sum() == 0;
 }
 
 int64_t spin(int64_t steps) {
@@ -448,22 +469,27 @@ ConvKernels<T> kernels_of() {
   ConvKernels<T> k = {};
   k.columns = kVectors * kVector, k.rows = kTileRows<kVectors>, k.half = kHalf<kVectors>, k.values = kValues;
   k.widens = kValues * sizeof(T) < 4, k.ragged = false, k.steps = 1, k.depth = kChain;
-  k.chained = k.rows < 4, k.tiles = k.half < k.rows ? 1 : 8;
+  k.chained = k.rows < 4, k.tiles = 8;
   k.scratch_bytes = 256 << 10, k.block_bytes = k.chained ? 0 : 32 << 10;
   k.dw_parts = (kColumns + kTileRows<kWide> - 1) / kTileRows<kWide>, k.dw_pixels = 256, k.dw_bytes = 640 << 10;
   k.store_tile = store_tile<kVectors, T>, k.sum_tile = sum_tile<kVectors>, k.add_tile = add_tile;
   k.pack_outer = pack_outer<kVectors>, k.pack_inner = pack_inner<kVectors>;
-  k.pack_pixels = pack_pixels<T>, k.copy = copy_pixels<T>, k.spin = spin;
+  k.pack_pixels = pack_pixels<T>, k.copy = copy_pixels<T, kVectors != kWide>, k.spin = spin;
   return k;
 }
 
 template <class T>
-const ConvKernels<T>& conv_kernels(bool narrow) {
-  static const ConvKernels<T> wide = kernels_of<T, kWide>(), groups = kernels_of<T, kNarrow>();
-  return narrow ? groups : wide;
+const ConvKernels<T>& conv_kernels(int columns) {
+  static const ConvKernels<T> wide = kernels_of<T, kWide>(), half = kernels_of<T, kWide / 2>();
+  if (columns > half.columns) return wide;
+#if !defined(RESNET_FAST_AVX512)
+  static const ConvKernels<T> quarter = kernels_of<T, kWide / 4>();
+  if (columns <= quarter.columns) return quarter;
+#endif
+  return half;
 }
 
 #if !defined(RESNET_FAST_AVX512_BF16)
-template const ConvKernels<float>& conv_kernels<float>(bool);
+template const ConvKernels<float>& conv_kernels<float>(int);
 #endif
-template const ConvKernels<bf16>& conv_kernels<bf16>(bool);
+template const ConvKernels<bf16>& conv_kernels<bf16>(int);

@@ -179,12 +179,13 @@ void turn(char* packed, int64_t steps) {
   }
 }
 
-void spread(const bf16* x, int64_t pixels, int64_t channels, char* to, int64_t group_bytes) {
-  for (int64_t i = 0; i < pixels; ++i, x += channels) {
-    for (int64_t c = 0; c < channels; c += 32) {
-      _mm512_storeu_si512(to + c / 32 * group_bytes + i * 64, _mm512_loadu_si512(x + c));
+bool copy(const bf16* x, int64_t ld, int64_t pixels, int64_t planes, int64_t, char* to, int64_t plane) {
+  for (int64_t i = 0; i < pixels; ++i, x += ld) {
+    for (int64_t j = 0; j < planes; ++j) {
+      _mm512_storeu_si512(to + j * plane + i * 64, _mm512_loadu_si512(x + 32 * j));
     }
   }
+  return true;
 }
 
 int64_t spin(int64_t steps) {
@@ -215,7 +216,7 @@ const ConvKernels<bf16>& conv_kernels() {
     k.scratch_bytes = 512 << 10, k.block_bytes = 512 << 10;
     k.dw_parts = 1, k.dw_pixels = 2048, k.dw_bytes = 1 << 20;
     k.store_tile = store_tile, k.sum_tile = nullptr, k.add_tile = add_tile, k.release = release;
-    k.turn = turn, k.spread = spread, k.spin = spin;
+    k.turn = turn, k.copy = copy, k.spin = spin;
     return k;
   }();
   return all;

@@ -141,12 +141,14 @@ struct Lanes<float> {
   }
   static Lanes load(const float* p, int n = kWidth) {
     if (n == kWidth) return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)};
+    if (n == 8) return {_mm256_loadu_ps(p), _mm256_setzero_ps()};
     float part[kWidth] = {};
     for (int i = 0; i < n; ++i) part[i] = p[i];
     return load(part);
   }
   static Lanes load(const bf16* p, int n = kWidth) {
     if (n == kWidth) return {widen8(p), widen8(p + 8)};
+    if (n == 8) return {widen8(p), _mm256_setzero_ps()};
     bf16 part[kWidth] = {};
     for (int i = 0; i < n; ++i) part[i] = p[i];
     return load(part);
@@ -155,6 +157,8 @@ struct Lanes<float> {
     if (n == kWidth) {
       _mm256_storeu_ps(p, lo);
       _mm256_storeu_ps(p + 8, hi);
+    } else if (n == 8) {
+      _mm256_storeu_ps(p, lo);
     } else {
       float part[kWidth];
       store(part);
@@ -174,6 +178,8 @@ struct Lanes<float> {
     const __m256i half = _mm256_permute4x64_epi64(mixed, 0xd8);
     if (n == kWidth) {
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), half);
+    } else if (n == 8) {
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(half));
     } else {
       bf16 part[kWidth];
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(part), half);

@@ -293,7 +293,7 @@ Route route(const Tensor& x, const Tensor& w, const Geometry& g, bool inference)
   const bool merges = single ? active_isa() < Isa::AVX512 && tiled_fprop_merges<float>(s) : tiled_fprop_merges<bf16>(s);
   if (inference && merges) return {"tiles", "few channels", true};
   if (!(single ? tiled_conv_takes<float>(s) : tiled_conv_takes<bf16>(s))) {
-    return library("channels or filters are not multiples of 32 (of up to 4 groups: of 16), or the CPU has no tiles");
+    return library("channels or filters are not multiples of 32 (of up to 4 groups: of 8), or the CPU has no tiles");
   }
   if (single ? by_winograd<float>(s, false) : by_winograd<bf16>(s, false)) {
     return {"winograd", "fp32 arithmetic, 3x3, stride 1", true};
@@ -304,28 +304,25 @@ Route route(const Tensor& x, const Tensor& w, const Geometry& g, bool inference)
       active_isa() >= Isa::AVX512 && !streams && onednn().takes(x, w, g)) {
     return library("fp32 inference on Intel");
   }
-  if (g.groups > 1) return {"tiles", "channels and filters of up to 4 groups are multiples of 16", true};
+  if (g.groups > 1) return {"tiles", "channels and filters of up to 4 groups are multiples of 8", true};
   return {"tiles", "channels and filters are multiples of 32", true};
-}
-
-bool fits_tiles(const Tensor& values, const ConvShape& s) {
-  const bool joins = values.scalar_type() == at::kFloat ? tiled_conv_joins<float>(s) : tiled_conv_joins<bf16>(s);
-  return !joins || std::isfinite(values.sum().item<double>());
 }
 
 namespace {
 
+// Empty if the tiles cannot convolve these values (tiled_conv_fprop).
 template <class T>
-Tensor run_panels(
+OptTensor run_panels(
     const Tensor& x, const Tensor& w, const PackedConv& packed, const OptTensor& residual, bool relu,
     const Geometry& g, bool over) {
   const ConvShape s = conv_shape(x, w, g);
-  const Tensor y = over ? *residual : empty({s.images, s.filters, s.rows, s.columns}, x.options(),
-                                            at::MemoryFormat::ChannelsLast);
-  tiled_conv_fprop<T>(
+  const bool reuses = over && !tiled_conv_joins<T>(s);
+  const Tensor y = reuses ? *residual : empty({s.images, s.filters, s.rows, s.columns}, x.options(),
+                                              at::MemoryFormat::ChannelsLast);
+  const bool done = tiled_conv_fprop<T>(
       s, data<T>(x), {}, packed.weight, data<float>(packed.scale), data<float>(packed.shift), data<T>(residual), relu,
       static_cast<T*>(y.data_ptr()), {});
-  return y;
+  return done ? OptTensor(y) : OptTensor();
 }
 
 // conv(x) with oneDNN. The C library allocates blocks of over 32 MB from the system at every call. A result of that
@@ -394,9 +391,9 @@ std::tuple<Tensor, Tensor> conv2d_backward(
 Tensor run_packed(
     const Tensor& x, const Tensor& w, const PackedConv& packed, const OptTensor& residual, bool relu,
     const Geometry& g, bool over) {
-  if (packed.panels && fits_tiles(x, conv_shape(x, w, g))) {
+  if (packed.panels) {
     const auto run = x.scalar_type() == at::kFloat ? run_panels<float> : run_panels<bf16>;
-    return run(x, w, packed, residual, relu, g, over);
+    if (const OptTensor y = run(x, w, packed, residual, relu, g, over)) return *y;
   }
   const Tensor weight = !packed.panels && packed.weight.defined() ? packed.weight : w.to(x.scalar_type());
   const bool by_onednn = !packed.panels && onednn().takes(x, w, g);

@@ -27,10 +27,6 @@ struct Route {
 };
 Route route(const Tensor& x, const Tensor& w, const Geometry& geometry, bool inference = false);
 
-// Whether tiles that read `values` in a convolution of `shape` compute the convolution: not if groups are multiplied as
-// one (tiled_conv_joins) and a value is infinite or NaN.
-bool fits_tiles(const Tensor& values, const ConvShape& shape);
-
 // Packed filters (panels of tiled_conv.h, or x's dtype in oneDNN's blocked layout where it has one), and the vectors of
 // y = scale·conv + shift, in x's accumulation dtype. Scaling the filters instead would round each filter once more,
 // and a mean far from zero magnifies that error.

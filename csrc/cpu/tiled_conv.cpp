@@ -3,6 +3,7 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <numeric>
 #include <type_traits>
@@ -17,23 +18,23 @@
 namespace resnet_fast {
 
 template <class T>
-const ConvKernels<T>* conv_kernels(bool narrow) {
+const ConvKernels<T>* conv_kernels(int columns) {
 #if RESNET_FAST_X86_64
   const Isa isa = active_isa();
   if constexpr (std::is_same_v<T, bf16>) {
 #if RESNET_FAST_HAS_AMX
-    if (isa >= Isa::AMX_BF16) return narrow ? nullptr : &amx_bf16::conv_kernels();
+    if (isa >= Isa::AMX_BF16) return columns < kColumns ? nullptr : &amx_bf16::conv_kernels();
 #endif
-    if (isa >= Isa::AVX512_BF16) return &avx512_bf16::conv_kernels<bf16>(narrow);
+    if (isa >= Isa::AVX512_BF16) return &avx512_bf16::conv_kernels<bf16>(columns);
   }
-  if (isa >= Isa::AVX512) return &avx512::conv_kernels<T>(narrow);
-  if (isa >= Isa::AVX2) return &avx2::conv_kernels<T>(narrow);
+  if (isa >= Isa::AVX512) return &avx512::conv_kernels<T>(columns);
+  if (isa >= Isa::AVX2) return &avx2::conv_kernels<T>(columns);
 #endif
   return nullptr;
 }
 
-template const ConvKernels<float>* conv_kernels(bool);
-template const ConvKernels<bf16>* conv_kernels(bool);
+template const ConvKernels<float>* conv_kernels(int);
+template const ConvKernels<bf16>* conv_kernels(int);
 
 namespace cpu {
 namespace {
@@ -44,12 +45,14 @@ struct Block {
   int64_t groups, channels, filters;
 };
 
-// Panels are narrow for groups of other sizes than multiples of kColumns. AMX has no tiles for groups.
+// Panels have as many columns as divide the channels and filters of a group, where possible. AMX has no tiles for groups.
 template <class T>
 const ConvKernels<T>* kernels_for(const ConvShape& s) {
-  const int64_t n = s.groups * kColumns;
-  const auto* const kernels = conv_kernels<T>(s.groups > 1 && (s.channels % n != 0 || s.filters % n != 0));
-  return s.groups > 1 && kernels != nullptr && kernels->spread ? nullptr : kernels;
+  const int64_t size = std::gcd(s.channels / s.groups, s.filters / s.groups);
+  int columns = kColumns;
+  while (s.groups > 1 && columns > 8 && size % columns != 0) columns /= 2;
+  const auto* const kernels = conv_kernels<T>(columns);
+  return s.groups > 1 && kernels != nullptr && kernels->steps > 1 ? nullptr : kernels;
 }
 
 template <class T>
@@ -64,7 +67,7 @@ template <class T>
 struct Problem {
   const ConvKernels<T>& kernels;
   int64_t images, channels, filters;
-  Block block;             // the panels of a block read its channels; fill provides those of a single block
+  Block block;             // the panels of a block read its channels; there is one if fill provides x
   Axis rows, columns;
   const T* x;              // nullptr: fill provides x
   const FillRow<T>* fill;  // with x: completes x in place first
@@ -74,14 +77,20 @@ struct Problem {
   bool relu;
   T* y;
   const Finish* finish;
-  bool merged;  // the taps of a row are one tap of taps·channels values, which are adjacent in x
 };
 
-// The zero-padded input of a band, in x itself or copied to scratch memory: row i, column j is at
-// base + (i − row0)·pitch + (j − column0)·pixel; groups of steps of its channels are `group` bytes apart.
+// Adjacent blocks that a task multiplies.
+struct Blocks {
+  int64_t begin, end;
+  int64_t count() const { return end - begin; }
+};
+
+// The zero-padded input of a band, in x itself or copied to scratch memory, as planes of some channels: row i, column j
+// of the first plane is at base + (i − row0)·pitch + (j − column0)·pixel. A plane holds the channels of a block; with
+// groups of steps (AMX), those of a group.
 struct Input {
   const char* base;
-  int64_t row0, column0, pitch, pixel, group;
+  int64_t row0, column0, pitch, pixel, plane;
 };
 
 // The rows and columns of x that a band reads, including those outside of x, which are zeros.
@@ -99,69 +108,66 @@ Window window(const Problem<T>& c, const Band& band) {
   Window w = {rows.least(band.p0), rows.most(band.p1 - 1) + 1, columns.least(band.q0),
               columns.most(band.q1 - 1) + 1, false};
   const bool inside = w.row0 >= 0 && w.row1 <= rows.input && w.column0 >= 0 && w.column1 <= columns.input;
-  w.in_place = c.x != nullptr && inside && !c.kernels.widens;
+  w.in_place = c.x != nullptr && inside && !c.kernels.widens && c.block.groups == 1;  // else it must be copied
   return w;
 }
 
-// Bytes between the groups of steps of a copied band with separate groups: an odd number of cache lines, so that
-// groups do not share cache sets.
+// The values of a pixel in a plane.
 template <class T>
-int64_t group_pitch(const Problem<T>& c, const Window& w) {
-  return ((w.height() * w.width()) | 1) * c.kernels.steps * 4;
+int64_t plane_width(const Problem<T>& c) {
+  return c.kernels.steps > 1 ? c.kernels.steps * c.kernels.values : c.block.channels;
+}
+
+// Bytes between the planes of a copied band: an odd number of pixels, so that planes do not share cache sets.
+template <class T>
+int64_t plane_pitch(const Problem<T>& c, const Window& w) {
+  return ((w.height() * w.width()) | 1) * plane_width(c) * c.kernels.value_bytes();
 }
 
 template <class T>
-int64_t input_bytes(const Problem<T>& c, const Window& w) {
-  const ConvKernels<T>& kernels = c.kernels;
-  if (w.in_place) return 0;
-  if (!kernels.spread) return w.height() * w.width() * c.block.channels * kernels.value_bytes();
-  return kernels.steps_of(c.block.channels) / kernels.steps * group_pitch(c, w);
+int64_t input_bytes(const Problem<T>& c, const Window& w, int64_t blocks) {
+  return w.in_place ? 0 : blocks * c.block.channels / plane_width(c) * plane_pitch(c, w);
 }
 
-// Copies a block's input of a band to `to`, of input_bytes, unless it is read in place.
+// Copies the input of some blocks of a band to `to`, of input_bytes, unless it is read in place. Clears `finite` if
+// groups are multiplied as one and a value is not finite.
 template <class T>
-Input lay_out(const Problem<T>& c, const Band& band, int64_t block, const Window& w, char* to) {
+Input lay_out(const Problem<T>& c, const Band& band, const Blocks& blocks, const Window& w, char* to, bool& finite) {
   const ConvKernels<T>& kernels = c.kernels;
-  const int64_t pixel = c.block.channels * kernels.value_bytes(), begin = std::max<int64_t>(0, w.column0);
-  const int64_t end = std::min(c.columns.input, w.column1), group_bytes = kernels.steps * 4;
+  const int64_t begin = std::max<int64_t>(0, w.column0), end = std::min(c.columns.input, w.column1);
+  const int64_t channels = blocks.count() * c.block.channels, width = plane_width(c), planes = channels / width;
+  const int64_t pixel = width * kernels.value_bytes(), pitch = plane_pitch(c, w);
   if (c.x && *c.fill) (*c.fill)(band.image, band.p0, band.q0, band.q1, nullptr);
   const int64_t image = band.image * c.rows.input * c.columns.input * c.channels;
-  const T* const x = c.x ? c.x + image + block * c.block.channels : nullptr;
+  const T* const x = c.x ? c.x + image + blocks.begin * c.block.channels : nullptr;
   if (w.in_place) {
     const int64_t ld = c.channels * kernels.value_bytes();
-    return {reinterpret_cast<const char*>(x), 0, 0, c.columns.input * ld, ld, group_bytes};
+    return {reinterpret_cast<const char*>(x), 0, 0, c.columns.input * ld, ld, pixel};
   }
-  const bool apart = kernels.spread != nullptr;
-  const int64_t group = apart ? group_pitch(c, w) : group_bytes, groups = apart ? pixel / group_bytes : 1;
-  const int64_t width = apart ? group_bytes : pixel;  // bytes of a pixel in a group
   const auto clear = [&](char* at, int64_t pixels) {
-    for (int64_t g = 0; g < groups; ++g) std::memset(at + g * group, 0, pixels * width);
+    for (int64_t i = 0; pixels > 0 && i < planes; ++i) std::memset(at + i * pitch, 0, pixels * pixel);
   };
   for (int64_t i = w.row0; i < w.row1; ++i) {
-    char* line = to + (i - w.row0) * w.width() * width;
+    char* line = to + (i - w.row0) * w.width() * pixel;
     if (i < 0 || i >= c.rows.input || begin >= end) {
       clear(line, w.width());
       continue;
     }
-    char* first = line + (begin - w.column0) * width;
+    char* first = line + (begin - w.column0) * pixel;
     clear(line, begin - w.column0);
-    clear(first + (end - begin) * width, w.column1 - end);
+    clear(first + (end - begin) * pixel, w.column1 - end);
     const T* from = x ? x + (i * c.columns.input + begin) * c.channels : nullptr;
     if (!x) {
-      const bool direct = !apart && !kernels.widens;
+      const bool direct = planes == 1 && !kernels.widens;
       const int64_t bytes = (end - begin) * c.channels * int64_t(sizeof(T));
       T* filled = reinterpret_cast<T*>(direct ? first : scratch(1, bytes));
       (*c.fill)(band.image, i, begin, end, filled);
       if (direct) continue;
       from = filled;
     }
-    if (apart) {
-      kernels.spread(from, end - begin, c.channels, first, group);
-    } else {
-      kernels.copy(from, c.channels, end - begin, c.block.channels, first);
-    }
+    finite &= kernels.copy(from, c.channels, end - begin, planes, width, first, pitch);
   }
-  return {to, w.row0, w.column0, w.width() * width, width, group};
+  return {to, w.row0, w.column0, w.width() * pixel, pixel, pitch};
 }
 
 // One tile of a band: its pixels in the input and in y, and the phase that has its stretches.
@@ -191,17 +197,20 @@ template <class T>
 struct Ready {
   std::vector<Tile> tiles;
   std::vector<Phase> phases;
-  int64_t lda, a_step, ldy;
+  int64_t lda, a_step, ldy, plane;
+  bool in_place;
 };
 
 // The stretches of a phase whose first pixel is (p0, q0), relative to in.base: all taps of a few steps, then those of
-// the next steps, so that the input they read stays in L1.
+// the next steps, so that the input they read stays in L1. If a row of taps reads adjacent values, it is one stretch.
 template <class T>
 std::vector<Stretch> stretches_of(const Problem<T>& c, const Input& in, int64_t a_step, int64_t p0, int64_t q0) {
   const Axis &rows = c.rows, &columns = c.columns;
   const ConvKernels<T>& kernels = c.kernels;
-  const int64_t column_taps = c.merged ? 1 : columns.taps;
-  const int64_t depth = kernels.steps_of(c.merged ? columns.taps * c.channels : c.block.channels), most = kernels.depth;
+  const int64_t steps = kernels.steps_of(c.block.channels), most = kernels.depth;
+  const bool joins = kernels.steps == 1 && columns.slope == 1 && columns.div == 1 && in.pixel == steps * a_step &&
+                     columns.taps * steps <= most;
+  const int64_t column_taps = joins ? 1 : columns.taps, depth = joins ? columns.taps * steps : steps;
   std::vector<Stretch> stretches;
   for (int64_t i = 0; i < depth; i += most) {
     for (int64_t r = 0; r < rows.taps; ++r) {
@@ -217,22 +226,23 @@ std::vector<Stretch> stretches_of(const Problem<T>& c, const Input& in, int64_t 
 }
 
 // Cuts the rows of pixels into tiles: separate tiles for each row; two short rows in the halves of one tile; or, where
-// x is copied in groups and consecutive rows have the stride of pixels, runs of pixels across rows.
+// x is copied in groups of steps and consecutive rows have the stride of pixels, runs of pixels across rows.
 template <class T>
-Ready<T> prepare(const Problem<T>& c, const Band& band, const Window& w, const Input& in) {
+Ready<T> tiles_of(const Problem<T>& c, const Band& band, const Window& w, const Input& in) {
   const ConvKernels<T>& kernels = c.kernels;
   const Axis &rows = c.rows, &columns = c.columns;
   const int64_t y_row = columns.output * c.filters, ldy = columns.div * c.filters;
   const int64_t lda = columns.mul * in.pixel, line = rows.mul * in.pitch;
   const int full = kernels.rows, half = kernels.half;
-  Ready<T> ready = {{}, {}, lda, in.group / kernels.steps, ldy};
+  const int64_t a_step = kernels.steps > 1 ? in.plane / kernels.steps : 4;
+  Ready<T> ready = {{}, {}, lda, a_step, ldy, in.plane, w.in_place};
 
   for (int64_t row_phase = 0; row_phase < rows.div; ++row_phase) {
     for (int64_t column_phase = 0; column_phase < columns.div; ++column_phase) {
       const int64_t p0 = band.p0 + row_phase, q0 = band.q0 + column_phase;
       const int64_t height = ceil_div(band.p1 - p0, rows.div), width = ceil_div(band.q1 - q0, columns.div);
       if (height <= 0 || width <= 0) continue;
-      std::vector<Stretch> stretches = stretches_of(c, in, ready.a_step, p0, q0);
+      std::vector<Stretch> stretches = stretches_of(c, in, a_step, p0, q0);
       const int64_t origin = stretches.empty() ? 0 : stretches[0].a;
       for (Stretch& stretch : stretches) stretch.a -= origin;  // relative to a tile's first read
       const char* first = in.base + origin;
@@ -243,7 +253,7 @@ Ready<T> prepare(const Problem<T>& c, const Band& band, const Window& w, const I
       const bool pairs = full > half && (width == half || (kernels.ragged && width < half));
       const Cut cut = {ceil_div(width, full), width};
       const int64_t positions = (height - 1) * w.width() + width;
-      const bool runs = kernels.spread && !w.in_place && line == w.width() * lda && rows.div == 1 && columns.div == 1;
+      const bool runs = kernels.steps > 1 && !w.in_place && line == w.width() * lda && rows.div == 1 && columns.div == 1;
       if (runs && ceil_div(positions, full) <= (pairs ? ceil_div(height, 2) : height * cut.parts)) {
         for (int64_t at = 0; at < positions; at += full) {
           const int64_t p = at / w.width(), q = at % w.width();
@@ -292,33 +302,47 @@ int64_t filter_bytes(const Problem<T>& c) {
   return c.rows.taps * c.columns.taps * c.block.filters * c.block.channels * c.kernels.value_bytes();
 }
 
-// Multiplies bands that fit L2 together by panels [panel0, panel1) of one block.
+// Bands that are multiplied together, ready for some blocks, in a thread's scratch memory.
 template <class T>
-void run_bands(const Problem<T>& c, const Band* bands, int64_t count, int64_t panel0, int64_t panel1) {
+struct Prepared {
+  int64_t first = -1, block = -1;  // the first band and block
+  std::vector<Ready<T>> bands;
+  bool finite = true;
+
+  void prepare(const Problem<T>& c, const std::vector<Band>& all, int64_t begin, int64_t end, const Blocks& blocks) {
+    if (begin == first && blocks.begin == block) return;
+    first = begin, block = blocks.begin;
+    std::vector<Window> windows;
+    int64_t bytes = 0;
+    for (int64_t i = begin; i < end; ++i) {
+      windows.push_back(window(c, all[i]));
+      bytes += input_bytes(c, windows.back(), blocks.count());
+    }
+    char* to = bytes ? scratch(0, bytes) : nullptr;
+    bands.clear();
+    for (int64_t i = begin; i < end; ++i) {
+      const Window& w = windows[i - begin];
+      bands.push_back(tiles_of(c, all[i], w, lay_out(c, all[i], blocks, w, to, finite)));
+      to += input_bytes(c, w, blocks.count());
+    }
+  }
+};
+
+// Multiplies prepared bands by panels [panel0, panel1) of one block.
+template <class T>
+void multiply(const Problem<T>& c, const Prepared<T>& prepared, int64_t panel0, int64_t panel1) {
   const ConvKernels<T>& kernels = c.kernels;
   const int64_t panel_bytes = c.rows.taps * c.columns.taps * kernels.steps_of(c.block.channels) * kernels.panel_step();
-  const int64_t block = panel0 * kernels.columns / c.block.filters;
-  std::vector<Window> windows;
-  int64_t bytes = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    windows.push_back(window(c, bands[i]));
-    bytes += input_bytes(c, windows.back());
-  }
-  char* to = bytes ? scratch(0, bytes) : nullptr;
-  std::vector<Ready<T>> ready;
-  for (int64_t i = 0; i < count; ++i) {
-    const Input in = lay_out(c, bands[i], block, windows[i], to);
-    ready.push_back(prepare(c, bands[i], windows[i], in));
-    to += input_bytes(c, windows[i]);
-  }
+  const int64_t plane = panel0 * kernels.columns / c.block.filters - prepared.block;
+  const std::vector<Ready<T>>& ready = prepared.bands;
   // A pointwise convolution reads x in place: the input of the next tile is prefetched during the current tile.
-  const bool streams = windows[0].in_place && c.rows.output == 1 && c.columns.div == 1 && c.columns.mul == 1;
+  const bool streams = ready[0].in_place && c.rows.output == 1 && c.columns.div == 1 && c.columns.mul == 1;
 
   Tiles state(kernels);
   const auto product = [&](const Ready<T>& band, const Tile& tile, int64_t panel, int64_t first, int64_t last) {
     const Stretch* stretches = band.phases[tile.phase].stretches.data();
-    return Product{tile.a, c.panels + panel * panel_bytes, stretches + first, last - first, band.lda, tile.half_a,
-                   band.a_step};
+    return Product{tile.a + plane * band.plane, c.panels + panel * panel_bytes, stretches + first, last - first,
+                   band.lda, tile.half_a, band.a_step};
   };
   const auto store = [&](const Ready<T>& band, const Tile& tile, int64_t panel, const Product& product,
                          const float* partial) {
@@ -414,14 +438,14 @@ void run_bands(const Problem<T>& c, const Band* bands, int64_t count, int64_t pa
   }
 }
 
-// Bands of about scratch_bytes of input: whole rows of an image, or runs of columns if the image is one row; a multiple
-// of `threads` of equal size where possible.
+// Bands of about scratch_bytes of input for so many blocks: whole rows of an image, or runs of columns if the image is
+// one row; a multiple of `threads` of equal size where possible.
 template <class T>
-std::vector<Band> cut(const Problem<T>& c, int64_t threads) {
+std::vector<Band> cut(const Problem<T>& c, int64_t threads, int64_t blocks) {
   const Axis &rows = c.rows, &columns = c.columns;
   const int64_t scratch_bytes = c.kernels.scratch_bytes, tile_rows = c.kernels.rows;
   std::vector<Band> bands;
-  const int64_t pixel = c.block.channels * c.kernels.value_bytes(), row_bytes = columns.input * pixel;
+  const int64_t pixel = blocks * c.block.channels * c.kernels.value_bytes(), row_bytes = columns.input * pixel;
   if (rows.output == 1 && columns.div == 1 && columns.taps == 1) {
     const int64_t fits = std::max<int64_t>(2 * tile_rows, scratch_bytes / pixel);
     const int64_t most = std::min<int64_t>(fits, std::max<int64_t>(16 * tile_rows, 96));
@@ -450,43 +474,64 @@ std::vector<Band> cut(const Problem<T>& c, int64_t threads) {
 // The number of bands that share a pass over the panels, balanced over the threads. It is larger if the panels do not
 // fit L2, because each pass then reads them from L3 or memory.
 template <class T>
-int64_t bands_together(const Problem<T>& c, const std::vector<Band>& bands, int64_t threads) {
+int64_t bands_together(const Problem<T>& c, const std::vector<Band>& bands, int64_t threads, int64_t blocks) {
   const int64_t count = int64_t(bands.size());
-  const int64_t bytes = input_bytes(c, window(c, bands[0]));
+  const int64_t bytes = input_bytes(c, window(c, bands[0]), blocks);
   const int64_t room = filter_bytes(c) > kFarBytes ? kFarScratch : c.kernels.scratch_bytes;
   const int64_t fits = std::max<int64_t>(1, bytes ? room / bytes : 1);
   return ceil_div(count, ceil_div(ceil_div(count, fits), threads) * threads);
 }
 
-// Runs all bands and blocks. Where no step needs whole bands, few bands (a small batch) are also split by filters; and
-// only by filters if there are several blocks, or filters that do not stay in L2, so that each is read by one thread.
+// Bytes of a pixel that a task copies at least; shorter runs are copied slowly.
+constexpr int64_t kRunBytes = 256;
+
+// Runs all bands and blocks. Where no step needs whole bands, few bands (a small batch) are also split by blocks and
+// filters; and only by them if there are several blocks, or filters that do not stay in L2, so that each is read by one
+// thread. Returns false if groups are multiplied as one and a value that is read is not finite; y then has no meaning.
 template <class T>
-void run(const Problem<T>& c) {
+bool run(const Problem<T>& c) {
   const bool completes = c.x != nullptr && *c.fill;  // fill writes x: one task per band
   const bool splits = !*c.finish && !completes;
   const int64_t blocks = c.filters / c.block.filters, panels = c.block.filters / c.kernels.columns;
-  const int64_t share = splits && (blocks > 1 || filter_bytes(c) > kFarBytes) ? 1 : at::get_num_threads();
-  const std::vector<Band> bands = cut(c, share);
-  const int64_t together = bands_together(c, bands, share);
+  const int64_t block_bytes = c.block.channels * c.kernels.value_bytes(), threads = at::get_num_threads();
+  const int64_t share = splits && (blocks > 1 || filter_bytes(c) > kFarBytes) ? 1 : threads;
+  // A task takes a run of blocks: all, or fewer if their filters do not stay in L2, or there are few tasks.
+  int64_t size = blocks;
+  std::vector<Band> bands = cut(c, share, size);
+  while (splits && size > 1 && size * block_bytes > kRunBytes &&
+         (size * filter_bytes(c) > kFarBytes ||
+          int64_t(bands.size()) * ceil_div(blocks, size) < 2 * threads)) {
+    size = ceil_div(size, 2);
+    bands = cut(c, share, size);
+  }
+  const Cut runs = {ceil_div(blocks, size), blocks};
+  const int64_t together = bands_together(c, bands, share, size);
   const int64_t count = ceil_div(int64_t(bands.size()), together);
-  const auto run_some = [&](int64_t i, int64_t block, int64_t panel0, int64_t panel1) {
+  std::atomic<bool> finite{true};
+  // Parts of the panels of the bands of `i` and of a run of blocks.
+  const auto run_some = [&](Prepared<T>& prepared, int64_t i, int64_t run, const Cut& parts, int64_t part) {
     const int64_t first = i * together, last = std::min(first + together, int64_t(bands.size()));
-    run_bands(c, &bands[first], last - first, block * panels + panel0, block * panels + panel1);
+    const Blocks some = {runs.begin(run), runs.begin(run + 1)};
+    prepared.prepare(c, bands, first, last, some);
+    if (!prepared.finite) finite = false;
+    for (int64_t block = some.begin; finite && block < some.end; ++block) {
+      multiply(c, prepared, block * panels + parts.begin(part), block * panels + parts.begin(part + 1));
+    }
   };
   if (splits) {
-    const int64_t least = 4 * at::get_num_threads();
-    const Cut parts = {std::clamp<int64_t>(ceil_div(least, count * blocks), 1, panels), panels};
-    for_tasks(count * blocks * parts.parts, [&](int64_t task) {
-      const int64_t part = task % parts.parts, i = task / parts.parts;
-      run_some(i / blocks, i % blocks, parts.begin(part), parts.begin(part + 1));
+    const Cut parts = {std::clamp<int64_t>(ceil_div(4 * threads, count * runs.parts), 1, panels), panels};
+    for_tasks_with<Prepared<T>>(count * runs.parts * parts.parts, [&](Prepared<T>& prepared, int64_t task) {
+      const int64_t i = task / parts.parts;
+      run_some(prepared, i / runs.parts, i % runs.parts, parts, task % parts.parts);
     });
-    return;
+    return finite;
   }
   const int64_t tasks = std::min(count, kTasks);
   for_tasks(tasks, [&](int64_t task) {
     for (int64_t i = task * count / tasks; i < (task + 1) * count / tasks; ++i) {
-      for (int64_t block = 0; block < blocks; ++block) run_some(i, block, 0, panels);
-      if (!*c.finish) continue;
+      Prepared<T> prepared;
+      run_some(prepared, i, 0, {1, panels}, 0);  // a run of all blocks
+      if (!*c.finish || !finite) continue;
       for (int64_t j = i * together; j < std::min((i + 1) * together, int64_t(bands.size())); ++j) {
         const Band& band = bands[j];
         const int64_t row = (band.image * c.rows.output + band.p0) * c.columns.output;
@@ -495,6 +540,7 @@ void run(const Problem<T>& c) {
       }
     }
   });
+  return finite;
 }
 
 }  // namespace
@@ -568,25 +614,29 @@ at::Tensor pack_filters(const ConvShape& shape, const at::Tensor& w, bool for_dg
 }
 
 template <class T>
-void tiled_conv_fprop(
+bool tiled_conv_fprop(
     const ConvShape& shape, const T* x, const FillRow<T>& fill, const at::Tensor& panels, const float* scale,
     const float* shift, const T* residual, bool relu, T* y, const Finish& finish) {
-  if (by_winograd<T>(shape, false)) return winograd(shape, x, fill, panels, scale, shift, residual, relu, y, finish);
+  if (by_winograd<T>(shape, false)) {
+    winograd(shape, x, fill, panels, scale, shift, residual, relu, y, finish);
+    return true;
+  }
   const ConvShape s = flattened(shape);
   const Problem<T> c = {
       *kernels_for<T>(s), s.images, s.channels, s.filters, block_of<T>(s),
       fprop_axis(s.height, s.rows, s, 0), fprop_axis(s.width, s.columns, s, 1),
-      x, &fill, reinterpret_cast<const char*>(panels.const_data_ptr<uint8_t>()), scale, shift, residual, relu, y, &finish,
-      tiled_fprop_merges<T>(shape)};
-  run(c);
+      x, &fill, reinterpret_cast<const char*>(panels.const_data_ptr<uint8_t>()), scale, shift, residual, relu, y,
+      &finish};
+  return run(c);
 }
 
 template <class T>
-void tiled_conv_dgrad(
+bool tiled_conv_dgrad(
     const ConvShape& shape, const T* dz, const FillRow<T>& fill, const at::Tensor& panels, T* dx,
     const Finish& finish) {
   if (by_winograd<T>(shape, true)) {
-    return winograd<T>(transposed(shape), dz, fill, panels, nullptr, nullptr, nullptr, false, dx, finish);
+    winograd<T>(transposed(shape), dz, fill, panels, nullptr, nullptr, nullptr, false, dx, finish);
+    return true;
   }
   const ConvShape s = flattened(shape);
   const Block block = block_of<T>(s);
@@ -594,8 +644,8 @@ void tiled_conv_dgrad(
       *kernels_for<T>(s), s.images, s.filters, s.channels, {block.groups, block.filters, block.channels},
       dgrad_axis(s.rows, s.height, s, 0), dgrad_axis(s.columns, s.width, s, 1),
       dz, &fill, reinterpret_cast<const char*>(panels.const_data_ptr<uint8_t>()), nullptr, nullptr,
-      nullptr, false, dx, &finish, false};
-  run(c);
+      nullptr, false, dx, &finish};
+  return run(c);
 }
 
 #define RESNET_FAST_TILED_CONV(T)                                                                                   \
@@ -604,10 +654,10 @@ void tiled_conv_dgrad(
   template bool tiled_fprop_merges<T>(const ConvShape&);                                                            \
   template bool by_winograd<T>(const ConvShape&, bool);                                                             \
   template at::Tensor pack_filters<T>(const ConvShape&, const at::Tensor&, bool, Allocate);                         \
-  template void tiled_conv_fprop<T>(                                                                                \
+  template bool tiled_conv_fprop<T>(                                                                                \
       const ConvShape&, const T*, const FillRow<T>&, const at::Tensor&, const float*, const float*, const T*, bool, \
       T*, const Finish&);                                                                                           \
-  template void tiled_conv_dgrad<T>(                                                                                \
+  template bool tiled_conv_dgrad<T>(                                                                                \
       const ConvShape&, const T*, const FillRow<T>&, const at::Tensor&, T*, const Finish&);
 
 RESNET_FAST_TILED_CONV(float)

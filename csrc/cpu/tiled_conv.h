@@ -20,15 +20,16 @@ using FillRow = std::function<void(int64_t image, int64_t row, int64_t begin, in
 // Called by task `task` when pixels [begin, end) of y (counted over all images) are finished.
 using Finish = std::function<void(int64_t task, int64_t begin, int64_t end)>;
 
-constexpr int64_t kMostGroups = 4;  // ResNeXt's groups of 4 channels
+constexpr int64_t kMostGroups = 4;
 
 // Whether this CPU has tiles for T, and channels and filters are multiples of 32. With several groups, those of a group
-// are multiples of 16, or those of up to kMostGroups adjacent groups, which are multiplied as one with zeros.
+// are multiples of 8 (with AVX-512 of 16), or those of up to kMostGroups adjacent groups, which are multiplied as one
+// with zeros.
 template <class T>
 bool tiled_conv_takes(const ConvShape& shape);
 
-// Whether groups are multiplied as one. A filter then multiplies channels that it does not read by zero, so that
-// x (for dgrad: dz) must be finite.
+// Whether groups are multiplied as one. A filter then multiplies channels that it does not read by zero, so that what is
+// read of x (for dgrad: of dz) must be finite.
 template <class T>
 bool tiled_conv_joins(const ConvShape& shape);
 
@@ -49,16 +50,16 @@ at::Tensor pack_filters(
 constexpr int64_t kTasks = 64;  // maximum number of tasks that share the bands; each has separate sums
 
 // y = relu(scale·conv(x) + shift + residual); a null operand is missing. x is read in place, or row by row with
-// `fill`.
+// `fill`. Returns false, and y has no meaning, if tiled_conv_joins and a value of x is infinite or NaN.
 template <class T>
-void tiled_conv_fprop(
+bool tiled_conv_fprop(
     const ConvShape& shape, const T* x, const FillRow<T>& fill, const at::Tensor& panels, const float* scale,
     const float* shift, const T* residual, bool relu, T* y, const Finish& finish);
 
 // dx of the convolution of `shape`. If given, `fill` completes pixels of dz in place before they are read (only for
-// pointwise convolutions, whose bands do not overlap).
+// pointwise convolutions, whose bands do not overlap). Returns false as tiled_conv_fprop does, for dz.
 template <class T>
-void tiled_conv_dgrad(
+bool tiled_conv_dgrad(
     const ConvShape& shape, const T* dz, const FillRow<T>& fill, const at::Tensor& panels, T* dx,
     const Finish& finish);
 

@@ -12,13 +12,15 @@ import pytest
 import torch
 from conftest import DTYPES, IMPLS
 from judge import judge_impl
+from torch import nn
 
+from resnet_fast import fuse
 from resnet_fast.dispatch import backends, ops
 from resnet_fast.verify.op_cases import CONVOLUTIONS, Conv, Draw
 
 TESTS = Path(__file__).parents[1]
 PATH = os.pathsep.join(map(str, (TESTS.parent, TESTS, TESTS / "support")))  # of a process
-TILED = {  # channels and filters in multiples of 32, with groups of 16; or few channels
+TILED = {  # channels and filters in multiples of 32, with groups of 8; or few channels
     "1x1": Conv((2, 32, 7, 7), 64, (1, 1)),
     "1x1-many": Conv((1, 96, 31, 37), 32, (1, 1)),
     "1x1-stride2": Conv((2, 64, 15, 14), 32, (1, 1), (2, 2)),
@@ -46,6 +48,10 @@ TILED = {  # channels and filters in multiples of 32, with groups of 16; or few 
     "first-unpadded": Conv((1, 5, 20, 25), 32, (3, 2), (1, 1)),
     "first-two-channels": Conv((2, 2, 12, 11), 32, (3, 3), padding=(1, 1)),
     "groups-of-4": Conv((2, 32, 9, 14), 32, (3, 3), padding=(1, 1), groups=8),
+    "groups-of-2": Conv((1, 32, 6, 9), 32, (3, 3), padding=(1, 1), groups=16),
+    "groups-of-4-many": Conv((1, 128, 45, 40), 128, (3, 3), padding=(1, 1), groups=32),
+    "groups-of-8-short": Conv((2, 64, 9, 6), 64, (3, 3), padding=(1, 1), groups=8),
+    "groups-of-8-7x7": Conv((1, 32, 13, 12), 32, (7, 7), padding=(3, 3), groups=4),
     "groups-of-8-to-4": Conv((1, 64, 15, 13), 32, (3, 3), (2, 2), (1, 1), groups=8),
     "groups-of-16-unpadded": Conv((3, 48, 7, 8), 48, (3, 3), dilation=(1, 2), groups=3),
     "groups-of-32": Conv((2, 96, 7, 7), 96, (3, 3), padding=(1, 1), groups=3),
@@ -114,7 +120,8 @@ def test_tiles(isa, dtype, by, guard):
 
 
 @pytest.mark.parametrize(
-    ("channels", "groups", "takes"), [(32, 8, True), (96, 3, True), (32, 32, False), (24, 3, False)]
+    ("channels", "groups", "takes"),
+    [(32, 8, True), (96, 3, True), (24, 3, True), (32, 32, False), (36, 3, False)],
 )
 def test_groups_that_tiles_take(channels, groups, takes):
     info = backends.build_info()
@@ -145,6 +152,32 @@ def test_an_infinity_stays_in_its_group(dtype, value):
     y = ops.conv_bn_act(x, w, *[None] * 5, z.clone().zero_(), False, 0.0, *geometry, "native")
     for found in (z, dx, y):
         assert torch.equal(~found.isfinite(), alone)
+
+
+def test_an_infinity_beside_a_residual_that_is_overwritten():
+    """Tiles of joined groups find it late: what runs instead still needs the residual."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv1, self.bn1 = nn.Conv2d(32, 32, 1, bias=False), nn.BatchNorm2d(32)
+            self.conv2 = nn.Conv2d(32, 32, 3, padding=1, groups=8, bias=False)
+            self.bn2 = nn.BatchNorm2d(32)
+
+        def forward(self, x):
+            y = torch.relu(self.bn1(self.conv1(x)))
+            return torch.relu(self.bn2(self.conv2(y)) + x)
+
+    torch.manual_seed(0)
+    plain = nn.Sequential(Block(), Block()).eval().to(memory_format=torch.channels_last)
+    x = torch.randn(1, 32, 8, 8).to(memory_format=torch.channels_last)
+    fused = fuse(plain)
+    for value in (1.0, float("inf")):
+        x[0, 3, 5, 5] = value
+        with torch.inference_mode():
+            expected, found = plain(x), fused(x)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4, equal_nan=True)
+    assert not expected.isfinite().all() and expected.isfinite().any()
 
 
 OVERREAD = """
@@ -193,7 +226,7 @@ def test_rounding_errors_of_winograd():
         out = subprocess.run(run, check=True, capture_output=True, text=True, env=env).stdout
         found[by] = out.splitlines()
     many, few = (float(found["winograd"][i]) / float(found["tiles"][i]) for i in (0, 1))
-    assert 0 < many < 2 and 0 < few < 1, (many, few)
+    assert 0 < many < 2 and 0 < few < 1.2, (many, few)
     windows = str([[i, j] for i in (5, 6, 7) for j in (6, 7, 8)])
     assert found["winograd"][2:] == found["tiles"][2:] == [windows, windows]
 
