@@ -131,7 +131,8 @@ def _machine(runs: Sequence[Run], limits: Mapping[tuple[Any, ...], float]) -> st
     ours = "resnet_fast" in providers
     header = ["model", "mode", "dtype", "batch", *(LABELS.get(p, p) for p in providers)]
     header += [f"vs {LABELS[p]}" for p in peers if ours] + ["peak MiB"] * bool(ours and peers)
-    threads = len({one["threads"] for one in every}) > 1
+    counts = sorted({one["threads"] for one in every})
+    threads = len(counts) > 1
     header += ["threads"] * threads
     shares = [_share(run, limits) for run in runs]
     limited = any(share is not None for share in shares)
@@ -150,7 +151,7 @@ def _machine(runs: Sequence[Run], limits: Mapping[tuple[Any, ...], float]) -> st
         lines.append(line)
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     note = _footnote(every, bool(ours and peers), limited)
-    return f"{_heading(every[0], threads)}\n\n{table}\n\n{note}"
+    return f"{_heading(every[0], counts)}\n\n{table}\n\n{note}"
 
 
 def _share(run: Run, limits: Mapping[tuple[Any, ...], float]) -> float | None:
@@ -167,9 +168,8 @@ def _providers(runs: Iterable[Run]) -> list[str]:
     return [name for name in LABELS if name in seen] + [n for n in seen if n not in LABELS]
 
 
-def _heading(one: rows.Row, threads: bool = False) -> str:
-    """threads: they differ between the lines, which show them."""
-    where = "" if threads or one["device"] != "cpu" else f"{one['threads']} threads, "
+def _heading(one: rows.Row, threads: Sequence[int]) -> str:
+    where = f"{' and '.join(map(str, threads))} threads, " if one["device"] == "cpu" else ""
     versions = [f"PyTorch {one['torch']}"]
     versions += [f"Triton {one['triton']}"] if one["triton"] else []
     versions += [f"CUDA {one['cuda']}"] if one["cuda"] else []
@@ -301,7 +301,7 @@ def plot_throughput(found: Iterable[rows.Row], path: Path | str) -> None:
         fontsize=8,
     )
     axes.set_ylabel("throughput, eager = 1 (labels: images/s)")
-    axes.set_title(_heading(names[0]).replace("**", ""), fontsize=9)
+    axes.set_title(_heading(names[0], [names[0]["threads"]]).replace("**", ""), fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(fontsize=8, frameon=False, ncols=len(providers), loc="upper left")
     axes.margins(y=0.2)

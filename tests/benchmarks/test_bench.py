@@ -410,10 +410,11 @@ def test_a_table_shows_threads_and_the_share_of_the_fma_limit():
     found = [*limits, sample_row(), one, sample_row("eager"), sample_row(dtype="bf16")]
     text = table.markdown(found)
     heading, _, header, _, first, alone, bf16 = text.splitlines()[:7]
-    assert "thread" not in heading and header.endswith("| threads | of the FMA limit |")
+    assert "(1 and 2 threads, " in heading and header.endswith("| threads | of the FMA limit |")
     assert first.endswith(f"| 2 | {50 * infer / 4e12:.0%} |")
     assert alone.endswith("| 1 | – |") and bf16.endswith("| 2 | – |")  # no limit of that case
-    assert "threads" not in table.markdown([sample_row()]).splitlines()[2]
+    heading, _, header = table.markdown([sample_row()]).splitlines()[:3]
+    assert "(2 threads, " in heading and "threads" not in header
 
 
 def test_a_table_line_holds_one_run_and_the_newest():
