@@ -89,11 +89,6 @@ void for_tasks(int64_t tasks, F f) {
   for_tasks_with<None>(tasks, [&](None&, int64_t task) { f(task); });
 }
 
-// Prefetches [from, to) to L2.
-inline void fetch(const void* from, const void* to) {
-  for (auto* line = static_cast<const char*>(from); line < to; line += 64) __builtin_prefetch(line, 0, 2);
-}
-
 // The state of the tile registers during a task; it releases them at the end.
 template <class T>
 struct Tiles {

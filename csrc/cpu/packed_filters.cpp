@@ -7,7 +7,6 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
-#include <cmath>
 #include <cstring>
 #include <list>
 #include <memory>
@@ -293,7 +292,8 @@ Route route(const Tensor& x, const Tensor& w, const Geometry& g, bool inference)
   const bool merges = single ? active_isa() < Isa::AVX512 && tiled_fprop_merges<float>(s) : tiled_fprop_merges<bf16>(s);
   if (inference && merges) return {"tiles", "few channels", true};
   if (!(single ? tiled_conv_takes<float>(s) : tiled_conv_takes<bf16>(s))) {
-    return library("channels or filters are not multiples of 32 (of up to 4 groups: of 8), or the CPU has no tiles");
+    return library("channels or filters are not multiples of 32 (of up to 4 groups: of 8, with AVX-512 of 16), or the "
+                   "CPU has no tiles");
   }
   if (single ? by_winograd<float>(s, false) : by_winograd<bf16>(s, false)) {
     return {"winograd", "fp32 arithmetic, 3x3, stride 1", true};
@@ -304,7 +304,9 @@ Route route(const Tensor& x, const Tensor& w, const Geometry& g, bool inference)
       active_isa() >= Isa::AVX512 && !streams && onednn().takes(x, w, g)) {
     return library("fp32 inference on Intel");
   }
-  if (g.groups > 1) return {"tiles", "channels and filters of up to 4 groups are multiples of 8", true};
+  if (g.groups > 1) {
+    return {"tiles", "channels and filters of up to 4 groups are multiples of 8 (with AVX-512 of 16)", true};
+  }
   return {"tiles", "channels and filters are multiples of 32", true};
 }
 

@@ -258,9 +258,7 @@ def test_a_single_value_is_seen_within_a_bound(c, k, taps):
             while torch.equal(module(x), before):
                 calls += 1
                 assert calls <= PARTS
-            torch.testing.assert_close(
-                module(x), twins.plain(module)(x), rtol=1e-3, atol=1e-3
-            )
+            torch.testing.assert_close(module(x), twins.plain(module)(x), rtol=1e-3, atol=1e-3)
 
 
 WHOLE = {
