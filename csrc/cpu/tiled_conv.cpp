@@ -524,10 +524,13 @@ bool run(const Problem<T>& c) {
     }
   };
   if (splits) {
-    const Cut parts = {std::clamp<int64_t>(ceil_div(4 * threads, count * runs.parts), 1, panels), panels};
-    for_tasks_with<Prepared<T>>(count * runs.parts * parts.parts, [&](Prepared<T>& prepared, int64_t task) {
-      const int64_t i = task / parts.parts;
-      run_some(prepared, i / runs.parts, i % runs.parts, parts, task % parts.parts);
+    // The last groups of bands are split by panels, so that the threads end at about the same time.
+    const int64_t groups = count * runs.parts, last = std::min(groups, threads), whole = groups - last;
+    const Cut all = {1, panels}, parts = {std::clamp<int64_t>(ceil_div(4 * threads, last), 1, panels), panels};
+    for_tasks_with<Prepared<T>>(whole + last * parts.parts, [&](Prepared<T>& prepared, int64_t task) {
+      const int64_t part = std::max<int64_t>(0, task - whole);
+      const int64_t i = task < whole ? task : whole + part / parts.parts;
+      run_some(prepared, i / runs.parts, i % runs.parts, task < whole ? all : parts, part % parts.parts);
     });
     return finite;
   }
