@@ -67,12 +67,36 @@ constexpr int kWide = kColumns / kVector;
 // Values of a row that the epilogue takes at once, and of a panel that are packed at once.
 template <int kVectors>
 constexpr int kPart = kVectors * kVector < 16 ? kVectors * kVector : 16;
+// Steps per iteration. Narrow tiles have few FMAs per step, and would need as many other instructions.
+template <int kVectors>
+constexpr int kUnroll = kVector == 8 && kVectors < kWide ? 4 : 1;
 constexpr int kStepBytes = 4;  // between steps of A in unpacked pixels; those of B in packed ones
 #if defined(RESNET_FAST_AVX512_BF16)
 constexpr int kValues = 2;  // per step
 #else
 constexpr int kValues = 1;
 #endif
+
+// The value of A in row `row` of a group (0 to 3) at p, and `at` bytes after it.
+template <int kVectors>
+inline __attribute__((always_inline)) Vector value(const char* p, int64_t lda, int64_t lda3, int row, int at) {
+#if !defined(RESNET_FAST_AVX512)
+  if constexpr (kVectors < kWide) {
+    // In assembly, because GCC 12 keeps lda + at for each step of an iteration, and has too few registers for them.
+    // Nothing writes A between two reads.
+    Vector v;
+    if (row == 0) {
+      asm("vbroadcastss %c2(%1), %0" : "=x"(v) : "r"(p), "i"(at));
+    } else if (row == 2) {
+      asm("vbroadcastss %c3(%1,%2,2), %0" : "=x"(v) : "r"(p), "r"(lda), "i"(at));
+    } else {
+      asm("vbroadcastss %c3(%1,%2), %0" : "=x"(v) : "r"(p), "r"(row == 1 ? lda : lda3), "i"(at));
+    }
+    return v;
+  }
+#endif
+  return broadcast((row == 0 ? p : row == 1 ? p + lda : row == 2 ? p + 2 * lda : p + lda3) + at);
+}
 
 #if !defined(RESNET_FAST_AVX512)
 // A stretch of a full tile. `ahead` is advanced over the steps that are done in fours.
@@ -163,20 +187,28 @@ inline __attribute__((always_inline)) void accumulate(Product& product, Vector (
       continue;
     }
 #endif
-    for (int64_t step = stretches[i].steps; step > 0; --step) {
-      Vector columns[kVectors];
-      for (int j = 0; j < kVectors; ++j, b += sizeof(Vector)) columns[j] = load(b);
+    const auto multiply = [&](auto steps) {
+#pragma GCC unroll 4
+      for (int step = 0; step < steps.value; ++step) {
+        Vector columns[kVectors];
+        for (int j = 0; j < kVectors; ++j, b += sizeof(Vector)) columns[j] = load(b);
 #pragma GCC unroll 14
-      for (int row = 0; row < kRows; ++row) {
-        const int in_half = row % half;
-        const char* p = group[row / half * 2 + in_half / 4];
-        const char* at = in_half % 4 == 0 ? p : in_half % 4 == 1 ? p + lda : in_half % 4 == 2 ? p + 2 * lda : p + lda3;
-        const Vector a = broadcast(at);
-        for (int j = 0; j < kVectors; ++j) sum[row][j] = multiply_add(a, columns[j], sum[row][j]);
+        for (int row = 0; row < kRows; ++row) {
+          const int in_half = row % half;
+          const Vector a = value<kVectors>(group[row / half * 2 + in_half / 4], lda, lda3, in_half % 4, step * kStep);
+          for (int j = 0; j < kVectors; ++j) sum[row][j] = multiply_add(a, columns[j], sum[row][j]);
+        }
+        if (step % 2 == 0) _mm_prefetch(ahead + step * product.ahead_step, _MM_HINT_T1);
       }
-      for (int g = 0; g < kGroups; ++g) group[g] += kStep;
-      _mm_prefetch(ahead, _MM_HINT_T1);
-      ahead += product.ahead_step;
+      for (int g = 0; g < kGroups; ++g) group[g] += steps.value * kStep;
+      ahead += steps.value * product.ahead_step;
+    };
+    int64_t rest = stretches[i].steps;
+    for (; rest >= kUnroll<kVectors>; rest -= kUnroll<kVectors>) {
+      multiply(std::integral_constant<int, kUnroll<kVectors>>());
+    }
+    if constexpr (kUnroll<kVectors> > 1) {
+      for (; rest > 0; --rest) multiply(std::integral_constant<int, 1>());
     }
   }
   if (product.ahead) product.ahead = ahead;
