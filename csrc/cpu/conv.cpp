@@ -5,6 +5,7 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -61,10 +62,8 @@ class BandStatistics {
   std::tuple<Tensor, Tensor> result(const Tensor& x) {
     for (int64_t task = 1; task < kTasks; ++task) merge_into(0, counts_[task], moments_[task].data());
     Tensor mean = empty_vector(x, channels_), m2 = empty_vector(x, channels_);
-    for (int64_t c = 0; c < channels_; ++c) {
-      mean.data_ptr<float>()[c] = float(moments_[0][c]);
-      m2.data_ptr<float>()[c] = float(moments_[0][channels_ + c]);
-    }
+    std::copy_n(moments_[0].data(), channels_, mean.data_ptr<float>());
+    std::copy_n(moments_[0].data() + channels_, channels_, m2.data_ptr<float>());
     return {mean, m2};
   }
 
@@ -177,7 +176,7 @@ std::optional<Three> tiled_dgrad(
   for (size_t task = 1; task < sums.size(); ++task) {
     for (size_t c = 0; c < sums[task].size(); ++c) sums[0][c] += sums[task][c];
   }
-  for (int64_t c = 0; c < width; ++c) total[c / s.channels].data_ptr<float>()[c % s.channels] = float(sums[0][c]);
+  for (int64_t i = 0; i < 2; ++i) std::copy_n(&sums[0][i * s.channels], s.channels, total[i].data_ptr<float>());
   return Three{dx, total[0], total[1]};
 }
 

@@ -88,7 +88,6 @@ struct ConvKernels {
   int64_t depth;          // maximum steps per stretch: all taps of these steps are multiplied while in L1
   int64_t scratch_bytes;  // of input that stays in L2 with a panel and the output
   int64_t block_bytes;    // of panels that are multiplied by a tile of pixels in sequence; at least one panel is
-  int dw_parts;           // tiles of dw per panel of kColumns filters; always wide
   int64_t dw_pixels;      // maximum pixels per block of dw,
   int64_t dw_bytes;       // and maximum bytes of its operands
 
@@ -104,8 +103,8 @@ struct ConvKernels {
   // are added chain by chain, all tiles of a panel before the next chain. nullptr for tiles that accumulate all steps
   // without a loss (AMX).
   void (*sum_tile)(const Rows&, const Product&, bool add, float* sum, int64_t ld);
-  // sum[row·ld + column] = … or, where `add`, += …
-  void (*add_tile)(int rows, Product, bool add, float* sum, int64_t ld, int& shape);
+  // sum[row·ld + column] = … or, where `add`, += … for the kColumns rows of a panel of A, by wide tiles.
+  void (*add_panel)(Product, bool add, float* sum, int64_t ld, int& shape);
   void (*release)();
   // Filters [outer][inner] (inner contiguous, rows `ld` values apart; float, or T unless T is widened) as B panels of
   // `columns` outer values (fprop) or inner values (dgrad): packed[step][columns].

@@ -340,8 +340,18 @@ void sum_tile(const Rows& rows, const Product& product, bool add, float* sum, in
   });
 }
 
-void add_tile(int rows, Product product, bool add, float* to, int64_t ld, int&) {
-  with_rows<kTileRows<kWide>>(rows, [&](auto r) { add_rows<r.value, kWide, kPanelStep>(product, add, to, ld); });
+// `tiles` tiles of a panel of A.
+template <int kRows>
+inline __attribute__((always_inline)) void add_tiles(int tiles, Product& product, bool add, float*& to, int64_t ld) {
+  for (; tiles > 0; --tiles, product.a += kRows * product.lda, to += kRows * ld) {
+    add_rows<kRows, kWide, kPanelStep>(product, add, to, ld);
+  }
+}
+
+void add_panel(Product product, bool add, float* to, int64_t ld, int&) {
+  constexpr int tiles = (kColumns + kTileRows<kWide> - 1) / kTileRows<kWide>, rows = kColumns / tiles;
+  add_tiles<rows + 1>(kColumns % tiles, product, add, to, ld);
+  add_tiles<rows>(tiles - kColumns % tiles, product, add, to, ld);
 }
 
 #if defined(RESNET_FAST_AVX512_BF16)
@@ -503,8 +513,8 @@ ConvKernels<T> kernels_of() {
   k.widens = kValues * sizeof(T) < 4, k.ragged = false, k.steps = 1, k.depth = kChain;
   k.chained = k.rows < 4, k.tiles = 8;
   k.scratch_bytes = 256 << 10, k.block_bytes = k.chained ? 0 : 32 << 10;
-  k.dw_parts = (kColumns + kTileRows<kWide> - 1) / kTileRows<kWide>, k.dw_pixels = 256, k.dw_bytes = 640 << 10;
-  k.store_tile = store_tile<kVectors, T>, k.sum_tile = sum_tile<kVectors>, k.add_tile = add_tile;
+  k.dw_pixels = 256, k.dw_bytes = 640 << 10;
+  k.store_tile = store_tile<kVectors, T>, k.sum_tile = sum_tile<kVectors>, k.add_panel = add_panel;
   k.pack_outer = pack_outer<kVectors>, k.pack_inner = pack_inner<kVectors>;
   k.pack_pixels = pack_pixels<T>, k.copy = copy_pixels<T, kVectors != kWide>, k.spin = spin;
   return k;

@@ -139,9 +139,8 @@ void store_tile(
   finisher.rows(rows.second, sum + kHalf * kColumns, half_y);
 }
 
-// rows is always 32, because dw_parts is 1.
-void add_tile(int rows, Product product, bool add, float* to, int64_t ld, int& shape) {
-  reshape(kHalf, rows - kHalf, shape);
+void add_panel(Product product, bool add, float* to, int64_t ld, int& shape) {
+  reshape(kHalf, kHalf, shape);
   float* second = to + kHalf * ld;
   const int64_t pitch = ld * int64_t(sizeof(float));
   if (add) {
@@ -214,8 +213,8 @@ const ConvKernels<bf16>& conv_kernels() {
     ConvKernels<bf16> k = avx512_bf16::conv_kernels<bf16>();  // for its packing
     k.rows = 2 * kHalf, k.half = kHalf, k.tiles = 1, k.ragged = true, k.steps = kGroup, k.depth = 2 * kGroup;
     k.scratch_bytes = 512 << 10, k.block_bytes = 512 << 10;
-    k.dw_parts = 1, k.dw_pixels = 2048, k.dw_bytes = 1 << 20;
-    k.store_tile = store_tile, k.sum_tile = nullptr, k.add_tile = add_tile, k.release = release;
+    k.dw_pixels = 2048, k.dw_bytes = 1 << 20;
+    k.store_tile = store_tile, k.sum_tile = nullptr, k.add_panel = add_panel, k.release = release;
     k.turn = turn, k.copy = copy, k.spin = spin;
     return k;
   }();

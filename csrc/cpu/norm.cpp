@@ -165,13 +165,12 @@ std::tuple<Tensor, Tensor, Tensor> bn_finalize(
     using A = scalar_t;
     using W = wider_t<A>;
     const W n = W(std::max<int64_t>(count, 1));
+    const A *from_mean = data<A>(mean), *from_m2 = data<A>(m2), *from_w = data<A>(w), *from_b = data<A>(b);
+    A *to_scale = scale.data_ptr<A>(), *to_shift = shift.data_ptr<A>(), *to_rstd = rstd.data_ptr<A>();
     for (int64_t c = 0; c < channels; ++c) {
       const auto r = finalize<A, W>(
-          mean.const_data_ptr<A>()[c], W(m2.const_data_ptr<A>()[c]) / n, w.const_data_ptr<A>()[c],
-          b.const_data_ptr<A>()[c], W(eps), [](W v) { return 1 / std::sqrt(v); });
-      scale.data_ptr<A>()[c] = r.scale;
-      shift.data_ptr<A>()[c] = r.shift;
-      rstd.data_ptr<A>()[c] = r.rstd;
+          from_mean[c], W(from_m2[c]) / n, from_w[c], from_b[c], W(eps), [](W v) { return 1 / std::sqrt(v); });
+      to_scale[c] = r.scale, to_shift[c] = r.shift, to_rstd[c] = r.rstd;
     }
   });
   return {scale, shift, rstd};
@@ -211,12 +210,12 @@ std::tuple<Tensor, Tensor> bn_bwd_finalize(
   AT_DISPATCH_FLOATING_TYPES(sum_dy.scalar_type(), "bn_bwd_finalize", [&] {
     using A = scalar_t;
     const A n = A(std::max<int64_t>(count, 1));
+    const A *dy = data<A>(sum_dy), *dy_xhat = data<A>(sum_dy_xhat), *from_scale = data<A>(scale);
+    const A* from_rstd = data<A>(rstd);
+    A *to_b = b.data_ptr<A>(), *to_c = c.data_ptr<A>();
     for (int64_t i = 0; i < channels; ++i) {
-      const auto r = finalize_gradient<A>(
-          sum_dy.const_data_ptr<A>()[i], sum_dy_xhat.const_data_ptr<A>()[i], scale.const_data_ptr<A>()[i],
-          rstd.const_data_ptr<A>()[i], n);
-      b.data_ptr<A>()[i] = r.b;
-      c.data_ptr<A>()[i] = r.c;
+      const auto r = finalize_gradient<A>(dy[i], dy_xhat[i], from_scale[i], from_rstd[i], n);
+      to_b[i] = r.b, to_c[i] = r.c;
     }
   });
   return {b, c};

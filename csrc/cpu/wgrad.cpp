@@ -70,7 +70,7 @@ const T* input_row(
 
 // For each block of pixels whose operands fit L2: pack panels of filters of dz, [row][step][columns], and of channels
 // of x for each column tap, [row][step][columns]; a step is one pixel in fp32 arithmetic, two in products of bf16. Then accumulate
-// dw[filters][tap][channels] += dzᵀ·x in tiles of a panel of dz, or a part of it, by a panel of x. Rows of x are
+// dw[filters][tap][channels] += dzᵀ·x, a panel of dz by a panel of x. Rows of x are
 // ordered by their remainder modulo the stride, so that the rows that consecutive output rows read are adjacent, and a
 // band is one stretch. If a band is not a whole number of groups of steps, zeros of dz complete it, and multiply
 // whatever follows in x. Tasks are chunks of filters × lanes of blocks. Each lane has separate sums; the lanes are
@@ -92,7 +92,6 @@ at::Tensor tiled_conv_wgrad(const ConvShape& shape, const T* x, const FillRow<T>
       cut_blocks(s, std::clamp<int64_t>(kernels.dw_bytes / pixel_bytes, 96, kernels.dw_pixels) / 2 * 2);
   const int64_t count = int64_t(blocks.size()), lanes = std::clamp<int64_t>(ceil_div(threads, chunks), 1, count);
   const at::Tensor sums = empty({lanes, size}, at::kFloat, at::MemoryFormat::Contiguous);
-  const Cut parts = {kernels.dw_parts, width};
   std::vector<bool> met(rows.mul);  // whether a tap reads rows of x with this remainder
   for (int64_t r = 0; r < rows.taps; ++r) met[r * rows.slope % rows.mul] = true;
   // A in B's order, [step][columns], or transposed, [group][32][steps of a group].
@@ -166,13 +165,11 @@ at::Tensor tiled_conv_wgrad(const ConvShape& shape, const T* x, const FillRow<T>
       for (int64_t tap = 0; tap < taps; ++tap) {
         const std::vector<Stretch>& row = stretches[tap / s.taps[1]];
         const char* plane = b + tap % s.taps[1] * copy + panel * b_panel;
-        for (int64_t i = 0; i < a_panels * parts.parts; ++i) {
-          const int64_t part = parts.begin(i % parts.parts), k = i / parts.parts * width + part;
-          const Product product = {a + i / parts.parts * a_panel + part * lda, plane, row.data(),
-                                   int64_t(row.size()), lda, lda * kernels.half, panel_step};
-          kernels.add_tile(
-              int(parts.begin(i % parts.parts + 1) - part), product, add,
-              dw + ((k0 + k) * taps + tap) * s.channels + panel * width, taps * s.channels, state.shape);
+        for (int64_t i = 0; i < a_panels; ++i) {
+          const Product product = {a + i * a_panel, plane, row.data(), int64_t(row.size()), lda, lda * kernels.half,
+                                   panel_step};
+          float* to = dw + ((k0 + i * width) * taps + tap) * s.channels + panel * width;
+          kernels.add_panel(product, add, to, taps * s.channels, state.shape);
         }
       }
     }

@@ -300,7 +300,6 @@ at::Tensor winograd_wgrad(const ConvShape& s, const T* x, const FillRow<T>& fill
   const int64_t chunks = ceil_div(s.filters, chunk), rows = std::max<int64_t>(1, kBlockTiles / grid.columns);
   const int64_t lanes = std::clamp<int64_t>(ceil_div(threads, chunks), 1, grid.all);
   const Cut cut = {std::min(ceil_div(ceil_div(grid.all, rows), lanes) * lanes, grid.all), grid.all};
-  const Cut parts = {tile_kernels.dw_parts, width};
   const at::Tensor sums =
       empty({lanes, kWinogradProducts, s.filters, s.channels}, at::kFloat, at::MemoryFormat::Contiguous);
 
@@ -331,13 +330,12 @@ at::Tensor winograd_wgrad(const ConvShape& s, const T* x, const FillRow<T>& fill
     for (int64_t i = 0; i < kWinogradProducts; ++i) {
       for (int64_t c = 0; c < s.channels; c += width) {
         const auto* b = reinterpret_cast<const char*>(v + i * v_pitch + c / width * panel);
-        for (int64_t j = 0; j < filters / width * parts.parts; ++j) {
-          const int64_t part = parts.begin(j % parts.parts), k = j / parts.parts * width;
-          const auto* a = reinterpret_cast<const char*>(m + i * m_pitch + k * tiles + part);
+        for (int64_t k = 0; k < filters; k += width) {
+          const auto* a = reinterpret_cast<const char*>(m + i * m_pitch + k * tiles);
           const Product product = {a, b, stretches.data(), int64_t(stretches.size()), lda, lda * tile_kernels.half,
                                    kPanelStep};
-          float* to = u + ((i * s.filters + k0 + k + part) * s.channels + c);
-          tile_kernels.add_tile(int(parts.begin(j % parts.parts + 1) - part), product, add, to, s.channels, shape);
+          float* to = u + ((i * s.filters + k0 + k) * s.channels + c);
+          tile_kernels.add_panel(product, add, to, s.channels, shape);
         }
       }
     }
@@ -351,11 +349,13 @@ at::Tensor winograd_wgrad(const ConvShape& s, const T* x, const FillRow<T>& fill
 
   const at::Tensor u = lanes == 1 ? sums[0] : sums.sum(0);
   const at::Tensor dw = empty({s.filters, 3, 3, s.channels}, at::kFloat, at::MemoryFormat::Contiguous);
+  const float* const from = u.const_data_ptr<float>();
+  float* const first = dw.data_ptr<float>();
   at::parallel_for(0, s.filters, 8, [&](int64_t begin, int64_t end) {
     for (int64_t k = begin; k < end; ++k) {
       float* to[9];
-      for (int64_t i = 0; i < 9; ++i) to[i] = dw.data_ptr<float>() + (k * 9 + i) * s.channels;
-      transforms.filter_gradient(u.const_data_ptr<float>() + k * s.channels, s.filters * s.channels, s.channels, to);
+      for (int64_t i = 0; i < 9; ++i) to[i] = first + (k * 9 + i) * s.channels;
+      transforms.filter_gradient(from + k * s.channels, s.filters * s.channels, s.channels, to);
     }
   });
   return dw;
