@@ -67,7 +67,8 @@ constexpr int kWide = kColumns / kVector;
 // Values of a row that the epilogue takes at once, and of a panel that are packed at once.
 template <int kVectors>
 constexpr int kPart = kVectors * kVector < 16 ? kVectors * kVector : 16;
-// Steps per iteration. Narrow tiles have few FMAs per step, and would need as many other instructions.
+// Steps per iteration. Narrow tiles have few FMAs per step, and would need as many other instructions; their stretches
+// are multiples of 8 channels.
 template <int kVectors>
 constexpr int kUnroll = kVector == 8 && kVectors < kWide ? 4 : 1;
 constexpr int kStepBytes = 4;  // between steps of A in unpacked pixels; those of B in packed ones
@@ -187,9 +188,9 @@ inline __attribute__((always_inline)) void accumulate(Product& product, Vector (
       continue;
     }
 #endif
-    const auto multiply = [&](auto steps) {
+    for (int64_t steps = stretches[i].steps; steps > 0; steps -= kUnroll<kVectors>) {
 #pragma GCC unroll 4
-      for (int step = 0; step < steps.value; ++step) {
+      for (int step = 0; step < kUnroll<kVectors>; ++step) {
         Vector columns[kVectors];
         for (int j = 0; j < kVectors; ++j, b += sizeof(Vector)) columns[j] = load(b);
 #pragma GCC unroll 14
@@ -200,15 +201,8 @@ inline __attribute__((always_inline)) void accumulate(Product& product, Vector (
         }
         if (step % 2 == 0) _mm_prefetch(ahead + step * product.ahead_step, _MM_HINT_T1);
       }
-      for (int g = 0; g < kGroups; ++g) group[g] += steps.value * kStep;
-      ahead += steps.value * product.ahead_step;
-    };
-    int64_t rest = stretches[i].steps;
-    for (; rest >= kUnroll<kVectors>; rest -= kUnroll<kVectors>) {
-      multiply(std::integral_constant<int, kUnroll<kVectors>>());
-    }
-    if constexpr (kUnroll<kVectors> > 1) {
-      for (; rest > 0; --rest) multiply(std::integral_constant<int, 1>());
+      for (int g = 0; g < kGroups; ++g) group[g] += kUnroll<kVectors> * kStep;
+      ahead += kUnroll<kVectors> * product.ahead_step;
     }
   }
   if (product.ahead) product.ahead = ahead;

@@ -69,12 +69,11 @@ const T* input_row(
 }  // namespace
 
 // For each block of pixels whose operands fit L2: pack panels of filters of dz, [row][step][columns], and of channels
-// of x for each column tap, [row][step][columns]; a step is one pixel in fp32 arithmetic, two in products of bf16. Then accumulate
-// dw[filters][tap][channels] += dzᵀ·x, a panel of dz by a panel of x. Rows of x are
-// ordered by their remainder modulo the stride, so that the rows that consecutive output rows read are adjacent, and a
-// band is one stretch. If a band is not a whole number of groups of steps, zeros of dz complete it, and multiply
-// whatever follows in x. Tasks are chunks of filters × lanes of blocks. Each lane has separate sums; the lanes are
-// added in order.
+// of x for each column tap, [row][step][columns]; a step is one pixel in fp32 arithmetic, two in products of bf16. Then
+// accumulate dw[filters][tap][channels] += dzᵀ·x, a panel of dz by a panel of x. Rows of x are ordered by their
+// remainder modulo the stride, so that the rows that consecutive output rows read are adjacent, and a band is one
+// stretch. If a band is not a whole number of groups of steps, zeros of dz complete it, and multiply whatever follows in
+// x. Tasks are chunks of filters × lanes of blocks. Each lane has separate sums; the lanes are added in order.
 template <class T>
 at::Tensor tiled_conv_wgrad(const ConvShape& shape, const T* x, const FillRow<T>& fill, const T* dz) {
   if (by_winograd<T>(shape, false)) return winograd_wgrad(shape, x, fill, dz);

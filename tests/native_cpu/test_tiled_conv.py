@@ -22,7 +22,7 @@ TESTS = Path(__file__).parents[1]
 PATH = os.pathsep.join(map(str, (TESTS.parent, TESTS, TESTS / "support")))  # of a process
 TILED = {  # channels and filters in multiples of 32, with groups of 8; or few channels
     "1x1": Conv((2, 32, 7, 7), 64, (1, 1)),
-    "1x1-many": Conv((1, 96, 31, 37), 32, (1, 1)),
+    "1x1-many": Conv((1, 96, 31, 37), 160, (1, 1)),  # the last bands are split by filters
     "1x1-stride2": Conv((2, 64, 15, 14), 32, (1, 1), (2, 2)),
     "1x1-padded": Conv((2, 32, 5, 6), 32, (1, 1), padding=(1, 2)),
     "3x3-7": Conv((2, 64, 7, 7), 32, (3, 3), padding=(1, 1)),
