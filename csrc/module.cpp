@@ -20,6 +20,7 @@
 #include "cpu/memory.h"
 #include "cpu/packed_filters.h"
 #include "cpu/witness.h"
+#include "program.h"
 #include "settings.h"
 
 namespace {
@@ -143,4 +144,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("drop_packed", &resnet_fast::cpu::drop_packed,
         "Drop the packed copies of the filters at this address, and of freed tensors");
   m.def("recheck", &resnet_fast::cpu::recheck, "Compare all values of packed filters with their source at next use");
+  resnet_fast::bind_program(m);
 }

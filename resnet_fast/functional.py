@@ -8,13 +8,14 @@ only (`guard.transformed`), plain PyTorch ops run.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .autograd import ChainFunction
+from .autograd import ChainFunction, Layout
 from .autograd.running_stats import Batch, update_running
 from .dispatch import ops, replay
 from .dispatch.guard import transformed
@@ -227,21 +228,19 @@ def run_chain(
         return _promoted(chain, x, tensors, residual, running)
     if dtype != x.dtype:
         x = x.to(dtype)
-    counts = check_chain(chain, x, *tensors, residual)
-    weight = tensors.convs[0].weight if tensors.convs else None
-    x = x.contiguous(memory_format=call_format(x, weight))
-    if residual is not None:  # in x's format now: a copied x may fit both
-        residual = residual.contiguous(memory_format=memory_format(x, weight))
-    batch_stats = any(norm is not None and norm.batch_stats for norm in chain.all_norms)
-    flat = [t if t is None or t.dim() > 1 else t.contiguous() for t in tensors.flat()]
-    if not batch_stats and not _wants_gradient(x, residual, *flat):
+    flat = tensors.flat()
+    kind = replay.kind_of((x, residual, *flat))
+    call = replay.known(chain, kind)
+    if call is None:
+        call, kind, x, residual, *flat = _checked(chain, kind, x, residual, tensors)
+    if not call.batch_stats and not _wants_gradient(x, residual, *flat):
         return replay.run(_infer, chain, ((),), (x, residual, *flat))
-    y, *statistics = ChainFunction.apply(chain, x, residual, *flat)
+    y, *statistics = ChainFunction.apply(chain, kind, call.layout, x, residual, *flat)
     follow = []
     for i, norm in enumerate(chain.all_norms):
         if norm is not None and norm.batch_stats:
             mean, m2, *statistics = statistics
-            count = counts[i]
+            count = call.counts[i]
             if norm.group is not None:
                 total, *statistics = statistics
                 count = total if count > 0 or total > 0 else 0  # local values: no device sync
@@ -251,6 +250,40 @@ def run_chain(
     if follow:
         update_running(chain, follow)
     return y
+
+
+class _Call(NamedTuple):
+    """What calls of a chain on tensors of one kind have in common.
+
+    counts: values per channel of each norm; layout: that of `ChainFunction`, or None.
+    """
+
+    counts: list[int]
+    batch_stats: bool
+    layout: Layout | None
+
+
+def _checked(
+    chain: Chain, kind: Hashable | None, x: Tensor, residual: Tensor | None, tensors: Tensors
+) -> tuple[Any, ...]:
+    """The `_Call`, and kind, x, residual and `tensors.flat()`, dense in the chain's format.
+
+    ValueError, as `check_chain` raises it, if the tensors do not fit.
+    """
+    counts = check_chain(chain, x, *tensors, residual)
+    weight = tensors.convs[0].weight if tensors.convs else None
+    given = x, residual, *tensors.flat()
+    x = x.contiguous(memory_format=call_format(x, weight))
+    if residual is not None:  # in x's format now: a copied x may fit both
+        residual = residual.contiguous(memory_format=memory_format(x, weight))
+    flat = [t if t is None or t.dim() > 1 else t.contiguous() for t in given[2:]]
+    batch_stats = any(norm is not None and norm.batch_stats for norm in chain.all_norms)
+    layout = None if kind is None else Layout.of(chain, x, flat)
+    call = _Call(counts, batch_stats, layout)
+    if any(a is not b for a, b in zip(given, (x, residual, *flat), strict=True)):
+        kind = None  # of other tensors
+    replay.known(chain, kind, call)
+    return call, kind, x, residual, *flat
 
 
 def infer_chains(chains: Sequence[tuple[Chain, Tensors]], x: Tensor) -> Tensor | None:

@@ -43,15 +43,16 @@ def run_fused(
     `residual` is the shortcut, if given. In inference, `dispatch.native_inference` runs the chain
     if it can.
     """
+    norms = _norms_of(parts)
     if residual is None:
-        y = infer((parts,), x, impl)
+        y = None if any(map(_trains, norms)) else infer((parts,), x, impl)
         if y is not None:
             return y
         if parts.shortcut == "zero_pad":
             residual = zero_pad(x, parts.stride, parts.convs[-1].out_channels)
     shortcut = "residual" if residual is not None else parts.shortcut
     chain, tensors = _chain_of(parts, shortcut, impl, keep_activations)
-    running = [None if norm is None else _running(norm) for norm in _norms_of(parts)]
+    running = [None if norm is None else _running(norm) for norm in norms]
     return run_chain(chain, x, tensors, residual, running)
 
 

@@ -3,6 +3,7 @@
 #include "norm.h"
 
 #include <ATen/Parallel.h>
+#include <ATen/core/grad_mode.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -330,10 +331,60 @@ std::tuple<Tensor, Tensor, Tensor> max_pool_bwd(
   });
 }
 
+// As PyTorch's in-place ops: an error if t requires a gradient, and a new version for autograd.
+void will_write(const Tensor& t) {
+  TORCH_CHECK(!(t.requires_grad() && at::GradMode::is_enabled()),
+              "update_running: `running`: a leaf Variable that requires grad is being used in an in-place operation");
+  if (!t.is_inference()) t.unsafeGetTensorImpl()->bump_version();
+}
+
+// running = (1 - momentum)·running + momentum·batch in place, with the unbiased variance m2 / (count - 1), and one batch
+// more in `tracked`. `moments` holds mean and m2 of each norm, `running` its mean and variance. One thread: the vectors
+// are short.
+void update_running(
+    at::TensorList moments, at::IntArrayRef counts, at::TensorList running, at::TensorList tracked, double momentum) {
+  TORCH_CHECK_VALUE(moments.size() == 2 * counts.size() && running.size() == moments.size(),
+                    "update_running: expected two of `moments` and of `running` for each of ", counts.size(),
+                    " `counts`, got ", moments.size(), " and ", running.size());
+  for (size_t i = 0; i < running.size(); ++i) {
+    const Tensor& to = running[i];
+    const Tensor& batch = moments[i];
+    check_dtype({"update_running", "running", to}, {at::kFloat, at::kDouble});
+    check_dtype({"update_running", "moments", batch}, {to.scalar_type()});
+    check_same_shape({"update_running", "running", to}, {"update_running", "moments", batch});
+    TORCH_CHECK_VALUE(to.is_contiguous() && batch.is_contiguous(), "update_running: expected contiguous tensors");
+  }
+  for (const Tensor& t : tracked) {
+    check_dtype({"update_running", "tracked", t}, {at::kLong});
+    TORCH_CHECK_VALUE(t.numel() == 1, "update_running: `tracked`: expected one value each, got ", t.numel());
+  }
+  for (size_t i = 0; i < running.size(); ++i) {
+    will_write(running[i]);
+    const auto write = [&](auto zero) {
+      using A = decltype(zero);
+      const A divisor = i % 2 ? A(counts[i / 2] - 1) : A(1), keep = A(1 - momentum), take = A(momentum);
+      A* const to = running[i].data_ptr<A>();
+      const A* const batch = moments[i].const_data_ptr<A>();
+      for (int64_t c = 0; c < running[i].numel(); ++c) to[c] = keep * to[c] + take * (batch[c] / divisor);
+    };
+    running[i].scalar_type() == at::kDouble ? write(double()) : write(float());
+  }
+  for (const Tensor& t : tracked) {
+    will_write(t);
+    ++*t.data_ptr<int64_t>();
+  }
+}
+
 // PyTorch's kernel is already one pass.
 Tensor global_avg_pool(const Tensor& x) {
   check_4d({"global_avg_pool", "x", x});
   return at::adaptive_avg_pool2d(x, {1, 1}).flatten(1).contiguous();
+}
+
+TORCH_LIBRARY_FRAGMENT(resnet_fast_native, m) {  // only CPU tensors; in autograd/running_stats.py
+  m.def(
+      "update_running(Tensor[] moments, int[] counts, Tensor(a!)[] running, Tensor(b!)[] tracked, float momentum) "
+      "-> ()");
 }
 
 TORCH_LIBRARY_IMPL(resnet_fast_native, CPU, m) {
@@ -343,6 +394,7 @@ TORCH_LIBRARY_IMPL(resnet_fast_native, CPU, m) {
   m.impl("bn_stats", &bn_stats);
   m.impl("bn_finalize", &bn_finalize);
   m.impl("bn_fold", &bn_fold);
+  m.impl("update_running", &update_running);
   m.impl("bn_bwd_finalize", &bn_bwd_finalize);
   m.impl("bn_act", &bn_act);
   m.impl("add_relu", &add_relu);

@@ -1,5 +1,5 @@
 """The autograd Function: the order of the ops, and what is saved or recomputed for backward."""
 
-from .chain import ChainFunction
+from .chain import ChainFunction, Layout
 
-__all__ = ["ChainFunction"]
+__all__ = ["ChainFunction", "Layout"]

@@ -86,7 +86,7 @@ class Saved(NamedTuple):
             [Affine(*take(len(Affine._fields))) for _ in range(n + 2)],
         )  # fmt: skip
 
-    def in_format(self, fmt: torch.memory_format, filters: Sequence[torch.memory_format]) -> Saved:
+    def in_format(self, layout: Layout) -> Saved:
         """The same tensors in the memory formats in which they were saved.
 
         Hooks may change them: `torch.autograd.graph.save_on_cpu(pin_memory=True)` returns every
@@ -96,11 +96,12 @@ class Saved(NamedTuple):
         def dense(t: Tensor | None, fmt: torch.memory_format) -> Tensor | None:
             return t if t is None else t.contiguous(memory_format=fmt)
 
+        fmt = layout.format
         bits = self.mask is None or self.mask.dim() == 4  # a pool's index follows z (before_pool)
         return self._replace(
             mask=self.mask if bits else self.mask.contiguous(),
             z_p=dense(self.z_p, fmt),
-            weights=[dense(w, f) for w, f in zip(self.weights, filters, strict=True)],
+            weights=[dense(w, f) for w, f in zip(self.weights, layout.filters, strict=True)],
             hs=[dense(h, fmt) for h in self.hs],
             acts=[dense(a, fmt) for a in self.acts],
         )
@@ -211,22 +212,36 @@ def _forward(
     return y, tuple(statistics), saved.flat()
 
 
-class ChainFunction(torch.autograd.Function):
-    """y, *statistics = ChainFunction.apply(chain, x, residual, *Tensors.flat()).
+class Layout(NamedTuple):
+    """Memory format of x, those of the filters, and the dtypes of `Tensors.flat`."""
 
-    x [N,C,H,W] is dense in NCHW or channels_last; y has the same format. residual is like y for
-    the shortcut "residual", else None. `statistics` holds mean and m2 of every norm with batch
-    statistics, and the count if the norm has a group. They are in chain order, the projection's
-    last, and have no gradient.
+    format: torch.memory_format
+    filters: tuple[torch.memory_format, ...]
+    dtypes: tuple[torch.dtype | None, ...]
+
+    @classmethod
+    def of(cls, chain: Chain, x: Tensor, flat: Sequence[Tensor | None]) -> Layout:
+        filters = [w for w in flat[: 2 * len(chain.all_convs) : 2] if w is not None]
+        return cls(
+            memory_format(x, filters[0] if filters else None),
+            tuple(memory_format(w) for w in filters),
+            tuple(None if t is None else t.dtype for t in flat),
+        )
+
+
+class ChainFunction(torch.autograd.Function):
+    """y, *statistics = ChainFunction.apply(chain, kind, layout, x, residual, *Tensors.flat()).
+
+    kind: `replay.kind_of` all tensors, and their `Layout`; both may be None. x [N,C,H,W] is dense
+    in NCHW or channels_last; y has the same format. residual is like y for the shortcut "residual",
+    else None. `statistics` holds mean and m2 of every norm with batch statistics, and the count if
+    the norm has a group. They are in chain order, the projection's last, and have no gradient.
     """
 
     @staticmethod
-    def forward(ctx, chain, x, residual, *flat):
-        y, statistics, saved = replay.run(_forward, chain, (), (x, residual, *flat))
-        filters = flat[: 2 * len(chain.all_convs) : 2]
-        ctx.chain, ctx.format = chain, memory_format(x, filters[0] if filters else None)
-        ctx.filter_formats = tuple(memory_format(w) for w in filters)
-        ctx.dtypes = tuple(None if t is None else t.dtype for t in flat)
+    def forward(ctx, chain, kind, layout, x, residual, *flat):
+        y, statistics, saved = replay.run(_forward, chain, (), (x, residual, *flat), kind)
+        ctx.chain, ctx.layout = chain, layout or Layout.of(chain, x, flat)
         ctx.save_for_backward(*saved)
         ctx.mark_non_differentiable(*statistics)
         ctx.set_materialize_grads(False)
@@ -238,9 +253,8 @@ class ChainFunction(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError(DOUBLE_BACKWARD)
-        fixed = ctx.format, ctx.needs_input_grad, ctx.dtypes
-        saved = Saved.of(ctx.chain, ctx.saved_tensors).in_format(ctx.format, ctx.filter_formats)
-        return replay.run(_backward, ctx.chain, fixed, (dy, *saved.flat()))
+        fixed = ctx.layout, ctx.needs_input_grad
+        return replay.run(_backward, ctx.chain, fixed, (dy, *ctx.saved_tensors))
 
 
 def _with_own_memory(grads: Sequence[Tensor | None], dy: Tensor) -> list[Tensor | None]:
@@ -287,14 +301,13 @@ def _activate(h: Tensor, affine: Affine, impl: str) -> Tensor:
 
 def _backward(
     chain: Chain,
-    fmt: torch.memory_format,
+    layout: Layout,
     needs: tuple[bool, ...],
-    dtypes: tuple[torch.dtype | None, ...],
     dy: Tensor,
     *saved: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
     """The gradients of `ChainFunction`'s arguments."""
-    return _Backward(chain, fmt, needs, dtypes, Saved.of(chain, saved)).run(dy)
+    return _Backward(chain, layout, needs, Saved.of(chain, saved).in_format(layout)).run(dy)
 
 
 class _Backward:
@@ -305,17 +318,16 @@ class _Backward:
     def __init__(
         self,
         chain: Chain,
-        fmt: torch.memory_format,
+        layout: Layout,
         needs: tuple[bool, ...],
-        dtypes: tuple[torch.dtype | None, ...],
         saved: Saved,
     ) -> None:
-        self.chain, self.impl, self.format = chain, chain.impl, fmt
+        self.chain, self.impl, self.format = chain, chain.impl, layout.format
         self.n, self.saved = len(chain.convs), saved
         self.dy_masked: Tensor | None = None
         self.relu_mask = None if chain.pool is not None else saved.mask
-        self.need_x, self.need_residual = needs[1:3]
-        self.need, self.dtypes = unflatten(chain, needs[3:]), unflatten(chain, dtypes)
+        self.need_x, self.need_residual = needs[3:5]
+        self.need, self.dtypes = unflatten(chain, needs[5:]), unflatten(chain, layout.dtypes)
         convs, norms = len(chain.all_convs), len(chain.all_norms)
         self.conv_grads: list[list[Tensor | None]] = [[None, None] for _ in range(convs)]
         self.norm_grads: list[list[Tensor | None]] = [[None] * 4 for _ in range(norms)]
@@ -431,7 +443,7 @@ class _Backward:
             skip = self.masked(dy) if identity else None
             dx = ops.bn_act_bwd_apply(g, g_mask, *prologue, skip, self.impl)
         grads = [t for group in (*self.conv_grads, *self.norm_grads) for t in group]
-        return (None, *_with_own_memory([dx, dresidual, *grads], given))
+        return (*[None] * 3, *_with_own_memory([dx, dresidual, *grads], given))
 
     def before_pool(self, dy: Tensor, z: Tensor) -> tuple[Tensor, Any]:
         """The gradient of the last norm's result, and its Σdy and Σdy·xhat, in one pass."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,18 +35,27 @@ def update_running(chain: Chain, norms: Norms) -> None:
     if len({id(params.running_mean) for _, params, _ in norms}) < len(norms):
         for norm in norms:  # a norm used twice is updated twice, in order
             update_running(chain, [norm])
-    elif _in_triton(chain.impl, norms[0][2].mean):
-        _replayed(chain, norms)
-    else:
-        _by_pytorch(norms)
+        return
+    update = _updater(chain.impl, norms[0][2].mean)
+    if update is not _by_triton:
+        _replayed(update, chain, norms)
+        return
+    written = [t for rule, params, _ in norms for t in (*params[2:], rule.num_batches_tracked)]
+    written = [t for t in written if t is not None]
+    if any(t.requires_grad for t in written):
+        _by_pytorch(norms)  # raises PyTorch's error where gradients are enabled
+        return
+    _replayed(update, chain, norms)
+    for t in written:  # PyTorch does not see what a kernel writes
+        torch.autograd.graph.increment_version(t)
 
 
-def _replayed(chain: Chain, norms: Norms) -> None:
-    """`_running_stats` on the tensors of `norms`, replayed if it was recorded.
+def _replayed(update: Callable[..., None], chain: Chain, norms: Norms) -> None:
+    """`update` on the tensors of `norms`, replayed if it was recorded.
 
     A new momentum is recorded anew.
     """
-    rules, tensors, written = [], [], []
+    rules, tensors = [], []
     for rule, params, batch in norms:
         running = *params[2:], rule.num_batches_tracked
         momentum, count, total = rule.momentum, batch.count, None
@@ -54,43 +63,72 @@ def _replayed(chain: Chain, norms: Norms) -> None:
             count, total = 0, count
         rules.append((momentum if momentum is None else float(momentum), count))
         tensors += (batch.mean, batch.m2, batch.conv_bias, total, *running)
-        written += [t for t in running if t is not None]
-    if any(t.requires_grad for t in written):
-        _by_pytorch(norms)  # raises PyTorch's error where gradients are enabled
-        return
-    replay.run(_running_stats, chain, (tuple(rules),), tensors)
-    for t in written:  # PyTorch does not see what a kernel writes
-        torch.autograd.graph.increment_version(t)
+    replay.run(update, chain, (tuple(rules),), tensors)
 
 
-def _in_triton(impl: str, x: Tensor) -> bool:
-    """Whether Triton computes the norms of a chain, and nothing must see PyTorch's ops instead."""
-    if torch.compiler.is_compiling() or (x.is_cpu and impl != "triton"):
-        return False
-    kernels, _ = backends.triton_module()
-    if kernels is not None and kernels.launch.compiling():
-        return True  # the launches are listed
+def _updater(impl: str, x: Tensor) -> Callable[..., None]:
+    """The function that updates where `impl` computes norms; if anything sees ops, PyTorch's."""
+    if torch.compiler.is_compiling():
+        return _by_ops
+    own = impl == "triton" or not x.is_cpu
+    if own:
+        kernels, _ = backends.triton_module()
+        if kernels is not None and kernels.launch.compiling():
+            return _by_triton  # the launches are listed
     if ops.traced() or x.is_meta:
-        return False
-    return backends.chosen("bn_finalize", impl, x.device.type, x.dtype) == "triton"
+        return _by_ops
+    chosen = backends.chosen("bn_finalize", impl, x.device.type, x.dtype)
+    if chosen == "triton":
+        return _by_triton
+    has = chosen == "native" and x.is_cpu and hasattr(backends.native_ops(), "update_running")
+    return _by_native if has else _by_ops
 
 
-def _running_stats(
+def _by_ops(
     chain: Chain, rules: Sequence[tuple[float | None, int]], *tensors: Tensor | None
 ) -> None:
-    """Update by the kernel, or by PyTorch if the kernel does not take the tensors.
+    """Update by PyTorch.
 
     tensors: for each norm mean, m2, conv_bias, the count if it is a tensor, running_mean,
     running_var, num_batches_tracked. rules: its momentum, and its count or 0.
     """
-    norms = [tensors[i : i + 7] for i in range(0, len(tensors), 7)]
+    _by_pytorch([
+        (Running(momentum, tracked), NormParams(None, None, *running),
+         Batch(mean, m2, count if total is None else total, bias))
+        for (momentum, count), (mean, m2, bias, total, *running, tracked)
+        in zip(rules, _sevens(tensors), strict=True)
+    ])  # fmt: skip
+
+
+def _sevens(tensors: Sequence[Tensor | None]) -> list[Any]:
+    return [tensors[i : i + 7] for i in range(0, len(tensors), 7)]
+
+
+def _by_native(
+    chain: Chain, rules: Sequence[tuple[float | None, int]], *tensors: Tensor | None
+) -> None:
+    """`_by_ops` by one call for norms of one momentum, if it takes the tensors."""
+    norms, momentum = _sevens(tensors), rules[0][0]
+    statistics = [t for norm in norms for t in (*norm[:2], *norm[4:6])]
+    plain = momentum is not None and all(momentum == rule[0] and rule[1] > 1 for rule in rules)
+    plain = plain and not any(t is None or t.dtype != norms[0][0].dtype for t in statistics)
+    plain = plain and all(t.is_contiguous() for t in statistics)
+    if not plain or any(norm[2] is not None or norm[6] is None for norm in norms):
+        _by_ops(chain, rules, *tensors)
+        return
+    backends.native_ops().update_running(
+        [t for norm in norms for t in norm[:2]], [count for _, count in rules],
+        [t for norm in norms for t in norm[4:6]], [norm[6] for norm in norms], momentum,
+    )  # fmt: skip
+
+
+def _by_triton(
+    chain: Chain, rules: Sequence[tuple[float | None, int]], *tensors: Tensor | None
+) -> None:
+    """`_by_ops` by the kernel, if it takes the tensors."""
+    norms = _sevens(tensors)
     if not all(_fits(momentum, *norm) for (momentum, _), norm in zip(rules, norms, strict=True)):
-        _by_pytorch([
-            (Running(momentum, tracked), NormParams(None, None, *running),
-             Batch(mean, m2, count if total is None else total, bias))
-            for (momentum, count), (mean, m2, bias, total, *running, tracked)
-            in zip(rules, norms, strict=True)
-        ])  # fmt: skip
+        _by_ops(chain, rules, *tensors)
         return
     groups: dict[float | None, list[tuple[Tensor | int | None, ...]]] = {}
     for (momentum, count), norm in zip(rules, norms, strict=True):

@@ -163,7 +163,7 @@ class ResNet(nn.Module):
         if not self.fused or not fusible(x, stem):
             x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         else:
-            chains = self._chains(stages, x) if pooled else None
+            chains = self._chains(stages, x) if pooled and not self.training else None
             y = None if chains is None else run_inference((stem, *chains), x, self.impl)
             if y is not None:  # one call ran stem and stages
                 x, stages = y, []

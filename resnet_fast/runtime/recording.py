@@ -3,8 +3,9 @@
 `record` runs a function and records its device work: allocations, calls of PyTorch and kernel
 launches. A tensor is identified by its place: an argument, or the result of an earlier step. The
 steps can then be replayed with other arguments, without the function, its checks and its choice of
-kernels. For small tensors these take the host longer than the launches take the device. The caller
-must guarantee that the function would run the same steps (`dispatch.replay`).
+kernels. For small tensors these take the host longer than the launches take the device. If every
+step calls an operator, the native extension replays them without Python in between. The caller must
+guarantee that the function would run the same steps (`dispatch.replay`).
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ import functools
 import operator
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -65,14 +67,15 @@ def record(
     fixed: Sequence[Any],
     tensors: Sequence[Tensor | None],
     inline: Mapping[Any, Callable],
+    native: Any = None,
 ) -> tuple[Any, Program | None]:
     """Return run(*fixed, *tensors), and its program or None if it cannot be recorded.
 
     It cannot be recorded if it reads a value, uses a tensor that is neither an argument nor the
     result of a step, or gets one tensor as two arguments. inline: ops to record as their own steps,
-    with the function that runs each.
+    with the function that runs each. native: the extension (csrc/program.cpp), or None.
     """
-    recorder = _Recorder(tensors, inline)
+    recorder = _Recorder(tensors, inline, native)
     _current.recorder = recorder
     try:
         with recorder:
@@ -104,13 +107,26 @@ def step(run: Callable[..., Tensor], *args: Any) -> Tensor:
     return _current.recorder.add_call(run, args, result)
 
 
+class _Recorded(NamedTuple):
+    """A step; the places that it reads or writes; whether it runs even if no later step reads
+    them; and the arguments of `native.Program.add`, but the last, if it calls an operator.
+    """
+
+    run: Step
+    used: list[int]
+    needed: bool
+    call: tuple[Any, ...] | None
+
+
 class _Recorder(TorchDispatchMode):
-    def __init__(self, tensors: Sequence[Tensor | None], inline: Mapping[Any, Callable]) -> None:
+    def __init__(
+        self, tensors: Sequence[Tensor | None], inline: Mapping[Any, Callable], native: Any
+    ) -> None:
         super().__init__()
-        self._inline = inline
+        self._inline, self._native = inline, native
         self._place = WeakIdKeyDictionary({t: i for i, t in enumerate(tensors) if t is not None})
         self._arguments, self._slots = len(tensors), []
-        self._steps: list[tuple[Step, list[int], bool]] = []  # see `_add`
+        self._steps: list[_Recorded] = []
         self._fits = len(self._place) == sum(t is not None for t in tensors)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -129,22 +145,18 @@ class _Recorder(TorchDispatchMode):
         def step(env: list[Any]) -> None:
             start(*read(env))
 
-        self._add(step, operands)
-
-    def _add(self, step: Step, places: list[int], needed: bool = True) -> None:
-        """places: those that it reads or writes. needed: even if no later step reads them."""
-        self._steps.append((step, places, needed))
+        self._steps.append(_Recorded(step, operands, True, None))
 
     def _add_memory(self, t: Tensor) -> Tensor:
-        place = self._put(t)
-        make = functools.partial(
-            torch.empty_strided, t.size(), t.stride(), dtype=t.dtype, device=t.device
-        )
+        place, sizes = self._put(t), (t.size(), t.stride())
+        options = {"dtype": t.dtype, "device": t.device}
+        make = functools.partial(torch.empty_strided, *sizes, **options)
 
         def step(env: list[Any]) -> None:
             env[place] = make()
 
-        self._add(step, [place], needed=False)
+        call = self._call(aten.empty_strided.default, sizes, options, [place])
+        self._steps.append(_Recorded(step, [place], False, call))
         return t
 
     def add_call(
@@ -174,8 +186,27 @@ class _Recorder(TorchDispatchMode):
                 if place is not None:
                     env[place] = t
 
-        self._add(step, [*operands, *used])
+        call = self._call(func, args, options, places)
+        self._steps.append(_Recorded(step, [*operands, *used], True, call))
         return result
+
+    def _call(
+        self,
+        func: Callable[..., Any],
+        args: Sequence[Any],
+        options: Mapping[str, Any],
+        results: Sequence[int | None],
+    ) -> tuple[Any, ...] | None:
+        if self._native is None or not isinstance(func, OpOverload):
+            return None
+
+        def operand(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return self._native.Place(self._place.get(value, 0))  # `_reader` refuses strangers
+            return list(map(operand, value)) if isinstance(value, (tuple, list)) else value
+
+        schema = func._schema
+        return schema.name, schema.overload_name, tuple(map(operand, args)), options, results
 
     def _put(self, t: Tensor) -> int:
         """The place of a result: a new one, unless the result is an operand."""
@@ -252,11 +283,27 @@ class _Recorder(TorchDispatchMode):
         if not self._fits:
             return None
         seen, steps = set(places), []
-        for step, used, needed in reversed(self._steps):
-            if needed or not seen.isdisjoint(used):
-                steps.append((step, sorted(set(used) - seen)))
-                seen |= set(used)
-        return Program(steps[::-1], self._slots, read)
+        for step in reversed(self._steps):
+            if step.needed or not seen.isdisjoint(step.used):
+                steps.append((step, sorted(set(step.used) - seen)))
+                seen |= set(step.used)
+        steps.reverse()
+        if self._native is not None and all(step.call is not None for step, _ in steps):
+            return Program([(self._at_once(steps, places), [])], self._slots, read)
+        return Program([(step.run, last_used) for step, last_used in steps], self._slots, read)
+
+    def _at_once(self, steps: Sequence[tuple[_Recorded, list[int]]], places: list[int]) -> Step:
+        """All steps as one, in the native extension; `places`: those of the results."""
+        count, wanted = self._arguments, sorted(set(places))
+        program = self._native.Program(count + len(self._slots))
+        for step, last_used in steps:
+            program.add(*step.call, last_used)
+
+        def step(env: list[Any]) -> None:
+            for place, t in zip(wanted, program(env[:count], wanted), strict=True):
+                env[place] = t
+
+        return step
 
 
 def _mutates(func: Callable[..., Any]) -> bool:

@@ -118,9 +118,9 @@ def microseconds(run: Callable[[], Any]) -> float:
     return 1e3 * statistics.median(cold_ms(run, ROUNDS))
 
 
-def unsettled() -> bool:
-    """Whether a lookup may also tune or report a miss."""
-    return bool(_watches) or searching()
+def watched() -> bool:
+    """Whether a caller of `watching` must hear of every lookup that misses."""
+    return bool(_watches)
 
 
 def missed(kind: str, gpu: str, section: str, key: str) -> None:

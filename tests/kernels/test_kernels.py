@@ -926,7 +926,7 @@ def test_launches_of_a_training_step(monkeypatch, block, convs):
     module.impl = "triton"
     x = torch.randn(2, next(module.parameters()).size(1), 8, 8, device=DEVICE)
     x = x.to(memory_format=torch.channels_last).requires_grad_()
-    monkeypatch.setattr(running_stats, "_in_triton", lambda *_: True)
+    monkeypatch.setattr(running_stats, "_updater", lambda *_: running_stats._by_triton)
     with Launches(monkeypatch) as launches:
         y = module(x)
         forward, launches.kernels = launches.kernels, []
