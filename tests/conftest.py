@@ -4,7 +4,7 @@ import argparse
 import os
 from collections import defaultdict
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.util import find_spec
 from types import SimpleNamespace
 
@@ -13,6 +13,7 @@ from types import SimpleNamespace
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import emulation
+import fast_interpreter
 import pytest
 import torch
 from pairs import every_pair
@@ -234,29 +235,8 @@ def no_tf32():
 
 @pytest.fixture(scope="session", autouse=True)
 def faster_interpreter():
-    """Skip two steps of Triton's interpreter that take half of its time.
-
-    It computes every 32-bit index again in 64 bits; no tensor here has an index near 2³¹. It
-    patches `triton.language` at every call of a device function; once a launch is enough.
-    """
-    if "TRITON_INTERPRET" not in os.environ or find_spec("triton") is None:
-        return
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    options = interpreter.interpreter_builder.options
-    interpreter.interpreter_builder.options = replace(options, sanitize_overflow=False)
-    if not hasattr(interpreter, "_LangPatchScope"):  # another Triton patches in another way
-        return
-    patch = interpreter._patch_lang
-
-    def patch_once(fn):
-        seen = [lang for lang in (tl, tl.core) if any(v is lang for v in fn.__globals__.values())]
-        if any(tl.core.is_builtin(lang.load) for lang in seen):
-            return patch(fn)
-        return interpreter._LangPatchScope()
-
-    interpreter._patch_lang = patch_once
+    if "TRITON_INTERPRET" in os.environ and find_spec("triton") is not None:
+        fast_interpreter.install()
 
 
 @pytest.fixture(autouse=True)
