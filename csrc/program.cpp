@@ -38,8 +38,8 @@ struct Operand {
       Operand all{c10::impl::GenericList(list->getElementType()), std::nullopt, {}};
       bool constant = true;
       for (const py::handle item : value) {
-        all.items.push_back(of(item, list->getElementType()));
-        constant = constant && !all.items.back().place;
+        const Operand& last = all.items.emplace_back(of(item, list->getElementType()));
+        constant = constant && !last.place && last.items.empty();
       }
       if (!constant) return all;
     }

@@ -11,6 +11,7 @@ processes of its `process_group`, on every device (`resnet_fast.autograd.sync`).
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -84,14 +85,14 @@ def _chain_of(
     convs, norms = parts.convs, _norms_of(parts)
     if parts.projection is not None:
         convs = (*convs, parts.projection)
-    geometry = tuple(_geometry(conv) for conv in convs)
-    n = len(parts.convs)
-    rules = tuple(_rule(norm) for norm in norms)
-    chain = Chain(
-        geometry[:n], rules[:-1], parts.relu, shortcut,
-        geometry[n] if parts.projection is not None else None, rules[-1],
-        keep_activations, impl, None if parts.pool is None else windows_of(parts.pool),
-    )  # fmt: skip
+    geometry = tuple([_geometry(conv) for conv in convs])
+    rules = tuple([_rule(norm) for norm in norms])
+    pool = None if parts.pool is None else windows_of(parts.pool)
+    # The cache must not keep a group, and an eps of another type may have no hash.
+    plain = all([rule is None or (type(rule[0]) is float and rule[2] is None) for rule in rules])
+    chain = (_chain if plain else _chain.__wrapped__)(
+        len(parts.convs), geometry, rules, parts.relu, shortcut, keep_activations, impl, pool
+    )
     tensors = Tensors(
         tuple(ConvParams(*_held(conv, "_parameters", ("weight", "bias"))) for conv in convs),
         tuple(_params(norm) for norm in norms),
@@ -99,19 +100,33 @@ def _chain_of(
     return chain, tensors
 
 
-def _geometry(conv: nn.Conv2d) -> Conv:
-    stride, padding, dilation = (
-        pair(getattr(conv, name), name) for name in ("stride", "padding", "dilation")
+@functools.lru_cache(maxsize=1024)
+def _chain(n, geometry, rules, relu, shortcut, keep_activations, impl, pool) -> Chain:
+    """The chain of n convolutions, and of a projection if `geometry` and `rules` have one more.
+
+    Equal arguments give one object: keys of `dispatch.replay` are compared by identity first.
+    """
+    convs = tuple(Conv(*conv) for conv in geometry)
+    norms = tuple(None if rule is None else Norm(*rule) for rule in rules)
+    projection = convs[n] if len(convs) > n else None
+    return Chain(
+        convs[:n], norms[:-1], relu, shortcut, projection, norms[-1], keep_activations, impl, pool
     )
-    return Conv(stride, padding, dilation, conv.groups)
 
 
-def _rule(norm: nn.BatchNorm2d | nn.SyncBatchNorm | None) -> Norm | None:
+def _geometry(conv: nn.Conv2d) -> tuple[Any, ...]:
+    """Arguments of `Conv`."""
+    names = ("stride", "padding", "dilation")
+    return *[pair(getattr(conv, name), name) for name in names], conv.groups
+
+
+def _rule(norm: nn.BatchNorm2d | nn.SyncBatchNorm | None) -> tuple[Any, ...] | None:
+    """Arguments of `Norm`."""
     if norm is None:
         return None
     shares = isinstance(norm, nn.SyncBatchNorm) and norm.training
     group = group_of(cast(Any, norm).process_group) if shares else None
-    return Norm(norm.eps, norm.training or norm.running_mean is None, group)
+    return norm.eps, norm.training or norm.running_mean is None, group
 
 
 def _params(norm: nn.BatchNorm2d | nn.SyncBatchNorm | None) -> NormParams:

@@ -18,6 +18,7 @@ from resnet_fast import (
     PreActBottleneck,
     blocks,
     fuse,
+    modules,
 )
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -360,3 +361,25 @@ def test_one_norm_in_two_places(impl):
     assert module.bn1.num_batches_tracked == 2
     torch.testing.assert_close(module.bn1.running_mean, plain.bn1.running_mean)
     torch.testing.assert_close(module.bn1.running_var, plain.bn1.running_var)
+
+
+def test_a_chain_is_made_once():
+    """Of equal children; a bad value of a child is an error all the same."""
+    block = Bottleneck(16, 8, 2, impl="reference")
+
+    def chain():
+        return modules._chain_of(block.parts(), block.shortcut, block.impl, False)[0]
+
+    first = chain()
+    assert chain() is first
+    block.bn1.eps = 1e-3
+    assert chain() != first and chain().norms[1].eps == 1e-3
+    block.bn1.eps = 1e-5
+    block.bn2.eval()
+    assert chain() != first and not chain().norms[2].batch_stats
+    block.bn2.train()
+    assert chain() is first
+    for eps in ([1e-5], "1e-5", True):
+        block.bn1.eps = eps
+        with pytest.raises(ValueError, match="eps: expected a finite number"):
+            block(torch.randn(2, 16, 6, 5))

@@ -109,11 +109,14 @@ def _by_native(
 ) -> None:
     """`_by_ops` by one call for norms of one momentum, if it takes the tensors."""
     norms, momentum = _sevens(tensors), rules[0][0]
-    statistics = [t for norm in norms for t in (*norm[:2], *norm[4:6])]
-    plain = momentum is not None and all(momentum == rule[0] and rule[1] > 1 for rule in rules)
-    plain = plain and not any(t is None or t.dtype != norms[0][0].dtype for t in statistics)
-    plain = plain and all(t.is_contiguous() for t in statistics)
-    if not plain or any(norm[2] is not None or norm[6] is None for norm in norms):
+    dtype = norms[0][0].dtype
+    fits = momentum is not None and all(
+        rule == momentum and count > 1 and bias is None and tracked is not None
+        and all(t is not None and t.dtype == dtype and t.is_contiguous() for t in statistics)
+        for (rule, count), (mean, m2, bias, _, *running, tracked) in zip(rules, norms, strict=True)
+        for statistics in [(mean, m2, *running)]
+    )  # fmt: skip
+    if not fits:
         _by_ops(chain, rules, *tensors)
         return
     backends.native_ops().update_running(

@@ -2,7 +2,7 @@
 
 Checks, the choice of implementation, plan and tile, and Triton's argument handling depend on the
 chain and on dtypes, shapes, strides and alignment, not on values. On a GPU they take several times
-as much host time as the kernel launches; on a CPU they are an eighth of a training step of one
+as much host time as the kernel launches; on a CPU they are a seventh of a training step of one
 image, in which other threads wait. So the second call for a kind of tensors is recorded
 (`runtime.recording`); the first may be the only one. Later calls replay it: the same calls and
 launches in the same order, with bit-identical results. CUDA graph capture works as without replay;
@@ -80,9 +80,11 @@ def known(chain: Chain, kind: Hashable | None, facts: Any = None) -> Any:
 
     facts: what it tells now.
     """
-    if kind is not None and facts is not None:
+    if kind is None or chain.shared:
+        return facts
+    if facts is not None:
         _remember(_facts, (chain, kind), facts)
-    return None if kind is None else _facts.get((chain, kind))
+    return _facts.get((chain, kind))
 
 
 def forget() -> None:
