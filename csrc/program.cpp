@@ -3,6 +3,7 @@
 #include <ATen/Context.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/jit/python/pybind_utils.h>
 #include <torch/csrc/utils/python_arg_parser.h>
@@ -109,8 +110,9 @@ class Program {
     calls_.push_back({op, std::move(operands), std::move(results), std::move(last_used)});
   }
 
-  // The tensors at the places `wanted` after all steps, for these arguments.
+  // The tensors at the places `wanted` after all steps, for these arguments. Warnings are Python's.
   py::list run(const py::sequence& arguments, const std::vector<size_t>& wanted) const {
+    HANDLE_TH_ERRORS
     std::vector<IValue> values(places_);
     for (size_t i = 0; i < arguments.size(); ++i) {
       const py::object argument = arguments[i];
@@ -123,6 +125,7 @@ class Program {
     py::list results;
     for (const size_t place : wanted) results.append(torch::jit::toPyObject(values[place]));
     return results;
+    END_HANDLE_TH_ERRORS_PYBIND
   }
 
  private:

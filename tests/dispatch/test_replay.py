@@ -484,6 +484,14 @@ def test_errors_of_a_program(record):
         assert torch.equal(steps([torch.ones(2, 3), torch.ones(3, 2)]), torch.full((2, 2), 6.0))
 
 
+@pytest.mark.parametrize("record", ["native"], indirect=True)
+def test_warnings_of_a_program(record):
+    """Those of Python, as without a program. (An operator that Python calls writes to stderr.)"""
+    _, steps = record(torch.var, torch.ones(3))
+    with pytest.warns(UserWarning, match="degrees of freedom"):
+        steps([torch.ones(1)])
+
+
 def test_programs_in_threads(record):
     """One program may run in several threads at once."""
     _, steps = record(lambda x: torch.cumsum(x, 0).mul_(2).sin(), torch.ones(5000))
