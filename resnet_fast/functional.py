@@ -228,6 +228,7 @@ def run_chain(
         return _promoted(chain, x, tensors, residual, running)
     if dtype != x.dtype:
         x = x.to(dtype)
+    check_impl(chain.impl)  # a valid one has a hash
     flat = tensors.flat()
     kind = replay.kind_of((x, residual, *flat))
     call = replay.known(chain, kind)

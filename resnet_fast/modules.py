@@ -15,6 +15,7 @@ import functools
 from collections.abc import Sequence
 from typing import Any, cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -90,7 +91,7 @@ def _chain_of(
     pool = None if parts.pool is None else windows_of(parts.pool)
     # The cache must not keep a group, and an eps of another type may have no hash.
     plain = all([rule is None or (type(rule[0]) is float and rule[2] is None) for rule in rules])
-    chain = (_chain if plain else _chain.__wrapped__)(
+    chain = (_one_chain if plain and not torch.compiler.is_compiling() else _new_chain)(
         len(parts.convs), geometry, rules, parts.relu, shortcut, keep_activations, impl, pool
     )
     tensors = Tensors(
@@ -100,18 +101,18 @@ def _chain_of(
     return chain, tensors
 
 
-@functools.lru_cache(maxsize=1024)
-def _chain(n, geometry, rules, relu, shortcut, keep_activations, impl, pool) -> Chain:
-    """The chain of n convolutions, and of a projection if `geometry` and `rules` have one more.
-
-    Equal arguments give one object: keys of `dispatch.replay` are compared by identity first.
-    """
+def _new_chain(n, geometry, rules, relu, shortcut, keep_activations, impl, pool) -> Chain:
+    """The chain of n convolutions, and of a projection if `geometry` and `rules` have one more."""
     convs = tuple(Conv(*conv) for conv in geometry)
     norms = tuple(None if rule is None else Norm(*rule) for rule in rules)
     projection = convs[n] if len(convs) > n else None
     return Chain(
         convs[:n], norms[:-1], relu, shortcut, projection, norms[-1], keep_activations, impl, pool
     )
+
+
+_one_chain = functools.lru_cache(maxsize=1024)(_new_chain)
+"""Equal arguments give one object: keys of `dispatch.replay` are compared by identity first."""
 
 
 def _geometry(conv: nn.Conv2d) -> tuple[Any, ...]:

@@ -340,7 +340,7 @@ void will_write(const Tensor& t) {
 
 // running = (1 - momentum)·running + momentum·batch in place, with the unbiased variance m2 / (count - 1), and one batch
 // more in `tracked`. `moments` holds mean and m2 of each norm, `running` its mean and variance. One thread: the vectors
-// are short.
+// are short. Rounded as PyTorch's vectorized ops round (mul_, then add_ with alpha).
 void update_running(
     at::TensorList moments, at::IntArrayRef counts, at::TensorList running, at::TensorList tracked, double momentum) {
   TORCH_CHECK_VALUE(moments.size() == 2 * counts.size() && running.size() == moments.size(),
@@ -365,7 +365,7 @@ void update_running(
       const A divisor = i % 2 ? A(counts[i / 2] - 1) : A(1), keep = A(1 - momentum), take = A(momentum);
       A* const to = running[i].data_ptr<A>();
       const A* const batch = moments[i].const_data_ptr<A>();
-      for (int64_t c = 0; c < running[i].numel(); ++c) to[c] = keep * to[c] + take * (batch[c] / divisor);
+      for (int64_t c = 0; c < running[i].numel(); ++c) to[c] = std::fma(take, batch[c] / divisor, keep * to[c]);
     };
     running[i].scalar_type() == at::kDouble ? write(double()) : write(float());
   }

@@ -42,6 +42,17 @@ def test_as_batch_norm(calls, dtype, momentum):
     assert len(calls) == (2 if momentum is None else 0), "once anew, once recorded"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_bits_of_pytorch(update, dtype):
+    """A traced or compiled step, which takes PyTorch's ops, gives the same bits."""
+    mean, m2, first, second = torch.rand(4, 1003, dtype=dtype)
+    found, expected = [first.clone(), second.clone()], [first, second]
+    update([mean, m2], [7], found, [], 0.1)
+    torch._foreach_mul_(expected, 1 - 0.1)
+    torch._foreach_add_(expected, [mean, torch._foreach_div([m2], [6])[0]], alpha=0.1)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 @pytest.mark.parametrize("what", ["bias", "narrow", "uncounted", "strided"])
 def test_what_it_leaves_to_pytorch(calls, what):
     """A bias moves the mean; other dtypes, strides and norms that do not count are rare."""
