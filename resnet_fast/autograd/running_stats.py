@@ -30,7 +30,8 @@ Norms = Sequence[tuple[Running, NormParams, Batch]]
 def update_running(chain: Chain, norms: Norms) -> None:
     """running = (1 − momentum)·running + momentum·batch in place, with the unbiased variance.
 
-    All norms of a chain are updated at once; where Triton computes them, by one launch.
+    All norms of a chain are updated at once: by one launch where Triton computes them, by one call
+    where the native CPU kernels do.
     """
     if len({id(params.running_mean) for _, params, _ in norms}) < len(norms):
         for norm in norms:  # a norm used twice is updated twice, in order

@@ -2,11 +2,11 @@
 
 Checks, the choice of implementation, plan and tile, and Triton's argument handling depend on the
 chain and on dtypes, shapes, strides and alignment, not on values. On a GPU they take several times
-as much host time as the kernel launches; on a CPU they are a seventh of a training step of one
-image, in which other threads wait. So the second call for a kind of tensors is recorded
-(`runtime.recording`); the first may be the only one. Later calls replay it: the same calls and
-launches in the same order, with bit-identical results. CUDA graph capture works as without replay;
-a profile shows the replay by name, and its launches.
+as much host time as the kernel launches; on a CPU they are a tenth of a training step of
+ResNet-50 at batch 1, in which other threads wait. So the second call for a kind of tensors is
+recorded (`runtime.recording`); the first may be the only one. Later calls replay it: the same calls
+and launches in the same order, with bit-identical results. CUDA graph capture works as without
+replay; a profile shows the replay by name, and its launches.
 
 Compilation, tracing and tuning take the normal path; so does a function that cannot be recorded.
 """
