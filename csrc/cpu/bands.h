@@ -69,15 +69,44 @@ struct Band {
   int64_t image, p0, p1, q0, q1;
 };
 
-// Runs f(state, task) for every task on the first free thread, which keeps a State between its tasks. The thread that
-// runs a task must not affect the result.
+// The tasks [front, back) of a thread. It takes the first ones; threads that have none left take the last ones.
+class alignas(64) Queue {
+ public:
+  void fill(int64_t front, int64_t back) { ends_ = pack(front, back); }
+  // The task, or -1.
+  int64_t take(bool first) {
+    uint64_t ends = ends_;
+    for (;;) {
+      const auto front = int64_t(ends >> 32), back = int64_t(ends & 0xffffffff);
+      if (front == back) return -1;
+      if (ends_.compare_exchange_weak(ends, first ? pack(front + 1, back) : pack(front, back - 1))) {
+        return first ? front : back - 1;
+      }
+    }
+  }
+
+ private:
+  static uint64_t pack(int64_t front, int64_t back) { return uint64_t(front) << 32 | uint64_t(back); }
+  std::atomic<uint64_t> ends_;
+};
+
+// The parts of `tasks` that for_tasks gives to the threads.
+inline Cut queues_of(int64_t tasks) { return {std::min<int64_t>(tasks, at::get_num_threads()), tasks}; }
+
+// Runs f(state, task) for every task on some thread, which keeps a State between its tasks. Each thread begins with its
+// own range of them, the same for equal `tasks`: what it wrote in one convolution, the next one finds in its caches,
+// from where another core would read it as slowly as from memory. The thread that runs a task must not affect the result.
 template <class State, class F>
 void for_tasks_with(int64_t tasks, F f) {
-  std::atomic<int64_t> next{0};
-  at::parallel_for(0, std::min<int64_t>(tasks, at::get_num_threads()), 1, [&](int64_t begin, int64_t end) {
+  const Cut cut = queues_of(tasks);
+  const auto queues = std::make_unique<Queue[]>(cut.parts);
+  for (int64_t i = 0; i < cut.parts; ++i) queues[i].fill(cut.begin(i), cut.begin(i + 1));
+  at::parallel_for(0, cut.parts, 1, [&](int64_t begin, int64_t end) {
     for (; begin < end; ++begin) {
       State state;
-      for (int64_t task; (task = next.fetch_add(1)) < tasks;) f(state, task);
+      for (int64_t i = 0; i < cut.parts; ++i) {
+        for (int64_t task; (task = queues[(begin + i) % cut.parts].take(i == 0)) >= 0;) f(state, task);
+      }
     }
   });
 }

@@ -114,8 +114,10 @@ struct ConvKernels {
   // [step][columns], `panel_bytes` apart. With an odd number of bf16 pixels, zeros complete the last pair.
   void (*pack_pixels)(const T* x, int64_t ld, int64_t pixels, int64_t channels, char* packed, int64_t panel_bytes);
   // Copies pixels, `ld` values apart, as steps to planes [pixel][width], `plane` bytes apart: a plane holds `width` of
-  // their values, the next one those that follow. With fewer than 32 columns, returns whether all values are finite.
-  bool (*copy)(const T* x, int64_t ld, int64_t pixels, int64_t planes, int64_t width, char* to, int64_t plane);
+  // their values, `pixel` bytes apart, the next one those that follow. With fewer than 32 columns, returns whether all
+  // values are finite.
+  bool (*copy)(
+      const T* x, int64_t ld, int64_t pixels, int64_t planes, int64_t width, char* to, int64_t pixel, int64_t plane);
   // Transposes a panel of pixels in place from B's order to A's: [step][32] to [group][32][steps of a group]. For tiles
   // that read a group of steps of many pixels at once (AMX), else nullptr.
   void (*turn)(char* packed, int64_t steps);

@@ -455,10 +455,11 @@ void pack_pixels(const T* x, int64_t ld, int64_t pixels, int64_t channels, char*
 
 // kChecks: the products of joined groups need finite values. 0·v is NaN for others.
 template <class T, bool kChecks>
-bool copy_pixels(const T* x, int64_t ld, int64_t pixels, int64_t planes, int64_t width, char* to, int64_t plane) {
+bool copy_pixels(
+    const T* x, int64_t ld, int64_t pixels, int64_t planes, int64_t width, char* to, int64_t pixel, int64_t plane) {
   constexpr bool plain = kValues * sizeof(T) == 4;
   constexpr int64_t value = 4 / kValues;
-  if (planes == 1 && ld == width) width *= pixels, pixels = 1;
+  if (planes == 1 && ld == width && pixel == width * value) width *= pixels, pixels = 1;
   if (plain && !kChecks && planes * pixels == 1) {
     std::memcpy(to, x, width * sizeof(T));
     return true;
@@ -467,7 +468,7 @@ bool copy_pixels(const T* x, int64_t ld, int64_t pixels, int64_t planes, int64_t
   for (int64_t i = 0; i < pixels; ++i, x += ld) {
     const T* from = x;
     for (int64_t j = 0; j < planes; ++j, from += width) {
-      char* at = to + j * plane + i * width * value;
+      char* at = to + j * plane + i * pixel;
       int64_t c = 0;
       for (; c + 16 <= width; c += 16, at += 16 * value) {
         if constexpr (plain) {

@@ -178,10 +178,11 @@ void turn(char* packed, int64_t steps) {
   }
 }
 
-bool copy(const bf16* x, int64_t ld, int64_t pixels, int64_t planes, int64_t, char* to, int64_t plane) {
+bool copy(
+    const bf16* x, int64_t ld, int64_t pixels, int64_t planes, int64_t, char* to, int64_t pixel, int64_t plane) {
   for (int64_t i = 0; i < pixels; ++i, x += ld) {
     for (int64_t j = 0; j < planes; ++j) {
-      _mm512_storeu_si512(to + j * plane + i * 64, _mm512_loadu_si512(x + 32 * j));
+      _mm512_storeu_si512(to + j * plane + i * pixel, _mm512_loadu_si512(x + 32 * j));
     }
   }
   return true;

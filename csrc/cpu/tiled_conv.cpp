@@ -102,13 +102,22 @@ struct Window {
   int64_t width() const { return column1 - column0; }
 };
 
+// Whether the rows of a tile, `lda` bytes apart, share one set of the L1 cache, which holds fewer lines than rows.
+template <class T>
+bool rows_collide(const ConvKernels<T>& kernels, int64_t lda) {
+  constexpr int64_t ways = 8, way_bytes = 4096;
+  return kernels.steps == 1 && kernels.rows > ways && lda % way_bytes == 0;
+}
+
 template <class T>
 Window window(const Problem<T>& c, const Band& band) {
   const Axis &rows = c.rows, &columns = c.columns;
   Window w = {rows.least(band.p0), rows.most(band.p1 - 1) + 1, columns.least(band.q0),
               columns.most(band.q1 - 1) + 1, false};
   const bool inside = w.row0 >= 0 && w.row1 <= rows.input && w.column0 >= 0 && w.column1 <= columns.input;
-  w.in_place = c.x != nullptr && inside && !c.kernels.widens && c.block.groups == 1;  // else it must be copied
+  const bool plain = !c.kernels.widens && c.block.groups == 1;
+  const int64_t lda = columns.mul * c.channels * c.kernels.value_bytes();
+  w.in_place = c.x != nullptr && inside && plain && !rows_collide(c.kernels, lda);  // else it must be copied
   return w;
 }
 
@@ -118,10 +127,17 @@ int64_t plane_width(const Problem<T>& c) {
   return c.kernels.steps > 1 ? c.kernels.steps * c.kernels.values : c.block.channels;
 }
 
+// Bytes between the pixels of a copied band.
+template <class T>
+int64_t pixel_pitch(const Problem<T>& c) {
+  const int64_t bytes = plane_width(c) * c.kernels.value_bytes();
+  return bytes + (rows_collide(c.kernels, c.columns.mul * bytes) ? 64 : 0);
+}
+
 // Bytes between the planes of a copied band: an odd number of pixels, so that planes do not share cache sets.
 template <class T>
 int64_t plane_pitch(const Problem<T>& c, const Window& w) {
-  return ((w.height() * w.width()) | 1) * plane_width(c) * c.kernels.value_bytes();
+  return ((w.height() * w.width()) | 1) * pixel_pitch(c);
 }
 
 template <class T>
@@ -136,13 +152,13 @@ Input lay_out(const Problem<T>& c, const Band& band, const Blocks& blocks, const
   const ConvKernels<T>& kernels = c.kernels;
   const int64_t begin = std::max<int64_t>(0, w.column0), end = std::min(c.columns.input, w.column1);
   const int64_t channels = blocks.count() * c.block.channels, width = plane_width(c), planes = channels / width;
-  const int64_t pixel = width * kernels.value_bytes(), pitch = plane_pitch(c, w);
+  const int64_t bytes = width * kernels.value_bytes(), pixel = pixel_pitch(c), pitch = plane_pitch(c, w);
   if (c.x && *c.fill) (*c.fill)(band.image, band.p0, band.q0, band.q1, nullptr);
   const int64_t image = band.image * c.rows.input * c.columns.input * c.channels;
   const T* const x = c.x ? c.x + image + blocks.begin * c.block.channels : nullptr;
   if (w.in_place) {
     const int64_t ld = c.channels * kernels.value_bytes();
-    return {reinterpret_cast<const char*>(x), 0, 0, c.columns.input * ld, ld, pixel};
+    return {reinterpret_cast<const char*>(x), 0, 0, c.columns.input * ld, ld, bytes};
   }
   const auto clear = [&](char* at, int64_t pixels) {
     for (int64_t i = 0; pixels > 0 && i < planes; ++i) std::memset(at + i * pitch, 0, pixels * pixel);
@@ -158,14 +174,14 @@ Input lay_out(const Problem<T>& c, const Band& band, const Blocks& blocks, const
     clear(first + (end - begin) * pixel, w.column1 - end);
     const T* from = x ? x + (i * c.columns.input + begin) * c.channels : nullptr;
     if (!x) {
-      const bool direct = planes == 1 && !kernels.widens;
-      const int64_t bytes = (end - begin) * c.channels * int64_t(sizeof(T));
-      T* filled = reinterpret_cast<T*>(direct ? first : scratch(1, bytes));
+      const bool direct = planes == 1 && !kernels.widens && pixel == bytes;
+      const int64_t size = (end - begin) * c.channels * int64_t(sizeof(T));
+      T* filled = reinterpret_cast<T*>(direct ? first : scratch(1, size));
       (*c.fill)(band.image, i, begin, end, filled);
       if (direct) continue;
       from = filled;
     }
-    finite &= kernels.copy(from, c.channels, end - begin, planes, width, first, pitch);
+    finite &= kernels.copy(from, c.channels, end - begin, planes, width, first, pixel, pitch);
   }
   return {to, w.row0, w.column0, w.width() * pixel, pixel, pitch};
 }
@@ -524,13 +540,17 @@ bool run(const Problem<T>& c) {
     }
   };
   if (splits) {
-    // The last groups of bands are split by panels, so that the threads end at about the same time.
-    const int64_t groups = count * runs.parts, last = std::min(groups, threads), whole = groups - last;
-    const Cut all = {1, panels}, parts = {std::clamp<int64_t>(ceil_div(4 * threads, last), 1, panels), panels};
-    for_tasks_with<Prepared<T>>(whole + last * parts.parts, [&](Prepared<T>& prepared, int64_t task) {
-      const int64_t part = std::max<int64_t>(0, task - whole);
-      const int64_t i = task < whole ? task : whole + part / parts.parts;
-      run_some(prepared, i / runs.parts, i % runs.parts, task < whole ? all : parts, part % parts.parts);
+    // The last group of bands of each thread is split by panels, so that the threads end at about the same time.
+    const int64_t groups = count * runs.parts;
+    const Cut owners = {std::min(groups, threads), groups}, all = {1, panels};
+    const Cut parts = {std::clamp<int64_t>(ceil_div(4 * threads, owners.parts), 1, panels), panels};
+    const auto begin = [&](int64_t owner) { return owners.begin(owner) + owner * (parts.parts - 1); };  // its first task
+    for_tasks_with<Prepared<T>>(begin(owners.parts), [&](Prepared<T>& prepared, int64_t task) {
+      int64_t owner = 0;
+      while (task >= begin(owner + 1)) ++owner;
+      const int64_t i = owners.begin(owner) + task - begin(owner), last = owners.begin(owner + 1) - 1;
+      const int64_t group = std::min(i, last);
+      run_some(prepared, group / runs.parts, group % runs.parts, i < last ? all : parts, std::max<int64_t>(0, i - last));
     });
     return finite;
   }

@@ -23,6 +23,8 @@ PATH = os.pathsep.join(map(str, (TESTS.parent, TESTS, TESTS / "support")))  # of
 TILED = {  # channels and filters in multiples of 32, with groups of 8; or few channels
     "1x1": Conv((2, 32, 7, 7), 64, (1, 1)),
     "1x1-many": Conv((1, 96, 31, 37), 160, (1, 1)),  # the last bands are split by filters
+    "1x1-2048": Conv((1, 2048, 5, 6), 32, (1, 1)),  # rows a multiple of 4 KB apart, also in bf16
+    "3x3-1024-stride2": Conv((1, 1024, 6, 5), 32, (3, 3), (2, 2), (1, 1)),  # the same, copied
     "1x1-stride2": Conv((2, 64, 15, 14), 32, (1, 1), (2, 2)),
     "1x1-padded": Conv((2, 32, 5, 6), 32, (1, 1), padding=(1, 2)),
     "3x3-7": Conv((2, 64, 7, 7), 32, (3, 3), padding=(1, 1)),
