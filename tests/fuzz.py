@@ -463,7 +463,7 @@ def excuse_of(case: Case, name: str) -> str:
     if case.poisoned in infinite and name.startswith(GRADIENT):
         return "infinite parameter"
     isa, way = backends.build_info()["isa_active"], os.environ.get("RESNET_FAST_CPU_CONV", "auto")
-    widened = ("bf16",) if isa in ("avx2", "avx512") else ()  # bf16 in fp32 arithmetic
+    widened = ("bf16",) if isa in ("avx2", "avx512") else ()  # large filters in fp32 arithmetic
     convolves = case.kind not in ("bn_act", "add_relu", "global_avg_pool")
     by_winograd = isa != "baseline" and convolves and case.dtype in ("fp32", *widened)
     if case.values in infinite and by_winograd and way in ("auto", "winograd"):

@@ -23,6 +23,8 @@ struct Cut {
   int64_t parts, total;
   int64_t begin(int64_t i) const { return i * (total / parts) + std::min(i, total % parts); }
   int64_t size(int64_t i) const { return begin(i + 1) - begin(i); }
+  // The begin of part i if the larger parts are spread over all, so that each thread gets as many items.
+  int64_t spread(int64_t i) const { return i * total / parts; }
 };
 
 inline int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -ceil_div(-a, b); }

@@ -116,9 +116,11 @@ Three conv_fprop(
   check_conv_fprop(x, w, in_scale, in_shift, g);
   const bool tiled = route(x, w, g).tiled;
   const auto by_tiles = x.scalar_type() == at::kFloat ? tiled_fprop<float> : tiled_fprop<bf16>;
-  if (tiled && groups == 1) return *by_tiles(x, w, in_scale, in_shift, stats, g);
+  if (tiled && groups == 1) {
+    if (auto found = by_tiles(x, w, in_scale, in_shift, stats, g)) return *found;
+  }
   const Tensor h = in_scale ? activate(x, *in_scale, *in_shift) : x;
-  if (tiled) {
+  if (tiled && groups > 1) {
     if (auto found = by_tiles(h, w, {}, {}, stats, g)) return *found;
   }
   const Tensor z = conv2d(h, w.to(x.scalar_type()), g).contiguous(format_of(x, &w));
@@ -180,6 +182,7 @@ std::optional<Three> tiled_dgrad(
   return Three{dx, total[0], total[1]};
 }
 
+// Undefined where tiled_conv_wgrad's result is.
 template <class T>
 Tensor tiled_wgrad(
     const Tensor& dz, const Tensor& w, const Tensor& x, const OptTensor& in_scale, const OptTensor& in_shift,
@@ -187,12 +190,16 @@ Tensor tiled_wgrad(
   const ConvShape s = conv_shape(x, w, g);
   const Tensor dw =
       tiled_conv_wgrad<T>(s, in_scale ? nullptr : data<T>(x), prologue<T>(s, x, in_scale, in_shift), data<T>(dz));
+  if (!dw.defined()) return dw;
   const auto format = w.is_contiguous() ? at::MemoryFormat::Contiguous : at::MemoryFormat::ChannelsLast;
   return dw.permute({0, 3, 1, 2}).to(w.scalar_type()).contiguous(format);
 }
 
+using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+// Empty as tiled_fprop.
 template <class T>
-std::tuple<Tensor, Tensor, Tensor, Tensor> tiled_bprop(
+std::optional<Four> tiled_bprop(
     const Tensor& dy, const Tensor& w, const Tensor& x, const OptTensor& dy_mask, const OptTensor& a,
     const OptTensor& z, const OptTensor& mean, const OptTensor& b, const OptTensor& c, const OptTensor& in_scale,
     const OptTensor& in_shift, const OptTensor& in_mean, const OptTensor& in_rstd, const OptTensor& in_act,
@@ -201,17 +208,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tiled_bprop(
   Tensor sum_dx = empty_vector(x, 0), sum_dx_xhat = empty_vector(x, 0);
   const auto gradient = output_gradient<T>(conv_shape(x, w, g), need_dx, dy, dy_mask, a, z, mean, b, c);
   if (need_dx) {
-    std::tie(dx, sum_dx, sum_dx_xhat) =
-        *tiled_dgrad<T>(gradient, w, x, in_scale, in_shift, in_mean, in_rstd, residual, residual_mask, g);
+    const auto found = tiled_dgrad<T>(gradient, w, x, in_scale, in_shift, in_mean, in_rstd, residual, residual_mask, g);
+    if (!found) return {};
+    std::tie(dx, sum_dx, sum_dx_xhat) = *found;
   }
   if (need_dw) {
     dw = in_act ? tiled_wgrad<T>(gradient.dz, w, *in_act, {}, {}, g)
                 : tiled_wgrad<T>(gradient.dz, w, x, in_scale, in_shift, g);
+    if (!dw.defined()) return {};
   }
-  return {dx, dw, sum_dx, sum_dx_xhat};
+  return Four{dx, dw, sum_dx, sum_dx_xhat};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bprop(
+Four conv_bprop(
     const Tensor& dy, const Tensor& w, const Tensor& x, const OptTensor& dy_mask, const OptTensor& a,
     const OptTensor& z, const OptTensor& mean, const OptTensor& b, const OptTensor& c, const OptTensor& in_scale,
     const OptTensor& in_shift, const OptTensor& in_mean, const OptTensor& in_rstd, const OptTensor& in_act,
@@ -224,16 +233,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bprop(
   const bool tiled = route(x, w, g).tiled;
   const bool single = x.scalar_type() == at::kFloat;
   if (tiled && groups == 1) {
-    return (single ? tiled_bprop<float> : tiled_bprop<bf16>)(
+    const auto found = (single ? tiled_bprop<float> : tiled_bprop<bf16>)(
         dy, w, x, dy_mask, a, z, mean, b, c, in_scale, in_shift, in_mean, in_rstd, in_act, residual, residual_mask, g,
         need_dx, need_dw);
+    if (found) return *found;
   }
   const Tensor dz = dy_mask || a ? bn_act_bwd_apply(dy, dy_mask, a, z, mean, b, c, {}, {}) : dy;
   Tensor dx = at::empty({0}, x.options()), dw = at::empty({0}, w.options());
   Tensor sum_dx = empty_vector(x, 0), sum_dx_xhat = empty_vector(x, 0);
   const Tensor h = in_act ? *in_act : in_scale && need_dw ? activate(x, *in_scale, *in_shift) : x;
   std::optional<Three> found;  // with groups, tiles compute dx only
-  if (need_dx && tiled) {
+  if (need_dx && tiled && groups > 1) {
     const auto by_tiles = [&](auto zero) {
       using T = decltype(zero);
       return tiled_dgrad<T>({dz, {}}, w, x, in_scale, in_shift, in_mean, in_rstd, residual, residual_mask, g);

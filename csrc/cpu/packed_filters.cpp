@@ -318,7 +318,7 @@ OptTensor run_panels(
     const Tensor& x, const Tensor& w, const PackedConv& packed, const OptTensor& residual, bool relu,
     const Geometry& g, bool over) {
   const ConvShape s = conv_shape(x, w, g);
-  const bool reuses = over && !tiled_conv_joins<T>(s);
+  const bool reuses = over && !tiled_conv_needs_finite<T>(s);
   const Tensor y = reuses ? *residual : empty({s.images, s.filters, s.rows, s.columns}, x.options(),
                                               at::MemoryFormat::ChannelsLast);
   const bool done = tiled_conv_fprop<T>(

@@ -584,8 +584,8 @@ bool tiled_conv_takes(const ConvShape& s) {
 }
 
 template <class T>
-bool tiled_conv_joins(const ConvShape& s) {
-  return s.groups > 1 && block_of<T>(s).groups > 1;
+bool tiled_conv_needs_finite(const ConvShape& s) {
+  return s.groups > 1 ? block_of<T>(s).groups > 1 : by_winograd<T>(s, false) == 4;
 }
 
 template <class T>
@@ -596,8 +596,8 @@ bool tiled_fprop_merges(const ConvShape& s) {
 }
 
 template <class T>
-bool by_winograd(const ConvShape& s, bool dgrad) {
-  return winograd_takes<T>(dgrad ? transposed(s) : s);
+int by_winograd(const ConvShape& s, bool dgrad) {
+  return winograd_tile<T>(dgrad ? transposed(s) : s);
 }
 
 // Filters [K,n·C,R,S] of w [K,C,R,S], where n groups are a block: zeros for the channels of the other groups.
@@ -610,9 +610,9 @@ at::Tensor whole_blocks(const at::Tensor& w, int64_t groups, int64_t n) {
   return dense.view({w.size(0), n * w.size(1), w.size(2), w.size(3)});
 }
 
+// Filters as the panels of the direct tiles.
 template <class T>
-at::Tensor pack_filters(const ConvShape& shape, const at::Tensor& w, bool for_dgrad, Allocate allocate) {
-  if (by_winograd<T>(shape, for_dgrad)) return winograd_filters<T>(w, for_dgrad, allocate);
+at::Tensor pack_panels(const ConvShape& shape, const at::Tensor& w, bool for_dgrad, Allocate allocate) {
   const ConvKernels<T>& kernels = *kernels_for<T>(shape);
   const Block block = block_of<T>(shape);
   const at::Tensor dense = whole_blocks(kernels.widens ? w.to(at::kFloat) : w, shape.groups, block.groups);
@@ -642,12 +642,18 @@ at::Tensor pack_filters(const ConvShape& shape, const at::Tensor& w, bool for_dg
 }
 
 template <class T>
+at::Tensor pack_filters(const ConvShape& shape, const at::Tensor& w, bool for_dgrad, Allocate allocate) {
+  if (!by_winograd<T>(shape, for_dgrad)) return pack_panels<T>(shape, w, for_dgrad, allocate);
+  const at::Tensor packed = pack_panels<T>(shape, w, for_dgrad, &empty_bytes);
+  return winograd_filters<T>(for_dgrad ? transposed(shape) : shape, packed, for_dgrad, allocate);
+}
+
+template <class T>
 bool tiled_conv_fprop(
     const ConvShape& shape, const T* x, const FillRow<T>& fill, const at::Tensor& panels, const float* scale,
     const float* shift, const T* residual, bool relu, T* y, const Finish& finish) {
   if (by_winograd<T>(shape, false)) {
-    winograd(shape, x, fill, panels, scale, shift, residual, relu, y, finish);
-    return true;
+    return winograd(shape, x, fill, panels, scale, shift, residual, relu, y, finish);
   }
   const ConvShape s = flattened(shape);
   const Problem<T> c = {
@@ -663,8 +669,7 @@ bool tiled_conv_dgrad(
     const ConvShape& shape, const T* dz, const FillRow<T>& fill, const at::Tensor& panels, T* dx,
     const Finish& finish) {
   if (by_winograd<T>(shape, true)) {
-    winograd<T>(transposed(shape), dz, fill, panels, nullptr, nullptr, nullptr, false, dx, finish);
-    return true;
+    return winograd<T>(transposed(shape), dz, fill, panels, nullptr, nullptr, nullptr, false, dx, finish);
   }
   const ConvShape s = flattened(shape);
   const Block block = block_of<T>(s);
@@ -678,9 +683,9 @@ bool tiled_conv_dgrad(
 
 #define RESNET_FAST_TILED_CONV(T)                                                                                   \
   template bool tiled_conv_takes<T>(const ConvShape&);                                                              \
-  template bool tiled_conv_joins<T>(const ConvShape&);                                                              \
+  template bool tiled_conv_needs_finite<T>(const ConvShape&);                                                       \
   template bool tiled_fprop_merges<T>(const ConvShape&);                                                            \
-  template bool by_winograd<T>(const ConvShape&, bool);                                                             \
+  template int by_winograd<T>(const ConvShape&, bool);                                                              \
   template at::Tensor pack_filters<T>(const ConvShape&, const at::Tensor&, bool, Allocate);                         \
   template bool tiled_conv_fprop<T>(                                                                                \
       const ConvShape&, const T*, const FillRow<T>&, const at::Tensor&, const float*, const float*, const T*, bool, \

@@ -28,19 +28,19 @@ constexpr int64_t kMostGroups = 4;
 template <class T>
 bool tiled_conv_takes(const ConvShape& shape);
 
-// Whether groups are multiplied as one. A filter then multiplies channels that it does not read by zero, so that what is
-// read of x (for dgrad: of dz) must be finite.
+// Whether tiled_conv_fprop may return false: groups that are multiplied as one, where a filter multiplies channels that
+// it does not read by zero, and Winograd's 4x4 tiles, where an output depends on pixels beside its window.
 template <class T>
-bool tiled_conv_joins(const ConvShape& shape);
+bool tiled_conv_needs_finite(const ConvShape& shape);
 
 // Whether tiled_conv_fprop also takes a convolution of fewer channels (a network's first): in fp32 arithmetic, without
 // dilation of columns. The values that a row of taps reads are adjacent, and are multiplied like one tap's.
 template <class T>
 bool tiled_fprop_merges(const ConvShape& shape);
 
-// Whether a convolution uses Winograd (winograd.h).
+// The tile size of Winograd (winograd.h), 0 if it does not convolve this shape.
 template <class T>
-bool by_winograd(const ConvShape& shape, bool dgrad);
+int by_winograd(const ConvShape& shape, bool dgrad);
 
 // Packs filters [K,C,R,S] (float or T) as panels for the shape's fprop or dgrad, in memory from `allocate`.
 template <class T>
@@ -50,7 +50,7 @@ at::Tensor pack_filters(
 constexpr int64_t kTasks = 64;  // maximum number of tasks that share the bands; each has separate sums
 
 // y = relu(scale·conv(x) + shift + residual); a null operand is missing. x is read in place, or row by row with
-// `fill`. Returns false, and y has no meaning, if tiled_conv_joins and a value of x is infinite or NaN.
+// `fill`. Returns false, and y has no meaning, if an infinity or NaN could spread (tiled_conv_needs_finite).
 template <class T>
 bool tiled_conv_fprop(
     const ConvShape& shape, const T* x, const FillRow<T>& fill, const at::Tensor& panels, const float* scale,
@@ -63,7 +63,7 @@ bool tiled_conv_dgrad(
     const ConvShape& shape, const T* dz, const FillRow<T>& fill, const at::Tensor& panels, T* dx,
     const Finish& finish);
 
-// dw [K,R,S,C] in fp32.
+// dw [K,R,S,C] in fp32; undefined as tiled_conv_fprop returns false.
 template <class T>
 at::Tensor tiled_conv_wgrad(const ConvShape& shape, const T* x, const FillRow<T>& fill, const T* dz);
 

@@ -99,7 +99,8 @@ def guard(tmp_path_factory):
      ("avx2", "bf16", "tiles"), ("avx2", "bf16", "winograd"),
      ("avx512", "fp32", "tiles"), ("avx512", "fp32", "winograd"),
      ("avx512", "bf16", "tiles"), ("avx512", "bf16", "winograd"),
-     ("avx512_bf16", "bf16", "tiles"), ("amx_bf16", "bf16", "tiles")],
+     ("avx512_bf16", "bf16", "tiles"), ("avx512_bf16", "bf16", "winograd"),
+     ("amx_bf16", "bf16", "tiles")],
 )  # fmt: skip
 def test_tiles(isa, dtype, by, guard):
     """Direct tiles, and Winograd's for every 3x3 convolution; no read past scratch memory.
@@ -209,9 +210,16 @@ for channels in (256, 64):
     x, w = (t.to(memory_format=torch.channels_last) for t in (x, w))
     exact = torch.nn.functional.conv2d(x.double(), w.double(), padding=1)
     print((run(x).double() - exact).pow(2).mean().sqrt().item())
-x[0, 0, 6, 7] = float("inf")
-print((~run(x).isfinite())[0].all(0).nonzero().tolist())
-print((~run(x).isfinite())[0].any(0).nonzero().tolist())
+def show(t):
+    wrong = ~t.isfinite()[0]
+    print(wrong.all(0).nonzero().tolist(), wrong.any(0).nonzero().tolist())
+for dtype in (torch.float32, torch.bfloat16):
+    x, w = x.to(dtype), w.to(dtype)
+    for at in ((6, 7), (0, 13)):
+        bad = x.clone(memory_format=torch.preserve_format)
+        bad[0, 0, at[0], at[1]] = float("inf")
+        show(run(bad))
+        show(ops.conv_bprop(bad, w, x, *[None] * 13, *rest[6:10], True, True, False, "native")[0])
 """
 
 
@@ -229,8 +237,10 @@ def test_rounding_errors_of_winograd():
         found[by] = out.splitlines()
     many, few = (float(found["winograd"][i]) / float(found["tiles"][i]) for i in (0, 1))
     assert 0 < many < 2 and 0 < few < 1.2, (many, few)
-    windows = str([[i, j] for i in (5, 6, 7) for j in (6, 7, 8)])
-    assert found["winograd"][2:] == found["tiles"][2:] == [windows, windows]
+    inside = [[i, j] for i in (5, 6, 7) for j in (6, 7, 8)]
+    corner = [[i, j] for i in (0, 1) for j in (12, 13)]
+    expected = [f"{windows} {windows}" for windows in (inside, inside, corner, corner)]
+    assert found["winograd"][2:] == found["tiles"][2:] == 2 * expected  # y and dx, fp32 and bf16
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
