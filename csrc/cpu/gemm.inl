@@ -506,7 +506,7 @@ ConvKernels<T> kernels_of() {
   ConvKernels<T> k = {};
   k.columns = kVectors * kVector, k.rows = kTileRows<kVectors>, k.half = kHalf<kVectors>, k.values = kValues;
   k.widens = kValues * sizeof(T) < 4, k.ragged = false, k.steps = 1, k.depth = kChain;
-  k.chained = k.rows < 4, k.tiles = 8;
+  k.chained = k.rows < 4, k.tiles = kVector == 16 ? 4 : 8;
   k.scratch_bytes = 256 << 10, k.block_bytes = k.chained ? 0 : 32 << 10;
   k.dw_pixels = 256, k.dw_bytes = 640 << 10;
   k.store_tile = store_tile<kVectors, T>, k.sum_tile = sum_tile<kVectors>, k.add_panel = add_panel;

@@ -314,10 +314,6 @@ void fetch(const void* from, const void* to) {
   for (auto* line = static_cast<const char*>(from); line < to; line += 64) __builtin_prefetch(line, 0, 2);
 }
 
-// Maximum bytes of a tile that are prefetched in shares, one before each panel, because more prefetches than the CPU
-// has fill buffers would stall. A larger tile is prefetched at once: with a panel it exceeds L1, and stalls anyway.
-constexpr int64_t kSharedFetch = 24 << 10;
-
 template <class T>
 int64_t filter_bytes(const Problem<T>& c) {
   return c.rows.taps * c.columns.taps * c.block.filters * c.block.channels * c.kernels.value_bytes();
@@ -356,7 +352,7 @@ void multiply(const Problem<T>& c, const Prepared<T>& prepared, int64_t panel0, 
   const int64_t panel_bytes = c.rows.taps * c.columns.taps * kernels.steps_of(c.block.channels) * kernels.panel_step();
   const int64_t plane = panel0 * kernels.columns / c.block.filters - prepared.block;
   const std::vector<Ready<T>>& ready = prepared.bands;
-  // A pointwise convolution reads x in place: the input of the next tile is prefetched during the current tile.
+  // A pointwise convolution reads x in place: what the next tile reads is prefetched during the current tile.
   const bool streams = ready[0].in_place && c.rows.output == 1 && c.columns.div == 1 && c.columns.mul == 1;
 
   Tiles state(kernels);
@@ -434,23 +430,29 @@ void multiply(const Problem<T>& c, const Prepared<T>& prepared, int64_t panel0, 
     const int64_t last = std::min(first + sequence, panel1);
     for (const Ready<T>& band : ready) {
       for (size_t i = 0; i < band.tiles.size(); ++i) {
-        const Tile* next = streams && i + 1 < band.tiles.size() ? &band.tiles[i + 1] : nullptr;
-        const int64_t next_rows = next ? (next->rows.first + next->rows.second) * next->rows.tiles : 0;
-        const Cut shares = {next_rows * band.lda <= kSharedFetch ? last - first : 1, next_rows};
+        const Tile& tile = band.tiles[i];
+        const Phase& phase = band.phases[tile.phase];
+        // The pixels after the tile, also of another band
+        const int64_t rows = int64_t(tile.rows.first + tile.rows.second) * tile.rows.tiles;
+        const int64_t left = streams ? c.columns.output - tile.y / c.filters - rows : 0;
+        const Cut shares = {last - first, std::min(rows, left)};
         for (int64_t panel = first; panel < last; ++panel) {
-          if (const int64_t share = panel - first; next && share < shares.parts) {
-            const int64_t row0 = shares.begin(share), row1 = shares.begin(share + 1);
-            if (first == panel0) fetch(next->a + row0 * band.lda, next->a + row1 * band.lda);
-            for (int64_t row = row0; c.residual && row < row1; ++row) {
-              const T* at = c.residual + next->y + row * band.ldy;
-              fetch(at + first * kernels.columns, at + last * kernels.columns);
-            }
-          }
-          const Tile& tile = band.tiles[i];
-          const Phase& phase = band.phases[tile.phase];
           Product whole = product(band, tile, panel, 0, int64_t(phase.stretches.size()));
           if (sequence == 1 && chains == 1 && panel + 1 < panel1) {
             prefetch(whole, tile, panel + 1, phase, 0, i, band.tiles.size());
+          }
+          const int64_t row0 = rows + shares.begin(panel - first), row1 = rows + shares.begin(panel - first + 1);
+          if (const char* const from = tile.a + row0 * band.lda; row0 < row1 && first == panel0) {
+            const int64_t bytes = (row1 - row0) * band.lda;
+            if (whole.ahead == nullptr) {
+              whole.prefetch(from, bytes, tile.rows.tiles * kernels.steps_of(c.channels));
+            } else {
+              fetch(from, from + bytes);
+            }
+          }
+          for (int64_t row = row0; c.residual && row < row1; ++row) {
+            const T* at = c.residual + tile.y + row * band.ldy;
+            fetch(at + first * kernels.columns, at + last * kernels.columns);
           }
           store(band, tile, panel, whole, nullptr);
         }
