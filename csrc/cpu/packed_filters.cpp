@@ -288,8 +288,7 @@ Route route(const Tensor& x, const Tensor& w, const Geometry& g, bool inference)
   const bool single = x.scalar_type() == at::kFloat;
   if (!single && x.scalar_type() != at::kBFloat16) return library("neither fp32 nor bf16");
   const ConvShape s = conv_shape(x, w, g);
-  // In fp32 with AVX-512 they go to oneDNN: these tiles are not measured there.
-  const bool merges = single ? active_isa() < Isa::AVX512 && tiled_fprop_merges<float>(s) : tiled_fprop_merges<bf16>(s);
+  const bool merges = single ? tiled_fprop_merges<float>(s) : tiled_fprop_merges<bf16>(s);
   if (inference && merges) return {"tiles", "few channels", true};
   if (!(single ? tiled_conv_takes<float>(s) : tiled_conv_takes<bf16>(s))) {
     return library("channels or filters are not multiples of 32 (of up to 4 groups: of 8, with AVX-512 of 16), or the "
