@@ -282,8 +282,9 @@ Route route(const Tensor& x, const Tensor& w, const Geometry& g, bool inference)
     return Route{inference && onednn().takes(x, w, g) ? "onednn" : "aten", why, false};
   };
   if (conv_by() == ConvBy::OneDnn) return library("RESNET_FAST_CPU_CONV=onednn");
-  // Their tiles are not measured with AVX-512.
-  if (g.groups != 1 && active_isa() >= Isa::AVX512 && conv_by() == ConvBy::Auto) return library("groups > 1");
+  // Their tiles are not measured on Intel with AVX-512.
+  const bool unmeasured = is_intel() && active_isa() >= Isa::AVX512;
+  if (g.groups != 1 && unmeasured && conv_by() == ConvBy::Auto) return library("groups > 1");
   if (format_of(x, &w) != at::MemoryFormat::ChannelsLast) return library("not channels_last");
   const bool single = x.scalar_type() == at::kFloat;
   if (!single && x.scalar_type() != at::kBFloat16) return library("neither fp32 nor bf16");

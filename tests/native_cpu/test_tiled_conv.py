@@ -16,6 +16,7 @@ from torch import nn
 
 from resnet_fast import fuse
 from resnet_fast.dispatch import backends, ops
+from resnet_fast.runtime import cpu_info
 from resnet_fast.verify.op_cases import CONVOLUTIONS, Conv, Draw
 
 TESTS = Path(__file__).parents[1]
@@ -123,10 +124,11 @@ def test_tiles(isa, dtype, by, guard):
 
 
 @pytest.mark.parametrize(
-    ("channels", "groups", "takes"),
-    [(32, 8, True), (96, 3, True), (24, 3, True), (32, 32, False), (36, 3, False)],
-)
-def test_groups_that_tiles_take(channels, groups, takes):
+    ("channels", "groups", "avx2", "avx512"),
+    [(32, 8, True, True), (96, 3, True, True), (24, 3, True, False), (32, 32, False, False),
+     (36, 3, False, False)],
+)  # fmt: skip
+def test_groups_that_tiles_take(channels, groups, avx2, avx512):
     info = backends.build_info()
     if info is None:
         pytest.skip("resnet_fast._C is not built")
@@ -134,7 +136,10 @@ def test_groups_that_tiles_take(channels, groups, takes):
     x = x.to(memory_format=torch.channels_last)
     route = torch.ops.resnet_fast_native.conv_route
     by, why = route(x, w, [1, 1], [1, 1], [1, 1], groups, False)
-    assert (by == "tiles") == (takes and info["isa_active"] == "avx2"), (by, why)
+    isa = info["isa_active"]
+    intel = isa not in ("baseline", "avx2") and "Intel" in cpu_info.name()
+    takes = {"baseline": False, "avx2": avx2}.get(isa, avx512 and not intel)
+    assert (by == "tiles") == takes, (by, why)
     with pytest.raises(RuntimeError, match="groups"):
         route(x, w, [1, 1], [1, 1], [1, 1], 0, False)
 
