@@ -92,15 +92,13 @@ class alignas(64) Queue {
   std::atomic<uint64_t> ends_;
 };
 
-// The parts of `tasks` that for_tasks gives to the threads.
-inline Cut queues_of(int64_t tasks) { return {std::min<int64_t>(tasks, at::get_num_threads()), tasks}; }
-
 // Runs f(state, task) for every task on some thread, which keeps a State between its tasks. Each thread begins with its
-// own range of them, the same for equal `tasks`: what it wrote in one convolution, the next one finds in its caches,
-// from where another core would read it as slowly as from memory. The thread that runs a task must not affect the result.
+// part of them, as Cut divides them: tasks in the order of rows find in its caches what it wrote in the convolution
+// before. What another core wrote may be as slow to read as memory. The thread that runs a task must not affect the
+// result.
 template <class State, class F>
 void for_tasks_with(int64_t tasks, F f) {
-  const Cut cut = queues_of(tasks);
+  const Cut cut = {std::min<int64_t>(tasks, at::get_num_threads()), tasks};
   const auto queues = std::make_unique<Queue[]>(cut.parts);
   for (int64_t i = 0; i < cut.parts; ++i) queues[i].fill(cut.begin(i), cut.begin(i + 1));
   at::parallel_for(0, cut.parts, 1, [&](int64_t begin, int64_t end) {

@@ -432,7 +432,7 @@ void multiply(const Problem<T>& c, const Prepared<T>& prepared, int64_t panel0, 
       for (size_t i = 0; i < band.tiles.size(); ++i) {
         const Tile& tile = band.tiles[i];
         const Phase& phase = band.phases[tile.phase];
-        // The pixels after the tile, also of another band
+        // The pixels after the tile, also those of another band, as rows of it.
         const int64_t rows = int64_t(tile.rows.first + tile.rows.second) * tile.rows.tiles;
         const int64_t left = streams ? c.columns.output - tile.y / c.filters - rows : 0;
         const Cut shares = {last - first, std::min(rows, left)};
@@ -542,7 +542,8 @@ bool run(const Problem<T>& c) {
     }
   };
   if (splits) {
-    // The last group of bands of each thread is split by panels, so that the threads end at about the same time.
+    // The last group of bands of each thread is split by panels, so that the threads end at about the same time. The
+    // tasks of an owner are those that for_tasks_with gives to one thread.
     const int64_t groups = count * runs.parts;
     const Cut owners = {std::min(groups, threads), groups}, all = {1, panels};
     const Cut parts = {std::clamp<int64_t>(ceil_div(4 * threads, owners.parts), 1, panels), panels};
