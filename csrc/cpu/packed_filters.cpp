@@ -283,8 +283,8 @@ Route route(const Tensor& x, const Tensor& w, const Geometry& g, bool inference)
   };
   if (conv_by() == ConvBy::OneDnn) return library("RESNET_FAST_CPU_CONV=onednn");
   // Their tiles are not measured on Intel with AVX-512.
-  const bool unmeasured = is_intel() && active_isa() >= Isa::AVX512;
-  if (g.groups != 1 && unmeasured && conv_by() == ConvBy::Auto) return library("groups > 1");
+  const bool intel = is_intel() && active_isa() >= Isa::AVX512;
+  if (g.groups != 1 && intel && conv_by() == ConvBy::Auto) return library("groups > 1");
   if (format_of(x, &w) != at::MemoryFormat::ChannelsLast) return library("not channels_last");
   const bool single = x.scalar_type() == at::kFloat;
   if (!single && x.scalar_type() != at::kBFloat16) return library("neither fp32 nor bf16");
@@ -300,8 +300,7 @@ Route route(const Tensor& x, const Tensor& w, const Geometry& g, bool inference)
   }
   const int64_t values = s.images * s.rows * s.columns * (s.channels + s.filters);
   const bool streams = s.pointwise() && values > s.channels * s.filters;
-  if (inference && single && conv_by() == ConvBy::Auto && is_intel() &&
-      active_isa() >= Isa::AVX512 && !streams && onednn().takes(x, w, g)) {
+  if (inference && single && conv_by() == ConvBy::Auto && intel && !streams && onednn().takes(x, w, g)) {
     return library("fp32 inference on Intel");
   }
   if (g.groups > 1) {

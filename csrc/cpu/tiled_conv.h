@@ -63,7 +63,7 @@ bool tiled_conv_dgrad(
     const ConvShape& shape, const T* dz, const FillRow<T>& fill, const at::Tensor& panels, T* dx,
     const Finish& finish);
 
-// dw [K,R,S,C] in fp32; undefined as tiled_conv_fprop returns false.
+// dw [K,R,S,C] in fp32; undefined if Winograd's 4x4 tiles computed it and it is not finite.
 template <class T>
 at::Tensor tiled_conv_wgrad(const ConvShape& shape, const T* x, const FillRow<T>& fill, const T* dz);
 

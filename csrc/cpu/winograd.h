@@ -15,7 +15,8 @@
 // window may become NaN.
 //
 // m = 4, for bf16: 36 products instead of 144, in fp32; products of bf16 are at most twice as fast without AMX. The
-// rounding errors, 5e-6 of the largest y, are larger than with m = 2, but far below the rounding of y to bf16.
+// rounding errors (measured: 5e-6 of the largest y, 64 and 128 channels) are larger than with m = 2, but far below the
+// rounding of y to bf16.
 //
 //        4  0 -5  0  1  0         1/4    0    0
 //        0 -4 -4  1  1  0        -1/6 -1/6 -1/6         1  1  1  1  1  0
