@@ -40,13 +40,11 @@ inline void check_defined(const Arg& a) {
 }
 
 inline void check_dtype(const Arg& a, std::initializer_list<at::ScalarType> expected) {
-  std::ostringstream words;
   for (const at::ScalarType dtype : expected) {
-    if (a.tensor.scalar_type() == dtype) {
-      return;
-    }
-    words << (words.tellp() > 0 ? " or " : "") << dtype_name(dtype);
+    if (a.tensor.scalar_type() == dtype) return;
   }
+  std::ostringstream words;
+  for (const at::ScalarType dtype : expected) words << (words.tellp() > 0 ? " or " : "") << dtype_name(dtype);
   TORCH_CHECK_TYPE(false, a.op, ": `", a.name, "` has dtype ",
                    dtype_name(a.tensor.scalar_type()), ", expected ", words.str());
 }

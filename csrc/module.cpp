@@ -22,6 +22,7 @@
 #include "cpu/witness.h"
 #include "program.h"
 #include "settings.h"
+#include "snapshot.h"
 
 namespace {
 
@@ -145,4 +146,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         "Drop the packed copies of the filters at this address, and of freed tensors");
   m.def("recheck", &resnet_fast::cpu::recheck, "Compare all values of packed filters with their source at next use");
   resnet_fast::bind_program(m);
+  resnet_fast::bind_snapshot(m);
 }

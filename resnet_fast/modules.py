@@ -23,7 +23,7 @@ from . import blocks
 from .autograd.sync import group_of
 from .blocks import zero_pad
 from .dispatch.guard import fusible, transformed
-from .dispatch.native_inference import infer
+from .dispatch.native_inference import Step, infer
 from .dispatch.packed_filters import Rechecked
 from .functional import global_avg_pool, infer_chains, run_chain
 from .spec.chain import Chain, Conv, ConvParams, Norm, NormParams, Running, Tensors
@@ -58,12 +58,19 @@ def run_fused(
     return run_chain(chain, x, tensors, residual, running)
 
 
-def run_inference(chains: Sequence[Parts], x: Tensor, impl: str) -> Tensor | None:
+def run_inference(
+    chains: Sequence[Parts],
+    x: Tensor,
+    impl: str,
+    modules: Sequence[nn.Module],
+    steps: Sequence[Step],
+) -> Tensor | None:
     """y of several chains by one native call, or on a GPU with one fold of all norms, or None.
 
-    None where neither can run them all; then each chain runs on its own.
+    None where neither can run them all; then each chain runs on its own. modules and steps: as in
+    `dispatch.native_inference.infer`.
     """
-    y = infer(chains, x, impl)
+    y = infer(chains, x, impl, modules, steps)
     if y is not None or impl not in ("auto", "triton") or not (x.is_cuda or impl == "triton"):
         return y
     if any(parts.shortcut == "zero_pad" or any(map(_trains, _norms_of(parts))) for parts in chains):

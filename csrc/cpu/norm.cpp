@@ -375,10 +375,29 @@ void update_running(
   }
 }
 
-// PyTorch's kernel is already one pass.
+// The sum over an image's rows is that of gradient_sums with x as the gradient. For NCHW, PyTorch's kernel is one pass.
 Tensor global_avg_pool(const Tensor& x) {
   check_4d({"global_avg_pool", "x", x});
-  return at::adaptive_avg_pool2d(x, {1, 1}).flatten(1).contiguous();
+  const Shape s = shape_of(x);
+  if (!s.nhwc) return at::adaptive_avg_pool2d(x, {1, 1}).flatten(1).contiguous();
+  return dispatch(x, "global_avg_pool", [&](auto t) {
+    using T = decltype(t);
+    using A = accumulate_t<T>;
+    const int64_t images = x.size(0), pixels = s.rows / images, channels = s.channels;
+    const Tensor y = at::empty({images, channels}, x.options());
+    T* to = static_cast<T*>(y.data_ptr());
+    GradientSums<T> k = {};
+    k.shape = s, k.dy = data<T>(x);
+    at::parallel_for(0, images, std::max<int64_t>(1, kGrain / (pixels * channels)), [&](int64_t begin, int64_t end) {
+      std::vector<A> sums;
+      for (int64_t i = begin; i < end; ++i) {
+        sums.assign(channels, A(0));
+        kernels<T>().gradient_sums(k, i * pixels, (i + 1) * pixels, 1, sums.data());
+        for (int64_t c = 0; c < channels; ++c) to[i * channels + c] = narrow<T>(sums[c] / A(pixels));
+      }
+    });
+    return y;
+  });
 }
 
 TORCH_LIBRARY_FRAGMENT(resnet_fast_native, m) {  // only CPU tensors; in autograd/running_stats.py

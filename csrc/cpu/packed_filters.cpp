@@ -152,8 +152,10 @@ int64_t bits_of(double value) {
 }
 
 Key make_key(const Tensor& x, const Tensor& w, const BatchNorm& bn, const Geometry& g) {
-  Key key = {reinterpret_cast<int64_t>(w.const_data_ptr()), int64_t(x.scalar_type()), g.groups, bits_of(bn.eps),
-             at::get_num_threads(), onednn().takes(x, w, g)};
+  Key key;
+  key.reserve(48);
+  key.assign({reinterpret_cast<int64_t>(w.const_data_ptr()), int64_t(x.scalar_type()), g.groups, bits_of(bn.eps),
+              at::get_num_threads(), onednn().takes(x, w, g)});
   // oneDNN's layout depends on the input's size; that of the tiles on the use of Winograd.
   if (route(x, w, g, true).tiled) {
     const ConvShape s = conv_shape(x, w, g);
@@ -212,7 +214,7 @@ Shelf::Items take_gone(Shelf& shelf, int64_t address) {
 }  // namespace
 
 PackedConv pack(const Tensor& x, const Tensor& w, const BatchNorm& bn, const Geometry& geometry) {
-  const std::vector<Tensor> tensors = sources(w, bn);
+  std::vector<Tensor> tensors = sources(w, bn);
   for (const Tensor& t : tensors) {
     if (t.is_inference()) return make(x, w, bn, geometry);  // it has no version counter
   }
@@ -228,7 +230,7 @@ PackedConv pack(const Tensor& x, const Tensor& w, const BatchNorm& bn, const Geo
   }
   if (const auto* found = static_cast<const Entry*>(seen.get())) {
     if (Trust* trust = Trust::here(); trust != nullptr && found->same(tensors)) {
-      trust->note(seen, tensors);
+      trust->note(seen, std::move(tensors));
       return found->packed;
     }
     if (found->holds(tensors)) return found->packed;

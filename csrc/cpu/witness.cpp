@@ -82,23 +82,20 @@ uint64_t sample(const Bytes& b) {
   };
   while (common(step, lines) != 1) ++step;
   const int64_t passes = (wanted + b.rows - 1) / b.rows, ahead = (lines + passes - 1) / passes;
-  std::array<const char*, kAhead> asked;  // prefetched together
+  std::array<const char*, kAhead> asked;  // prefetched, in turn
   int64_t count = 0;
-  const auto add_asked = [&] {
-    for (int64_t i = 0; i < count; ++i) sum.add(asked[i]);
-    count = 0;
-  };
   for (int64_t pass = 0; pass < passes; ++pass) {
     int64_t place = pass * ahead % lines * step % lines;
     for (int64_t row = 0; row < b.rows; ++row) {
-      const char* line = asked[count++] = b.data + row * b.row + std::min(place * kLine, b.row - kLine);
-      __builtin_prefetch(line);
-      if (count == kAhead) add_asked();
+      const char*& next = asked[count % kAhead];
+      if (count++ >= kAhead) sum.add(next);
+      next = b.data + row * b.row + std::min(place * kLine, b.row - kLine);
+      __builtin_prefetch(next);
       place += step;
       if (place >= lines) place -= lines;
     }
   }
-  add_asked();
+  for (int64_t i = std::max<int64_t>(0, count - kAhead); i < count; ++i) sum.add(asked[i % kAhead]);
   return sum.value();
 }
 

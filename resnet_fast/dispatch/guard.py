@@ -24,7 +24,7 @@ TENSORS = frozenset((Tensor, nn.Parameter, FakeTensor, FunctionalTensor))
 LAYERS = (  # the layers of a chain
     nn.Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.ReLU, nn.MaxPool2d, nn.Identity, nn.Sequential,
 )  # fmt: skip
-FORWARDS = {kind: kind.forward for kind in LAYERS}
+FORWARDS = {kind: kind.forward for kind in (*LAYERS, nn.Linear)}
 CONV_FORWARD, ITER, CALL = nn.Conv2d._conv_forward, nn.Sequential.__iter__, nn.Module.__call__
 CONV, POOL, AROUND = (nn.Conv2d,), (nn.MaxPool2d,), (nn.ReLU, nn.Identity, nn.Sequential)
 
@@ -142,4 +142,3 @@ def hooked(module: nn.Module) -> bool:
         or held["_backward_hooks"]
         or held["_backward_pre_hooks"]
     )
-

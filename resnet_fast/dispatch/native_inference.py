@@ -9,10 +9,12 @@ op in `functional.run_chain`, which also gives better errors.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..runtime import trace
 from ..spec.dtypes import autocast
@@ -20,40 +22,112 @@ from ..spec.layers import Parts, promotes, windows_of
 from ..spec.layout import call_format
 from ..spec.values import pair
 from . import backends
+from .guard import plain_call
 from .ops import traced
 from .packed_filters import drop_with
+from .snapshot import Snapshot
 
 SHORTCUTS = ("none", "identity", "projection", "zero_pad")  # csrc/infer_chains.h numbers them
 NO_NORM = (None,) * 4
 
 
-def infer(chains: Iterable[Parts], x: Tensor, impl: str) -> Tensor | None:
+class Program(NamedTuple):
+    """The arguments of `native.infer_chains` for some chains, the first of which is `first`."""
+
+    first: Parts
+    tensors: list[Tensor | None]
+    words: list[int]
+    eps: list[float]
+
+    @classmethod
+    def of(cls, chains: Sequence[Parts]) -> Program | None:
+        """The program of `chains`, or None if they are unsupported."""
+        program = cls(chains[0], [], [], [])
+        for parts in chains:
+            if not _write(parts, program.words, program.tensors, program.eps):
+                return None
+        return program
+
+    def run(self, x: Tensor, impl: str, call: Callable[[Tensor], Tensor]) -> Tensor | None:
+        """y of the chains by `call`, or None if unsupported."""
+        cast = autocast(x)
+        if cast is not x and promotes(self.first, x):
+            return None
+        x = cast
+        if not _native(x, impl, self.tensors):
+            return None
+        if torch.is_grad_enabled() and any(
+            t is not None and t.requires_grad for t in (x, *self.tensors)
+        ):
+            return None
+        x = x.contiguous(memory_format=call_format(x, self.tensors[0]))
+        try:
+            y = call(x)
+        except (RuntimeError, ValueError, TypeError, IndexError):
+            return None  # the op-by-op path raises an error that names the argument
+        if not x.is_cuda:
+            drop_with(self.tensors)
+        return y
+
+    def call(self, x: Tensor) -> Tensor:
+        """y by the op."""
+        return backends.native_ops().infer_chains(x, *self[1:])
+
+    def before(self, steps: Sequence[Step]) -> Callable[[Tensor], Tensor]:
+        """`call`, then `steps`, with all arguments but x already converted."""
+        native, _ = backends.native_module()
+        all_steps = (("resnet_fast_native::infer_chains", self[1:]), *steps)
+        program = native.Program(len(all_steps) + 1)
+        for i, (op, operands) in enumerate(all_steps):
+            program.add(op, "", (native.Place(i), *operands), {}, [i + 1], [i])
+        return lambda x: program([x], [len(all_steps)])[0]
+
+
+Step = tuple[str, Sequence[Any]]
+"""An operator of one tensor, and its other arguments."""
+Recorded = tuple[Program, Callable[[Tensor], Tensor], Snapshot]
+_recorded: WeakKeyDictionary[nn.Module, Recorded] = WeakKeyDictionary()
+
+
+def infer(
+    chains: Sequence[Parts],
+    x: Tensor,
+    impl: str,
+    modules: Sequence[nn.Module] = (),
+    steps: Sequence[Step] = (),
+) -> Tensor | None:
     """y of `chains` on x [N,C,H,W], each on the result of the one before, or None if unsupported.
 
     Unsupported: gradients, batch statistics, autocast that mixes dtypes, compilation, tracing, a
     dispatch mode, RESNET_FAST_TRACE, and an `impl` that is not native for x.
+
+    modules: all whose state decides what the chains and `steps` are. On a CPU, `infer_again` of the
+    first then runs the chains and `steps` without reading the modules.
     """
-    if type(x) is not Tensor or x.dim() != 4 or traced() or trace.on():
-        return None
-    program: list[int] = []
-    tensors: list[Tensor | None] = []
-    eps: list[float] = []
-    for i, parts in enumerate(chains):
-        if (i == 0 and promotes(parts, x)) or not _write(parts, program, tensors, eps):
-            return None
-    x = autocast(x)
-    if not tensors or not _native(x, impl, tensors):
-        return None
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors)):
-        return None
-    x = x.contiguous(memory_format=call_format(x, tensors[0]))
-    try:
-        y = backends.native_ops().infer_chains(x, tensors, program, eps)
-    except (RuntimeError, ValueError, TypeError, IndexError):
-        return None  # the op-by-op path raises an error that names the argument
-    if not x.is_cuda:
-        drop_with(tensors)
+    program = Program.of(chains) if _takes(x) else None
+    y = None if program is None else program.run(x, impl, program.call)
+    if program is not None and y is not None and modules and not x.is_cuda:
+        snapshot = Snapshot.of(modules)
+        if snapshot is not None:
+            _recorded[modules[0]] = program, program.before(steps), snapshot
     return y
+
+
+def infer_again(module: nn.Module, x: Tensor, impl: str) -> Tensor | None:
+    """The result of what `infer` recorded for `module`; None if there is nothing, or a change."""
+    if torch.compiler.is_compiling() or module not in _recorded:
+        return None
+    if plain_call(x) or not _takes(x) or x.is_cuda:
+        return None
+    program, call, snapshot = _recorded[module]
+    if snapshot.same(module):
+        return program.run(x, impl, call)
+    _recorded.pop(module, None)
+    return None
+
+
+def _takes(x: Tensor) -> bool:
+    return type(x) is Tensor and x.dim() == 4 and not traced() and not trace.on()
 
 
 def _native(x: Tensor, impl: str, tensors: list[Tensor | None]) -> bool:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..blocks import ResidualBlock
 from ..dispatch.guard import fusible, hooked, refusal
+from ..dispatch.native_inference import Step, infer_again
 from ..modules import PLAIN, Fused, GlobalAvgPool2d, run_fused, run_inference
 from ..spec.checks import check_impl, check_keep
 from ..spec.layers import Parts
@@ -158,13 +159,18 @@ class ResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits [N, num_classes] for x [N, in_channels, H, W]."""
+        logits = infer_again(self, x, self.impl)
+        if logits is not None:
+            return logits
         stages = [getattr(self, f"layer{i}") for i in range(1, self.stages + 1)]
         stem, pooled = self._stem()
         if not self.fused or not fusible(x, stem):
             x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         else:
             chains = self._chains(stages, x) if pooled and not self.training else None
-            y = None if chains is None else run_inference((stem, *chains), x, self.impl)
+            y = None
+            if chains is not None:
+                y = run_inference((stem, *chains), x, self.impl, *self._all())
             if y is not None:  # one call ran stem and stages
                 x, stages = y, []
             else:
@@ -210,6 +216,16 @@ class ResNet(nn.Module):
                     return None
                 chains.append(parts)
         return chains
+
+    def _all(self) -> tuple[list[nn.Module], list[Step]]:
+        """All modules, and the ops after the stages; none if there are other ops than these."""
+        pool, fc = self.avgpool, self.fc
+        pools = type(pool) is GlobalAvgPool2d and pool.impl == self.impl
+        own = hooked(pool) or "forward" in vars(pool) or refusal(fc, (nn.Linear,)) is not None
+        if not pools or own or self._head() is not None:
+            return [], []
+        pooling = "resnet_fast_native::global_avg_pool", ()
+        return list(self.modules()), [pooling, ("aten::linear", (fc.weight, fc.bias))]
 
     def __prepare_scriptable__(self) -> nn.Module:
         """The module that `torch.jit.script` compiles: the plain children in sequence."""

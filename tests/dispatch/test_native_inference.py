@@ -1,5 +1,12 @@
 """Whole nets and blocks in one native call: the same bits as op by op, and when it steps aside."""
 
+import copy
+import functools
+import gc
+import pickle
+import weakref
+from types import FunctionType
+
 import emulation
 import pytest
 import torch
@@ -54,6 +61,7 @@ def asked(monkeypatch):
 def op_by_op(monkeypatch, run):
     with monkeypatch.context() as patch:
         patch.setattr(resnet_fast.modules, "infer", lambda *args: None)
+        patch.setattr(resnet_fast.models.resnet, "infer_again", lambda *args: None)
         return run()
 
 
@@ -242,6 +250,144 @@ def test_weights_that_change(monkeypatch):
         after = model(x)
         assert not torch.equal(before, after)
         assert torch.equal(after, op_by_op(monkeypatch, lambda: model(x)))
+
+
+def attribute(path, value):
+    """A change that assigns value, or its result for the module if it is a function."""
+
+    def change(model, patch):
+        owner, _, name = path.rpartition(".")
+        module = model.get_submodule(owner)
+        setattr(module, name, value(module) if isinstance(value, FunctionType) else value)
+
+    return change
+
+
+def hook(path):
+    def change(model, patch):
+        model.get_submodule(path).register_forward_hook(lambda module, args, y: y * 2)
+
+    return change
+
+
+class Doubled(torch.nn.Conv2d):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+CHANGES = {
+    "option": attribute("conv1.stride", (1, 1)),
+    "option that is not fused": attribute("layer2.0.conv2.padding_mode", "circular"),
+    "eps": attribute("layer1.1.bn2.eps", 0.5),
+    "filter": attribute("layer1.0.conv2.weight", lambda m: torch.nn.Parameter(2 * m.weight)),
+    "bias": attribute("layer1.0.conv2.bias", lambda m: torch.nn.Parameter(torch.ones(32))),
+    "statistics": attribute("layer2.1.bn1.running_var", lambda m: 2 * m.running_var),
+    "dictionary": attribute(
+        "layer1.0.conv2._parameters",
+        lambda m: {"weight": torch.nn.Parameter(2 * m.weight), "bias": None},
+    ),
+    "child": attribute("layer2.0.downsample.1", torch.nn.BatchNorm2d(256).eval()),
+    "block": attribute("layer1.1", torch.nn.Identity()),
+    "class": attribute("layer1.0.conv2.__class__", Doubled),
+    "class's forward": lambda model, patch: patch.setattr(
+        torch.nn.Conv2d,
+        "forward",
+        lambda self, x: 2 * self._conv_forward(x, self.weight, self.bias),
+    ),
+    "stem's forward": attribute("conv1.forward", lambda m: lambda x: 2 * type(m).forward(m, x)),
+    "hook": hook("layer1.0.bn1"),
+    "pool": attribute("avgpool", torch.nn.AdaptiveMaxPool2d(1)),
+    "pool's hook": hook("avgpool"),
+    "last layer": attribute("fc", torch.nn.Linear(256, 10)),
+    "last layer's filter": attribute("fc.weight", lambda m: torch.nn.Parameter(2 * m.weight)),
+    "last layer's hook": hook("fc"),
+    "last layer's forward": lambda model, patch: patch.setattr(
+        torch.nn.Linear, "forward", lambda self, x: 2 * x[:, :10]
+    ),
+    "hook of all": lambda model, patch: (
+        torch.nn.modules.module.register_module_forward_hook(
+            lambda module, args, y: 2 * y if isinstance(module, torch.nn.ReLU) else y
+        ).remove
+    ),
+    "plain": lambda model, patch: model.switch(False),
+    "mode": lambda model, patch: [model.layer1[0].bn1.train()].clear,
+    "implementation": attribute("layer2.0.impl", "reference"),
+}
+CLOSE_TO = {"plain", "implementation"}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_change_between_calls(name, monkeypatch):
+    """A second call repeats the first without reading the modules, unless one has changed."""
+    model, x = net("bottlenecks"), image()
+    again = functools.partial(native_inference.infer_again, model, x, "auto")
+    with torch.no_grad():
+        before = model(x)
+        assert torch.equal(again(), before) and torch.equal(model(x), before)
+        undo = CHANGES[name](model, monkeypatch)
+        try:
+            assert again() is None
+            first, second = model(x), model(x)
+            torch.testing.assert_close(first, op_by_op(monkeypatch, lambda: model(x)))
+        finally:
+            if undo is not None:
+                undo()
+        if name in CLOSE_TO:
+            torch.testing.assert_close(first, before)
+        else:
+            assert not torch.allclose(first, before, rtol=1e-3)
+        torch.testing.assert_close(first, second)
+
+
+def test_what_could_change_unseen_is_not_repeated():
+    """An option in a list, or a class whose methods may read anything."""
+    x = image()
+    for path, value in {"layer1.0.conv2.padding": [1, 1], "layer1.0.conv2.__class__": Own}.items():
+        model = net("bottlenecks")
+        attribute(path, lambda module, value=value: value)(model, None)
+        with torch.no_grad():
+            model(x)
+            assert native_inference.infer_again(model, x, "auto") is None
+
+
+class Own(torch.nn.Conv2d):
+    pass
+
+
+def test_repeated_for_other_inputs(monkeypatch):
+    """Of another size or dtype, with autocast, and with a gradient of the last layer alone."""
+    model = net("bottlenecks").requires_grad_(False)
+    model.fc.requires_grad_()
+    model(image())
+    for x in (image(n=1), torch.randn(2, 3, 64, 32)):
+        assert native_inference.infer_again(model, x, "auto") is not None
+        model.zero_grad()
+        y = model(x)
+        y.sum().backward()
+        found = model.fc.weight.grad.clone()
+        model.zero_grad()
+        alone = op_by_op(monkeypatch, lambda x=x: model(x))
+        alone.sum().backward()
+        assert torch.equal(y, alone) and torch.equal(found, model.fc.weight.grad)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = native_inference.infer_again(model, x, "auto")
+        assert y.dtype == torch.bfloat16
+        assert torch.equal(y, op_by_op(monkeypatch, lambda: model(x)))
+    with pytest.raises(ValueError, match="weight: expected 2 input channels"):
+        model(x[:, :2])
+
+
+def test_a_repeated_call_keeps_nothing_alive():
+    model, x = net("bottlenecks"), image()
+    with torch.no_grad():
+        y = model(x)
+        twins = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+        assert all(torch.equal(twin(x), y) for twin in twins)
+    del twins
+    gone = weakref.ref(model), weakref.ref(model.layer1[0].conv2.weight)
+    del model
+    gc.collect()
+    assert all(ref() is None for ref in gone)
 
 
 CONV = torch.nn.Conv2d(3, 4, 1, bias=False)
