@@ -41,8 +41,8 @@ inline int64_t chain(const Stretch* stretches, int64_t n, int64_t most = kChain)
 // A tile's sum over its stretches. In a stretch A(row, step) is at a + row·lda + step·a_step bytes in the first
 // half of the tile, at a + half_a + (row − half)·lda + step·a_step in the second; B(step) is at b + step·columns·4.
 // If steps are grouped, the steps of a group are adjacent, and a_step is the distance between groups divided by the
-// steps per group. `ahead` is what is needed next: it is prefetched to L2 during the sum, ahead_step bytes (at most 32)
-// per step, and advanced. AMX's tiles do not prefetch.
+// steps per group. `ahead` is what is needed next: it is prefetched to L2 during the sum, ahead_step bytes (at most 32,
+// with AVX-512 64) per step, and advanced. AMX's tiles do not prefetch.
 struct Product {
   const char *a, *b;
   const Stretch* stretches;
@@ -52,9 +52,9 @@ struct Product {
   int64_t ahead_step = 0;
 
   // Prefetches `bytes` from `from` on, in `steps` steps of this sum and of those that continue it.
-  void prefetch(const char* from, int64_t bytes, int64_t steps) {
+  void prefetch(const char* from, int64_t bytes, int64_t steps, int64_t most = 32) {
     ahead = from;
-    ahead_step = std::min<int64_t>(32, (bytes + steps - 1) / steps);
+    ahead_step = std::min(most, (bytes + steps - 1) / steps);
   }
 };
 

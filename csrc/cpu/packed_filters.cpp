@@ -18,6 +18,7 @@
 #include "cpu_features.h"
 #include "memory.h"
 #include "norm.h"
+#include "winograd.h"
 #include "witness.h"
 
 namespace resnet_fast::cpu {
@@ -159,7 +160,9 @@ Key make_key(const Tensor& x, const Tensor& w, const BatchNorm& bn, const Geomet
   // oneDNN's layout depends on the input's size; that of the tiles on the use of Winograd.
   if (route(x, w, g, true).tiled) {
     const ConvShape s = conv_shape(x, w, g);
-    key.push_back(x.scalar_type() == at::kFloat ? by_winograd<float>(s, false) : by_winograd<bf16>(s, false));
+    const bool single = x.scalar_type() == at::kFloat;
+    const bool u = single ? winograd_keeps<float>(s) : winograd_keeps<bf16>(s);
+    key.push_back(!u ? 0 : single ? winograd_tile<float>(s) : winograd_tile<bf16>(s));
   } else {
     key.insert(key.end(), x.sizes().begin(), x.sizes().end());
   }

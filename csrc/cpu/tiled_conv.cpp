@@ -646,9 +646,9 @@ at::Tensor pack_panels(const ConvShape& shape, const at::Tensor& w, bool for_dgr
 
 template <class T>
 at::Tensor pack_filters(const ConvShape& shape, const at::Tensor& w, bool for_dgrad, Allocate allocate) {
-  if (!by_winograd<T>(shape, for_dgrad)) return pack_panels<T>(shape, w, for_dgrad, allocate);
-  const at::Tensor packed = pack_panels<T>(shape, w, for_dgrad, &empty_bytes);
-  return winograd_filters<T>(for_dgrad ? transposed(shape) : shape, packed, for_dgrad, allocate);
+  const ConvShape s = for_dgrad ? transposed(shape) : shape;
+  if (!winograd_keeps<T>(s)) return pack_panels<T>(shape, w, for_dgrad, allocate);
+  return winograd_filters<T>(s, pack_panels<T>(shape, w, for_dgrad, &empty_bytes), for_dgrad, allocate);
 }
 
 template <class T>
@@ -656,7 +656,7 @@ bool tiled_conv_fprop(
     const ConvShape& shape, const T* x, const FillRow<T>& fill, const at::Tensor& panels, const float* scale,
     const float* shift, const T* residual, bool relu, T* y, const Finish& finish) {
   if (by_winograd<T>(shape, false)) {
-    return winograd(shape, x, fill, panels, scale, shift, residual, relu, y, finish);
+    return winograd(shape, x, fill, panels, false, scale, shift, residual, relu, y, finish);
   }
   const ConvShape s = flattened(shape);
   const Problem<T> c = {
@@ -672,7 +672,7 @@ bool tiled_conv_dgrad(
     const ConvShape& shape, const T* dz, const FillRow<T>& fill, const at::Tensor& panels, T* dx,
     const Finish& finish) {
   if (by_winograd<T>(shape, true)) {
-    return winograd<T>(transposed(shape), dz, fill, panels, nullptr, nullptr, nullptr, false, dx, finish);
+    return winograd<T>(transposed(shape), dz, fill, panels, true, nullptr, nullptr, nullptr, false, dx, finish);
   }
   const ConvShape s = flattened(shape);
   const Block block = block_of<T>(s);

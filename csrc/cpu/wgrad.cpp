@@ -76,7 +76,7 @@ const T* input_row(
 // x. Tasks are chunks of filters × lanes of blocks. Each lane has separate sums; the lanes are added in order.
 template <class T>
 at::Tensor tiled_conv_wgrad(const ConvShape& shape, const T* x, const FillRow<T>& fill, const T* dz) {
-  if (by_winograd<T>(shape, false)) return winograd_wgrad(shape, x, fill, dz);
+  if (winograd_keeps<T>(shape)) return winograd_wgrad(shape, x, fill, dz);
   const ConvShape s = flattened(shape);
   const ConvKernels<T>& kernels = *conv_kernels<T>();
   const Axis rows = fprop_axis(s.height, s.rows, s, 0), columns = fprop_axis(s.width, s.columns, s, 1);

@@ -38,11 +38,13 @@ constexpr int products_of(int tile) { return (tile + 2) * (tile + 2); }
 constexpr int64_t kBlockTiles = 112;
 
 // Tiles per thread from which fewer products outweigh larger filters (measured).
-int64_t least_tiles(int tile) { return tile == 4 ? 24 : active_isa() >= Isa::AVX512 ? 12 : 8; }
+int64_t least_tiles(int tile, bool keeps) {
+  return tile == 4 ? (keeps ? 24 : 96) : active_isa() >= Isa::AVX512 ? 12 : 8;
+}
 
-// The most bytes of U with m = 4: it takes four to eight times the memory of the tiles' filters, and larger ones are
-// read from memory for few tiles.
-constexpr int64_t kMostBytes = 4 << 20;
+// The most bytes of U that are kept with m = 4, where it takes four to eight times the memory of the tiles' filters. A
+// larger one is made panel by panel in every call, for up to so many tiles per thread.
+constexpr int64_t kMostBytes = 4 << 20, kPanelTiles = 128;
 
 // Rows of tiles of one image in a block; `tile` is the first one's index in the block. They give rows [p0, p1) of y
 // from rows [h0, h1) of x and zeros.
@@ -134,7 +136,11 @@ std::vector<Stretch> stretches_of(int64_t steps, int64_t a_step) {
   return stretches;
 }
 
-// M = V·U for panels [begin, end) of the filters of all products.
+// Whether U is kept, and not made in every call.
+bool keeps(const ConvShape& s, int tile) { return tile == 2 || products_of(tile) * u_pitch(s) <= kMostBytes; }
+
+// M = V·U for panels [begin, end) of the filters of all products. What is needed next is prefetched: U, or, where each
+// product has one panel, which was just made, V.
 void multiply(
     const ConvShape& s, int64_t tiles, const float* v, int64_t v_pitch, const char* u, float* m, int64_t m_pitch,
     int64_t begin, int64_t end) {
@@ -146,10 +152,13 @@ void multiply(
   for (int64_t n = begin * parts; n < end * parts; ++n) {
     const int64_t j = n / parts, part = n % parts, i = j / panels, k = j % panels * kColumns;
     Product product = {nullptr, panel_at(j), &stretches[part], 1, lda, kernels.half * lda, int64_t(sizeof(float))};
-    if (n + 1 < end * parts) {
+    const int64_t steps = ceil_div(tiles, kernels.rows) * stretches[part].steps;
+    if (panels == 1 && j + 1 < end) {
+      const int64_t bytes = tiles * lda / parts;
+      product.prefetch(reinterpret_cast<const char*>(v + (i + 1) * v_pitch) + part * bytes, bytes, steps, 64);
+    } else if (n + 1 < end * parts) {
       const Stretch& next = stretches[(n + 1) % parts];
-      product.prefetch(panel_at((n + 1) / parts) + next.b, next.steps * kPanelStep,
-                       ceil_div(tiles, kernels.rows) * stretches[part].steps);
+      product.prefetch(panel_at((n + 1) / parts) + next.b, next.steps * kPanelStep, steps);
     }
     for (int64_t t = 0, whole; t < tiles; t += whole) {
       const int rows = int(std::min<int64_t>(kernels.rows, tiles - t)), upper = std::min(rows, kernels.half);
@@ -175,13 +184,21 @@ int winograd_tile(const ConvShape& s) {
   const int64_t threads = at::get_num_threads();  // each has separate rows of tiles
   const auto enough = [&](int tile) {
     const Grid grid(s, tile);
-    return by == ConvBy::Winograd || (grid.all >= threads && grid.all * grid.columns >= least_tiles(tile) * threads);
+    const int64_t least = least_tiles(tile, keeps(s, tile));
+    return by == ConvBy::Winograd || (grid.all >= threads && grid.all * grid.columns >= least * threads);
   };
   if constexpr (std::is_same_v<T, bf16>) {
-    if (products_of(4) * u_pitch(s) <= kMostBytes && enough(4)) return 4;
-    if (tiles->values > 1) return by == ConvBy::Winograd ? 4 : 0;  // with m = 2 not faster than products of bf16
+    const bool products = tiles->values > 1;  // of bf16: m = 2 is not faster
+    if ((products || keeps(s, 4)) && enough(4)) return 4;
+    if (products) return 0;
   }
   return enough(2) ? 2 : 0;
+}
+
+template <class T>
+bool winograd_keeps(const ConvShape& s) {
+  const int tile = winograd_tile<T>(s);
+  return tile > 0 && keeps(s, tile);
 }
 
 ConvShape transposed(const ConvShape& s) {
@@ -203,38 +220,41 @@ auto with_tile(const ConvShape& s, F f) {
   return f(std::integral_constant<int, 2>());
 }
 
+// A panel of U, of filters as the tiles pack them.
+template <class T, int kTile>
+void make_panel(
+    const ConvShape& s, const at::Tensor& packed, int64_t panel, bool rotated, char* u, int64_t pitch) {
+  const ConvKernels<T>& tiles = *conv_kernels<T>();
+  const int64_t tap_bytes = tiles.steps_of(s.channels) * kPanelStep;
+  const auto* from = reinterpret_cast<const char*>(packed.const_data_ptr<uint8_t>());
+  const char* g[9];
+  for (int64_t i = 0; i < 9; ++i) g[i] = from + (panel * 9 + (rotated ? 8 - i : i)) * tap_bytes;
+  kernels<T, kTile>().panel(g, tiles.values, s.channels, reinterpret_cast<float*>(u), pitch / int64_t(sizeof(float)));
+}
+
 template <class T, int kTile>
 at::Tensor transformed(const ConvShape& s, const at::Tensor& packed, bool rotated, Allocate allocate) {
-  const WinogradKernels<T>& transforms = kernels<T, kTile>();
-  const ConvKernels<T>& tiles = *conv_kernels<T>();
-  const int64_t tap_bytes = tiles.steps_of(s.channels) * kPanelStep, pitch = u_pitch(s);
-  const at::Tensor u = allocate(products_of(kTile) * pitch + 64);
-  const auto* from = reinterpret_cast<const char*>(packed.const_data_ptr<uint8_t>());
+  const at::Tensor u = allocate(products_of(kTile) * u_pitch(s) + 64);
   auto* to = reinterpret_cast<char*>(u.data_ptr<uint8_t>());
   for_tasks(s.filters / kColumns, [&](int64_t panel) {
-    const char* g[9];
-    for (int64_t i = 0; i < 9; ++i) g[i] = from + (panel * 9 + (rotated ? 8 - i : i)) * tap_bytes;
-    transforms.panel(g, tiles.values, s.channels, reinterpret_cast<float*>(to + panel * s.channels * kPanelStep),
-                     pitch / int64_t(sizeof(float)));
+    make_panel<T, kTile>(s, packed, panel, rotated, to + panel * s.channels * kPanelStep, u_pitch(s));
   });
   return u;
 }
 
 template <class T, int kTile>
 bool convolve(
-    const ConvShape& s, const T* x, const FillRow<T>& fill, const at::Tensor& filters, const float* scale,
-    const float* shift, const T* residual, bool relu, T* y, const Finish& finish) {
+    const ConvShape& s, const T* x, const FillRow<T>& fill, const at::Tensor& filters, bool rotated,
+    const float* scale, const float* shift, const T* residual, bool relu, T* y, const Finish& finish) {
   const WinogradKernels<T>& transforms = kernels<T, kTile>();
   constexpr int products = products_of(kTile);
   const Grid grid(s, kTile);
   const int64_t size = std::max<int64_t>(1, kBlockTiles / (kTile == 2 ? 1 : 4) / grid.columns);
   const int64_t threads = at::get_num_threads(), blocks = ceil_div(ceil_div(grid.all, size), threads) * threads;
   const Cut cut = {std::min(blocks, grid.all), grid.all};
-  const auto* u = reinterpret_cast<const char*>(filters.const_data_ptr<uint8_t>());
-  const int64_t count = products * s.filters / kColumns;  // of panels
   std::atomic<bool> finite{true};
 
-  // V of rows [first, last) of tiles, and y from their M.
+  // V of rows [first, last) of tiles; y from their M, which has `width` filters from k0 on; and the finish of this y.
   const auto transform = [&](int64_t first, int64_t last, float* v, int64_t v_pitch) {
     for (const Segment& g : segments(s, grid, first, last)) {
       each_patch<kTile>(s, grid, g, x, fill, [&](int64_t tile, const T* const* d) {
@@ -242,24 +262,58 @@ bool convolve(
       });
     }
   };
-  const auto untransform = [&](int64_t first, int64_t last, const float* m, int64_t m_pitch, int64_t task) {
+  const auto untransform = [&](int64_t first, int64_t last, const float* m, int64_t m_pitch, int64_t k0,
+                               int64_t width) {
     for (const Segment& g : segments(s, grid, first, last)) {
       each_output<kTile>(s, g, [&](int64_t tile, const int64_t* at) {
         constexpr int pixels = kTile * kTile;
         T* to[pixels];
         const T* beside[pixels];
         for (int i = 0; i < pixels; ++i) {
-          to[i] = at[i] >= 0 ? y + at[i] : nullptr;
-          beside[i] = at[i] >= 0 && residual ? residual + at[i] : nullptr;
+          to[i] = at[i] >= 0 ? y + at[i] + k0 : nullptr;
+          beside[i] = at[i] >= 0 && residual ? residual + at[i] + k0 : nullptr;
         }
-        const float* const from = m + tile * s.filters;
-        if (!transforms.output(from, m_pitch, s.filters, to, beside, scale, shift, relu)) finite = false;
+        const float *const a = scale ? scale + k0 : nullptr, *const b = shift ? shift + k0 : nullptr;
+        if (!transforms.output(m + tile * width, m_pitch, width, to, beside, a, b, relu)) finite = false;
       });
+    }
+  };
+  const auto end = [&](int64_t first, int64_t last, int64_t task) {
+    for (const Segment& g : segments(s, grid, first, last)) {
       const int64_t row = g.image * s.rows;
       if (finish) finish(task, (row + g.p0) * s.columns, (row + g.p1) * s.columns);
     }
   };
 
+  if (!keeps(s, kTile)) {
+    // Each thread makes all panels for its tiles, whose V stays in L3; a panel is read from L2.
+    ConvShape one = s;
+    one.filters = kColumns;
+    const int64_t panels = s.filters / kColumns, most = std::max<int64_t>(1, threads * kPanelTiles / grid.columns);
+    const Cut groups = {ceil_div(grid.all, most), grid.all};
+    for (int64_t group = 0; group < groups.parts; ++group) {
+      const int64_t row0 = groups.begin(group), rows = groups.size(group);
+      const Cut parts = {std::min({threads, kTasks, rows}), rows};
+      const int64_t v_pitch = pitch_of(rows * grid.columns, s.channels);
+      const at::Tensor all = empty({products * v_pitch}, at::kFloat, at::MemoryFormat::Contiguous);
+      const auto v = [&](int64_t part) { return all.data_ptr<float>() + parts.begin(part) * grid.columns * s.channels; };
+      const auto first = [&](int64_t part) { return row0 + parts.begin(part); };
+      for_tasks(parts.parts, [&](int64_t i) { transform(first(i), first(i + 1), v(i), v_pitch); });
+      for_tasks(parts.parts * panels, [&](int64_t task) {
+        const int64_t i = task / panels, panel = task % panels, tiles = parts.size(i) * grid.columns;
+        const int64_t m_pitch = pitch_of(tiles, kColumns);
+        char* const u = scratch(0, products * u_pitch(one));
+        auto* m = reinterpret_cast<float*>(scratch(1, products * m_pitch * int64_t(sizeof(float))));
+        make_panel<T, kTile>(s, filters, panel, rotated, u, u_pitch(one));
+        multiply(one, tiles, v(i), v_pitch, u, m, m_pitch, 0, products);
+        untransform(first(i), first(i + 1), m, m_pitch, panel * kColumns, kColumns);
+      });
+      for_tasks(parts.parts, [&](int64_t i) { end(first(i), first(i + 1), i); });
+    }
+    return finite;
+  }
+  const auto* u = reinterpret_cast<const char*>(filters.const_data_ptr<uint8_t>());
+  const int64_t count = products * s.filters / kColumns;  // of panels
   if (cut.parts < 4 * threads && count * s.channels * kPanelStep > kFarBytes) {
     // A small batch, and filters that do not stay in L2: the threads share the filters, so that one thread reads each.
     const int64_t tiles = grid.all * grid.columns;
@@ -275,7 +329,9 @@ bool convolve(
     });
     const Cut rows = {std::min(grid.all, kTasks), grid.all};
     for_tasks(rows.parts, [&](int64_t i) {
-      untransform(rows.begin(i), rows.begin(i + 1), m + rows.begin(i) * grid.columns * s.filters, m_pitch, i);
+      const int64_t first = rows.begin(i), last = rows.begin(i + 1);
+      untransform(first, last, m + first * grid.columns * s.filters, m_pitch, 0, s.filters);
+      end(first, last, i);
     });
     return finite;
   }
@@ -287,7 +343,8 @@ bool convolve(
     auto* m = reinterpret_cast<float*>(scratch(1, products * m_pitch * int64_t(sizeof(float))));
     transform(first, last, v, v_pitch);
     multiply(s, (last - first) * grid.columns, v, v_pitch, u, m, m_pitch, 0, count);
-    untransform(first, last, m, m_pitch, task);
+    untransform(first, last, m, m_pitch, 0, s.filters);
+    end(first, last, task);
   };
   const int64_t tasks = finish ? std::min(cut.parts, kTasks) : cut.parts;
   for_tasks(tasks, [&](int64_t task) {
@@ -382,10 +439,10 @@ at::Tensor winograd_filters(const ConvShape& s, const at::Tensor& packed, bool r
 
 template <class T>
 bool winograd(
-    const ConvShape& s, const T* x, const FillRow<T>& fill, const at::Tensor& filters, const float* scale,
-    const float* shift, const T* residual, bool relu, T* y, const Finish& finish) {
+    const ConvShape& s, const T* x, const FillRow<T>& fill, const at::Tensor& filters, bool rotated,
+    const float* scale, const float* shift, const T* residual, bool relu, T* y, const Finish& finish) {
   return with_tile<T>(s, [&](auto m) {
-    return convolve<T, m.value>(s, x, fill, filters, scale, shift, residual, relu, y, finish);
+    return convolve<T, m.value>(s, x, fill, filters, rotated, scale, shift, residual, relu, y, finish);
   });
 }
 
@@ -396,10 +453,11 @@ at::Tensor winograd_wgrad(const ConvShape& s, const T* x, const FillRow<T>& fill
 
 #define RESNET_FAST_WINOGRAD(T)                                                                                        \
   template int winograd_tile<T>(const ConvShape&);                                                                     \
+  template bool winograd_keeps<T>(const ConvShape&);                                                                   \
   template at::Tensor winograd_filters<T>(const ConvShape&, const at::Tensor&, bool, Allocate);                        \
   template bool winograd<T>(                                                                                           \
-      const ConvShape&, const T*, const FillRow<T>&, const at::Tensor&, const float*, const float*, const T*, bool, T*, \
-      const Finish&);                                                                                                  \
+      const ConvShape&, const T*, const FillRow<T>&, const at::Tensor&, bool, const float*, const float*, const T*,    \
+      bool, T*, const Finish&);                                                                                        \
   template at::Tensor winograd_wgrad<T>(const ConvShape&, const T*, const FillRow<T>&, const T*);
 
 RESNET_FAST_WINOGRAD(float)

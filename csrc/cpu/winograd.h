@@ -70,6 +70,11 @@ namespace cpu {
 template <class T>
 int winograd_tile(const ConvShape& shape);
 
+// Whether Winograd takes the shape with filters from winograd_filters. It makes U of larger ones in every call, from
+// those of the tiles, and does not compute their dw.
+template <class T>
+bool winograd_keeps(const ConvShape& shape);
+
 // The shape of dgrad as a convolution: the transpose of `shape`, with filters rotated by 180°.
 ConvShape transposed(const ConvShape& shape);
 
@@ -77,11 +82,12 @@ ConvShape transposed(const ConvShape& shape);
 template <class T>
 at::Tensor winograd_filters(const ConvShape& shape, const at::Tensor& packed, bool rotated, Allocate allocate);
 
-// As tiled_conv_fprop, with `filters` from winograd_filters.
+// As tiled_conv_fprop, with `filters` from winograd_filters or, where it does not keep them, those of the tiles, which
+// are `rotated` for dgrad.
 template <class T>
 bool winograd(
-    const ConvShape& shape, const T* x, const FillRow<T>& fill, const at::Tensor& filters, const float* scale,
-    const float* shift, const T* residual, bool relu, T* y, const Finish& finish);
+    const ConvShape& shape, const T* x, const FillRow<T>& fill, const at::Tensor& filters, bool rotated,
+    const float* scale, const float* shift, const T* residual, bool relu, T* y, const Finish& finish);
 
 // As tiled_conv_wgrad.
 template <class T>

@@ -47,6 +47,7 @@ TILED = {  # channels and filters in multiples of 32, with groups of 8; or few c
     "many-filters": Conv((1, 32, 4, 4), 1056, (1, 1)),
     "large-filters": Conv((1, 512, 7, 7), 544, (3, 3), (2, 2), (1, 1)),
     "large-filters-stride1": Conv((1, 512, 7, 6), 64, (3, 3), padding=(1, 1)),
+    "large-filters-many-tiles": Conv((3, 160, 30, 29), 192, (3, 3), padding=(1, 1)),
     "first": Conv((2, 3, 33, 38), 64, (7, 7), (2, 2), (3, 3)),
     "first-unpadded": Conv((1, 5, 20, 25), 32, (3, 2), (1, 1)),
     "first-two-channels": Conv((2, 2, 12, 11), 32, (3, 3), padding=(1, 1)),
