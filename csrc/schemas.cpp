@@ -50,7 +50,7 @@ TORCH_LIBRARY(resnet_fast_native, m) {
       "Tensor? running_mean, Tensor? running_var, Tensor? residual, bool relu, float eps, "
       "int[2] stride, int[2] padding, int[2] dilation, int groups) -> Tensor");
   m.def(  // which implementation convolves, and why: for RESNET_FAST_TRACE
-      "conv_route(Tensor x, Tensor w, int[2] stride, int[2] padding, int[2] dilation, int groups, bool inference) -> "
+      "conv_route(Tensor x, Tensor w, int[2] stride, int[2] padding, int[2] dilation, int groups, str op) -> "
       "(str, str)");
   m.def(  // several chains in inference, only for dispatch/native_inference.py: infer_chains.h
       "infer_chains(Tensor x, Tensor?[] tensors, int[] program, float[] eps) -> Tensor");

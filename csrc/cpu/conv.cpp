@@ -114,7 +114,7 @@ Three conv_fprop(
   const at::AutoDispatchBelowADInplaceOrView guard;
   const Geometry g = {stride, padding, dilation, groups};
   check_conv_fprop(x, w, in_scale, in_shift, g);
-  const bool tiled = route(x, w, g).tiled;
+  const bool tiled = route(x, w, g, Use::kForward).tiled;
   const auto by_tiles = x.scalar_type() == at::kFloat ? tiled_fprop<float> : tiled_fprop<bf16>;
   if (tiled && groups == 1) {
     if (auto found = by_tiles(x, w, in_scale, in_shift, stats, g)) return *found;
@@ -230,7 +230,7 @@ Four conv_bprop(
   const Geometry g = {stride, padding, dilation, groups};
   check_conv_bprop(
       dy, w, x, dy_mask, a, z, mean, b, c, in_scale, in_shift, in_mean, in_rstd, in_act, residual, residual_mask, g);
-  const bool tiled = route(x, w, g).tiled;
+  const bool tiled = route(x, w, g, Use::kBackward).tiled;
   const bool single = x.scalar_type() == at::kFloat;
   if (tiled && groups == 1) {
     const auto found = (single ? tiled_bprop<float> : tiled_bprop<bf16>)(
@@ -297,7 +297,7 @@ struct ChainOps {
   // In the epilogue of resnet_fast's tiles the norm is free; after oneDNN it takes a pass.
   static bool pool_normalizes(const Tensor& x, const Tensor& w, const Geometry& g) {
     check_conv_act(x, w, {}, g);
-    return !route(x, w, g, true).tiled;
+    return !route(x, w, g, Use::kInference).tiled;
   }
   static Tensor norm_relu_max_pool(
       const Tensor& x, const BatchNorm& norm, IntArrayRef kernel, IntArrayRef stride, IntArrayRef padding) {
@@ -309,10 +309,11 @@ struct ChainOps {
 
 std::tuple<std::string, std::string> conv_route(
     const Tensor& x, const Tensor& w, IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, int64_t groups,
-    bool inference) {
+    const std::string& op) {
   const Geometry g = {stride, padding, dilation, groups};
   check_conv_act(x, w, {}, g);
-  const Route found = route(x, w, g, inference);
+  const Use use = op == "conv_fprop" ? Use::kForward : op == "conv_bprop" ? Use::kBackward : Use::kInference;
+  const Route found = route(x, w, g, use);
   return {found.by, found.why};
 }
 

@@ -158,7 +158,7 @@ Key make_key(const Tensor& x, const Tensor& w, const BatchNorm& bn, const Geomet
   key.assign({reinterpret_cast<int64_t>(w.const_data_ptr()), int64_t(x.scalar_type()), g.groups, bits_of(bn.eps),
               at::get_num_threads(), onednn().takes(x, w, g)});
   // oneDNN's layout depends on the input's size; that of the tiles on the use of Winograd.
-  if (route(x, w, g, true).tiled) {
+  if (route(x, w, g, Use::kInference).tiled) {
     const ConvShape s = conv_shape(x, w, g);
     const bool single = x.scalar_type() == at::kFloat;
     const bool u = single ? winograd_keeps<float>(s) : winograd_keeps<bf16>(s);
@@ -186,7 +186,7 @@ std::vector<int64_t> list(at::IntArrayRef values) { return values.vec(); }
 PackedConv make(const Tensor& x, const Tensor& w, const BatchNorm& bn, const Geometry& g) {
   PackedConv packed;
   std::tie(packed.scale, packed.shift) = scale_and_shift(x, bn);
-  if (route(x, w, g, true).tiled) {
+  if (route(x, w, g, Use::kInference).tiled) {
     const ConvShape s = conv_shape(x, w, g);
     packed.panels = true;
     packed.weight = x.scalar_type() == at::kFloat ? pack_filters<float>(s, w, false, &empty_kept)
@@ -282,7 +282,8 @@ bool Trust::was_right() {
   return right;
 }
 
-Route route(const Tensor& x, const Tensor& w, const Geometry& g, bool inference) {
+Route route(const Tensor& x, const Tensor& w, const Geometry& g, Use use) {
+  const bool inference = use == Use::kInference;
   const auto library = [&](const char* why) {
     return Route{inference && onednn().takes(x, w, g) ? "onednn" : "aten", why, false};
   };
@@ -295,7 +296,7 @@ Route route(const Tensor& x, const Tensor& w, const Geometry& g, bool inference)
   if (!single && x.scalar_type() != at::kBFloat16) return library("neither fp32 nor bf16");
   const ConvShape s = conv_shape(x, w, g);
   const bool merges = single ? tiled_fprop_merges<float>(s) : tiled_fprop_merges<bf16>(s);
-  if (inference && merges) return {"tiles", "few channels", true};
+  if (use != Use::kBackward && merges) return {"tiles", "few channels", true};
   if (!(single ? tiled_conv_takes<float>(s) : tiled_conv_takes<bf16>(s))) {
     return library("channels or filters are not multiples of 32 (of up to 4 groups: of 8, with AVX-512 of 16), or the "
                    "CPU has no tiles");

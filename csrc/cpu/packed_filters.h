@@ -25,7 +25,8 @@ struct Route {
   const char* why;
   bool tiled;
 };
-Route route(const Tensor& x, const Tensor& w, const Geometry& geometry, bool inference = false);
+enum class Use { kInference, kForward, kBackward };  // the last two in training
+Route route(const Tensor& x, const Tensor& w, const Geometry& geometry, Use use);
 
 // Packed filters (panels of tiled_conv.h, or x's dtype in oneDNN's blocked layout where it has one), and the vectors of
 // y = scale·conv + shift, in x's accumulation dtype. Scaling the filters instead would round each filter once more,

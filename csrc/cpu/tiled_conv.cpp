@@ -63,6 +63,14 @@ Block block_of(const ConvShape& s) {
   return {n, n * channels, n * filters};
 }
 
+// Values of a row of taps that are multiplied as one tap, for pairs of bf16 with few channels; they are adjacent in the
+// image. An odd number ends with a pair of the last two values, of which the first has a zero in the filter. 0: each tap
+// is multiplied separately.
+template <class T>
+int64_t merged_values(const ConvKernels<T>& kernels, int64_t channels, int64_t column_taps) {
+  return kernels.values > 1 && channels < kernels.columns ? channels * column_taps : 0;
+}
+
 template <class T>
 struct Problem {
   const ConvKernels<T>& kernels;
@@ -217,6 +225,13 @@ struct Ready {
   bool in_place;
 };
 
+// Steps of a panel, over all taps.
+template <class T>
+int64_t panel_steps(const Problem<T>& c) {
+  const int64_t merged = merged_values(c.kernels, c.block.channels, c.columns.taps);
+  return c.rows.taps * (merged ? c.kernels.steps_of(merged) : c.columns.taps * c.kernels.steps_of(c.block.channels));
+}
+
 // The stretches of a phase whose first pixel is (p0, q0), relative to in.base: all taps of a few steps, then those of
 // the next steps, so that the input they read stays in L1. If a row of taps reads adjacent values, it is one stretch.
 template <class T>
@@ -228,6 +243,15 @@ std::vector<Stretch> stretches_of(const Problem<T>& c, const Input& in, int64_t 
                      columns.taps * steps <= most;
   const int64_t column_taps = joins ? 1 : columns.taps, depth = joins ? columns.taps * steps : steps;
   std::vector<Stretch> stretches;
+  if (const int64_t merged = merged_values(kernels, c.block.channels, columns.taps)) {
+    const int64_t pairs = merged / 2, step = kernels.panel_step(), row = kernels.steps_of(merged) * step;
+    for (int64_t r = 0; r < rows.taps; ++r) {
+      const int64_t at = (rows.at(p0, r) - in.row0) * in.pitch + (columns.at(q0, 0) - in.column0) * in.pixel;
+      stretches.push_back({at, r * row, pairs});
+      if (merged % 2 != 0) stretches.push_back({at + (merged - 2) * kernels.value_bytes(), r * row + pairs * step, 1});
+    }
+    return stretches;
+  }
   for (int64_t i = 0; i < depth; i += most) {
     for (int64_t r = 0; r < rows.taps; ++r) {
       for (int64_t s = 0; s < column_taps && rows.meets(p0, r); ++s) {
@@ -349,7 +373,7 @@ struct Prepared {
 template <class T>
 void multiply(const Problem<T>& c, const Prepared<T>& prepared, int64_t panel0, int64_t panel1) {
   const ConvKernels<T>& kernels = c.kernels;
-  const int64_t panel_bytes = c.rows.taps * c.columns.taps * kernels.steps_of(c.block.channels) * kernels.panel_step();
+  const int64_t panel_bytes = panel_steps(c) * kernels.panel_step();
   const int64_t plane = panel0 * kernels.columns / c.block.filters - prepared.block;
   const std::vector<Ready<T>>& ready = prepared.bands;
   // A pointwise convolution reads x in place: what the next tile reads is prefetched during the current tile.
@@ -594,8 +618,9 @@ bool tiled_conv_needs_finite(const ConvShape& s) {
 template <class T>
 bool tiled_fprop_merges(const ConvShape& s) {
   const ConvKernels<T>* const kernels = conv_kernels<T>();
-  return kernels != nullptr && kernels->values == 1 && s.groups == 1 && s.channels < kColumns && s.taps[1] > 1 &&
-         s.dilation[1] == 1 && s.filters % kColumns == 0 && s.channels * s.filters * s.images * s.rows * s.columns > 0;
+  return kernels != nullptr && kernels->steps == 1 && s.groups == 1 && s.channels < kColumns && s.taps[1] > 1 &&
+         s.channels * s.taps[1] <= kChain && s.dilation[1] == 1 && s.filters % kColumns == 0 &&
+         s.channels * s.filters * s.images * s.rows * s.columns > 0;
 }
 
 template <class T>
@@ -619,9 +644,15 @@ at::Tensor pack_panels(const ConvShape& shape, const at::Tensor& w, bool for_dgr
   const ConvKernels<T>& kernels = *kernels_for<T>(shape);
   const Block block = block_of<T>(shape);
   const at::Tensor dense = whole_blocks(kernels.widens ? w.to(at::kFloat) : w, shape.groups, block.groups);
-  const at::Tensor rows = dense.contiguous(at::MemoryFormat::ChannelsLast);  // [K][R·S][C]
+  // [K][R·S][C]
+  at::Tensor rows = dense.contiguous(at::MemoryFormat::ChannelsLast).permute({0, 2, 3, 1}).flatten(1, 2);
+  if (const int64_t merged = merged_values(kernels, dense.size(1), shape.taps[1])) {  // [K][R][S·C]
+    rows = rows.reshape({shape.filters, shape.taps[0], merged});
+    const at::Tensor last = rows.narrow(2, merged - 1, 1);
+    if (merged % 2 != 0) rows = at::cat({rows.narrow(2, 0, merged - 1), at::zeros_like(last), last}, 2);
+  }
   const bool is_float = rows.scalar_type() == at::kFloat;
-  const int64_t channels = rows.size(1), taps = shape.tap_count(), ld = taps * channels;
+  const int64_t channels = rows.size(2), taps = rows.size(1), ld = taps * channels;
   const int64_t outer = for_dgrad ? shape.channels : shape.filters, inner = for_dgrad ? block.filters : channels;
   const int64_t width = kernels.columns, tap_bytes = kernels.steps_of(inner) * kernels.panel_step();
   const int64_t bytes = outer / width * taps * tap_bytes + 64;

@@ -531,7 +531,8 @@ struct ChainOps {
 
 std::tuple<std::string, std::string> conv_route(
     const Tensor& x, const Tensor& w, IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, int64_t groups,
-    bool inference) {
+    const std::string& op) {
+  const bool inference = op != "conv_fprop" && op != "conv_bprop";
 #if defined(RESNET_FAST_WITH_CUTLASS)
   if (inference && !by_cudnn(x, w, {stride, padding, dilation, groups})) return {"cutlass", "inference in 16 bits"};
   return {"cudnn", inference ? "RESNET_FAST_CUDA_CONV=cudnn, or CUTLASS has no kernel for it" : "training"};

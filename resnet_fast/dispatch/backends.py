@@ -244,7 +244,7 @@ def _estimates(x: Tensor, args: Sequence[Any]) -> dict[str, float]:
     or if native would use cuDNN. The question is not part of a recorded program.
     """
     with _disable_current_modes():
-        route, _ = native_ops().conv_route(x, args[0], *args[9:13], True)
+        route, _ = native_ops().conv_route(x, args[0], *args[9:13], "conv_bn_act")
     if route != "cutlass":
         return {}
     return triton_module()[0].estimates(x, *args)

@@ -90,8 +90,7 @@ def _traced(name: str, choice: backends.Choice, args: tuple[Any, ...]) -> Any:
         if choice.impl == "native" and name in CONVOLUTIONS:
             at = CONVOLUTIONS[name]
             route = backends.native_ops().conv_route
-            inference = name not in ("conv_fprop", "conv_bprop")
-            trace.note(*route(args[0], args[1], *args[at : at + 4], inference))
+            trace.note(*route(args[0], args[1], *args[at : at + 4], name))
         return choice.run(*args)
 
 

@@ -136,13 +136,13 @@ def test_groups_that_tiles_take(channels, groups, avx2, avx512):
     x, w = torch.randn(1, channels, 8, 8), torch.randn(channels, channels // groups, 3, 3)
     x = x.to(memory_format=torch.channels_last)
     route = torch.ops.resnet_fast_native.conv_route
-    by, why = route(x, w, [1, 1], [1, 1], [1, 1], groups, False)
+    by, why = route(x, w, [1, 1], [1, 1], [1, 1], groups, "conv_fprop")
     isa = info["isa_active"]
     intel = isa not in ("baseline", "avx2") and "Intel" in cpu_info.name()
     takes = {"baseline": False, "avx2": avx2}.get(isa, avx512 and not intel)
     assert (by == "tiles") == takes, (by, why)
     with pytest.raises(RuntimeError, match="groups"):
-        route(x, w, [1, 1], [1, 1], [1, 1], 0, False)
+        route(x, w, [1, 1], [1, 1], [1, 1], 0, "conv_fprop")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

@@ -72,7 +72,7 @@ def test_why_not_another(traced):
     [
         ({"layout": torch.contiguous_format}, "aten", "not channels_last"),
         ({"dtype": torch.float64}, "aten", "neither fp32 nor bf16"),
-        ({"channels": 24}, "aten", "channels or filters are not multiples of 32"),
+        ({"channels": 40}, "aten", "channels or filters are not multiples of 32"),
         ({"size": 1}, "tiles", "multiples of 32"),
         ({"dtype": torch.bfloat16, "size": 1}, "tiles", "multiples of 32"),
     ],
