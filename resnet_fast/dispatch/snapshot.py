@@ -9,6 +9,7 @@ that time.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import is_
 from typing import Any
 
 from torch import nn
@@ -30,13 +31,13 @@ class Snapshot:
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         native, _ = backends.native_module()
-        states = [vars(module) for module in modules]
+        self._states = states = [vars(module) for module in modules]
         held = [state[name] for name in ("_parameters", "_buffers") for state in states]
         tensors = [t for each in held for t in each.values()]
         dicts = [*states, *held, *[state["_modules"] for state in states]]
         hooks = [state[name] for name in HOOKS for state in states]
         self._contents = native.Contents(dicts, hooks, [*modules[1:], *tensors])
-        self._class = type(modules[0])
+        self._class, self._others = type(modules[0]), modules[1:]
         self._classes = tuple({type(module) for module in modules})
         self._methods = self._read_methods()
 
@@ -58,6 +59,7 @@ class Snapshot:
         """Whether nothing has changed; `first` is the first module."""
         return (
             type(first) is self._class
+            and all(map(is_, map(vars, (first, *self._others)), self._states))
             and self._contents.same()
             and self._read_methods() == self._methods
         )

@@ -286,6 +286,7 @@ CHANGES = {
         "layer1.0.conv2._parameters",
         lambda m: {"weight": torch.nn.Parameter(2 * m.weight), "bias": None},
     ),
+    "attributes": attribute("conv1.__dict__", lambda m: {**vars(m), "stride": (1, 1)}),
     "child": attribute("layer2.0.downsample.1", torch.nn.BatchNorm2d(256).eval()),
     "block": attribute("layer1.1", torch.nn.Identity()),
     "class": attribute("layer1.0.conv2.__class__", Doubled),
