@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from . import blocks
 from .autograd.sync import group_of
 from .blocks import zero_pad
-from .dispatch.guard import fusible, transformed
-from .dispatch.native_inference import Step, infer
+from .dispatch.guard import FORWARDS, fusible, transformed
+from .dispatch.native_inference import Everything, infer
 from .dispatch.packed_filters import Rechecked
 from .functional import global_avg_pool, infer_chains, run_chain
 from .spec.chain import Chain, Conv, ConvParams, Norm, NormParams, Running, Tensors
@@ -62,15 +62,14 @@ def run_inference(
     chains: Sequence[Parts],
     x: Tensor,
     impl: str,
-    modules: Sequence[nn.Module],
-    steps: Sequence[Step],
+    everything: Callable[[], Everything],
 ) -> Tensor | None:
     """y of several chains by one native call, or on a GPU with one fold of all norms, or None.
 
-    None where neither can run them all; then each chain runs on its own. modules and steps: as in
+    None where neither can run them all; then each chain runs on its own. everything: as in
     `dispatch.native_inference.infer`.
     """
-    y = infer(chains, x, impl, modules, steps)
+    y = infer(chains, x, impl, everything)
     if y is not None or impl not in ("auto", "triton") or not (x.is_cuda or impl == "triton"):
         return y
     if any(parts.shortcut == "zero_pad" or any(map(_trains, _norms_of(parts))) for parts in chains):
@@ -273,6 +272,8 @@ class GlobalAvgPool2d(nn.AdaptiveAvgPool2d):
         """The module that `torch.jit.script` compiles."""
         return nn.AdaptiveAvgPool2d(self.output_size)
 
+
+FORWARDS[GlobalAvgPool2d] = GlobalAvgPool2d.forward
 
 PLAIN: dict[type[nn.Module], type[nn.Module]] = {
     ConvBNAct2d: blocks.ConvBNAct2d,

@@ -375,7 +375,8 @@ void update_running(
   }
 }
 
-// The sum over an image's rows is that of gradient_sums with x as the gradient. For NCHW, PyTorch's kernel is one pass.
+// The sum over an image's rows is that of gradient_sums with x as the gradient, 64 rows at a time: long sums would lose
+// precision. For NCHW, PyTorch's kernel is one pass.
 Tensor global_avg_pool(const Tensor& x) {
   check_4d({"global_avg_pool", "x", x});
   const Shape s = shape_of(x);
@@ -389,11 +390,17 @@ Tensor global_avg_pool(const Tensor& x) {
     GradientSums<T> k = {};
     k.shape = s, k.dy = data<T>(x);
     at::parallel_for(0, images, std::max<int64_t>(1, kGrain / (pixels * channels)), [&](int64_t begin, int64_t end) {
-      std::vector<A> sums;
+      std::vector<A> part;
+      std::vector<double> sums;
       for (int64_t i = begin; i < end; ++i) {
-        sums.assign(channels, A(0));
-        kernels<T>().gradient_sums(k, i * pixels, (i + 1) * pixels, 1, sums.data());
-        for (int64_t c = 0; c < channels; ++c) to[i * channels + c] = narrow<T>(sums[c] / A(pixels));
+        sums.assign(channels, 0.0);
+        for (int64_t row = i * pixels, next; row < (i + 1) * pixels; row = next) {
+          next = std::min(row + 64, (i + 1) * pixels);
+          part.assign(channels, A(0));
+          kernels<T>().gradient_sums(k, row, next, 1, part.data());
+          for (int64_t c = 0; c < channels; ++c) sums[c] += part[c];
+        }
+        for (int64_t c = 0; c < channels; ++c) to[i * channels + c] = narrow<T>(A(sums[c] / double(pixels)));
       }
     });
     return y;

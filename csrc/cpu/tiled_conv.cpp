@@ -135,10 +135,11 @@ int64_t plane_width(const Problem<T>& c) {
   return c.kernels.steps > 1 ? c.kernels.steps * c.kernels.values : c.block.channels;
 }
 
-// Bytes between the pixels of a copied band.
+// Bytes between the pixels of a copied band; merged ones are adjacent.
 template <class T>
 int64_t pixel_pitch(const Problem<T>& c) {
   const int64_t bytes = plane_width(c) * c.kernels.value_bytes();
+  if (merged_values(c.kernels, c.block.channels, c.columns.taps)) return bytes;
   return bytes + (rows_collide(c.kernels, c.columns.mul * bytes) ? 64 : 0);
 }
 

@@ -34,8 +34,8 @@ template <class T>
 bool tiled_conv_needs_finite(const ConvShape& shape);
 
 // Whether tiled_conv_fprop also takes a convolution of fewer channels (a network's first), without dilation of columns
-// and not by AMX. The values that a row of taps reads are adjacent, and are multiplied like one tap's. In pairs of bf16,
-// an infinity may become NaN if their number is odd.
+// and not by AMX. The values that a row of taps reads (up to 256) are adjacent, and are multiplied like one tap's. In
+// pairs of bf16, an infinity may become NaN if their number is odd.
 template <class T>
 bool tiled_fprop_merges(const ConvShape& shape);
 

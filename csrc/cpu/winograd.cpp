@@ -139,11 +139,11 @@ std::vector<Stretch> stretches_of(int64_t steps, int64_t a_step) {
 // Whether U is kept, and not made in every call.
 bool keeps(const ConvShape& s, int tile) { return tile == 2 || products_of(tile) * u_pitch(s) <= kMostBytes; }
 
-// M = V·U for panels [begin, end) of the filters of all products. What is needed next is prefetched: U, or, where each
-// product has one panel, which was just made, V.
+// M = V·U for panels [begin, end) of the filters of all products. What is needed next is prefetched: U, or, if
+// `fresh`, V, because U is one panel per product, just made.
 void multiply(
     const ConvShape& s, int64_t tiles, const float* v, int64_t v_pitch, const char* u, float* m, int64_t m_pitch,
-    int64_t begin, int64_t end) {
+    int64_t begin, int64_t end, bool fresh) {
   const ConvKernels<float>& kernels = *conv_kernels<float>();
   const int64_t lda = s.channels * int64_t(sizeof(float)), panels = s.filters / kColumns;
   const std::vector<Stretch> stretches = stretches_of(s.channels, sizeof(float));
@@ -153,10 +153,10 @@ void multiply(
     const int64_t j = n / parts, part = n % parts, i = j / panels, k = j % panels * kColumns;
     Product product = {nullptr, panel_at(j), &stretches[part], 1, lda, kernels.half * lda, int64_t(sizeof(float))};
     const int64_t steps = ceil_div(tiles, kernels.rows) * stretches[part].steps;
-    if (panels == 1 && j + 1 < end) {
+    if (fresh && j + 1 < end) {
       const int64_t bytes = tiles * lda / parts;
       product.prefetch(reinterpret_cast<const char*>(v + (i + 1) * v_pitch) + part * bytes, bytes, steps, 64);
-    } else if (n + 1 < end * parts) {
+    } else if (!fresh && n + 1 < end * parts) {
       const Stretch& next = stretches[(n + 1) % parts];
       product.prefetch(panel_at((n + 1) / parts) + next.b, next.steps * kPanelStep, steps);
     }
@@ -305,7 +305,7 @@ bool convolve(
         char* const u = scratch(0, products * u_pitch(one));
         auto* m = reinterpret_cast<float*>(scratch(1, products * m_pitch * int64_t(sizeof(float))));
         make_panel<T, kTile>(s, filters, panel, rotated, u, u_pitch(one));
-        multiply(one, tiles, v(i), v_pitch, u, m, m_pitch, 0, products);
+        multiply(one, tiles, v(i), v_pitch, u, m, m_pitch, 0, products, true);
         untransform(first(i), first(i + 1), m, m_pitch, panel * kColumns, kColumns);
       });
       for_tasks(parts.parts, [&](int64_t i) { end(first(i), first(i + 1), i); });
@@ -325,7 +325,7 @@ bool convolve(
     });
     const Cut shares = {std::min(count, 16 * threads), count};
     for_tasks(shares.parts, [&](int64_t i) {
-      multiply(s, tiles, v, v_pitch, u, m, m_pitch, shares.begin(i), shares.begin(i + 1));
+      multiply(s, tiles, v, v_pitch, u, m, m_pitch, shares.begin(i), shares.begin(i + 1), false);
     });
     const Cut rows = {std::min(grid.all, kTasks), grid.all};
     for_tasks(rows.parts, [&](int64_t i) {
@@ -342,7 +342,7 @@ bool convolve(
     auto* v = reinterpret_cast<float*>(scratch(0, products * v_pitch * int64_t(sizeof(float))));
     auto* m = reinterpret_cast<float*>(scratch(1, products * m_pitch * int64_t(sizeof(float))));
     transform(first, last, v, v_pitch);
-    multiply(s, (last - first) * grid.columns, v, v_pitch, u, m, m_pitch, 0, count);
+    multiply(s, (last - first) * grid.columns, v, v_pitch, u, m, m_pitch, 0, count, false);
     untransform(first, last, m, m_pitch, 0, s.filters);
     end(first, last, task);
   };

@@ -8,6 +8,7 @@ fused ops must support the call (`fusible`). Otherwise the plain forward runs.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ TENSORS = frozenset((Tensor, nn.Parameter, FakeTensor, FunctionalTensor))
 LAYERS = (  # the layers of a chain
     nn.Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.ReLU, nn.MaxPool2d, nn.Identity, nn.Sequential,
 )  # fmt: skip
-FORWARDS = {kind: kind.forward for kind in (*LAYERS, nn.Linear)}
+FORWARDS: dict[type[nn.Module], Any] = {kind: kind.forward for kind in (*LAYERS, nn.Linear)}
 CONV_FORWARD, ITER, CALL = nn.Conv2d._conv_forward, nn.Sequential.__iter__, nn.Module.__call__
 CONV, POOL, AROUND = (nn.Conv2d,), (nn.MaxPool2d,), (nn.ReLU, nn.Identity, nn.Sequential)
 
@@ -111,9 +112,9 @@ def refusal(module: nn.Module, kinds: tuple[type[nn.Module], ...] = LAYERS) -> s
         own = own or cls.__iter__ is not ITER
     if own:
         return f"overrides the forward of nn.{kind.__name__} (class {cls.__name__})"
-    weight = held["_parameters"].get("weight")
-    if weight is not None and type(weight) not in TENSORS:
-        return f"has a weight of class {type(weight).__name__}, expected nn.Parameter"
+    for name, t in held["_parameters"].items():
+        if t is not None and type(t) not in TENSORS:
+            return f"has a {name} of class {type(t).__name__}, expected nn.Parameter"
     if kind is nn.Conv2d:
         if module.padding_mode != "zeros":
             return f"has padding_mode={module.padding_mode!r}; only 'zeros' can be fused"

@@ -49,7 +49,7 @@ class Program(NamedTuple):
         return program
 
     def run(self, x: Tensor, impl: str, call: Callable[[Tensor], Tensor]) -> Tensor | None:
-        """y of the chains by `call`, or None if unsupported."""
+        """call(x), with x as the chains read it, or None if unsupported."""
         cast = autocast(x)
         if cast is not x and promotes(self.first, x):
             return None
@@ -85,7 +85,9 @@ class Program(NamedTuple):
 
 Step = tuple[str, Sequence[Any]]
 """An operator of one tensor, and its other arguments."""
+Everything = tuple[Sequence[nn.Module], Sequence[Step]]
 Recorded = tuple[Program, Callable[[Tensor], Tensor], Snapshot]
+MOST = 64
 _recorded: WeakKeyDictionary[nn.Module, Recorded] = WeakKeyDictionary()
 
 
@@ -93,34 +95,36 @@ def infer(
     chains: Sequence[Parts],
     x: Tensor,
     impl: str,
-    modules: Sequence[nn.Module] = (),
-    steps: Sequence[Step] = (),
+    everything: Callable[[], Everything] | None = None,
 ) -> Tensor | None:
     """y of `chains` on x [N,C,H,W], each on the result of the one before, or None if unsupported.
 
     Unsupported: gradients, batch statistics, autocast that mixes dtypes, compilation, tracing, a
     dispatch mode, RESNET_FAST_TRACE, and an `impl` that is not native for x.
 
-    modules: all whose state decides what the chains and `steps` are. On a CPU, `infer_again` of the
-    first then runs the chains and `steps` without reading the modules.
+    everything: the modules whose state decides what a net computes, itself first, and its steps
+    after the chains; or no modules. On a CPU, `infer_again` of the net then runs chains and steps
+    without reading the modules.
     """
     program = Program.of(chains) if _takes(x) else None
     y = None if program is None else program.run(x, impl, program.call)
-    if program is not None and y is not None and modules and not x.is_cuda:
-        snapshot = Snapshot.of(modules)
+    if program is not None and y is not None and everything is not None and not x.is_cuda:
+        modules, steps = everything()
+        snapshot = Snapshot.of(modules) if modules else None
         if snapshot is not None:
+            if len(_recorded) >= MOST:  # a net that a hook of its tensors refers to is never freed
+                _recorded.clear()
             _recorded[modules[0]] = program, program.before(steps), snapshot
     return y
 
 
 def infer_again(module: nn.Module, x: Tensor, impl: str) -> Tensor | None:
     """The result of what `infer` recorded for `module`; None if there is nothing, or a change."""
-    if torch.compiler.is_compiling() or module not in _recorded:
+    recorded = None if torch.compiler.is_compiling() else _recorded.get(module)
+    if recorded is None or plain_call(x) or not _takes(x):
         return None
-    if plain_call(x) or not _takes(x) or x.is_cuda:
-        return None
-    program, call, snapshot = _recorded[module]
-    if snapshot.same(module):
+    program, call, snapshot = recorded
+    if not x.is_cuda and snapshot.same(module):
         return program.run(x, impl, call)
     _recorded.pop(module, None)
     return None

@@ -16,15 +16,16 @@ from torch import nn
 
 from . import backends
 
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 METHODS = ("forward", "__call__", "_conv_forward", "__iter__", "parts")  # of the classes in `guard`
 BOOKKEEPING = frozenset(vars(nn.Module()))
+HOOKS = tuple(name for name, value in vars(nn.Module()).items() if "hooks" in name and value == {})
+HELD = ("_parameters", "_buffers")
 IMMUTABLE = (bool, int, float, str, type(None))
 
 
 class Snapshot:
     """All that decides how modules compute, except the values of tensors: attributes, children,
-    tensors (the objects), hooks (there must be none), classes and their methods.
+    tensors (the objects), classes and their methods. There must be no hooks.
 
     The first module is not kept alive, so that a snapshot can be stored under it.
     """
@@ -32,10 +33,10 @@ class Snapshot:
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         native, _ = backends.native_module()
         self._states = states = [vars(module) for module in modules]
-        held = [state[name] for name in ("_parameters", "_buffers") for state in states]
-        tensors = [t for each in held for t in each.values()]
+        held = [state[name] for name in HELD for state in states]
+        tensors = [t for module in modules for t in _tensors(module)]
         dicts = [*states, *held, *[state["_modules"] for state in states]]
-        hooks = [state[name] for name in HOOKS for state in states]
+        hooks = [state[name] for name in HOOKS for state in states if name in state]
         self._contents = native.Contents(dicts, hooks, [*modules[1:], *tensors])
         self._class, self._others = type(modules[0]), modules[1:]
         self._classes = tuple({type(module) for module in modules})
@@ -47,8 +48,11 @@ class Snapshot:
 
         Their classes must be those of PyTorch and resnet_fast, whose calls depend only on what a
         snapshot holds, and their attributes must not be values that change in place, such as lists.
+        Hooks, and attributes of tensors, could also keep the first module alive.
         """
         for module in modules:
+            if any(map(vars(module).get, HOOKS)) or any(map(_marked, _tensors(module))):
+                return None
             if type(module).__module__.split(".")[0] not in ("torch", "resnet_fast"):
                 return None
             if not all(_fixed(v) for name, v in vars(module).items() if name not in BOOKKEEPING):
@@ -66,6 +70,15 @@ class Snapshot:
 
     def _read_methods(self) -> list[Any]:
         return [getattr(cls, name, None) for cls in self._classes for name in METHODS]
+
+
+def _tensors(module: nn.Module) -> list[Any]:
+    return [t for name in HELD for t in vars(module)[name].values()]
+
+
+def _marked(t: Any) -> bool:
+    """Whether a tensor has hooks or attributes."""
+    return t is not None and bool(vars(t) or t._backward_hooks)
 
 
 def _fixed(value: Any) -> bool:

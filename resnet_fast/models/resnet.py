@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..blocks import ResidualBlock
 from ..dispatch.guard import fusible, hooked, refusal
-from ..dispatch.native_inference import Step, infer_again
+from ..dispatch.native_inference import Everything, infer_again
 from ..modules import PLAIN, Fused, GlobalAvgPool2d, run_fused, run_inference
 from ..spec.checks import check_impl, check_keep
 from ..spec.layers import Parts
@@ -170,7 +170,7 @@ class ResNet(nn.Module):
             chains = self._chains(stages, x) if pooled and not self.training else None
             y = None
             if chains is not None:
-                y = run_inference((stem, *chains), x, self.impl, *self._all())
+                y = run_inference((stem, *chains), x, self.impl, self._everything)
             if y is not None:  # one call ran stem and stages
                 x, stages = y, []
             else:
@@ -217,12 +217,11 @@ class ResNet(nn.Module):
                 chains.append(parts)
         return chains
 
-    def _all(self) -> tuple[list[nn.Module], list[Step]]:
+    def _everything(self) -> Everything:
         """All modules, and the ops after the stages; none if there are other ops than these."""
         pool, fc = self.avgpool, self.fc
-        pools = type(pool) is GlobalAvgPool2d and pool.impl == self.impl
-        own = hooked(pool) or "forward" in vars(pool) or refusal(fc, (nn.Linear,)) is not None
-        if not pools or own or self._head() is not None:
+        own = refusal(pool, (GlobalAvgPool2d,)) or refusal(fc, (nn.Linear,))
+        if own is not None or pool.impl != self.impl or self._head() is not None:
             return [], []
         pooling = "resnet_fast_native::global_avg_pool", ()
         return list(self.modules()), [pooling, ("aten::linear", (fc.weight, fc.bias))]

@@ -51,6 +51,7 @@ TILED = {  # channels and filters in multiples of 32, with groups of 8; or few c
     "first": Conv((2, 3, 33, 38), 64, (7, 7), (2, 2), (3, 3)),
     "first-unpadded": Conv((1, 5, 20, 25), 32, (3, 2), (1, 1)),
     "first-two-channels": Conv((2, 2, 12, 11), 32, (3, 3), padding=(1, 1)),
+    "first-stride-128": Conv((1, 16, 3, 390), 32, (1, 2), (1, 128)),  # 4 KB between pixels
     "groups-of-4": Conv((2, 32, 9, 14), 32, (3, 3), padding=(1, 1), groups=8),
     "groups-of-2": Conv((1, 32, 6, 9), 32, (3, 3), padding=(1, 1), groups=16),
     "groups-of-4-many": Conv((1, 128, 45, 40), 128, (3, 3), padding=(1, 1), groups=32),
