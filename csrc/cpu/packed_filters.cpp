@@ -153,11 +153,9 @@ int64_t bits_of(double value) {
 }
 
 Key make_key(const Tensor& x, const Tensor& w, const BatchNorm& bn, const Geometry& g) {
-  Key key;
-  key.reserve(48);
-  key.assign({reinterpret_cast<int64_t>(w.const_data_ptr()), int64_t(x.scalar_type()), g.groups, bits_of(bn.eps),
-              at::get_num_threads(), onednn().takes(x, w, g)});
-  // oneDNN's layout depends on the input's size; that of the tiles on the use of Winograd.
+  Key key = {reinterpret_cast<int64_t>(w.const_data_ptr()), int64_t(x.scalar_type()), g.groups, bits_of(bn.eps),
+             at::get_num_threads(), onednn().takes(x, w, g)};
+  // oneDNN's layout depends on the input's size; that of the tiles on whether Winograd's filters are kept.
   if (route(x, w, g, Use::kInference).tiled) {
     const ConvShape s = conv_shape(x, w, g);
     const bool single = x.scalar_type() == at::kFloat;

@@ -314,7 +314,7 @@ CHANGES = {
         ).remove
     ),
     "plain": lambda model, patch: model.switch(False),
-    "mode": lambda model, patch: [model.layer1[0].bn1.train()].clear,
+    "mode": attribute("layer1.0.bn1.training", True),
     "implementation": attribute("layer2.0.impl", "reference"),
 }
 CLOSE_TO = {"plain", "implementation"}
