@@ -64,7 +64,9 @@ def fastest(
         points = [
             (entry["bytes"], entry["flop"], entry["us"][name])
             for key, entry in section.items()
-            if key.startswith(f"{dtype}[") and name in entry.get("us", {}) and "bytes" in entry
+            if key.startswith(f"{dtype}[")
+            and entry.keys() >= {"us", "bytes", "flop"}
+            and name in entry["us"]
         ]
         if len(points) < LEAST_POINTS:
             return None

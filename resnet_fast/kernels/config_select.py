@@ -93,8 +93,9 @@ def _choose(kernel, gpu, name, configs, rule, x, start, why) -> tuple[Config, st
         return configs[rule], why or "rule"
     times = {config: _microseconds(start, config) for config in configs}
     best = min(times, key=times.__getitem__)
-    entry = {"config": list(best), "us": round(times[best], 3)}
-    tuning_tables.write(tuning_tables.user_table("tiles", gpu), kernel, name, entry)
+    if times[best] < float("inf"):
+        entry = {"config": list(best), "us": round(times[best], 3)}
+        tuning_tables.write(tuning_tables.user_table("tiles", gpu), kernel, name, entry)
     return best, "measured"
 
 

@@ -1,6 +1,7 @@
 """Which implementation "auto" takes on a GPU: by table, by measurement if asked, or the first."""
 
 import json
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -71,6 +72,63 @@ def test_tables(monkeypatch):
     tuning_tables.write(tuning_tables.user_table("impls", GPU), "op", key, entry("cudnn"))
     forget(monkeypatch)
     assert pick() == "native"
+
+
+DAMAGED = {
+    "list": [],
+    "section": {"op": None},
+    "entry": {"op": {"KEY": None}},
+    "impl": {"op": {"KEY": {"impl": ["native"]}}},
+    "times": {"op": {f"float32[{n}]": {"impl": "native", "us": 7.0, "bytes": 1, "flop": 0}
+                     for n in range(4)}},
+    "time": {"op": {f"float32[{n}]": {"impl": "native", "us": {"native": "1", "triton": 2.0},
+                                      "bytes": 1, "flop": 0} for n in range(4)}},
+    "bytes": {"op": {f"float32[{n}]": {"impl": "native", "us": {"native": 1.0, "triton": 2.0},
+                                       "bytes": float("nan"), "flop": 0} for n in range(4)}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("shipped", [False, True])
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_a_damaged_table(damage, shipped, monkeypatch):
+    """The choice is as without it, and only the first one warns."""
+    key = auto_impl.signature(ARGS)
+    if shipped:
+        tuning_tables.write(tuning_tables.shipped_table("impls", GPU), "op", key, entry("native"))
+
+    def picks():
+        forget(monkeypatch)
+        shapes = ARGS, (X[:1], *ARGS[1:])
+        return [auto_impl.pick("op", GPU, args, CANDIDATES) for args in shapes]
+
+    expected = picks()
+    path = tuning_tables.user_table("impls", GPU)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(DAMAGED[damage]).replace("KEY", key))
+    with pytest.warns(RuntimeWarning, match=r"nvidia-test-1\.json: not a valid tuning table \("):
+        assert picks() == expected
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert picks() == expected
+
+
+def test_half_a_work_is_no_point():
+    """An entry without bytes or flop is valid, and the cost model does not use it."""
+    us = {"triton": 2.0, "native": 1.0}
+    table = {f"float32[{n}]": {"impl": "native", "us": us, "bytes": n} for n in range(9)}
+    assert cost_model.fastest(table, "float32", cost_model.Work(1, 0), list(us)) is None
+
+
+def test_a_search_that_cannot_be_saved(monkeypatch, tmp_path):
+    """The measured choice is used in this process, with one warning."""
+    (tmp_path / "user").write_text("a file where the folder should be")
+    monkeypatch.setenv("RESNET_FAST_AUTOTUNE", "1")
+    times = {"triton": 9.0, "native": 4.0}
+    monkeypatch.setattr(auto_impl, "_microseconds", lambda run, args: times[run(*args)])
+    with pytest.warns(RuntimeWarning, match=r"test-1\.json: measurements not saved \(") as warned:
+        assert [pick(), pick((X[:1], *ARGS[1:])), pick()] == ["native"] * 3
+    assert len(warned) == 1
+    assert {why for _, why in auto_impl._chosen.values()} == {"measured"}
 
 
 def test_search(monkeypatch):

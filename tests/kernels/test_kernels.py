@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+import warnings
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -775,9 +776,13 @@ def test_table_of_tiles(cache):
     assert chosen(configs=((4, 4), (5, 5))) == (5, 5)
     assert chosen(key=("else",)) == (2, 2)
     assert {path.suffix for path in user.parent.iterdir()} == {".json", ".lock"}
-    user.write_text("{")
-    with pytest.raises(RuntimeError, match=r"interpreter\.json is not a valid tuning table"):
-        chosen()
+    for damaged in ("{", '{"kernel": {"k 3": {"config": [1, [1]]}}}'):
+        user.write_text(damaged)
+        with pytest.warns(RuntimeWarning, match=r"interpreter\.json: not a valid tuning table \("):
+            assert chosen() == (3, 3)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert chosen() == (3, 3) and chosen(key=("other",)) == (2, 2)
 
 
 def test_what_is_compiled_is_what_would_run(cache):
