@@ -8,10 +8,19 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from .runtime import settings
+from .runtime.files import NotWritten, reason
+from .runtime.optional import MissingPackage
+from .spec.values import printable
+
+REFUSED = 2  # exit status for a wrong argument or file, as argparse
+FAILED = 1
+KILLED = 128  # a shell reports a signal as this plus its number
 
 COMMANDS = {
     "env": ("resnet_fast.commands.env", "versions, hardware and available implementations"),
@@ -24,10 +33,20 @@ COMMANDS = {
 }
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, without the usage."""
+        self.exit(REFUSED, f"{self.prog}: error: {printable(message)} (see {self.prog} --help)\n")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit status, 2 for an invalid option or environment variable."""
+    """Run one command; returns its exit status.
+
+    A wrong option, environment variable or file, or a missing package, gives one line on stderr and
+    status 2; a full disk or too little memory gives status 1.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(prog="resnet-fast", description="Fused ResNets for PyTorch.")
+    parser = _Parser(prog="resnet-fast", description="Fused ResNets for PyTorch.")
     parser.add_argument("--version", action="version", version=f"resnet_fast {_version()}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     asked = next((word for word in argv if not word.startswith("-")), None)
@@ -40,13 +59,32 @@ def main(argv: Sequence[str] | None = None) -> int:
             run = module.run
     args = parser.parse_args(argv)
     assert run is not None  # parse_args demands a command, and takes none but these
+    status, why = REFUSED, ""
     try:
         for setting in settings.ALL:
             setting.read()
-    except settings.BadSetting as error:
-        print(f"{parser.prog} {args.command}: error: {error}", file=sys.stderr)
-        return 2
-    return run(args)
+        return run(args)
+    except BrokenPipeError:  # such as `| head`; Python would complain again at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return KILLED + 13
+    except KeyboardInterrupt:
+        return KILLED + 2
+    except NotWritten as error:
+        status, why = FAILED, str(error)
+    except (ValueError, OSError, MissingPackage) as error:
+        why = str(error)
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        status, why = FAILED, f"not enough memory for this size or batch: {reason(error)}"
+    print(f"{parser.prog} {args.command}: error: {printable(why)}", file=sys.stderr)
+    return status
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """PyTorch has a class of its own only for a GPU's memory."""
+    named = type(error).__name__ in ("MemoryError", "OutOfMemoryError")
+    return named or "can't allocate memory" in str(error)
 
 
 def _version() -> str:

@@ -5,13 +5,24 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from pathlib import Path
 from typing import Any
 
+from ..runtime.options import whole
+from ..spec.values import printable
 from ..training import Evaluation, evaluate, load_data
+from ..training.checks import MOST, SPLITS
 from ..training.recipe import PRECISIONS
 from ..training.weights import load_weights
-from .shared import add_data, add_where, check_where, model_name, refusing
+from .shared import (
+    add_bad_images,
+    add_data,
+    add_weights,
+    add_where,
+    check_where,
+    note,
+    note_folder,
+    note_unreadable,
+)  # fmt: skip
 
 MATRIX_UP_TO = 20  # a matrix with more columns does not fit a line
 
@@ -20,30 +31,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `resnet-fast eval`."""
     add_data(parser)
     add = parser.add_argument
-    add("--weights", type=Path, required=True, metavar="FILE",
-        help="file of resnet-fast train, or a state dict with torchvision's keys")  # fmt: skip
-    add("--model", type=model_name, metavar="NAME",
-        help="model of the weights (default: as in FILE, or recognized by keys)")  # fmt: skip
-    add("--split", choices=("train", "test"), default="test",
-        help="images to evaluate (default: test)")  # fmt: skip
-    add("--batch-size", type=int, default=256, metavar="N",
+    add_weights(parser, True, "file of resnet-fast train, or of torch.save or safetensors with a "
+        "ResNet's weights")  # fmt: skip
+    add("--split", choices=SPLITS,
+        help="images to evaluate (default: test, or all of a folder without val)")  # fmt: skip
+    add("--batch-size", type=whole(1, MOST), default=256, metavar="N",
         help="images per forward pass (default: 256)")  # fmt: skip
+    add_bad_images(parser)
     add("--precision", choices=list(PRECISIONS), default="fp32",
         help="fp32, or autocast in bf16 or fp16 (default: fp32)")  # fmt: skip
     add("--json", action="store_true", help="print one JSON object instead of tables")
     add_where(parser)
 
 
-@refusing("eval")
 def run(args: argparse.Namespace) -> int:
-    """Evaluate and print; returns 0, or 2 for a wrong argument or file."""
+    """Evaluate and print; returns 0."""
     check_where(args.impl, args.device, args.precision)
-    if args.batch_size < 1:
-        raise ValueError(f"batch-size: expected at least 1, got {args.batch_size}")
-    loaded = load_weights(args.weights, args.model, impl=args.impl, device=args.device)
-    data = load_data(
-        args.data, args.path, size=args.size, preprocessing=loaded.preprocessing
+    loaded = load_weights(
+        args.weights, args.model, key=args.key, impl=args.impl, device=args.device
     )
+    note("eval", *loaded.notes)
+    data = load_data(
+        args.data, args.path, size=args.size, preprocessing=loaded.preprocessing,
+        on_bad_image=args.on_bad_image,
+    )  # fmt: skip
+    note_folder("eval", data)
+    split = args.split or "test"
+    if args.split is None and getattr(data, "held_out", False):
+        split = "all"
+        note("eval", f"{args.path} has no test folder: all its images are evaluated; --split test "
+             "takes those that training holds out")  # fmt: skip
     if loaded.classes not in (None, data.classes):
         raise ValueError(f"weights: the classes of {args.weights} are not those of {args.data}")
     outputs = loaded.model.fc.out_features
@@ -53,8 +70,9 @@ def run(args: argparse.Namespace) -> int:
         )
     found = evaluate(
         loaded.model, data, device=args.device, batch_size=args.batch_size,
-        precision=args.precision, split=args.split, workers=args.workers,
+        precision=args.precision, split=split, workers=args.workers,
     )  # fmt: skip
+    note_unreadable("eval", getattr(data, "unreadable", {}))
     print(json.dumps(document(found, data.classes)) if args.json else text(found, data.classes))
     return 0
 
@@ -78,7 +96,7 @@ def document(found: Evaluation, classes: tuple[str, ...]) -> dict[str, Any]:
 
 def text(found: Evaluation, classes: tuple[str, ...]) -> str:
     """Totals, per-class figures and the confusion matrix or, for many classes, its worst cells."""
-    figures = document(found, classes)
+    figures, classes = document(found, classes), tuple(map(printable, classes))
     width = max(len("class"), *map(len, classes))
     lines = [
         f"top-1 {found.accuracy:.2%}  top-5 {found.top5:.2%}  loss {found.loss:.4f}"
@@ -86,11 +104,11 @@ def text(found: Evaluation, classes: tuple[str, ...]) -> str:
         "",
         f"{'class':{width}}  images   recall  precision",
     ]
-    for row in figures["classes"]:
+    for name, row in zip(classes, figures["classes"], strict=True):
         recall, precision = (
-            "-" if row[name] is None else f"{row[name]:.2%}" for name in ("recall", "precision")
+            "-" if row[key] is None else f"{row[key]:.2%}" for key in ("recall", "precision")
         )
-        lines.append(f"{row['name']:{width}}  {row['images']:6}  {recall:>7}  {precision:>9}")
+        lines.append(f"{name:{width}}  {row['images']:6}  {recall:>7}  {precision:>9}")
     lines.append("")
     return "\n".join(lines + (_matrix if len(classes) <= MATRIX_UP_TO else _worst)(found, classes))
 

@@ -5,18 +5,22 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from functools import wraps
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from ..dispatch import backends, ops
 from ..models.registry import check_name
-from ..runtime.optional import MissingPackage
+from ..runtime.options import whole
 from ..spec.chain import IMPLS
 from ..spec.dtypes import BY_NAME
+from ..spec.values import printable
+from ..training.imagefolder import ON_BAD_IMAGE
+from ..training.preprocessing import MOST_SIZE
 
-REFUSED = 2  # the exit status of argparse
+MOST_WORKERS = 1024
 
 
 def add_where(parser: argparse.ArgumentParser) -> None:
@@ -26,9 +30,27 @@ def add_where(parser: argparse.ArgumentParser) -> None:
         help="default on this machine: %(default)s")  # fmt: skip
     add("--impl", choices=IMPLS, default="auto",
         help="what runs the fused blocks; reference is plain PyTorch (default: auto)")  # fmt: skip
-    add("--workers", type=int, default=min(8, os.cpu_count() or 1), metavar="N",
-        help="processes that read the images of imagefolder (default on this machine: "
-        "%(default)s)")  # fmt: skip
+    add("--workers", type=whole(0, MOST_WORKERS), default=min(8, os.cpu_count() or 1), metavar="N",
+        help="processes that read image files (default on this machine: %(default)s)")  # fmt: skip
+
+
+def add_weights(parser: argparse.ArgumentParser, required: bool, what: str) -> None:
+    """--weights, --key and --model."""
+    add = parser.add_argument
+    add("--weights", type=Path, required=required, metavar="FILE", help=what)
+    add("--key", metavar="KEY",
+        help="which weights, if FILE has several: names with dots, such as "
+        "state_dict.module")  # fmt: skip
+    add("--model", type=model_name, metavar="NAME",
+        help="model of the weights (default: as in FILE, or recognized by keys and "
+        "shapes)")  # fmt: skip
+
+
+def add_bad_images(parser: argparse.ArgumentParser) -> None:
+    """--on-bad-image."""
+    parser.add_argument("--on-bad-image", choices=ON_BAD_IMAGE, default="error",
+        help="for an image file that cannot be read: stop with an error, or skip it and count "
+        "(default: error)")  # fmt: skip
 
 
 def add_data(parser: argparse.ArgumentParser) -> None:
@@ -41,7 +63,7 @@ def add_data(parser: argparse.ArgumentParser) -> None:
         help="cifar10: the official python archive (.tar.gz) or its extracted folder; "
         "imagefolder: a folder with one folder per class, or with such folders under train "
         "and val")  # fmt: skip
-    add("--size", type=int, metavar="PX",
+    add("--size", type=whole(8, MOST_SIZE), metavar="PX",
         help="input height and width in pixels (default: 16 for digits, 224 for imagefolder, "
         "32 for others; in eval, as trained)")  # fmt: skip
 
@@ -60,23 +82,24 @@ def check_where(impl: str, device: str, precision: str) -> None:
         raise ValueError(why)
 
 
-def refusing(command: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
-    """Decorator of a `run`: a wrong argument or file or a missing package gives one line on stderr
-    and exit status 2.
-    """
+def note(command: str, *lines: str) -> None:
+    """Print lines on stderr, so that stdout has only results."""
+    for line in lines:
+        print(f"resnet-fast {command}: {printable(line)}", file=sys.stderr)
 
-    def decorate(run: Callable[..., int]) -> Callable[..., int]:
-        @wraps(run)
-        def refuse(args: argparse.Namespace) -> int:
-            try:
-                return run(args)
-            except (ValueError, OSError, MissingPackage) as error:
-                print(f"resnet-fast {command}: error: {error}", file=sys.stderr)
-                return REFUSED
 
-        return refuse
+def note_folder(command: str, data: Any) -> None:
+    """Print which files of a folder of images are not used, if there are any."""
+    skipped = getattr(data, "skipped", None)
+    if skipped:
+        note(command, f"skipped in the folder: {skipped}")
 
-    return decorate
+
+def note_unreadable(command: str, unreadable: Mapping[str, str]) -> None:
+    """Print how many images could not be read, and why the first could not."""
+    if unreadable:
+        first = next(iter(unreadable.values()))
+        note(command, f"skipped {len(unreadable)} images that cannot be read; the first: {first}")
 
 
 def missing(impls: Sequence[str], devices: Sequence[str], dtypes: Sequence[str]) -> Iterator[str]:

@@ -13,18 +13,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from .. import __version__
 from ..dispatch import backends
 from ..models import create_model
 from ..runtime.optional import MissingPackage
+from ..runtime.options import output_folder
 from ..training import History, Interrupted, Recipe, fit, load_data
 from ..training.augment import AUGMENTATIONS
 from ..training.checkpoint import ModelSpec
 from ..training.distributed import processes, world
 from ..training.recipe import PRECISIONS, SCHEDULES, recipe_for
 from ..training.report import plot_curves
-from .shared import add_data, add_where, check_where, model_name, refusing
+from ..training.weights import load_weights
+from .shared import (
+    add_bad_images,
+    add_data,
+    add_weights,
+    add_where,
+    check_where,
+    note,
+    note_folder,
+    note_unreadable,
+)  # fmt: skip
 
 MODELS = {"imagefolder": "resnet18"}
 DEFAULT_MODEL = "cifar_resnet20"
@@ -35,11 +47,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `resnet-fast train`; those of the recipe are named after its attributes."""
     add_data(parser)
     add = parser.add_argument
-    add("--model", type=model_name, metavar="NAME",
-        help="default: resnet18 for imagefolder, else cifar_resnet20")  # fmt: skip
-    add("--out", type=Path, metavar="DIR", help="output folder (default: runs/DATA-MODEL)")
+    add_weights(parser, False, "start from these weights; a head of other classes is replaced")
+    add("--out", type=output_folder, metavar="DIR",
+        help="output folder (default: runs/DATA-MODEL)")  # fmt: skip
     add("--resume", nargs="?", const=True, default=False, metavar="FILE",
         help="continue from the last checkpoint in --out, or from FILE")  # fmt: skip
+    add_bad_images(parser)
     add_where(parser)
     recipe = parser.add_argument_group(
         "recipe", "defaults of cifar10 in parentheses; other data sets change some of them"
@@ -83,24 +96,26 @@ def recipe_of(args: argparse.Namespace) -> Recipe:
     return recipe_for(args.data, **asked)
 
 
-@refusing("train")
 def run(args: argparse.Namespace) -> int:
-    """Train; returns 0, 2 for a wrong argument or file, or 128 + the signal that stopped it."""
+    """Train; returns 0, or 128 + the signal that stopped it."""
     recipe = recipe_of(args)
     check_where(args.impl, args.device, recipe.precision)
-    data = load_data(args.data, args.path, size=args.size)
-    name = args.model or MODELS.get(args.data, DEFAULT_MODEL)
-    out = args.out or Path("runs", f"{args.data}-{name}")
-    options = {"num_classes": data.num_classes, "in_channels": data.channels}
+    if args.key is not None and args.weights is None:
+        raise ValueError("--key: expected --weights too")
+    data = load_data(args.data, args.path, size=args.size, on_bad_image=args.on_bad_image)
     torch.manual_seed(recipe.seed)
-    model = create_model(name, impl=args.impl, **options)
+    model, spec = _model(args, data)
+    name = spec.name
+    out = args.out or Path("runs", f"{args.data}-{name}")
+    if world().first:
+        note_folder("train", data)
     with processes(args.device) as device:
         if world().first:
             _announce(data, name, model, recipe, args.impl, device)
         try:
             history = fit(
                 model, data, recipe, device=device, on_epoch=_Line(recipe.epochs), out=out,
-                resume=args.resume, spec=ModelSpec(name, options), workers=args.workers,
+                resume=args.resume, spec=spec, workers=args.workers,
                 progress=True,
             )  # fmt: skip
         except Interrupted as stopped:
@@ -108,8 +123,23 @@ def run(args: argparse.Namespace) -> int:
                 print(f"{stopped}; continue with --resume", flush=True)
             return KILLED + stopped.number
         if world().first:
+            note_unreadable("train", getattr(data, "unreadable", {}))
             _finish(history, out, f"{name} on {data.name}")
     return 0
+
+
+def _model(args: argparse.Namespace, data: Any) -> tuple[nn.Module, ModelSpec]:
+    """A new model, or that of --weights."""
+    if args.weights is not None:
+        loaded = load_weights(
+            args.weights, args.model, key=args.key, classes=data.classes, impl=args.impl
+        )
+        if world().first:
+            note("train", *loaded.notes)
+        return loaded.model, loaded.spec
+    name = args.model or MODELS.get(args.data, DEFAULT_MODEL)
+    spec = ModelSpec(name, {"num_classes": data.num_classes, "in_channels": data.channels})
+    return create_model(name, impl=args.impl, **spec.options), spec
 
 
 def _announce(data, name: str, model, recipe: Recipe, impl: str, device: torch.device) -> None:

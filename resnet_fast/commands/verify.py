@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from pathlib import Path
 
 import torch
 
 from ..models import list_models
 from ..runtime import options, settings
+from ..runtime.files import replacing
 from ..runtime.options import DEVICES
 from ..spec.chain import IMPLS
 from ..spec.dtypes import BY_NAME
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"of {', '.join(BY_NAME)} (default: fp32,bf16; fp32 when --quick)")  # fmt: skip
     add("--device", type=options.names(DEVICES), metavar="cpu,cuda",
         help="devices (default: cpu, and cuda if available)")  # fmt: skip
-    add("--json", type=Path, metavar="FILE", help="write every check to FILE")
+    add("--json", type=options.output_file, metavar="FILE", help="write every check to FILE")
     add("--quick", action="store_true", help="one case per op and block, no model")
 
 
@@ -52,6 +52,6 @@ def run(args: argparse.Namespace) -> int:
     checks = verify(list(work))
     print(report.text(checks))
     if args.json is not None:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(report.document(checks, env.collect())) + "\n")
+        with replacing(args.json, "w") as file:
+            file.write(json.dumps(report.document(checks, env.collect())) + "\n")
     return int(not all(check.ok for check in checks))

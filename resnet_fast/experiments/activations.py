@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from ..models import ResNet
 from ..training.evaluation import as_input
-from ..training.preprocessing import Preprocessing, read_image
+from ..training.images import read_image
+from ..training.preprocessing import Preprocessing
 from ..training.weights import load_weights
 from . import compare, nets
 from .findings import Claim, Findings
@@ -41,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--image", type=Path, metavar="FILE", help="an image file, in place of a test image")
     add("--weights", type=Path, metavar="FILE", help="weights, in place of training")
     add("--model", metavar="NAME", help="model of --weights (default: as in FILE)")
+    add("--key", metavar="KEY", help="which weights, if FILE has several")
     add_count(parser, "--maps", 8, "channels to show per stage")
     add_depth(parser, 20)
     compare.add_training(parser, epochs=10, repeats=None)
@@ -77,7 +79,9 @@ def statistics(h: Tensor) -> dict[str, float]:
 def run(args: argparse.Namespace) -> Findings:
     """Train or load a net; collect the outputs of its stages for one image."""
     if args.weights is not None:
-        loaded = load_weights(args.weights, args.model, impl=args.impl, device=args.device)
+        loaded = load_weights(
+            args.weights, args.model, key=args.key, impl=args.impl, device=args.device
+        )
         model, names, preprocessing = loaded.model, loaded.classes, loaded.preprocessing
         what = f"{loaded.name} ({args.weights.name})"
         image = None if args.image is None else read_image(args.image, preprocessing)

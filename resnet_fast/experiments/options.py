@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
-from ..runtime.options import positive
+from ..runtime.options import output_folder, positive, seed, whole
 from ..spec.chain import IMPLS
 
 NOT_SETTINGS = {"command", "experiment", "out"}
+MOST_DEPTH = 10_000
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:
     """--out, --impl, --device, --seed, --threads."""
     add = parser.add_argument
-    add("--out", type=Path, metavar="DIR",
+    add("--out", type=output_folder, metavar="DIR",
         help="output folder (default: build/experiments/NAME)")  # fmt: skip
     add("--impl", choices=IMPLS, default="auto",
         help="what runs the blocks; reference is plain PyTorch (default: auto)")  # fmt: skip
@@ -23,7 +23,7 @@ def add_common(parser: argparse.ArgumentParser) -> None:
         help="device to run on (default: cpu)")  # fmt: skip
     add("--threads", type=positive(int), metavar="N",
         help="CPU threads (default: PyTorch's)")  # fmt: skip
-    add("--seed", type=int, default=0, metavar="N",
+    add("--seed", type=seed, default=0, metavar="N",
         help="seed of parameters and batches (default: 0)")  # fmt: skip
 
 
@@ -47,7 +47,7 @@ def depth(text: str) -> int:
     from .nets import blocks_of
 
     try:
-        blocks_of(int(text))
+        blocks_of(whole(1, MOST_DEPTH)(text))
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     return int(text)

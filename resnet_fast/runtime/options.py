@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
 
 DEVICES = ("cpu", "cuda")
+MOST = 2**31 - 1
+MOST_SEED = 2**63
 
 
 def names(choices: Iterable[str] | Callable[[], Iterable[str]]) -> Callable[[str], list[str]]:
@@ -32,7 +36,7 @@ def names(choices: Iterable[str] | Callable[[], Iterable[str]]) -> Callable[[str
 
 
 def positive(kind: type) -> Callable[[str], Any]:
-    """Parser of a finite number above zero, an int or a float."""
+    """Parser of a finite number above zero, an int (at most MOST) or a float."""
 
     def parse(text: str) -> Any:
         try:
@@ -40,10 +44,65 @@ def positive(kind: type) -> Callable[[str], Any]:
         except ValueError:
             value = 0
         if not 0 < value < math.inf:
-            raise argparse.ArgumentTypeError(f"expected a positive {kind.__name__}, got {text!r}")
+            raise argparse.ArgumentTypeError(
+                f"expected a positive {kind.__name__}, got {_short(text)}"
+            )
+        if kind is int and value > MOST:
+            raise argparse.ArgumentTypeError(f"expected at most {MOST}, got {_short(text)}")
         return value
 
     return parse
+
+
+def whole(least: int, most: int = MOST) -> Callable[[str], int]:
+    """Parser of an integer from `least` to `most`."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(
+                f"expected an integer from {least} to {most}, got {_short(text)}"
+            )
+        return value
+
+    return parse
+
+
+def seed(text: str) -> int:
+    """Parse a seed of PyTorch's generators: a signed 64-bit integer."""
+    return whole(-MOST_SEED, MOST_SEED - 1)(text)
+
+
+def output_file(text: str) -> Path:
+    """Parse the path of a file that can be written; its folders may be missing."""
+    if Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"expected a file, got the folder {text!r}")
+    _check_writable(Path(text).parent)
+    return Path(text)
+
+
+def output_folder(text: str) -> Path:
+    """Parse the path of a folder that can be written; it may be missing."""
+    _check_writable(Path(text))
+    return Path(text)
+
+
+def _check_writable(folder: Path) -> None:
+    try:
+        found = next(path for path in (folder, *folder.parents, Path()) if path.exists())
+        fault = "is not a folder" if not found.is_dir() else "cannot be written"
+        if found.is_dir() and os.access(found, os.W_OK | os.X_OK):
+            return
+    except OSError as error:  # such as a name that is too long
+        found, fault = folder, f"cannot be used: {error.strerror}"
+    raise argparse.ArgumentTypeError(f"{str(found)!r} {fault}")
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 60 else f"{text[:57]}...")
 
 
 def integers(text: str) -> list[int]:

@@ -5,11 +5,29 @@ from __future__ import annotations
 import math
 import numbers
 import operator
+import reprlib
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+class _Brief(reprlib.Repr):
+    """repr of a bounded part of a container; a value from a file may refer to itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel = 3
+        self.maxlist = self.maxtuple = self.maxdict = self.maxset = self.maxfrozenset = 20
+        self.maxstring = self.maxlong = self.maxother = 1000  # longer than any that is shown
+
+    def repr_instance(self, x: Any, level: int) -> str:
+        inside = isinstance(x, (list, tuple, dict, set, frozenset))  # a subclass of one
+        return f"{type(x).__name__}(…)" if inside else super().repr_instance(x, level)
+
+
+_brief = _Brief()
 
 
 def is_number(value: Any) -> bool:
@@ -19,9 +37,21 @@ def is_number(value: Any) -> bool:
 
 
 def given(value: Any) -> str:
-    """Text of a value for an error: the value if it is short, else its type."""
-    text = repr(value)
-    return text if len(text) <= 60 and "\n" not in text else f"a {type(value).__name__}"
+    """Text of a value for an error: the value if it is short, else its type.
+
+    Its cost is bounded, because the value may come from a file.
+    """
+    try:
+        text = _brief.repr(value)
+    except ValueError:  # an integer of thousands of digits
+        text = ""
+    short = 0 < len(text) <= 60 and not {"\n", "…"} & set(text)
+    return text if short else f"a {type(value).__name__}"
+
+
+def printable(text: str) -> str:
+    """text with its control characters as escapes, so that it cannot command a terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def check_pair(name: str, value: Any, least: int) -> None:
@@ -44,8 +74,14 @@ def pair(value: int | Sequence[int], name: str) -> tuple[int, int]:
     return integer(values[0], name, expected), integer(values[1], name, expected)
 
 
-def integer(value: Any, name: str, expected: str = "an integer", least: int | None = None) -> int:
-    """value as an int of at least `least`; a bool is refused, as in PyTorch."""
+def integer(
+    value: Any,
+    name: str,
+    expected: str = "an integer",
+    least: int | None = None,
+    most: int | None = None,
+) -> int:
+    """value as an int from `least` to `most`; a bool is refused, as in PyTorch."""
     whole = value
     if not isinstance(value, (int, bool)):
         try:
@@ -54,6 +90,8 @@ def integer(value: Any, name: str, expected: str = "an integer", least: int | No
             whole = True
     if isinstance(whole, bool) or (least is not None and whole < least):
         raise ValueError(f"{name}: expected {expected}, got {given(value)}")
+    if most is not None and whole > most:
+        raise ValueError(f"{name}: expected at most {most}, got {given(value)}")
     return whole
 
 

@@ -1,29 +1,31 @@
 """Checkpoint files: written atomically, read without running code from them.
 
-A file is written under another name, flushed to disk and renamed; only then are older ones
-removed. If the process dies at any time, the last complete checkpoint and the one before it remain.
+A file is written under another name, flushed to disk and renamed (`runtime.files.replacing`); only
+then are older ones removed. If the process dies at any time, the last complete checkpoint and the
+one before it remain.
 """
 
 from __future__ import annotations
 
-import os
+import io
 import re
-import zipfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
+
+from ..models.registry import check_name
+from ..runtime.files import remove_parts, replacing
+from ..spec.values import given
+from .preprocessing import Preprocessing
+from .torch_file import CheckpointError, read_any
 
 FORMAT = "resnet_fast 1"
 NAME = re.compile(r"epoch-(\d+)(?:-step-(\d+))?\.pt")
 KEPT = 2
-
-
-class CheckpointError(ValueError):
-    """A file is missing, damaged or not a checkpoint; the message names it."""
+MOST_CLASSES = 10**6
 
 
 @dataclass(frozen=True)
@@ -39,27 +41,14 @@ class ModelSpec:
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
-@contextmanager
-def replacing(path: Path, mode: str = "wb", **options: Any) -> Iterator[IO]:
-    """Open a file that replaces `path` once it is complete and on disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    with open(part, mode, **options) as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the rename itself
-    finally:
-        os.close(folder)
-
-
 def write(path: Path, content: Mapping[str, Any]) -> None:
-    """Write `content`, tensors and plain values, as a checkpoint to `path`."""
+    """Write `content`, tensors and plain values, as a checkpoint to `path`. NotWritten says why
+    it failed, such as a full disk.
+    """
+    made = io.BytesIO()  # torch.save hides what is wrong with a file
+    torch.save({"format": FORMAT, **content}, made)
     with replacing(path) as file:
-        torch.save({"format": FORMAT, **content}, file)
+        file.write(made.getbuffer())
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -69,25 +58,53 @@ def read(path: Path) -> dict[str, Any]:
         CheckpointError: the file is missing, damaged or not a resnet_fast checkpoint.
     """
     content = read_any(path)
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    if not is_own(content):
         raise CheckpointError(f"{path}: not a resnet_fast checkpoint")
+    about(path, content)
     return content
 
 
-def read_any(path: Path) -> Any:
-    """Load what `torch.save` wrote to `path`: tensors and plain values; never runs code from it."""
+def is_own(content: Any) -> bool:
+    """Whether `content` of a file is of `write`."""
+    return isinstance(content, dict) and content.get("format") == FORMAT
+
+
+def about(
+    path: Path, content: Mapping[str, Any]
+) -> tuple[ModelSpec | None, tuple[str, ...], Preprocessing]:
+    """The model, the class names and the preprocessing in the content of `path`.
+
+    Raises:
+        CheckpointError: one of them is missing or invalid; the message names it.
+    """
+    classes, spec = content.get("classes"), content.get("spec")
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise CheckpointError(f"{path}: classes: expected a list of names, got {given(classes)}")
+    if not 1 <= len(classes) <= MOST_CLASSES:
+        raise CheckpointError(f"{path}: classes: expected 1 to {MOST_CLASSES}, got {len(classes)}")
     try:
-        if zipfile.is_zipfile(path):  # torch.load does not check the checksums
-            with zipfile.ZipFile(path) as archive:
-                torn = archive.testzip()
-            if torn is not None:
-                raise ValueError(f"wrong checksum of {torn}")
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file") from None
-    except Exception as error:  # a damaged file may raise any exception
-        why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{path}: damaged, or not a checkpoint: {why}") from None
+        preprocessing = Preprocessing.of(content.get("preprocessing"))
+        found = None if spec is None else _spec(spec)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    return found, tuple(classes), preprocessing
+
+
+def _spec(value: Any) -> ModelSpec:
+    if not isinstance(value, dict) or value.keys() != {"name", "options"}:
+        raise ValueError(f"spec: expected a name and options, got {given(value)}")
+    try:
+        name = check_name(value["name"])
+    except ValueError as error:
+        raise ValueError(f"spec: {error}") from None
+    options = value["options"]
+    if not isinstance(options, dict) or not all(isinstance(key, str) for key in options):
+        raise ValueError(f"spec: expected options by name, got {given(options)}")
+    for key, option in options.items():
+        parts = option if isinstance(option, (list, tuple)) else [option]
+        if not all(part is None or type(part) in (bool, int, float, str) for part in parts):
+            raise ValueError(f"spec: {key}: expected plain values, got {given(option)}")
+    return ModelSpec(name, options)
 
 
 def name_of(epoch: int, step: int) -> str:
@@ -140,7 +157,8 @@ class Keeper:
         write(path, content)
         self.kept = [*(kept for kept in self.kept if kept != path), path][-KEPT:]
         kept = {kept.resolve() for kept in self.kept}
-        for other in (*checkpoints(self.folder), *self.folder.glob(".*.part")):
+        for other in checkpoints(self.folder):
             if other.resolve() not in kept:
                 other.unlink(missing_ok=True)
+        remove_parts(self.folder)
         return path

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from ..spec.values import given, integer
 
 MOST_SEED = 2**63
+MOST = 10**6  # of epochs, images of a batch, processes
+SPLITS = ("train", "test", "all")
 DATA = ("classes", "num_classes", "preprocessing", "count", "batches")
 
 

@@ -17,10 +17,10 @@ from torch import Tensor
 from ..runtime.optional import imported
 from ..spec.values import check_tensor, given, integer
 from .augment import AUGMENTATIONS
-from .checks import check_choice, check_path, check_seed
+from .checks import SPLITS, check_choice, check_path, check_seed
 from .cifar import read_cifar10
-from .imagefolder import ImageFolder
-from .preprocessing import Inputs, Preprocessing
+from .imagefolder import ON_BAD_IMAGE, ImageFolder
+from .preprocessing import MOST_SIZE, Inputs, Preprocessing
 
 DATA = ("digits", "cifar10", "imagefolder", "synthetic")
 TEST_SHARE = 0.2
@@ -82,7 +82,7 @@ class Data(Inputs):
         return replace(self, preprocessing=preprocessing)
 
     def count(self, split: str) -> int:
-        """Number of images in `split`, "train" or "test"."""
+        """Number of images in `split`: "train", "test", or "all" for both."""
         return len(self._split(split)[1])
 
     def batches(
@@ -95,8 +95,10 @@ class Data(Inputs):
             yield x[indices], y[indices]
 
     def _split(self, split: str) -> tuple[Tensor, Tensor]:
-        if split not in ("train", "test"):
-            raise ValueError(f"split: expected 'train' or 'test', got {split!r}")
+        check_choice(split, "split", SPLITS)
+        if split == "all":
+            parts = (self.train_x, self.test_x), (self.train_y, self.test_y)
+            return torch.cat(parts[0]), torch.cat(parts[1])
         return (self.train_x, self.train_y) if split == "train" else (self.test_x, self.test_y)
 
 
@@ -112,6 +114,7 @@ def load_data(
     size: int | None = None,
     preprocessing: Preprocessing | None = None,
     seed: int = 0,
+    on_bad_image: str = "error",
 ) -> Data | ImageFolder:
     """Load the data set `name`. Nothing is downloaded.
 
@@ -119,11 +122,13 @@ def load_data(
         name: "digits" (scikit-learn's 1,797 scans), "cifar10" (the official python archive),
             "imagefolder" (one folder per class), or "synthetic" (patterns with noise).
         path: archive or extracted folder of cifar10, or root of imagefolder; None for the others.
-        size: height and width of an input in pixels, at least 8. None is 16 for digits, 32 for
+        size: height and width of an input in pixels, 8 to 2048. None is 16 for digits, 32 for
             synthetic, 224 for imagefolder; cifar10 is always 32.
         preprocessing: that of a trained model, in place of the data set's own.
         seed: of the synthetic patterns, and of the split of digits and of an imagefolder without
             a test folder.
+        on_bad_image: for an image of imagefolder that cannot be read: "error", or "skip" to leave
+            it out.
 
     Returns:
         A `Data` in memory, or an `ImageFolder`. Both have `name`, `classes`, `num_classes`,
@@ -134,11 +139,13 @@ def load_data(
         MissingPackage: a package is not installed; the message says how to install it.
     """
     if size is not None:
-        integer(size, "size", "at least 8 pixels", 8)
+        integer(size, "size", "at least 8 pixels", 8, MOST_SIZE)
     check_seed(seed)
+    check_choice(on_bad_image, "on_bad_image", ON_BAD_IMAGE)
     if preprocessing is not None:
         _check_preprocessing(preprocessing)
-        data = load_data(name, path, size=size or preprocessing.size, seed=seed)
+        size = size or preprocessing.size
+        data = load_data(name, path, size=size, seed=seed, on_bad_image=on_bad_image)
         return data.seen_by(preprocessing.at(data.size))
     check_choice(name, "name", DATA)
     if path is not None:
@@ -152,7 +159,7 @@ def load_data(
     if name == "synthetic":
         return synthetic(size or 32, seed)
     if name == "imagefolder":
-        return ImageFolder(Path(path), size or 224, seed)
+        return ImageFolder(Path(path), size or 224, seed, on_bad_image)
     if size not in (None, 32):
         raise ValueError(f"size: expected 32 pixels for cifar10, got {size}")
     return cifar10(Path(path))

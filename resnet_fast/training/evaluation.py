@@ -10,7 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..spec.values import integer
-from .checks import check_choice, check_data, check_device, check_logits, check_model
+from .checks import (
+    MOST,
+    SPLITS,
+    check_choice,
+    check_data,
+    check_device,
+    check_logits,
+    check_model,
+)  # fmt: skip
 from .distributed import total, world
 from .preprocessing import Preprocessing
 from .recipe import PRECISIONS
@@ -18,7 +26,7 @@ from .recipe import PRECISIONS
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Figures of a model on one split, over all its images.
+    """Figures of a model on one split, over all its images that can be read.
 
     Attributes:
         loss: mean cross-entropy, without label smoothing.
@@ -65,7 +73,7 @@ def evaluate(
         device: device to run on.
         batch_size: images per forward pass and process.
         precision: "fp32", or autocast in "bf16" or "fp16".
-        split: "test" or "train".
+        split: "test", "train", or "all" for both.
         workers: processes that read the images of an imagefolder; 0 reads them in this one.
 
     Returns:
@@ -78,10 +86,10 @@ def evaluate(
     check_model(model)
     check_data(data)
     device, here = check_device(device), world()
-    integer(batch_size, "batch_size", "an integer of at least 1", 1)
-    integer(workers, "workers", "an integer of at least 0", 0)
+    integer(batch_size, "batch_size", "an integer of at least 1", 1, MOST)
+    integer(workers, "workers", "an integer of at least 0", 0, MOST)
     check_choice(precision, "precision", tuple(PRECISIONS))
-    check_choice(split, "split", ("train", "test"))
+    check_choice(split, "split", SPLITS)
     classes = data.num_classes
     sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, right, among five
     first = next(model.parameters(), sums)
@@ -93,6 +101,8 @@ def evaluate(
     model.eval()
     try:
         for x, y in data.batches(split, indices.split(batch_size), device, workers):
+            if not len(x):
+                continue  # no image of the batch can be read
             x = as_input(x, data.preprocessing, model)
             with autocast(device, precision):
                 logits = model(x)
@@ -106,8 +116,9 @@ def evaluate(
             confusion += torch.bincount(y * classes + first[:, 0], minlength=classes * classes)
     finally:
         model.train(mode)
-    loss, right, five = (total(sums) / max(data.count(split), 1)).tolist()
-    return Evaluation(loss, right, five, total(confusion).view(classes, classes).cpu())
+    confusion = total(confusion)
+    loss, right, five = (total(sums) / confusion.sum().clamp(min=1)).tolist()
+    return Evaluation(loss, right, five, confusion.view(classes, classes).cpu())
 
 
 def as_input(x: Tensor, preprocessing: Preprocessing, model: nn.Module) -> Tensor:

@@ -1,7 +1,8 @@
 """A folder of images, one folder per class; the files are read during training.
 
-    ROOT/train/CLASS/*.jpg and ROOT/val/CLASS/*.jpg (or valid, or test), or only
-    ROOT/train/CLASS/*.jpg or ROOT/CLASS/*.jpg: then every fifth image of a class is a test image
+    ROOT/train/CLASS/*.jpg and ROOT/val/CLASS/*.jpg (or valid, or test)
+    ROOT/train/CLASS/*.jpg or ROOT/CLASS/*.jpg: training holds out every fifth image of a class
+    ROOT/val/CLASS/*.jpg: only for evaluation
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .preprocessing import Inputs, Preprocessing, imagenet, read_image
+from .images import SUFFIXES, Skipped, folders_in, images_in, read_batches
+from .preprocessing import Inputs, Preprocessing, imagenet
 
-SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"))
+TRAIN = "train"
 TESTS = ("val", "valid", "test")
 TEST_EVERY = 5
+ON_BAD_IMAGE = ("error", "skip")
 
 File = tuple[Path, int]
 
@@ -33,35 +36,48 @@ class ImageFolder(Inputs):
         root: folder as above.
         size: height and width of an input in pixels.
         seed: of the split, if there is no test folder.
+        on_bad_image: "error" raises ValueError for an image that cannot be read, "skip" leaves it
+            out and adds it to `unreadable`.
+
+    Attributes:
+        files: (path, label) of the images of each split.
+        held_out: whether "test" is a part of the images that `root` has for training.
+        skipped: number of files that cannot be images, by reason.
+        unreadable: why images could not be read so far, by path.
 
     Raises:
-        ValueError: a folder is missing, has fewer than two classes or no images, or leaves no test
-            images; the message names it.
+        ValueError: a folder is missing, has fewer than two classes or no images; the message names
+            it.
     """
 
     name: ClassVar[str] = "imagefolder"
     augmentation: ClassVar[str] = "resized-crop-flip"
 
-    def __init__(self, root: Path, size: int = 224, seed: int = 0) -> None:
+    def __init__(
+        self, root: Path, size: int = 224, seed: int = 0, on_bad_image: str = "error"
+    ) -> None:
         if not root.is_dir():
             raise ValueError(f"{root}: no such folder")
         self.preprocessing = imagenet(size)
-        parted = (root / "train").is_dir()
-        self.classes, train = _images(root / "train" if parted else root)
-        tests = [root / name for name in TESTS if parted and (root / name).is_dir()]
+        self.on_bad_image = on_bad_image
+        self.skipped, self.unreadable = Skipped(), dict[str, str]()
+        parted = (root / TRAIN).is_dir()
+        tests = [root / name for name in TESTS if (root / name).is_dir()]
+        if not parted:  # folders of these names may be classes
+            tests = tests if {f.name for f in folders_in(root, Skipped())} <= set(TESTS) else []
+        train: list[File] = []
+        if parted or not tests:
+            self.classes, train = self._images(root / TRAIN if parted else root)
         if tests:
-            classes, test = _images(tests[0])
-            if classes != self.classes:
+            classes, test = self._images(tests[0])
+            if train and classes != self.classes:
                 odd = sorted(set(classes) ^ set(self.classes))
                 raise ValueError(f"{tests[0]}: its classes differ from those of train: {odd[0]!r}")
+            self.classes = classes
         else:
             train, test = _part(train, seed)
-            if not test:
-                raise ValueError(
-                    f"{root}: no test images; expected a val folder or a class of at least "
-                    f"{TEST_EVERY} images"
-                )
-        self.files = {"train": train, "test": test}
+        self.held_out = not tests
+        self.files = {"train": train, "test": test, "all": sorted([*train, *test])}
 
     def seen_by(self, preprocessing: Preprocessing) -> ImageFolder:
         """The same images with another preprocessing, that of a trained model."""
@@ -70,7 +86,7 @@ class ImageFolder(Inputs):
         return other
 
     def count(self, split: str) -> int:
-        """Number of images in `split`, "train" or "test"."""
+        """Number of images in `split`: "train", "test", or "all" for both."""
         return len(self.files[split])
 
     def batches(
@@ -78,60 +94,43 @@ class ImageFolder(Inputs):
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (x, y) on `device` for each batch of indices in `chosen`, read by `workers`.
 
-        x is uint8 [N,3,H,W]; H = W is `size` for test, `preprocessing.resize` for training.
+        x is uint8 [N,3,H,W]; H = W is `preprocessing.resize` for "train", else `size`. An image
+        that cannot be read is an error, or is missing from its batch.
         """
-        crop = self.preprocessing.resize if split == "train" else self.size
-        loader = torch.utils.data.DataLoader(
-            _Files(self, self.files[split], crop),
-            batch_sampler=[indices.tolist() for indices in chosen],
-            collate_fn=_collate,
-            num_workers=workers,
+        files = self.files[split]
+        labels = torch.tensor([label for _, label in files])
+        for batch in read_batches(
+            [path for path, _ in files],
+            [indices.tolist() for indices in chosen],
+            self.preprocessing,
+            crop=self.preprocessing.resize if split == "train" else self.size,
+            workers=workers,
             pin_memory=device.type == "cuda",
-            generator=torch.Generator(),  # by default a loader draws from the global generator
-        )
-        for batch in loader:
-            if isinstance(batch, str):
-                raise ValueError(batch)
-            yield tuple(t.to(device, non_blocking=True) for t in batch)
+        ):
+            if batch.unreadable and self.on_bad_image == "error":
+                raise ValueError(next(iter(batch.unreadable.values())))
+            self.unreadable.update(batch.unreadable)
+            y = labels[batch.places]
+            yield batch.x.to(device, non_blocking=True), y.to(device, non_blocking=True)
 
-
-class _Files(torch.utils.data.Dataset):
-    """The Dataset of the workers; returns an error as text, so that no traceback is printed."""
-
-    def __init__(self, folder: ImageFolder, files: Sequence[File], crop: int) -> None:
-        self.preprocessing, self.files, self.crop = folder.preprocessing, files, crop
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int] | str:
-        path, label = self.files[index]
-        try:
-            return read_image(path, self.preprocessing, self.crop), label
-        except ValueError as error:
-            return str(error)
-
-
-def _collate(items: Sequence[tuple[Tensor, int] | str]) -> tuple[Tensor, Tensor] | str:
-    for item in items:
-        if isinstance(item, str):
-            return item
-    images, labels = zip(*items, strict=True)
-    return torch.stack(images), torch.tensor(labels)
-
-
-def _images(root: Path) -> tuple[tuple[str, ...], list[File]]:
-    folders = sorted(f for f in root.iterdir() if f.is_dir() and not f.name.startswith("."))
-    if len(folders) < 2:
-        found = " and ".join(folder.name for folder in folders) or "none"
-        raise ValueError(f"{root}: expected one folder per class, at least two; found {found}")
-    files: list[File] = []
-    for label, folder in enumerate(folders):
-        found = sorted(f for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES)
-        if not found:
-            raise ValueError(f"{folder}: no images; expected {', '.join(sorted(SUFFIXES))} files")
-        files += [(path, label) for path in found]
-    return tuple(folder.name for folder in folders), files
+    def _images(self, root: Path) -> tuple[tuple[str, ...], list[File]]:
+        """Class names and files of a folder with one folder per class."""
+        folders = folders_in(root, self.skipped)
+        if len(folders) < 2:
+            found = " and ".join(folder.name for folder in folders) or "none"
+            raise ValueError(f"{root}: expected one folder per class, at least two; found {found}")
+        files: list[File] = []
+        for label, folder in enumerate(folders):
+            skipped = Skipped()
+            found = images_in(folder, skipped)
+            if not found:
+                why = f" (skipped: {skipped})" if skipped else ""
+                raise ValueError(
+                    f"{folder}: no images; expected {', '.join(sorted(SUFFIXES))} files{why}"
+                )
+            files += [(path, label) for path in found]
+            self.skipped += skipped
+        return tuple(folder.name for folder in folders), files
 
 
 def _part(files: Sequence[File], seed: int) -> tuple[list[File], list[File]]:

@@ -17,19 +17,23 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from ..runtime.files import InUse, locked, remove_parts
 from ..spec.values import check_flag, given, integer
 from . import checkpoint, distributed
 from .augment import Draws, augment
-from .checkpoint import Keeper, ModelSpec
-from .checks import check_data, check_device, check_logits, check_model, check_path
+from .checkpoint import CheckpointError, Keeper, ModelSpec
+from .checks import MOST, check_data, check_device, check_logits, check_model, check_path
 from .distributed import world
 from .evaluation import as_input, at_least_fp32, autocast, evaluate
+from .forms import equal
 from .history import History
 from .recipe import Recipe, lr_factor
 from .recompute import checkpointing
 from .report import Log
 from .signals import Interrupted, stop_signals
 from .state import State
+
+LOCK = ".lock"
 
 
 def fit(
@@ -89,10 +93,17 @@ def fit(
         check_path(resume, "resume")
     if not (spec is None or isinstance(spec, ModelSpec)):
         raise ValueError(f"spec: expected a ModelSpec or None, got {given(spec)}")
-    integer(workers, "workers", "an integer of at least 0", 0)
+    integer(workers, "workers", "an integer of at least 0", 0, MOST)
     check_flag(progress, "progress")
     folder = None if out is None else Path(out)
     _check(data, recipe, folder, resume)
+    with nullcontext() if folder is None or not world().first else _alone(folder):
+        return _fit(model, data, recipe, device, on_epoch, folder, resume, spec, workers, progress)
+
+
+def _fit(
+    model, data, recipe, device, on_epoch, folder, resume, spec, workers, progress
+) -> History:
     fmt = torch.channels_last if recipe.channels_last else torch.contiguous_format
     model.to(device, memory_format=fmt).train()
     run = _Run(model, data, recipe, device, workers, progress)
@@ -148,6 +159,7 @@ class _Run:
         self.steps_an_epoch = data.count("train") // recipe.batch_size
         self.state = State(model, recipe, self.steps_an_epoch, device)
         self.augmentation = data.augmentation if recipe.augment == "auto" else recipe.augment
+        self.share = recipe.batch_size // self.here.size
         share = slice(self.here.rank, None, self.here.size)
         self.draws = Draws(self.state.generator, recipe.batch_size, share)
         self.runner = torch.compile(model) if recipe.compile else model
@@ -172,6 +184,11 @@ class _Run:
         ) as bar:  # fmt: skip
             left = order[state.step :]
             for x, y in self.data.batches("train", left, self.device, self.workers):
+                if not len(x):
+                    raise ValueError("data: no image of a batch can be read")
+                if len(x) < self.share:  # some cannot be read: others take their places
+                    places = torch.arange(self.share, device=x.device) % len(x)
+                    x, y = x[places], y[places]
                 x = augment(self.augmentation, x, self.data.size, self.draws)
                 x = as_input(x, self.data.preprocessing, state.model)
                 state.tally[state.step] = self.step(x, y)
@@ -238,6 +255,12 @@ class _Run:
 
 def _check(data: Any, recipe: Recipe, out: Path | None, resume: bool | str | Path) -> None:
     images, here = data.count("train"), world()
+    if not images or not data.count("test"):
+        raise ValueError(
+            f"data: expected images to train on and to test on, got {images} and "
+            f"{data.count('test')}; an image folder needs train and val, or a class of at least 5 "
+            "images"
+        )
     if recipe.batch_size > images:
         raise ValueError(
             f"batch_size: expected at most the {images} training images, got {recipe.batch_size}; "
@@ -253,6 +276,17 @@ def _check(data: Any, recipe: Recipe, out: Path | None, resume: bool | str | Pat
         raise ValueError("resume: expected out too, the folder of the run to continue")
     if out is not None and not resume and checkpoint.checkpoints(out / "checkpoints"):
         raise ValueError(f"out: {out} has checkpoints of another run; resume it or change out")
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Context in which no other run writes to `folder`; files of a killed run are removed."""
+    try:
+        with locked(folder / LOCK, wait=False):
+            remove_parts(folder)
+            yield
+    except InUse as error:
+        raise ValueError(f"out: {folder} is {error}; choose another folder (--out)") from None
 
 
 def _about(spec: ModelSpec | None, data: Any, recipe: Recipe) -> dict[str, Any]:
@@ -278,11 +312,18 @@ def _resume(state: State, about: dict[str, Any], out: Path, resume: bool | str |
         content = checkpoint.read(path)
     if "training" not in content:
         raise ValueError(f"resume: {path} has only a model; expected a checkpoint")
+    if not isinstance(content.get("recipe"), dict):
+        raise CheckpointError(f"{path}: recipe: expected a dict")
     for name, here in {**about, **about["recipe"]}.items():
         there = {**content, **content["recipe"]}.get(name)
-        if name != "recipe" and there != here:
-            raise ValueError(f"resume: {path} has {name} {there!r}, this run has {here!r}")
-    state.load_state_dict(content["training"])
+        if name != "recipe" and not equal(there, here):
+            raise ValueError(
+                f"resume: {path} has {name} {given(there)}, this run has {given(here)}"
+            )
+    try:
+        state.load_state_dict(content["training"])
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
     return path
 
 

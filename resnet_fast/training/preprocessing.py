@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from ..runtime.optional import imported
+from ..spec.values import given, integer, is_number
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+MOST_SIZE = 2048  # pixels; a file may not ask for more
+MOST_RESIZE = 4 * MOST_SIZE
+MOST_CHANNELS = 64
 
 
 @dataclass(frozen=True)
@@ -24,12 +26,47 @@ class Preprocessing:
         resize: length of the shorter side before the crop, in pixels.
         mean: one value per channel, for x in [0, 1].
         std: one value per channel, for x in [0, 1].
+
+    Raises:
+        ValueError: an attribute is invalid; the message names it.
     """
 
     size: int
     resize: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        integer(self.size, "size", "at least 1 pixel", 1, MOST_SIZE)
+        expected = f"at least the size, {self.size} pixels"
+        integer(self.resize, "resize", expected, self.size, MOST_RESIZE)
+        for name in ("mean", "std"):
+            value = getattr(self, name)
+            numbers = isinstance(value, tuple) and all(is_number(v) for v in value)
+            if not numbers or not 1 <= len(value) <= MOST_CHANNELS:
+                raise ValueError(f"{name}: expected one number per channel, got {given(value)}")
+        if len(self.mean) != len(self.std) or min(self.std) <= 0:
+            raise ValueError(
+                f"std: expected {len(self.mean)} numbers above 0, got {given(self.std)}"
+            )
+
+    @classmethod
+    def of(cls, values: Any) -> Preprocessing:
+        """From its attributes as a file has them: a dict, with lists or tuples.
+
+        Raises:
+            ValueError: they are no such dict, or one is invalid.
+        """
+        names = [field.name for field in fields(cls)]
+        if not isinstance(values, dict) or values.keys() != set(names):
+            raise ValueError(
+                f"preprocessing: expected a dict of {', '.join(names)}, got {given(values)}"
+            )
+        plain = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        try:
+            return cls(**plain)
+        except ValueError as error:
+            raise ValueError(f"preprocessing: {error}") from None
 
     @property
     def channels(self) -> int:
@@ -71,27 +108,3 @@ def imagenet(size: int = 224) -> Preprocessing:
     """ImageNet's: shorter side to 256, centre crop 224 × 224 (He et al. 2015, section 3.4)."""
     return Preprocessing(size, round(size * 256 / 224), IMAGENET_MEAN, IMAGENET_STD)
 
-
-def read_image(path: Path, preprocessing: Preprocessing, crop: int | None = None) -> Tensor:
-    """Read an image as uint8 [C, crop, crop], resized and centre-cropped; None is `size`.
-
-    The same pixels as torchvision's `Resize` and `CenterCrop`.
-
-    Raises:
-        ValueError: the file is missing, damaged or not an image; the message names it.
-        MissingPackage: Pillow is not installed.
-    """
-    Image = imported("PIL.Image", "images", "pillow")
-    crop = preprocessing.size if crop is None else crop
-    mode = "L" if preprocessing.channels == 1 else "RGB"
-    try:
-        with Image.open(path) as image:
-            image = image.convert(mode)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: not a readable image: {error}") from None
-    width, height = (preprocessing.resize * side // min(image.size) for side in image.size)
-    image = image.resize((width, height), Image.Resampling.BILINEAR)
-    left, top = round((width - crop) / 2), round((height - crop) / 2)
-    image = image.crop((left, top, left + crop, top + crop))
-    values = np.asarray(image, dtype=np.uint8)
-    return torch.from_numpy(values.reshape(crop, crop, -1).copy()).permute(2, 0, 1)

@@ -12,7 +12,7 @@ from torch import nn
 from ..spec.dtypes import PRECISIONS
 from ..spec.values import check_flag, given, integer, is_number
 from .augment import AUGMENTATIONS
-from .checks import check_choice, check_seed
+from .checks import MOST, check_choice, check_seed
 
 SCHEDULES = ("cosine", "step", "constant")
 MILESTONES = (0.5, 0.75)
@@ -83,12 +83,12 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "accumulate"):
-            integer(getattr(self, name), name, "an integer of at least 1", 1)
+            integer(getattr(self, name), name, "an integer of at least 1", 1, MOST)
         check_seed(self.seed)
-        for name in ("lr", "momentum", "weight_decay", "warmup"):
+        for name in ("lr", "weight_decay", "warmup"):
             value = getattr(self, name)
             _expect(name, value, "a number of at least 0", is_number(value) and value >= 0)
-        for name in ("label_smoothing", "ema"):
+        for name in ("momentum", "label_smoothing", "ema"):
             value = getattr(self, name)
             allowed = value is None and name == "ema"
             _expect(name, value, "a number from 0 to less than 1",

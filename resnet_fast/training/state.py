@@ -9,9 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from ..runtime.files import reason
+from ..spec.values import given
 from .distributed import gathered, total, world
-from .history import History
+from .forms import check_keys, check_like, check_list, check_number
+from .history import COLUMNS, History
 from .recipe import Recipe, optimizer_of, schedule_of
+from .torch_file import CheckpointError
 
 PARTS = ("model", "optimizer", "schedule", "scaler", "averaged")
 
@@ -20,6 +24,7 @@ class State:
     """Model, optimizer, schedule, gradient scaler, average, generators, progress and metrics.
 
     Attributes:
+        epochs: of the whole run.
         epoch: complete epochs.
         step: optimizer steps in the current epoch.
         tally: [steps, 2], loss and correct images per step of the current epoch, this process's
@@ -39,6 +44,7 @@ class State:
             average = get_ema_multi_avg_fn(recipe.ema)
             self.averaged = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
         self.generator = torch.Generator(device).manual_seed(recipe.seed)
+        self.epochs = recipe.epochs
         self.epoch = self.step = 0
         self.tally = torch.zeros(steps, 2, device=device)
         self.history = History()
@@ -66,17 +72,23 @@ class State:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state_dict()`.
+        """Continue from `state_dict()`; nothing is loaded unless all of it is valid.
 
         Raises:
             ValueError: the state is from another number of processes.
+            CheckpointError: a part is not such as this run would write; the message names it.
         """
-        here = world()
+        here, fresh = world(), self.state_dict()
+        check_keys(state, fresh, "training")
+        if not isinstance(state["random"], list):
+            got = given(state["random"])
+            raise CheckpointError(f"training: random: expected a list, got {got}")
         if len(state["random"]) != here.size:
             raise ValueError(
                 f"resume: expected {len(state['random'])} processes, as in the checkpoint, got "
                 f"{here.size}"
             )
+        state = self._checked(state, fresh)
         for name in PARTS:
             part = getattr(self, name)
             if part is not None:
@@ -87,6 +99,63 @@ class State:
         self.history = History(**state["history"])
         self.generator.set_state(state["generator"])
         _set_random_state(state["random"][here.rank])
+
+    def _checked(self, state: dict[str, Any], fresh: dict[str, Any]) -> dict[str, Any]:
+        """`state`, if it has the form of `fresh`; without entries of other PyTorch versions."""
+        state = {**state, "schedule": _merged(state["schedule"], fresh["schedule"], "schedule")}
+        for name in ("model", "schedule", "scaler", "averaged", "tally"):
+            check_like(state[name], fresh[name], f"training: {name}")
+        steps = len(self.tally)
+        check_number(state["epoch"], "training: epoch", True, 0, self.epochs)
+        check_number(state["step"], "training: step", True, 0, steps)
+        state["optimizer"] = self._checked_optimizer(state["optimizer"], fresh["optimizer"])
+        row = dict.fromkeys(COLUMNS, 0.0)
+        count = state["epoch"]
+        like = asdict(History([row] * count, [0.0] * (count * steps)))
+        check_like(state["history"], like, "training: history")
+        generators = [fresh["generator"]] + [torch.get_rng_state()] * len(state["random"])
+        firsts = [state["generator"]]
+        for own in state["random"]:  # of the CPU, and of a GPU
+            if not isinstance(own, list) or not 1 <= len(own) <= 2:
+                raise CheckpointError(f"training: random: expected states, got {given(own)}")
+            firsts.append(own[0])
+            if len(own) > 1 and torch.cuda.is_available():
+                check_like(own[1], torch.cuda.get_rng_state(), "training: random")
+        for value, generator in zip(firsts, generators, strict=True):
+            check_like(value, generator, "training: generator")
+            try:
+                torch.Generator(self.generator.device).set_state(value)
+            except RuntimeError as error:
+                raise CheckpointError(f"training: generator: {reason(error)}") from None
+        return state
+
+    def _checked_optimizer(self, state: Any, fresh: dict[str, Any]) -> dict[str, Any]:
+        where = "training: optimizer"
+        check_keys(state, fresh, where)
+        groups = fresh["param_groups"]
+        check_list(state["param_groups"], len(groups), where)
+        merged = [
+            _merged(there, here, where)
+            for there, here in zip(state["param_groups"], groups, strict=True)
+        ]
+        check_like(merged, groups, where)
+        if [group["params"] for group in merged] != [group["params"] for group in groups]:
+            raise CheckpointError(f"{where}: its parameters are not those of the model")
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        slots = state["state"]
+        check_keys(slots, slots if isinstance(slots, dict) else (), where)
+        for number, slot in slots.items():
+            check_number(number, where, True, 0, len(parameters) - 1)
+            check_keys(slot, {"momentum_buffer"}, f"{where}: {number}")
+            if slot["momentum_buffer"] is not None:
+                check_like(slot["momentum_buffer"], parameters[number].detach(), where)
+        return {"state": slots, "param_groups": merged}
+
+
+def _merged(there: Any, here: dict[str, Any], where: str) -> dict[str, Any]:
+    """The entries of `here`, with the values of `there` where it has them."""
+    check_keys(there, there if isinstance(there, dict) else (), f"training: {where}")
+    return {key: there.get(key, value) for key, value in here.items()}
 
 
 def _random_state() -> list[Tensor]:

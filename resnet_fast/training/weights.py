@@ -1,21 +1,30 @@
-"""A model from a file: of resnet-fast train, or a plain state dict such as torchvision's."""
+"""A model from a file: of `fit`, of torchvision or timm, or of another training script."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..models import create_model, list_models
+from ..models import ResNet, create_model, list_models
 from ..models.registry import check_name
+from ..runtime.files import opened, reason
 from ..spec.checks import check_impl
-from .checkpoint import FORMAT, CheckpointError, read_any
+from ..spec.values import given
+from . import state_dicts
+from .checkpoint import CheckpointError, ModelSpec, about, is_own
 from .checks import check_device, check_path
 from .preprocessing import Preprocessing, imagenet
+from .state_dicts import StateDict
+from .torch_file import Unread, read_any
+
+MOST_NAMES = 1 << 24  # bytes of a file of class names
+LARGER = 2  # the weights in memory, over the size of their file
 
 
 @dataclass(frozen=True)
@@ -24,37 +33,56 @@ class Loaded:
 
     Attributes:
         model: in fp32 and channels_last.
-        name: of `resnet_fast.list_models()`.
+        spec: name, of `resnet_fast.list_models()`, and options of the model.
         classes: class names; None if the file has none.
         preprocessing: of the model's inputs.
+        notes: what was not taken as it is in the file, such as a prefix that was removed; one line
+            each.
     """
 
-    model: nn.Module
-    name: str
+    model: ResNet
+    spec: ModelSpec
     classes: tuple[str, ...] | None
     preprocessing: Preprocessing
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def name(self) -> str:
+        """The model's name."""
+        return self.spec.name
 
 
 def load_weights(
     path: str | Path,
     model: str | None = None,
     *,
+    key: str | None = None,
+    classes: Sequence[str] | None = None,
     impl: str = "auto",
     device: str | torch.device = "cpu",
 ) -> Loaded:
     """Load the model whose weights are at `path`, in fp32 and channels_last on `device`.
 
+    No code of the file is run. A state dict may be inside of dicts (`state_dict`, `model`, `ema`
+    and others of `state_dicts.WRAPPERS`), its names after prefixes (`module.`, `backbone.` and
+    others of `state_dicts.PREFIXES`), and its head named `fc`, `head` or `classifier`.
+
     Args:
-        path: a checkpoint or `model.pt` of `fit`, or a plain state dict with torchvision's keys,
-            which gets ImageNet's preprocessing.
+        path: a checkpoint or `model.pt` of `fit`, or a file of `torch.save` or safetensors with the
+            tensors of a ResNet by torchvision's names, which gets ImageNet's preprocessing.
         model: name, of `resnet_fast.list_models()`. None takes the name in the file; without one,
             the model with the same keys and shapes.
+        key: which state dict, if the file has several: names of dicts and prefixes with dots, such
+            as "teacher.backbone".
+        classes: for training, the classes of the data. A head that is missing or of other classes
+            is replaced by a new one, initialized as `nn.Linear`. None keeps the head of the file.
         impl: implementation of the fused blocks.
         device: device of the model.
 
     Raises:
         ValueError: the file is missing, damaged or of another model, or no model or several match
-            it; the message names the file or `model`.
+            it; the message names the file or the argument.
+        MissingPackage: the file is of safetensors, which is not installed.
     """
     check_path(path, "path")
     if model is not None:
@@ -62,81 +90,227 @@ def load_weights(
             check_name(model)
         except ValueError as error:
             raise ValueError(f"model: {str(error).removeprefix('name: ')}") from None
+    if not (key is None or isinstance(key, str)):
+        raise ValueError(f"key: expected names with dots or None, got {given(key)}")
     check_impl(impl)
     path, device = Path(path), check_device(device)
     content = read_any(path)
-    ours = isinstance(content, dict) and content.get("format") == FORMAT
-    weights = content["weights"] if ours else content
-    if not isinstance(weights, dict) or not weights or not _all_tensors(weights):
-        raise CheckpointError(f"{path}: neither a checkpoint of resnet_fast nor a state dict")
-    options: dict[str, Any] = {}
-    classes, preprocessing = None, imagenet()
-    if ours:
-        classes, preprocessing = tuple(content["classes"]), _preprocessing(content)
-        spec = content["spec"]
-        if model is None and spec is not None:
-            model, options = spec["name"], dict(spec["options"])
-    if not options:
-        options = _sizes(path, weights)
-    if model is None:
-        model = _recognize(path, weights, options)
-    with torch.device("meta"):  # skips the random initialization
-        net = create_model(model, impl=impl, **options)
-    try:
-        net.load_state_dict(weights, assign=True)
-    except RuntimeError as error:
-        why = " ".join(str(error).split("\n\t")[1:2]).strip()
-        raise ValueError(f"model: the weights in {path} do not fit {model}: {why}") from None
-    net.to(device, torch.float32, memory_format=torch.channels_last).eval()
-    return Loaded(net, model, classes, preprocessing)
+    names, preprocessing, options = None, imagenet(), {}
+    if is_own(content):
+        spec, names, preprocessing = about(path, content)
+        if spec is not None and model in (None, spec.name):
+            model, options = spec.name, dict(spec.options)
+        weights = content.get("weights")
+        if not isinstance(weights, dict):
+            raise CheckpointError(f"{path}: weights: expected a dict, got {given(weights)}")
+        _check_tensors(f"{path}: weights", weights)
+        content, key = {"weights": weights}, "weights" if key is None else key
+    fitting = [
+        _Fit(path, found, model, options, preprocessing.channels)
+        for found in _found(path, content, key)
+    ]
+    fit = _only(path, fitting)
+    return fit.loaded(path, names, preprocessing, classes, impl, device)
 
 
 def read_names(path: Path) -> tuple[str, ...]:
     """Class names from a text file, one per line. Raises ValueError if it cannot be read."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not a readable text file of class names: {error}") from None
+        with opened(path) as file:
+            text = file.read(MOST_NAMES + 1)
+        if len(text) > MOST_NAMES:
+            raise ValueError(f"expected at most {MOST_NAMES >> 20} MiB")
+        lines = text.decode("utf-8-sig").splitlines()
+    except (OSError, ValueError) as error:
+        why = reason(error)
+        raise ValueError(f"{path}: not a readable text file of class names: {why}") from None
     return tuple(line.strip() for line in lines if line.strip())
 
 
-def _all_tensors(weights: Mapping[Any, Any]) -> bool:
-    return all(isinstance(k, str) and isinstance(v, Tensor) for k, v in weights.items())
+class _Fit:
+    """A state dict and the model that it fits, or `why` it fits none."""
+
+    def __init__(
+        self, path: Path, found: StateDict, model: str | None, options: Mapping[str, Any],
+        channels: int,
+    ) -> None:  # fmt: skip
+        self.found, self.why, self.name = found, "", model or ""
+        where = f"{path}: {found.key}" if found.key else f"{path}"
+        try:
+            _check_tensors(where, found.body)
+            first = found.body.get(state_dicts.FIRST)
+            if first is None:
+                raise ValueError(f"{where}: expected a ResNet; there is no {state_dicts.FIRST}")
+            if first.dim() != 4 or first.size(1) != channels:
+                raise ValueError(
+                    f"{where}: {state_dicts.FIRST}: expected [planes, {channels}, height, width], "
+                    f"of {channels} input channels, got {list(first.shape)}"
+                )
+            self.options = {**options, "in_channels": channels}
+            if model is None:
+                self.name = _recognize(path, found.body, channels)
+                return
+            wrong = _difference(found.body, _shapes(_meta(path, model, self.options)))
+            if wrong:
+                raise ValueError(f"model: the weights in {where} do not fit {model}: {wrong}")
+        except ValueError as error:
+            self.why = str(error)
+
+    def loaded(
+        self, path: Path, names: tuple[str, ...] | None, preprocessing: Preprocessing,
+        classes: Sequence[str] | None, impl: str, device: torch.device,
+    ) -> Loaded:  # fmt: skip
+        """The model with these weights."""
+        found, notes = self.found, []
+        if found.key not in ("", "weights"):
+            beside = f" ({found.others} other entries not used)" if found.others else ""
+            notes.append(f"{path}: took {found.key}{beside}")
+        features = _meta(path, self.name, self.options).fc.in_features
+        head, why = self._head(path, features)
+        if classes is not None and not why:
+            count = len(head["weight"])
+            if names is not None and tuple(classes) != names:
+                why = f"the head has {count} classes, of other names"
+            elif count != len(classes):
+                why = f"the head has {count} classes"
+        if why and classes is None:
+            raise ValueError(
+                f"{path}: {why}; expected fc.weight [classes, {features}] and fc.bias [classes]. "
+                "Only training can replace the head: resnet-fast train --weights"
+            )
+        if names is not None and not why and len(names) != len(head["weight"]):
+            raise CheckpointError(
+                f"{path}: classes: expected {len(head['weight'])} names, one per row of fc.weight, "
+                f"got {len(names)}"
+            )
+        if why:
+            notes.append(f"{path}: {why}; a new head of {len(classes)} classes replaces it")
+            names = None
+        elif "fc" not in found.heads:
+            notes.append(f"{path}: took {next(iter(found.heads))} as fc")
+        count = len(classes) if why else len(head["weight"])
+        options = {**self.options, "num_classes": count}
+        net = _meta(path, self.name, options, impl)
+        if why:
+            net.fc = nn.Linear(features, count)
+            head = net.fc.state_dict()
+        weights = {**found.body, "fc.weight": head["weight"], "fc.bias": head["bias"]}
+        read = [*found.body.values(), *({} if why else head).values()]
+        if sum(t.nbytes for t in read) > LARGER * path.stat().st_size:
+            raise CheckpointError(f"{path}: damaged, or not a checkpoint: its tensors overlap")
+        net.load_state_dict(weights, assign=True)
+        net.to(device, torch.float32, memory_format=torch.channels_last).eval()
+        return Loaded(net, ModelSpec(self.name, options), names, preprocessing, tuple(notes))
+
+    def _head(self, path: Path, features: int) -> tuple[dict[str, Tensor], str]:
+        """Weight and bias of the classification head, or why there are none."""
+        if not self.found.heads:
+            return {}, "the classification head is missing"
+        name, head = next(iter(self.found.heads.items()))
+        if len(self.found.heads) > 1 or head.keys() != {"weight", "bias"}:
+            keys = [f"{n}.{k}" for n, tensors in self.found.heads.items() for k in tensors]
+            return {}, f"the head has {', '.join(keys[:4])}"
+        _check_tensors(f"{path}", {f"{name}.{k}": v for k, v in head.items()})
+        weight, bias = head["weight"], head["bias"]
+        if weight.dim() != 2 or weight.size(1) != features or not len(weight):
+            return {}, f"{name}.weight has shape {list(weight.shape)}"
+        if bias.shape != weight.shape[:1]:
+            return {}, f"{name}.bias has shape {list(bias.shape)}"
+        return dict(head), ""
 
 
-def _preprocessing(content: Mapping[str, Any]) -> Preprocessing:
-    values = content["preprocessing"]
-    return Preprocessing(
-        values["size"], values["resize"], tuple(values["mean"]), tuple(values["std"])
+def _found(path: Path, content: Any, key: str | None) -> list[StateDict]:
+    """The state dicts in the content of a file, at least one."""
+    if isinstance(content, Unread):
+        raise CheckpointError(
+            f"{path}: a pickled {content.path}, not its weights; save its state_dict() with "
+            "torch.save"
+        )
+    found = state_dicts.find(content, key or "") if isinstance(content, dict) else []
+    if found:
+        return found
+    if not isinstance(content, dict) or not content:
+        raise CheckpointError(f"{path}: neither a checkpoint of resnet_fast nor a state dict")
+    names = ", ".join(given(name) for name in list(content)[:6])
+    more = ", …" if len(content) > 6 else ""
+    if key is not None:
+        raise ValueError(f"key: {path} has no ResNet at {given(key)}; it has {names}{more}")
+    pickled = [v.path for v in content.values() if isinstance(v, Unread)]
+    hint = f"; save the state_dict() of the pickled {pickled[0]}" if pickled else ""
+    raise ValueError(
+        f"{path}: expected a ResNet; no {state_dicts.FIRST} is in {names}{more}{hint}, or name its "
+        "place with key (--key)"
     )
 
 
-def _sizes(path: Path, weights: Mapping[str, Tensor]) -> dict[str, int]:
-    """num_classes and in_channels, from the shapes of the last and first layers."""
+def _only(path: Path, fitting: Sequence[_Fit]) -> _Fit:
+    """The one that fits a model."""
+    good = [fit for fit in fitting if not fit.why]
+    if len(good) > 1:
+        keys = " and ".join(fit.found.key or "the file itself" for fit in good)
+        raise ValueError(f"key: {path} has several state dicts; choose one with --key: {keys}")
+    if not good:
+        raise ValueError(fitting[0].why)
+    return good[0]
+
+
+def _check_tensors(where: str, tensors: Mapping[str, Any]) -> None:
+    """Whether every entry is a dense tensor with values that fp32 can hold."""
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor):
+            raise CheckpointError(f"{where}: {name}: expected a tensor, got {given(value)}")
+        counter = name.endswith("num_batches_tracked") and not value.dim()
+        if value.is_meta or value.layout is not torch.strided or value.is_quantized:
+            what = "on meta, without values" if value.is_meta else f"{value.layout} or quantized"
+            raise CheckpointError(f"{where}: {name}: expected a dense tensor, got one {what}")
+        if not (value.is_floating_point() or counter):
+            raise CheckpointError(
+                f"{where}: {name}: expected floating-point values, got {value.dtype}"
+            )
+
+
+def _meta(path: Path, name: str, options: Mapping[str, Any], impl: str = "auto") -> ResNet:
+    """The model without memory for its parameters."""
     try:
-        classes, channels = weights["fc.weight"].size(0), weights["conv1.weight"].size(1)
-    except KeyError as error:
-        raise ValueError(f"{path}: expected a ResNet; the state dict has no {error}") from None
-    return {"num_classes": classes, "in_channels": channels}
-
-
-def _recognize(path: Path, weights: Mapping[str, Tensor], options: Mapping[str, int]) -> str:
-    wanted = _shapes(weights)
-    preactivation = "bn_last.weight" in wanted  # only pre-activation nets have it
-    found = []
-    for name in list_models():
-        if ("preact" in name) != preactivation:
-            continue
         with torch.device("meta"):
-            shapes = _shapes(create_model(name, **options).state_dict())
-        if shapes == wanted:
-            found.append(name)
+            return create_model(name, **{"impl": impl, **options})
+    except (ValueError, TypeError, RuntimeError, OverflowError) as error:
+        raise CheckpointError(f"{path}: spec: {reason(error)}") from None
+
+
+def _recognize(path: Path, body: Mapping[str, Tensor], channels: int) -> str:
+    preactivation = "bn_last.weight" in body  # only pre-activation nets have it
+    found = [
+        name for name in list_models()
+        if ("preact" in name) == preactivation and not _difference(body, _known(name, channels))
+    ]  # fmt: skip
     if len(found) != 1:
         of = " and ".join(found) or "no model of resnet_fast.list_models()"
         raise ValueError(f"model: the keys and shapes in {path} are those of {of}; give its name")
     return found[0]
 
 
-def _shapes(weights: Mapping[str, Tensor]) -> dict[str, torch.Size]:
-    """Shapes by key, without the counters, which files from before PyTorch 0.4.1 lack."""
-    return {k: v.shape for k, v in weights.items() if not k.endswith("num_batches_tracked")}
+@functools.cache
+def _known(name: str, channels: int) -> dict[str, torch.Size]:
+    return _shapes(_meta(Path(), name, {"in_channels": channels}))
+
+
+def _shapes(net: ResNet) -> dict[str, torch.Size]:
+    """Shapes by name, without the head."""
+    return {k: v.shape for k, v in net.state_dict().items() if not k.startswith("fc.")}
+
+
+def _difference(body: Mapping[str, Tensor], wanted: Mapping[str, torch.Size]) -> str:
+    """The first difference of names or shapes; "" if there is none.
+
+    Counters may be missing, as in files from before PyTorch 0.4.1.
+    """
+    for name, shape in wanted.items():
+        if name not in body:
+            if name.endswith("num_batches_tracked"):
+                continue
+            return f"{name} is missing"
+        if body[name].shape != shape:
+            return f"{name}: expected {list(shape)}, got {list(body[name].shape)}"
+    more = [name for name in body if name not in wanted]
+    return f"{more[0]} is not expected" if more else ""

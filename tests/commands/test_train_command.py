@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from resnet_fast import cli
 from resnet_fast.commands import evaluate as eval_command
 from resnet_fast.commands import train as train_command
 from resnet_fast.dispatch import backends
+from resnet_fast.runtime.files import NotWritten
 from resnet_fast.training import Evaluation, Recipe, evaluate, fit, load_data
 from resnet_fast.training import checkpoint as files
 from resnet_fast.training.checkpoint import ModelSpec
@@ -41,6 +43,14 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(2)
+
+
+def status(words):
+    """The exit status, whether the command or argparse gives it."""
+    try:
+        return cli.main(words)
+    except SystemExit as stopped:
+        return stopped.code
 
 
 def rows(out):
@@ -71,7 +81,8 @@ def test_resnet20_reads_digits(tmp_path, capsys):
 
 def test_what_a_run_writes(trained):
     names = {path.name for path in trained.iterdir()} - {"tensorboard"}
-    assert names == {"checkpoints", "model.pt", "metrics.csv", "metrics.jsonl", "curves.png"}
+    figures = {"metrics.csv", "metrics.jsonl", "curves.png"}
+    assert names == {".lock", "checkpoints", "model.pt", *figures}
     found = rows(trained)
     assert [row["epoch"] for row in found] == [1, 2]
     assert all(list(row) == list(COLUMNS) for row in found)
@@ -193,28 +204,50 @@ def test_sigterm_and_resume(tmp_path):
         ("train digits --epochs 0", "epochs: expected an integer of at least 1, got 0"),
         ("train digits --resume nowhere.pt", "nowhere.pt: no such file"),
         ("train digits --batch-size 5000", "batch_size: expected at most the 1437"),
-        ("train synthetic --workers -1", "workers: expected an integer of at least 0, got -1"),
+        ("train synthetic --workers -1", "--workers: expected an integer from 0 to 1024, got '-1'"),
+        ("train digits --epochs 1" + "0" * 30, "epochs: expected at most 1000000, got 1"),
+        ("train digits --batch-size 1" + "0" * 30, "batch_size: expected at most 1000000"),
+        ("train digits --epochs 1" + "0" * 5000, "--epochs: invalid int value"),
+        ("train digits --size 1000000", "--size: expected an integer from 8 to 2048"),
+        ("train digits --seed 18446744073709551616", "seed: expected a signed 64-bit integer"),
+        ("train digits --momentum 2", "momentum: expected a number from 0 to less than 1, got 2.0"),
+        ("train digits --lr nan", "lr: expected a number of at least 0, got nan"),
+        ("train digits --out {trained}/model.pt", "--out: '{trained}/model.pt' is not a folder"),
+        ("train digits --out {trained}/model.pt/a", "--out: '{trained}/model.pt' is not a folder"),
+        ("train digits --key model", "--key: expected --weights too"),
+        ("train digits --weights nowhere.pt", "nowhere.pt: no such file"),
+        ("train digits --on-bad-image warn", "--on-bad-image: invalid choice"),
+        ("verify --quick --json {trained}", "--json: expected a file, got the folder '{trained}'"),
+        ("verify --quick --json {trained}/model.pt/a", "--json: '{trained}/model.pt' is not a"),
+        ("experiment lesion --out {trained}/model.pt", "--out: '{trained}/model.pt' is not a fold"),
+        ("experiment lesion --seed 18446744073709551616", "--seed: expected an integer from"),
+        ("experiment lesion --planes 1" + "0" * 30, "--planes: expected at most 2147483647"),
+        ("experiment lesion --depth 1000000000", "--depth: expected an integer from 1 to 10000"),
+        ("eval digits --weights {trained}/model.pt --batch-size 1" + "0" * 30, "--batch-size: exp"),
+        ("predict a.png --weights {trained}/model.pt --json --csv", "not allowed with argument"),
         ("train digits --impl triton --precision bf16", "--impl triton cannot run"),
         ("eval digits --weights nowhere.pt", "nowhere.pt: no such file"),
-        ("eval digits --weights {trained}/model.pt --batch-size 0", "batch-size: expected"),
-        ("eval digits --weights {trained}/model.pt --workers -2", "workers: expected an integer"),
-        ("eval digits --weights {trained}/model.pt --size 0", "size: expected at least 8 pixels"),
-        ("predict a.png --weights {trained}/model.pt --size 0", "size: expected at least 1, got 0"),
-        ("predict a.png --weights nowhere.pt", "nowhere.pt: no such file"),
-        ("predict a.png --weights {trained}/model.pt", "a.png: not a readable image"),
-        ("predict a.png --weights {trained}/metrics.csv", "metrics.csv: damaged, or not a check"),
-        ("predict a.png --weights {trained}/model.pt --top 0", "top: expected at least 1"),
-        ("predict a.png --weights {trained}/model.pt --classes nowhere", "nowhere: not a readable"),
-        ("predict a.png --weights {trained}/model.pt --model resnet18", "model: "),
+        ("eval digits --weights {trained}/model.pt --batch-size 0", "--batch-size: expected"),
+        ("eval digits --weights {trained}/model.pt --workers -2", "--workers: expected an integer"),
+        ("eval digits --weights {trained}/model.pt --size 0", "--size: expected an integer from 8"),
+        ("predict a.png --weights {trained}/model.pt --size 0", "--size: expected an integer"),
+        ("predict {trained}/curves.png --weights nowhere.pt", "nowhere.pt: no such file"),
+        ("predict a.png --weights {trained}/model.pt", "a.png: no such file or folder"),
+        ("predict {trained}/curves.png --weights {trained}/metrics.csv", "csv: damaged, or not"),
+        ("predict a.png --weights {trained}/model.pt --top 0", "--top: expected an integer from 1"),
+        ("predict {trained}/curves.png --weights {trained}/model.pt --classes nowhere",
+         "nowhere: not a readable"),
+        ("predict {trained}/curves.png --weights {trained}/model.pt --model resnet18", "model: "),
     ],
-)
+)  # fmt: skip
 def test_what_does_not_fit_is_a_line(trained, capsys, monkeypatch, tmp_path, words, says):
     monkeypatch.chdir(tmp_path)
     words = words.format(trained=trained).split()
-    assert cli.main(words) == 2
+    assert status(words) == 2
     said = capsys.readouterr()
-    assert said.err.startswith(f"resnet-fast {words[0]}: error: ")
-    assert says in said.err
+    assert said.err.startswith(f"resnet-fast {words[0]}")
+    assert ": error: " in said.err
+    assert says.format(trained=trained) in said.err
     assert said.err.count("\n") == 1
 
 
@@ -391,6 +424,149 @@ def test_predict_by_hand_from_a_state_dict(tmp_path, pictures, capsys):
         assert probabilities == pytest.approx(values.tolist(), rel=1e-4)
 
 
+def test_predict_folders_as_text_csv_and_json(trained, pictures, tmp_path, capsys):
+    """Folders and files in their order; three forms of the same figures."""
+    inner = tmp_path / "more" / "deep"
+    inner.mkdir(parents=True)
+    pictures[2].rename(inner / "2.png")
+    (tmp_path / "more" / "Thumbs.db").write_bytes(b"db")
+    weights = ["--weights", str(trained / "model.pt"), "--topk", "2", "--batch-size", "2"]
+    words = ["predict", str(tmp_path / "more"), str(pictures[1]), *weights]
+    assert cli.main([*words, "--json"]) == 0
+    said = capsys.readouterr()
+    found = json.loads(said.out)
+    assert [one["image"] for one in found] == [str(inner / "2.png"), str(pictures[1])]
+    assert said.err == "resnet-fast predict: skipped in folders: 1 of other types\n"
+    assert cli.main([*words, "--csv"]) == 0
+    table = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert [(row["image"], int(row["rank"]), row["name"], float(row["probability"]))
+            for row in table] == [
+        (one["image"], rank, top["name"], top["probability"])
+        for one in found for rank, top in enumerate(one["top"], 1)
+    ]  # fmt: skip
+    assert cli.main(words) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if line.endswith(".png")] == [one["image"] for one in found]
+    assert status(["predict", str(tmp_path / "more" / "deep"), *weights, "--workers", "1"]) == 0
+    (tmp_path / "none").mkdir()
+    assert status(["predict", str(tmp_path / "none"), *weights]) == 2
+    assert "none: no images in this folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_predict_shows_the_good_images_and_names_the_bad(trained, pictures, capsys, workers):
+    pictures[1].write_bytes(b"no image")
+    words = ["predict", *map(str, pictures), "--weights", str(trained / "model.pt"), "--json"]
+    assert cli.main([*words, "--batch-size", "1", "--workers", workers]) == 1
+    said = capsys.readouterr()
+    images = [one["image"] for one in json.loads(said.out)]
+    assert images == [str(pictures[0]), str(pictures[2])]
+    assert said.err.startswith(f"resnet-fast predict: error: {pictures[1]}: not a readable image")
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Two classes of ten images, one of them unreadable."""
+    image = pytest.importorskip("PIL.Image")
+    rng = np.random.default_rng(0)
+    for label, name in enumerate(("cat", "dog")):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for i in range(10):
+            values = rng.integers(0, 60, (20, 24, 3)) + 190 * label
+            image.fromarray(values.astype(np.uint8)).save(tmp_path / "photos" / name / f"{i}.png")
+    (tmp_path / "photos" / "dog" / "4.png").write_bytes(b"no image")
+    return tmp_path / "photos"
+
+
+def test_a_folder_from_weights_to_figures(photos, trained, tmp_path, capsys):
+    """Fine-tune other weights past a bad image, evaluate all of a folder, say what was skipped."""
+    (photos / "cat" / ".hidden.png").write_bytes(b"x")
+    out = tmp_path / "out"
+    words = ["train", "imagefolder", str(photos), "--weights", str(trained / "model.pt"),
+             "--size", "8", "--epochs", "1", "--batch-size", "4", "--lr", "1e-3",
+             "--out", str(out)]  # fmt: skip
+    assert cli.main(words) == 2
+    assert "4.png: not a readable image" in capsys.readouterr().err
+    shutil.rmtree(out)
+    assert cli.main([*words, "--on-bad-image", "skip"]) == 0
+    said = capsys.readouterr()
+    assert "model   cifar_resnet20" in said.out
+    assert "the head has 10 classes, of other names; a new head of 2 classes" in said.err
+    assert "skipped in the folder: 1 hidden" in said.err
+    assert "skipped 1 images that cannot be read; the first: " in said.err
+    started = files.read(trained / "model.pt")["weights"]["conv1.weight"]
+    moved = files.read(out / "model.pt")["weights"]["conv1.weight"] - started
+    assert 0 < moved.norm() < 0.1 * started.norm()
+    words = ["eval", "imagefolder", str(photos), "--weights", str(out / "model.pt"), "--json"]
+    assert cli.main(words) == 2
+    capsys.readouterr()
+    for split, images in ((None, 19), ("test", 4), ("train", 15)):
+        chosen = [] if split is None else ["--split", split]
+        assert cli.main([*words, "--on-bad-image", "skip", *chosen]) == 0
+        said = capsys.readouterr()
+        bad = "skipped 1 images" in said.err
+        assert json.loads(said.out)["images"] == images + (not bad and split == "train")
+        assert ("all its images are evaluated" in said.err) == (split is None)
+
+
+def test_names_cannot_command_the_terminal(trained, pictures, tmp_path, capsys):
+    names = tmp_path / "names.txt"
+    names.write_text("".join(f"\x1b[2J{i}\x07\n" for i in range(10)), encoding="utf-8-sig")
+    words = ["predict", str(pictures[0]), "--weights", str(trained / "model.pt")]
+    for form in ([], ["--csv"], ["--json"]):
+        assert cli.main([*words, "--classes", str(names), *form]) == 0
+        said = capsys.readouterr().out
+        assert "\x1b" not in said
+        assert "\\x1b[2J" in said or "\\u001b[2J" in said
+    text = eval_command.text(Evaluation(0.5, 0.5, 1.0, torch.eye(2).long()), ("\x1b[31m", "b"))
+    assert "\x1b" not in text
+    odd = tmp_path / "\x1b[31mred.png"
+    odd.write_bytes(b"no image")
+    assert cli.main(["predict", str(odd), "--weights", str(trained / "model.pt")]) == 1
+    assert "\x1b" not in capsys.readouterr().err
+
+
+def test_a_full_disk_has_status_1(monkeypatch, tmp_path, capsys):
+    def full(*args, **options):
+        raise NotWritten(f"{tmp_path}/model.pt: not written: No space left on device")
+
+    monkeypatch.setattr(train_command, "fit", full)
+    assert cli.main(["train", "digits", "--out", str(tmp_path)]) == 1
+    said = capsys.readouterr().err
+    assert said.endswith("model.pt: not written: No space left on device\n")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "says"),
+    [
+        (MemoryError(), 1, "not enough memory for this size or batch: MemoryError"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: x\nmore"), 1, "can't allocate"),
+        (KeyboardInterrupt(), 130, ""),
+    ],
+    ids=["python", "torch", "ctrl-c"],
+)
+def test_other_ends_have_a_line(monkeypatch, tmp_path, capsys, error, code, says):
+    def fails(*args, **options):
+        raise error
+
+    monkeypatch.setattr(train_command, "fit", fails)
+    assert cli.main(["train", "digits", "--out", str(tmp_path)]) == code
+    said = capsys.readouterr().err
+    assert says in said
+    assert said.count("\n") == bool(says)
+
+
+def test_a_closed_pipe_has_no_traceback(trained, pictures):
+    words = ["predict", *map(str, pictures), "--weights", str(trained / "model.pt")]
+    command = [sys.executable, "-m", "resnet_fast", *words, "--batch-size", "1"]
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        process.stdout.close()
+        assert process.wait() == 128 + signal.SIGPIPE
+        assert process.stderr.read() == b""
+
+
 def test_predict_with_names(trained, pictures, tmp_path, capsys):
     words = ["predict", str(pictures[0]), "--weights", str(trained / "model.pt"), "--top", "3"]
     assert cli.main(words) == 0
@@ -449,7 +625,7 @@ def test_torchvisions_files_are_recognized(tmp_path, name):
          "are those of cifar_resnet20 and plain_cifar_resnet20; give its name"),
         (lambda: {"fc.weight": torch.zeros(3, 4), "conv1.weight": torch.zeros(4, 3, 3, 3)},
          "are those of no model"),
-        (lambda: {"weight": torch.zeros(3)}, "the state dict has no 'fc.weight'"),
+        (lambda: {"weight": torch.zeros(3)}, "expected a ResNet; no conv1"),
         (lambda: [torch.zeros(3)], "neither a checkpoint of resnet_fast nor a state dict"),
         (lambda: {}, "neither a checkpoint of resnet_fast nor a state dict"),
     ],

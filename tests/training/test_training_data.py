@@ -20,7 +20,8 @@ from resnet_fast.training import fit, load_data
 from resnet_fast.training.augment import AUGMENTATIONS, Draws, augment
 from resnet_fast.training.cifar import FOLDER, META, TEST, TRAIN
 from resnet_fast.training.imagefolder import ImageFolder
-from resnet_fast.training.preprocessing import Preprocessing, imagenet, read_image
+from resnet_fast.training.images import read_image
+from resnet_fast.training.preprocessing import Preprocessing, imagenet
 
 NAMES = [b"airplane", b"automobile", b"bird", b"cat", b"deer",
          b"dog", b"frog", b"horse", b"ship", b"truck"]  # fmt: skip
@@ -273,15 +274,16 @@ def test_what_is_missing_from_a_folder_is_named(folder, tmp_path):
     with pytest.raises(ValueError, match=r"bare: expected one folder per class, .* found none"):
         load_data("imagefolder", tmp_path / "bare")
     picture(tmp_path / "bare" / "val" / "a.png")
-    with pytest.raises(ValueError, match=r"bare: expected one folder per class, .* found val"):
+    with pytest.raises(ValueError, match=r"bare/val: expected one folder per class, .* none"):
         load_data("imagefolder", tmp_path / "bare")
     picture(tmp_path / "bare" / "train" / "b.png")
     with pytest.raises(ValueError, match="train: expected one folder per class"):
         load_data("imagefolder", tmp_path / "bare")
     for name in ("cat", "dog"):
         picture(tmp_path / "few" / "train" / name / "a.png")
-    with pytest.raises(ValueError, match="few: no test images; expected a val folder"):
-        load_data("imagefolder", tmp_path / "few")
+    few = load_data("imagefolder", tmp_path / "few")
+    with pytest.raises(ValueError, match="data: expected images to train on and to test on, got 2"):
+        fit(model(), few, RECIPE)
 
 
 @pytest.mark.parametrize("size", [16, 32])

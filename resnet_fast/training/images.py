@@ -1,0 +1,215 @@
+"""Image files: find them in a folder, and read them as a model's input.
+
+Which files are images follows torchvision's `ImageFolder`; what cannot be an image is counted in
+`Skipped` with the reason.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..runtime.files import opened, reason
+from ..runtime.optional import imported
+from .preprocessing import Preprocessing
+
+SUFFIXES = frozenset(
+    (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
+)  # fmt: skip
+HIDDEN = "hidden"
+MARGIN = 2  # a JPEG is decoded at no less than this multiple of the size it is resized to
+FAR_LARGER = 16  # a resized image of so many crops is not made as a whole
+
+
+class Skipped(Counter[str]):
+    """Number of files and folders that were not taken as images, by reason."""
+
+    def __str__(self) -> str:
+        return ", ".join(f"{count} {why}" for why, count in sorted(self.items()))
+
+
+def folders_in(root: Path, skipped: Skipped) -> list[Path]:
+    """The folders in `root` that can be classes, sorted; links are followed."""
+    found = []
+    for path in sorted(root.iterdir()):
+        if path.is_dir():
+            if _takes_folder(path, skipped):
+                found.append(path)
+        elif _takes_file(path, skipped):
+            skipped["outside of the class folders"] += 1
+    return found
+
+
+def images_in(root: Path, skipped: Skipped) -> list[Path]:
+    """All images in `root` and its subfolders, sorted; links are followed, each folder once."""
+    found, seen = [], set()
+    pending = [root]
+    while pending:
+        folder = pending.pop()
+        status = folder.stat()
+        if (status.st_dev, status.st_ino) in seen:  # a link to a folder above
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        for path in folder.iterdir():
+            if path.is_dir():
+                pending += [path] if _takes_folder(path, skipped) else []
+            elif _takes_file(path, skipped):
+                found.append(path)
+    return sorted(found)
+
+
+def _takes_folder(path: Path, skipped: Skipped) -> bool:
+    if _hidden(path):
+        why = HIDDEN
+    elif path.suffix.lower() in SUFFIXES:
+        why = "folders named like an image"
+    else:
+        return True
+    skipped[why] += 1
+    return False
+
+
+def _takes_file(path: Path, skipped: Skipped) -> bool:
+    if _hidden(path):
+        why = HIDDEN
+    elif not path.exists():
+        why = "broken links"
+    elif path.suffix.lower() not in SUFFIXES:
+        why = "of other types"
+    elif not path.is_file():
+        why = "pipes or devices"
+    elif not path.stat().st_size:
+        why = "empty"
+    else:
+        return True
+    skipped[why] += 1
+    return False
+
+
+def _hidden(path: Path) -> bool:
+    """Whether a name is hidden, such as .ipynb_checkpoints and ._x.jpg, or macOS's __MACOSX."""
+    return path.name.startswith(".") or path.name == "__MACOSX"
+
+
+def read_image(path: Path, preprocessing: Preprocessing, crop: int | None = None) -> Tensor:
+    """Read an image as uint8 [C, crop, crop], resized and centre-cropped; None is `size`.
+
+    The same pixels as torchvision's `Resize` and `CenterCrop`, except that
+    - a JPEG of at least four times the resized size is decoded at a half, a quarter or an eighth,
+      still at least twice the resized size;
+    - of an image whose resized pixels are more than 16 crops, such as 3000 × 2, only the crop is
+      computed;
+    - 16-bit values are divided by 257, where Pillow would cut them at 255. Values of 32 bits and
+      floats are scaled to 0 … 255 from 0 … 65535 or 0 … 1 if all are within it, else from their
+      minimum and maximum.
+
+    Raises:
+        ValueError: the file is missing, damaged or not an image; the message names it.
+        MissingPackage: Pillow is not installed.
+    """
+    Image = imported("PIL.Image", "images", "pillow")
+    crop = preprocessing.size if crop is None else crop
+    try:
+        with opened(path) as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of metadata that is not read here
+            with Image.open(file) as image:
+                return _pixels(Image, image, preprocessing, crop)
+    except Exception as error:  # a damaged file may raise any exception
+        raise ValueError(f"{path}: not a readable image: {reason(error)}") from None
+
+
+def _pixels(Image: Any, image: Any, preprocessing: Preprocessing, crop: int) -> Tensor:
+    sides = image.size
+    if min(sides) < 1:
+        raise ValueError(f"{sides[0]} × {sides[1]} pixels")
+    width, height = (preprocessing.resize * side // min(sides) for side in sides)
+    image.draft(None, (MARGIN * width, MARGIN * height))
+    if image.mode == "F" or image.mode.startswith("I"):
+        image = Image.fromarray(_to_bytes(np.asarray(image)))
+    image = image.convert("L" if preprocessing.channels == 1 else "RGB")
+    left, top = round((width - crop) / 2), round((height - crop) / 2)
+    box = left, top, left + crop, top + crop
+    if width * height > FAR_LARGER * crop * crop:
+        across, down = image.width / width, image.height / height
+        box = box[0] * across, box[1] * down, box[2] * across, box[3] * down
+        image = image.resize((crop, crop), Image.Resampling.BILINEAR, box)
+    else:
+        image = image.resize((width, height), Image.Resampling.BILINEAR).crop(box)
+    values = np.asarray(image, dtype=np.uint8)
+    return torch.from_numpy(values.reshape(crop, crop, -1).copy()).permute(2, 0, 1)
+
+
+def _to_bytes(values: np.ndarray) -> np.ndarray:
+    """Values of more than 8 bits as uint8, scaled by their range."""
+    if not np.isfinite(values).all():
+        raise ValueError("it has values that are not finite")
+    low, high = float(values.min()), float(values.max())
+    usual = 1.0 if values.dtype.kind == "f" else 65535.0
+    if 0 <= low and high <= usual:
+        low, high = 0.0, usual
+    scaled = (values.astype(np.float32) - low) * (255 / max(high - low, 1e-30))
+    return np.rint(scaled).astype(np.uint8)
+
+
+class Batch(NamedTuple):
+    """The images of a batch that can be read.
+
+    Attributes:
+        x: uint8 [n, C, crop, crop].
+        places: their indices among the files [n].
+        unreadable: why the others cannot be read, by path.
+    """
+
+    x: Tensor
+    places: Tensor
+    unreadable: dict[str, str]
+
+
+def read_batches(
+    files: Sequence[Path], chosen: Sequence[Sequence[int]], preprocessing: Preprocessing, *,
+    crop: int | None = None, workers: int = 0, pin_memory: bool = False,
+) -> Iterator[Batch]:  # fmt: skip
+    """Read the files of each batch of indices in `chosen`, by `workers` processes."""
+    crop = preprocessing.size if crop is None else crop
+    imported("PIL.Image", "images", "pillow")  # here, because a worker prints a traceback
+    dataset = _Files(files, preprocessing, crop)
+    yield from torch.utils.data.DataLoader(
+        dataset,
+        batch_sampler=chosen,
+        collate_fn=dataset.collate,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        generator=torch.Generator(),  # by default a loader draws from the global generator
+    )
+
+
+class _Files(torch.utils.data.Dataset):
+    """The Dataset of the workers; an error is text, so that no traceback is printed."""
+
+    def __init__(self, files: Sequence[Path], preprocessing: Preprocessing, crop: int) -> None:
+        self.files, self.preprocessing, self.crop = files, preprocessing, crop
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[int, Tensor | str]:
+        try:
+            return index, read_image(self.files[index], self.preprocessing, self.crop)
+        except ValueError as error:
+            return index, str(error)
+
+    def collate(self, items: Sequence[tuple[int, Tensor | str]]) -> Batch:
+        read = [(place, x) for place, x in items if isinstance(x, Tensor)]
+        none = torch.empty(0, self.preprocessing.channels, self.crop, self.crop, dtype=torch.uint8)
+        return Batch(
+            torch.stack([x for _, x in read]) if read else none,
+            torch.tensor([place for place, _ in read], dtype=torch.int64),
+            {str(self.files[place]): why for place, why in items if isinstance(why, str)},
+        )

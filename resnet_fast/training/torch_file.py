@@ -1,0 +1,165 @@
+"""Read what `torch.save` wrote, without running code from it and within the memory of the file.
+
+`torch.load(weights_only=True)` refuses a file for one object of a class that it does not know, such
+as the `argparse.Namespace` beside the weights of many training scripts. Such objects are read as
+`Unread` here: their classes are not imported, and nothing of them is called.
+"""
+
+from __future__ import annotations
+
+import io
+import pickletools
+import re
+import threading
+import zipfile
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
+from collections import OrderedDict
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from ..runtime.files import opened, reason
+from ..runtime.optional import MissingPackage, imported
+
+LEGACY_PICKLES = 4  # magic number, protocol, system, content
+UNSAFE = re.compile(  # PyTorch refuses these modules, and would let a file choose a size
+    r"(os|posix|nt|sys)\..*|builtins\.bytearray"
+)
+KINDS = (
+    ((b"version https://git-lfs",), "a Git LFS pointer; fetch the file itself: git lfs pull"),
+    ((b"<!doctype", b"<html", b"<?xml"), "a web page; download the file itself"),
+    ((b"\x1f\x8b", b"bzh", b"\xfd7zxz", b"\x28\xb5\x2f\xfd"), "a compressed file; unpack it first"),
+    ((b"\x89hdf",), "an HDF5 file, such as Keras writes; expected one of torch.save"),
+    ((b"\x93numpy",), "a NumPy file; expected one of torch.save"),
+    ((b"\x7felf", b"#!"), "a program; expected a file of torch.save"),
+)
+_reading = threading.Lock()  # the classes that torch.load knows are global
+
+
+class CheckpointError(ValueError):
+    """A file is missing, damaged or not a checkpoint; the message names it."""
+
+
+class Unread:
+    """In place of an object whose class, named `path`, is not known to be safe."""
+
+    path: str
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Unread:
+        return super().__new__(cls)
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+class _UnreadDict:
+    """In place of a subclass of dict: its items are read."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        return OrderedDict()
+
+
+def read_any(path: Path) -> Any:
+    """The content of a file of `torch.save`, or of safetensors, on the CPU.
+
+    Raises:
+        CheckpointError: the file is missing, damaged or of another kind; the message says which.
+        MissingPackage: the file is of safetensors, which is not installed.
+    """
+    try:
+        with opened(path) as file:
+            start = file.read(512)
+            file.seek(0)
+            _check_kind(start)
+            if path.suffix == ".safetensors":
+                load_file = imported("safetensors.torch", f"{path}", "safetensors").load_file
+                return load_file(path)
+            names = _check_zip(file) if start[:4] == b"PK\x03\x04" else _legacy_names(file)
+            unsafe = sorted(filter(UNSAFE.fullmatch, names))
+            if unsafe:
+                raise ValueError(f"it contains {unsafe[0]}, which resnet_fast does not read")
+            file.seek(0)
+            return _load(file, names)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file") from None
+    except _OtherKind as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    except MissingPackage:
+        raise
+    except Exception as error:  # a damaged file may raise any exception
+        raise CheckpointError(f"{path}: damaged, or not a checkpoint: {_why(error)}") from None
+
+
+class _OtherKind(ValueError):
+    """The file is not of torch.save; the message says what it is, and what to do."""
+
+
+def _check_kind(start: bytes) -> None:
+    if not start:
+        raise ValueError("empty")
+    text = start.lstrip().lower()
+    for marks, what in KINDS:
+        if text.startswith(marks):
+            raise _OtherKind(what)
+    if start[257:262] == b"ustar":
+        raise _OtherKind("a tar archive; unpack it first")
+
+
+def _check_zip(file: IO[bytes]) -> set[str]:
+    """Check sizes and checksums of an archive of torch.save; returns the globals of its pickle."""
+    size = file.seek(0, io.SEEK_END)
+    with zipfile.ZipFile(file) as archive:
+        names = {info.filename.partition("/")[2]: info for info in archive.infolist()}
+        if "constants.pkl" in names or "code/" in {name[:5] for name in names}:
+            raise _OtherKind(
+                "a TorchScript program, which resnet_fast does not run; load it with "
+                "torch.jit.load and save its state_dict()"
+            )
+        if "data.pkl" not in names:
+            raise _OtherKind("a zip archive that torch.save did not write")
+        if sum(info.file_size for info in archive.infolist()) > size:
+            raise ValueError("its members are larger than the file")  # torch.save never compresses
+        torn = archive.testzip()  # torch.load does not check the checksums
+        if torn is not None:
+            raise ValueError(f"wrong checksum of {torn}")
+        return _names(io.BytesIO(archive.read(names["data.pkl"])))
+
+
+def _legacy_names(file: IO[bytes]) -> set[str]:
+    """The globals of a file of before PyTorch 1.6: pickles, then storages."""
+    return set().union(*(_names(file) for _ in range(LEGACY_PICKLES)))
+
+
+def _names(file: IO[bytes]) -> set[str]:
+    """The classes and functions that a pickle names, without unpickling it."""
+    found = set()
+    for opcode, argument, _ in pickletools.genops(file):
+        if opcode.name == "GLOBAL":
+            module, _, name = argument.partition(" ")
+            module, name = NAME_MAPPING.get((module, name), (module, name))  # Python 2's
+            found.add(f"{IMPORT_MAPPING.get(module, module)}.{name}")
+    return found
+
+
+def _load(file: IO[bytes], names: set[str]) -> Any:
+    # torch.load prefers its own classes, so a name that it knows is not replaced.
+    known = {
+        one[1] if isinstance(one, tuple) else f"{one.__module__}.{one.__qualname__}"
+        for one in torch.serialization.get_safe_globals()
+    }
+    unread = [(_unread(name), name) for name in sorted(names - known)]
+    with _reading, torch.serialization.safe_globals(unread):
+        return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def _unread(path: str) -> type:
+    name = path.rpartition(".")[2]
+    mapping = name.lower().endswith("dict") or name == "CfgNode"
+    return type(name, (_UnreadDict if mapping else Unread,), {"path": path})
+
+
+def _why(error: Exception) -> str:
+    """The reason in one line; torch.load gives it after general advice."""
+    found = re.search(r"WeightsUnpickler error:\s*(.+)", str(error))
+    return found[1] if found else reason(error)
