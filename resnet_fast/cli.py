@@ -59,10 +59,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             run = module.run
     args = parser.parse_args(argv)
     assert run is not None  # parse_args demands a command, and takes none but these
+    from .dispatch import backends
+
     status, why = REFUSED, ""
     try:
         for setting in settings.ALL:
             setting.read()
+        backends.native_module()  # reads the rest of them
         return run(args)
     except BrokenPipeError:  # such as `| head`; Python would complain again at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

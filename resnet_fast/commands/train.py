@@ -23,7 +23,7 @@ from ..runtime.options import output_folder
 from ..training import History, Interrupted, Recipe, fit, load_data
 from ..training.augment import AUGMENTATIONS
 from ..training.checkpoint import ModelSpec
-from ..training.distributed import processes, world
+from ..training.distributed import gathered, processes, world
 from ..training.recipe import PRECISIONS, SCHEDULES, recipe_for
 from ..training.report import plot_curves
 from ..training.weights import load_weights
@@ -104,13 +104,13 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--key: expected --weights too")
     data = load_data(args.data, args.path, size=args.size, on_bad_image=args.on_bad_image)
     torch.manual_seed(recipe.seed)
-    model, spec = _model(args, data)
+    model, spec, notes = _model(args, data)
     name = spec.name
     out = args.out or Path("runs", f"{args.data}-{name}")
-    if world().first:
-        note_folder("train", data)
     with processes(args.device) as device:
         if world().first:
+            note_folder("train", data)
+            note("train", *notes)
             _announce(data, name, model, recipe, args.impl, device)
         try:
             history = fit(
@@ -122,24 +122,25 @@ def run(args: argparse.Namespace) -> int:
             if world().first:
                 print(f"{stopped}; continue with --resume", flush=True)
             return KILLED + stopped.number
+        parts = gathered(getattr(data, "unreadable", {}))
         if world().first:
-            note_unreadable("train", getattr(data, "unreadable", {}))
+            note_unreadable("train", {path: why for part in parts for path, why in part.items()})
             _finish(history, out, f"{name} on {data.name}")
     return 0
 
 
-def _model(args: argparse.Namespace, data: Any) -> tuple[nn.Module, ModelSpec]:
-    """A new model, or that of --weights."""
+def _model(
+    args: argparse.Namespace, data: Any
+) -> tuple[nn.Module, ModelSpec, tuple[str, ...]]:
+    """A new model, or that of --weights; how to create it again; notes on the file."""
     if args.weights is not None:
         loaded = load_weights(
             args.weights, args.model, key=args.key, classes=data.classes, impl=args.impl
         )
-        if world().first:
-            note("train", *loaded.notes)
-        return loaded.model, loaded.spec
+        return loaded.model, loaded.spec, loaded.notes
     name = args.model or MODELS.get(args.data, DEFAULT_MODEL)
     spec = ModelSpec(name, {"num_classes": data.num_classes, "in_channels": data.channels})
-    return create_model(name, impl=args.impl, **spec.options), spec
+    return create_model(name, impl=args.impl, **spec.options), spec, ()
 
 
 def _announce(data, name: str, model, recipe: Recipe, impl: str, device: torch.device) -> None:
@@ -171,13 +172,13 @@ class _Line:
         self.epochs = epochs
 
     def __call__(self, row: Mapping[str, Any]) -> None:
-        left = timedelta(seconds=round((self.epochs - row["epoch"]) * row["seconds"]))
+        left = (self.epochs - row["epoch"]) * max(row["seconds"], 0)  # a clock may be set back
         print(
             f"epoch {row['epoch']:{len(str(self.epochs))}}/{self.epochs}"
             f"  train loss {row['train_loss']:.4f} accuracy {row['train_accuracy']:.2%}"
             f"  test loss {row['test_loss']:.4f} accuracy {row['test_accuracy']:.2%}"
             f"  lr {row['lr']:.4f}  {row['images_per_second']:.0f} images/s"
-            f"  {row['seconds']:.1f} s, {left} left",
+            f"  {row['seconds']:.1f} s, {timedelta(seconds=round(left))} left",
             flush=True,
         )
 

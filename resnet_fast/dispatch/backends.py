@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..runtime import settings
+from ..runtime.files import reason
 from ..spec import in_two, reference
 from ..spec.chain import IMPLS
 from ..spec.dtypes import NATIVE_DTYPES
@@ -70,8 +71,11 @@ def native_module() -> tuple[Any | None, str]:
         return None, _unusable(f"resnet_fast._C does not load: {error}")
     if not hasattr(module, "configure"):
         return None, _unusable("resnet_fast._C is older than the package")
-    module.configure(**settings.native())
-    built_for = module.build_info()["torch_version"]
+    try:
+        module.configure(**settings.native())
+        built_for = module.build_info()["torch_version"]
+    except RuntimeError as error:  # an instruction set that this CPU lacks
+        raise settings.BadSetting(reason(error)) from None
     if built_for != torch.__version__:
         why = f"resnet_fast._C is built for torch {built_for}, not for {torch.__version__}"
         return None, _unusable(why)

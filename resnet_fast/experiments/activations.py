@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models import ResNet
+from ..spec.values import printable
 from ..training.evaluation import as_input
 from ..training.images import read_image
 from ..training.preprocessing import Preprocessing
@@ -99,7 +100,8 @@ def run(args: argparse.Namespace) -> Findings:
     found, logits = stages(model, x)
     figures = {name: statistics(h) for name, h in found.items()}
     share, label = logits.float().softmax(1)[0].max(0)
-    reading = f"{names[label] if names else int(label)}, probability {share:.1%}"
+    name = printable(names[label]) if names else str(int(label))
+    reading = f"{name}, probability {share:.1%}"
     claims = _claims(figures) if args.weights is None else []  # of these nets only
     return Findings(
         "Activations", ABOUT.format(what=what, maps=args.maps, reading=reading),

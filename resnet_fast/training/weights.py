@@ -105,12 +105,31 @@ def load_weights(
             raise CheckpointError(f"{path}: weights: expected a dict, got {given(weights)}")
         _check_tensors(f"{path}: weights", weights)
         content, key = {"weights": weights}, "weights" if key is None else key
-    fitting = [
-        _Fit(path, found, model, options, preprocessing.channels)
-        for found in _found(path, content, key)
-    ]
-    fit = _only(path, fitting)
-    return fit.loaded(path, names, preprocessing, classes, impl, device)
+    match = _only_match(path, _found(path, content, key), model, options, preprocessing.channels)
+    head, why = _head(path, match, names, classes)
+    if why and classes is None:
+        raise ValueError(
+            f"{path}: {why}; expected fc.weight [classes, features] and fc.bias [classes]. Only "
+            "training can replace the head: resnet-fast train --weights"
+        )
+    notes = _notes(path, match.found, why, classes)
+    count = len(head["weight"]) if head else len(classes)
+    if names is not None and head and len(names) != count:
+        raise CheckpointError(
+            f"{path}: classes: expected {count} names, one per row of fc.weight, got {len(names)}"
+        )
+    read = [*match.found.body.values(), *head.values()]
+    if sum(t.nbytes for t in read) > LARGER * path.stat().st_size:
+        raise CheckpointError(f"{path}: damaged, or not a checkpoint: its tensors overlap")
+    spec = ModelSpec(match.name, {**match.options, "num_classes": count})
+    net = _on_meta(path, spec.name, spec.options, impl)
+    if not head:
+        net.fc = nn.Linear(net.fc.in_features, count)
+        head, names = net.fc.state_dict(), None
+    weights = {**match.found.body, **{f"fc.{name}": t for name, t in head.items()}}
+    net.load_state_dict(weights, assign=True)
+    net.to(device, torch.float32, memory_format=torch.channels_last).eval()
+    return Loaded(net, spec, names, preprocessing, notes)
 
 
 def read_names(path: Path) -> tuple[str, ...]:
@@ -125,98 +144,6 @@ def read_names(path: Path) -> tuple[str, ...]:
         why = reason(error)
         raise ValueError(f"{path}: not a readable text file of class names: {why}") from None
     return tuple(line.strip() for line in lines if line.strip())
-
-
-class _Fit:
-    """A state dict and the model that it fits, or `why` it fits none."""
-
-    def __init__(
-        self, path: Path, found: StateDict, model: str | None, options: Mapping[str, Any],
-        channels: int,
-    ) -> None:  # fmt: skip
-        self.found, self.why, self.name = found, "", model or ""
-        where = f"{path}: {found.key}" if found.key else f"{path}"
-        try:
-            _check_tensors(where, found.body)
-            first = found.body.get(state_dicts.FIRST)
-            if first is None:
-                raise ValueError(f"{where}: expected a ResNet; there is no {state_dicts.FIRST}")
-            if first.dim() != 4 or first.size(1) != channels:
-                raise ValueError(
-                    f"{where}: {state_dicts.FIRST}: expected [planes, {channels}, height, width], "
-                    f"of {channels} input channels, got {list(first.shape)}"
-                )
-            self.options = {**options, "in_channels": channels}
-            if model is None:
-                self.name = _recognize(path, found.body, channels)
-                return
-            wrong = _difference(found.body, _shapes(_meta(path, model, self.options)))
-            if wrong:
-                raise ValueError(f"model: the weights in {where} do not fit {model}: {wrong}")
-        except ValueError as error:
-            self.why = str(error)
-
-    def loaded(
-        self, path: Path, names: tuple[str, ...] | None, preprocessing: Preprocessing,
-        classes: Sequence[str] | None, impl: str, device: torch.device,
-    ) -> Loaded:  # fmt: skip
-        """The model with these weights."""
-        found, notes = self.found, []
-        if found.key not in ("", "weights"):
-            beside = f" ({found.others} other entries not used)" if found.others else ""
-            notes.append(f"{path}: took {found.key}{beside}")
-        features = _meta(path, self.name, self.options).fc.in_features
-        head, why = self._head(path, features)
-        if classes is not None and not why:
-            count = len(head["weight"])
-            if names is not None and tuple(classes) != names:
-                why = f"the head has {count} classes, of other names"
-            elif count != len(classes):
-                why = f"the head has {count} classes"
-        if why and classes is None:
-            raise ValueError(
-                f"{path}: {why}; expected fc.weight [classes, {features}] and fc.bias [classes]. "
-                "Only training can replace the head: resnet-fast train --weights"
-            )
-        if names is not None and not why and len(names) != len(head["weight"]):
-            raise CheckpointError(
-                f"{path}: classes: expected {len(head['weight'])} names, one per row of fc.weight, "
-                f"got {len(names)}"
-            )
-        if why:
-            notes.append(f"{path}: {why}; a new head of {len(classes)} classes replaces it")
-            names = None
-        elif "fc" not in found.heads:
-            notes.append(f"{path}: took {next(iter(found.heads))} as fc")
-        count = len(classes) if why else len(head["weight"])
-        options = {**self.options, "num_classes": count}
-        net = _meta(path, self.name, options, impl)
-        if why:
-            net.fc = nn.Linear(features, count)
-            head = net.fc.state_dict()
-        weights = {**found.body, "fc.weight": head["weight"], "fc.bias": head["bias"]}
-        read = [*found.body.values(), *({} if why else head).values()]
-        if sum(t.nbytes for t in read) > LARGER * path.stat().st_size:
-            raise CheckpointError(f"{path}: damaged, or not a checkpoint: its tensors overlap")
-        net.load_state_dict(weights, assign=True)
-        net.to(device, torch.float32, memory_format=torch.channels_last).eval()
-        return Loaded(net, ModelSpec(self.name, options), names, preprocessing, tuple(notes))
-
-    def _head(self, path: Path, features: int) -> tuple[dict[str, Tensor], str]:
-        """Weight and bias of the classification head, or why there are none."""
-        if not self.found.heads:
-            return {}, "the classification head is missing"
-        name, head = next(iter(self.found.heads.items()))
-        if len(self.found.heads) > 1 or head.keys() != {"weight", "bias"}:
-            keys = [f"{n}.{k}" for n, tensors in self.found.heads.items() for k in tensors]
-            return {}, f"the head has {', '.join(keys[:4])}"
-        _check_tensors(f"{path}", {f"{name}.{k}": v for k, v in head.items()})
-        weight, bias = head["weight"], head["bias"]
-        if weight.dim() != 2 or weight.size(1) != features or not len(weight):
-            return {}, f"{name}.weight has shape {list(weight.shape)}"
-        if bias.shape != weight.shape[:1]:
-            return {}, f"{name}.bias has shape {list(bias.shape)}"
-        return dict(head), ""
 
 
 def _found(path: Path, content: Any, key: str | None) -> list[StateDict]:
@@ -243,15 +170,96 @@ def _found(path: Path, content: Any, key: str | None) -> list[StateDict]:
     )
 
 
-def _only(path: Path, fitting: Sequence[_Fit]) -> _Fit:
-    """The one that fits a model."""
-    good = [fit for fit in fitting if not fit.why]
-    if len(good) > 1:
-        keys = " and ".join(fit.found.key or "the file itself" for fit in good)
+@dataclass(frozen=True)
+class _Match:
+    """A state dict, and the name and options of the model that it fits."""
+
+    found: StateDict
+    name: str
+    options: Mapping[str, Any]
+
+
+def _only_match(
+    path: Path, candidates: Sequence[StateDict], model: str | None, options: Mapping[str, Any],
+    channels: int,
+) -> _Match:  # fmt: skip
+    """The one of `candidates` that fits `model`, or any model if it is None."""
+    matches, errors = [], []
+    for found in candidates:
+        try:
+            matches.append(_match(path, found, model, options, channels))
+        except ValueError as error:
+            errors.append(error)
+    if len(matches) > 1:
+        keys = " and ".join(match.found.key or "the file itself" for match in matches)
         raise ValueError(f"key: {path} has several state dicts; choose one with --key: {keys}")
-    if not good:
-        raise ValueError(fitting[0].why)
-    return good[0]
+    if not matches:
+        raise errors[0]
+    return matches[0]
+
+
+def _match(
+    path: Path, found: StateDict, model: str | None, options: Mapping[str, Any], channels: int
+) -> _Match:
+    where = f"{path}: {found.key}" if found.key else f"{path}"
+    _check_tensors(where, found.body)
+    first = found.body.get(state_dicts.FIRST)
+    if first is None:
+        raise ValueError(f"{where}: expected a ResNet; there is no {state_dicts.FIRST}")
+    if first.dim() != 4 or first.size(1) != channels:
+        raise ValueError(
+            f"{where}: {state_dicts.FIRST}: expected [planes, {channels}, height, width], of "
+            f"{channels} input channels, got {list(first.shape)}"
+        )
+    options = {**options, "in_channels": channels}
+    if model is None:
+        return _Match(found, _recognize(path, found.body, channels), options)
+    wrong = _difference(found.body, _shapes(_on_meta(path, model, options)))
+    if wrong:
+        raise ValueError(f"model: the weights in {where} do not fit {model}: {wrong}")
+    return _Match(found, model, options)
+
+
+def _head(
+    path: Path, match: _Match, names: Sequence[str] | None, classes: Sequence[str] | None
+) -> tuple[Mapping[str, Tensor], str]:
+    """Weight and bias of the classification head for `classes`; none, and why, without them.
+
+    names: the file's class names, if it has them.
+    """
+    heads = match.found.heads
+    if not heads:
+        return {}, "the classification head is missing"
+    name, head = next(iter(heads.items()))
+    if len(heads) > 1 or head.keys() != {"weight", "bias"}:
+        keys = [f"{n}.{k}" for n, tensors in heads.items() for k in tensors]
+        return {}, f"the head has {', '.join(keys[:4])}"
+    _check_tensors(f"{path}", {f"{name}.{k}": v for k, v in head.items()})
+    weight, bias = head["weight"], head["bias"]
+    features = _on_meta(path, match.name, match.options).fc.in_features
+    if weight.dim() != 2 or weight.size(1) != features or not len(weight):
+        return {}, f"{name}.weight has shape {list(weight.shape)}, not [classes, {features}]"
+    if bias.shape != weight.shape[:1]:
+        return {}, f"{name}.bias has shape {list(bias.shape)}"
+    if classes is not None and len(classes) != len(weight):
+        return {}, f"the head has {len(weight)} classes"
+    if classes is not None and names is not None and tuple(classes) != tuple(names):
+        return {}, f"the head has {len(weight)} classes, of other names"
+    return head, ""
+
+
+def _notes(
+    path: Path, found: StateDict, why: str, classes: Sequence[str] | None
+) -> tuple[str, ...]:
+    notes = []
+    if found.key not in ("", "weights"):
+        beside = f" ({found.others} other entries not used)" if found.others else ""
+        notes.append(f"{path}: took {found.key}{beside}")
+    if why:
+        notes.append(f"{path}: {why}; a new head of {len(classes or ())} classes replaces it")
+    elif "fc" not in found.heads:
+        notes.append(f"{path}: took {next(iter(found.heads))} as fc")
+    return tuple(notes)
 
 
 def _check_tensors(where: str, tensors: Mapping[str, Any]) -> None:
@@ -269,7 +277,7 @@ def _check_tensors(where: str, tensors: Mapping[str, Any]) -> None:
             )
 
 
-def _meta(path: Path, name: str, options: Mapping[str, Any], impl: str = "auto") -> ResNet:
+def _on_meta(path: Path, name: str, options: Mapping[str, Any], impl: str = "auto") -> ResNet:
     """The model without memory for its parameters."""
     try:
         with torch.device("meta"):
@@ -292,7 +300,7 @@ def _recognize(path: Path, body: Mapping[str, Tensor], channels: int) -> str:
 
 @functools.cache
 def _known(name: str, channels: int) -> dict[str, torch.Size]:
-    return _shapes(_meta(Path(), name, {"in_channels": channels}))
+    return _shapes(_on_meta(Path(), name, {"in_channels": channels}))
 
 
 def _shapes(net: ResNet) -> dict[str, torch.Size]:

@@ -556,6 +556,28 @@ def test_other_ends_have_a_line(monkeypatch, tmp_path, capsys, error, code, says
     assert said.count("\n") == bool(says)
 
 
+@pytest.mark.parametrize("words", [["env"], ["verify", "--quick"], ["predict", "a", "--weights", "b"]])
+@pytest.mark.parametrize("isa", ["amx_bf16", "sse9"])
+def test_an_environment_variable_is_named(words, isa):
+    """Also one that is valid on another CPU."""
+    if isa in backends.build_info()["isa_detected"]:
+        pytest.skip("this CPU has it")
+    environment = {**os.environ, "RESNET_FAST_CPU_ISA": isa}
+    done = subprocess.run(
+        [sys.executable, "-m", "resnet_fast", *words], cwd=ROOT, env=environment,
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"resnet-fast {words[0]}: error: RESNET_FAST_CPU_ISA")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_clock_that_is_set_back_leaves_no_negative_time(capsys):
+    row = {**dict.fromkeys(COLUMNS, 1.0), "epoch": 1, "seconds": -5.0}
+    train_command._Line(3)(row)
+    assert capsys.readouterr().out.endswith(", 0:00:00 left\n")
+
+
 def test_a_closed_pipe_has_no_traceback(trained, pictures):
     words = ["predict", *map(str, pictures), "--weights", str(trained / "model.pt")]
     command = [sys.executable, "-m", "resnet_fast", *words, "--batch-size", "1"]
