@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Callable
 from typing import Any
 
+from ..spec.values import given
 from .resnet import ResNet
 
 MODELS: dict[str, Callable[..., ResNet]] = {}
@@ -25,9 +26,10 @@ def list_models() -> list[str]:
 def check_name(name: str) -> str:
     """Return `name`; ValueError with similar names if there is no such model."""
     if not isinstance(name, str) or name not in MODELS:
-        close = difflib.get_close_matches(str(name), MODELS, n=3)
+        text = given(name)
+        close = difflib.get_close_matches(text.strip("'"), MODELS, n=3)
         hint = f"did you mean {' or '.join(close)}?" if close else f"valid names: {list_models()}"
-        raise ValueError(f"name: expected one of resnet_fast.list_models(), got {name!r}; {hint}")
+        raise ValueError(f"name: expected one of resnet_fast.list_models(), got {text}; {hint}")
     return name
 
 

@@ -15,6 +15,7 @@ try:
 except ImportError:  # not on Windows
     fcntl = None
 
+MOST_REASON = 300
 NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)  # not on Windows
 
 
@@ -113,7 +114,9 @@ def opened(path: str | os.PathLike) -> Iterator[IO[bytes]]:
 
 
 def reason(error: BaseException) -> str:
-    """An error's message in one line, without a path; its class if it has none."""
+    """An error's message in one line of at most MOST_REASON characters, without a path; its class
+    if it has none.
+    """
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     lines = text.strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    return lines[0][:MOST_REASON] if lines else type(error).__name__

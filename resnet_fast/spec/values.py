@@ -49,6 +49,11 @@ def given(value: Any) -> str:
     return text if short else f"a {type(value).__name__}"
 
 
+def brief(text: str) -> str:
+    """A name from a file for an error: printable, and at most 60 characters of it."""
+    return printable(text if len(text) <= 60 else f"{text[:59]}…")
+
+
 def printable(text: str) -> str:
     """text with its control characters as escapes, so that it cannot command a terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -18,7 +18,7 @@ import torch
 
 from ..models.registry import check_name
 from ..runtime.files import remove_parts, replacing
-from ..spec.values import given
+from ..spec.values import brief, given
 from .preprocessing import Preprocessing
 from .torch_file import CheckpointError, read_any
 
@@ -103,7 +103,7 @@ def _spec(value: Any) -> ModelSpec:
     for key, option in options.items():
         parts = option if isinstance(option, (list, tuple)) else [option]
         if not all(part is None or type(part) in (bool, int, float, str) for part in parts):
-            raise ValueError(f"spec: {key}: expected plain values, got {given(option)}")
+            raise ValueError(f"spec: {brief(key)}: expected plain values, got {given(option)}")
     return ModelSpec(name, options)
 
 

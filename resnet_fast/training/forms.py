@@ -13,6 +13,13 @@ from .torch_file import CheckpointError
 MOST_INT = 2**63
 
 
+def is_dense(value: Any) -> bool:
+    """Whether value is a tensor of plain numbers in memory: not sparse, nested, quantized, meta."""
+    if not isinstance(value, Tensor) or value.is_nested or value.is_quantized or value.is_meta:
+        return False
+    return value.layout is torch.strided
+
+
 def equal(there: Any, here: Any) -> bool:
     """Whether a value of a file equals the plain value `here`, types included."""
     if type(there) is not type(here):
@@ -32,9 +39,11 @@ def check_like(value: Any, like: Any, where: str) -> None:
     """
     if isinstance(like, Tensor):
         expected = f"{list(like.shape)} in {like.dtype}"
-        dense = isinstance(value, Tensor) and value.layout is torch.strided and not value.is_meta
-        if not dense or (value.shape, value.dtype) != (like.shape, like.dtype):
-            got = f"{list(value.shape)} in {value.dtype}" if dense else given(value)
+        if not is_dense(value) or (value.shape, value.dtype) != (like.shape, like.dtype):
+            if is_dense(value):
+                got = f"{list(value.shape)} in {value.dtype}"
+            else:
+                got = "one that is not dense" if isinstance(value, Tensor) else given(value)
             raise CheckpointError(f"{where}: expected a tensor {expected}, got {got}")
     elif isinstance(like, dict):
         check_keys(value, like, where)

@@ -23,6 +23,8 @@ from .preprocessing import Preprocessing
 SUFFIXES = frozenset(
     (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
 )  # fmt: skip
+# Pillow's other formats are rare, and one runs a program: Ghostscript for EPS.
+FORMATS = ("JPEG", "PNG", "TIFF", "WEBP", "BMP", "DIB", "PPM", "GIF")
 HIDDEN = "hidden"
 MARGIN = 2  # a JPEG is decoded at no less than this multiple of the size it is resized to
 FAR_LARGER = 16  # a resized image of so many crops is not made as a whole
@@ -119,7 +121,7 @@ def read_image(path: Path, preprocessing: Preprocessing, crop: int | None = None
     try:
         with opened(path) as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of metadata that is not read here
-            with Image.open(file) as image:
+            with Image.open(file, formats=FORMATS) as image:
                 return _pixels(Image, image, preprocessing, crop)
     except Exception as error:  # a damaged file may raise any exception
         raise ValueError(f"{path}: not a readable image: {reason(error)}") from None
@@ -131,9 +133,13 @@ def _pixels(Image: Any, image: Any, preprocessing: Preprocessing, crop: int) -> 
         raise ValueError(f"{sides[0]} × {sides[1]} pixels")
     width, height = (preprocessing.resize * side // min(sides) for side in sides)
     image.draft(None, (MARGIN * width, MARGIN * height))
+    scale = None
     if image.mode == "F" or image.mode.startswith("I"):
-        image = Image.fromarray(_to_bytes(np.asarray(image)))
-    image = image.convert("L" if preprocessing.channels == 1 else "RGB")
+        usual = 1.0 if image.mode == "F" else 65535.0
+        image = image.convert("F")
+        scale = _range(*image.getextrema(), usual)
+    else:
+        image = image.convert("L" if preprocessing.channels == 1 else "RGB")
     left, top = round((width - crop) / 2), round((height - crop) / 2)
     box = left, top, left + crop, top + crop
     if width * height > FAR_LARGER * crop * crop:
@@ -142,20 +148,21 @@ def _pixels(Image: Any, image: Any, preprocessing: Preprocessing, crop: int) -> 
         image = image.resize((crop, crop), Image.Resampling.BILINEAR, box)
     else:
         image = image.resize((width, height), Image.Resampling.BILINEAR).crop(box)
-    values = np.asarray(image, dtype=np.uint8)
-    return torch.from_numpy(values.reshape(crop, crop, -1).copy()).permute(2, 0, 1)
+    values = np.array(image)
+    if scale is not None:
+        values = (values - scale[0]) * (255 / (scale[1] - scale[0]))
+        if not np.isfinite(values).all():
+            raise ValueError("it has values that are not finite")
+        values = np.rint(values).clip(0, 255).astype(np.uint8)
+    x = torch.from_numpy(values.reshape(crop, crop, -1)).permute(2, 0, 1)
+    return x.expand(preprocessing.channels, -1, -1)
 
 
-def _to_bytes(values: np.ndarray) -> np.ndarray:
-    """Values of more than 8 bits as uint8, scaled by their range."""
-    if not np.isfinite(values).all():
-        raise ValueError("it has values that are not finite")
-    low, high = float(values.min()), float(values.max())
-    usual = 1.0 if values.dtype.kind == "f" else 65535.0
+def _range(low: float, high: float, usual: float) -> tuple[float, float]:
+    """The values that become 0 and 255: 0 and `usual` if all are within, else the extrema."""
     if 0 <= low and high <= usual:
-        low, high = 0.0, usual
-    scaled = (values.astype(np.float32) - low) * (255 / max(high - low, 1e-30))
-    return np.rint(scaled).astype(np.uint8)
+        return 0.0, usual
+    return low, max(high, low + 1e-30)
 
 
 class Batch(NamedTuple):

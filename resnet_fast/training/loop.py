@@ -322,8 +322,8 @@ def _resume(state: State, about: dict[str, Any], out: Path, resume: bool | str |
             )
     try:
         state.load_state_dict(content["training"])
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from None
+    except ValueError as error:
+        raise type(error)(f"{path}: {error}") from None
     return path
 
 

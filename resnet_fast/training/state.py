@@ -149,7 +149,11 @@ class State:
             check_keys(slot, {"momentum_buffer"}, f"{where}: {number}")
             if slot["momentum_buffer"] is not None:
                 check_like(slot["momentum_buffer"], parameters[number].detach(), where)
-        return {"state": slots, "param_groups": merged}
+        own = {  # clones, because SGD writes to them: elements of a file may share memory
+            number: {name: None if t is None else t.clone() for name, t in slot.items()}
+            for number, slot in slots.items()
+        }
+        return {"state": own, "param_groups": merged}
 
 
 def _merged(there: Any, here: dict[str, Any], where: str) -> dict[str, Any]:

@@ -23,9 +23,10 @@ from ..runtime.files import opened, reason
 from ..runtime.optional import MissingPackage, imported
 
 LEGACY_PICKLES = 4  # magic number, protocol, system, content
-UNSAFE = re.compile(  # PyTorch refuses these modules, and would let a file choose a size
-    r"(os|posix|nt|sys)\..*|builtins\.bytearray"
-)
+REFUSED = re.compile(r"(os|posix|nt|sys)\..*|builtins\.bytearray")  # the first four by PyTorch too
+SIZED = re.compile(r"torch\.(\w+\.)*\w*(Tensor|Storage)")  # allocate what a caller asks for
+EMPTY = "()"
+MOST_PARTS = 10_000  # of a tuple of tuples; its hash as a key takes as many steps
 KINDS = (
     ((b"version https://git-lfs",), "a Git LFS pointer; fetch the file itself: git lfs pull"),
     ((b"<!doctype", b"<html", b"<?xml"), "a web page; download the file itself"),
@@ -75,10 +76,7 @@ def read_any(path: Path) -> Any:
             if path.suffix == ".safetensors":
                 load_file = imported("safetensors.torch", f"{path}", "safetensors").load_file
                 return load_file(path)
-            names = _check_zip(file) if start[:4] == b"PK\x03\x04" else _legacy_names(file)
-            unsafe = sorted(filter(UNSAFE.fullmatch, names))
-            if unsafe:
-                raise ValueError(f"it contains {unsafe[0]}, which resnet_fast does not read")
+            names = _check_zip(file) if start[:4] == b"PK\x03\x04" else _check_legacy(file)
             file.seek(0)
             return _load(file, names)
     except FileNotFoundError:
@@ -123,22 +121,80 @@ def _check_zip(file: IO[bytes]) -> set[str]:
         torn = archive.testzip()  # torch.load does not check the checksums
         if torn is not None:
             raise ValueError(f"wrong checksum of {torn}")
-        return _names(io.BytesIO(archive.read(names["data.pkl"])))
+        return _check_pickle(io.BytesIO(archive.read(names["data.pkl"])))
 
 
-def _legacy_names(file: IO[bytes]) -> set[str]:
-    """The globals of a file of before PyTorch 1.6: pickles, then storages."""
-    return set().union(*(_names(file) for _ in range(LEGACY_PICKLES)))
+def _check_legacy(file: IO[bytes]) -> set[str]:
+    """Check a file of before PyTorch 1.6: pickles, then storages; returns the pickles' globals."""
+    pickles = _Clipped(file)
+    return set().union(*(_check_pickle(pickles) for _ in range(LEGACY_PICKLES)))
 
 
-def _names(file: IO[bytes]) -> set[str]:
-    """The classes and functions that a pickle names, without unpickling it."""
-    found = set()
+class _Clipped:
+    """A file whose `read` allocates no more than the file has."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.size = file.seek(0, io.SEEK_END)
+        file.seek(0)
+        self.file, self.readline, self.tell = file, file.readline, file.tell
+
+    def read(self, size: int) -> bytes:
+        return self.file.read(min(size, self.size - self.tell()))
+
+
+def _check_pickle(file: Any) -> set[str]:
+    """The classes and functions that a pickle names, without unpickling it.
+
+    Its stack is followed with a name in place of a class or function, the number of parts in place
+    of a tuple (EMPTY if it has none), and 1 in place of anything else.
+
+    Raises:
+        ValueError: it names a class of REFUSED, calls one of SIZED, or has a tuple of more than
+            MOST_PARTS.
+    """
+    found: set[str] = set()
+    stack: list[str | int] = []
+    marks: list[int] = []
+    memo: dict[int, str | int] = {}
     for opcode, argument, _ in pickletools.genops(file):
-        if opcode.name == "GLOBAL":
-            module, _, name = argument.partition(" ")
-            module, name = NAME_MAPPING.get((module, name), (module, name))  # Python 2's
-            found.add(f"{IMPORT_MAPPING.get(module, module)}.{name}")
+        before, after = opcode.stack_before, opcode.stack_after
+        marked = pickletools.markobject in before
+        below = before.index(pickletools.markobject) if marked else len(before)
+        first = (marks.pop() if marked else len(stack)) - below
+        if first < 0:
+            raise ValueError("its stack is empty")
+        taken, stack[first:] = stack[first:], []
+        pushed: list[str | int] = [1] * len(after)
+        match opcode.name:
+            case "MARK":
+                marks.append(len(stack))
+                pushed = []
+            case "GLOBAL":
+                module, _, name = argument.partition(" ")
+                module, name = NAME_MAPPING.get((module, name), (module, name))  # Python 2's
+                pushed = [f"{IMPORT_MAPPING.get(module, module)}.{name}"]
+                found.add(pushed[0])
+                if REFUSED.fullmatch(pushed[0]):
+                    raise ValueError(f"it contains {pushed[0]}, which resnet_fast does not read")
+            case "REDUCE" | "NEWOBJ":
+                called, arguments = taken
+                if isinstance(called, str) and SIZED.fullmatch(called) and arguments != EMPTY:
+                    raise ValueError(f"it calls {called}, which resnet_fast does not call")
+            case "EMPTY_TUPLE" | "TUPLE" | "TUPLE1" | "TUPLE2" | "TUPLE3":
+                parts = 1 + sum(1 if isinstance(part, str) else part for part in taken)
+                if parts > max(MOST_PARTS, 1 + len(taken)):
+                    raise ValueError(f"it has a tuple of {parts} parts")
+                pushed = [parts if taken else EMPTY]
+            case "PUT" | "BINPUT" | "LONG_BINPUT":
+                memo[argument] = stack[-1]
+            case "MEMOIZE":
+                memo[len(memo)] = taken[0]
+                pushed = taken
+            case "GET" | "BINGET" | "LONG_BINGET":
+                pushed = [memo[argument]]
+            case "DUP":
+                pushed = taken * 2
+        stack += pushed
     return found
 
 

@@ -15,10 +15,11 @@ from ..models import ResNet, create_model, list_models
 from ..models.registry import check_name
 from ..runtime.files import opened, reason
 from ..spec.checks import check_impl
-from ..spec.values import given
+from ..spec.values import brief, given
 from . import state_dicts
 from .checkpoint import CheckpointError, ModelSpec, about, is_own
 from .checks import check_device, check_path
+from .forms import is_dense
 from .preprocessing import Preprocessing, imagenet
 from .state_dicts import StateDict
 from .torch_file import Unread, read_any
@@ -232,7 +233,7 @@ def _head(
         return {}, "the classification head is missing"
     name, head = next(iter(heads.items()))
     if len(heads) > 1 or head.keys() != {"weight", "bias"}:
-        keys = [f"{n}.{k}" for n, tensors in heads.items() for k in tensors]
+        keys = [brief(f"{n}.{k}") for n, tensors in heads.items() for k in tensors]
         return {}, f"the head has {', '.join(keys[:4])}"
     _check_tensors(f"{path}", {f"{name}.{k}": v for k, v in head.items()})
     weight, bias = head["weight"], head["bias"]
@@ -265,15 +266,19 @@ def _notes(
 def _check_tensors(where: str, tensors: Mapping[str, Any]) -> None:
     """Whether every entry is a dense tensor with values that fp32 can hold."""
     for name, value in tensors.items():
+        if not isinstance(name, str):
+            raise CheckpointError(f"{where}: expected names of tensors, got {given(name)}")
         if not isinstance(value, Tensor):
-            raise CheckpointError(f"{where}: {name}: expected a tensor, got {given(value)}")
+            raise CheckpointError(f"{where}: {brief(name)}: expected a tensor, got {given(value)}")
+        if not is_dense(value):
+            raise CheckpointError(
+                f"{where}: {brief(name)}: expected a dense tensor with values, got one that is "
+                "sparse, nested, quantized or on meta"
+            )
         counter = name.endswith("num_batches_tracked") and not value.dim()
-        if value.is_meta or value.layout is not torch.strided or value.is_quantized:
-            what = "on meta, without values" if value.is_meta else f"{value.layout} or quantized"
-            raise CheckpointError(f"{where}: {name}: expected a dense tensor, got one {what}")
         if not (value.is_floating_point() or counter):
             raise CheckpointError(
-                f"{where}: {name}: expected floating-point values, got {value.dtype}"
+                f"{where}: {brief(name)}: expected floating-point values, got {value.dtype}"
             )
 
 
@@ -321,4 +326,4 @@ def _difference(body: Mapping[str, Tensor], wanted: Mapping[str, torch.Size]) ->
         if body[name].shape != shape:
             return f"{name}: expected {list(shape)}, got {list(body[name].shape)}"
     more = [name for name in body if name not in wanted]
-    return f"{more[0]} is not expected" if more else ""
+    return f"{brief(more[0])} is not expected" if more else ""

@@ -231,6 +231,26 @@ def test_large_photos_are_decoded_smaller(tmp_path):
     assert difference.max() < 8
 
 
+def test_a_photo_of_two_pictures_is_read(tmp_path):
+    """MPO, as many cameras write it under the name of a JPEG."""
+    one, other = (Image.new("RGB", (9, 9), (shade,) * 3) for shade in (40, 200))
+    one.save(tmp_path / "a.jpg", format="MPO", save_all=True, append_images=[other])
+    assert (read_image(tmp_path / "a.jpg", ONE).int() - 40).abs().max() <= 1
+
+
+def test_no_program_is_run_for_an_image(tmp_path, monkeypatch):
+    """Pillow gives PostScript to Ghostscript, whatever the file's name is."""
+    program = tmp_path / "gs"
+    program.write_text(f"#!/bin/sh\ntouch {tmp_path}/was-run\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    path = tmp_path / "a.png"
+    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")
+    with pytest.raises(ValueError, match="not a readable image"):
+        read_image(path, ONE)
+    assert not (tmp_path / "was-run").exists()
+
+
 BROKEN = {
     "text": b"no image",
     "png header": b"\x89PNG\r\n\x1a\n" + bytes(30),

@@ -88,6 +88,7 @@ CASES = [
     ((T, O, "state", 99), {"momentum_buffer": None}, "training: optimizer: expected 0 to"),
     ((T, O, "state", "a"), {"momentum_buffer": None}, "training: optimizer: expected an integer"),
     ((T, O, "state", 0), {}, "training: optimizer: 0: has no 'momentum_buffer'"),
+    ((T, "model", "fc.bias"), torch.nested.nested_tensor([torch.zeros(2)]), "one that is not"),
     ((T, O, "state", 0, "momentum_buffer"), torch.zeros(1), "training: optimizer: expected a te"),
 ]  # fmt: skip
 
@@ -108,6 +109,17 @@ def test_wrong_content_is_named(run, tmp_path, path, value, says):
     assert str(file) in str(raised.value)
     assert "\n" not in str(raised.value)
     assert_same(net.state_dict(), before)
+
+
+def test_momentum_that_shares_memory_goes_on(run, tmp_path):
+    """SGD writes to it."""
+    content = copy.deepcopy(run[1])
+    slot = content["training"]["optimizer"]["state"][0]
+    slot["momentum_buffer"] = slot["momentum_buffer"].flatten()[:1].expand(
+        slot["momentum_buffer"].shape
+    )
+    files.write(tmp_path / "epoch-0002.pt", content)
+    fit(model(), data(), RECIPE, out=tmp_path / "out", resume=tmp_path / "epoch-0002.pt")
 
 
 def test_the_unchanged_content_goes_on(run, tmp_path):
