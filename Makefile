@@ -12,6 +12,7 @@ PYTEST_ARGS ?=
 TEST_JOBS ?= 2
 VERIFY_ARGS ?=
 FUZZ_ARGS ?= --minutes 3 --small
+FUZZ_FILES_ARGS ?= --inputs 5000
 GPU_PYTHON ?= python3
 GPU_ARGS ?=
 GPU_JOBS ?= 8
@@ -52,7 +53,7 @@ ON_LARGE_DRY_GPU = $(subst GIB=8,GIB=139,$(ON_DRY_GPU))
 SANITIZED := $(CURDIR)/build/sanitize
 SANITIZE := -fsanitize=address,undefined -fno-sanitize=vptr -fno-wrapv
 
-.PHONY: help setup env verify test test-quick test-all lint docs demo bench fuzz sanitize gpu gpu-test gpu-sanitize dry-gpu kernels \
+.PHONY: help setup env verify test test-quick test-all lint docs demo bench fuzz fuzz-files sanitize gpu gpu-test gpu-sanitize dry-gpu kernels \
   cuda-check clean distclean
 
 help:
@@ -70,7 +71,8 @@ help:
 	@echo "make kernels compile every Triton kernel without a GPU (ARCH=sm_90,...)"
 	@echo "make cuda-check  compile every CUDA kernel without a GPU, by nvcc"
 	@echo "make fuzz    random configurations of the CPU kernels against PyTorch (FUZZ_ARGS=...)"
-	@echo "make sanitize the same in a build with AddressSanitizer and UBSan"
+	@echo "make fuzz-files  damaged and hostile files under a memory limit (FUZZ_FILES_ARGS=...)"
+	@echo "make sanitize the same as fuzz in a build with AddressSanitizer and UBSan"
 	@echo "make verify  compare every op, block and model with the fp64 reference (VERIFY_ARGS=...)"
 	@echo "make env     what is live on this machine, what is not and why"
 	@echo "make setup   only the environment and the native build"
@@ -108,6 +110,9 @@ verify: $(BUILT)
 
 fuzz: $(BUILT)
 	$(PY) -m tests.fuzz $(FUZZ_ARGS)
+
+fuzz-files: $(BUILT)
+	$(PY) tests/fuzz_files.py $(FUZZ_FILES_ARGS)
 
 # A package of its own under build/, run from there. Libraries that Python loads want ASan before
 # all others; what leaks is Python's. Overflow of integers stays visible: no -fwrapv.

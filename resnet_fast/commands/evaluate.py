@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 from typing import Any
@@ -62,7 +63,12 @@ def run(args: argparse.Namespace) -> int:
         note("eval", f"{args.path} has no test folder: all its images are evaluated; --split test "
              "takes those that training holds out")  # fmt: skip
     if loaded.classes not in (None, data.classes):
-        raise ValueError(f"weights: the classes of {args.weights} are not those of {args.data}")
+        pairs = itertools.zip_longest(loaded.classes, data.classes)
+        there, here = next(pair for pair in pairs if pair[0] != pair[1])
+        raise ValueError(
+            f"weights: the classes of {args.weights} are not those of {args.data}: first {there!r} "
+            f"instead of {here!r}"
+        )
     outputs = loaded.model.fc.out_features
     if outputs != data.num_classes:
         raise ValueError(

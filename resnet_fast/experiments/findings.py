@@ -15,6 +15,7 @@ import torch
 
 from .. import __version__
 from ..runtime import cpu_info
+from ..runtime.files import replacing
 from . import html_page
 
 DPI = 144
@@ -87,12 +88,17 @@ def write(findings: Findings, name: str, settings: Mapping[str, Any], out: Path)
         "figures": findings.figures,
     }
     source = json.dumps(_plain(record), indent=1, allow_nan=False)
-    (out / "figures.json").write_text(source + "\n", encoding="utf-8")
+    _write(out / "figures.json", source + "\n")
     path = out / f"{name}.png"
     html_page.neutral(_picture, findings, path)
     page_path = out / "index.html"
-    page_path.write_text(_page(findings, facts, path), encoding="utf-8")
+    _write(page_path, _page(findings, facts, path))
     return page_path
+
+
+def _write(path: Path, text: str) -> None:
+    with replacing(path, "w", encoding="utf-8") as file:
+        file.write(text)
 
 
 def _machine(device: str) -> str:
@@ -120,7 +126,8 @@ def _picture(findings: Findings, path: Path) -> None:
     figure = Figure(figsize=findings.size, layout="constrained")
     FigureCanvasAgg(figure)
     findings.draw(figure)
-    figure.savefig(path, dpi=DPI)
+    with replacing(path) as file:
+        figure.savefig(file, format="png", dpi=DPI)
 
 
 def plain_axes(*axes: Any, counts: bool = False) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -16,7 +17,12 @@ except ImportError:  # not on Windows
     fcntl = None
 
 MOST_REASON = 300
+PART = re.compile(r"\..+\.[0-9a-f]{16}\.part")
 NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)  # not on Windows
+
+
+_held: set[int] = set()
+"""Open lock files of this process."""
 
 
 class NotWritten(OSError):
@@ -32,8 +38,13 @@ def replacing(path: Path, mode: str = "wb", **options) -> Iterator[IO]:
     """Open a file that replaces `path` once it is complete and on disk.
 
     It is written under a new random name in the same folder. If anything fails it is removed, and
-    `path` stays as it was. NotWritten says why, such as a full disk.
+    `path` stays as it was. NotWritten says why, such as a full disk. A device or pipe is written
+    directly.
     """
+    if path.exists() and not path.is_file():
+        with open(path, mode, **options) as file:
+            yield file
+        return
     part = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -47,27 +58,30 @@ def replacing(path: Path, mode: str = "wb", **options) -> Iterator[IO]:
         except BaseException:
             part.unlink(missing_ok=True)
             raise
+    except OSError as error:
+        raise NotWritten(f"{path}: not written: {error.strerror or error}") from None
+    with suppress(OSError):  # not all file systems can
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)  # the rename itself
         finally:
             os.close(folder)
-    except OSError as error:
-        raise NotWritten(f"{path}: not written: {error.strerror or error}") from None
 
 
 def remove_parts(folder: Path) -> None:
     """Remove what `replacing` left in `folder` when its process was killed."""
     for part in folder.glob(".*.part"):
-        part.unlink(missing_ok=True)
+        if PART.fullmatch(part.name):
+            part.unlink(missing_ok=True)
 
 
 @contextmanager
 def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
     """Context in which no other process holds the lock file `path`, which stays afterwards.
 
-    The operating system releases the lock when its process ends, however it ends. The file holds
-    the process ID of the last owner.
+    The operating system releases the lock when the process ends, however it ends. The file holds
+    the process ID of the last owner. Without `fcntl`, or on a file system without locks, there is
+    no lock.
 
     Args:
         path: the lock file, created if missing; a symbolic link is refused.
@@ -82,18 +96,33 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | NO_FOLLOW, 0o666)
     except OSError as error:
         raise NotWritten(f"{path}: not written: {error.strerror}") from None
-    with open(handle, "r+") as file:
+    _held.add(handle)
+    try:
         if fcntl is not None:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+                fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except BlockingIOError:
-                raise InUse(f"in use by process {file.read(20).strip() or 'unknown'}") from None
+                owner = os.read(handle, 20).decode("ascii", "replace").strip() or "unknown"
+                raise InUse(f"in use by process {owner}") from None
             except OSError:
                 pass  # a file system without locks
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
+        os.truncate(handle, 0)
+        os.write(handle, str(os.getpid()).encode())
         yield
+    finally:
+        if handle in _held:  # not in a child process, which has closed it
+            _held.remove(handle)
+            os.close(handle)
+
+
+def _close_in_child() -> None:
+    """Close the locks that a forked process inherits, such as a worker that outlives its parent."""
+    while _held:
+        os.close(_held.pop())
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_in_child)
 
 
 @contextmanager

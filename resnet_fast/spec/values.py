@@ -6,11 +6,15 @@ import math
 import numbers
 import operator
 import reprlib
+import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+CONTROL = ("Cc", "Cs", "Zl", "Zp")  # categories of characters
+BIDI = "\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # change the order
 
 
 class _Brief(reprlib.Repr):
@@ -56,7 +60,11 @@ def brief(text: str) -> str:
 
 def printable(text: str) -> str:
     """text with its control characters as escapes, so that it cannot command a terminal."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return "".join(c.encode("unicode_escape").decode() if _commands(c) else c for c in text)
+
+
+def _commands(character: str) -> bool:
+    return character in BIDI or unicodedata.category(character) in CONTROL
 
 
 def check_pair(name: str, value: Any, least: int) -> None:

@@ -65,7 +65,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def is_own(content: Any) -> bool:
-    """Whether `content` of a file is of `write`."""
+    """Whether the `content` of a file was written by `write`."""
     return isinstance(content, dict) and content.get("format") == FORMAT
 
 

@@ -117,6 +117,9 @@ def evaluate(
     finally:
         model.train(mode)
     confusion = total(confusion)
+    if data.count(split) and not confusion.any():
+        why = next(iter(getattr(data, "unreadable", {}).values()), "")
+        raise ValueError(f"data: no image can be read; the first: {why}")
     loss, right, five = (total(sums) / confusion.sum().clamp(min=1)).tolist()
     return Evaluation(loss, right, five, confusion.view(classes, classes).cpu())
 

@@ -27,7 +27,7 @@ SUFFIXES = frozenset(
 FORMATS = ("JPEG", "PNG", "TIFF", "WEBP", "BMP", "DIB", "PPM", "GIF")
 HIDDEN = "hidden"
 MARGIN = 2  # a JPEG is decoded at no less than this multiple of the size it is resized to
-FAR_LARGER = 16  # a resized image of so many crops is not made as a whole
+MOST_CROPS = 16  # of a larger resized image, only the crop is computed
 
 
 class Skipped(Counter[str]):
@@ -50,21 +50,22 @@ def folders_in(root: Path, skipped: Skipped) -> list[Path]:
 
 
 def images_in(root: Path, skipped: Skipped) -> list[Path]:
-    """All images in `root` and its subfolders, sorted; links are followed, each folder once."""
-    found, seen = [], set()
-    pending = [root]
-    while pending:
-        folder = pending.pop()
-        status = folder.stat()
-        if (status.st_dev, status.st_ino) in seen:  # a link to a folder above
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        for path in folder.iterdir():
-            if path.is_dir():
-                pending += [path] if _takes_folder(path, skipped) else []
-            elif _takes_file(path, skipped):
-                found.append(path)
-    return sorted(found)
+    """All images in `root` and its subfolders, sorted; links are followed."""
+    return sorted(_walk(root, skipped, frozenset()))
+
+
+def _walk(folder: Path, skipped: Skipped, above: frozenset[tuple[int, int]]) -> Iterator[Path]:
+    status = folder.stat()
+    here = status.st_dev, status.st_ino
+    if here in above:
+        skipped["links to a folder above"] += 1
+        return
+    for path in folder.iterdir():
+        if not path.is_dir():
+            if _takes_file(path, skipped):
+                yield path
+        elif _takes_folder(path, skipped):
+            yield from _walk(path, skipped, above | {here})
 
 
 def _takes_folder(path: Path, skipped: Skipped) -> bool:
@@ -108,9 +109,9 @@ def read_image(path: Path, preprocessing: Preprocessing, crop: int | None = None
       still at least twice the resized size;
     - of an image whose resized pixels are more than 16 crops, such as 3000 × 2, only the crop is
       computed;
-    - 16-bit values are divided by 257, where Pillow would cut them at 255. Values of 32 bits and
-      floats are scaled to 0 … 255 from 0 … 65535 or 0 … 1 if all are within it, else from their
-      minimum and maximum.
+    - 16-bit values are divided by 257, where Pillow would cut them at 255. Integers of 32 bits are
+      scaled to 0 … 255 from 0 … 65535, floats from 0 … 1 or 0 … 255, if all are within it, else
+      from their minimum and maximum.
 
     Raises:
         ValueError: the file is missing, damaged or not an image; the message names it.
@@ -123,8 +124,11 @@ def read_image(path: Path, preprocessing: Preprocessing, crop: int | None = None
             warnings.simplefilter("ignore")  # of metadata that is not read here
             with Image.open(file, formats=FORMATS) as image:
                 return _pixels(Image, image, preprocessing, crop)
+    except Image.UnidentifiedImageError:
+        why = f"expected one of {', '.join(FORMATS)}"
     except Exception as error:  # a damaged file may raise any exception
-        raise ValueError(f"{path}: not a readable image: {reason(error)}") from None
+        why = reason(error)
+    raise ValueError(f"{path}: not a readable image: {why}")
 
 
 def _pixels(Image: Any, image: Any, preprocessing: Preprocessing, crop: int) -> Tensor:
@@ -135,14 +139,14 @@ def _pixels(Image: Any, image: Any, preprocessing: Preprocessing, crop: int) -> 
     image.draft(None, (MARGIN * width, MARGIN * height))
     scale = None
     if image.mode == "F" or image.mode.startswith("I"):
-        usual = 1.0 if image.mode == "F" else 65535.0
+        usual = (1.0, 255.0) if image.mode == "F" else (65535.0,)
         image = image.convert("F")
         scale = _range(*image.getextrema(), usual)
     else:
         image = image.convert("L" if preprocessing.channels == 1 else "RGB")
     left, top = round((width - crop) / 2), round((height - crop) / 2)
     box = left, top, left + crop, top + crop
-    if width * height > FAR_LARGER * crop * crop:
+    if width * height > MOST_CROPS * crop * crop:
         across, down = image.width / width, image.height / height
         box = box[0] * across, box[1] * down, box[2] * across, box[3] * down
         image = image.resize((crop, crop), Image.Resampling.BILINEAR, box)
@@ -158,11 +162,14 @@ def _pixels(Image: Any, image: Any, preprocessing: Preprocessing, crop: int) -> 
     return x.expand(preprocessing.channels, -1, -1)
 
 
-def _range(low: float, high: float, usual: float) -> tuple[float, float]:
-    """The values that become 0 and 255: 0 and `usual` if all are within, else the extrema."""
-    if 0 <= low and high <= usual:
-        return 0.0, usual
-    return low, max(high, low + 1e-30)
+def _range(low: float, high: float, usual: Sequence[float]) -> tuple[float, float]:
+    """The values that become 0 and 255: 0 and the first of `usual` that is high enough, else the
+    extrema.
+    """
+    for most in usual:
+        if 0 <= low and high <= most:
+            return 0.0, most
+    return low, high if high > low else low + max(1.0, abs(low))
 
 
 class Batch(NamedTuple):

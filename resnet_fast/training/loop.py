@@ -97,7 +97,7 @@ def fit(
     check_flag(progress, "progress")
     folder = None if out is None else Path(out)
     _check(data, recipe, folder, resume)
-    with nullcontext() if folder is None or not world().first else _alone(folder):
+    with nullcontext() if folder is None or not world().first else _run_lock(folder):
         return _fit(model, data, recipe, device, on_epoch, folder, resume, spec, workers, progress)
 
 
@@ -160,6 +160,7 @@ class _Run:
         self.state = State(model, recipe, self.steps_an_epoch, device)
         self.augmentation = data.augmentation if recipe.augment == "auto" else recipe.augment
         self.share = recipe.batch_size // self.here.size
+        self.before: tuple[Tensor, Tensor] | None = None
         share = slice(self.here.rank, None, self.here.size)
         self.draws = Draws(self.state.generator, recipe.batch_size, share)
         self.runner = torch.compile(model) if recipe.compile else model
@@ -184,17 +185,28 @@ class _Run:
         ) as bar:  # fmt: skip
             left = order[state.step :]
             for x, y in self.data.batches("train", left, self.device, self.workers):
-                if not len(x):
-                    raise ValueError("data: no image of a batch can be read")
-                if len(x) < self.share:  # some cannot be read: others take their places
-                    places = torch.arange(self.share, device=x.device) % len(x)
-                    x, y = x[places], y[places]
+                x, y = self.filled(x, y)
                 x = augment(self.augmentation, x, self.data.size, self.draws)
                 x = as_input(x, self.data.preprocessing, state.model)
                 state.tally[state.step] = self.step(x, y)
                 state.step += 1
                 bar.update(images)
                 yield state.epoch * len(order) + state.step
+
+    def filled(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """x, y with the places of images that cannot be read taken by others: of the same batch,
+        or of the one before if it has none.
+        """
+        if len(x) == self.share:
+            self.before = x, y
+            return x, y
+        if not len(x) and self.before is None:
+            why = next(iter(getattr(self.data, "unreadable", {}).values()), "")
+            raise ValueError(f"data: no image of a batch of {self.share} can be read: {why}")
+        x, y = (x, y) if len(x) else self.before
+        index = torch.arange(self.share, device=x.device) % len(x)
+        self.before = x[index], y[index]
+        return self.before
 
     def step(self, x: Tensor, y: Tensor) -> Tensor:
         """One optimizer step on this process's x, y; returns its part of [loss, correct images]."""
@@ -279,7 +291,7 @@ def _check(data: Any, recipe: Recipe, out: Path | None, resume: bool | str | Pat
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def _run_lock(folder: Path) -> Iterator[None]:
     """Context in which no other run writes to `folder`; files of a killed run are removed."""
     try:
         with locked(folder / LOCK, wait=False):

@@ -7,8 +7,8 @@ import json
 import math
 from pathlib import Path
 
+from ..runtime.files import replacing
 from ..runtime.optional import imported
-from .checkpoint import replacing
 from .history import COLUMNS, History
 
 
@@ -100,4 +100,5 @@ def plot_curves(history: History, path: Path, title: str = "") -> None:
         axes.legend(frameon=False, fontsize=8)
     if title:
         figure.suptitle(title, fontsize=10)
-    figure.savefig(path, dpi=160)
+    with replacing(path) as file:
+        figure.savefig(file, format="png", dpi=160)

@@ -76,7 +76,7 @@ class State:
 
         Raises:
             ValueError: the state is from another number of processes.
-            CheckpointError: a part is not such as this run would write; the message names it.
+            CheckpointError: a part differs in form from what this run writes; the message names it.
         """
         here, fresh = world(), self.state_dict()
         check_keys(state, fresh, "training")
@@ -113,20 +113,13 @@ class State:
         count = state["epoch"]
         like = asdict(History([row] * count, [0.0] * (count * steps)))
         check_like(state["history"], like, "training: history")
-        generators = [fresh["generator"]] + [torch.get_rng_state()] * len(state["random"])
-        firsts = [state["generator"]]
+        _check_generator(state["generator"], self.generator.device, "generator")
         for own in state["random"]:  # of the CPU, and of a GPU
             if not isinstance(own, list) or not 1 <= len(own) <= 2:
                 raise CheckpointError(f"training: random: expected states, got {given(own)}")
-            firsts.append(own[0])
+            _check_generator(own[0], torch.device("cpu"), "random")
             if len(own) > 1 and torch.cuda.is_available():
-                check_like(own[1], torch.cuda.get_rng_state(), "training: random")
-        for value, generator in zip(firsts, generators, strict=True):
-            check_like(value, generator, "training: generator")
-            try:
-                torch.Generator(self.generator.device).set_state(value)
-            except RuntimeError as error:
-                raise CheckpointError(f"training: generator: {reason(error)}") from None
+                _check_generator(own[1], torch.device("cuda"), "random")
         return state
 
     def _checked_optimizer(self, state: Any, fresh: dict[str, Any]) -> dict[str, Any]:
@@ -154,6 +147,16 @@ class State:
             for number, slot in slots.items()
         }
         return {"state": own, "param_groups": merged}
+
+
+def _check_generator(state: Any, device: torch.device, where: str) -> None:
+    """Whether `state` is one of a generator on `device`."""
+    generator = torch.Generator(device)
+    check_like(state, generator.get_state(), f"training: {where}")
+    try:
+        generator.set_state(state)
+    except RuntimeError as error:
+        raise CheckpointError(f"training: {where}: {reason(error)}") from None
 
 
 def _merged(there: Any, here: dict[str, Any], where: str) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import threading
 import zipfile
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections import OrderedDict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,10 +23,10 @@ import torch
 from ..runtime.files import opened, reason
 from ..runtime.optional import MissingPackage, imported
 
-LEGACY_PICKLES = 4  # magic number, protocol, system, content
+LEGACY_PICKLES = 5  # magic number, protocol, system, content, keys of storages
 REFUSED = re.compile(r"(os|posix|nt|sys)\..*|builtins\.bytearray")  # the first four by PyTorch too
 SIZED = re.compile(r"torch\.(\w+\.)*\w*(Tensor|Storage)")  # allocate what a caller asks for
-EMPTY = "()"
+EMPTY, MADE = "()", "made by "
 MOST_PARTS = 10_000  # of a tuple of tuples; its hash as a key takes as many steps
 KINDS = (
     ((b"version https://git-lfs",), "a Git LFS pointer; fetch the file itself: git lfs pull"),
@@ -43,22 +44,29 @@ class CheckpointError(ValueError):
 
 
 class Unread:
-    """In place of an object whose class, named `path`, is not known to be safe."""
+    """Stands for an object whose class, named `path`, is not known to be safe."""
 
     path: str
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Unread:
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         return super().__new__(cls)
 
     def __setstate__(self, state: Any) -> None:
         pass
 
 
-class _UnreadDict:
-    """In place of a subclass of dict: its items are read."""
+class UnreadDict(Unread):
+    """Stands for an object of an unknown subclass of dict; its items are read."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         return OrderedDict()
+
+
+class UnreadList(Unread):
+    """Stands for an object of an unknown class with items, such as deque; its items are read."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        return []
 
 
 def read_any(path: Path) -> Any:
@@ -104,8 +112,8 @@ def _check_kind(start: bytes) -> None:
         raise _OtherKind("a tar archive; unpack it first")
 
 
-def _check_zip(file: IO[bytes]) -> set[str]:
-    """Check sizes and checksums of an archive of torch.save; returns the globals of its pickle."""
+def _check_zip(file: IO[bytes]) -> dict[str, type[Unread]]:
+    """Check an archive of torch.save: sizes, checksums (all 0 if it has none), its pickle."""
     size = file.seek(0, io.SEEK_END)
     with zipfile.ZipFile(file) as archive:
         names = {info.filename.partition("/")[2]: info for info in archive.infolist()}
@@ -118,16 +126,22 @@ def _check_zip(file: IO[bytes]) -> set[str]:
             raise _OtherKind("a zip archive that torch.save did not write")
         if sum(info.file_size for info in archive.infolist()) > size:
             raise ValueError("its members are larger than the file")  # torch.save never compresses
-        torn = archive.testzip()  # torch.load does not check the checksums
-        if torn is not None:
-            raise ValueError(f"wrong checksum of {torn}")
-        return _check_pickle(io.BytesIO(archive.read(names["data.pkl"])))
+        pickled = names["data.pkl"]
+        if any(info.CRC for info in archive.infolist()):
+            torn = archive.testzip()  # torch.load does not check the checksums
+            if torn is not None:
+                raise ValueError(f"wrong checksum of {torn}")
+        else:
+            del pickled.CRC  # zipfile checks none then
+        return _check_pickle(io.BytesIO(archive.read(pickled)))
 
 
-def _check_legacy(file: IO[bytes]) -> set[str]:
-    """Check a file of before PyTorch 1.6: pickles, then storages; returns the pickles' globals."""
-    pickles = _Clipped(file)
-    return set().union(*(_check_pickle(pickles) for _ in range(LEGACY_PICKLES)))
+def _check_legacy(file: IO[bytes]) -> dict[str, type[Unread]]:
+    """Check a file in the format before PyTorch 1.6: pickles, then storages."""
+    pickles, found = _Clipped(file), {}
+    for _ in range(LEGACY_PICKLES):
+        found.update(_check_pickle(pickles))
+    return found
 
 
 class _Clipped:
@@ -142,29 +156,30 @@ class _Clipped:
         return self.file.read(min(size, self.size - self.tell()))
 
 
-def _check_pickle(file: Any) -> set[str]:
-    """The classes and functions that a pickle names, without unpickling it.
+def _check_pickle(file: Any) -> dict[str, type[Unread]]:
+    """The classes and functions that a pickle names, and what stands for each, without unpickling.
 
-    Its stack is followed with a name in place of a class or function, the number of parts in place
-    of a tuple (EMPTY if it has none), and 1 in place of anything else.
+    Its stack is followed with the number of parts in place of a tuple (EMPTY if it has none), a
+    name in place of a class or function, MADE and the name in place of what a call returns, and 1
+    in place of anything else.
 
     Raises:
         ValueError: it names a class of REFUSED, calls one of SIZED, or has a tuple of more than
             MOST_PARTS.
     """
-    found: set[str] = set()
+    found: dict[str, type[Unread]] = {}
     stack: list[str | int] = []
     marks: list[int] = []
     memo: dict[int, str | int] = {}
     for opcode, argument, _ in pickletools.genops(file):
-        before, after = opcode.stack_before, opcode.stack_after
+        before = opcode.stack_before
         marked = pickletools.markobject in before
         below = before.index(pickletools.markobject) if marked else len(before)
         first = (marks.pop() if marked else len(stack)) - below
         if first < 0:
             raise ValueError("its stack is empty")
         taken, stack[first:] = stack[first:], []
-        pushed: list[str | int] = [1] * len(after)
+        pushed: list[str | int] = [1] * len(opcode.stack_after)
         match opcode.name:
             case "MARK":
                 marks.append(len(stack))
@@ -173,13 +188,25 @@ def _check_pickle(file: Any) -> set[str]:
                 module, _, name = argument.partition(" ")
                 module, name = NAME_MAPPING.get((module, name), (module, name))  # Python 2's
                 pushed = [f"{IMPORT_MAPPING.get(module, module)}.{name}"]
-                found.add(pushed[0])
+                found.setdefault(pushed[0], Unread)
                 if REFUSED.fullmatch(pushed[0]):
                     raise ValueError(f"it contains {pushed[0]}, which resnet_fast does not read")
+            case "STACK_GLOBAL":
+                raise _OtherKind(
+                    "written with pickle protocol 4 or newer, which torch.load refuses for files "
+                    "of unknown origin; save it again with the default protocol"
+                )
             case "REDUCE" | "NEWOBJ":
                 called, arguments = taken
-                if isinstance(called, str) and SIZED.fullmatch(called) and arguments != EMPTY:
-                    raise ValueError(f"it calls {called}, which resnet_fast does not call")
+                if isinstance(called, str):
+                    pushed = [MADE + called]
+                    if SIZED.fullmatch(called) and arguments != EMPTY:
+                        raise ValueError(f"it calls {called}, which resnet_fast does not call")
+            case "APPEND" | "APPENDS" | "SETITEM" | "SETITEMS" | "BUILD":
+                pushed = taken[:1]
+                made = str(pushed[0]).removeprefix(MADE)
+                if opcode.name != "BUILD" and made in found:
+                    found[made] = UnreadList if "APPEND" in opcode.name else UnreadDict
             case "EMPTY_TUPLE" | "TUPLE" | "TUPLE1" | "TUPLE2" | "TUPLE3":
                 parts = 1 + sum(1 if isinstance(part, str) else part for part in taken)
                 if parts > max(MOST_PARTS, 1 + len(taken)):
@@ -198,21 +225,18 @@ def _check_pickle(file: Any) -> set[str]:
     return found
 
 
-def _load(file: IO[bytes], names: set[str]) -> Any:
+def _load(file: IO[bytes], names: Mapping[str, type[Unread]]) -> Any:
     # torch.load prefers its own classes, so a name that it knows is not replaced.
     known = {
         one[1] if isinstance(one, tuple) else f"{one.__module__}.{one.__qualname__}"
         for one in torch.serialization.get_safe_globals()
     }
-    unread = [(_unread(name), name) for name in sorted(names - known)]
+    unread = [
+        (type(name, (stands,), {"path": name}), name)
+        for name, stands in names.items() if name not in known
+    ]  # fmt: skip
     with _reading, torch.serialization.safe_globals(unread):
         return torch.load(file, map_location="cpu", weights_only=True)
-
-
-def _unread(path: str) -> type:
-    name = path.rpartition(".")[2]
-    mapping = name.lower().endswith("dict") or name == "CfgNode"
-    return type(name, (_UnreadDict if mapping else Unread,), {"path": path})
 
 
 def _why(error: Exception) -> str:

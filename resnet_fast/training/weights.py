@@ -25,7 +25,8 @@ from .state_dicts import StateDict
 from .torch_file import Unread, read_any
 
 MOST_NAMES = 1 << 24  # bytes of a file of class names
-LARGER = 2  # the weights in memory, over the size of their file
+MOST_GROWTH = 2  # of the weights in memory over the size of their file
+OWN = "weights"  # where a file of `fit` has the model
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def load_weights(
         model: name, of `resnet_fast.list_models()`. None takes the name in the file; without one,
             the model with the same keys and shapes.
         key: which state dict, if the file has several: names of dicts and prefixes with dots, such
-            as "teacher.backbone".
+            as "teacher.backbone"; "." is the file's content as it is.
         classes: for training, the classes of the data. A head that is missing or of other classes
             is replaced by a new one, initialized as `nn.Linear`. None keeps the head of the file.
         impl: implementation of the fused blocks.
@@ -105,7 +106,7 @@ def load_weights(
         if not isinstance(weights, dict):
             raise CheckpointError(f"{path}: weights: expected a dict, got {given(weights)}")
         _check_tensors(f"{path}: weights", weights)
-        content, key = {"weights": weights}, "weights" if key is None else key
+        key = OWN if key is None else key
     match = _only_match(path, _found(path, content, key), model, options, preprocessing.channels)
     head, why = _head(path, match, names, classes)
     if why and classes is None:
@@ -113,14 +114,14 @@ def load_weights(
             f"{path}: {why}; expected fc.weight [classes, features] and fc.bias [classes]. Only "
             "training can replace the head: resnet-fast train --weights"
         )
-    notes = _notes(path, match.found, why, classes)
+    notes = _notes(path, match.found, why, names, classes)
     count = len(head["weight"]) if head else len(classes)
     if names is not None and head and len(names) != count:
         raise CheckpointError(
             f"{path}: classes: expected {count} names, one per row of fc.weight, got {len(names)}"
         )
     read = [*match.found.body.values(), *head.values()]
-    if sum(t.nbytes for t in read) > LARGER * path.stat().st_size:
+    if sum(t.nbytes for t in read) > MOST_GROWTH * path.stat().st_size:
         raise CheckpointError(f"{path}: damaged, or not a checkpoint: its tensors overlap")
     spec = ModelSpec(match.name, {**match.options, "num_classes": count})
     net = _on_meta(path, spec.name, spec.options, impl)
@@ -154,7 +155,7 @@ def _found(path: Path, content: Any, key: str | None) -> list[StateDict]:
             f"{path}: a pickled {content.path}, not its weights; save its state_dict() with "
             "torch.save"
         )
-    found = state_dicts.find(content, key or "") if isinstance(content, dict) else []
+    found = state_dicts.find(content, key) if isinstance(content, dict) else []
     if found:
         return found
     if not isinstance(content, dict) or not content:
@@ -163,11 +164,13 @@ def _found(path: Path, content: Any, key: str | None) -> list[StateDict]:
     more = ", …" if len(content) > 6 else ""
     if key is not None:
         raise ValueError(f"key: {path} has no ResNet at {given(key)}; it has {names}{more}")
+    others = state_dicts.places(content)
+    if others:
+        raise ValueError(f"{path}: expected a ResNet; choose with key (--key): {brief(others[0])}")
     pickled = [v.path for v in content.values() if isinstance(v, Unread)]
     hint = f"; save the state_dict() of the pickled {pickled[0]}" if pickled else ""
     raise ValueError(
-        f"{path}: expected a ResNet; no {state_dicts.FIRST} is in {names}{more}{hint}, or name its "
-        "place with key (--key)"
+        f"{path}: expected a ResNet; it has {names}{more}, without {state_dicts.FIRST}{hint}"
     )
 
 
@@ -192,7 +195,7 @@ def _only_match(
         except ValueError as error:
             errors.append(error)
     if len(matches) > 1:
-        keys = " and ".join(match.found.key or "the file itself" for match in matches)
+        keys = " and ".join(match.found.key for match in matches)
         raise ValueError(f"key: {path} has several state dicts; choose one with --key: {keys}")
     if not matches:
         raise errors[0]
@@ -202,7 +205,7 @@ def _only_match(
 def _match(
     path: Path, found: StateDict, model: str | None, options: Mapping[str, Any], channels: int
 ) -> _Match:
-    where = f"{path}: {found.key}" if found.key else f"{path}"
+    where = f"{path}" if found.key in (OWN, state_dicts.ITSELF) else f"{path}: {found.key}"
     _check_tensors(where, found.body)
     first = found.body.get(state_dicts.FIRST)
     if first is None:
@@ -233,7 +236,7 @@ def _head(
         return {}, "the classification head is missing"
     name, head = next(iter(heads.items()))
     if len(heads) > 1 or head.keys() != {"weight", "bias"}:
-        keys = [brief(f"{n}.{k}") for n, tensors in heads.items() for k in tensors]
+        keys = [f"{n}.{brief(k)}" for n, tensors in heads.items() for k in tensors]
         return {}, f"the head has {', '.join(keys[:4])}"
     _check_tensors(f"{path}", {f"{name}.{k}": v for k, v in head.items()})
     weight, bias = head["weight"], head["bias"]
@@ -250,16 +253,20 @@ def _head(
 
 
 def _notes(
-    path: Path, found: StateDict, why: str, classes: Sequence[str] | None
-) -> tuple[str, ...]:
+    path: Path, found: StateDict, why: str, names: Sequence[str] | None,
+    classes: Sequence[str] | None,
+) -> tuple[str, ...]:  # fmt: skip
     notes = []
-    if found.key not in ("", "weights"):
-        beside = f" ({found.others} other entries not used)" if found.others else ""
+    if found.key not in (OWN, state_dicts.ITSELF):
+        beside = f" ({found.unused} other entries not used)" if found.unused else ""
         notes.append(f"{path}: took {found.key}{beside}")
+    head = next(iter(found.heads), "")
     if why:
         notes.append(f"{path}: {why}; a new head of {len(classes or ())} classes replaces it")
-    elif "fc" not in found.heads:
-        notes.append(f"{path}: took {next(iter(found.heads))} as fc")
+    elif head.rpartition(".")[2] != "fc":
+        notes.append(f"{path}: took {head} as fc")
+    if not why and classes is not None and names is None:
+        notes.append(f"{path}: kept the head of {len(classes)} classes, whose names are unknown")
     return tuple(notes)
 
 
@@ -286,7 +293,7 @@ def _on_meta(path: Path, name: str, options: Mapping[str, Any], impl: str = "aut
     """The model without memory for its parameters."""
     try:
         with torch.device("meta"):
-            return create_model(name, **{"impl": impl, **options})
+            return create_model(name, **{**options, "impl": impl})
     except (ValueError, TypeError, RuntimeError, OverflowError) as error:
         raise CheckpointError(f"{path}: spec: {reason(error)}") from None
 

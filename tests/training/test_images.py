@@ -1,7 +1,6 @@
 """Folders and image files as they lie around: what is taken, what is skipped, how it is read."""
 
 import os
-import time
 import warnings
 
 import numpy as np
@@ -72,6 +71,9 @@ def test_links_are_followed_and_loops_end(photos, tmp_path):
     assert data.classes == ("bird", "cat", "dog")
     counts = np.bincount([label for _, label in data.files["all"]])
     assert counts.tolist() == [3, 11, 10]
+    assert data.skipped == {"links to a folder above": 1}
+    (photos / "dog" / "again").symlink_to(real / "deep")
+    assert len(images_in(photos / "dog", Skipped())) == 13  # as torchvision counts them
 
 
 def test_all_suffixes_of_torchvision_count(tmp_path):
@@ -167,8 +169,20 @@ def test_training_goes_on_past_bad_images(photos):
     assert len(data.unreadable) == 3
     for path, _ in data.files["train"]:
         path.write_bytes(b"no image")
-    with pytest.raises(ValueError, match="data: no image of a batch can be read"):
+    with pytest.raises(ValueError, match=r"data: no image can be read; the first: .*png: not"):
+        evaluate(net, data, split="train")
+    with pytest.raises(ValueError, match=r"data: no image of a batch of 4 can be read: .*png:"):
         fit(net, data, recipe)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_a_batch_without_readable_images_takes_those_before(photos, batch_size):
+    (photos / "cat" / "3.png").write_bytes(b"no image")
+    data = load_data("imagefolder", photos, size=16, on_bad_image="skip")
+    net = model()
+    net.fc = torch.nn.Linear(16, 2)
+    recipe = RECIPE.__class__(epochs=1, batch_size=batch_size, lr=0.01, warmup=0.0)
+    assert len(fit(net, data, recipe).losses) == 16 // batch_size
 
 
 def test_sixteen_bits_and_floats_are_scaled_by_their_range(tmp_path):
@@ -186,6 +200,12 @@ def test_sixteen_bits_and_floats_are_scaled_by_their_range(tmp_path):
         Image.fromarray(values).save(tmp_path / "f.tif")
         scaled = torch.from_numpy((unit * 255).round().astype(np.uint8))[None]
         assert torch.equal(read_image(tmp_path / "f.tif", ONE), scaled)
+    for constant, level in ((128.0, 128), (0.5, 128), (300.0, 0)):
+        Image.fromarray(np.full((4, 4), constant, np.float32)).save(tmp_path / "f.tif")
+        assert (read_image(tmp_path / "f.tif", ONE) == level).all()
+    grey = unit * 20 + 100
+    Image.fromarray(grey).save(tmp_path / "f.tif")
+    assert np.array_equal(read_image(tmp_path / "f.tif", ONE)[0], grey.round().astype(np.uint8))
     dim = unit / 2
     Image.fromarray(dim).save(tmp_path / "f.tif")
     assert read_image(tmp_path / "f.tif", ONE).max() == 128  # in 0 to 1: not stretched
@@ -198,12 +218,18 @@ def test_sixteen_bits_and_floats_are_scaled_by_their_range(tmp_path):
 
 
 @pytest.mark.parametrize("size", [(3000, 2), (2, 3000), (1, 1), (5000, 1)])
-def test_narrow_images_take_no_time(tmp_path, size):
+def test_narrow_images_take_no_time(tmp_path, size, monkeypatch):
+    """Whatever is made of them has no more pixels than the crop."""
     path = picture(tmp_path / "a.png", size)
-    start = time.perf_counter()
-    x = read_image(path, imagenet())
-    assert x.shape == (3, 224, 224)
-    assert time.perf_counter() - start < 1
+    made, resize = [], Image.Image.resize
+
+    def resized(image, *args):
+        made.append(resize(image, *args))
+        return made[-1]
+
+    monkeypatch.setattr(Image.Image, "resize", resized)
+    assert read_image(path, imagenet()).shape == (3, 224, 224)
+    assert [image.width * image.height <= 16 * 224 * 224 for image in made] == [True]
 
 
 def test_of_a_narrow_image_the_same_pixels(tmp_path):

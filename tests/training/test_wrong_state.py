@@ -1,19 +1,22 @@
 """Well-formed checkpoints of wrong content are refused by name, before anything is loaded."""
 
 import copy
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from training_cases import RECIPE, assert_same, data, model
+from training_cases import RECIPE, STEPS, assert_same, data, model
 
 from resnet_fast.runtime.files import InUse, NotWritten, locked, replacing
 from resnet_fast.training import checkpoint as files
 from resnet_fast.training import fit
 from resnet_fast.training.checkpoint import CheckpointError
 from resnet_fast.training.loop import LOCK
+from resnet_fast.training.state import State
 
 ENDLESS = [1]
 for _ in range(64):
@@ -69,7 +72,7 @@ CASES = [
     ((T, "generator"), torch.full((5056,), 255, dtype=torch.uint8), "training: generator: "),
     ((T, "random"), 5, "training: random: expected a list, got 5"),
     ((T, "random"), [[]], "training: random: expected states, got []"),
-    ((T, "random"), [[torch.zeros(2)]], "training: generator: expected a tensor"),
+    ((T, "random"), [[torch.zeros(2)]], "training: random: expected a tensor"),
     ((T, "model"), {}, "training: model: has no 'conv1.weight'"),
     ((T, "model", "fc.bias"), torch.zeros(()), "training: model: fc.bias: expected a tensor [4]"),
     ((T, "model", "fc.bias"), torch.zeros(4).double(), "training: model: fc.bias: expected"),
@@ -228,9 +231,67 @@ def test_what_fails_leaves_no_part(tmp_path):
 def test_parts_of_a_killed_run_are_removed(tmp_path):
     for folder in (tmp_path, tmp_path / "checkpoints"):
         folder.mkdir(exist_ok=True)
-        (folder / ".model.pt.0123.part").write_bytes(b"torn")
+        (folder / ".model.pt.0123456789abcdef.part").write_bytes(b"torn")
+    (tmp_path / ".film.mkv.part").write_bytes(b"a download")
     fit(model(), data(), RECIPE, out=tmp_path)
-    assert not list(tmp_path.rglob("*.part"))
+    assert [path.name for path in tmp_path.rglob("*.part")] == [".film.mkv.part"]
+
+
+def test_a_lock_ends_with_its_process_not_with_its_workers(tmp_path):
+    """A forked process does not keep it, as a worker of a killed run would."""
+    ready, started = os.pipe()
+    with locked(tmp_path / "lock", wait=False):
+        child = os.fork()
+        if not child:
+            os.write(started, b"1")
+            signal.pause()
+        os.read(ready, 1)
+    try:
+        with locked(tmp_path / "lock", wait=False):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def test_a_pipe_is_written_not_replaced(tmp_path):
+    """Such as /dev/stdout, or a process of the shell."""
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    with replacing(tmp_path / "pipe", "w") as file:
+        file.write("text")
+    assert os.read(reader, 9) == b"text"
+    os.close(reader)
+
+
+def test_the_generator_of_another_device_is_checked_by_itself(run, monkeypatch):
+    """A GPU's has 16 bytes of state, the CPU's 5056."""
+
+    class Small:
+        def __init__(self, device="cpu"):
+            self.device, self.state = torch.device("meta"), torch.zeros(16, dtype=torch.uint8)
+
+        def manual_seed(self, seed):
+            return self
+
+        def get_state(self):
+            return self.state
+
+        def set_state(self, state):
+            if len(state) != 16:
+                raise RuntimeError("RNG state is wrong size")
+
+    state = State(model(), RECIPE, STEPS, torch.device("cpu"))
+    state.generator = Small()
+    saved = state.state_dict()
+    generator = torch.Generator
+    monkeypatch.setattr(
+        torch, "Generator", lambda device: Small() if device.type == "meta" else generator(device)
+    )
+    state.load_state_dict(saved)
+    saved["random"] = [[torch.zeros(16, dtype=torch.uint8)]]
+    with pytest.raises(CheckpointError, match="training: random: expected a tensor"):
+        state.load_state_dict(saved)
 
 
 def test_a_lock_in_this_process(tmp_path):
