@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
         )
     note("predict", *loaded.notes)
     if skipped:
-        note("predict", f"skipped in folders: {skipped}")
+        note("predict", f"skipped in folders ({skipped})")
     unreadable: dict[str, str] = {}
     show = _json if args.json else _csv if args.csv else _text
     show(predictions(args, files, loaded, names, unreadable))

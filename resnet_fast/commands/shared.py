@@ -92,14 +92,14 @@ def note_folder(command: str, data: Any) -> None:
     """Print which files of a folder of images are not used, if there are any."""
     skipped = getattr(data, "skipped", None)
     if skipped:
-        note(command, f"skipped in the folder: {skipped}")
+        note(command, f"skipped in the folder ({skipped})")
 
 
 def note_unreadable(command: str, unreadable: Mapping[str, str]) -> None:
     """Print how many images could not be read, and why the first could not."""
     if unreadable:
         first = next(iter(unreadable.values()))
-        note(command, f"skipped {len(unreadable)} images that cannot be read; the first: {first}")
+        note(command, f"skipped images that cannot be read: {len(unreadable)}; the first: {first}")
 
 
 def missing(impls: Sequence[str], devices: Sequence[str], dtypes: Sequence[str]) -> Iterator[str]:

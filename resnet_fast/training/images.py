@@ -34,7 +34,7 @@ class Skipped(Counter[str]):
     """Number of files and folders that were not taken as images, by reason."""
 
     def __str__(self) -> str:
-        return ", ".join(f"{count} {why}" for why, count in sorted(self.items()))
+        return ", ".join(f"{why}: {count}" for why, count in sorted(self.items()))
 
 
 def folders_in(root: Path, skipped: Skipped) -> list[Path]:

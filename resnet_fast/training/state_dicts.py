@@ -64,7 +64,8 @@ def find(content: Table, key: str | None = None) -> list[StateDict]:
     if rest:
         start = f"{rest}."
         known = [prefix for prefix in _known_prefixes(table) if prefix.startswith(start)]
-        found = [_state_dict(table, path, p) for p in ([start] if start in _prefixes(table) else known)]
+        prefixes = [start] if start in _prefixes(table) else known
+        found = [_state_dict(table, path, prefix) for prefix in prefixes]
     else:
         found = [
             _state_dict(inner, where, prefix)

@@ -436,7 +436,7 @@ def test_predict_folders_as_text_csv_and_json(trained, pictures, tmp_path, capsy
     said = capsys.readouterr()
     found = json.loads(said.out)
     assert [one["image"] for one in found] == [str(inner / "2.png"), str(pictures[1])]
-    assert said.err == "resnet-fast predict: skipped in folders: 1 of other types\n"
+    assert said.err == "resnet-fast predict: skipped in folders (of other types: 1)\n"
     assert cli.main([*words, "--csv"]) == 0
     table = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
     assert [(row["image"], int(row["rank"]), row["name"], float(row["probability"]))
@@ -492,8 +492,8 @@ def test_a_folder_from_weights_to_figures(photos, trained, tmp_path, capsys):
     said = capsys.readouterr()
     assert "model   cifar_resnet20" in said.out
     assert "the head has 10 classes; a new head of 2 classes" in said.err
-    assert "skipped in the folder: 1 hidden" in said.err
-    assert "skipped 1 images that cannot be read; the first: " in said.err
+    assert "skipped in the folder (hidden: 1)" in said.err
+    assert "skipped images that cannot be read: 1; the first: " in said.err
     started = files.read(trained / "model.pt")["weights"]["conv1.weight"]
     moved = files.read(out / "model.pt")["weights"]["conv1.weight"] - started
     assert 0 < moved.norm() < 0.1 * started.norm()
@@ -504,7 +504,7 @@ def test_a_folder_from_weights_to_figures(photos, trained, tmp_path, capsys):
         chosen = [] if split is None else ["--split", split]
         assert cli.main([*words, "--on-bad-image", "skip", *chosen]) == 0
         said = capsys.readouterr()
-        bad = "skipped 1 images" in said.err
+        bad = "cannot be read: 1" in said.err
         assert json.loads(said.out)["images"] == images + (not bad and split == "train")
         assert ("all its images are evaluated" in said.err) == (split is None)
 

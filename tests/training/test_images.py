@@ -57,7 +57,7 @@ def test_what_no_image_can_be_is_skipped_and_counted(photos):
         "hidden": 5, "of other types": 3, "empty": 1, "folders named like an image": 2,
         "broken links": 2, "outside of the class folders": 1, "pipes or devices": 1,
     }  # fmt: skip
-    assert str(data.skipped).startswith("2 broken links, 1 empty, 2 folders named like an image")
+    assert str(data.skipped).startswith("broken links: 2, empty: 1, folders named like an image: 2")
 
 
 def test_links_are_followed_and_loops_end(photos, tmp_path):

@@ -364,6 +364,8 @@ def test_a_dict_within_itself(saved, net):
 
 
 def test_files_without_checksums_are_read(saved, net):
+    if not hasattr(torch.serialization, "set_crc32_options"):
+        pytest.skip("this PyTorch always writes them")
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:
