@@ -45,13 +45,18 @@ def augment(name: str, x: Tensor, size: int, draws: Draws) -> Tensor:
     resized-crop: a random box of random shape, resized (Szegedy et al. 2014, arXiv:1409.4842).
     """
     if name == "none":
-        top, left = (x.size(2) - size) // 2, (x.size(3) - size) // 2
-        return x[:, :, top : top + size, left : left + size]
+        return centre_crop(x, size)
     if name == "resized-crop-flip":
         x = resized_crop(x, size, draws)
     else:
         x = pad_crop(x, size, size // 8, draws)
     return flip(x, draws) if name.endswith("flip") else x
+
+
+def centre_crop(x: Tensor, size: int) -> Tensor:
+    """The middle size × size pixels of x [N,C,H,W]; a smaller side is kept."""
+    top, left = (max(side - size, 0) // 2 for side in x.shape[2:])
+    return x[:, :, top : top + size, left : left + size]
 
 
 def pad_crop(x: Tensor, size: int, pad: int, draws: Draws) -> Tensor:

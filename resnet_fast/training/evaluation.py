@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..spec.values import integer
+from .augment import centre_crop
 from .checks import (
     MOST,
     SPLITS,
@@ -103,7 +104,7 @@ def evaluate(
         for x, y in data.batches(split, indices.split(batch_size), device, workers):
             if not len(x):
                 continue  # no image of the batch can be read
-            x = as_input(x, data.preprocessing, model)
+            x = as_input(centre_crop(x, data.preprocessing.size), data.preprocessing, model)
             with autocast(device, precision):
                 logits = model(x)
             check_logits(logits, classes)

@@ -103,6 +103,20 @@ def test_evaluation_takes_all_that_it_is_given(photos):
     assert [data.count(split) for split in ("train", "test", "all")] == [20, 2, 22]
 
 
+@pytest.mark.parametrize("split", ["train", "test", "all"])
+def test_every_split_is_evaluated_at_the_size_of_inputs(photos, split):
+    """Training reads larger images, for its crops."""
+    seen = []
+
+    class Net(torch.nn.Module):
+        def forward(self, x):
+            seen.append(x.shape[2:])
+            return x.mean((2, 3))[:, :2]
+
+    evaluate(Net(), load_data("imagefolder", photos, size=16), split=split)
+    assert set(seen) == {(16, 16)}
+
+
 def test_in_memory_all_is_both():
     data = load_data("synthetic", size=8)
     assert data.count("all") == data.count("train") + data.count("test")
