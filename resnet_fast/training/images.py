@@ -6,6 +6,7 @@ Which files are images follows torchvision's `ImageFolder`; what cannot be an im
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -26,6 +27,7 @@ SUFFIXES = frozenset(
 # Pillow's other formats are rare, and one runs a program: Ghostscript for EPS.
 FORMATS = ("JPEG", "PNG", "TIFF", "WEBP", "BMP", "DIB", "PPM", "GIF")
 HIDDEN = "hidden"
+NOT_FINITE = "it has values that are not finite"
 MARGIN = 2  # a JPEG is decoded at no less than this multiple of the size it is resized to
 MOST_CROPS = 16  # of a larger resized image, only the crop is computed
 
@@ -156,7 +158,7 @@ def _pixels(Image: Any, image: Any, preprocessing: Preprocessing, crop: int) -> 
     if scale is not None:
         values = (values - scale[0]) * (255 / (scale[1] - scale[0]))
         if not np.isfinite(values).all():
-            raise ValueError("it has values that are not finite")
+            raise ValueError(NOT_FINITE)
         values = np.rint(values).clip(0, 255).astype(np.uint8)
     x = torch.from_numpy(values.reshape(crop, crop, -1)).permute(2, 0, 1)
     return x.expand(preprocessing.channels, -1, -1)
@@ -166,6 +168,8 @@ def _range(low: float, high: float, usual: Sequence[float]) -> tuple[float, floa
     """The values that become 0 and 255: 0 and the first of `usual` that is high enough, else the
     extrema.
     """
+    if not math.isfinite(high - low):
+        raise ValueError(NOT_FINITE)
     for most in usual:
         if 0 <= low and high <= most:
             return 0.0, most

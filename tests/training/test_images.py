@@ -229,6 +229,11 @@ def test_sixteen_bits_and_floats_are_scaled_by_their_range(tmp_path):
     Image.fromarray(unit).save(tmp_path / "f.tif")
     with pytest.raises(ValueError, match=r"f\.tif: .* it has values that are not finite"):
         read_image(tmp_path / "f.tif", ONE)
+    wide = np.full((4, 12), 300, np.float32)
+    wide[0, 0] = np.inf  # outside of the crop
+    Image.fromarray(wide).save(tmp_path / "f.tif")
+    with pytest.raises(ValueError, match=r"f\.tif: .* it has values that are not finite"):
+        read_image(tmp_path / "f.tif", ONE)
 
 
 @pytest.mark.parametrize("size", [(3000, 2), (2, 3000), (1, 1), (5000, 1)])
