@@ -11,6 +11,7 @@ from types import ModuleType
 import torch
 
 from ..experiments import EXPERIMENTS
+from ..spec.values import printable
 from .shared import check_where
 
 DEFAULT_OUT = Path("build/experiments")
@@ -46,5 +47,5 @@ def run(args: argparse.Namespace) -> int:
     found = load(name).run(args)
     print(findings.text(found))
     path = findings.write(found, name, settings(args), out)
-    print(f"\nwrote {path} after {time.perf_counter() - start:.0f} s")
+    print(f"\nwrote {printable(str(path))} after {time.perf_counter() - start:.0f} s")
     return 0

@@ -20,6 +20,7 @@ from ..dispatch import backends
 from ..models import create_model
 from ..runtime.optional import MissingPackage
 from ..runtime.options import output_folder
+from ..spec.values import printable
 from ..training import History, Interrupted, Recipe, fit, load_data
 from ..training.augment import AUGMENTATIONS
 from ..training.checkpoint import ModelSpec
@@ -191,4 +192,4 @@ def _finish(history: History, out: Path, title: str) -> None:
     except MissingPackage as error:
         print(f"no curves.png: {error}")
     print(f"test accuracy {history.epochs[-1]['test_accuracy']:.2%}")
-    print(f"wrote to {out}: {', '.join(written)}")
+    print(f"wrote to {printable(str(out))}: {', '.join(written)}")

@@ -78,9 +78,9 @@ def seed(text: str) -> int:
 
 def output_file(text: str) -> Path:
     """Parse the path of a file that can be written; its folders may be missing."""
-    if Path(text).is_dir():
-        raise argparse.ArgumentTypeError(f"expected a file, got the folder {text!r}")
     _check_writable(Path(text).parent)
+    if os.path.isdir(text):
+        raise argparse.ArgumentTypeError(f"expected a file, got the folder {text!r}")
     return Path(text)
 
 
