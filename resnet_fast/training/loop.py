@@ -97,32 +97,27 @@ def fit(
     check_flag(progress, "progress")
     folder = None if out is None else Path(out)
     _check(data, recipe, folder, resume)
-    with nullcontext() if folder is None or not world().first else _run_lock(folder):
-        return _fit(model, data, recipe, device, on_epoch, folder, resume, spec, workers, progress)
-
-
-def _fit(
-    model, data, recipe, device, on_epoch, folder, resume, spec, workers, progress
-) -> History:
-    fmt = torch.channels_last if recipe.channels_last else torch.contiguous_format
-    model.to(device, memory_format=fmt).train()
-    run = _Run(model, data, recipe, device, workers, progress)
-    about = _about(spec, data, recipe)
-    keeper = None
-    if folder is not None:
-        resumed = _resume(run.state, about, folder, resume) if resume else None
-        keeper = Keeper(folder / "checkpoints", resumed)
-
-    def save() -> Path:
-        content = run.state.state_dict()  # a collective call
-        if not run.here.first:
-            return keeper.folder
-        weights = run.state.best.state_dict()
-        return keeper.write(
-            run.state.epoch, run.state.step, {**about, "weights": weights, "training": content}
-        )
-
     with ExitStack() as stack:
+        if folder is not None and world().first:
+            stack.enter_context(_run_lock(folder))
+        fmt = torch.channels_last if recipe.channels_last else torch.contiguous_format
+        model.to(device, memory_format=fmt).train()
+        run = _Run(model, data, recipe, device, workers, progress)
+        about = _about(spec, data, recipe)
+        keeper = None
+        if folder is not None:
+            resumed = _resume(run.state, about, folder, resume) if resume else None
+            keeper = Keeper(folder / "checkpoints", resumed)
+
+        def save() -> Path:
+            content = run.state.state_dict()  # a collective call
+            if not run.here.first:
+                return keeper.folder
+            weights = run.state.best.state_dict()
+            return keeper.write(
+                run.state.epoch, run.state.step, {**about, "weights": weights, "training": content}
+            )
+
         stack.enter_context(_deterministic(recipe.deterministic))
         stack.enter_context(checkpointing(model, recipe.checkpointing))
         stack.enter_context(warnings.catch_warnings())

@@ -65,7 +65,7 @@ def load_weights(
 ) -> Loaded:
     """Load the model whose weights are at `path`, in fp32 and channels_last on `device`.
 
-    No code of the file is run. A state dict may be inside of dicts (`state_dict`, `model`, `ema`
+    No code of the file is run. A state dict may be in dicts (`state_dict`, `model`, `ema`
     and others of `state_dicts.WRAPPERS`), its names after prefixes (`module.`, `backbone.` and
     others of `state_dicts.PREFIXES`), and its head named `fc`, `head` or `classifier`.
 

@@ -300,7 +300,3 @@ def test_a_lock_in_this_process(tmp_path):
             pass
     with locked(tmp_path / "lock", wait=False):
         pass
-
-
-def test_a_checkpoint_error_is_a_value_error():
-    assert issubclass(CheckpointError, ValueError)
