@@ -1,7 +1,7 @@
 """`resnet-fast COMMAND`: one module per command, imported only when the command is called.
 
 A command's module has `add_arguments(parser)` and `run(args) -> int`, the exit status. A new
-command is one line in COMMANDS.
+command is one entry of COMMANDS.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import NoReturn
 from .runtime import settings
 from .runtime.files import NotWritten, reason
 from .runtime.optional import MissingPackage
+from .runtime.options import examples
 from .spec.values import printable
 
 REFUSED = 2  # exit status for a wrong argument or file, as argparse
@@ -23,14 +24,39 @@ FAILED = 1
 KILLED = 128  # a shell reports a signal as this plus its number
 
 COMMANDS = {
-    "env": ("resnet_fast.commands.env", "versions, hardware and available implementations"),
-    "verify": ("resnet_fast.commands.verify", "compare ops and models with PyTorch in fp64"),
-    "tune": ("resnet_fast.commands.tune", "find the fastest GPU kernels of a model, store them"),
-    "train": ("resnet_fast.commands.train", "train a model in one or several processes"),
-    "eval": ("resnet_fast.commands.evaluate", "evaluate a trained model on a data set"),
-    "predict": ("resnet_fast.commands.predict", "classify images"),
-    "experiment": ("resnet_fast.commands.experiment", "experiments on residual learning"),
-}
+    "env": (
+        "resnet_fast.commands.env", "versions, hardware and available implementations",
+        "env", "env --json",
+    ),
+    "verify": (
+        "resnet_fast.commands.verify", "compare ops and models with PyTorch in fp64",
+        "verify --quick", "verify --model resnet50 --dtype fp32 --json verify.json",
+    ),
+    "tune": (
+        "resnet_fast.commands.tune", "find the fastest GPU kernels of a model, store them",
+        "tune --model resnet50 --batch 256",
+        "tune --model resnet50,resnet101 --batch 1,64 --dtype bf16 --mode infer",
+    ),
+    "train": (
+        "resnet_fast.commands.train", "train a model in one or several processes",
+        "train digits",
+        "train imagefolder photos --model resnet50 --pretrained --epochs 5 --lr 0.01",
+    ),
+    "eval": (
+        "resnet_fast.commands.evaluate", "evaluate a trained model on a data set",
+        "eval imagefolder photos --weights runs/photos/model.pt",
+        "eval imagefolder imagenet --weights IMAGENET1K_V2 --model resnet50 --precision bf16",
+    ),
+    "predict": (
+        "resnet_fast.commands.predict", "classify images",
+        "predict cat.jpg", "predict photos --weights runs/photos/model.pt --topk 3 --csv",
+    ),
+    "experiment": (
+        "resnet_fast.commands.experiment", "experiments on residual learning",
+        "experiment gradient-flow", "experiment degradation --depths 20,56 --epochs 5",
+    ),
+}  # fmt: skip
+"""Command → its module, its summary and two examples."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -45,14 +71,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     A wrong option, environment variable or file, or a missing package, gives one line on stderr and
     status 2; a full disk or too little memory gives status 1.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        try:
+            return _main(list(sys.argv[1:] if argv is None else argv))
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # such as `| head`; Python would complain again at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return KILLED + 13
+
+
+def _main(argv: list[str]) -> int:
     parser = _Parser(prog="resnet-fast", description="Fused ResNets for PyTorch.")
     parser.add_argument("--version", action="version", version=f"resnet_fast {_version()}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     asked = next((word for word in argv if not word.startswith("-")), None)
     run = None
-    for name, (path, summary) in COMMANDS.items():
-        command = commands.add_parser(name, help=summary, description=summary)
+    for name, (path, summary, *lines) in COMMANDS.items():
+        shown = examples(*(f"resnet-fast {line}" for line in lines))
+        command = commands.add_parser(name, help=summary, description=summary, **shown)
         if name == asked:
             module = importlib.import_module(path)
             module.add_arguments(command)
@@ -67,9 +104,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             setting.read()
         backends.native_module()  # reads the rest of them
         return run(args)
-    except BrokenPipeError:  # such as `| head`; Python would complain again at its end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return KILLED + 13
+    except BrokenPipeError:
+        raise
     except KeyboardInterrupt:
         return KILLED + 2
     except NotWritten as error:

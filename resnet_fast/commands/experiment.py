@@ -11,6 +11,7 @@ from types import ModuleType
 import torch
 
 from ..experiments import EXPERIMENTS
+from ..runtime.options import examples
 from ..spec.values import printable
 from .shared import check_where
 
@@ -28,7 +29,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     names = parser.add_subparsers(dest="experiment", required=True, metavar="NAME")
     for name, summary in EXPERIMENTS.items():
-        one = names.add_parser(name, help=summary, description=summary)
+        shown = examples(
+            f"resnet-fast experiment {name}",
+            f"resnet-fast experiment {name} --seed 1 --impl reference --out build/{name}",
+        )
+        one = names.add_parser(name, help=summary, description=summary, **shown)
         add_common(one)
         load(name).add_arguments(one)
 

@@ -108,7 +108,10 @@ def compare(
                     bar.update()
                     bar.set_postfix_str(f"test accuracy {row['test_accuracy']:.1%}")
 
-                history = fit(model, data, recipe_of(args, seed), device=args.device, on_epoch=tell)
+                history = fit(
+                    model, data, recipe_of(args, seed), device=args.device,
+                    callbacks={"epoch": tell},
+                )  # fmt: skip
                 found[name].append(Trained(model, history.epochs))
                 row, seconds = history.epochs[-1], sum(row["seconds"] for row in history.epochs)
                 bar.write(

@@ -20,6 +20,12 @@ MOST = 2**31 - 1
 MOST_SEED = 2**63
 
 
+def examples(*lines: str) -> dict[str, Any]:
+    """Arguments of a parser whose help ends with these command lines."""
+    epilog = "\n".join(["examples:", *(f"  {line}" for line in lines)])
+    return {"epilog": epilog, "formatter_class": argparse.RawDescriptionHelpFormatter}
+
+
 def names(choices: Iterable[str] | Callable[[], Iterable[str]]) -> Callable[[str], list[str]]:
     """Parser of a comma-separated list of `choices` (or of choices()), without duplicates."""
 

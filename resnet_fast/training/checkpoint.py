@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import re
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,13 +18,14 @@ from typing import Any
 import torch
 
 from ..models.registry import check_name
-from ..runtime.files import remove_parts, replacing
+from ..runtime.files import opened, remove_parts, replacing
 from ..spec.values import brief, given
 from .preprocessing import Preprocessing
 from .torch_file import CheckpointError, read_any
 
 FORMAT = "resnet_fast 1"
 NAME = re.compile(r"epoch-(\d+)(?:-step-(\d+))?\.pt")
+BEST = re.compile(r"best-epoch-(\d+)\.pt")
 KEPT = 2
 MOST_CLASSES = 10**6
 
@@ -71,23 +73,31 @@ def is_own(content: Any) -> bool:
 
 def about(
     path: Path, content: Mapping[str, Any]
-) -> tuple[ModelSpec | None, tuple[str, ...], Preprocessing]:
+) -> tuple[ModelSpec | None, tuple[str, ...] | None, Preprocessing | None]:
     """The model, the class names and the preprocessing in the content of `path`.
+
+    They are None where `fit` did not know them.
 
     Raises:
         CheckpointError: one of them is missing or invalid; the message names it.
     """
     classes, spec = content.get("classes"), content.get("spec")
-    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
-        raise CheckpointError(f"{path}: classes: expected a list of names, got {given(classes)}")
-    if not 1 <= len(classes) <= MOST_CLASSES:
-        raise CheckpointError(f"{path}: classes: expected 1 to {MOST_CLASSES}, got {len(classes)}")
+    if classes is not None:
+        if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+            got = given(classes)
+            raise CheckpointError(f"{path}: classes: expected a list of names, got {got}")
+        if not 1 <= len(classes) <= MOST_CLASSES:
+            got = len(classes)
+            raise CheckpointError(f"{path}: classes: expected 1 to {MOST_CLASSES}, got {got}")
+    preprocessing = content.get("preprocessing")
     try:
-        preprocessing = Preprocessing.of(content.get("preprocessing"))
-        found = None if spec is None else _spec(spec)
+        return (
+            None if spec is None else _spec(spec),
+            None if classes is None else tuple(classes),
+            None if preprocessing is None else Preprocessing.of(preprocessing),
+        )
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from None
-    return found, tuple(classes), preprocessing
 
 
 def _spec(value: Any) -> ModelSpec:
@@ -144,7 +154,7 @@ class Keeper:
     """Writes the checkpoints of a run into `folder` and keeps the last KEPT of them.
 
     `resumed` is the file that the run continues from. All other checkpoints in `folder`, such as
-    later ones, are removed when the next one is written.
+    later ones, are removed when the next one is written. `mark_best` keeps one more.
     """
 
     def __init__(self, folder: Path, resumed: Path | None = None) -> None:
@@ -160,5 +170,27 @@ class Keeper:
         for other in checkpoints(self.folder):
             if other.resolve() not in kept:
                 other.unlink(missing_ok=True)
+        for other in self._best():
+            if int(BEST.fullmatch(other.name)[1]) > epoch:  # of the run after `resumed`
+                other.unlink(missing_ok=True)
         remove_parts(self.folder)
         return path
+
+    def mark_best(self, path: Path) -> None:
+        """Keep the checkpoint `path` of a complete epoch as the best, in place of the one before.
+
+        It is another name of the same file, or a copy where the file system has no such names.
+        """
+        best = path.with_name(f"best-{path.name}")
+        best.unlink(missing_ok=True)
+        try:
+            best.hardlink_to(path)
+        except OSError:
+            with opened(path) as file, replacing(best) as copy:
+                shutil.copyfileobj(file, copy)
+        for other in self._best():
+            if other != best:
+                other.unlink(missing_ok=True)
+
+    def _best(self) -> list[Path]:
+        return [path for path in self.folder.glob("best-*.pt") if BEST.fullmatch(path.name)]

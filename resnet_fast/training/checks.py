@@ -59,19 +59,23 @@ def check_model(model: nn.Module) -> None:
             raise ValueError(f"model: {name} is on the meta device; expected one with values")
 
 
-def check_data(data: Any) -> None:
-    """Whether data has the attributes of a data set from `load_data`."""
-    lacks = [name for name in DATA if not hasattr(data, name)]
-    if lacks:
-        raise ValueError(
-            f"data: expected a data set of load_data, got {given(data)} without {', '.join(lacks)}"
-        )
+def is_data(data: Any) -> bool:
+    """Whether data is a data set of `load_data`, by its attributes."""
+    return all(hasattr(data, name) for name in DATA)
 
 
-def check_logits(logits: Tensor, classes: int) -> None:
-    """Whether a model's output has one column per class of the data."""
+def check_logits(logits: Any, classes: int, y: Tensor) -> None:
+    """Whether a model's output has one column per class, and the targets y are among them."""
     shape = list(logits.shape) if isinstance(logits, Tensor) else given(logits)
     if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.size(1) != classes:
         raise ValueError(
-            f"model: expected logits [N, {classes}], one column per class of the data, got {shape}"
+            f"model: expected logits [N, {classes or 'classes'}], one column per class of the "
+            f"data, got {shape}"
+        )
+    if y.dim() == 2 and y.size(1) != classes:
+        raise ValueError(f"data: expected targets of {classes} classes, got {y.size(1)}")
+    if y.dim() == 1 and y.device.type == "cpu" and not 0 <= int(y.min()) <= int(y.max()) < classes:
+        raise ValueError(
+            f"data: expected targets from 0 to {classes - 1}, one per column of the logits, got "
+            f"{int(y.min())} to {int(y.max())}"
         )

@@ -2,37 +2,44 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 from tqdm import tqdm
 
 from ..runtime.files import InUse, locked, remove_parts
 from ..spec.values import check_flag, given, integer
 from . import checkpoint, distributed
-from .augment import Draws, augment
 from .checkpoint import CheckpointError, Keeper, ModelSpec
-from .checks import MOST, check_data, check_device, check_logits, check_model, check_path
+from .checks import MOST, check_device, check_logits, check_model, check_path, is_data
 from .distributed import world
-from .evaluation import as_input, at_least_fp32, autocast, evaluate
+from .evaluation import Loss, at_least_fp32, autocast, hard, mean_loss
+from .feeds import DataFeed, LoaderFeed
 from .forms import equal
+from .freezing import frozen, train_mode
 from .history import History
+from .optimizers import optimizer_of
 from .recipe import Recipe, lr_factor
 from .recompute import checkpointing
 from .report import Log
 from .signals import Interrupted, stop_signals
 from .state import State
 
+EVENTS = ("step", "epoch")
+EXTENDED = ("epochs", "warmup")  # attributes of the recipe that a resumed run may change
+MOST_STEPS = 10**9
+Callback = Callable[[Mapping[str, Any]], None]
 LOCK = ".lock"
 
 
@@ -41,8 +48,12 @@ def fit(
     data: Any,
     recipe: Recipe,
     *,
+    test: Iterable[Any] | None = None,
+    steps: int | None = None,
+    loss: Loss | None = None,
+    optimizer: Optimizer | Callable[[list[nn.Parameter]], Optimizer] | None = None,
+    callbacks: Mapping[str, Callback | Sequence[Callback]] | None = None,
     device: str | torch.device = "cpu",
-    on_epoch: Callable[[Mapping[str, Any]], None] | None = None,
     out: str | Path | None = None,
     resume: bool | str | Path = False,
     spec: ModelSpec | None = None,
@@ -54,19 +65,38 @@ def fit(
     Under `torchrun` (`distributed.processes`) every process calls it, with equal models.
 
     Args:
-        model: maps images [N, data.channels, data.size, data.size] to logits
-            [N, data.num_classes]. It is moved to `device`, trained in place and left in training
-            mode.
-        data: from `load_data`.
+        model: maps images [N, C, H, W] to logits [N, classes]. It is moved to `device`, trained in
+            place and left in training mode.
+        data: from `load_data`; or a `DataLoader`, or any iterable that yields the batches of an
+            epoch each time it is iterated: pairs (images, targets) of
+            - images [N, C, H, W] in floating point, augmented and normalized,
+            - targets [N], integers from 0, or [N, classes], probabilities.
+            Then `recipe.batch_size` has no effect, and the augmentations of the recipe must have
+            their defaults. With several processes, each has its own loader, of equally many
+            batches; `set_epoch` of a loader, its sampler or its data set is called.
         recipe: the hyperparameters.
+        test: with a loader, the same for the test; None leaves `test_loss` and `test_accuracy` NaN.
+        steps: with a loader, the batches of an epoch; needed if it has no length.
+        loss: maps logits (at least fp32) and targets to the mean loss of the batch; None is
+            cross-entropy with `recipe.label_smoothing`. It is the loss of the test too, without
+            label smoothing.
+        optimizer: an optimizer of parameters of `model`, or a function that makes one from the list
+            of parameters that are trained. None is that of the recipe. The recipe's schedule
+            multiplies its learning rates.
+        callbacks: functions by event, one or several each, called on the first process with a dict:
+            - "step", after every optimizer step: `epoch` (from 1), `step` (from 1), `steps` (of an
+              epoch), `images` (of this process), `loss` (of this process, a tensor: reading it
+              waits for the device), `lr` (of this step),
+            - "epoch", after every test: the row of `History.epochs`.
         device: device to train on.
-        on_epoch: called after every epoch, on the first process, with its row of
-            `History.epochs`.
         out: folder for checkpoints, metrics and the final `model.pt`; None writes nothing.
+            `checkpoints` has the last two, and that of the highest test accuracy.
         resume: True continues from the last checkpoint under `out`, or starts if there is none; a
             path continues from that checkpoint. The result is bitwise that of an uninterrupted
             run, given an equal machine and equal numbers of threads and processes. A GPU also
-            needs `recipe.deterministic`.
+            needs `recipe.deterministic`, and a loader must depend only on its epoch and on
+            PyTorch's CPU generator at the start of an epoch. `epochs` and `warmup` of the recipe
+            may differ from those of the checkpoint: the rest of the run follows the new schedule.
         spec: how to create the model; stored in the files, so that `resnet-fast eval` and
             `predict` need no model name.
         workers: processes that read the images of an imagefolder; 0 reads them in this one.
@@ -76,47 +106,57 @@ def fit(
         The metrics of every epoch and the loss of every step, those before a resume included.
 
     Raises:
-        ValueError: an argument, an attribute of the recipe or a file is invalid; the message names
-            it.
+        ValueError: an argument, an attribute of the recipe, a batch or a file is invalid; the
+            message names it.
         Interrupted: SIGTERM or SIGINT came, and `out` is given; a checkpoint has every step so far.
     """
     check_model(model)
-    check_data(data)
     if not isinstance(recipe, Recipe):
         raise ValueError(f"recipe: expected a Recipe, got {given(recipe)}")
     device = check_device(device)
-    if not (on_epoch is None or callable(on_epoch)):
-        raise ValueError(f"on_epoch: expected a function or None, got {given(on_epoch)}")
+    if not (loss is None or callable(loss)):
+        raise ValueError(f"loss: expected a function of logits and targets, got {given(loss)}")
+    calls = _callbacks(callbacks)
     if out is not None:
         check_path(out, "out")
     if not isinstance(resume, bool):
         check_path(resume, "resume")
     if not (spec is None or isinstance(spec, ModelSpec)):
         raise ValueError(f"spec: expected a ModelSpec or None, got {given(spec)}")
+    if steps is not None:
+        integer(steps, "steps", "an integer of at least 1", 1, MOST_STEPS)
     integer(workers, "workers", "an integer of at least 0", 0, MOST)
     check_flag(progress, "progress")
     folder = None if out is None else Path(out)
-    _check(data, recipe, folder, resume)
+    _check(data, test, steps, recipe, folder, resume)
     with ExitStack() as stack:
         if folder is not None and world().first:
             stack.enter_context(_run_lock(folder))
         fmt = torch.channels_last if recipe.channels_last else torch.contiguous_format
         model.to(device, memory_format=fmt).train()
-        run = _Run(model, data, recipe, device, workers, progress)
+        frozen_modules = stack.enter_context(frozen(model, recipe.freeze))
+        if is_data(data):
+            feed = stack.enter_context(closing(DataFeed(data, recipe, device, workers)))
+        else:
+            feed = LoaderFeed(data, test, steps, recipe, device)
+        run = _Run(model, feed, recipe, device, progress, loss, optimizer, frozen_modules)
         about = _about(spec, data, recipe)
         keeper = None
         if folder is not None:
             resumed = _resume(run.state, about, folder, resume) if resume else None
             keeper = Keeper(folder / "checkpoints", resumed)
 
-        def save() -> Path:
+        def save(row: Mapping[str, Any] | None = None) -> Path:
             content = run.state.state_dict()  # a collective call
             if not run.here.first:
                 return keeper.folder
             weights = run.state.best.state_dict()
-            return keeper.write(
+            path = keeper.write(
                 run.state.epoch, run.state.step, {**about, "weights": weights, "training": content}
             )
+            if row is not None and _is_best(run.state.history):
+                keeper.mark_best(path)
+            return path
 
         stack.enter_context(_deterministic(recipe.deterministic))
         stack.enter_context(checkpointing(model, recipe.checkpointing))
@@ -129,15 +169,18 @@ def fit(
         history = run.state.history
         log.start(history)
         while run.state.epoch < recipe.epochs:
-            for step in run.steps():
-                if keeper is not None and stop.asked(step, device):
+            for event in run.steps():
+                if run.here.first:
+                    calls("step", event)
+                done = run.state.epoch * feed.steps + run.state.step
+                if keeper is not None and stop.asked(done, device):
                     raise Interrupted(stop.number, save())
             row = run.end_epoch()
             if keeper is not None:
-                save()
+                save(row)
             log.epoch(history)
-            if on_epoch is not None and run.here.first:
-                on_epoch(row)
+            if run.here.first:
+                calls("epoch", row)
         if folder is not None and run.here.first:
             weights = run.state.best.state_dict()
             checkpoint.write(folder / "model.pt", {**about, "weights": weights})
@@ -145,19 +188,18 @@ def fit(
 
 
 class _Run:
-    """A training run: model, data, recipe and progress (`state`)."""
+    """A training run: model, batches, recipe and progress (`state`)."""
 
-    def __init__(self, model, data, recipe: Recipe, device, workers: int, progress: bool) -> None:
-        self.data, self.recipe, self.device, self.workers = data, recipe, device, workers
+    def __init__(
+        self, model: nn.Module, feed: DataFeed | LoaderFeed, recipe: Recipe, device: torch.device,
+        progress: bool, loss: Loss | None, optimizer: Any, frozen_modules: list[nn.Module],
+    ) -> None:  # fmt: skip
+        self.feed, self.recipe, self.device, self.loss = feed, recipe, device, loss
         self.here = world()
         self.progress = progress and self.here.first
-        self.steps_an_epoch = data.count("train") // recipe.batch_size
-        self.state = State(model, recipe, self.steps_an_epoch, device)
-        self.augmentation = data.augmentation if recipe.augment == "auto" else recipe.augment
-        self.share = recipe.batch_size // self.here.size
-        self.before: tuple[Tensor, Tensor] | None = None
-        share = slice(self.here.rank, None, self.here.size)
-        self.draws = Draws(self.state.generator, recipe.batch_size, share)
+        self.frozen = frozen_modules
+        made = _optimizer(optimizer, model) or optimizer_of(model, recipe)
+        self.state = State(model, recipe, feed.steps, device, made)
         self.runner = torch.compile(model) if recipe.compile else model
         if self.here.size > 1:
             devices = [device] if device.type == "cuda" else None
@@ -165,59 +207,46 @@ class _Run:
         if recipe.sync_bn:  # in place, after DDP: on a CPU DDP rejects a converted model
             nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
-    def steps(self) -> Iterator[int]:
-        """Train the rest of the current epoch; yields the number of steps so far after each."""
-        state, images = self.state, self.recipe.batch_size
-        order = distributed.batches(
-            self.data.count("train"), images, self.recipe.seed, state.epoch, self.here
-        )
-        state.model.train()
-        self.start, self.seen = time.perf_counter(), (len(order) - state.step) * images
+    def steps(self) -> Iterator[dict[str, Any]]:
+        """Train the rest of the current epoch; yields the event of every step."""
+        state, steps = self.state, self.feed.steps
+        train_mode(state.model, self.frozen)
+        self.start, self.first = time.perf_counter(), state.step
         with tqdm(
             desc=f"epoch {state.epoch + 1}/{self.recipe.epochs}", unit=" images", leave=False,
-            total=len(order) * images, initial=state.step * images,
+            total=self.feed.batch and steps * self.feed.batch,
+            initial=state.step * (self.feed.batch or 0),
             disable=None if self.progress else True,
         ) as bar:  # fmt: skip
-            left = order[state.step :]
-            for x, y in self.data.batches("train", left, self.device, self.workers):
-                x, y = self.filled(x, y)
-                x = augment(self.augmentation, x, self.data.size, self.draws)
-                x = as_input(x, self.data.preprocessing, state.model)
-                state.tally[state.step] = self.step(x, y)
+            for x, y in self.feed.batches(state):
+                lr = state.optimizer.param_groups[0]["lr"]
+                figures = self.step(x, y)
+                state.tally[state.step] = figures
                 state.step += 1
-                bar.update(images)
-                yield state.epoch * len(order) + state.step
-
-    def filled(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """x, y with the places of images that cannot be read taken by others: of the same batch,
-        or of the one before if it has none.
-        """
-        if len(x) == self.share:
-            self.before = x, y
-            return x, y
-        if not len(x) and self.before is None:
-            why = next(iter(getattr(self.data, "unreadable", {}).values()), "")
-            raise ValueError(f"data: no image of a batch of {self.share} can be read: {why}")
-        x, y = (x, y) if len(x) else self.before
-        index = torch.arange(self.share, device=x.device) % len(x)
-        self.before = x[index], y[index]
-        return self.before
+                bar.update(self.feed.batch or len(x))
+                yield {
+                    "epoch": state.epoch + 1, "step": state.step, "steps": steps,
+                    "images": len(x), "loss": figures[0] / len(x), "lr": lr,
+                }  # fmt: skip
 
     def step(self, x: Tensor, y: Tensor) -> Tensor:
-        """One optimizer step on this process's x, y; returns its part of [loss, correct images]."""
-        state, recipe, parts = self.state, self.recipe, self.recipe.accumulate
-        figures = torch.zeros(2, device=self.device)
-        for part, (xs, ys) in enumerate(zip(x.chunk(parts), y.chunk(parts), strict=True)):
-            together = self.here.size == 1 or part == parts - 1
+        """One optimizer step on this process's x, y; returns [sum of losses, correct, images]."""
+        state, recipe = self.state, self.recipe
+        figures = torch.tensor([0.0, 0.0, len(x)], device=self.device)
+        parts = list(zip(x.chunk(recipe.accumulate), y.chunk(recipe.accumulate), strict=True))
+        for part, (xs, ys) in enumerate(parts):
+            together = self.here.size == 1 or part == len(parts) - 1
             with nullcontext() if together else self.runner.no_sync():
                 with autocast(self.device, recipe.precision):
                     logits = self.runner(xs)
-                check_logits(logits, self.data.num_classes)
+                if self.feed.classes is None and isinstance(logits, Tensor) and logits.dim() == 2:
+                    self.feed.classes = logits.size(1)
+                check_logits(logits, self.feed.classes or 0, ys)
                 logits = at_least_fp32(logits)
-                loss = F.cross_entropy(logits, ys, label_smoothing=recipe.label_smoothing) / parts
-                state.scaler.scale(loss).backward()
-            right = (logits.detach().argmax(1) == ys).sum()
-            figures += torch.stack([loss.detach() / self.here.size, right])
+                loss = mean_loss(self.loss, logits, ys, recipe.label_smoothing)
+                state.scaler.scale(loss * (len(xs) / len(x))).backward()
+            right = (logits.detach().argmax(1) == hard(ys)).sum()
+            figures[:2] += torch.stack([loss.detach() * len(xs), right])
         if recipe.clip is not None:
             state.scaler.unscale_(state.optimizer)
             nn.utils.clip_grad_norm_(state.model.parameters(), recipe.clip)
@@ -231,36 +260,94 @@ class _Run:
 
     def end_epoch(self) -> dict[str, Any]:
         """Test the model and add the epoch's row to the history; returns the row."""
-        state, recipe, steps = self.state, self.recipe, self.steps_an_epoch
+        state, steps = self.state, self.feed.steps
         tally = state.reduced_tally()  # waits for the device
         trained = time.perf_counter() - self.start
         distributed.same_buffers(state.model)
         if state.averaged is not None:
             distributed.same_buffers(state.averaged)
-        test = evaluate(
-            state.best, self.data, device=self.device, precision=recipe.precision,
-            workers=self.workers,
-        )  # fmt: skip
-        losses, correct = tally.unbind(1)
+        test = self.feed.test(state.best, self.loss)
+        losses, correct, images = tally.unbind(1)
         last = (state.epoch + 1) * steps - 1
+        seen = images[self.first :].sum().item()
         row = {
             "epoch": state.epoch + 1,
-            "lr": recipe.lr * lr_factor(recipe, last, steps),
-            "train_loss": losses.mean().item(),
-            "train_accuracy": correct.sum().item() / (steps * recipe.batch_size),
-            "test_loss": test.loss,
-            "test_accuracy": test.accuracy,
-            "images_per_second": self.seen / trained if trained > 0 else 0.0,
+            "lr": state.schedule.base_lrs[0] * lr_factor(self.recipe, last, steps),
+            "train_loss": (losses.sum() / images.sum()).item(),
+            "train_accuracy": (correct.sum() / images.sum()).item(),
+            "test_loss": math.nan if test is None else test.loss,
+            "test_accuracy": math.nan if test is None else test.accuracy,
+            "images_per_second": seen / trained if trained > 0 else 0.0,
             "seconds": time.perf_counter() - self.start,
         }
         state.history.epochs.append(row)
-        state.history.losses += losses.tolist()
+        state.history.losses += (losses / images).tolist()
         state.epoch, state.step = state.epoch + 1, 0
         state.tally.zero_()
         return row
 
 
-def _check(data: Any, recipe: Recipe, out: Path | None, resume: bool | str | Path) -> None:
+def _callbacks(asked: Any) -> Callable[[str, Mapping[str, Any]], None]:
+    """A function that calls the callbacks of an event."""
+    if not (asked is None or isinstance(asked, Mapping)):
+        raise ValueError(f"callbacks: expected functions by event, got {given(asked)}")
+    found: dict[str, list[Callback]] = {}
+    for event, functions in (asked or {}).items():
+        if event not in EVENTS:
+            raise ValueError(f"callbacks: expected events {', '.join(EVENTS)}, got {given(event)}")
+        found[event] = [functions] if callable(functions) else functions
+        listed = isinstance(found[event], (list, tuple))
+        if not listed or not all(map(callable, found[event])):
+            raise ValueError(
+                f"callbacks: {event}: expected a function or a list, got {given(functions)}"
+            )
+
+    def call(event: str, content: Mapping[str, Any]) -> None:
+        for function in found.get(event, ()):
+            function(content)
+
+    return call
+
+
+def _optimizer(asked: Any, model: nn.Module) -> Optimizer | None:
+    """The optimizer that the caller of `fit` gave, or that its function makes."""
+    if asked is None:
+        return None
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    made = asked if isinstance(asked, Optimizer) or not callable(asked) else asked(parameters)
+    if not isinstance(made, Optimizer):
+        raise ValueError(
+            "optimizer: expected a torch.optim.Optimizer or a function that makes one from a list "
+            f"of parameters, got {given(made)}"
+        )
+    known = {id(p) for p in model.parameters()}
+    if any(id(p) not in known for group in made.param_groups for p in group["params"]):
+        raise ValueError("optimizer: expected only parameters of model")
+    return made
+
+
+def _is_best(history: History) -> bool:
+    """Whether the last epoch has the highest test accuracy, and is the first that has it."""
+    *before, last = (row["test_accuracy"] for row in history.epochs)
+    return all(last > accuracy for accuracy in before if accuracy == accuracy) and last == last
+
+
+def _check(
+    data: Any, test: Any, steps: int | None, recipe: Recipe, out: Path | None,
+    resume: bool | str | Path,
+) -> None:  # fmt: skip
+    if is_data(data):
+        _check_data(data, recipe)
+        for name, value in (("test", test), ("steps", steps)):
+            if value is not None:
+                raise ValueError(f"{name}: expected None with a data set of load_data")
+    if resume and out is None:
+        raise ValueError("resume: expected out too, the folder of the run to continue")
+    if out is not None and not resume and checkpoint.checkpoints(out / "checkpoints"):
+        raise ValueError(f"out: {out} has checkpoints of another run; resume it or change out")
+
+
+def _check_data(data: Any, recipe: Recipe) -> None:
     images, here = data.count("train"), world()
     if not images or not data.count("test"):
         raise ValueError(
@@ -279,10 +366,6 @@ def _check(data: Any, recipe: Recipe, out: Path | None, resume: bool | str | Pat
             f"batch_size: expected a multiple of {parts} ({here.size} processes × "
             f"{recipe.accumulate} parts), got {recipe.batch_size}"
         )
-    if resume and out is None:
-        raise ValueError("resume: expected out too, the folder of the run to continue")
-    if out is not None and not resume and checkpoint.checkpoints(out / "checkpoints"):
-        raise ValueError(f"out: {out} has checkpoints of another run; resume it or change out")
 
 
 @contextmanager
@@ -298,11 +381,12 @@ def _run_lock(folder: Path) -> Iterator[None]:
 
 def _about(spec: ModelSpec | None, data: Any, recipe: Recipe) -> dict[str, Any]:
     """What every file of the run stores besides tensors."""
+    own = is_data(data)
     return {
         "spec": None if spec is None else {"name": spec.name, "options": dict(spec.options)},
-        "data": data.name,
-        "classes": list(data.classes),
-        "preprocessing": asdict(data.preprocessing),
+        "data": data.name if own else LoaderFeed.name,
+        "classes": list(data.classes) if own else None,
+        "preprocessing": asdict(data.preprocessing) if own else None,
         "recipe": recipe.as_dict(),
     }
 
@@ -323,7 +407,7 @@ def _resume(state: State, about: dict[str, Any], out: Path, resume: bool | str |
         raise CheckpointError(f"{path}: recipe: expected a dict")
     for name, here in {**about, **about["recipe"]}.items():
         there = {**content, **content["recipe"]}.get(name)
-        if name != "recipe" and not equal(there, here):
+        if name not in ("recipe", *EXTENDED) and not equal(there, here):
             raise ValueError(
                 f"resume: {path} has {name} {given(there)}, this run has {given(here)}"
             )

@@ -11,10 +11,12 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..runtime.files import reason
 from ..spec.values import given
+from .checks import MOST
 from .distributed import gathered, total, world
-from .forms import check_keys, check_like, check_list, check_number
+from .forms import check_keys, check_like, check_list, check_number, is_dense
 from .history import COLUMNS, History
-from .recipe import Recipe, optimizer_of, schedule_of
+from .optimizers import slots_of
+from .recipe import Recipe, lr_factor, schedule_of
 from .torch_file import CheckpointError
 
 PARTS = ("model", "optimizer", "schedule", "scaler", "averaged")
@@ -24,19 +26,18 @@ class State:
     """Model, optimizer, schedule, gradient scaler, average, generators, progress and metrics.
 
     Attributes:
-        epochs: of the whole run.
         epoch: complete epochs.
         step: optimizer steps in the current epoch.
-        tally: [steps, 2], loss and correct images per step of the current epoch, this process's
-            part.
+        tally: [steps, 3], sum of losses, correct images and images per step of the current epoch,
+            this process's part.
         generator: of the augmentation, on the device; the same numbers in every process.
     """
 
     def __init__(
-        self, model: nn.Module, recipe: Recipe, steps: int, device: torch.device
-    ) -> None:
-        self.model = model
-        self.optimizer = optimizer_of(model, recipe)
+        self, model: nn.Module, recipe: Recipe, steps: int, device: torch.device,
+        optimizer: torch.optim.Optimizer,
+    ) -> None:  # fmt: skip
+        self.model, self.recipe, self.optimizer = model, recipe, optimizer
         self.schedule = schedule_of(self.optimizer, recipe, steps)
         self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "fp16")
         self.averaged = None
@@ -44,9 +45,8 @@ class State:
             average = get_ema_multi_avg_fn(recipe.ema)
             self.averaged = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
         self.generator = torch.Generator(device).manual_seed(recipe.seed)
-        self.epochs = recipe.epochs
         self.epoch = self.step = 0
-        self.tally = torch.zeros(steps, 2, device=device)
+        self.tally = torch.zeros(steps, 3, device=device)
         self.history = History()
 
     @property
@@ -94,6 +94,7 @@ class State:
             if part is not None:
                 part.load_state_dict(state[name])
         self.epoch, self.step = state["epoch"], state["step"]
+        self._follow_schedule()
         if here.first:  # it is the sum over all processes
             self.tally.copy_(state["tally"])
         self.history = History(**state["history"])
@@ -106,7 +107,12 @@ class State:
         for name in ("model", "schedule", "scaler", "averaged", "tally"):
             check_like(state[name], fresh[name], f"training: {name}")
         steps = len(self.tally)
-        check_number(state["epoch"], "training: epoch", True, 0, self.epochs)
+        check_number(state["epoch"], "training: epoch", True, 0, MOST)
+        if state["epoch"] > self.recipe.epochs:
+            raise ValueError(
+                f"epochs: expected at least the {state['epoch']} complete epochs of the "
+                f"checkpoint, got {self.recipe.epochs}"
+            )
         check_number(state["step"], "training: step", True, 0, steps)
         state["optimizer"] = self._checked_optimizer(state["optimizer"], fresh["optimizer"])
         row = dict.fromkeys(COLUMNS, 0.0)
@@ -137,16 +143,41 @@ class State:
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         slots = state["state"]
         check_keys(slots, slots if isinstance(slots, dict) else (), where)
+        own = {}
         for number, slot in slots.items():
             check_number(number, where, True, 0, len(parameters) - 1)
-            check_keys(slot, {"momentum_buffer"}, f"{where}: {number}")
-            if slot["momentum_buffer"] is not None:
-                check_like(slot["momentum_buffer"], parameters[number].detach(), where)
-        own = {  # clones, because SGD writes to them: elements of a file may share memory
-            number: {name: None if t is None else t.clone() for name, t in slot.items()}
-            for number, slot in slots.items()
-        }
+            p = parameters[number]
+            own[number] = _own_slot(slot, p, slots_of(self.optimizer, p), f"{where}: {number}")
         return {"state": own, "param_groups": merged}
+
+    def _follow_schedule(self) -> None:
+        """The learning rates of the next step: those of this recipe, which may have more epochs."""
+        factor = lr_factor(self.recipe, self.schedule.last_epoch, len(self.tally))
+        groups = self.optimizer.param_groups
+        for group, base in zip(groups, self.schedule.base_lrs, strict=True):
+            group["lr"] = base * factor
+
+
+def _own_slot(slot: Any, p: Tensor, like: Any, where: str) -> dict[str, Any]:
+    """What an optimizer stores for p, with tensors of its own: elements of a file may share memory.
+
+    like: the expected tensors; None takes numbers, and tensors of one value or of p's shape.
+    """
+    check_keys(slot, slot if like is None and isinstance(slot, dict) else like or (), where)
+    own = {}
+    for name, value in slot.items():
+        at = f"{where}: {given(name)}"
+        if isinstance(value, Tensor):
+            wanted = p.detach() if like is None else like[name]
+            if like is None and is_dense(value) and value.numel() == 1:
+                wanted = value
+            check_like(value, wanted, at)
+            own[name] = value.clone()
+        elif value is None or (like is None and type(value) in (bool, int, float)):
+            own[name] = value
+        else:
+            raise CheckpointError(f"{at}: expected a tensor, got {given(value)}")
+    return own
 
 
 def _check_generator(state: Any, device: torch.device, where: str) -> None:

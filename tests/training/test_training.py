@@ -15,7 +15,8 @@ import resnet_fast
 from resnet_fast.dispatch import backends
 from resnet_fast.training import Recipe, evaluate, fit, load_data
 from resnet_fast.training.loop import _Run
-from resnet_fast.training.recipe import PRESETS, lr_factor, optimizer_of, recipe_for
+from resnet_fast.training.optimizers import optimizer_of
+from resnet_fast.training.recipe import PRESETS, lr_factor, recipe_for
 
 PLAIN = Recipe(epochs=1, batch_size=24, lr=0.05, warmup=0, momentum=0, weight_decay=0,
                augment="none", schedule="constant")  # fmt: skip
@@ -239,7 +240,7 @@ def test_the_scaler_leaves_out_a_step_that_overflows(monkeypatch, tmp_path):
     """fp16: a loss of infinity changes no weight, halves the scale, and no warning is seen."""
     net, before = model(), model().state_dict()
     monkeypatch.setattr(F, "cross_entropy", lambda logits, y, **_: logits.sum() * float("inf"))
-    monkeypatch.setattr("resnet_fast.training.loop.evaluate", _untested)
+    monkeypatch.setattr("resnet_fast.training.feeds.evaluate", _untested)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         fit(net, data(), replace(PLAIN, precision="fp16"), out=tmp_path)
@@ -364,7 +365,7 @@ def test_a_recipe_names_what_is_wrong(wrong, says):
         ({"out": 5}, "out: expected a path, got 5"),
         ({"resume": 5}, "resume: expected a path, got 5"),
         ({"spec": "resnet18"}, "spec: expected a ModelSpec or None"),
-        ({"on_epoch": 1}, "on_epoch: expected a function or None"),
+        ({"callbacks": 1}, "callbacks: expected functions by event"),
         ({"progress": 1}, "progress: expected True or False"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
@@ -381,7 +382,8 @@ def test_fit_names_what_is_wrong(options, says):
         ({"model": nn.Identity()}, r"model: expected logits \[N, 4\], .* got \[31, 3, 8, 8\]"),
         ({"model": model().to("meta")}, "model: conv1.weight is on the meta device"),
         ({"model": "resnet18"}, "model: expected an nn.Module, got 'resnet18'"),
-        ({"data": [1, 2]}, r"data: expected a data set of load_data, got \[1, 2\] without"),
+        ({"data": [1, 2]}, r"data: expected batches \(images, targets\)"),
+        ({"data": 5}, "data: expected a data set of load_data, or an iterable"),
         ({"precision": "fp8"}, "precision: expected one of fp32, bf16, fp16, got 'fp8'"),
         ({"precision": torch.bfloat16}, "precision: expected one of fp32, bf16, fp16, got torch"),
         ({"device": "cuda:99"}, "device: 'cuda:99' cannot be used here"),

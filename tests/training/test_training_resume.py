@@ -1,6 +1,5 @@
 """A run that was interrupted, by whatever, ends as one that was not: bit by bit."""
 
-import itertools
 import os
 import signal
 import subprocess
@@ -24,27 +23,6 @@ RECIPES = {
     "everything": replace(RECIPE, ema=0.9, precision="fp16", accumulate=2, clip=1.0,
                           label_smoothing=0.1, decay_norms=False, checkpointing=True),
 }  # fmt: skip
-
-
-@pytest.fixture
-def stop_at(monkeypatch):
-    """A function: send this process a signal in a step, counted over all runs of the test."""
-    step = _Run.step
-
-    def stop(number, which=signal.SIGTERM):
-        counter = itertools.count(1)
-
-        def counted(run, x, y):
-            if next(counter) == number:
-                os.kill(os.getpid(), which)
-            return step(run, x, y)
-
-        monkeypatch.setattr(_Run, "step", counted)
-
-    # A shell that starts the tests in the background has them ignore SIGINT.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield stop
-    signal.signal(signal.SIGINT, before)
 
 
 def content(out, name="epoch-0003.pt"):

@@ -16,6 +16,7 @@ from resnet_fast.training import checkpoint as files
 from resnet_fast.training import fit
 from resnet_fast.training.checkpoint import CheckpointError
 from resnet_fast.training.loop import LOCK
+from resnet_fast.training.optimizers import optimizer_of
 from resnet_fast.training.state import State
 
 ENDLESS = [1]
@@ -53,17 +54,17 @@ CASES = [
     ((T,), 7, "training: expected a dict, got 7"),
     ((T, "epoch"), DELETED, "training: has no 'epoch'"),
     ((T, "extra"), 1, "training: has an unknown 'extra'"),
-    ((T, "epoch"), 10**9, "training: epoch: expected 0 to 3, got 1000000000"),
-    ((T, "epoch"), -1, "training: epoch: expected 0 to 3, got -1"),
+    ((T, "epoch"), 10**9, "training: epoch: expected 0 to 1000000, got 1000000000"),
+    ((T, "epoch"), -1, "training: epoch: expected 0 to 1000000, got -1"),
     ((T, "epoch"), 2.0, "training: epoch: expected an integer, got 2.0"),
     ((T, "epoch"), True, "training: epoch: expected an integer, got True"),
-    ((T, "epoch"), 10**30, "training: epoch: expected 0 to 3, got 1000"),
+    ((T, "epoch"), 10**30, "training: epoch: expected 0 to 1000000, got 1000"),
     ((T, "epoch"), 1, "training: history: epochs: expected a list of 1 values, got 2"),
     ((T, "step"), 5, "training: step: expected 0 to 4, got 5"),
     ((T, "step"), "1", "training: step: expected an integer, got '1'"),
-    ((T, "tally"), torch.zeros(2, 2), "training: tally: expected a tensor [4, 2]"),
-    ((T, "tally"), torch.zeros(4, 2, dtype=torch.float64, device="meta"), "training: tally"),
-    ((T, "tally"), torch.zeros(4, 2, dtype=torch.float64).to_sparse(), "training: tally"),
+    ((T, "tally"), torch.zeros(2, 2), "training: tally: expected a tensor [4, 3]"),
+    ((T, "tally"), torch.zeros(4, 3, dtype=torch.float64, device="meta"), "training: tally"),
+    ((T, "tally"), torch.zeros(4, 3, dtype=torch.float64).to_sparse(), "training: tally"),
     ((T, "history"), [], "training: history: expected a dict, got []"),
     ((T, "history", "losses"), [0.5], "training: history: losses: expected a list of 8 values"),
     ((T, "history", "losses"), ["a"] * 8, "training: history: losses: expected a number, got 'a'"),
@@ -92,7 +93,9 @@ CASES = [
     ((T, O, "state", "a"), {"momentum_buffer": None}, "training: optimizer: expected an integer"),
     ((T, O, "state", 0), {}, "training: optimizer: 0: has no 'momentum_buffer'"),
     ((T, "model", "fc.bias"), torch.nested.nested_tensor([torch.zeros(2)]), "one that is not"),
-    ((T, O, "state", 0, "momentum_buffer"), torch.zeros(1), "training: optimizer: expected a te"),
+    ((T, O, "state", 0, "momentum_buffer"), torch.zeros(1),
+     "training: optimizer: 0: 'momentum_buffer': expected a te"),
+    ((T, "epoch"), 4, "epochs: expected at least the 4 complete epochs of the checkpoint, got 3"),
 ]  # fmt: skip
 
 
@@ -158,7 +161,7 @@ def limit(row):
         resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
 
 try:
-    fit(model(), data(), RECIPE, out=out, on_epoch=limit)
+    fit(model(), data(), RECIPE, out=out, callbacks={"epoch": limit})
 except NotWritten as error:
     print(error)
 """
@@ -172,7 +175,7 @@ def test_a_full_disk_is_named_and_the_checkpoint_before_stays(tmp_path):
     last = tmp_path / "checkpoints" / "epoch-0003.pt"
     assert done.stdout.strip() == f"{last}: not written: File too large"
     names = [path.name for path in (tmp_path / "checkpoints").iterdir()]
-    assert sorted(names) == ["epoch-0001.pt", "epoch-0002.pt"]
+    assert sorted(names) == ["best-epoch-0002.pt", "epoch-0001.pt", "epoch-0002.pt"]
     history = fit(model(), data(), RECIPE, out=tmp_path, resume=True)
     assert len(history.epochs) == 3
 
@@ -281,7 +284,8 @@ def test_the_generator_of_another_device_is_checked_by_itself(run, monkeypatch):
             if len(state) != 16:
                 raise RuntimeError("RNG state is wrong size")
 
-    state = State(model(), RECIPE, STEPS, torch.device("cpu"))
+    net = model()
+    state = State(net, RECIPE, STEPS, torch.device("cpu"), optimizer_of(net, RECIPE))
     state.generator = Small()
     saved = state.state_dict()
     generator = torch.Generator
