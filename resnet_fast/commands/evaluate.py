@@ -8,6 +8,7 @@ import json
 import math
 from typing import Any
 
+from ..models.imagenet_classes import same_classes
 from ..runtime.options import whole
 from ..spec.values import printable
 from ..training import Evaluation, evaluate, load_data
@@ -62,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
         split = "all"
         note("eval", f"{args.path} has no test folder: all its images are evaluated; --split test "
              "takes those that training holds out")  # fmt: skip
-    if loaded.classes not in (None, data.classes):
+    if loaded.classes is not None and not same_classes(loaded.classes, data.classes):
         pairs = itertools.zip_longest(loaded.classes, data.classes)
         there, here = next(pair for pair in pairs if pair[0] != pair[1])
         raise ValueError(

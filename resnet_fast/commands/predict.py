@@ -1,4 +1,4 @@
-"""`resnet-fast predict IMAGE… --weights FILE`: the most probable classes of each image."""
+"""`resnet-fast predict IMAGE… [--weights FILE]`: the most probable classes of each image."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ..models.pretrained import DEFAULT
 from ..runtime.options import whole
 from ..spec.values import printable
 from ..training.checks import MOST
@@ -32,8 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("images", nargs="+", type=Path, metavar="IMAGE",
         help="image file, or folder of images and folders")  # fmt: skip
-    add_weights(parser, True, "file of resnet-fast train, or of torch.save or safetensors with a "
-        "ResNet's weights (preprocessing is then ImageNet's)")  # fmt: skip
+    add_weights(parser, False, "file of resnet-fast train, or of torch.save or safetensors with a "
+        "ResNet's weights (preprocessing is then ImageNet's; default: DEFAULT)")  # fmt: skip
+    parser.set_defaults(weights=Path(DEFAULT))
     add("--classes", type=Path, metavar="FILE",
         help="text file of class names, one per line (default: those in the weights, else "
         "numbers)")  # fmt: skip

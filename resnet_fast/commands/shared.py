@@ -37,13 +37,16 @@ def add_where(parser: argparse.ArgumentParser) -> None:
 def add_weights(parser: argparse.ArgumentParser, required: bool, what: str) -> None:
     """--weights, --key and --model."""
     add = parser.add_argument
-    add("--weights", type=Path, required=required, metavar="FILE", help=what)
+    add("--weights", type=Path, required=required, metavar="FILE",
+        help=f"{what}; or published weights, which are downloaded once: IMAGENET1K_V1, "
+        "IMAGENET1K_V2, DEFAULT (the newest of these) or timm/NAME, such as "
+        "timm/resnet50.a1_in1k")  # fmt: skip
     add("--key", metavar="KEY",
         help="which weights, if FILE has several: names with dots, such as "
         "state_dict.module")  # fmt: skip
     add("--model", type=model_name, metavar="NAME",
         help="model of the weights (default: as in FILE, or recognized by keys and "
-        "shapes)")  # fmt: skip
+        "shapes; resnet50 for IMAGENET1K_V1, IMAGENET1K_V2 and DEFAULT)")  # fmt: skip
 
 
 def add_bad_images(parser: argparse.ArgumentParser) -> None:

@@ -1,7 +1,7 @@
 """Feature maps, mean, standard deviation and sparsity of every stage of a net for one image.
 
-The net is trained first, or read from `--weights FILE` (of `resnet-fast train`, or torchvision's);
-`--image FILE` replaces the test image.
+The net is trained first, or read from `--weights FILE` (of `resnet-fast train`, or torchvision's,
+which may be given by name); `--image FILE` replaces the test image.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--index", type=int, default=0, metavar="I", help="number of the test image (default: 0)")
     add("--image", type=Path, metavar="FILE", help="an image file, in place of a test image")
-    add("--weights", type=Path, metavar="FILE", help="weights, in place of training")
+    add("--weights", type=Path, metavar="FILE", help="weights, in place of training; "
+        "also published ones, such as IMAGENET1K_V2")  # fmt: skip
     add("--model", metavar="NAME", help="model of --weights (default: as in FILE)")
     add("--key", metavar="KEY", help="which weights, if FILE has several")
     add_count(parser, "--maps", 8, "channels to show per stage")

@@ -146,14 +146,15 @@ def _pixels(Image: Any, image: Any, preprocessing: Preprocessing, crop: int) -> 
         scale = _range(*image.getextrema(), usual)
     else:
         image = image.convert("L" if preprocessing.channels == 1 else "RGB")
+    interpolation = Image.Resampling[preprocessing.interpolation.upper()]
     left, top = round((width - crop) / 2), round((height - crop) / 2)
     box = left, top, left + crop, top + crop
     if width * height > MOST_CROPS * crop * crop:
         across, down = image.width / width, image.height / height
         box = box[0] * across, box[1] * down, box[2] * across, box[3] * down
-        image = image.resize((crop, crop), Image.Resampling.BILINEAR, box)
+        image = image.resize((crop, crop), interpolation, box)
     else:
-        image = image.resize((width, height), Image.Resampling.BILINEAR).crop(box)
+        image = image.resize((width, height), interpolation).crop(box)
     values = np.array(image)
     if scale is not None:
         values = (values - scale[0]) * (255 / (scale[1] - scale[0]))

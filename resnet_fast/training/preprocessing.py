@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..models.pretrained import IMAGENET_MEAN, IMAGENET_STD
 from ..spec.values import given, integer, is_number
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+INTERPOLATIONS = ("bilinear", "bicubic")
 MOST_SIZE = 2048  # pixels; a file may not ask for more
 MOST_RESIZE = 4 * MOST_SIZE
 MOST_CHANNELS = 64
@@ -26,6 +26,7 @@ class Preprocessing:
         resize: length of the shorter side before the crop, in pixels.
         mean: one value per channel, for x in [0, 1].
         std: one value per channel, for x in [0, 1].
+        interpolation: of the resize, "bilinear" or "bicubic", with antialiasing.
 
     Raises:
         ValueError: an attribute is invalid; the message names it.
@@ -35,6 +36,7 @@ class Preprocessing:
     resize: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    interpolation: str = INTERPOLATIONS[0]
 
     def __post_init__(self) -> None:
         integer(self.size, "size", "at least 1 pixel", 1, MOST_SIZE)
@@ -49,15 +51,24 @@ class Preprocessing:
             raise ValueError(
                 f"std: expected {len(self.mean)} numbers above 0, got {given(self.std)}"
             )
+        if not isinstance(self.interpolation, str) or self.interpolation not in INTERPOLATIONS:
+            raise ValueError(
+                f"interpolation: expected one of {', '.join(INTERPOLATIONS)}, got "
+                f"{given(self.interpolation)}"
+            )
 
     @classmethod
     def of(cls, values: Any) -> Preprocessing:
         """From its attributes as a file has them: a dict, with lists or tuples.
 
+        A file of before it had interpolation was made with "bilinear", which is added to `values`.
+
         Raises:
             ValueError: they are no such dict, or one is invalid.
         """
         names = [field.name for field in fields(cls)]
+        if isinstance(values, dict):
+            values.setdefault("interpolation", INTERPOLATIONS[0])
         if not isinstance(values, dict) or values.keys() != set(names):
             raise ValueError(
                 f"preprocessing: expected a dict of {', '.join(names)}, got {given(values)}"

@@ -1,4 +1,4 @@
-"""A model from a file: of `fit`, of torchvision or timm, or of another training script."""
+"""A model from a file of `fit`, torchvision, timm or another script, or from published weights."""
 
 from __future__ import annotations
 
@@ -12,6 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from ..models import ResNet, create_model, list_models
+from ..models.imagenet_classes import same_classes
+from ..models.pretrained import (
+    Pretrained,
+    difference,
+    find,
+    is_name,
+    is_published,
+    published_file,
+)
 from ..models.registry import check_name
 from ..runtime.files import opened, reason
 from ..spec.checks import check_impl
@@ -36,10 +45,10 @@ class Loaded:
     Attributes:
         model: in fp32 and channels_last.
         spec: name, of `resnet_fast.list_models()`, and options of the model.
-        classes: class names; None if the file has none.
+        classes: class names; None if they are unknown.
         preprocessing: of the model's inputs.
-        notes: what was not taken as it is in the file, such as a prefix that was removed; one line
-            each.
+        notes: which published weights were taken, and what was not taken as it is in the file, such
+            as a prefix that was removed; one line each.
     """
 
     model: ResNet
@@ -65,15 +74,21 @@ def load_weights(
 ) -> Loaded:
     """Load the model whose weights are at `path`, in fp32 and channels_last on `device`.
 
+    Published weights are downloaded unless they are cached, and get the class names and the
+    preprocessing that they were published with; so does a file of torchvision under its own name,
+    such as resnet50-11ad3fa6.pth. Other files without preprocessing get ImageNet's.
+
     No code of the file is run. A state dict may be in dicts (`state_dict`, `model`, `ema`
     and others of `state_dicts.WRAPPERS`), its names after prefixes (`module.`, `backbone.` and
     others of `state_dicts.PREFIXES`), and its head named `fc`, `head` or `classifier`.
 
     Args:
         path: a checkpoint or `model.pt` of `fit`, or a file of `torch.save` or safetensors with the
-            tensors of a ResNet by torchvision's names, which gets ImageNet's preprocessing.
+            tensors of a ResNet by torchvision's names. If there is no such file: a name of
+            published weights, "IMAGENET1K_V1", "IMAGENET1K_V2", "DEFAULT" or "timm/…", as in
+            `resnet_fast.create_model`.
         model: name, of `resnet_fast.list_models()`. None takes the name in the file; without one,
-            the model with the same keys and shapes.
+            the model with the same keys and shapes; for torchvision's published weights, resnet50.
         key: which state dict, if the file has several: names of dicts and prefixes with dots, such
             as "teacher.backbone"; "." is the file's content as it is.
         classes: for training, the classes of the data. A head that is missing or of other classes
@@ -84,7 +99,10 @@ def load_weights(
     Raises:
         ValueError: the file is missing, damaged or of another model, or no model or several match
             it; the message names the file or the argument.
-        MissingPackage: the file is of safetensors, which is not installed.
+        NotDownloaded: published weights cannot be downloaded, or are damaged in the cache; the
+            message says what to do.
+        NotWritten: the cache cannot be written.
+        MissingPackage: safetensors or huggingface_hub is needed and not installed.
     """
     check_path(path, "path")
     if model is not None:
@@ -95,9 +113,12 @@ def load_weights(
     if not (key is None or isinstance(key, str)):
         raise ValueError(f"key: expected names with dots or None, got {given(key)}")
     check_impl(impl)
-    path, device = Path(path), check_device(device)
+    path, device, published = Path(path), check_device(device), None
+    if is_name(path.as_posix()) and not path.is_file():
+        published = find(path.as_posix(), model)
+        model, path = published.model, published.file()
     content = read_any(path)
-    names, preprocessing, options = None, imagenet(), {}
+    names, preprocessing, options, origin = None, imagenet(), {}, ()
     if is_own(content):
         spec, names, preprocessing = about(path, content)
         if spec is not None and model in (None, spec.name):
@@ -107,6 +128,10 @@ def load_weights(
             raise CheckpointError(f"{path}: weights: expected a dict, got {given(weights)}")
         _check_tensors(f"{path}: weights", weights)
         key = OWN if key is None else key
+    else:
+        published, origin = _origin(path, published)
+        if published is not None:
+            names, preprocessing = published.classes, _preprocessing(published)
     match = _only_match(path, _found(path, content, key), model, options, preprocessing.channels)
     head, why = _head(path, match, names, classes)
     if why and classes is None:
@@ -131,7 +156,7 @@ def load_weights(
     weights = {**match.found.body, **{f"fc.{name}": t for name, t in head.items()}}
     net.load_state_dict(weights, assign=True)
     net.to(device, torch.float32, memory_format=torch.channels_last).eval()
-    return Loaded(net, spec, names, preprocessing, notes)
+    return Loaded(net, spec, names, preprocessing, (*origin, *notes))
 
 
 def read_names(path: Path) -> tuple[str, ...]:
@@ -146,6 +171,30 @@ def read_names(path: Path) -> tuple[str, ...]:
         why = reason(error)
         raise ValueError(f"{path}: not a readable text file of class names: {why}") from None
     return tuple(line.strip() for line in lines if line.strip())
+
+
+def _origin(path: Path, known: Pretrained | None) -> tuple[Pretrained | None, tuple[str, ...]]:
+    """The published weights at `path`, if they are known or are torchvision's by the name and the
+    SHA-256 of the file, and a note.
+    """
+    published = known or published_file(path)
+    if published is None:
+        return None, ()
+    if known is None and not is_published(path, published):
+        note = f"{path}: not torchvision's file of this name, because its SHA-256 differs"
+        return None, (note,)
+    asks = published.preprocessing
+    return published, (
+        f"{path}: {published.name} of {published.model}, for images of {asks['size']} px "
+        f"(resized to {asks['resize']} px, {asks['interpolation']})",
+    )
+
+
+def _preprocessing(published: Pretrained) -> Preprocessing:
+    try:
+        return Preprocessing.of(dict(published.preprocessing))
+    except ValueError as error:
+        raise ValueError(f"{published.name}: {error}") from None
 
 
 def _found(path: Path, content: Any, key: str | None) -> list[StateDict]:
@@ -218,7 +267,7 @@ def _match(
     options = {**options, "in_channels": channels}
     if model is None:
         return _Match(found, _recognize(path, found.body, channels), options)
-    wrong = _difference(found.body, _shapes(_on_meta(path, model, options)))
+    wrong = difference(found.body, _shapes(_on_meta(path, model, options)))
     if wrong:
         raise ValueError(f"model: the weights in {where} do not fit {model}: {wrong}")
     return _Match(found, model, options)
@@ -247,7 +296,7 @@ def _head(
         return {}, f"{name}.bias has shape {list(bias.shape)}"
     if classes is not None and len(classes) != len(weight):
         return {}, f"the head has {len(weight)} classes"
-    if classes is not None and names is not None and tuple(classes) != tuple(names):
+    if classes is not None and names is not None and not same_classes(classes, names):
         return {}, f"the head has {len(weight)} classes, of other names"
     return head, ""
 
@@ -302,7 +351,7 @@ def _recognize(path: Path, body: Mapping[str, Tensor], channels: int) -> str:
     preactivation = "bn_last.weight" in body  # only pre-activation nets have it
     found = [
         name for name in list_models()
-        if ("preact" in name) == preactivation and not _difference(body, _known(name, channels))
+        if ("preact" in name) == preactivation and not difference(body, _known(name, channels))
     ]  # fmt: skip
     if len(found) != 1:
         of = " and ".join(found) or "no model of resnet_fast.list_models()"
@@ -318,19 +367,3 @@ def _known(name: str, channels: int) -> dict[str, torch.Size]:
 def _shapes(net: ResNet) -> dict[str, torch.Size]:
     """Shapes by name, without the head."""
     return {k: v.shape for k, v in net.state_dict().items() if not k.startswith("fc.")}
-
-
-def _difference(body: Mapping[str, Tensor], wanted: Mapping[str, torch.Size]) -> str:
-    """The first difference of names or shapes; "" if there is none.
-
-    Counters may be missing, as in files from before PyTorch 0.4.1.
-    """
-    for name, shape in wanted.items():
-        if name not in body:
-            if name.endswith("num_batches_tracked"):
-                continue
-            return f"{name} is missing"
-        if body[name].shape != shape:
-            return f"{name}: expected {list(shape)}, got {list(body[name].shape)}"
-    more = [name for name in body if name not in wanted]
-    return f"{brief(more[0])} is not expected" if more else ""
