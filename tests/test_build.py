@@ -208,6 +208,18 @@ def test_a_source_folder_without_a_build_says_so(monkeypatch, tmp_path):
     assert f"in the source folder {tmp_path}" in why and "build_ext --inplace" in why
 
 
+def test_data_files_are_packaged():
+    """Every file of the package that is not Python; the compiled extension is the build's."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    patterns = re.findall(r'"([^"]+)"', re.search(r"^resnet_fast = \[(.*)\]$", text, re.M)[1])
+    package = ROOT / "resnet_fast"
+    packaged = {path for pattern in patterns for path in package.glob(pattern)}
+    others = {path for path in package.rglob("*") if path.is_file()
+              and path.suffix not in (".py", ".pyc", ".so")}  # fmt: skip
+    assert others == packaged
+    assert package / "models" / "imagenet_classes.txt" in packaged
+
+
 def test_installed_metadata():
     try:
         installed = importlib.metadata.distribution("resnet_fast")

@@ -114,7 +114,7 @@ def find(name: str, model: str | None, argument: str = "weights") -> Pretrained:
     if not isinstance(name, str) or name not in published:
         raise ValueError(
             f"{argument}: expected {', '.join(published)} or DEFAULT for {model}, or a repository "
-            f"timm/NAME, got {given(name)}"
+            f"timm/NAME, got {given(name)}; resnet_fast.training.load_weights reads files"
         )
     return _of_torchvision(model, name)
 

@@ -53,9 +53,10 @@ def download(repo: str, name: str) -> Path:
     try:
         return Path(hub.hf_hub_download(repo, name))
     except Exception as error:  # the classes differ between versions of huggingface_hub
+        cause = error.__cause__ or error
         raise NotDownloaded(
             f"{repo}: {name}: not downloaded to {constants.HF_HUB_CACHE}: "
-            f"{type(error).__name__}: {reason(error)}; to download it by hand: hf download {repo}"
+            f"{type(cause).__name__}: {reason(cause)}; to download it by hand: hf download {repo}"
         ) from None
 
 
@@ -104,7 +105,9 @@ def _names(merged: Mapping[str, Any], count: int) -> tuple[str, ...] | None:
     names, texts = merged.get("label_names"), merged.get("label_descriptions")
     if not names:
         return imagenet_names() if count == len(imagenet_names()) else None
-    if not isinstance(names, list) or len(names) != count:
-        raise ValueError(f"label_names: expected a list of {count} names, got {given(names)}")
+    if isinstance(names, dict):  # by index
+        names = [names.get(str(i)) for i in range(count)]
+    if not isinstance(names, list) or len(names) != count or None in names:
+        raise ValueError(f"label_names: expected {count} names, got {given(names)}")
     texts = texts if isinstance(texts, dict) else {}
     return tuple(str(texts.get(name, name)) for name in map(str, names))

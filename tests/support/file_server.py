@@ -1,5 +1,6 @@
 """An HTTP server on 127.0.0.1 with files in memory, which can fail in several ways."""
 
+import hashlib
 import re
 import threading
 from contextlib import contextmanager
@@ -46,6 +47,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._start(416, 0)
             return
         part = {"Content-Range": f"bytes {start}-{len(body) - 1}/{len(body)}"} if start else {}
+        part["ETag"] = f'"{hashlib.sha256(body).hexdigest()}"'
         self._start(206 if start else 200, len(body) - start, **part)
         if self.command == "GET":
             self.wfile.write(body[start:][: self.server.cut])

@@ -11,7 +11,7 @@ from training_cases import RECIPE, model
 from resnet_fast.training import evaluate, fit, load_data
 from resnet_fast.training.imagefolder import ImageFolder
 from resnet_fast.training.images import SUFFIXES, Skipped, images_in, read_image
-from resnet_fast.training.preprocessing import Preprocessing, imagenet
+from resnet_fast.training.preprocessing import INTERPOLATIONS, Preprocessing, imagenet
 
 Image = pytest.importorskip("PIL.Image")
 CPU = torch.device("cpu")
@@ -333,6 +333,38 @@ def test_preprocessing_is_checked():
         ((8, 7, (0.5,), (0.5,)), "resize: expected at least the size, 8 pixels, got 7"),
         ((8, 8, [0.5], (0.5,)), r"mean: expected one number per channel, got \[0.5\]"),
         ((8, 8, (0.5,), (0.0,)), "std: expected 1 numbers above 0"),
+        ((8, 8, (0.5,), (0.5,), "box"), "interpolation: expected one of bilinear, bicubic, got"),
+        ((8, 8, (0.5,), (0.5,), 3), "interpolation: expected one of bilinear, bicubic, got 3"),
     ):
         with pytest.raises(ValueError, match=says):
             Preprocessing(*values)
+
+
+@pytest.mark.parametrize("resize", [40, 640], ids=["whole", "crop of a large one"])
+def test_interpolation(tmp_path, resize):
+    """The pixels are Pillow's with the same filter; bicubic ones of floats stay within 0 … 255."""
+    path = picture(tmp_path / "a.png", size=(60, 45))
+    found = {}
+    for name in INTERPOLATIONS:
+        preprocessing = Preprocessing(32, resize, (0.5,) * 3, (0.5,) * 3, name)
+        found[name] = read_image(path, preprocessing)
+    assert not torch.equal(found["bilinear"], found["bicubic"])
+    if resize == 40:
+        with Image.open(path) as image:
+            image = image.resize((53, 40), Image.Resampling.BICUBIC).crop((10, 4, 42, 36))
+        assert torch.equal(found["bicubic"].permute(1, 2, 0), torch.from_numpy(np.array(image)))
+    steps = np.zeros((45, 60), np.float32)
+    steps[:, 30:] = 1.0
+    Image.fromarray(steps).save(tmp_path / "f.tif")
+    x = read_image(tmp_path / "f.tif", Preprocessing(32, 40, (0.5,), (0.5,), "bicubic"))
+    assert (x.min(), x.max()) == (0, 255)
+
+
+def test_preprocessing_of_files():
+    """Those of before there was an interpolation were made bilinearly."""
+    old = {"size": 8, "resize": 9, "mean": [0.5], "std": [0.5]}
+    assert Preprocessing.of(old).interpolation == "bilinear"
+    new = Preprocessing.of({**old, "interpolation": "bicubic"})
+    assert new.at(16).interpolation == "bicubic"
+    with pytest.raises(ValueError, match="preprocessing: interpolation: expected one of"):
+        Preprocessing.of({**old, "interpolation": None})

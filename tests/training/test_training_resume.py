@@ -29,6 +29,19 @@ def content(out, name="epoch-0003.pt"):
     return files.read(out / "checkpoints" / name)
 
 
+def test_resumes_what_was_written_before_there_was_an_interpolation(tmp_path):
+    wanted = fit(model(), data(), RECIPE, out=tmp_path / "whole")
+    path = tmp_path / "whole" / "checkpoints" / "epoch-0002.pt"
+    old = torch.load(path, weights_only=True)
+    assert old["preprocessing"].pop("interpolation") == "bilinear"
+    files.write(tmp_path / "old.pt", old)
+    found = fit(model(), data(), RECIPE, out=tmp_path / "rest", resume=tmp_path / "old.pt")
+    assert metrics(found) == metrics(wanted)
+    other = replace(data(), preprocessing=replace(data().preprocessing, interpolation="bicubic"))
+    with pytest.raises(ValueError, match=r"has preprocessing .*, this run has"):
+        fit(model(), other, RECIPE, out=tmp_path / "other", resume=tmp_path / "old.pt")
+
+
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 @pytest.mark.parametrize("step", [STEPS + 2, 2 * STEPS], ids=["within", "at the end"])
 def test_resumed_equals_uninterrupted(tmp_path, stop_at, recipe, step):
