@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add_weights(parser, False, "start from these weights; a head of other classes is replaced")
     add("--pretrained", action="store_true",
-        help="start from the published weights of --model (default: resnet18 for imagefolder)")
+        help="start from the published weights of --model: --weights DEFAULT")
     add("--out", type=output_folder, metavar="DIR",
         help="output folder (default: runs/DATA-MODEL)")  # fmt: skip
     add("--resume", nargs="?", const=True, default=False, metavar="FILE",
@@ -143,7 +143,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--key: expected --weights too")
     data = load_data(args.data, args.path, size=args.size, on_bad_image=args.on_bad_image)
     torch.manual_seed(recipe.seed)
-    model, spec, notes = _model(args, data)
+    model, spec, data, notes = _model(args, data)
     name = spec.name
     out = args.out or Path("runs", f"{args.data}-{name}")
     with processes(args.device) as device:
@@ -171,8 +171,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _model(
     args: argparse.Namespace, data: Any
-) -> tuple[nn.Module, ModelSpec, tuple[str, ...]]:
-    """A new model, or that of --weights; how to create it again; notes on the file."""
+) -> tuple[nn.Module, ModelSpec, Any, tuple[str, ...]]:
+    """A new model, or that of --weights; how to create it again; `data` as it sees them; notes."""
     name = args.model or MODELS.get(args.data, DEFAULT_MODEL)
     weights = "DEFAULT" if args.pretrained else args.weights
     if weights is not None:
@@ -180,9 +180,11 @@ def _model(
             weights, name if args.pretrained else args.model, key=args.key, classes=data.classes,
             impl=args.impl,
         )  # fmt: skip
-        return loaded.model, loaded.spec, loaded.notes
+        if args.data == "imagefolder":
+            data = data.seen_by(loaded.preprocessing.at(data.size))
+        return loaded.model, loaded.spec, data, loaded.notes
     spec = ModelSpec(name, {"num_classes": data.num_classes, "in_channels": data.channels})
-    return create_model(name, impl=args.impl, **spec.options), spec, ()
+    return create_model(name, impl=args.impl, **spec.options), spec, data, ()
 
 
 def _announce(data, name: str, model, recipe: Recipe, impl: str, device: torch.device) -> None:

@@ -27,6 +27,7 @@ FORMAT = "resnet_fast 1"
 NAME = re.compile(r"epoch-(\d+)(?:-step-(\d+))?\.pt")
 BEST = re.compile(r"best-epoch-(\d+)\.pt")
 KEPT = 2
+LOADER = "loader"  # in place of a data set's name
 MOST_CLASSES = 10**6
 
 
@@ -76,25 +77,25 @@ def about(
 ) -> tuple[ModelSpec | None, tuple[str, ...] | None, Preprocessing | None]:
     """The model, the class names and the preprocessing in the content of `path`.
 
-    They are None where `fit` did not know them.
+    A run on a loader knows neither class names nor preprocessing: they are None.
 
     Raises:
         CheckpointError: one of them is missing or invalid; the message names it.
     """
-    classes, spec = content.get("classes"), content.get("spec")
-    if classes is not None:
+    classes, spec, preprocessing = map(content.get, ("classes", "spec", "preprocessing"))
+    unknown = content.get("data") == LOADER and classes is preprocessing is None
+    if not unknown:
         if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
             got = given(classes)
             raise CheckpointError(f"{path}: classes: expected a list of names, got {got}")
         if not 1 <= len(classes) <= MOST_CLASSES:
             got = len(classes)
             raise CheckpointError(f"{path}: classes: expected 1 to {MOST_CLASSES}, got {got}")
-    preprocessing = content.get("preprocessing")
     try:
         return (
             None if spec is None else _spec(spec),
-            None if classes is None else tuple(classes),
-            None if preprocessing is None else Preprocessing.of(preprocessing),
+            None if unknown else tuple(classes),
+            None if unknown else Preprocessing.of(preprocessing),
         )
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from None

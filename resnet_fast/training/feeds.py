@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from . import distributed
 from .augment import Draws, augment
+from .checkpoint import LOADER
 from .distributed import world
 from .evaluation import Evaluation, Loss, as_input, evaluate
 from .loaders import check_loader, checked, length, set_epoch
@@ -81,7 +82,7 @@ class DataFeed:
 class LoaderFeed:
     """Batches as a loader makes them; with several processes, every process has its own loader."""
 
-    name = "loader"
+    name = LOADER
     classes: int | None = None
     batch: int | None = None
 

@@ -118,9 +118,13 @@ def load_weights(
         published = find(path.as_posix(), model)
         model, path = published.model, published.file()
     content = read_any(path)
-    names, preprocessing, options, origin = None, imagenet(), {}, ()
+    names, preprocessing, options = None, imagenet(), {}
+    origin: tuple[str, ...] = ()
     if is_own(content):
-        spec, names, preprocessing = about(path, content)
+        spec, names, found = about(path, content)
+        preprocessing = imagenet() if found is None else found
+        if found is None:
+            origin = (f"{path}: no preprocessing in the file; took ImageNet's",)
         if spec is not None and model in (None, spec.name):
             model, options = spec.name, dict(spec.options)
         weights = content.get("weights")

@@ -110,4 +110,4 @@ def test_help_imports_no_command(monkeypatch, capsys):
         cli.main(["--help"])
     assert raised.value.code == 0
     out = capsys.readouterr().out
-    assert all(name in out and summary in out for name, (_, summary) in cli.COMMANDS.items())
+    assert all(name in out and summary in out for name, (_, summary, *_) in cli.COMMANDS.items())

@@ -132,17 +132,18 @@ def test_bars_on_a_terminal(tmp_path, monkeypatch, capsys):
 def test_every_option_reaches_the_recipe(monkeypatch, tmp_path):
     """As it was given, and with the data set's value where it was not."""
     asked = {
-        "epochs": 7, "batch_size": 50, "lr": 0.2, "momentum": 0.8, "nesterov": False,
+        "epochs": 7, "batch_size": 50, "optimizer": "lars", "lr": 0.2, "momentum": 0.8, "nesterov": False,
         "weight_decay": 0.1, "decay_norms": False, "schedule": "step", "warmup": 3.0,
         "label_smoothing": 0.2, "ema": 0.5, "clip": 2.0, "accumulate": 5, "augment": "none",
-        "precision": "bf16", "channels_last": False, "checkpointing": True,
+        "milestones": (0.2, 0.6), "randaugment": 7, "random_erasing": 0.1, "mixup": 0.2,
+        "cutmix": 1.0, "freeze": ("stem", "layer1"), "precision": "bf16", "channels_last": False, "checkpointing": True,
         "sync_bn": True, "deterministic": True, "seed": 9,
     }  # fmt: skip
     words = []
     for name, value in asked.items():
         flag = name.replace("_", "-")
         words += [f"--{'' if value else 'no-'}{flag}"] if isinstance(value, bool) else [
-            f"--{flag}", str(value)
+            f"--{flag}", ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
         ]  # fmt: skip
     seen = {}
 
@@ -574,7 +575,7 @@ def test_an_environment_variable_is_named(words, isa):
 
 def test_a_clock_that_is_set_back_leaves_no_negative_time(capsys):
     row = {**dict.fromkeys(COLUMNS, 1.0), "epoch": 1, "seconds": -5.0}
-    train_command._Line(3)(row)
+    train_command._Lines(3, 0).epoch(row)
     assert capsys.readouterr().out.endswith(", 0:00:00 left\n")
 
 
