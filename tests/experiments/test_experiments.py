@@ -186,20 +186,17 @@ def test_reference_is_built_of_plain_modules():
     assert not any(type(module).__module__ == "resnet_fast.modules" for module in model.modules())
 
 
-def test_the_product_of_derivatives():
-    found = gradient_flow.product(3, 0.4, 0.8, 1)
-    derivatives = np.random.RandomState(1).uniform(0.4, 0.8, 3)
-    assert found["plain"] == pytest.approx(derivatives[0] * derivatives[1] * derivatives[2])
-    x = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
-    y = x
-    for derivative in derivatives:
-        y = derivative * y
-    (slope,) = torch.autograd.grad(y + x, x)
-    assert found["residual"] == pytest.approx(slope.item())
-    told = gradient_flow.product()
-    assert f"{told['plain']:.1e} {told['residual']:.6f} {told['ratio']:.1e}" == (
-        "4.6e-05 1.000046 2.2e+04"
-    )
+def test_the_toy_block_by_numpy_is_the_one_of_autograd():
+    found = gradient_flow.toy_block()
+    rng = np.random.default_rng(0)
+    w1, w2 = (torch.from_numpy(rng.normal(0, 0.01, (8, 8))) for _ in range(2))
+    x = torch.from_numpy(rng.normal(0, 1, 8)).requires_grad_()
+    branch = w2 @ (w1 @ x).relu()
+    for name, y in {"plain": branch, "residual": branch + x}.items():
+        (dx,) = torch.autograd.grad(y.sum(), x, retain_graph=True)
+        assert found[name] == pytest.approx(dx.norm().item(), rel=1e-12)
+    told = f"{found['plain']:.6f} {found['residual']:.6f} {found['ratio']:.1f}"
+    assert told == "0.000468 2.828725 6046.3"
 
 
 @pytest.mark.parametrize("depth", [1, 2, 7, 21])
