@@ -4,6 +4,7 @@ The module of an experiment has `add_arguments(parser)` and `run(args) -> Findin
 whether they hold, a table, all numbers and a picture. `findings` prints and writes them.
 
     options    command-line options that experiments share
+    exercise   the nets of `degradation --preset exercise`
     nets       nets by depth and implementation
     compare    train several nets by one recipe
     surgery    delete or exchange blocks of a trained net

@@ -10,16 +10,17 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from . import compare, nets
+from . import compare, exercise, nets
 from .findings import Claim, Findings, plain_axes
 from .options import depths
 
 KINDS = {"plain": "none", "residual": "zero_pad"}
 SMALL = compare.DEFAULTS | {"epochs": 20, "depths": [8, 20, 32, 56]}
-FULL = SMALL | {
+PAPER = SMALL | {
     "data": "cifar10", "depths": [20, 32, 44, 56, 110], "epochs": 164, "batch_size": 128,
     "lr": 0.1, "warmup": 1.0, "weight_decay": 1e-4, "schedule": "step",
 }  # fmt: skip
+PRESETS = {"small": SMALL, "paper": PAPER, "exercise": exercise.PRESET}
 
 ABOUT = """\
 The same recipe for every net: a 3×3 stem and three stages of n blocks of two convolutions with \
@@ -39,17 +40,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help=f"numbers of layers, each 6n + 2 (default: {shown})")  # fmt: skip
     compare.add_training(parser, **SMALL)
     parser.add_argument(
-        "--full", action="store_true",
-        help="the paper's setting: CIFAR-10 (needs --path), 20 to 110 layers, 164 epochs",
+        "--preset", choices=PRESETS, default="small",
+        help="small: the defaults shown here; paper: CIFAR-10 (needs --path), 20 to 110 layers, "
+        "164 epochs; exercise: 8 and 20 plain layers, 14 and 20 layers in basic blocks, 50 in "
+        "bottlenecks, 30 epochs (default: small)",
     )  # fmt: skip
-    parser.set_defaults(**dict.fromkeys(SMALL))  # `run` fills in those of SMALL or FULL
+    parser.set_defaults(**dict.fromkeys(SMALL))  # `run` fills in those of the preset
 
 
 def run(args: argparse.Namespace) -> Findings:
-    """Train a plain and a residual net of every depth."""
-    for name, value in (FULL if args.full else SMALL).items():
+    """Train a plain and a residual net of every depth, or the nets of the exercise."""
+    for name, value in PRESETS[args.preset].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    if args.preset == "exercise":
+        if vars(args).pop("depths") is not None:
+            raise ValueError("depths: --preset exercise has depths of its own; omit --depths")
+        return exercise.run(args)
     data = compare.data_of(args)
 
     def build(depth: int, kind: str):

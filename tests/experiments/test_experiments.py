@@ -25,6 +25,7 @@ from resnet_fast.experiments import (
     bugs,
     compare,
     degradation,
+    exercise,
     findings,
     gradient_flow,
     nets,
@@ -34,8 +35,10 @@ from resnet_fast.experiments import (
 )
 from resnet_fast.training import Recipe, fit, load_data
 
+EXERCISE = "degradation --preset exercise"
 SMALL = {
     "degradation": "--size 8 --planes 8 --depths 8,32 --epochs 8",
+    EXERCISE: "--planes 8 --epochs 8 --repeats 1",
     "gradient-flow": "--depths 8,56 --batch-size 32",
     "preact": "--depths 56 --epochs 4 --repeats 1",
     "shortcuts": "--depth 20 --planes 8 --epochs 8 --repeats 1",
@@ -59,7 +62,7 @@ def run(name, out, *more):
     """The experiment in small, from the command line; figures.json as it wrote it."""
     for package in ("sklearn", "matplotlib"):
         pytest.importorskip(package)
-    arguments = ["experiment", name, *SMALL[name].split(), *more, "--out", str(out)]
+    arguments = ["experiment", *name.split(), *SMALL[name].split(), *more, "--out", str(out)]
     assert cli.main(arguments) == 0
     return json.loads((out / "figures.json").read_text())
 
@@ -75,11 +78,11 @@ def check_page(name, out, record):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize("name", [*EXPERIMENTS, EXERCISE])
 def test_what_it_is_there_to_show(name, tmp_path, capsys):
     record = run(name, tmp_path)
     told = capsys.readouterr().out
-    check_page(name, tmp_path, record)
+    check_page(name.split()[0], tmp_path, record)
     assert record["claims"]
     for claim in record["claims"]:
         assert claim["holds"], claim["text"]
@@ -100,7 +103,16 @@ def shown_degradation(figures):
     assert figures["plain-32"]["parameters"] == figures["residual-32"]["parameters"]
 
 
+def shown_exercise(figures):
+    found, parameters = figures["nets"], figures["parameters"]
+    assert list(found) == list(exercise.NETS)
+    assert final(found, exercise.PLAIN, "train_loss") > final(found, exercise.A, "train_loss")
+    assert final(found, exercise.BASIC, "train_loss") < final(found, exercise.PLAIN, "train_loss")
+    assert {name: one["parameters"] for name, one in found.items()}.items() <= parameters.items()
+
+
 def shown_gradient_flow(figures):
+    assert figures["toy_block"]["residual"] > 1000 * figures["toy_block"]["plain"]
     norms = figures["norms"]
     assert len(norms["plain"]["56"]) == 55  # a stem and 27 blocks of two
     assert norms["plain"]["56"][0] > 100 * norms["residual"]["56"][0]
@@ -147,7 +159,7 @@ def shown_bugs(figures):
 
 SHOWN = {
     name: globals()[f"shown_{name.replace('-', '_')}"] for name in EXPERIMENTS
-}  # every experiment's numbers, beside its own claims
+} | {EXERCISE: shown_exercise}  # every experiment's numbers, beside its own claims
 
 
 NETS = {
@@ -155,6 +167,8 @@ NETS = {
     "residual": ("zero_pad", modules.BasicBlock),
     "projections": ("projection", modules.BasicBlock),
     "pre-activation": ("zero_pad", modules.PreActBasicBlock),
+    "bottlenecks": (None, modules.Bottleneck),
+    "chain": (None, None),
     bugs.EARLY: ("zero_pad", bugs.BLOCKS[bugs.EARLY]),
     bugs.BARE: ("zero_pad", bugs.BLOCKS[bugs.BARE]),
 }
@@ -174,16 +188,38 @@ def test_the_fused_blocks_repeat_the_curves_of_plain_pytorch(impl, kind):
     def losses(name):
         torch.manual_seed(0)
         chosen = block[name != "reference"] if isinstance(block, tuple) else block
-        model = nets.net(8, shortcut, block=chosen, planes=4, impl=name).double()
+        if kind == "chain":
+            model = nets.chain(8, planes=4, impl=name)
+        else:
+            model = nets.net(8, shortcut, block=chosen, planes=4, impl=name)
+        model = model.double()
         history = fit(model, data, recipe, device=impl.device)
         return [*history.losses, *(row["test_loss"] for row in history.epochs)]
 
     assert losses(impl.name) == pytest.approx(losses("reference"), rel=1e-9)
 
 
-def test_reference_is_built_of_plain_modules():
-    model = nets.net(8, "zero_pad", impl="reference")
+@pytest.mark.parametrize("name", exercise.NETS)
+def test_reference_is_built_of_plain_modules(name):
+    model = exercise.NETS[name](impl="reference")
     assert not any(type(module).__module__ == "resnet_fast.modules" for module in model.modules())
+    fused = exercise.NETS[name]()
+    assert list(model.state_dict()) == list(fused.state_dict())
+    assert any(type(module).__module__ == "resnet_fast.modules" for module in fused.modules())
+
+
+def test_the_nets_of_the_exercise():
+    """Net A: stride 2 every two layers. Depths count fc, not the projections of shortcuts."""
+    found = {name: build(planes=4) for name, build in exercise.NETS.items()}
+    layers = [m.conv for m in found[exercise.A] if isinstance(m, modules.ConvBNAct2d)]
+    assert [conv.stride[0] for conv in layers] == [1, 1, 2, 1, 2, 1, 2, 1]
+    assert [conv.out_channels for conv in layers] == [4, 4, 8, 8, 16, 16, 32, 32]
+    assert {conv.kernel_size for conv in layers} == {(3, 3)}
+    deep = [m.conv for m in found[exercise.PLAIN] if isinstance(m, modules.ConvBNAct2d)]
+    assert len(deep) == 20 and [i for i, c in enumerate(deep) if c.stride == (2, 2)] == [5, 10, 15]
+    for name, layers in {exercise.B: 14, exercise.BASIC: 20, exercise.BOTTLENECK: 50}.items():
+        convs = [key for key in found[name].state_dict() if re.search(r"conv\d\.weight$", key)]
+        assert len(convs) + 1 == layers
 
 
 def test_the_toy_block_by_numpy_is_the_one_of_autograd():
@@ -215,7 +251,7 @@ def parse(name, *words):
     return parser.parse_args([name, *words])
 
 
-def test_full_is_the_size_of_the_paper(monkeypatch):
+def test_paper_is_the_size_of_the_paper(monkeypatch):
     """He et al. 2015, section 4.2: 64k steps of 128 images, a tenth from 32k and from 48k."""
     seen = {}
     data = argparse.Namespace(num_classes=10, channels=3)
@@ -227,7 +263,7 @@ def test_full_is_the_size_of_the_paper(monkeypatch):
 
     monkeypatch.setattr(compare, "compare", stop)
     with pytest.raises(KeyboardInterrupt):
-        degradation.run(parse("degradation", "--full", "--path", "data", "--lr", "0.2"))
+        degradation.run(parse("degradation", "--preset", "paper", "--path", "data", "--lr", "0.2"))
     assert seen["data"] == "cifar10"
     depths, kinds = (20, 32, 44, 56, 110), ("plain", "residual")
     assert seen["names"] == [f"{kind}-{depth}" for depth in depths for kind in kinds]
@@ -239,7 +275,9 @@ def test_full_is_the_size_of_the_paper(monkeypatch):
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ("degradation --full", "path: cifar10"),
+        ("degradation --preset paper", "path: cifar10"),
+        ("degradation --preset exercise --data cifar10", "path: cifar10"),
+        ("degradation --preset exercise --depths 8", "depths: --preset exercise has"),
         ("activations --index -1 --epochs 1 --size 8 --depth 8", "index: expected 0 to 359"),
         ("lesion --depth 8", "depth: expected at least 14"),
         ("bugs --impl triton --device cuda", "cuda"),
