@@ -18,7 +18,8 @@ from ..runtime.options import whole
 from ..spec.values import printable
 from ..training.checks import MOST
 from ..training.evaluation import as_input, at_least_fp32, autocast
-from ..training.images import Skipped, images_in, read_batches
+from ..training.images import Skipped, images_in
+from ..training.loader import How, Loader
 from ..training.preprocessing import MOST_SIZE
 from ..training.recipe import PRECISIONS
 from ..training.weights import Loaded, load_weights, read_names
@@ -107,12 +108,12 @@ def predictions(
     preprocessing = loaded.preprocessing
     if args.size is not None:
         preprocessing = preprocessing.at(args.size)
-    chosen = [
-        range(i, min(i + args.batch_size, len(files)))
-        for i in range(0, len(files), args.batch_size)
-    ]
+    images = list(enumerate(files))
+    batches = (
+        images[i : i + args.batch_size] for i in range(0, len(images), args.batch_size)
+    )
     workers = args.workers if len(files) > args.batch_size else 0  # they take longer to start
-    for batch in read_batches(files, chosen, preprocessing, workers=workers):
+    for batch in Loader().read(batches, How(preprocessing), workers=workers):
         unreadable.update(batch.unreadable)
         if not len(batch.x):
             continue

@@ -21,6 +21,7 @@ from .checks import SPLITS, check_choice, check_path, check_seed
 from .cifar import read_cifar10
 from .imagefolder import ON_BAD_IMAGE, ImageFolder
 from .preprocessing import MOST_SIZE, Inputs, Preprocessing
+from .transforms import Transform
 
 DATA = ("digits", "cifar10", "imagefolder", "synthetic")
 TEST_SHARE = 0.2
@@ -86,9 +87,14 @@ class Data(Inputs):
         return len(self._split(split)[1])
 
     def batches(
-        self, split: str, chosen: Sequence[Tensor], device: torch.device, workers: int = 0
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield (x, y) on `device` for each batch of indices in `chosen`; `workers` is not used."""
+        self, split: str, chosen: Sequence[Tensor], device: torch.device, workers: int = 0, *,
+        transform: Transform | None = None, seed: int = 0, epoch: int = 0,
+    ) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
+        """Yield (x, y) on `device` for each batch of indices in `chosen`.
+
+        The other arguments are those of an ImageFolder and are not used: `augment.augment` and
+        `transforms.augmented` augment x on the device.
+        """
         x, y = (t.to(device) for t in self._split(split))
         for indices in chosen:
             indices = indices.to(device)

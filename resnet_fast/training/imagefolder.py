@@ -8,15 +8,19 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from .images import SUFFIXES, Skipped, folders_in, images_in, read_batches
+from .images import SUFFIXES, Skipped, folders_in, images_in
+from .loader import How, Loader
 from .preprocessing import Inputs, Preprocessing, imagenet
+from .transforms import Transform
 
 TRAIN = "train"
 TESTS = ("val", "valid", "test")
@@ -29,8 +33,8 @@ File = tuple[Path, int]
 class ImageFolder(Inputs):
     """A data set of image files, with ImageNet's preprocessing at `size`.
 
-    Attributes as `data.Data`, with `files` in place of tensors. For training, images are resized
-    and centre-cropped to `preprocessing.resize`; the augmentation on the device does the rest.
+    Attributes as `data.Data`, with `files` in place of tensors. Workers that read the files stay
+    from call to call of `batches`, until `close` or until the data set is deleted.
 
     Args:
         root: folder as above.
@@ -61,6 +65,7 @@ class ImageFolder(Inputs):
         self.preprocessing = imagenet(size)
         self.on_bad_image = on_bad_image
         self.skipped, self.unreadable = Skipped(), dict[str, str]()
+        self._loader = Loader()
         parted = (root / TRAIN).is_dir()
         tests = [root / name for name in TESTS if (root / name).is_dir()]
         if not parted:  # folders of these names may be classes
@@ -82,36 +87,55 @@ class ImageFolder(Inputs):
     def seen_by(self, preprocessing: Preprocessing) -> ImageFolder:
         """The same images with another preprocessing, that of a trained model."""
         other = copy.copy(self)
-        other.preprocessing = preprocessing
+        other.preprocessing, other._loader = preprocessing, Loader()
         return other
+
+    def close(self) -> None:
+        """End the workers that wait for further batches; `batches` starts others."""
+        self._loader.close()
 
     def count(self, split: str) -> int:
         """Number of images in `split`: "train", "test", or "all" for both."""
         return len(self.files[split])
 
     def batches(
-        self, split: str, chosen: Sequence[Tensor], device: torch.device, workers: int = 0
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield (x, y) on `device` for each batch of indices in `chosen`, read by `workers`.
+        self, split: str, chosen: Sequence[Tensor], device: torch.device, workers: int = 0, *,
+        transform: Transform | None = None, seed: int = 0, epoch: int = 0,
+    ) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
+        """Yield (x, y) on `device` for each batch of indices in `chosen`.
 
-        x is uint8 [N,3,H,W]; H = W is `preprocessing.resize` for "train", else `size`. An image
-        that cannot be read is an error, or is missing from its batch.
+        With a transform `of_files`, x is uint8 [N,3,size,size], augmented. Else it is uint8
+        [N,3,H,W], resized and centre-cropped to H = W = `preprocessing.resize` for "train", for the
+        augmentation on the device, and `size` for the other splits. An image that cannot be read is
+        an error, or is missing from its batch.
+
+        Args:
+            split: "train", "test" or "all".
+            chosen: indices of the images of each batch.
+            device: where x and y are put.
+            workers: processes that read, of one thread each; 0 reads in this one.
+            transform: augmentation.
+            seed: of the augmentation, together with the epoch and the index of each image; it does
+                not depend on workers or on the order of the images.
+            epoch: number of the epoch.
         """
         files = self.files[split]
-        labels = torch.tensor([label for _, label in files])
-        for batch in read_batches(
-            [path for path, _ in files],
-            [indices.tolist() for indices in chosen],
-            self.preprocessing,
-            crop=self.preprocessing.resize if split == "train" else self.size,
-            workers=workers,
-            pin_memory=device.type == "cuda",
-        ):
-            if batch.unreadable and self.on_bad_image == "error":
-                raise ValueError(next(iter(batch.unreadable.values())))
-            self.unreadable.update(batch.unreadable)
-            y = labels[batch.places]
-            yield batch.x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+        augments = transform is not None and transform.of_files
+        side = self.preprocessing.resize if split == "train" else self.size
+        how = How(self.preprocessing, side)
+        if augments:
+            how = How(self.preprocessing, None, transform, seed, epoch)
+        images = ([(i, os.fspath(files[i][0])) for i in batch.tolist()] for batch in chosen)
+        pin_memory = device.type == "cuda"
+        with closing(
+            self._loader.read(images, how, workers=workers, pin_memory=pin_memory)
+        ) as batches:
+            for batch in batches:
+                if batch.unreadable and self.on_bad_image == "error":
+                    raise ValueError(next(iter(batch.unreadable.values())))
+                self.unreadable.update(batch.unreadable)
+                y = torch.tensor([files[i][1] for i in batch.places.tolist()], dtype=torch.int64)
+                yield batch.x.to(device, non_blocking=True), y.to(device, non_blocking=True)
 
     def _images(self, root: Path) -> tuple[tuple[str, ...], list[File]]:
         """Class names and files of a folder with one folder per class."""

@@ -9,17 +9,18 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..runtime.files import opened, reason
-from ..runtime.optional import imported
+from ..runtime.optional import MissingPackage, imported
 from .preprocessing import Preprocessing
+from .transforms import Transform, seeded
 
 SUFFIXES = frozenset(
     (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
@@ -29,6 +30,7 @@ FORMATS = ("JPEG", "PNG", "TIFF", "WEBP", "BMP", "DIB", "PPM", "GIF")
 HIDDEN = "hidden"
 NOT_FINITE = "it has values that are not finite"
 MARGIN = 2  # a JPEG is decoded at no less than this multiple of the size it is resized to
+SCALES = (8, 4, 2)  # at which a JPEG can be decoded smaller
 MOST_CROPS = 16  # of a larger resized image, only the crop is computed
 
 
@@ -103,7 +105,7 @@ def _hidden(path: Path) -> bool:
     return path.name.startswith(".") or path.name == "__MACOSX"
 
 
-def read_image(path: Path, preprocessing: Preprocessing, crop: int | None = None) -> Tensor:
+def read_image(path: str | Path, preprocessing: Preprocessing, crop: int | None = None) -> Tensor:
     """Read an image as uint8 [C, crop, crop], resized and centre-cropped; None is `size`.
 
     The same pixels as torchvision's `Resize` and `CenterCrop`, except that
@@ -119,13 +121,38 @@ def read_image(path: Path, preprocessing: Preprocessing, crop: int | None = None
         ValueError: the file is missing, damaged or not an image; the message names it.
         MissingPackage: Pillow is not installed.
     """
-    Image = imported("PIL.Image", "images", "pillow")
     crop = preprocessing.size if crop is None else crop
+    return _read(path, lambda Image, image: _pixels(Image, image, preprocessing, crop))
+
+
+def read_augmented(
+    path: str | Path, preprocessing: Preprocessing, transform: Transform, seed: int
+) -> Tensor:
+    """Read an image as uint8 [C, size, size], augmented by `transform` from `seed`.
+
+    The same pixels as torchvision's v2 transforms from this seed: RandomResizedCrop (bilinear) of
+    the whole image, RandomHorizontalFlip, RandAugment, RandomErasing. A JPEG whose crop is at least
+    four times the size is decoded at a half, a quarter or an eighth, so that the crop is still at
+    least twice the size. 16-bit values and floats as `read_image`.
+
+    Raises:
+        ValueError, MissingPackage: as `read_image`; MissingPackage for torchvision too.
+    """
+    return _read(path, lambda Image, image: _crop(Image, image, preprocessing, transform, seed))
+
+
+def _read(path: str | Path, pixels: Callable[[Any, Any], Tensor]) -> Tensor:
+    """pixels(PIL.Image, the opened image); ValueError names the file."""
+    Image = imported("PIL.Image", "images", "pillow")
     try:
         with opened(path) as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of metadata that is not read here
             with Image.open(file, formats=FORMATS) as image:
-                return _pixels(Image, image, preprocessing, crop)
+                if min(image.size) < 1:
+                    raise ValueError(f"{image.width} × {image.height} pixels")
+                return pixels(Image, image)
+    except MissingPackage:
+        raise
     except Image.UnidentifiedImageError:
         why = f"expected one of {', '.join(FORMATS)}"
     except Exception as error:  # a damaged file may raise any exception
@@ -135,17 +162,9 @@ def read_image(path: Path, preprocessing: Preprocessing, crop: int | None = None
 
 def _pixels(Image: Any, image: Any, preprocessing: Preprocessing, crop: int) -> Tensor:
     sides = image.size
-    if min(sides) < 1:
-        raise ValueError(f"{sides[0]} × {sides[1]} pixels")
     width, height = (preprocessing.resize * side // min(sides) for side in sides)
     image.draft(None, (MARGIN * width, MARGIN * height))
-    scale = None
-    if image.mode == "F" or image.mode.startswith("I"):
-        usual = (1.0, 255.0) if image.mode == "F" else (65535.0,)
-        image = image.convert("F")
-        scale = _range(*image.getextrema(), usual)
-    else:
-        image = image.convert("L" if preprocessing.channels == 1 else "RGB")
+    image, scale = _converted(image, preprocessing.channels)
     interpolation = Image.Resampling[preprocessing.interpolation.upper()]
     left, top = round((width - crop) / 2), round((height - crop) / 2)
     box = left, top, left + crop, top + crop
@@ -155,14 +174,51 @@ def _pixels(Image: Any, image: Any, preprocessing: Preprocessing, crop: int) -> 
         image = image.resize((crop, crop), interpolation, box)
     else:
         image = image.resize((width, height), interpolation).crop(box)
-    values = np.array(image)
-    if scale is not None:
-        values = (values - scale[0]) * (255 / (scale[1] - scale[0]))
-        if not np.isfinite(values).all():
-            raise ValueError(NOT_FINITE)
-        values = np.rint(values).clip(0, 255).astype(np.uint8)
-    x = torch.from_numpy(values.reshape(crop, crop, -1)).permute(2, 0, 1)
+    x = torch.from_numpy(_levels(image, scale).reshape(crop, crop, -1)).permute(2, 0, 1)
     return x.expand(preprocessing.channels, -1, -1)
+
+
+def _crop(
+    Image: Any, image: Any, preprocessing: Preprocessing, transform: Transform, seed: int
+) -> Tensor:
+    size, width, height = preprocessing.size, *image.size
+    with seeded(seed):
+        box = transform.box(image, size)
+        room = min(box[2] - box[0], box[3] - box[1]) // (MARGIN * size)
+        scale = next((scale for scale in SCALES if scale <= room), 1)
+        image.draft(None, (width // scale, height // scale))
+        across, down = image.width / width, image.height / height  # 1, unless it is a JPEG
+        box = tuple(round(side * by) for side, by in zip(box, (across, down) * 2, strict=True))
+        image, levels = _converted(image, preprocessing.channels)
+        image = image.crop(box).resize((size, size), Image.Resampling.BILINEAR)
+        if levels is not None:
+            image = _coloured(Image.fromarray(_levels(image, levels)), preprocessing.channels)
+        return transform.cropped(image, preprocessing.mean)
+
+
+def _converted(image: Any, channels: int) -> tuple[Any, tuple[float, float] | None]:
+    """The image as L or RGB; or, of integers or floats, as F with what becomes 0 and 255."""
+    if image.mode != "F" and not image.mode.startswith("I"):
+        return _coloured(image, channels), None
+    usual = (1.0, 255.0) if image.mode == "F" else (65535.0,)
+    image = image.convert("F")
+    return image, _range(*image.getextrema(), usual)
+
+
+def _coloured(image: Any, channels: int) -> Any:
+    mode = "L" if channels == 1 else "RGB"
+    return image if image.mode == mode else image.convert(mode)
+
+
+def _levels(image: Any, scale: tuple[float, float] | None) -> np.ndarray:
+    """The pixels as uint8; `scale` is of `_converted`."""
+    values = np.array(image)
+    if scale is None:
+        return values
+    values = (values - scale[0]) * (255 / (scale[1] - scale[0]))
+    if not np.isfinite(values).all():
+        raise ValueError(NOT_FINITE)
+    return np.rint(values).clip(0, 255).astype(np.uint8)
 
 
 def _range(low: float, high: float, usual: Sequence[float]) -> tuple[float, float]:
@@ -175,60 +231,3 @@ def _range(low: float, high: float, usual: Sequence[float]) -> tuple[float, floa
         if 0 <= low and high <= most:
             return 0.0, most
     return low, high if high > low else low + max(1.0, abs(low))
-
-
-class Batch(NamedTuple):
-    """The images of a batch that can be read.
-
-    Attributes:
-        x: uint8 [n, C, crop, crop].
-        places: their indices among the files [n].
-        unreadable: why the others cannot be read, by path.
-    """
-
-    x: Tensor
-    places: Tensor
-    unreadable: dict[str, str]
-
-
-def read_batches(
-    files: Sequence[Path], chosen: Sequence[Sequence[int]], preprocessing: Preprocessing, *,
-    crop: int | None = None, workers: int = 0, pin_memory: bool = False,
-) -> Iterator[Batch]:  # fmt: skip
-    """Read the files of each batch of indices in `chosen`, by `workers` processes."""
-    crop = preprocessing.size if crop is None else crop
-    imported("PIL.Image", "images", "pillow")  # here, because a worker prints a traceback
-    dataset = _Files(files, preprocessing, crop)
-    yield from torch.utils.data.DataLoader(
-        dataset,
-        batch_sampler=chosen,
-        collate_fn=dataset.collate,
-        num_workers=workers,
-        pin_memory=pin_memory,
-        generator=torch.Generator(),  # by default a loader draws from the global generator
-    )
-
-
-class _Files(torch.utils.data.Dataset):
-    """The Dataset of the workers; an error is text, so that no traceback is printed."""
-
-    def __init__(self, files: Sequence[Path], preprocessing: Preprocessing, crop: int) -> None:
-        self.files, self.preprocessing, self.crop = files, preprocessing, crop
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> tuple[int, Tensor | str]:
-        try:
-            return index, read_image(self.files[index], self.preprocessing, self.crop)
-        except ValueError as error:
-            return index, str(error)
-
-    def collate(self, items: Sequence[tuple[int, Tensor | str]]) -> Batch:
-        read = [(place, x) for place, x in items if isinstance(x, Tensor)]
-        none = torch.empty(0, self.preprocessing.channels, self.crop, self.crop, dtype=torch.uint8)
-        return Batch(
-            torch.stack([x for _, x in read]) if read else none,
-            torch.tensor([place for place, _ in read], dtype=torch.int64),
-            {str(self.files[place]): why for place, why in items if isinstance(why, str)},
-        )
