@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision_ops
 from torch import nn
 from twins import randomize
 
@@ -178,9 +179,12 @@ class TestTorchvisionsLayout:
 
     @pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnext50_32x4d", "wide_resnet50_2"])
     def test_same_parameters_from_one_seed(self, name):
-        torchvision = pytest.importorskip("torchvision", reason="torchvision is not installed")
+        if (reason := torchvision_ops.why_not("torchvision")) is not None:
+            pytest.skip(reason)
+        from torchvision import models
+
         torch.manual_seed(0)
-        theirs = getattr(torchvision.models, name)().eval()
+        theirs = getattr(models, name)().eval()
         torch.manual_seed(0)
         ours = create_model(name).eval()
         torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), rtol=0, atol=0)
