@@ -20,7 +20,7 @@ class Batch(NamedTuple):
     """The images of a batch that can be read.
 
     Attributes:
-        x: uint8 [n, C, side, side].
+        x: uint8 [n, C, side, side], channels_last.
         places: their indices among the files [n].
         unreadable: why the others cannot be read, by path.
     """
@@ -145,6 +145,7 @@ class _Files(Dataset):
             else:
                 read.append(x)
                 places.append(index)
-        none = torch.empty(0, how.preprocessing.channels, how.side, how.side, dtype=torch.uint8)
-        x = torch.stack(read) if read else none
-        return Batch(x, torch.tensor(places, dtype=torch.int64), unreadable)
+        none = torch.empty(0, how.side, how.side, how.preprocessing.channels, dtype=torch.uint8)
+        x = torch.stack([x.permute(1, 2, 0) for x in read]) if read else none  # as Pillow has them
+        places = torch.tensor(places, dtype=torch.int64)
+        return Batch(x.permute(0, 3, 1, 2), places, unreadable)

@@ -178,6 +178,8 @@ def test_the_generator_is_restored():
     with pytest.raises(ZeroDivisionError), seeded(seed_of(0)):
         assert torch.equal(torch.rand(3), first)
         raise ZeroDivisionError
+    with torch.device("meta"), seeded(seed_of(0)):  # another default device
+        assert torch.equal(torch.rand(3), first)
     assert torch.equal(torch.get_rng_state(), before)
 
 
