@@ -19,7 +19,7 @@ GPU_JOBS ?= 8
 GPU_SECONDS ?= 540
 OUT ?= build/gpu
 ARCH ?= sm_80,sm_90,sm_100
-EXTRAS := test,demo,train,dev
+EXTRAS := test,demo,train,vision,dev
 
 # The torch that is there, as a constraint: nothing that is installed after it may replace it. One
 # that brings its own triton, as CUDA builds do, keeps that too.
