@@ -186,9 +186,9 @@ def _crop(
         box = transform.box(image, size)
         room = min(box[2] - box[0], box[3] - box[1]) // (MARGIN * size)
         scale = next((scale for scale in SCALES if scale <= room), 1)
-        image.draft(None, (width // scale, height // scale))
-        across, down = image.width / width, image.height / height  # 1, unless it is a JPEG
-        box = tuple(round(side * by) for side, by in zip(box, (across, down) * 2, strict=True))
+        if image.draft(None, (width // scale, height // scale)) is None:
+            scale = 1  # not a JPEG
+        box = tuple(round(side / scale) for side in box)
         image, levels = _converted(image, preprocessing.channels)
         image = image.crop(box).resize((size, size), Image.Resampling.BILINEAR)
         if levels is not None:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..runtime.files import reason
 from ..runtime.optional import MissingPackage
 from ..spec.values import given, integer, is_number
 from .augment import AUGMENTATIONS
@@ -38,7 +39,7 @@ def torchvision_v2() -> Any:
         raise MissingPackage(
             "resized-crop-flip of image files, RandAugment, random erasing, MixUp and CutMix need "
             "a torchvision that matches torch (pip install torchvision); without it, use augment "
-            f"crop-flip or none (--augment) and leave the others out: {error}"
+            f"crop-flip or none (--augment) and leave the others out: {reason(error)}"
         ) from None
 
 
