@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..spec.values import given, integer
 from .augment import centre_crop
+from .batches import check_loader, checked
 from .checks import (
     MOST,
     SPLITS,
@@ -23,7 +24,6 @@ from .checks import (
     is_data,
 )  # fmt: skip
 from .distributed import total, world
-from .loaders import check_loader, checked
 from .preprocessing import Preprocessing
 from .recipe import PRECISIONS
 

@@ -6,7 +6,6 @@ all processes, None if it is not known), `batches` and `test`.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from collections.abc import Iterator
 from typing import Any
@@ -16,12 +15,14 @@ from torch import Tensor, nn
 
 from . import distributed
 from .augment import Draws, augment
+from .batches import check_loader, checked, length, set_epoch
 from .checkpoint import LOADER
 from .distributed import world
 from .evaluation import Evaluation, Loss, as_input, evaluate
-from .loaders import check_loader, checked, length, set_epoch
+from .imagefolder import ImageFolder
 from .recipe import Recipe
 from .state import State
+from .transforms import Transform, augmented, mixed, seed_of, seeded
 
 OF_DATA = ("augment", "randaugment", "random_erasing", "mixup", "cutmix")
 
@@ -35,7 +36,9 @@ class DataFeed:
         self.classes: int | None = data.num_classes
         self.batch: int | None = recipe.batch_size
         self.steps = data.count("train") // recipe.batch_size
-        self.augment = data.augmentation if recipe.augment == "auto" else recipe.augment
+        augment = data.augmentation if recipe.augment == "auto" else recipe.augment
+        self.transform = Transform(augment, recipe.randaugment, recipe.random_erasing)
+        self.read_augmented = isinstance(data, ImageFolder) and self.transform.of_files
         self.share = recipe.batch_size // world().size
         self.before: tuple[Tensor, Tensor] | None = None
 
@@ -46,11 +49,19 @@ class DataFeed:
             self.data.count("train"), recipe.batch_size, recipe.seed, state.epoch, here
         )
         draws = Draws(state.generator, recipe.batch_size, slice(here.rank, None, here.size))
-        left = order[state.step :]
-        for x, y in self.data.batches("train", left, self.device, self.workers):
+        batches = self.data.batches(
+            "train", order[state.step :], self.device, self.workers, transform=self.transform,
+            seed=recipe.seed, epoch=state.epoch,
+        )  # fmt: skip
+        for step, (x, y) in enumerate(batches, state.step):
             x, y = self._filled(x, y)
-            x = augment(self.augment, x, self.data.size, draws)
-            yield as_input(x, self.data.preprocessing, state.model), y
+            if not self.read_augmented:
+                x = augment(self.transform.augment, x, self.data.size, draws)
+                seeds = [seed_of(recipe.seed, state.epoch, i) for i in order[step].tolist()]
+                x = augmented(x, self.transform, self.data.preprocessing.mean, seeds)
+            x = as_input(x, self.data.preprocessing, state.model)
+            seed = seed_of(recipe.seed, state.epoch, step, here.rank)
+            yield mixed(x, y, self.data.num_classes, recipe.mixup, recipe.cutmix, seed)
 
     def test(self, model: nn.Module, loss: Loss | None) -> Evaluation:
         """Figures of `model` on the test images."""
@@ -118,8 +129,7 @@ class LoaderFeed:
         and the seed of its workers, depends only on the recipe's seed and the epoch.
         """
         set_epoch(self.data, state.epoch)
-        with torch.random.fork_rng(devices=()):
-            torch.default_generator.manual_seed(_seed(self.recipe.seed, state.epoch))
+        with seeded(seed_of(self.recipe.seed, state.epoch)):
             batches = iter(self.data)
             first = list(itertools.islice(batches, 1))
         count = 0
@@ -142,7 +152,3 @@ class LoaderFeed:
         except ValueError as error:
             raise ValueError(str(error).replace("data:", "test:", 1)) from None
 
-
-def _seed(*values: int) -> int:
-    """A seed from several numbers."""
-    return int.from_bytes(hashlib.sha256(repr(values).encode()).digest()[:8], "little", signed=True)

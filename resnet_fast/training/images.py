@@ -190,7 +190,8 @@ def _crop(
             scale = 1  # not a JPEG
         box = tuple(round(side / scale) for side in box)
         image, levels = _converted(image, preprocessing.channels)
-        image = image.crop(box).resize((size, size), Image.Resampling.BILINEAR)
+        interpolation = Image.Resampling[preprocessing.interpolation.upper()]
+        image = image.crop(box).resize((size, size), interpolation)
         if levels is not None:
             image = _coloured(Image.fromarray(_levels(image, levels)), preprocessing.channels)
         return transform.cropped(image, preprocessing.mean)

@@ -12,10 +12,10 @@ from ..spec.dtypes import PRECISIONS
 from ..spec.values import check_flag, given, integer, is_number
 from .augment import AUGMENTATIONS
 from .checks import MOST, check_choice, check_seed
+from .transforms import Transform
 
 OPTIMIZERS = ("sgd", "adamw", "lars", "muon")
 SCHEDULES = ("cosine", "step", "constant")
-MOST_MAGNITUDE = 30
 FLAGS = (
     "nesterov", "decay_norms", "channels_last", "compile", "checkpointing", "sync_bn",
     "deterministic",
@@ -108,8 +108,6 @@ class Recipe:
         for name in ("lr", "weight_decay", "warmup", "mixup", "cutmix"):
             value = getattr(self, name)
             _expect(name, value, "a number of at least 0", is_number(value) and value >= 0)
-        _expect("random_erasing", self.random_erasing, "a probability, from 0 to 1",
-                is_number(self.random_erasing) and 0 <= self.random_erasing <= 1)  # fmt: skip
         for name in ("momentum", "label_smoothing", "ema"):
             value = getattr(self, name)
             allowed = value is None and name == "ema"
@@ -119,9 +117,6 @@ class Recipe:
                 self.clip is None or (is_number(self.clip) and self.clip > 0))  # fmt: skip
         _expect("warmup", self.warmup, f"at most epochs ({self.epochs})",
                 self.warmup <= self.epochs)  # fmt: skip
-        if self.randaugment is not None:
-            expected = f"a magnitude from 0 to {MOST_MAGNITUDE}, or None"
-            integer(self.randaugment, "randaugment", expected, 0, MOST_MAGNITUDE)
         shares = self.milestones
         rising = isinstance(shares, tuple) and all(is_number(v) and 0 <= v <= 1 for v in shares)
         _expect("milestones", shares, "rising shares of all epochs, from 0 to 1",
@@ -132,6 +127,7 @@ class Recipe:
         check_choice(self.schedule, "schedule", SCHEDULES)
         check_choice(self.precision, "precision", tuple(PRECISIONS))
         check_choice(self.augment, "augment", ("auto", *AUGMENTATIONS))
+        Transform("none", self.randaugment, self.random_erasing)  # checks them
         for name in FLAGS:
             check_flag(getattr(self, name), name)
         if self.nesterov and self.optimizer != "sgd":

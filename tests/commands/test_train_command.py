@@ -132,12 +132,12 @@ def test_bars_on_a_terminal(tmp_path, monkeypatch, capsys):
 def test_every_option_reaches_the_recipe(monkeypatch, tmp_path):
     """As it was given, and with the data set's value where it was not."""
     asked = {
-        "epochs": 7, "batch_size": 50, "optimizer": "lars", "lr": 0.2,
-        "momentum": 0.8, "nesterov": False, "weight_decay": 0.1, "decay_norms": False, "schedule": "step", "warmup": 3.0,
-        "label_smoothing": 0.2, "ema": 0.5, "clip": 2.0, "accumulate": 5, "augment": "none",
-        "milestones": (0.2, 0.6), "randaugment": 7, "random_erasing": 0.1, "mixup": 0.2,
-        "cutmix": 1.0, "freeze": ("stem", "layer1"), "precision": "bf16",
-        "channels_last": False, "checkpointing": True, "sync_bn": True, "deterministic": True, "seed": 9,
+        "epochs": 7, "batch_size": 50, "optimizer": "lars", "lr": 0.2, "momentum": 0.8,
+        "nesterov": False, "weight_decay": 0.1, "decay_norms": False, "schedule": "step",
+        "milestones": (0.2, 0.6), "warmup": 3.0, "label_smoothing": 0.2, "ema": 0.5, "clip": 2.0,
+        "accumulate": 5, "augment": "none", "randaugment": 7, "random_erasing": 0.1, "mixup": 0.2,
+        "cutmix": 1.0, "freeze": ("stem", "layer1"), "precision": "bf16", "channels_last": False,
+        "checkpointing": True, "sync_bn": True, "deterministic": True, "seed": 9,
     }  # fmt: skip
     words = []
     for name, value in asked.items():

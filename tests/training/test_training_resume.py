@@ -12,10 +12,11 @@ import torch
 from training_cases import RECIPE, STEPS, assert_same, data, metrics, model
 from training_worker import SAVED
 
-from resnet_fast.training import Interrupted, fit
+from resnet_fast.training import Evaluation, Interrupted, fit
 from resnet_fast.training import checkpoint as files
 from resnet_fast.training.checkpoint import CheckpointError
 from resnet_fast.training.loop import _Run
+from resnet_fast.training.recipe import lr_factor
 
 TESTS = Path(__file__).parents[1] / "support"
 RECIPES = {
@@ -291,3 +292,64 @@ def test_epochs_sort_by_number(tmp_path):
     assert [path.name for path in files.checkpoints(tmp_path)] == order
     assert files.name_of(2, 10) == names[2]
     assert files.name_of(10, 0) == names[3]
+
+
+def _accuracies(monkeypatch, *values):
+    """The tests of the following epochs find these accuracies."""
+    found = iter(values)
+    monkeypatch.setattr(
+        "resnet_fast.training.feeds.evaluate",
+        lambda *_, **__: Evaluation(0.0, next(found), 0.0, torch.zeros(4, 4)),
+    )
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_the_best_is_kept_beside_the_last_two(tmp_path, monkeypatch, links):
+    """The first of equals; a copy where the file system has no hard links."""
+    if not links:
+        monkeypatch.setattr(Path, "hardlink_to", lambda *_: (_ for _ in ()).throw(OSError()))
+    _accuracies(monkeypatch, 0.5, 0.9, 0.9, 0.7, 0.8)
+    weights = []
+    net = model()
+    fit(net, data(), replace(RECIPE, epochs=5), out=tmp_path,
+        callbacks={"epoch": lambda _: weights.append(net.fc.weight.detach().clone())})  # fmt: skip
+    folder = tmp_path / "checkpoints"
+    names = ["best-epoch-0002.pt", "epoch-0004.pt", "epoch-0005.pt"]
+    assert sorted(path.name for path in folder.iterdir()) == names
+    best = content(tmp_path, names[0])
+    assert torch.equal(best["weights"]["fc.weight"], weights[1])
+    assert best["training"]["epoch"] == 2
+    # From there on it is another run, and a better epoch takes its place.
+    _accuracies(monkeypatch, 0.1, 0.95, 0.2)
+    fit(model(), data(), replace(RECIPE, epochs=5), out=tmp_path, resume=folder / names[0])
+    names = ["best-epoch-0004.pt", "epoch-0004.pt", "epoch-0005.pt"]
+    assert sorted(path.name for path in folder.iterdir()) == names
+
+
+def test_a_best_of_a_future_that_was_left_is_removed(tmp_path, monkeypatch):
+    _accuracies(monkeypatch, 0.5, 0.6, 0.9)
+    fit(model(), data(), RECIPE, out=tmp_path)
+    _accuracies(monkeypatch, 0.4)
+    fit(model(), data(), RECIPE, out=tmp_path, resume=tmp_path / "checkpoints" / "epoch-0002.pt")
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["epoch-0002.pt", "epoch-0003.pt"]
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "step"])
+def test_more_epochs_than_before(tmp_path, schedule):
+    """Those that are done stay; the rest follows the schedule of the new number."""
+    short, long = (replace(RECIPE, epochs=n, schedule=schedule, warmup=0.5) for n in (3, 6))
+    done, rates = fit(model(), data(), short, out=tmp_path), []
+    history = fit(model(), data(), replace(long, warmup=1.0), out=tmp_path, resume=True,
+                  callbacks={"step": lambda event: rates.append(event["lr"])})  # fmt: skip
+    assert history.losses[: 3 * STEPS] == done.losses
+    assert metrics(history)[:3] == metrics(done)
+    assert len(history.epochs) == 6
+    wanted = [RECIPE.lr * lr_factor(replace(long, warmup=1.0), i, STEPS) for i in range(6 * STEPS)]
+    assert rates == pytest.approx(wanted[3 * STEPS :])
+    assert fit(model(), data(), long, out=tmp_path, resume=True).losses == history.losses
+
+
+def test_fewer_epochs_than_are_done_is_an_error(out):
+    with pytest.raises(ValueError, match="epochs: expected at least the 3 complete epochs of the"):
+        fit(model(), data(), replace(RECIPE, epochs=2), out=out, resume=True)
