@@ -251,7 +251,7 @@ def parse(name, *words):
     return parser.parse_args([name, *words])
 
 
-def test_paper_is_the_size_of_the_paper(monkeypatch):
+def test_preset_paper_has_the_size_of_the_paper(monkeypatch):
     """He et al. 2015, section 4.2: 64k steps of 128 images, a tenth from 32k and from 48k."""
     seen = {}
     data = argparse.Namespace(num_classes=10, channels=3)
