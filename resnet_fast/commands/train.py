@@ -260,8 +260,9 @@ def _finish(history: History, out: Path, title: str) -> None:
     except MissingPackage as error:
         print(f"no curves.png: {error}")
     last, best = history.epochs[-1], max(history.epochs, key=lambda row: row["test_accuracy"])
+    kept = Path("checkpoints", f"best-{name_of(best['epoch'], 0)}")
     print(
         f"test accuracy {last['test_accuracy']:.2%}; best {best['test_accuracy']:.2%} in epoch "
-        f"{best['epoch']}: checkpoints/best-{name_of(best['epoch'], 0)}"
+        f"{best['epoch']}" + (f": {kept}" if (out / kept).exists() else "")
     )
     print(f"wrote to {printable(str(out))}: {', '.join(written)}")

@@ -154,12 +154,13 @@ def read_last(folder: Path) -> tuple[Path, dict[str, Any]] | None:
 class Keeper:
     """Writes the checkpoints of a run into `folder` and keeps the last KEPT of them.
 
-    `resumed` is the file that the run continues from. All other checkpoints in `folder`, such as
-    later ones, are removed when the next one is written. `mark_best` keeps one more.
+    `resumed` is the file that the run continues from, after `epoch` epochs. All other checkpoints
+    in `folder`, such as later ones, are removed when the next one is written. `mark_best` keeps one
+    more.
     """
 
-    def __init__(self, folder: Path, resumed: Path | None = None) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, resumed: Path | None = None, epoch: int = 0) -> None:
+        self.folder, self.epoch = folder, epoch
         self.kept = [] if resumed is None else [resumed]
 
     def write(self, epoch: int, step: int, content: Mapping[str, Any]) -> Path:
@@ -171,9 +172,10 @@ class Keeper:
         for other in checkpoints(self.folder):
             if other.resolve() not in kept:
                 other.unlink(missing_ok=True)
-        for other in self._best():
-            if int(BEST.fullmatch(other.name)[1]) > epoch:  # of the run after `resumed`
+        for other, number in self._best().items():
+            if number > self.epoch:  # of the run after `resumed`
                 other.unlink(missing_ok=True)
+        self.epoch = epoch
         remove_parts(self.folder)
         return path
 
@@ -193,5 +195,7 @@ class Keeper:
             if other != best:
                 other.unlink(missing_ok=True)
 
-    def _best(self) -> list[Path]:
-        return [path for path in self.folder.glob("best-*.pt") if BEST.fullmatch(path.name)]
+    def _best(self) -> dict[Path, int]:
+        """The files of `mark_best`, and their epochs."""
+        found = {path: BEST.fullmatch(path.name) for path in self.folder.glob("best-*.pt")}
+        return {path: int(match[1]) for path, match in found.items() if match}

@@ -144,7 +144,7 @@ def fit(
         keeper = None
         if folder is not None:
             resumed = _resume(run.state, about, folder, resume) if resume else None
-            keeper = Keeper(folder / "checkpoints", resumed)
+            keeper = Keeper(folder / "checkpoints", resumed, run.state.epoch)
 
         def save(row: Mapping[str, Any] | None = None) -> Path:
             content = run.state.state_dict()  # a collective call
