@@ -117,6 +117,25 @@ def test_one_line_an_epoch(tmp_path, capsys):
     assert "curves.png" in said.out.splitlines()[-1]
 
 
+@pytest.mark.parametrize(("every", "steps"), [("5", [5, 10]), ("0", []), (None, [])])
+def test_a_line_every_few_steps(tmp_path, capsys, every, steps):
+    """Where there is no terminal every 100, which an epoch of 13 steps does not reach."""
+    words = ["train", "synthetic", "--epochs", "2", "--batch-size", "150", "--size", "8",
+             "--out", str(tmp_path)]  # fmt: skip
+    assert cli.main(words if every is None else [*words, "--log-every", every]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "  step " in line]
+    found = [re.match(r"epoch (\d)/2  step (\d+)/13  loss (\d\.\d{4})  lr \S+  \d+ images/s$", line)
+             for line in lines]  # fmt: skip
+    assert [(int(m[1]), int(m[2])) for m in found] == [(e, s) for e in (1, 2) for s in steps]
+
+
+@pytest.mark.parametrize(("terminal", "every"), [(True, 0), (False, 100)])
+def test_lines_where_there_is_no_terminal(monkeypatch, terminal, every):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
+    assert train_command._log_every(None) == every
+    assert train_command._log_every(7) == 7
+
+
 def test_bars_on_a_terminal(tmp_path, monkeypatch, capsys):
     class Terminal(io.StringIO):
         def isatty(self):

@@ -273,13 +273,36 @@ def test_other_commands_take_names(server, tmp_path, capsys):
             image(photos / name / f"{i}.png", (40, 36))
     words = ["--model", "resnet18", "--weights", "DEFAULT"]
     train = ["train", "imagefolder", str(photos), "--size", "32", "--batch-size", "4", "--epochs",
-             "1", "--workers", "0", "--out", str(out)]  # fmt: skip
+             "1", "--workers", "0", "--augment", "crop-flip", "--out", str(out)]  # fmt: skip
     assert cli.main([*train, *words]) == 0
     assert "a new head of 2 classes replaces it" in capsys.readouterr().err
     assert load_weights(out / "model.pt").classes == ("cat", "dog")
     words += ["--image", str(photos / "cat" / "0.png"), "--out", str(tmp_path / "found")]
     assert cli.main(["experiment", "activations", *words]) == 0
     assert "resnet18 (DEFAULT)" in (tmp_path / "found" / "index.html").read_text()
+    assert len(server.seen) == 1
+
+
+def test_train_pretrained(server, tmp_path, weights, monkeypatch, capsys):
+    """The published weights of --model, with their preprocessing at --size; frozen ones stay."""
+    pytest.importorskip("PIL")
+    resizes = {name: {"IMAGENET1K_V1": (digest, 232)} for name, found in
+               pretrained.TORCHVISION.items() for digest, _ in [found["IMAGENET1K_V1"]]}
+    monkeypatch.setattr(pretrained, "TORCHVISION", resizes)
+    for name in ("cat", "dog"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for i in range(5):
+            image(tmp_path / "photos" / name / f"{i}.png", (40, 36))
+    words = ["train", "imagefolder", str(tmp_path / "photos"), "--size", "56", "--batch-size", "4",
+             "--epochs", "1", "--workers", "0", "--augment", "crop-flip", "--pretrained",
+             "--out", str(tmp_path / "out")]  # fmt: skip
+    assert cli.main([*words, "--freeze", "stem,layer1,layer2,layer3,layer4"]) == 0
+    loaded = load_weights(tmp_path / "out" / "model.pt")
+    assert (loaded.name, loaded.classes) == ("resnet18", ("cat", "dog"))
+    assert (loaded.preprocessing.size, loaded.preprocessing.resize) == (56, 58)
+    assert_equal(loaded.model, weights, head=False)
+    assert cli.main([*words, "--weights", "IMAGENET1K_V1"]) == 2
+    assert "--pretrained: expected no --weights" in capsys.readouterr().err
     assert len(server.seen) == 1
 
 
