@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from training_cases import RECIPE, STEPS, data, model, without_norms
 
 from resnet_fast.training import Interrupted, fit, signals
@@ -85,6 +86,7 @@ def ranks(out, names=("without norms", "norms")):
             }  # fmt: skip
         if "norms" in names:
             found["interrupted"] = interrupted(Path(out, "interrupted"))
+            found["loader"] = loaded()
         torch.save(found, Path(out, f"rank-{world().rank}.pt"))
 
 
@@ -109,6 +111,21 @@ def interrupted(out):
     net, recipe = cases()["norms"]
     history = fit(net, data(), recipe, out=out, resume=True)
     return {"weights": net.state_dict(), "losses": history.losses, "path": path}
+
+
+def loaded():
+    """A loader of the caller: each process has its share by DistributedSampler."""
+    images = data()
+    pairs = TensorDataset(images.preprocessing.normalize(images.train_x), images.train_y)
+    sampler = DistributedSampler(pairs, seed=RECIPE.seed)
+    loader = DataLoader(pairs, RECIPE.batch_size // 2, sampler=sampler, drop_last=True)
+    net = without_norms()
+    history = fit(net, loader, replace(RECIPE, augment="auto"))
+    try:
+        fit(net, list(loader)[world().rank :], replace(RECIPE, augment="auto"))
+    except ValueError as error:
+        unequal = str(error)
+    return {"weights": net.state_dict(), "losses": history.losses, "unequal": unequal}
 
 
 def synchronized(out):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from training_cases import IMAGES, RECIPE, STEPS, data, model
+from training_cases import IMAGES, RECIPE, STEPS, data, model, without_norms
 from training_worker import cases
 
 from resnet_fast.training import checkpoint, evaluate, fit
@@ -81,6 +81,18 @@ def test_two_processes_equal_one(ranks):
     for ours, alone in zip(found["epochs"], history.epochs, strict=True):
         for column in ("lr", "train_loss", "train_accuracy", "test_loss", "test_accuracy"):
             assert ours[column] == pytest.approx(alone[column], rel=1e-6), column
+
+
+def test_loaders_of_two_processes_equal_the_data_set(ranks):
+    """Without augmentation; loaders of different lengths are an error."""
+    found = [rank["loader"] for rank in ranks]
+    net = without_norms()
+    alone = fit(net, data(), replace(RECIPE, augment="none")).losses
+    for one in found:
+        assert one["losses"] == pytest.approx(alone)
+        assert one["unequal"] == "data: expected equally many batches in every process"
+        for key, value in net.state_dict().items():
+            torch.testing.assert_close(one["weights"][key], value)
 
 
 def test_a_signal_to_one_process_stops_both(ranks, out):
