@@ -20,10 +20,11 @@ from torch import nn
 from .. import __version__
 from ..dispatch import backends
 from ..models import create_model
+from ..models.pretrained import DEFAULT, TORCHVISION
 from ..runtime.optional import MissingPackage
 from ..runtime.options import output_folder, whole
 from ..spec.values import printable
-from ..training import History, Interrupted, Recipe, fit, load_data
+from ..training import History, Interrupted, Recipe, checkpoint, fit, load_data
 from ..training.augment import AUGMENTATIONS
 from ..training.checkpoint import ModelSpec, name_of
 from ..training.checks import MOST
@@ -47,10 +48,11 @@ RANDAUGMENT = 9
 RECIPE = """\
 Defaults of cifar10 in parentheses. imagefolder has those of PyTorch's ImageNet example and of
 torchvision's reference training of ResNets: 90 epochs, 256 images, SGD with lr 0.1, momentum 0.9,
-weight decay 1e-4, a factor of 0.1 after a third and two thirds of the epochs, random resized crops
-of 224 pixels, flips; the test crops 224 of 256 pixels. digits: 10 epochs, 32 images, lr 0.05,
-Nesterov momentum. adamw: lr 0.001, weight decay 0.05. lars: lr 1. muon: lr 0.001, momentum 0.95,
-weight decay 0.05."""
+weight decay 1e-4, no warm-up, a factor of 0.1 after a third and two thirds of the epochs, random
+resized crops of 224 pixels, flips; the test crops 224 of 256 pixels. The incomplete last batch of
+an epoch is left out. digits: 10 epochs, 32 images, lr 0.05, Nesterov momentum, warm-up 2.
+synthetic: 2 epochs, 100 images, lr 0.05. adamw: lr 0.001, weight decay 0.05. lars: lr 1. muon: lr
+0.001, momentum 0.95, weight decay 0.05. All three: cosine schedule, warm-up 5."""
 MODELS = {"imagefolder": "resnet18"}
 DEFAULT_MODEL = "cifar_resnet20"
 KILLED = 128  # a shell reports a signal as this plus its number
@@ -62,7 +64,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add_weights(parser, False, "start from these weights; a head of other classes is replaced")
     add("--pretrained", action="store_true",
-        help="start from the published weights of --model: --weights DEFAULT")
+        help="start from the published weights of --model (default: resnet18 for imagefolder): "
+        "--weights DEFAULT")  # fmt: skip
     add("--out", type=output_folder, metavar="DIR",
         help="output folder (default: runs/DATA-MODEL)")  # fmt: skip
     add("--resume", nargs="?", const=True, default=False, metavar="FILE",
@@ -119,11 +122,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _words(text: str) -> tuple[str, ...]:
-    return tuple(word.strip() for word in text.split(","))
+    words = tuple(word.strip() for word in text.split(","))
+    if not all(words):
+        raise argparse.ArgumentTypeError(f"expected names with commas, got {text!r}")
+    return words
 
 
 def _numbers(text: str) -> tuple[float, ...]:
-    return tuple(float(word) for word in text.split(","))
+    try:
+        return tuple(float(word) for word in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected numbers with commas, got {text!r}") from None
 
 
 def recipe_of(args: argparse.Namespace) -> Recipe:
@@ -143,7 +152,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--key: expected --weights too")
     data = load_data(args.data, args.path, size=args.size, on_bad_image=args.on_bad_image)
     torch.manual_seed(recipe.seed)
-    model, spec, data, notes = _model(args, data)
+    before = _resumed(args)
+    model, spec, data, notes = _model(args, data) if before is None else _again(args, data, before)
     name = spec.name
     out = args.out or Path("runs", f"{args.data}-{name}")
     with processes(args.device) as device:
@@ -169,15 +179,42 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _resumed(args: argparse.Namespace) -> dict[str, Any] | None:
+    """The content of the checkpoint that --resume continues from, if it names its model."""
+    if not args.resume:
+        return None
+    if args.resume is not True:
+        content = checkpoint.read(Path(args.resume))
+    else:
+        name = args.model or MODELS.get(args.data, DEFAULT_MODEL)
+        out = args.out or Path("runs", f"{args.data}-{name}")
+        found = checkpoint.read_last(out / "checkpoints")
+        content = {} if found is None else found[1]
+    return content if content.get("spec") else None
+
+
+def _again(
+    args: argparse.Namespace, data: Any, content: dict[str, Any]
+) -> tuple[nn.Module, ModelSpec, Any, tuple[str, ...]]:
+    """As `_model`, for a run that is resumed: its first weights are not needed."""
+    spec, _, preprocessing = checkpoint.about(Path(str(args.resume)), content)
+    if args.model not in (None, spec.name):
+        raise ValueError(f"--model: the run that is resumed has {spec.name}, got {args.model}")
+    if args.data == "imagefolder" and args.size in (None, preprocessing.size):
+        data = data.seen_by(preprocessing)
+    return create_model(spec.name, impl=args.impl, **spec.options), spec, data, ()
+
+
 def _model(
     args: argparse.Namespace, data: Any
 ) -> tuple[nn.Module, ModelSpec, Any, tuple[str, ...]]:
     """A new model, or that of --weights; how to create it again; `data` as it sees them; notes."""
     name = args.model or MODELS.get(args.data, DEFAULT_MODEL)
-    weights = "DEFAULT" if args.pretrained else args.weights
+    weights = DEFAULT if args.pretrained else args.weights
     if weights is not None:
+        published = str(weights) in (DEFAULT, *TORCHVISION.get(name, ()))
         loaded = load_weights(
-            weights, name if args.pretrained else args.model, key=args.key, classes=data.classes,
+            weights, name if published else args.model, key=args.key, classes=data.classes,
             impl=args.impl,
         )  # fmt: skip
         if args.data == "imagefolder":

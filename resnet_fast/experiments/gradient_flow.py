@@ -115,7 +115,7 @@ def _claims(toy: dict[str, float], norms: dict[str, Any]) -> list[Claim]:
     deep = max(norms["plain"])
     plain, residual = (_spread(norms[kind][deep]) for kind in KINDS)
     bare = norms["plain, no normalization"]
-    return [
+    claims = [
         Claim(
             f"in one block in NumPy the shortcut raises the gradient's norm from "
             f"{toy['plain']:.6f} to {toy['residual']:.6f}, {toy['ratio']:.1f} times as much",
@@ -126,6 +126,11 @@ def _claims(toy: dict[str, float], norms: dict[str, Any]) -> list[Claim]:
             f"a plain net, {residual:.3g} times in a residual net",
             plain > 2 * residual and residual < 100,
         ),
+    ]
+    if len(bare) == 1:
+        return claims
+    return [
+        *claims,
         Claim(
             f"without normalization the first layer's gradient is {bare[deep][0]:.2g} in a plain "
             f"net of {deep} layers, {bare[min(bare)][0]:.2g} in one of {min(bare)}",

@@ -10,12 +10,15 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import IO, Any
 from urllib.error import HTTPError, URLError
+from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
+from ..spec.values import brief
 from .files import NotWritten, locked, opened, reason
 
 CHUNK = 1 << 20
+MOST = 1 << 30  # bytes of a file
 TIMEOUT = 30  # seconds without data
 PARTIAL, UNSATISFIABLE = 206, 416  # HTTP status
 
@@ -81,7 +84,8 @@ def matches(path: Path, digest: str) -> bool:
 def _download(url: str, path: Path, digest: str) -> None:
     part = path.with_name(f"{path.name}.part")
     try:
-        file = open(part, "ab")
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0)
+        file = os.fdopen(os.open(part, flags, 0o666), "ab")
     except OSError as error:
         raise NotWritten(f"{part}: not written: {error.strerror}") from None
     with file:
@@ -104,12 +108,21 @@ def _response(url: str, start: int) -> Any:
     ranges = {"Range": f"bytes={start}-"} if start else {}
     try:
         request = urllib.request.Request(url, headers={**headers, **ranges})
-        return urllib.request.urlopen(request, timeout=TIMEOUT)
+        return urllib.request.build_opener(_Redirects).open(request, timeout=TIMEOUT)
     except HTTPError as error:
         error.close()
         if error.code != UNSATISFIABLE or not start:
             raise
     return _response(url, 0)  # there are no bytes from `start`
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Follows redirects to the same scheme only."""
+
+    def redirect_request(self, req, fp, code, msg, headers, newurl):
+        if urlsplit(newurl).scheme != urlsplit(req.full_url).scheme:
+            raise URLError(ValueError(f"the server redirects to {brief(newurl)}"))
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
 def _receive(response: Any, file: IO[bytes], path: Path) -> None:
@@ -130,6 +143,9 @@ def _receive(response: Any, file: IO[bytes], path: Path) -> None:
             except OSError as error:
                 raise NotWritten(f"{file.name}: not written: {error.strerror}") from None
             bar.update(len(chunk))
+            if file.tell() > MOST:
+                file.truncate(0)
+                raise ValueError(f"the server sent more than {MOST >> 20} MiB")
     if total is not None and file.tell() < total:
         raise ConnectionError(
             f"the connection broke after {file.tell()} of {total} bytes; run again to continue"
@@ -148,7 +164,7 @@ def _sha256(path: Path) -> str:
 def _why(error: Exception) -> str:
     """The reason in one line."""
     if isinstance(error, HTTPError):
-        return f"the server answered {error.code} {error.reason}"
+        return f"the server answered {error.code} {brief(' '.join(str(error.reason).split()))}"
     if isinstance(error, URLError) and isinstance(error.reason, Exception):
         return reason(error.reason)
     if isinstance(error, HTTPException):

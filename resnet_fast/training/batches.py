@@ -16,14 +16,14 @@ EXPECTED = (
 )
 
 
-def check_loader(loader: Any, name: str) -> None:
-    """Whether `loader` can be iterated again in every epoch."""
+def check_loader(loader: Any, name: str, again: bool = False) -> None:
+    """Whether `loader` can be iterated, and `again` in every epoch."""
     if not isinstance(loader, Iterable) or isinstance(loader, (str, bytes, dict, Tensor)):
         raise ValueError(
             f"{name}: expected a data set of load_data, or an iterable of {EXPECTED}; got "
             f"{given(loader)}"
         )
-    if isinstance(loader, Iterator):
+    if again and isinstance(loader, Iterator):
         raise ValueError(
             f"{name}: expected an iterable that starts again in every epoch, got an iterator "
             f"({given(loader)}); pass the object that makes it"

@@ -179,18 +179,19 @@ class Keeper:
         remove_parts(self.folder)
         return path
 
-    def mark_best(self, path: Path) -> None:
-        """Keep the checkpoint `path` of a complete epoch as the best, in place of the one before.
+    def mark_best(self, path: Path, epoch: int) -> None:
+        """Keep the checkpoint `path`, after `epoch` epochs, as the best in place of another.
 
         It is another name of the same file, or a copy where the file system has no such names.
         """
-        best = path.with_name(f"best-{path.name}")
-        best.unlink(missing_ok=True)
-        try:
-            best.hardlink_to(path)
-        except OSError:
-            with opened(path) as file, replacing(best) as copy:
-                shutil.copyfileobj(file, copy)
+        best = self.folder / f"best-{name_of(epoch, 0)}"
+        if not best.exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                best.hardlink_to(path)
+            except OSError:
+                with opened(path) as file, replacing(best) as copy:
+                    shutil.copyfileobj(file, copy)
         for other in self._best():
             if other != best:
                 other.unlink(missing_ok=True)

@@ -100,9 +100,9 @@ class LoaderFeed:
     def __init__(
         self, data: Any, test: Any, steps: int | None, recipe: Recipe, device: torch.device
     ) -> None:
-        check_loader(data, "data")
+        check_loader(data, "data", again=True)
         if test is not None:
-            check_loader(test, "test")
+            check_loader(test, "test", again=recipe.epochs > 1)
         for name in OF_DATA:
             if getattr(recipe, name) != getattr(Recipe, name):
                 raise ValueError(
@@ -132,12 +132,13 @@ class LoaderFeed:
         with seeded(seed_of(self.recipe.seed, state.epoch)):
             batches = iter(self.data)
             first = list(itertools.islice(batches, 1))
-        count = 0
-        for batch in itertools.islice(itertools.chain(first, batches), self.steps):
+        batches = itertools.islice(itertools.chain(first, batches), self.steps)
+        with torch.random.fork_rng(devices=()):  # those before `step` have had their numbers
+            count = sum(1 for _ in itertools.islice(batches, state.step))
+        for batch in batches:
             count += 1
-            if count > state.step:  # those before it are of the run that is resumed
-                x, y = checked(batch, "data", self.device)
-                yield as_input(x, None, state.model), y
+            x, y = checked(batch, "data", self.device)
+            yield as_input(x, None, state.model), y
         if count < self.steps:
             raise ValueError(f"data: ended after {count} of {self.steps} batches")
 

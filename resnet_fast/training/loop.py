@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from ..runtime.files import InUse, locked, remove_parts
-from ..spec.values import check_flag, given, integer
+from ..spec.values import check_flag, given, integer, is_number
 from . import checkpoint, distributed
 from .checkpoint import CheckpointError, Keeper, ModelSpec
 from .checks import MOST, check_device, check_logits, check_model, check_path, is_data
@@ -82,7 +82,7 @@ def fit(
             label smoothing.
         optimizer: an optimizer of parameters of `model`, or a function that makes one from the list
             of parameters that are trained. None is that of the recipe. The recipe's schedule
-            multiplies its learning rates.
+            multiplies its learning rates, and leaves them as after the last step.
         callbacks: functions by event, one or several each, called on the first process with a dict:
             - "step", after every optimizer step: `epoch` (from 1), `step` (from 1), `steps` (of an
               epoch), `images` (of this process), `loss` (of this process, a tensor: reading it
@@ -94,9 +94,10 @@ def fit(
         resume: True continues from the last checkpoint under `out`, or starts if there is none; a
             path continues from that checkpoint. The result is bitwise that of an uninterrupted
             run, given an equal machine and equal numbers of threads and processes. A GPU also
-            needs `recipe.deterministic`, and a loader must depend only on its epoch and on
-            PyTorch's CPU generator at the start of an epoch. `epochs` and `warmup` of the recipe
-            may differ from those of the checkpoint: the rest of the run follows the new schedule.
+            needs `recipe.deterministic`. A loader must depend only on its epoch and on PyTorch's
+            CPU generator, and may not have persistent workers that draw random numbers. `epochs`
+            and `warmup` of the recipe may differ from those of the checkpoint: the rest of the run
+            follows the new schedule.
         spec: how to create the model; stored in the files, so that `resnet-fast eval` and
             `predict` need no model name.
         workers: processes that read the images of an imagefolder; 0 reads them in this one.
@@ -145,6 +146,9 @@ def fit(
         if folder is not None:
             resumed = _resume(run.state, about, folder, resume) if resume else None
             keeper = Keeper(folder / "checkpoints", resumed, run.state.epoch)
+            if resumed is not None and not run.state.step and _is_best(run.state.history):
+                if run.here.first:  # it may have been stopped before it was marked
+                    keeper.mark_best(resumed, run.state.epoch)
 
         def save(row: Mapping[str, Any] | None = None) -> Path:
             content = run.state.state_dict()  # a collective call
@@ -155,7 +159,7 @@ def fit(
                 run.state.epoch, run.state.step, {**about, "weights": weights, "training": content}
             )
             if row is not None and _is_best(run.state.history):
-                keeper.mark_best(path)
+                keeper.mark_best(path, run.state.epoch)
             return path
 
         stack.enter_context(_deterministic(recipe.deterministic))
@@ -180,7 +184,7 @@ def fit(
                 save(row)
             log.epoch(history)
             if run.here.first:
-                calls("epoch", row)
+                calls("epoch", dict(row))
         if folder is not None and run.here.first:
             weights = run.state.best.state_dict()
             checkpoint.write(folder / "model.pt", {**about, "weights": weights})
@@ -199,7 +203,9 @@ class _Run:
         self.progress = progress and self.here.first
         self.frozen = frozen_modules
         made = _optimizer(optimizer, model) or optimizer_of(model, recipe)
-        self.state = State(model, recipe, feed.steps, device, made)
+        self.state = State(model, recipe, feed.steps, device, made, optimizer is None)
+        self.trained = [p for group in made.param_groups for p in group["params"]]
+        model.zero_grad(set_to_none=True)  # of the caller
         self.runner = torch.compile(model) if recipe.compile else model
         if self.here.size > 1:
             devices = [device] if device.type == "cuda" else None
@@ -244,15 +250,18 @@ class _Run:
                 check_logits(logits, self.feed.classes or 0, ys)
                 logits = at_least_fp32(logits)
                 loss = mean_loss(self.loss, logits, ys, recipe.label_smoothing)
+                if not loss.requires_grad:
+                    raise ValueError("loss: expected one that depends on parameters that are "
+                                     "trained")  # fmt: skip
                 state.scaler.scale(loss * (len(xs) / len(x))).backward()
             right = (logits.detach().argmax(1) == hard(ys)).sum()
             figures[:2] += torch.stack([loss.detach() * len(xs), right])
         if recipe.clip is not None:
             state.scaler.unscale_(state.optimizer)
-            nn.utils.clip_grad_norm_(state.model.parameters(), recipe.clip)
+            nn.utils.clip_grad_norm_(self.trained, recipe.clip)
         state.scaler.step(state.optimizer)
         state.scaler.update()
-        state.optimizer.zero_grad(set_to_none=True)
+        state.model.zero_grad(set_to_none=True)
         state.schedule.step()
         if state.averaged is not None:
             state.averaged.update_parameters(state.model)
@@ -320,6 +329,11 @@ def _optimizer(asked: Any, model: nn.Module) -> Optimizer | None:
             "optimizer: expected a torch.optim.Optimizer or a function that makes one from a list "
             f"of parameters, got {given(made)}"
         )
+    if isinstance(made, torch.optim.LBFGS):
+        raise ValueError("optimizer: expected one that needs no closure, got LBFGS")
+    for group in made.param_groups:
+        if not is_number(group["lr"]):
+            raise ValueError(f"optimizer: expected a number as lr, got {given(group['lr'])}")
     known = {id(p) for p in model.parameters()}
     if any(id(p) not in known for group in made.param_groups for p in group["params"]):
         raise ValueError("optimizer: expected only parameters of model")
@@ -328,6 +342,8 @@ def _optimizer(asked: Any, model: nn.Module) -> Optimizer | None:
 
 def _is_best(history: History) -> bool:
     """Whether the last epoch has the highest test accuracy, and is the first that has it."""
+    if not history.epochs:
+        return False
     *before, last = (row["test_accuracy"] for row in history.epochs)
     return all(last > accuracy for accuracy in before if accuracy == accuracy) and last == last
 
@@ -343,8 +359,12 @@ def _check(
                 raise ValueError(f"{name}: expected None with a data set of load_data")
     if resume and out is None:
         raise ValueError("resume: expected out too, the folder of the run to continue")
-    if out is not None and not resume and checkpoint.checkpoints(out / "checkpoints"):
-        raise ValueError(f"out: {out} has checkpoints of another run; resume it or change out")
+    if out is None or resume is True:
+        return
+    folder = out / "checkpoints"
+    if (not resume and (out / "model.pt").exists()) or checkpoint.checkpoints(folder):
+        if not resume or Path(resume).resolve().parent != folder.resolve():
+            raise ValueError(f"out: {out} has files of another run; resume it or change out")
 
 
 def _check_data(data: Any, recipe: Recipe) -> None:
@@ -405,9 +425,13 @@ def _resume(state: State, about: dict[str, Any], out: Path, resume: bool | str |
         raise ValueError(f"resume: {path} has only a model; expected a checkpoint")
     if not isinstance(content.get("recipe"), dict):
         raise CheckpointError(f"{path}: recipe: expected a dict")
-    for name, here in {**about, **about["recipe"]}.items():
-        there = {**content, **content["recipe"]}.get(name)
-        if name not in ("recipe", *EXTENDED) and not equal(there, here):
+    there_is, here_is = (
+        {**one, **(one["spec"] or {}), **one["recipe"]} for one in (content, about)
+    )
+    for name, here in here_is.items():
+        there = there_is.get(name)
+        inner = name == "recipe" or (name == "spec" and there and here)
+        if not inner and name not in EXTENDED and not equal(there, here):
             raise ValueError(
                 f"resume: {path} has {name} {given(there)}, this run has {given(here)}"
             )

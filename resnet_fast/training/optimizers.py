@@ -96,6 +96,8 @@ class Muon(torch.optim.Optimizer):
             group["lr"], group["weight_decay"] = own["lr"], own["weight_decay"]
         for optimizer in self.inner:
             optimizer.step()
+        for matrix in self.matrices.values():
+            matrix.grad = None
         for p, optimizer, its in self._places():
             if its in optimizer.state:
                 self.state[p] = optimizer.state[its]

@@ -136,11 +136,6 @@ class Recipe:
             raise ValueError("nesterov: expected a momentum above 0, got 0")
         if self.compile and self.checkpointing:
             raise ValueError("checkpointing: torch.compile recomputes by itself; use only one")
-        if self.batch_size % self.accumulate:
-            raise ValueError(
-                f"accumulate: expected a divisor of batch_size {self.batch_size}, got "
-                f"{self.accumulate}"
-            )
 
     @property
     def dtype(self) -> torch.dtype:
@@ -167,11 +162,12 @@ imagefolder: ImageNet's, as in PyTorch's ImageNet example and torchvision's refe
 ResNets (SGD 0.1, 256 images, 90 epochs, a factor of 0.1 after 30 and 60).
 """
 
+LATER = {"nesterov": False, "schedule": "cosine", "warmup": 5.0}
 OF_OPTIMIZER: dict[str, dict[str, Any]] = {
     "sgd": {},
-    "adamw": {"lr": 1e-3, "weight_decay": 0.05, "nesterov": False},
-    "lars": {"lr": 1.0, "nesterov": False},
-    "muon": {"lr": 1e-3, "weight_decay": 0.05, "momentum": 0.95, "nesterov": False},
+    "adamw": {"lr": 1e-3, "weight_decay": 0.05, **LATER},
+    "lars": {"lr": 1.0, **LATER},
+    "muon": {"lr": 1e-3, "weight_decay": 0.05, "momentum": 0.95, **LATER},
 }
 """Optimizer → attributes whose default differs from the data set's."""
 

@@ -13,12 +13,13 @@ from ..runtime.files import reason
 from ..spec.values import given
 from .checks import MOST
 from .distributed import gathered, total, world
-from .forms import check_keys, check_like, check_list, check_number, is_dense
+from .forms import check_keys, check_like, check_list, check_number, equal, is_dense
 from .history import COLUMNS, History
 from .optimizers import slots_of
 from .recipe import Recipe, lr_factor, schedule_of
 from .torch_file import CheckpointError
 
+MOST_STEPS = 2**53
 PARTS = ("model", "optimizer", "schedule", "scaler", "averaged")
 
 
@@ -26,6 +27,7 @@ class State:
     """Model, optimizer, schedule, gradient scaler, average, generators, progress and metrics.
 
     Attributes:
+        known: whether the optimizer is that of the recipe.
         epoch: complete epochs.
         step: optimizer steps in the current epoch.
         tally: [steps, 3], sum of losses, correct images and images per step of the current epoch,
@@ -35,9 +37,9 @@ class State:
 
     def __init__(
         self, model: nn.Module, recipe: Recipe, steps: int, device: torch.device,
-        optimizer: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer, known: bool = True,
     ) -> None:  # fmt: skip
-        self.model, self.recipe, self.optimizer = model, recipe, optimizer
+        self.model, self.recipe, self.optimizer, self.known = model, recipe, optimizer, known
         self.schedule = schedule_of(self.optimizer, recipe, steps)
         self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "fp16")
         self.averaged = None
@@ -114,6 +116,9 @@ class State:
                 f"checkpoint, got {self.recipe.epochs}"
             )
         check_number(state["step"], "training: step", True, 0, steps)
+        done = state["epoch"] * steps + state["step"]
+        check_number(state["schedule"]["last_epoch"], "training: schedule", True, done, done)
+        _check_equal(state["schedule"]["base_lrs"], fresh["schedule"]["base_lrs"], "lr")
         state["optimizer"] = self._checked_optimizer(state["optimizer"], fresh["optimizer"])
         row = dict.fromkeys(COLUMNS, 0.0)
         count = state["epoch"]
@@ -140,6 +145,9 @@ class State:
         check_like(merged, groups, where)
         if [group["params"] for group in merged] != [group["params"] for group in groups]:
             raise CheckpointError(f"{where}: its parameters are not those of the model")
+        for group, wanted in zip(merged, groups, strict=True):
+            for name in wanted.keys() - {"params", "lr"}:
+                _check_equal(group[name], wanted[name], name)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         slots = state["state"]
         check_keys(slots, slots if isinstance(slots, dict) else (), where)
@@ -147,7 +155,8 @@ class State:
         for number, slot in slots.items():
             check_number(number, where, True, 0, len(parameters) - 1)
             p = parameters[number]
-            own[number] = _own_slot(slot, p, slots_of(self.optimizer, p), f"{where}: {number}")
+            like = slots_of(self.optimizer, p) if self.known else None
+            own[number] = _own_slot(slot, like, f"{where}: {number}")
         return {"state": own, "param_groups": merged}
 
     def _follow_schedule(self) -> None:
@@ -158,22 +167,34 @@ class State:
             group["lr"] = base * factor
 
 
-def _own_slot(slot: Any, p: Tensor, like: Any, where: str) -> dict[str, Any]:
-    """What an optimizer stores for p, with tensors of its own: elements of a file may share memory.
+def _check_equal(there: Any, here: Any, name: str) -> None:
+    """Whether a value of the optimizer in a file is that of this run."""
+    if not equal(there, here):
+        raise ValueError(
+            f"resume: the optimizer of the checkpoint has {name} {given(there)}, this run has "
+            f"{given(here)}"
+        )
 
-    like: the expected tensors; None takes numbers, and tensors of one value or of p's shape.
+
+def _own_slot(slot: Any, like: Any, where: str) -> dict[str, Any]:
+    """What an optimizer stores for a parameter, with tensors of its own: elements of a file may
+    share memory.
+
+    like: the expected tensors; None takes numbers and any dense tensors.
     """
     check_keys(slot, slot if like is None and isinstance(slot, dict) else like or (), where)
     own = {}
     for name, value in slot.items():
         at = f"{where}: {given(name)}"
         if isinstance(value, Tensor):
-            wanted = p.detach() if like is None else like[name]
-            if like is None and is_dense(value) and value.numel() == 1:
-                wanted = value
-            check_like(value, wanted, at)
+            if like is not None:
+                check_like(value, like[name], at)
+            elif not is_dense(value):
+                raise CheckpointError(f"{at}: expected a dense tensor")
+            if name == "step" and not 0 <= value.double().max().item() < MOST_STEPS:
+                raise CheckpointError(f"{at}: expected a number of steps, got {value.item()}")
             own[name] = value.clone()
-        elif value is None or (like is None and type(value) in (bool, int, float)):
+        elif like is None and (value is None or type(value) in (bool, int, float)):
             own[name] = value
         else:
             raise CheckpointError(f"{at}: expected a tensor, got {given(value)}")

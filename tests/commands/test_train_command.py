@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torchvision_ops import why_not
 from training_cases import RECIPE, data, metrics, model
 
 import resnet_fast
@@ -285,7 +286,7 @@ def test_a_run_is_not_overwritten_and_a_torn_checkpoint_not_used(tmp_path, capsy
     words = ["train", "digits", *SHORT, "--out", str(tmp_path)]
     assert cli.main(words) == 0
     assert cli.main(words) == 2
-    assert f"out: {tmp_path} has checkpoints of another run" in capsys.readouterr().err
+    assert f"out: {tmp_path} has files of another run" in capsys.readouterr().err
     first, last = files.checkpoints(tmp_path / "checkpoints")
     last.write_bytes(last.read_bytes()[:1000])
     assert cli.main([*words, "--resume"]) == 2
@@ -500,6 +501,8 @@ def photos(tmp_path):
 
 def test_a_folder_from_weights_to_figures(photos, trained, tmp_path, capsys):
     """Fine-tune other weights past a bad image, evaluate all of a folder, say what was skipped."""
+    if why_not("torchvision.transforms.v2"):
+        pytest.skip(why_not("torchvision.transforms.v2"))
     (photos / "cat" / ".hidden.png").write_bytes(b"x")
     out = tmp_path / "out"
     words = ["train", "imagefolder", str(photos), "--weights", str(trained / "model.pt"),
@@ -690,3 +693,35 @@ def test_a_model_of_another_kind_is_named(tmp_path):
         load_weights(path, "resnet18")
     with pytest.raises(ValueError, match="did you mean"):
         load_weights(path, "resnet-18")
+
+
+def test_a_resumed_run_needs_no_weights(trained, tmp_path, capsys):
+    """Nor its model's name; another name is an error."""
+    weights, out = tmp_path / "start.pt", tmp_path / "run"
+    shutil.copy(trained / "model.pt", weights)
+    words = ["train", "digits", *SHORT, "--out", str(out)]
+    assert cli.main([*words, "--weights", str(weights), "--epochs", "1"]) == 0
+    weights.unlink()
+    assert cli.main([*words, "--epochs", "2", "--resume"]) == 0
+    assert "epoch 2/2" in capsys.readouterr().out
+    assert cli.main([*words, "--epochs", "3", "--resume", "--model", "resnet18"]) == 2
+    assert "--model: the run that is resumed has" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--freeze", ""], "argument --freeze: expected names with commas, got ''"),
+        (["--freeze", "stem,,fc"], "argument --freeze: expected names with commas"),
+        (["--milestones", "0.1,x"], "argument --milestones: expected numbers with commas, got"),
+        (["--milestones", "0.6,0.3"], "milestones: expected rising shares of all epochs"),
+        (["--freeze", "layer9"], "freeze: expected names of modules, such as stem, conv1"),
+    ],
+)
+def test_wrong_lists_are_named(tmp_path, capsys, words, says):
+    try:
+        code = cli.main(["train", "synthetic", "--size", "8", "--out", str(tmp_path), *words])
+    except SystemExit as ended:
+        code = ended.code
+    assert code == 2
+    assert says in capsys.readouterr().err

@@ -301,6 +301,9 @@ def test_train_pretrained(server, tmp_path, weights, monkeypatch, capsys):
     assert (loaded.name, loaded.classes) == ("resnet18", ("cat", "dog"))
     assert (loaded.preprocessing.size, loaded.preprocessing.resize) == (56, 58)
     assert_equal(loaded.model, weights, head=False)
+    named = [word for word in words if word != "--pretrained"][:-1]
+    assert cli.main([*named, str(tmp_path / "named"), "--weights", "DEFAULT"]) == 0
+    assert load_weights(tmp_path / "named" / "model.pt").name == "resnet18"
     assert cli.main([*words, "--weights", "IMAGENET1K_V1"]) == 2
     assert "--pretrained: expected no --weights" in capsys.readouterr().err
     assert len(server.seen) == 1

@@ -210,3 +210,29 @@ def test_who_wants_the_same_file_waits(server, path, get):
     assert found == [BODY] * 4
     assert len(server.seen) == 1
     assert os.listdir(path.parent) == [path.name]
+
+
+@pytest.mark.parametrize("target", ["ftp://127.0.0.1/net", "file:///etc/hostname"])
+def test_another_scheme_is_not_followed(server, path, get, monkeypatch, target):
+    del server.files[f"/{NAME}"]
+    monkeypatch.setattr(server, "redirect", target)
+    with pytest.raises(NotDownloaded, match="the server redirects to"):
+        get()
+    assert not path.exists()
+
+
+def test_a_body_without_end_is_cut(server, path, get, monkeypatch):
+    monkeypatch.setattr(download, "MOST", len(BODY) // 2)
+    monkeypatch.setattr(download, "CHUNK", 1000)
+    with pytest.raises(NotDownloaded, match="the server sent more than 0 MiB"):
+        get()
+    assert part_of(path).stat().st_size == 0
+
+
+def test_a_link_in_place_of_the_part_is_not_followed(server, path, get, tmp_path):
+    path.parent.mkdir(parents=True)
+    (tmp_path / "other").write_text("mine")
+    part_of(path).symlink_to(tmp_path / "other")
+    with pytest.raises(NotWritten, match=r"\.part: not written"):
+        get()
+    assert (tmp_path / "other").read_text() == "mine"

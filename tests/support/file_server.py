@@ -13,6 +13,7 @@ class FileServer(ThreadingHTTPServer):
     files: content by path, such as "/a.pth".
     headers: headers of every answer.
     ranges: whether Range requests are answered with a part.
+    redirect: where requests of a file that is not there are sent; None answers 404.
     cut: close the connection after so many bytes of a body; None sends all.
     seen: (method, path, Range header) of every request.
     """
@@ -22,7 +23,7 @@ class FileServer(ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.files, self.headers, self.seen = {}, {}, []
-        self.ranges, self.cut = True, None
+        self.ranges, self.cut, self.redirect = True, None, None
 
     @property
     def url(self):
@@ -39,6 +40,9 @@ class _Handler(BaseHTTPRequestHandler):
         asked = self.headers.get("Range")
         self.server.seen.append((self.command, self.path, asked))
         body = self.server.files.get(self.path)
+        if body is None and self.server.redirect is not None:
+            self._start(302, 0, Location=self.server.redirect)
+            return
         if body is None:
             self._start(404, 0)
             return

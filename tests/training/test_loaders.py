@@ -242,6 +242,9 @@ PAIR = [(X[:8], Y[:8])]
         ({"data": data(), "test": PAIR}, "test: expected None with a data set of load_data"),
         ({"data": PAIR, "recipe": replace(PLAIN, mixup=0.2)}, "mixup: a loader augments its"),
         ({"data": PAIR, "recipe": RECIPE}, "augment: a loader augments its images itself"),
+        ({"optimizer": lambda p: torch.optim.SGD(p, torch.tensor(0.1))}, "a number as lr, got ten"),
+        ({"optimizer": torch.optim.LBFGS}, "optimizer: expected one that needs no closure"),
+        ({"loss": lambda x, y: x.detach().mean()}, "loss: expected one that depends on parameters"),
         ({"loss": 3}, "loss: expected a function of logits and targets, got 3"),
         ({"loss": lambda x, y: x}, r"loss: expected the mean over the batch, .* got \[8, 4\]"),
         ({"loss": lambda x, y: 1.0}, "loss: expected the mean over the batch, .* got 1.0"),
@@ -264,3 +267,77 @@ def test_what_is_wrong_is_named(options, says):
 def test_logits_of_another_shape_are_named(label):
     with pytest.raises(ValueError, match=r"model: expected logits \[N, classes\]|no parameter"):
         fit(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Identity()), PAIR, replace(PLAIN, epochs=1))
+
+
+def test_gradients_of_before_do_not_count():
+    """Neither those that are there when it starts, nor those of parameters that are not trained."""
+    net, twin = model(), model()
+    x, y = tensors()
+    F.cross_entropy(net.eval()(x), y).backward()
+    fit(net, data(), replace(RECIPE, epochs=1))
+    fit(twin, data(), replace(RECIPE, epochs=1))
+    assert_same(net.state_dict(), twin.state_dict())
+    assert all(p.grad is None for p in net.parameters())
+
+
+def test_clipping_is_of_what_the_optimizer_has(monkeypatch):
+    seen, net = [], model()
+    monkeypatch.setattr(nn.utils, "clip_grad_norm_", lambda parameters, _: seen.append(parameters))
+    fit(net, data(), replace(RECIPE, clip=1.0, epochs=1),
+        optimizer=torch.optim.SGD(net.fc.parameters(), 0.1))  # fmt: skip
+    assert len(seen) == 4
+    assert all(set(found) == set(net.fc.parameters()) for found in seen)
+    assert all(p.grad is None for p in net.parameters())
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda p: torch.optim.AdamW(p, 1e-3, amsgrad=True), lambda p: torch.optim.Adafactor(p, 1e-2)],
+    ids=["amsgrad", "adafactor"],
+)
+def test_other_optimizers_resume_bit_by_bit(make, tmp_path):
+    net, again = model(), model()
+    history = fit(net, data(), RECIPE, optimizer=make, out=tmp_path)
+    path = tmp_path / "checkpoints" / "epoch-0002.pt"
+    assert fit(again, data(), RECIPE, optimizer=make, out=tmp_path, resume=path).losses == (
+        history.losses
+    )
+    assert_same(again.state_dict(), net.state_dict())
+
+
+class Noisy(Dataset):
+    """Images with noise from PyTorch's generator."""
+
+    def __len__(self):
+        return 100
+
+    def __getitem__(self, i):
+        return X[i] + torch.randn(()), Y[i]
+
+
+def test_random_transforms_resume_bit_by_bit(tmp_path, stop_at):
+    """In the process that trains, whose generator a resumed run has as it was."""
+    net = model(dropout=0.5)
+    whole = fit(net, DataLoader(Noisy(), 24), PLAIN)
+    stop_at(7)
+    with pytest.raises(Interrupted):
+        fit(model(dropout=0.5), DataLoader(Noisy(), 24), PLAIN, out=tmp_path)
+    again = model(dropout=0.5)
+    history = fit(again, DataLoader(Noisy(), 24), PLAIN, out=tmp_path, resume=True)
+    assert history.losses == whole.losses
+    assert_same(again.state_dict(), net.state_dict())
+
+
+def test_a_callback_cannot_change_the_history():
+    rows = []
+    history = fit(model(), data(), replace(RECIPE, epochs=2),
+                  callbacks={"epoch": [lambda row: row.clear(), rows.append]})  # fmt: skip
+    assert [row["epoch"] for row in history.epochs] == [1, 2]
+
+
+def test_batch_size_of_the_recipe_has_no_effect():
+    fit(model(), PAIR, replace(PLAIN, epochs=1, batch_size=128, accumulate=5))
+
+
+def test_an_iterator_is_enough_to_evaluate():
+    assert evaluate(model(), iter(PAIR)).confusion.sum() == 8

@@ -335,7 +335,6 @@ def test_the_net_follows_the_plain_one(impl):
         ({"schedule": "linear"}, "schedule: expected one of cosine, step, constant"),
         ({"precision": "fp8"}, "precision: expected one of fp32, bf16, fp16"),
         ({"augment": "mixup"}, "augment: expected one of auto, none"),
-        ({"accumulate": 5}, "accumulate: expected a divisor of batch_size 24, got 5"),
         ({"momentum": 0.0, "nesterov": True}, "nesterov: expected a momentum"),
         ({"compile": True, "checkpointing": True}, "checkpointing: torch.compile recomputes"),
     ],
@@ -350,6 +349,7 @@ def test_a_recipe_names_what_is_wrong(wrong, says):
     ("options", "says"),
     [
         ({"recipe": replace(RECIPE, batch_size=200)}, "batch_size: expected at most the 100"),
+        ({"recipe": replace(RECIPE, accumulate=5)}, r"batch_size: expected a multiple of 5 \(1 pr"),
         ({"resume": True}, "resume: expected out too"),
         ({"model": without_norms(), "recipe": replace(RECIPE, checkpointing=True)},
          "checkpointing: expected a model with residual blocks"),

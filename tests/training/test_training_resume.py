@@ -1,6 +1,7 @@
 """A run that was interrupted, by whatever, ends as one that was not: bit by bit."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -254,7 +255,7 @@ def test_resume_starts_where_there_is_nothing(tmp_path):
 
 
 def test_another_run_is_not_overwritten(out):
-    with pytest.raises(ValueError, match=f"out: {out} has checkpoints of another run"):
+    with pytest.raises(ValueError, match=f"out: {out} has files of another run"):
         fit(model(), data(), RECIPE, out=out)
 
 
@@ -332,7 +333,7 @@ def test_a_best_of_a_future_that_was_left_is_removed(tmp_path, monkeypatch):
     _accuracies(monkeypatch, 0.4)
     fit(model(), data(), RECIPE, out=tmp_path, resume=tmp_path / "checkpoints" / "epoch-0002.pt")
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
-    assert names == ["epoch-0002.pt", "epoch-0003.pt"]
+    assert names == ["best-epoch-0002.pt", "epoch-0002.pt", "epoch-0003.pt"]
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "step"])
@@ -353,3 +354,31 @@ def test_more_epochs_than_before(tmp_path, schedule):
 def test_fewer_epochs_than_are_done_is_an_error(out):
     with pytest.raises(ValueError, match="epochs: expected at least the 3 complete epochs of the"):
         fit(model(), data(), replace(RECIPE, epochs=2), out=out, resume=True)
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_best_that_was_not_marked_in_time_is_marked(tmp_path, monkeypatch, inside):
+    """The process died between the checkpoint and its second name; or the run goes elsewhere."""
+    _accuracies(monkeypatch, 0.5, 0.6)
+    fit(model(), data(), replace(RECIPE, epochs=2), out=tmp_path / "a")
+    folder = tmp_path / "a" / "checkpoints"
+    (folder / "best-epoch-0002.pt").unlink()
+    _accuracies(monkeypatch, 0.1)
+    out = tmp_path / ("a" if inside else "b")
+    resume = True if inside else folder / "epoch-0002.pt"
+    fit(model(), data(), RECIPE, out=out, resume=resume)
+    best = content(out, "best-epoch-0002.pt")
+    assert best["training"]["epoch"] == 2
+
+
+def test_a_checkpoint_of_another_run_does_not_replace_this_one(tmp_path):
+    for name, seed in (("a", 3), ("b", 4)):
+        fit(model(), data(), replace(RECIPE, seed=seed), out=tmp_path / name)
+    before = sorted((tmp_path / "b").rglob("*"))
+    with pytest.raises(ValueError, match=r"out: .*b has files of another run"):
+        fit(model(), data(), RECIPE, out=tmp_path / "b",
+            resume=tmp_path / "a" / "checkpoints" / "epoch-0002.pt")  # fmt: skip
+    assert sorted((tmp_path / "b").rglob("*")) == before
+    shutil.rmtree(tmp_path / "b" / "checkpoints")
+    with pytest.raises(ValueError, match=r"out: .*b has files of another run"):  # its model.pt
+        fit(model(), data(), RECIPE, out=tmp_path / "b")

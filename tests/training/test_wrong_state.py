@@ -1,10 +1,12 @@
 """Well-formed checkpoints of wrong content are refused by name, before anything is loaded."""
 
 import copy
+import math
 import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -95,6 +97,10 @@ CASES = [
     ((T, "model", "fc.bias"), torch.nested.nested_tensor([torch.zeros(2)]), "one that is not"),
     ((T, O, "state", 0, "momentum_buffer"), torch.zeros(1),
      "training: optimizer: 0: 'momentum_buffer': expected a te"),
+    ((T, "schedule", "last_epoch"), -5, "training: schedule: expected 8 to 8, got -5"),
+    ((T, "schedule", "base_lrs", 0), 99.0, "resume: the optimizer of the checkpoint has lr [99.0]"),
+    ((T, O, "param_groups", 0, "weight_decay"), 0.5, "has weight_decay 0.5, this run has 0.0005"),
+    ((T, O, "param_groups", 0, "maximize"), True, "has maximize True, this run has False"),
     ((T, "epoch"), 4, "epochs: expected at least the 4 complete epochs of the checkpoint, got 3"),
 ]  # fmt: skip
 
@@ -114,6 +120,35 @@ def test_wrong_content_is_named(run, tmp_path, path, value, says):
     assert says in str(raised.value)
     assert str(file) in str(raised.value)
     assert "\n" not in str(raised.value)
+    assert_same(net.state_dict(), before)
+
+
+@pytest.mark.parametrize(
+    ("name", "slot", "value", "says"),
+    [
+        ("adamw", "step", torch.tensor(-1.0), "'step': expected a number of steps, got -1.0"),
+        ("adamw", "step", torch.tensor(math.nan), "'step': expected a number of steps, got nan"),
+        ("adamw", "step", 3, "'step': expected a tensor, got 3"),
+        ("adamw", "exp_avg", None, "'exp_avg': expected a tensor, got None"),
+        ("adamw", "exp_avg_sq", torch.zeros(2), "'exp_avg_sq': expected a tensor"),
+        ("muon", "momentum_buffer", None, "'momentum_buffer': expected a tensor, got None"),
+        ("muon", "momentum_buffer", torch.zeros(8, 3, 3, 3), "expected a tensor [8, 27]"),
+        ("lars", "momentum_buffer", torch.zeros(8, 3).half(), "expected a tensor [8, 3, 3, 3]"),
+    ],
+)
+def test_wrong_slots_are_named(tmp_path, name, slot, value, says):
+    """Of the first filters; nothing is loaded."""
+    recipe = replace(RECIPE, optimizer=name, lr=0.01)
+    fit(model(), data(), replace(recipe, epochs=1, warmup=1.0), out=tmp_path / "run")
+    file = tmp_path / "run" / "checkpoints" / "epoch-0001.pt"
+    content = files.read(file)
+    content[T][O]["state"][0][slot] = value
+    files.write(tmp_path / "epoch-0001.pt", content)
+    net = model()
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises(CheckpointError) as raised:
+        fit(net, data(), recipe, out=tmp_path / "out", resume=tmp_path / "epoch-0001.pt")
+    assert says in str(raised.value)
     assert_same(net.state_dict(), before)
 
 
