@@ -359,11 +359,8 @@ def _check(
                 raise ValueError(f"{name}: expected None with a data set of load_data")
     if resume and out is None:
         raise ValueError("resume: expected out too, the folder of the run to continue")
-    if out is None or resume is True:
-        return
-    folder = out / "checkpoints"
-    if (not resume and (out / "model.pt").exists()) or checkpoint.checkpoints(folder):
-        if not resume or Path(resume).resolve().parent != folder.resolve():
+    if out is not None and not resume:
+        if (out / "model.pt").exists() or checkpoint.checkpoints(out / "checkpoints"):
             raise ValueError(f"out: {out} has files of another run; resume it or change out")
 
 
@@ -423,6 +420,9 @@ def _resume(state: State, about: dict[str, Any], out: Path, resume: bool | str |
         content = checkpoint.read(path)
     if "training" not in content:
         raise ValueError(f"resume: {path} has only a model; expected a checkpoint")
+    folder = out / "checkpoints"
+    if path.resolve().parent != folder.resolve() and checkpoint.checkpoints(folder):
+        raise ValueError(f"out: {out} has files of another run; resume it or change out")
     if not isinstance(content.get("recipe"), dict):
         raise CheckpointError(f"{path}: recipe: expected a dict")
     there_is, here_is = (

@@ -135,7 +135,7 @@ class TestRegistry:
         assert model.impl == "reference"
         assert all(block.impl == "reference" for block in model.layer2)
 
-    @pytest.mark.parametrize("option", ["classes", "weights"])
+    @pytest.mark.parametrize("option", ["classes", "weight"])
     def test_unknown_option(self, option):
         with pytest.raises(TypeError, match=option):
             create_model("resnet18", **{option: 1})

@@ -61,7 +61,7 @@ CASES = [
     ((T, "epoch"), 2.0, "training: epoch: expected an integer, got 2.0"),
     ((T, "epoch"), True, "training: epoch: expected an integer, got True"),
     ((T, "epoch"), 10**30, "training: epoch: expected 0 to 1000000, got 1000"),
-    ((T, "epoch"), 1, "training: history: epochs: expected a list of 1 values, got 2"),
+    ((T, "epoch"), 1, "training: schedule: expected 4 to 4, got 8"),
     ((T, "step"), 5, "training: step: expected 0 to 4, got 5"),
     ((T, "step"), "1", "training: step: expected an integer, got '1'"),
     ((T, "tally"), torch.zeros(2, 2), "training: tally: expected a tensor [4, 3]"),
