@@ -29,6 +29,7 @@ from ..training.augment import AUGMENTATIONS
 from ..training.checkpoint import ModelSpec, name_of
 from ..training.checks import MOST
 from ..training.distributed import gathered, processes, world
+from ..training.preprocessing import Preprocessing
 from ..training.recipe import OPTIMIZERS, PRECISIONS, SCHEDULES, recipe_for
 from ..training.report import plot_curves
 from ..training.weights import load_weights
@@ -152,8 +153,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--key: expected --weights too")
     data = load_data(args.data, args.path, size=args.size, on_bad_image=args.on_bad_image)
     torch.manual_seed(recipe.seed)
-    before = _resumed(args)
-    model, spec, data, notes = _model(args, data) if before is None else _again(args, data, before)
+    model, spec, data, notes = _model(args, data)
     name = spec.name
     out = args.out or Path("runs", f"{args.data}-{name}")
     with processes(args.device) as device:
@@ -179,37 +179,42 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _resumed(args: argparse.Namespace) -> dict[str, Any] | None:
-    """The content of the checkpoint that --resume continues from, if it names its model."""
+def _resumed(args: argparse.Namespace, name: str) -> tuple[ModelSpec, Preprocessing] | None:
+    """Model and preprocessing of the checkpoint that --resume continues from, if there is one."""
     if not args.resume:
         return None
     if args.resume is not True:
-        content = checkpoint.read(Path(args.resume))
+        path = Path(args.resume)
+        content = checkpoint.read(path)
     else:
-        name = args.model or MODELS.get(args.data, DEFAULT_MODEL)
         out = args.out or Path("runs", f"{args.data}-{name}")
         found = checkpoint.read_last(out / "checkpoints")
-        content = {} if found is None else found[1]
-    return content if content.get("spec") else None
-
-
-def _again(
-    args: argparse.Namespace, data: Any, content: dict[str, Any]
-) -> tuple[nn.Module, ModelSpec, Any, tuple[str, ...]]:
-    """As `_model`, for a run that is resumed: its first weights are not needed."""
-    spec, _, preprocessing = checkpoint.about(Path(str(args.resume)), content)
+        if found is None:
+            return None
+        path, content = found
+    spec, _, preprocessing = checkpoint.about(path, content)
+    if spec is None or preprocessing is None:
+        return None
     if args.model not in (None, spec.name):
-        raise ValueError(f"--model: the run that is resumed has {spec.name}, got {args.model}")
-    if args.data == "imagefolder" and args.size in (None, preprocessing.size):
-        data = data.seen_by(preprocessing)
-    return create_model(spec.name, impl=args.impl, **spec.options), spec, data, ()
+        raise ValueError(f"--model: {path} has {spec.name}, got {args.model}")
+    return spec, preprocessing
 
 
 def _model(
     args: argparse.Namespace, data: Any
 ) -> tuple[nn.Module, ModelSpec, Any, tuple[str, ...]]:
-    """A new model, or that of --weights; how to create it again; `data` as it sees them; notes."""
+    """The model; how to create it again; `data` as it sees them; notes.
+
+    The model is that of --weights, a new one, or the one of the run that is resumed: its weights
+    come from the checkpoint, so those that it started from are not needed.
+    """
     name = args.model or MODELS.get(args.data, DEFAULT_MODEL)
+    before = _resumed(args, name)
+    if before is not None:
+        spec, preprocessing = before
+        if args.data == "imagefolder" and args.size in (None, preprocessing.size):
+            data = data.seen_by(preprocessing)
+        return create_model(spec.name, impl=args.impl, **spec.options), spec, data, ()
     weights = DEFAULT if args.pretrained else args.weights
     if weights is not None:
         published = str(weights) in (DEFAULT, *TORCHVISION.get(name, ()))

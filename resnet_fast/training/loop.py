@@ -205,7 +205,7 @@ class _Run:
         made = _optimizer(optimizer, model) or optimizer_of(model, recipe)
         self.state = State(model, recipe, feed.steps, device, made, optimizer is None)
         self.trained = [p for group in made.param_groups for p in group["params"]]
-        model.zero_grad(set_to_none=True)  # of the caller
+        model.zero_grad(set_to_none=True)  # gradients of before do not count
         self.runner = torch.compile(model) if recipe.compile else model
         if self.here.size > 1:
             devices = [device] if device.type == "cuda" else None

@@ -27,7 +27,7 @@ class State:
     """Model, optimizer, schedule, gradient scaler, average, generators, progress and metrics.
 
     Attributes:
-        known: whether the optimizer is that of the recipe.
+        known: whether the optimizer is that of the recipe, whose state has a known form.
         epoch: complete epochs.
         step: optimizer steps in the current epoch.
         tally: [steps, 3], sum of losses, correct images and images per step of the current epoch,
@@ -191,8 +191,9 @@ def _own_slot(slot: Any, like: Any, where: str) -> dict[str, Any]:
                 check_like(value, like[name], at)
             elif not is_dense(value):
                 raise CheckpointError(f"{at}: expected a dense tensor")
-            if name == "step" and not 0 <= value.double().max().item() < MOST_STEPS:
-                raise CheckpointError(f"{at}: expected a number of steps, got {value.item()}")
+            steps = value.double().max().item() if name == "step" and value.numel() else 0
+            if not 0 <= steps < MOST_STEPS:
+                raise CheckpointError(f"{at}: expected a number of steps, got {steps}")
             own[name] = value.clone()
         elif like is None and (value is None or type(value) in (bool, int, float)):
             own[name] = value

@@ -705,7 +705,7 @@ def test_a_resumed_run_needs_no_weights(trained, tmp_path, capsys):
     assert cli.main([*words, "--epochs", "2", "--resume"]) == 0
     assert "epoch 2/2" in capsys.readouterr().out
     assert cli.main([*words, "--epochs", "3", "--resume", "--model", "resnet18"]) == 2
-    assert "--model: the run that is resumed has" in capsys.readouterr().err
+    assert "has cifar_resnet20, got resnet18" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -301,6 +301,13 @@ def test_train_pretrained(server, tmp_path, weights, monkeypatch, capsys):
     assert (loaded.name, loaded.classes) == ("resnet18", ("cat", "dog"))
     assert (loaded.preprocessing.size, loaded.preprocessing.resize) == (56, 58)
     assert_equal(loaded.model, weights, head=False)
+    more = [*words[:3], *words[5:-3], *words[-2:]]  # without --size and --pretrained
+    more[more.index("--epochs") + 1] = "2"
+    frozen = ["--freeze", "stem,layer1,layer2,layer3,layer4"]
+    assert cli.main([*more, *frozen, "--resume"]) == 0
+    again = load_weights(tmp_path / "out" / "model.pt")
+    assert again.preprocessing == loaded.preprocessing
+    assert not torch.equal(again.model.fc.weight, loaded.model.fc.weight)
     named = [word for word in words if word != "--pretrained"][:-1]
     assert cli.main([*named, str(tmp_path / "named"), "--weights", "DEFAULT"]) == 0
     assert load_weights(tmp_path / "named" / "model.pt").name == "resnet18"
