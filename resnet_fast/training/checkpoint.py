@@ -11,7 +11,7 @@ import io
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,9 @@ def read(path: Path) -> dict[str, Any]:
     content = read_any(path)
     if not is_own(content):
         raise CheckpointError(f"{path}: not a resnet_fast checkpoint")
-    about(path, content)
+    *_, preprocessing = about(path, content)
+    if preprocessing is not None:
+        content["preprocessing"] = asdict(preprocessing)  # with what an earlier file lacks
     return content
 
 

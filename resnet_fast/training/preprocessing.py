@@ -61,14 +61,14 @@ class Preprocessing:
     def of(cls, values: Any) -> Preprocessing:
         """From its attributes as a file has them: a dict, with lists or tuples.
 
-        A file of before it had interpolation was made with "bilinear", which is added to `values`.
+        A file without interpolation is of before there was one, when it was "bilinear".
 
         Raises:
             ValueError: they are no such dict, or one is invalid.
         """
         names = [field.name for field in fields(cls)]
         if isinstance(values, dict):
-            values.setdefault("interpolation", INTERPOLATIONS[0])
+            values = {"interpolation": INTERPOLATIONS[0], **values}
         if not isinstance(values, dict) or values.keys() != set(names):
             raise ValueError(
                 f"preprocessing: expected a dict of {', '.join(names)}, got {given(values)}"

@@ -1,5 +1,6 @@
 """`fit` with the augmentations of torchvision: RandAugment, random erasing, MixUp, CutMix."""
 
+import sys
 from dataclasses import replace
 
 import pytest
@@ -80,6 +81,6 @@ def test_they_resume_bit_by_bit(tmp_path, stop_at):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_without_torchvision_it_is_named(kind, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "torchvision.transforms.v2", None)
+    monkeypatch.setitem(sys.modules, "torchvision.transforms.v2", None)
     with pytest.raises(MissingPackage, match="need a torchvision that matches torch"):
         fit(model(), data(size=16), replace(RECIPE, **KINDS[kind]))

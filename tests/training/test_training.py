@@ -408,6 +408,16 @@ def test_a_model_on_another_device_is_named():
         evaluate(model(), data(), device="cuda")
 
 
+def test_a_folder_has_the_reference_recipe_of_imagenet():
+    """PyTorch's ImageNet example and torchvision's reference training: SGD, /10 every 30 epochs."""
+    recipe, steps = recipe_for("imagefolder"), 5004  # of 1,281,167 images
+    assert recipe == Recipe(epochs=90, batch_size=256, lr=0.1, momentum=0.9, weight_decay=1e-4,
+                            schedule="step", milestones=(1 / 3, 2 / 3), warmup=0.0)  # fmt: skip
+    for epoch in range(90):
+        for step in (epoch * steps, (epoch + 1) * steps - 1):
+            assert lr_factor(recipe, step, steps) == pytest.approx(0.1 ** (epoch // 30))
+
+
 def test_presets_are_recipes():
     assert set(PRESETS) == {"digits", "cifar10", "imagefolder", "synthetic"}
     assert recipe_for("cifar10") == Recipe()
