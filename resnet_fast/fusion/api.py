@@ -19,7 +19,8 @@ from ..models import ResNet
 from ..models.copies import copy_modules
 from ..modules import PLAIN, Fused
 from ..spec.checks import check_impl
-from .survey import survey
+from .counts import COUNTED
+from .survey import Count, survey
 from .swap import Swapped, apply, restore, runs
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -119,12 +120,12 @@ def explain(model: nn.Module) -> Report:
     for module in swapped:
         module.__class__ = module._plain_class
     try:
-        found = survey(model).rows
+        found = survey(model)
     finally:
         for module, cls in swapped.items():
             module.__class__ = cls
     rows = []
-    for path, what, why, holder, plan in found:
+    for path, what, why, holder, plan in found.rows:
         if plan is not None and watched():
             plan, why = None, "global module hooks are set, or nn.Module.__call__ is replaced"
         state = "left alone" if plan is None else "fused" if runs(holder, plan) else "fusible"
@@ -133,7 +134,33 @@ def explain(model: nn.Module) -> Report:
     where = first.device.type, first.dtype
     ops = {"inference": "conv_bn_act", "training": "bn_act"}
     impls = {mode: backends.chosen(op, "auto", *where) for mode, op in ops.items()}
-    return Report(rows, impls, f"{str(first.dtype).removeprefix('torch.')} on {first.device.type}")
+    name = f"{str(first.dtype).removeprefix('torch.')} on {first.device.type}"
+    return Report(rows, impls, name, _shares(found.counts))
+
+
+def _shares(counts: list[Count]) -> dict[str, dict[str, Share]]:
+    seen = watched()
+    running: dict[tuple[nn.Module, Any], bool] = {}
+    tallies = {
+        mode: {kind: [0, 0, 0] for kind in COUNTED} for mode in ("evaluation", "training")
+    }
+    for training, kind, holder, plan in counts:
+        tally = tallies["training" if training else "evaluation"][kind]
+        tally[2] += 1
+        if plan is not None and not seen:
+            if (holder, plan) not in running:
+                running[holder, plan] = runs(holder, plan)
+            tally[0] += running[holder, plan]
+            tally[1] += 1
+    return {m: {kind: Share(*t) for kind, t in kinds.items()} for m, kinds in tallies.items()}
+
+
+class Share(NamedTuple):
+    """How many of `all` calls of a kind run fused, and how many could after `fuse`."""
+
+    fused: int
+    fusible: int
+    all: int
 
 
 class Line(NamedTuple):
@@ -160,11 +187,14 @@ class Report:
         rows: One `Line` per block, chain or layer, in the order of the model.
         impls: The implementation that "auto" picks, for "inference" and for "training".
         where: The dtype and device to which `impls` applies, such as "float32 on cpu".
+        shares: For "evaluation" and "training", a `Share` of all "convolutions", "norms",
+            "activations" and "additions" that the forwards call.
     """
 
     rows: list[Line]
     impls: dict[str, str]
     where: str
+    shares: dict[str, dict[str, Share]]
 
     def __str__(self) -> str:
         if not self.rows:
@@ -175,7 +205,22 @@ class Report:
         states = [row.state for row in self.rows]
         counts = (f"{states.count(s)} {s}" for s in ("fused", "fusible", "left alone"))
         picks = ", ".join(f"{impl} for {mode}" for mode, impl in self.impls.items())
-        return "\n".join([*lines, ", ".join(counts), f'impl="auto" picks {picks} ({self.where})'])
+        auto = f'impl="auto" picks {picks} ({self.where})'
+        return "\n".join([*lines, ", ".join(counts), auto, self.summary()])
+
+    def summary(self) -> str:
+        """One line: how many convolutions, norms, activations and additions run fused, of all."""
+        fused = any(share.fused for shares in self.shares.values() for share in shares.values())
+        said = {}
+        for mode, shares in self.shares.items():
+            said[mode] = ", ".join(
+                f"{share.fused if fused else share.fusible} of {share.all} {kind}"
+                for kind, share in shares.items()
+                if share.all
+            )
+        line = f"{'runs fused' if fused else 'fuse would run'}: {said['evaluation']}"
+        same = said["training"] == said["evaluation"]
+        return line if same else f"{line}; in training {said['training']}"
 
 
 def _checked(model: Model) -> Model:

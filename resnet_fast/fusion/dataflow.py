@@ -14,21 +14,18 @@ import sys
 import textwrap
 import traceback
 import weakref
-from collections.abc import Collection, Iterator
+from collections import OrderedDict, defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from .sandbox import Change, Notes, functions_of, internal, sandbox
-
-RELU = (F.relu, torch.relu, torch.relu_, "relu", "relu_")
-ADD = (operator.add, operator.iadd, torch.add, "add", "add_")
-ADD_IN_PLACE = (operator.iadd, "add_")
 
 
 class Mismatch(Exception):
@@ -37,11 +34,15 @@ class Mismatch(Exception):
 
 @dataclass(frozen=True)
 class Forward:
-    """The graphs of a module's own forward, and `notes`: what it read besides its inputs."""
+    """The graphs of a module's own forward, and `notes`: what it read besides its inputs.
+
+    without_grad: the graphs for an input that needs no gradient, if they differ.
+    """
 
     training: fx.Graph
     evaluation: fx.Graph
     notes: Notes
+    without_grad: tuple[fx.Graph, fx.Graph] | None = None
 
     def __iter__(self) -> Iterator[fx.Graph]:
         return iter((self.training, self.evaluation))
@@ -69,6 +70,8 @@ class _Proxy(fx.Proxy):
     def __getattr__(self, name):
         if not hasattr(Tensor, name):
             raise AttributeError(f"torch.Tensor has no attribute {name!r}")
+        if name == "requires_grad" and self.node.op == "placeholder" and self.tracer.norm:
+            return self.tracer.with_grad
         return super().__getattr__(name)
 
     def __iadd__(self, other):  # fx would record x += y as x + y
@@ -76,21 +79,32 @@ class _Proxy(fx.Proxy):
 
 
 class _Tracer(fx.Tracer):
-    """Treats every registered module as a leaf; `inputs` are the names of the traced arguments."""
+    """Treats every registered module as a leaf; `inputs` are the names of the traced arguments.
 
-    def __init__(self, inputs: list[str]) -> None:
+    norm: the module is a norm, so its buffers are values of the graph, which may count batches.
+    with_grad: what an input of a norm says of its `requires_grad`.
+    """
+
+    def __init__(self, inputs: list[str], norm: bool, with_grad: bool) -> None:
         super().__init__()
-        self.inputs = inputs
+        self.inputs, self.norm, self.with_grad = inputs, norm, with_grad
+        self.proxy_buffer_attributes = norm
         self.ambient = _ambient()
         self.proxies: list[weakref.ref[_Proxy]] = []
+        self.attributes: dict[str, Any] = {}
 
     def proxy(self, node):
         proxy = _Proxy(node, self)
         self.proxies.append(weakref.ref(proxy))
         return proxy
 
+    def getattr(self, attr, attr_val, parameter_proxy_cache):
+        self.attributes = parameter_proxy_cache
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
     def leaks(self) -> list[str]:
         """Where values of the forward are still referenced; they are removed from containers."""
+        self.attributes.clear()
         if all(proxy() is None for proxy in self.proxies):
             return []
         gc.collect()
@@ -115,6 +129,9 @@ class _Tracer(fx.Tracer):
             return a.node
         if isinstance(a, Tensor) and not self._held(a):
             raise Mismatch("it uses a tensor that is not an input, parameter or buffer")
+        if type(a) is OrderedDict:  # fx would make a dict of it
+            made = self.create_proxy("call_function", OrderedDict, (list(a.items()),), {})
+            return made.node
         own = isinstance(a, (list, dict, tuple)) and type(a) not in (list, dict, tuple, torch.Size)
         if own and not hasattr(a, "_fields") and not internal(type(a).__module__):
             raise Mismatch(f"it builds a {type(a).__name__}; use list, tuple, dict or NamedTuple")
@@ -163,13 +180,15 @@ def _autocast() -> Iterator[None]:
             torch.set_autocast_enabled(device, enabled)
 
 
-def _modes() -> Iterator[tuple[bool, bool, contextlib.AbstractContextManager]]:
-    """(mode of the module, mode of all modules below it, context) for every traced run."""
-    for training in (True, False):
-        yield training, training, contextlib.nullcontext()
-        yield training, not training, torch.no_grad()
-        yield training, training, torch.inference_mode()
-        yield training, not training, _autocast()
+MODES = tuple(
+    (training, training == same, context)
+    for training in (True, False)
+    for same, context in (
+        (True, contextlib.nullcontext), (False, torch.no_grad), (True, torch.inference_mode),
+        (False, _autocast),
+    )
+)  # fmt: skip
+"""(mode of the module, mode of all modules below it, context) for every traced run."""
 
 
 def trace(module: nn.Module, fake: FakeTensorMode) -> Forward:
@@ -183,25 +202,30 @@ def trace(module: nn.Module, fake: FakeTensorMode) -> Forward:
             is replaced on the instance, cannot be traced, has side effects, or depends on more
             than its arguments, attributes and mode.
     """
+    if isinstance(module, fx.GraphModule):
+        return _of_graph(module)
     inputs = _required(module)
     if _asks_for_types(module):
         raise Mismatch("its forward cannot run fused: it depends on the type of a value")
-    graphs: dict[bool, fx.Graph] = {}
+    norm = {"running_mean", "running_var"} <= {*module._parameters, *module._buffers}
+    graphs: dict[tuple[bool, bool], fx.Graph] = {}
     try:
         with sandbox(module, fake) as (copied, reads):
-            for training, below, context in _modes():
+            for with_grad, (training, below, context) in product((True, False)[: 1 + norm], MODES):
+                if not with_grad and context is not contextlib.nullcontext:
+                    continue
                 for one in copied.modules():
                     vars(one)["training"] = below
                 vars(copied)["training"] = training
-                with context:
-                    tracer = _Tracer(inputs)
+                with context():
+                    tracer = _Tracer(inputs, norm, with_grad)
                     graph = tracer.trace(copied)
                 modes = [one.training for one in copied.modules()]
                 if modes != [training] + [below] * (len(modes) - 1):
                     raise Mismatch("it switches modules between train and eval mode")
                 if leaks := tracer.leaks():
                     raise Mismatch(f"it stores a value that it computes in {min(leaks)}")
-                if str(graph) != str(graphs.setdefault(training, graph)):
+                if str(graph) != str(graphs.setdefault((training, with_grad), graph)):
                     raise Mismatch(
                         "its calls differ between runs, or with grad mode, autocast or the modes "
                         "of its children"
@@ -215,7 +239,23 @@ def trace(module: nn.Module, fake: FakeTensorMode) -> Forward:
         if "roxy" in said or "symbolically traced" in said:  # torch.fx's word for a traced value
             said = "it uses the value or shape of a tensor in Python"
         raise Mismatch(f"its forward cannot be traced{_line(error)}: {said}") from None
-    return Forward(graphs[True], graphs[False], Notes.of(module, reads))
+    both, others = [[graphs.get((t, g)) for t in (True, False)] for g in (True, False)]
+    differ = norm and list(map(str, both)) != list(map(str, others))
+    return Forward(*both, Notes.of(module, reads), tuple(others) if differ else None)
+
+
+def _of_graph(module: fx.GraphModule) -> Forward:
+    """The graph of a `GraphModule`, which is its forward."""
+    nodes = module.graph.nodes
+    if any(node.op == "placeholder" and str(node.target).startswith("*") for node in nodes):
+        raise Mismatch("its forward takes any number of arguments")
+    code = getattr(type(module).forward, "__code__", None)
+    made = code is not None and code.co_filename.startswith("<eval_with_key>")
+    if not made or "forward" in vars(module):
+        raise Mismatch("its forward is not that of its graph")
+    if module.graph.python_code("self").src != module.code:
+        raise Mismatch("its graph has changed; call recompile()")
+    return Forward(module.graph, module.graph, Notes())
 
 
 def _line(error: Exception) -> str:
@@ -259,17 +299,55 @@ def _required(module: nn.Module) -> list[str]:
     return names
 
 
-def is_call(node: fx.Node, functions: Collection[Any]) -> bool:
-    """Whether `node` calls one of `functions`, which are functions or names of methods."""
-    return node.op in ("call_function", "call_method") and node.target in functions
-
-
-def is_layer(node: fx.Node) -> bool:
-    """Whether `node` calls a module or a ReLU function on one value."""
-    unary = len(node.args) == 1 and isinstance(node.args[0], fx.Node)
-    return unary and (is_call(node, RELU) or (node.op == "call_module" and not node.kwargs))
-
-
 def label(node: fx.Node) -> str:
     """The name of what `node` calls."""
     return node.target if isinstance(node.target, str) else node.target.__name__
+
+
+class Forwards:
+    """The forwards of modules, each traced once.
+
+    Modules of one class share a forward if everything that it read is the same in both.
+    """
+
+    def __init__(self) -> None:
+        self._fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self._known: dict[nn.Module, Forward | Mismatch] = {}
+        self._alike: dict[Any, list[Forward]] = defaultdict(list)
+
+    def of(self, module: nn.Module) -> Forward:
+        """The forward of `module`; Mismatch if it cannot be traced."""
+        if module not in self._known:
+            try:
+                self._known[module] = sequence(module) or self._traced(module)
+            except Mismatch as reason:
+                self._known[module] = reason
+        found = self._known[module]
+        if isinstance(found, Mismatch):
+            raise found
+        return found
+
+    def _traced(self, module: nn.Module) -> Forward:
+        tree = tuple((path, type(one)) for path, one in module.named_modules())
+        alike = self._alike[tree]
+        if "forward" not in vars(module):
+            for forward in alike:
+                if forward.notes.hold(module):
+                    return forward
+        alike.append(trace(module, self._fake))
+        return alike[-1]
+
+    def inside(self, child: nn.Module) -> Forward | None:
+        """The forward of a child if its calls may take the place of its call."""
+        cls = type(child)
+        own = "forward" in vars(child) or cls.__call__ is not nn.Module.__call__
+        if own or hasattr(cls, "_plain_class"):
+            return None
+        if isinstance(child, (fx.GraphModule, torch.jit.ScriptModule)):
+            return None
+        if cls.forward is not nn.Sequential.forward and internal(cls.forward.__module__ or ""):
+            return None
+        try:
+            return self.of(child)
+        except Mismatch:
+            return None

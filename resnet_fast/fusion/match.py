@@ -1,280 +1,345 @@
-"""The patterns that can run fused, matched on the dataflow of a forward, not on class names.
+"""The regions of a graph that can run fused, matched on its dataflow, not on class names.
 
-    block  a whole forward that is one `spec.chain`, with or without a shortcut
-    group  consecutive calls in any other forward that form a chain without a shortcut
-
-A chain consists of conv (Conv2d), norm (BatchNorm2d or SyncBatchNorm) and relu (a ReLU module or
-function). A MaxPool2d may end a chain without a shortcut. A forward that does not match raises
-`Mismatch` with the reason.
+A region is one `spec.chain`: layers each of which alone reads the result of the one before, then
+perhaps an addition and a ReLU, or a max-pool. Beside the layers runs a shortcut: the value that
+they begin with, a convolution with or without norm of it, or any other value.
 """
 
 from __future__ import annotations
 
+import contextlib
+import operator
 import re
-from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
+import torch
 from torch import fx, nn
 
-from ..dispatch.guard import refusal
-from ..spec.layers import NORMS, Parts
-from .dataflow import ADD, ADD_IN_PLACE, Forward, Mismatch, is_call, is_layer, label
+from ..spec.layers import Parts
+from .dataflow import label
+from .layers import ADD, MULTIPLY, Named, checks_of, is_call, is_unary, layers_of
 
 # Chains in letters: c conv, b conv with a bias (absorbed by the norm after it), n norm, r relu,
 # m max-pool.
 UNITS = "((nr)?(c|b(?=n)))*"
 ALONE = re.compile(f"{UNITS}(n(rm?)?)?")
 BESIDE_A_SHORTCUT = re.compile(f"{UNITS}n?")
-WORDS = {"c": "conv", "b": "conv+bias", "n": "norm", "r": "relu", "m": "pool", "-": "other"}
+WORDS = {"c": "conv", "b": "conv+bias", "n": "norm", "r": "relu", "m": "pool"}
+ADD_IN_PLACE = (operator.iadd, "add_", "__iadd__", torch.ops.aten.add_.Tensor)
+FRESH = (*MULTIPLY, torch.cat, *(f for f in ADD if f not in ADD_IN_PLACE))
+"""Functions whose result is a tensor of its own."""
+
+
+class Refused(Exception):
+    """Why calls that form a chain cannot run fused."""
+
+
+class _Side(NamedTuple):
+    """One side of an addition: its layers, and what is added to their result.
+
+    skipped: identities that lead to `other`. beside_x: the shortcut begins where the layers do.
+    """
+
+    calls: list[fx.Node]
+    other: fx.Node
+    skipped: Sequence[fx.Node] = ()
+    projection: Sequence[fx.Node] = ()
+    beside_x: bool = False
 
 
 @dataclass(frozen=True)
-class Block:
-    """A chain by name; names are dotted paths from the module that holds the layers.
+class Region:
+    """Calls of a graph that one fused call replaces; `calls` ends in the one that gives its result.
 
-    parts: the chain, each layer by its name. residual: the child that is called on x and added.
-    absorbed: every module that a fused call replaces, with its class and number of children.
+    parts: the chain, each layer as a `layers.View`. x: the value that it begins with. residual: the
+    value that it adds, unless that is x or a projection. beside: what gives the residual. around:
+    its ReLUs and identities that are modules. results: modules to whose result it adds in place.
+    place: the module of its first layer.
     """
 
+    calls: tuple[fx.Node, ...] = field(compare=False)
     parts: Parts
-    residual: str | None = None
-    absorbed: tuple[tuple[str, type[nn.Module], int], ...] = ()
+    x: fx.Node = field(compare=False)
+    residual: fx.Node | None = field(default=None, compare=False)
+    beside: str = ""
+    around: tuple[Named, ...] = ()
+    results: tuple[str, ...] = ()
+    place: str = ""
 
     def __str__(self) -> str:
         parts, words = self.parts, []
         for norm, conv in zip(parts.norms, (*parts.convs, None), strict=True):
             words += [norm and "norm", norm and conv and "relu", conv and "conv"]
         shortcut = {
-            "none": self.residual and f"+ {self.residual}(x)",
+            "none": self.residual is not None and f"+ {self.beside}",
             "identity": "+ x",
             "projection": "+ conv norm(x)" if parts.projection_norm else "+ conv(x)",
         }
         words += [shortcut[parts.shortcut], parts.relu and "relu", parts.pool and "pool"]
+        if not any(words[:-3]):
+            return "add relu"
         return " ".join(filter(None, words))
 
-
-@dataclass(frozen=True)
-class Group:
-    """Consecutive calls in a graph that form a chain; `block` names the modules that they call."""
-
-    calls: tuple[fx.Node, ...]
-    block: Block
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The modules that it replaces, by name."""
+        return tuple(n.target for n in self.calls if n.op == "call_module")
 
 
-def letter(module: nn.Module) -> str:
-    """The letter of a fusible layer, "-" for any other module."""
-    if refusal(module) is not None:
-        return "-"
-    if isinstance(module, nn.Conv2d):
-        return "c" if module.bias is None else "b"
-    kinds = {NORMS: "n", nn.ReLU: "r", nn.MaxPool2d: "m"}
-    return next((kinds[kind] for kind in kinds if isinstance(module, kind)), "-")
-
-
-def layers(name: str, module: nn.Module) -> Iterator[tuple[str, str]]:
-    """(letter, name) of each layer that `module` runs; Mismatch if one cannot be fused."""
-    why = refusal(module)
-    if why is not None:
-        raise Mismatch(f"{name} {why}")
-    if isinstance(module, nn.Sequential):
-        for child_name, child in module._modules.items():
-            yield from layers(f"{name}.{child_name}", child)
-    elif not isinstance(module, nn.Identity):
-        yield letter(module), name
-
-
-def words(letters: str) -> str:
-    """The layers of `letters` in words."""
-    return " ".join(WORDS[one] for one in letters)
-
-
-def chain(letters: str, names: Iterable[str], shortcut: str = "none", **projection: str) -> Parts:
-    """The chain of `letters`, with the `names` of its layers, beside `shortcut`."""
-    convs, norms, pool = [], [None], None
-    for one, name in zip(letters, names, strict=True):
-        if one == "n":
-            norms[-1] = name
-        elif one in "cb":
-            convs.append(name)
-            norms.append(None)
-        elif one == "m":
-            pool = name
-    layers = tuple(convs), tuple(norms)
-    return Parts(*layers, ends_in_relu(letters), shortcut, pool=pool, **projection)
-
-
-def ends_in_relu(letters: str) -> bool:
-    """Whether the chain ends in a ReLU, or in a ReLU and a pool."""
-    return letters.removesuffix("m").endswith("r")
-
-
-def absorbed(
-    module: nn.Module, names: Iterable[str]
-) -> tuple[tuple[str, type[nn.Module], int], ...]:
-    """Name, class and number of children of each child in `names` and of every module below."""
-    return tuple(
-        (path, type(m), len(m._modules))
-        for name in dict.fromkeys(names)
-        for path, m in module.get_submodule(name).named_modules(prefix=name)
-    )
-
-
-def match_groups(module: nn.Module, graph: fx.Graph) -> list[Group]:
-    """The longest chains among consecutive calls in `graph`."""
-    groups, path = [], []
-    for node in [*graph.nodes, None]:
-        follows = path and node is not None and is_layer(node) and node.args[0] is path[-1]
-        if not (follows and len(path[-1].users) == 1):
-            groups += _groups(module, path)
-            path = []
-        if node is not None and is_layer(node):
-            path.append(node)
-    return groups
-
-
-def _groups(module: nn.Module, path: list[fx.Node]) -> Iterator[Group]:
-    """The chains in `path`, where each call is the only reader of the one before it."""
-    calls = [call for call in path if not _is_identity(module, call)]
-    letters = "".join(_letter(module, call) for call in calls)
-    at = 0
-    while at < len(letters):
-        found = ALONE.match(letters, at).group()
-        if len(found) >= 2 and "n" in found:
-            first, last = calls[at], calls[at + len(found) - 1]
-            group = path[path.index(first) : path.index(last) + 1]
-            names = [call.target if call.op == "call_module" else "" for call in group]
-            own = [name for name, call in zip(names, group, strict=True) if call in calls]
-            gone = absorbed(module, filter(None, names))
-            yield Group(tuple(group), Block(chain(found, own), absorbed=gone))
-        at += max(len(found), 1)
-
-
-def _letter(module: nn.Module, call: fx.Node) -> str:
-    return "r" if call.op != "call_module" else letter(module.get_submodule(call.target))
-
-
-def _is_identity(module: nn.Module, call: fx.Node) -> bool:
-    if call.op != "call_module":
-        return False
-    called = module.get_submodule(call.target)
-    return isinstance(called, nn.Identity) and refusal(called) is None
-
-
-class _Path:
-    """The layers, in letters and by name, from the value `base` to the value `end`.
-
-    base: one of `stops`, or a value that is not the result of a layer. seen: for each value on the
-    path, the number of layers before it. problem: why a layer cannot be fused, or "".
-    """
-
-    def __init__(self, module: nn.Module, end: fx.Node, stops: Collection[fx.Node] = ()) -> None:
-        calls, self.base = [], end
-        while self.base not in stops and is_layer(self.base):
-            calls.insert(0, self.base)
-            self.base = self.base.args[0]
-        self.letters, self.problem, self.seen = "", "", {self.base: 0}
-        self.names: list[str] = []
-        for call in calls:
-            try:
-                found = [("r", "")]
-                if call.op == "call_module":
-                    found = list(layers(call.target, module.get_submodule(call.target)))
-            except Mismatch as reason:
-                self.problem = str(reason)
-                break
-            self.letters += "".join(one for one, _ in found)
-            self.names += [name for _, name in found]
-            self.seen[call] = len(self.letters)
-
-    def expect(self, pattern: re.Pattern[str], what: str) -> None:
-        """Mismatch unless the layers match `pattern`; `what` names the path in the message."""
-        if self.problem or not pattern.fullmatch(self.letters):
-            found = words(self.letters) or "empty"
-            raise Mismatch(self.problem or f"{what} is {found}, which has no fused form")
-
-
-def match_block(module: nn.Module, forward: Forward) -> Block:
-    """The chain that `forward` of `module` computes; Mismatch if it is not exactly one chain."""
-    training, evaluation = (_match_graph(module, graph) for graph in forward)
-    if training != evaluation:
-        raise Mismatch("its forward differs between training and evaluation mode")
-    return training
-
-
-def _match_graph(module: nn.Module, graph: fx.Graph) -> Block:
-    """Match y = main(x) or y = relu(main(x) + shortcut(x)) from y backwards; no other calls."""
-    inputs = [node for node in graph.nodes if node.op == "placeholder"]
-    output = next(node for node in graph.nodes if node.op == "output")
-    if len(inputs) != 1 or not isinstance(output.args[0], fx.Node):
-        raise Mismatch("its forward does not take one tensor and return one tensor")
-    x, end = inputs[0], _Path(module, output.args[0])
-    if end.base is x:
-        end.expect(ALONE, "it")
-        block, known = Block(chain(end.letters, end.names)), end.seen
-    else:
-        block, known = _match_sum(module, end.base, x)
-        end.expect(re.compile("r?"), "what follows its addition")
-        block = replace(block, parts=block.parts._replace(relu=ends_in_relu(end.letters)))
-        known = {**known, **end.seen}
+def regions_of(module: nn.Module, graph: fx.Graph) -> tuple[list[Region], dict[fx.Node, str]]:
+    """The regions of `graph`, in its order, and why additions of two values are in none."""
+    flow = _Flow(module, graph)
+    regions: list[Region] = []
+    reasons: dict[fx.Node, str] = {}
+    taken: set[fx.Node] = set()
     for node in graph.nodes:
-        if node not in known and node is not output:
-            raise Mismatch(f"its forward also runs {label(node)}")
-    if not any(block.parts.norms) or (end.base is x and len(end.letters) < 2):
-        raise Mismatch("it has no BatchNorm2d with another layer to fuse")
-    called = [node.target for node in known if node.op == "call_module"]
-    called = [name for name in called if name != block.residual]
-    return replace(block, absorbed=absorbed(module, called))
+        if not is_addition(node) or node in flow.layers:
+            continue
+        found = flow.join(node, taken)
+        if isinstance(found, str):
+            reasons[node] = found
+            continue
+        regions.append(found)
+        taken.update(found.calls)
+    for path in flow.paths(taken):
+        regions += flow.groups(path)
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    return sorted(regions, key=lambda region: order[region.calls[-1]]), reasons
 
 
-def _match_sum(module: nn.Module, join: fx.Node, x: fx.Node) -> tuple[Block, dict[fx.Node, int]]:
-    """Match main(x) + shortcut(x), in either order; the block, and the nodes that it covers."""
-    sides = join.all_input_nodes
-    if not is_call(join, ADD) or len(sides) != 2 or len(join.args) != 2 or join.kwargs:
-        raise Mismatch(f"its result comes from {label(join)}, not from a plain sum of two values")
-    sides = sorted(sides, key=lambda side: -len(_Path(module, side).letters))
-    reasons = []
-    for main, shortcut in (sides, sides[::-1]):
-        try:
-            path = _Path(module, main)
-            if path.base is not x:
-                start = f"its main path starts at {label(path.base)}, not at its input"
-                raise Mismatch(path.problem or start)
-            path.expect(BESIDE_A_SHORTCUT, "its main path")
-            block, nodes = _match_shortcut(module, path, shortcut)
-            in_place = is_call(join, ADD_IN_PLACE) and join.args[0] is shortcut
-            if in_place and block.parts.projection is None:
-                raise Mismatch("it adds in place to its input; write a + b")
-        except Mismatch as reason:
-            reasons.append(reason)
-        else:
-            return block, {**path.seen, **nodes}
-    raise reasons[0]
+def is_addition(node: fx.Node) -> bool:
+    """Whether `node` adds two values."""
+    return is_call(node, ADD) and len(node.all_input_nodes) == 2
 
 
-def _match_shortcut(
-    module: nn.Module, main: _Path, end: fx.Node
-) -> tuple[Block, dict[fx.Node, int]]:
-    """The block of `main` and the shortcut that ends in `end`, and the shortcut's nodes."""
-    letters, names = main.letters, main.names
-    path = _Path(module, end, stops=main.seen)
-    begins = None if path.problem else main.seen.get(path.base)
-    convs = [m for m in map(module.get_submodule, names) if isinstance(m, nn.Conv2d)]
-    if path.letters == "" and begins == 0 and letters:
-        if convs and convs[0].in_channels != convs[-1].out_channels:
-            sizes = f"{convs[0].in_channels} input to {convs[-1].out_channels} output channels"
-            raise Mismatch(f"its addition broadcasts {sizes}")
-        return Block(chain(letters, names, "identity")), path.seen
-    inside = 2 if letters.startswith("nr") else 0  # a projection reads φ[0](x)
-    kinds = ("c", "cn", "bn") if letters.endswith("n") else ("c",)
-    if path.letters in kinds and begins == inside and convs:
-        fields = dict(zip(("projection", "projection_norm"), path.names, strict=False))
-        return Block(chain(letters, names, "projection", **fields)), path.seen
-    if is_layer(end) and end.op == "call_module" and end.args[0] is main.base:
-        first = module.get_submodule(end.target)
+class _Flow:
+    """The layers of a graph and who reads their results."""
+
+    def __init__(self, module: nn.Module, graph: fx.Graph) -> None:
+        self.module, self.graph = module, graph
+        self.layers = layers_of(module, graph)
+        self.checks = checks_of(graph)
+        self.inside = {part: node for node, one in self.layers.items() for part in one.covers}
+
+    def kind(self, value: fx.Node) -> str:
+        """The letter of `value`; "" if it is not the result of a layer."""
+        return self.layers[value].letter if value in self.layers else ""
+
+    def readers(self, value: fx.Node) -> set[fx.Node]:
+        """The calls that read `value`, apart from checks of its dimensions."""
+        return {self.inside.get(user, user) for user in value.users if user not in self.checks}
+
+    def reader(self, value: fx.Node) -> fx.Node | None:
+        """The only call that reads `value`, apart from checks of its dimensions."""
+        readers = self.readers(value)
+        return readers.pop() if len(readers) == 1 else None
+
+    def chain_to(self, end: fx.Node, taken: set[fx.Node]) -> list[fx.Node]:
+        """The layers that lead to `end`, each the only reader of the one before."""
+        calls: list[fx.Node] = []
+        while end in self.layers and end not in taken:
+            if calls and self.reader(end) is not calls[0]:
+                break
+            calls.insert(0, end)
+            end = self.layers[end].source
+        return calls
+
+    def letters(self, calls: list[fx.Node]) -> str:
+        """The letters of `calls`, without identities."""
+        return "".join(map(self.kind, calls)).replace("i", "")
+
+    def paths(self, taken: set[fx.Node]) -> Iterator[list[fx.Node]]:
+        """The longest runs of layers outside `taken`, each the only reader of the one before."""
+        path: dict[fx.Node, list[fx.Node]] = {}
+        for node, layer in self.layers.items():
+            if node in taken:
+                continue
+            before = path.get(layer.source)
+            if before is not None and self.reader(layer.source) is node:
+                before.append(node)
+                path[node] = before
+            else:
+                path[node] = [node]
+        yield from {id(one): one for one in path.values()}.values()
+
+    def region(self, calls: list[fx.Node], more: list[fx.Node], **fields) -> Region:
+        """The region of the layers `calls`, and of `more` calls, the last of them its end.
+
+        Refused if a call among them changes their input in place.
+        """
+        nodes, end = {*calls, *more}, (more or calls)[-1]
+        for node in (*calls, *more):
+            nodes.update(self.layers[node].covers if node in self.layers else ())
+        inner = nodes - {end}
+        nodes.update(check for check, value in self.checks.items() if value in inner)
+        in_order = [node for node in self.graph.nodes if node in nodes]
+        for node in self.between(nodes):
+            if fields["x"] in node.all_input_nodes and self.in_place(node):
+                raise Refused(f"{label(node)} changes its input in place; set inplace=False")
+        found = [self.layers[node] for node in in_order if self.kind(node) in ("r", "i")]
+        around = [layer.view for layer in found if layer.view is not None]
+        place = ""
+        for call in calls[:1]:
+            view = self.layers[call].view
+            name = str(view.targets[0]) if view and view.targets and view.targets[0] else ""
+            place = name if isinstance(view, Named) else name.rpartition(".")[0]
+        kept = tuple(dict.fromkeys(around))
+        return Region(tuple(in_order), around=kept, place=place, **fields)
+
+    def between(self, nodes: set[fx.Node]) -> list[fx.Node]:
+        """The calls between the first and the last of `nodes`."""
+        order = list(self.graph.nodes)
+        places = [i for i, node in enumerate(order) if node in nodes]
+        return [node for node in order[places[0] : places[-1]] if node not in nodes]
+
+    def in_place(self, node: fx.Node) -> bool:
+        """Whether `node` is known to change the value that it reads."""
+        if node.op != "call_module":
+            name = label(node).removesuffix(".default").removesuffix(".Tensor")
+            return name in ("iadd", "imul", "setitem") or (name[-1:] == "_" and name[-2:] != "__")
+        first = self.module.get_submodule(str(node.target))
         while isinstance(first, nn.Sequential) and len(first):
             first = first[0]
-        if getattr(first, "inplace", False):
-            raise Mismatch(f"{end.target} changes its input in place; set inplace=False")
-        return Block(chain(letters, names), end.target), {end: 0}
-    found = words(path.letters) or label(path.base)
-    raise Mismatch(path.problem or f"its shortcut is {found}, which has no fused form")
+        return getattr(first, "inplace", False) is True
+
+    def groups(self, path: list[fx.Node]) -> Iterator[Region]:
+        """The chains without a shortcut in `path`."""
+        calls = [call for call in path if self.kind(call) != "i"]
+        letters, at = self.letters(calls), 0
+        while at < len(letters):
+            found = ALONE.match(letters, at)
+            size = len(found.group()) if found else 0
+            if size >= 2 and "n" in letters[at : at + size]:
+                inner = path[path.index(calls[at]) : path.index(calls[at + size - 1]) + 1]
+                parts, x = self.parts(inner, "none"), self.layers[inner[0]].source
+                with contextlib.suppress(Refused):
+                    yield self.region(inner, [], parts=parts, x=x)
+            at += max(size, 1)
+
+    def parts(self, calls: list[fx.Node], shortcut: str, relu: bool = False, **more) -> Parts:
+        """The chain of `calls`, each layer as a view, with a ReLU at its end if it has one."""
+        convs, norms, pool = [], [None], None
+        for layer in map(self.layers.__getitem__, calls):
+            if layer.letter == "n":
+                norms[-1] = layer.view
+            elif layer.letter in "cb":
+                convs.append(layer.view)
+                norms.append(None)
+            elif layer.letter == "m":
+                pool = layer.view
+        ends = self.letters(calls).removesuffix("m").endswith("r")
+        return Parts(tuple(convs), tuple(norms), ends or relu, shortcut, pool=pool, **more)
+
+    def join(self, add: fx.Node, taken: set[fx.Node]) -> Region | str:
+        """The region that ends in the addition `add`, or in the ReLU after it; or why there is
+        none, "" if a fused call would gain nothing.
+        """
+        if len(add.args) != 2 or add.kwargs:
+            return f"{label(add)} has more arguments than two values"
+        ends = [add]
+        while (after := self.reader(ends[-1])) is not None and self.kind(after) == "i":
+            ends.append(after)
+        relu = after is not None and self.kind(after) == "r"
+        ends = [*ends, after] if relu else [add]
+        sides = [self.beside(*pair, taken) for pair in (add.args, add.args[::-1])]
+        sides.sort(key=lambda side: (not side.beside_x, -len(side.calls)))
+        nothing = _Side([], add.args[1]) if relu else None
+        reason = ""
+        for side in (*sides, nothing):
+            try:
+                if side is None or not (relu or "n" in self.letters(side.calls)):
+                    continue
+                if side is nothing or side.calls:
+                    return self.sum(add, side, ends, relu)
+            except Refused as why:
+                reason = reason or str(why)
+        return reason
+
+    def sum(self, add: fx.Node, side: _Side, ends: list[fx.Node], relu: bool) -> Region:
+        """The region of `side` and the calls `ends`; Refused if it would not do the same."""
+        calls, projection = side.calls, side.projection
+        results: tuple[str, ...] = ()
+        target = add.args[0]
+        if is_call(add, ADD_IN_PLACE) and not projection and target not in calls[-1:]:
+            results = self.results(target)
+        x = self.layers[calls[0]].source if calls else target
+        names = ("projection", "projection_norm")
+        views = [self.layers[call].view for call in projection if self.kind(call) != "i"]
+        fields = dict(zip(names, views, strict=False))
+        shortcut = "projection" if projection else "identity" if side.beside_x else "none"
+        if shortcut == "identity":
+            self.check_channels(calls)
+        residual = side.other if shortcut == "none" else None
+        named = residual is not None and residual.op == "call_module"
+        beside = f"{residual.target}(x)" if named else "residual"
+        return self.region(
+            calls, [*projection, *side.skipped, *ends], x=x, residual=residual,
+            parts=self.parts(calls, shortcut, relu, **fields),
+            beside=beside if residual is not None else "", results=results,
+        )  # fmt: skip
+
+    def beside(self, main: fx.Node, other: fx.Node, taken: set[fx.Node]) -> _Side:
+        """The layers that lead to `main`, and the shortcut `other`."""
+        path = self.chain_to(main, taken) if self.reader(main) is not None else []
+        while path and not BESIDE_A_SHORTCUT.fullmatch(self.letters(path)):
+            path = path[1:]
+        while path and self.kind(path[0]) == "i":
+            path = path[1:]
+        if not path:
+            return _Side([], other)
+        base = self.layers[path[0]].source
+        skipped = self.identities(other, taken)
+        start = self.layers[skipped[0]].source if skipped else other
+        if start is base:
+            return _Side(path, base, skipped, beside_x=True)
+        letters = self.letters(path)
+        kinds = ("c", "cn", "bn") if letters.endswith("n") else ("c",)
+        projection = self.chain_to(other, taken) if self.reader(other) is not None else []
+        if self.letters(projection) not in kinds or self.layers[projection[0]].source is not base:
+            return _Side(path, other)
+        if letters.startswith("nr"):
+            return _Side(path, other)  # a projection reads φ(x) then
+        if self.kind(base) == "r" and self.readers(base) == {path[0], projection[0]}:
+            first = self.chain_to(base, taken)
+            while len(self.letters(first)) > 2:
+                first = first[1:]
+            if self.letters(first) == "nr":
+                return _Side([*first, *path], other, projection=projection, beside_x=True)
+        return _Side(path, other, projection=projection, beside_x=True)
+
+    def identities(self, value: fx.Node, taken: set[fx.Node]) -> list[fx.Node]:
+        """The identities that lead to `value`, if nothing else reads them."""
+        calls = self.chain_to(value, taken) if self.reader(value) is not None else []
+        while calls and not all(self.kind(call) == "i" for call in calls):
+            calls = calls[1:]
+        return calls
+
+    def check_channels(self, calls: list[fx.Node]) -> None:
+        views = [self.layers[call].view for call in calls if self.kind(call) in "cb"]
+        if views and all(isinstance(view, Named) for view in views):
+            convs = [self.module.get_submodule(view.targets[0]) for view in views]
+            if convs[0].in_channels != convs[-1].out_channels:
+                raise Refused(
+                    f"it broadcasts {convs[0].in_channels} input to {convs[-1].out_channels} "
+                    "output channels"
+                )
+
+    def results(self, value: fx.Node) -> tuple[str, ...]:
+        """Modules that return `value`; Refused if it may be in use elsewhere.
+
+        An addition in place changes it, but the fused call does not.
+        """
+        names: list[str] = []
+        while self.reader(value) is not None:
+            if self.kind(value) in ("c", "b", "n", "m") or is_call(value, FRESH):
+                return tuple(names)
+            if value in self.layers:
+                value = self.layers[value].source
+            elif value.op == "call_module" and is_unary(value):
+                names.append(str(value.target))
+                value = value.all_input_nodes[0]
+            else:
+                break
+        raise Refused("it adds in place to a value that may be in use elsewhere; write a + b")

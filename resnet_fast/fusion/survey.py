@@ -1,7 +1,8 @@
 """A walk over a model: what `fuse` changes in it, and what `explain` reports about it.
 
-The walk starts at the root. It looks for modules of resnet_fast, then blocks, then chains among the
-calls of every other forward that can be traced (`match`).
+The walk starts at the root. It looks for modules of resnet_fast, then for regions in every other
+forward that can be traced (`match`). It counts the convolutions, norms, activations and additions
+that the forwards call, and those in regions.
 """
 
 from __future__ import annotations
@@ -12,17 +13,19 @@ from typing import NamedTuple
 
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from ..dispatch.guard import obstacle, refusal
 from ..models import ResNet
 from ..modules import PLAIN, Fused
-from ..spec.layers import NORMS, Parts
-from .dataflow import ADD, Forward, Mismatch, is_call, is_layer, label, sequence, trace
-from .match import Block, match_block
-from .swap import Own, Plan, plan_block, plan_forward
+from ..spec.layers import Parts
+from .counts import counted, counted_in, kind_of
+from .dataflow import Forwards, Mismatch, label
+from .match import Region
+from .opening import Opened
+from .sandbox import internal
+from .swap import Matched, Own, Plan, match
 
 NOT_CALLED = "only if it is called; no forward that can be traced calls it"
 WRONG_ARGUMENTS = "it is called with arguments that a fused forward does not take"
@@ -35,15 +38,30 @@ class Row(NamedTuple):
     what: str
     why: str
     holder: nn.Module
-    plan: Own | Block | None
+    plan: Own | Region | None
+
+
+class Count(NamedTuple):
+    """One call that counts (`counts.COUNTED`), in training or evaluation mode of its module.
+
+    holder: the module whose forward runs it; plan: as part of what, or None.
+    """
+
+    training: bool
+    kind: str
+    holder: nn.Module
+    plan: Own | Region | None
 
 
 @dataclass
 class Survey:
-    """`plans`: module and plan of everything fusible; `rows`: the report, in model order."""
+    """`plans`: module and plan of everything fusible; `rows`: the report, in model order; `counts`:
+    the calls that count, in each mode.
+    """
 
     plans: list[tuple[nn.Module, Own | Plan]] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
+    counts: list[Count] = field(default_factory=list)
 
 
 def survey(model: nn.Module, impl: str = "auto") -> Survey:
@@ -52,6 +70,7 @@ def survey(model: nn.Module, impl: str = "auto") -> Survey:
     walk.visit(model)
     walk.find_rest()
     walk.find_uncalled(model)
+    walk.count_rest(model)
     order = {path: i for i, path in enumerate(walk.paths.values())}
     walk.found.rows.sort(key=lambda row: order[row.path])
     return walk.found
@@ -60,18 +79,20 @@ def survey(model: nn.Module, impl: str = "auto") -> Survey:
 class _Walk:
     """State of the walk.
 
-    claimed: modules that have a row or a plan, or that an untraced forward may call. calls: the
-    calls of each module in all traced forwards.
+    claimed: modules that have a row or a plan, or that an untraced forward may call. tallied:
+    modules that are counted. calls: the calls of each module in all traced forwards, with the
+    module that makes them.
     """
 
     def __init__(self, model: nn.Module, impl: str) -> None:
         self.impl = impl
         self.paths = {module: path for path, module in model.named_modules()}
         self.found = Survey()
-        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self.forwards = Forwards()
         self.visited: set[nn.Module] = set()
         self.claimed: set[nn.Module] = set()
-        self.calls: dict[nn.Module, list[fx.Node]] = defaultdict(list)
+        self.tallied: set[nn.Module] = set()
+        self.calls: dict[nn.Module, list[tuple[nn.Module, fx.Node]]] = defaultdict(list)
 
     def add(self, module: nn.Module, what: str, why: str = "", holder=None, plan=None) -> None:
         self.found.rows.append(Row(self.paths[module], what, why, holder or module, plan))
@@ -85,11 +106,10 @@ class _Walk:
             self.own(module, [module.parts()])
         elif isinstance(module, ResNet):
             self.net(module)
-        elif list(module.children()) and type(module).forward is not nn.Module.forward:
+        elif module not in self.claimed and _has_forward(module):
             self.forward(module)
         for child in module.children():
-            if child not in self.claimed:
-                self.visit(child)
+            self.visit(child)
 
     def own(self, module: nn.Module, chains: list[Parts | None]) -> None:
         """Add a module of resnet_fast whose forward runs `chains`."""
@@ -100,77 +120,107 @@ class _Walk:
             elif (found := obstacle(parts)) is not None:
                 why = f"{self.paths[found[0]]} {found[1]}"
         self.add(module, what, why, plan=None if why else Own())
-        if not why:
-            self.found.plans.append((module, Own()))
+        plan = None if why else Own()
+        if plan is not None:
+            self.found.plans.append((module, plan))
+        for parts in filter(None, chains):
+            layers = (*parts.convs, *parts.norms, *parts[4:7], *parts.around)
+            self.claimed.update(filter(None, layers))
+            self.tallied.update(filter(None, layers))
+            for training in (True, False):
+                for kind in counted_in(parts):
+                    self.found.counts.append(Count(training, kind, module, plan))
 
     def net(self, module: ResNet) -> None:
-        chains = module.chains()
-        for parts in chains:
-            self.claimed.update(m for m in (*parts.convs, *parts.norms, *parts.around) if m)
-        self.own(module, chains)
+        self.own(module, list(module.chains()))
         for child in module.children():
             self.calls[child] = []
 
     def forward(self, module: nn.Module) -> None:
-        """Add `module` as a block, or add the chains among its calls."""
+        """Add the regions of the forward of `module`, and its other layers with a reason."""
         try:
-            if isinstance(module, fx.GraphModule):
-                raise Mismatch("it is a torch.fx.GraphModule; fuse the model before tracing it")
-            forward = sequence(module)
-            if forward is not None:
-                self.chains(module, forward)
-                return
-            forward = trace(module, self.fake)
+            forward = self.forwards.of(module)
         except Mismatch as reason:
-            layers = [m for m in module.children() if isinstance(m, (_ConvNd, _BatchNorm))]
+            layers = [m for m in module.children() if isinstance(m, (_ConvNd, _NormBase))]
             self.claimed.update(layers)
             if layers:
                 self.add(module, type(module).__name__, str(reason))
             return
-        try:
-            block = match_block(module, forward)
-        except Mismatch as reason:
-            adds = any(is_call(node, ADD) for graph in forward for node in graph.nodes)
-            if adds and any(isinstance(m, _ConvNd) for m in module.children()):
-                self.add(module, type(module).__name__, f"not a residual block: {reason}")
-            self.chains(module, forward)
-        else:
-            self.claimed.update(module.get_submodule(name) for name, *_ in block.absorbed)
-            self.add(module, f"{type(module).__name__}: {block}", plan=block)
-            self.found.plans.append((module, plan_block(module, forward, block)))
-            if block.residual is not None:
-                self.calls[module.get_submodule(block.residual)] = []
-
-    def chains(self, module: nn.Module, forward: Forward) -> None:
-        """Add the chains among the calls of `module`, and its other layers with a reason."""
-        plan = plan_forward(module, forward, self.impl)
-        taken = set()
-        for block in plan.blocks if plan else ():
-            names = [name for name, *_ in block.absorbed]
-            taken.update(module.get_submodule(name) for name in names)
-            first = module.get_submodule(names[0])
-            self.add(first, str(block), holder=module, plan=block)
-        if plan:
+        matched = plan, graphs = match(module, forward, self.impl, self.forwards.inside)
+        self.count(module, matched)
+        if plan.regions:
             self.found.plans.append((module, plan))
-        for graph in forward:
-            for node in graph.nodes:
-                if node.op == "call_module":
-                    called = module.get_submodule(node.target)
-                    self.calls[called].append(node)
-                    if isinstance(called, (_ConvNd, *NORMS)) and called not in taken:
-                        taken.add(called)
-                        self.add(called, type(called).__name__, self.reason(module, node))
-        self.claimed.update(taken)
+        self.claimed.update(module.get_submodule(path) for path in plan.traced if path)
+        taken: set[nn.Module] = set()
+        said: set[tuple[str, str]] = set()
+        for opened, regions, _ in graphs.values():
+            for region in regions:
+                taken.update(map(module.get_submodule, region.layers))
+                if (region.place, str(region)) not in said:
+                    said.add((region.place, str(region)))
+                    self.region(module, opened, region)
+        self.claimed.update(m for one in taken for m in one.modules())
+        for opened, _, refused in graphs.values():
+            for node in opened.graph.nodes:
+                if node.op != "call_module":
+                    continue
+                called = module.get_submodule(node.target)
+                self.calls[called].append((module, node))
+                if not isinstance(called, (_ConvNd, _NormBase)) or called in self.claimed:
+                    continue
+                if self.forwards.inside(called) is None:
+                    self.claimed.add(called)
+                    self.add(called, type(called).__name__, self.reason(module, node))
+            for why in dict.fromkeys(filter(None, refused.values())):
+                self.add(module, f"{type(module).__name__}: addition", why)
+
+    def count(self, module: nn.Module, matched: Matched) -> None:
+        """Count the calls of `module`, and of the children that are open in it."""
+        at: dict[tuple[bool, nn.Module, fx.Node], int] = {}
+        for path, traced in matched.plan.traced.items():
+            called = module.get_submodule(path)
+            for training, graph in traced.graphs.items():
+                if graph is None or called in self.tallied:
+                    continue
+                for node, kind in counted(called, graph, self.forwards.inside).items():
+                    at[training, called, node] = len(self.found.counts)
+                    self.found.counts.append(Count(training, kind, module, None))
+        for training, (opened, regions, _) in matched.graphs.items():
+            for region in regions:
+                for node in region.calls:
+                    path, origin = opened.origins[node]
+                    place = at.get((training, module.get_submodule(path), origin))
+                    if place is not None:
+                        count = self.found.counts[place]
+                        self.found.counts[place] = count._replace(plan=region)
+        self.tallied.update(module.get_submodule(path) for path in matched.plan.traced)
+
+    def count_rest(self, model: nn.Module) -> None:
+        """Count layers that no traced forward calls, as not fused."""
+        for module in model.modules():
+            kind = kind_of(module)
+            if kind and module not in self.calls and module not in self.tallied:
+                for training in (True, False):
+                    self.found.counts.append(Count(training, kind, module, None))
+
+    def region(self, module: nn.Module, opened: Opened, region: Region) -> None:
+        """Add the row of `region`: of the module if it is all that its forward does."""
+        rest = [n for n in opened.graph.nodes if n.op[:4] == "call" and n not in region.calls]
+        beside = [region.residual] if region.beside.endswith("(x)") else []
+        if rest == beside:
+            self.add(module, f"{type(module).__name__}: {region}", plan=region)
+            return
+        self.add(module.get_submodule(region.place), str(region), holder=module, plan=region)
 
     def reason(self, module: nn.Module, call: fx.Node) -> str:
-        """Why the layer of `call` is not part of a chain."""
+        """Why the layer of `call` is not part of a region."""
         why = refusal(module.get_submodule(call.target))
         if why is not None:
             return f"it {why}"
         users = list(call.users)
         if len(users) != 1:
             return f"its result is used {len(users)} times; only a result used once can be fused"
-        if users[0].op != "call_module" or not is_layer(users[0]):
+        if users[0].op != "call_module":
             return f"its result goes to {label(users[0])}, not to a layer that can be fused with it"
         reader = module.get_submodule(users[0].target)
         why = None if list(reader.children()) else refusal(reader)
@@ -192,19 +242,32 @@ class _Walk:
             if isinstance(plan, Own) or module is model:
                 continue
             mine = [row for row in self.found.rows if row.plan is not None and row.holder is module]
-            if module not in self.calls:
-                if any(child in self.calls for child in module.children()):
+            calls = self.calls.get(module)
+            if calls is None:
+                others = [by for child in module.children() for by, _ in self.calls.get(child, ())]
+                if any(by is not module for by in others):
                     self.drop(module, plan, mine)
                     continue
                 for row in mine:
                     at = self.found.rows.index(row)
                     self.found.rows[at] = row._replace(why=NOT_CALLED)
-            elif self.calls[module] and not any(map(plan.fits, self.calls[module])):
+            elif calls and not any(plan.fits(call) for _, call in calls):
                 self.drop(module, plan, mine)
                 self.add(module, type(module).__name__, WRONG_ARGUMENTS)
 
     def drop(self, module: nn.Module, plan: Plan, rows: list[Row]) -> None:
         """Remove the plan and the rows of `module`."""
         self.found.plans.remove((module, plan))
+        self.found.counts = [
+            count._replace(plan=None) if count.holder is module else count
+            for count in self.found.counts
+        ]
         for row in rows:
             self.found.rows.remove(row)
+
+
+def _has_forward(module: nn.Module) -> bool:
+    """Whether the forward of `module` calls other modules or is not PyTorch's."""
+    cls = type(module)
+    own = not internal(cls.forward.__module__ or "")
+    return cls.forward is not nn.Module.forward and (own or len(list(module.children())) > 0)

@@ -1,33 +1,33 @@
-"""The classes of fused modules: subclasses of each module's own class with another `forward`.
+"""The class of a fused module: a subclass of the module's own class with another `forward`.
 
-    block    its forward is one chain                      `FusedBlock`
-    forward  chains among the calls of any other forward   `FusedForward`
-
-Children do not change and are looked up at every call, so other code may still call them. The
-original forward runs if a child, or anything else that the traced forward read, has changed. It
-also runs if fused ops do not support the call (`dispatch.guard`).
+It runs the calls of the module's forward, and one fused call for each region (`match`). Children do
+not change and are looked up at every call, so other code may still call them. The original forward
+runs if anything that the traced forward read has changed. The calls of a region run one by one if
+one of its layers has changed, or if fused ops do not support the call (`dispatch.guard`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch.nn.functional as F
-from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+import torch
+from torch import fx, nn
 
-from ..dispatch.guard import plain_call, refusal
+from ..dispatch.guard import plain_call
 from ..dispatch.packed_filters import Rechecked
 from ..models import ResNet
 from ..models.copies import copy_modules
-from ..modules import PLAIN, Fused, run_fused
-from .dataflow import Forward, Mismatch, sequence, trace
-from .match import Block, Group, match_block, match_groups
-from .sandbox import Notes, below
+from ..modules import PLAIN, Fused
+from .dataflow import Forward, Forwards, Mismatch
+from .match import Region, regions_of
+from .opening import Opened, Opening, Traced, crossed
+from .rewrite import Function, rewritten
+from .sandbox import below
 
 FUSED = {plain: fused for fused, plain in PLAIN.items()}
 
@@ -51,7 +51,12 @@ class Swapped(Rechecked):
     def __setstate__(self, state):
         super().__setstate__(state)
         if isinstance(self._fused_plan, Unread):
-            self._fused_plan = _plan_again(self)
+            cls = type(self)
+            self.__class__ = cls._plain_class
+            try:
+                self._fused_plan = _plan_again(self, self._fused_impl)
+            finally:
+                self.__class__ = cls
 
     def __prepare_scriptable__(self) -> nn.Module:
         """What `torch.jit.script` compiles: the plain module, in a tree of its own."""
@@ -59,27 +64,56 @@ class Swapped(Rechecked):
         restore(plain)
         return plain
 
+    def forward(self, *args, **kwargs):
+        plan = self._fused_plan
+        if plan is None or kwargs or len(args) != plan.inputs or plain_call(*args):
+            return super().forward(*args, **kwargs)
+        run = plan.forward(self) if plan.holds(self) else None
+        return super().forward(*args, **kwargs) if run is None else run(self, *args)
+
     def extra_repr(self) -> str:
         return ", ".join(filter(None, (super().extra_repr(), f"impl={self._fused_impl!r}")))
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a fused module runs, and what must be unchanged for that: `plain`, the forward of its
-    class; `notes`, what that forward read; `children`, the names of the module's children.
+    """What a fused module runs, and what must be unchanged for that.
+
+    traced: the module, and the children that are open in its forward, by path. inputs: the number
+    of its arguments. functions: the forward for each set of modes, made when it is needed.
     """
 
-    plain: Callable[..., Any]
-    notes: Notes
-    children: tuple[str, ...]
+    traced: dict[str, Traced]
+    inputs: int
+    impl: str
+    regions: frozenset[Region]
+    functions: dict[tuple[bool, ...], Function] = field(default_factory=dict)
 
     def holds(self, module: nn.Module) -> bool:
-        """Whether the forward of `module`, and what it reads, is unchanged since tracing."""
-        same = type(module)._plain_class.forward is self.plain
-        return same and tuple(module._modules) == self.children and self.notes.hold(module)
+        """Whether all forwards, and what they read, are unchanged since tracing."""
+        return all([traced.holds(module) for traced in self.traced.values()])
+
+    def forward(self, module: nn.Module) -> Function | None:
+        """The function that runs the forward of `module` in the modes that it has now.
+
+        None for new modes while a compiler looks on.
+        """
+        modes = {path: below(module, path).training for path in self.traced}
+        key = tuple(modes.values())
+        if key not in self.functions:
+            if torch.compiler.is_compiling():
+                return None
+            opened = Opened.of(self.traced, modes)
+            regions, _ = regions_of(module, opened.graph)
+            self.functions[key] = rewritten(opened.graph, regions, self.impl)
+        return self.functions[key]
 
     def __deepcopy__(self, memo):
-        return replace(self, notes=copy.deepcopy(self.notes, memo))
+        traced = {
+            path: replace(one, notes=copy.deepcopy(one.notes, memo))
+            for path, one in self.traced.items()
+        }
+        return replace(self, traced=traced)
 
     def __reduce__(self):
         return Unread, ()
@@ -87,18 +121,6 @@ class Plan:
     def fits(self, call: fx.Node) -> bool:
         """Whether `call` passes the arguments that the traced forward takes."""
         return len(call.args) == self.inputs and not call.kwargs
-
-
-@dataclass(frozen=True)
-class BlockPlan(Plan):
-    """The plan of a forward that is one `block`."""
-
-    block: Block
-    inputs = 1
-
-    @property
-    def blocks(self) -> tuple[Block, ...]:
-        return (self.block,)
 
 
 class Own:
@@ -109,157 +131,104 @@ class Unread:
     """Stands in a pickle for the plan, which is computed again when the pickle is loaded."""
 
 
-@dataclass(frozen=True)
-class ForwardPlan(Plan):
-    """The plan of a forward with `inputs` tensors in which each of `blocks` is one call."""
+class Matched(NamedTuple):
+    """A plan, and for each mode of the module what is fused in which graph.
 
-    inputs: int
-    blocks: tuple[Block, ...]
-    training: Callable[..., Any] = field(compare=False)
-    evaluation: Callable[..., Any] = field(compare=False)
+    refused: why additions are in no region.
+    """
 
-
-class FusedBlock(Swapped):
-    """A module whose forward is one chain."""
-
-    def forward(self, *args, **kwargs):
-        plan = self._fused_plan
-        if plan is None or kwargs or len(args) != 1 or plain_call(*args):
-            return super().forward(*args, **kwargs)
-        x = args[0]
-        if not plan.holds(self) or not _unchanged(plan.block, self) or x.dim() != 4:
-            return super().forward(*args, **kwargs)
-        return _run(plan.block, self, x)
+    plan: Plan
+    graphs: dict[bool, tuple[Opened, list[Region], dict[fx.Node, str]]]
 
 
-class FusedForward(Swapped):
-    """A module with chains among its forward's calls. Slices of a fused `Sequential` are plain."""
-
-    def forward(self, *args, **kwargs):
-        plan = self._fused_plan
-        if plan is None or kwargs or len(args) != plan.inputs or plain_call(*args):
-            return super().forward(*args, **kwargs)
-        if not plan.holds(self):
-            return super().forward(*args, **kwargs)
-        return (plan.training if self.training else plan.evaluation)(self, *args)
-
-
-def _unchanged(block: Block, module: nn.Module) -> bool:
-    """Whether all modules that `block` absorbs are unchanged."""
-    for name, cls, children in block.absorbed:
-        child = below(module, name)
-        if not is_unchanged(child, cls, children):
-            return False
-    return True
-
-
-def is_unchanged(child: nn.Module | None, cls: type[nn.Module], children: int) -> bool:
-    """Whether `child` is a fusible layer of class `cls` with `children` children."""
-    same = type(child) is cls and len(child._modules) == children
-    return same and refusal(child) is None
-
-
-def _run(block: Block, module: nn.Module, x: Tensor) -> Tensor:
-    residual = None
-    if block.residual is not None:
-        residual = _beside(below(module, block.residual), block.residual, x)
-    parts = block.parts.each(lambda name: below(module, name))
-    return run_fused(parts, x, residual, impl=module._fused_impl)
+def match(
+    module: nn.Module,
+    forward: Forward,
+    impl: str,
+    find: Callable[[nn.Module], Forward | None],
+) -> Matched:
+    """The regions in the forward of `module`. find: the forward of a child that may be opened."""
+    traced = Opening(module, forward, find).traced
+    while True:
+        graphs = {}
+        for mode in (True, False):
+            opened = Opened.of(traced, dict.fromkeys(traced, mode))
+            graphs[mode] = opened, *regions_of(module, opened.graph)
+        entered = {"", *(path for path, one in traced.items() if one.is_identity)}
+        for opened, regions, _ in graphs.values():
+            entered |= crossed(opened, [region.calls for region in regions])
+        if entered == traced.keys():
+            break
+        traced = {path: one for path, one in traced.items() if path in entered}
+    inputs = [n for n in forward.training.nodes if n.op == "placeholder" and not n.args]
+    everything = frozenset(region for _, regions, _ in graphs.values() for region in regions)
+    plan = Plan(traced, len(inputs), impl, everything)
+    for mode, (opened, regions, _) in graphs.items():
+        plan.functions[(mode,) * len(traced)] = rewritten(opened.graph, regions, impl)
+    return Matched(plan, graphs)
 
 
-def _beside(child: nn.Module, name: str, x: Tensor) -> Tensor:
-    """child(x), computed before the main path reads x; the child must not change x."""
-    before = None if x.is_inference() else x._version
-    residual = child(x)
-    if before is not None and x._version != before:
-        raise RuntimeError(
-            f"{name} changes its input in place, which a fused block does not support; "
-            "use resnet_fast.unfuse(model)"
-        )
-    return residual
-
-
-def plan_block(module: nn.Module, forward: Forward, block: Block) -> BlockPlan:
-    """The plan of a module whose forward is `block`."""
-    notes = forward.notes.without([name for name, *_ in block.absorbed])
-    return BlockPlan(type(module).forward, notes, tuple(module._modules), block)
-
-
-def plan_forward(module: nn.Module, forward: Forward, impl: str) -> ForwardPlan | None:
-    """The plan of a module with groups in its forward; None if there are no groups."""
-    found = [match_groups(module, graph) for graph in forward]
-    blocks = dict.fromkeys(group.block for groups in found for group in groups)
-    if not blocks:
-        return None
-    inputs = sum(node.op == "placeholder" for node in forward.training.nodes)
-    runs = (_rewritten(graph, groups, impl) for graph, groups in zip(forward, found, strict=True))
-    children = tuple(module._modules)
-    return ForwardPlan(type(module).forward, forward.notes, children, inputs, tuple(blocks), *runs)
-
-
-def _plan_again(module: Swapped) -> Plan | None:
+def _plan_again(module: nn.Module, impl: str) -> Plan | None:
     """The plan of a module that was loaded from a pickle."""
-    cls, fake = type(module), FakeTensorMode(allow_non_fake_inputs=True)
-    module.__class__ = cls._plain_class
+    forwards = Forwards()
     try:
-        forward = sequence(module) or trace(module, fake)
-        if cls._fused_mixin is FusedBlock:
-            return plan_block(module, forward, match_block(module, forward))
-        return plan_forward(module, forward, module._fused_impl)
+        forward = forwards.of(module)
     except Mismatch:
         return None
-    finally:
-        module.__class__ = cls
+    return match(module, forward, impl, forwards.inside).plan
 
 
-def _rewritten(graph: fx.Graph, groups: list[Group], impl: str) -> Callable[..., Any]:
-    """A function forward(self, *inputs) that runs `graph`, with one call for each of `groups`."""
-    ends = {group.calls[-1]: group for group in groups}
-    inner = {call for group in groups for call in group.calls}
-    new, values = fx.Graph(), {}
-    for node in graph.nodes:
-        if node in ends:
-            calls = ends[node].calls
-            layers = [new.get_attr(c.target) if c.op == "call_module" else None for c in calls]
-            values[node] = new.call_function(
-                _fused_calls(ends[node], impl), (values[calls[0].args[0]], *layers)
-            )
-        elif node not in inner:
-            values[node] = new.node_copy(node, values.__getitem__)
-    code = new.python_code("self")
-    names = dict(code.globals)
-    exec(code.src, names)
-    return names["forward"]
+class SwappedGraph(Swapped):
+    """Mixin for a `GraphModule`, which compiles, copies and pickles itself by its class."""
+
+    def __deepcopy__(self, memo):
+        with self._plain():
+            copied = copy.deepcopy(self, memo)
+        return _again(copied, self._fused_impl)
+
+    def __reduce_ex__(self, protocol):
+        with self._plain():
+            made = self.__reduce_ex__(protocol)
+        return _rebuilt, (made, self._fused_impl)
+
+    def recompile(self):
+        """Compile the plain forward from the graph, as after each change of it, and fuse it."""
+        with self._plain() as held:
+            code = self.recompile()
+            held["_fused_plan"] = _plan_again(self, held["_fused_impl"])
+        return code
+
+    @contextlib.contextmanager
+    def _plain(self):
+        """As the plain module; yields what is set again afterwards."""
+        fused = type(self)
+        held = {name: vars(self).pop(name) for name in ("_fused_plan", "_fused_impl")}
+        self.__class__ = self._plain_class
+        try:
+            yield held
+        finally:
+            self.__class__ = fused
+            vars(self).update(held)
 
 
-def _fused_calls(group: Group, impl: str) -> Callable[..., Tensor]:
-    """A function of x and the group's layers that runs them as one chain.
+def _rebuilt(made: tuple[Any, ...], impl: str) -> nn.Module:
+    """A `GraphModule` from its pickle, fused."""
+    make, args, *_ = made
+    return _again(make(*args), impl)
 
-    A ReLU function is passed as None. If a layer has changed, the layers are called one by one.
-    """
-    names = [call.target if call.op == "call_module" else "" for call in group.calls]
-    places = group.block.parts.each(names.index)
-    absorbed = {name: (cls, children) for name, cls, children in group.block.absorbed}
 
-    def fused_calls(x: Tensor, *layers: nn.Module | None) -> Tensor:
-        same = x.dim() == 4 and not plain_call(x)
-        for name, layer in zip(names, layers, strict=True):
-            if name and same:
-                cls, children = absorbed[name]
-                same = is_unchanged(layer, cls, children)
-        if same:
-            return run_fused(places.each(lambda place: layers[place]), x, impl=impl)
-        for name, layer in zip(names, layers, strict=True):
-            x = layer(x) if name else F.relu(x)
-        return x
-
-    return fused_calls
+def _again(module: nn.Module, impl: str) -> nn.Module:
+    """`module`, fused."""
+    plan = _plan_again(module, impl)
+    if plan is not None:
+        apply(module, plan, impl)
+    return module
 
 
 def apply(module: nn.Module, plan: Own | Plan, impl: str) -> None:
     """Make `module` run `plan` with `impl`."""
     if isinstance(plan, Plan):
-        mixin = FusedBlock if isinstance(plan, BlockPlan) else FusedForward
+        mixin = SwappedGraph if isinstance(module, fx.GraphModule) else Swapped
         module.__class__ = _subclass(mixin, type(module))
         module._fused_plan, module._fused_impl = plan, impl
         return
@@ -269,11 +238,11 @@ def apply(module: nn.Module, plan: Own | Plan, impl: str) -> None:
         module.switch(True)
 
 
-def runs(module: nn.Module, block: Own | Block) -> bool:
-    """Whether `module` currently runs `block` fused."""
-    if isinstance(block, Block):
+def runs(module: nn.Module, region: Own | Region) -> bool:
+    """Whether `module` currently runs `region` fused."""
+    if isinstance(region, Region):
         plan = module._fused_plan if isinstance(module, Swapped) else None
-        return plan is not None and block in plan.blocks and plan.holds(module)
+        return plan is not None and region in plan.regions and plan.holds(module)
     return isinstance(module, Fused) or (isinstance(module, ResNet) and module.fused)
 
 

@@ -33,7 +33,8 @@ def copy_modules(
     """A deep copy of `model` with answer(t) for every tensor t (default: t), sharing `shared`.
 
     Unlike `copy.deepcopy`, it accepts tensors with an autograd history, keeps the mode and
-    attributes of a `GraphModule`, and shares the process group of a `SyncBatchNorm`.
+    attributes of a `GraphModule`, and shares the process group of a `SyncBatchNorm`. A fused
+    `GraphModule` is copied as a plain one.
 
     Raises:
         TypeError: `model` holds an object that cannot be copied.
@@ -48,12 +49,14 @@ def copy_modules(
             memo[id(module.process_group)] = module.process_group
         if isinstance(module, fx.GraphModule):  # its __deepcopy__ makes a new one from its code
             graphs.append(module)
-            memo[id(module)] = type(module).__new__(type(module))
+            cls = getattr(type(module), "_plain_class", type(module))
+            memo[id(module)] = cls.__new__(cls)
     try:
         with _Tensors(answer):
             copied = copy.deepcopy(model, memo)
             for module in graphs:
-                vars(memo[id(module)]).update(copy.deepcopy(vars(module), memo))
+                held = {k: v for k, v in vars(module).items() if not k.startswith("_fused_")}
+                vars(memo[id(module)]).update(copy.deepcopy(held, memo))
                 memo[id(module)].graph = memo[id(module)]._graph  # compiles its forward
     except Exception as error:
         raise TypeError(f"{type(error).__name__}: {error}") from error

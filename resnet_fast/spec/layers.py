@@ -42,6 +42,40 @@ class Parts(NamedTuple):
         return Parts(convs, norms, self.relu, self.shortcut, *ends, self.stride)
 
 
+class BorrowedConv:
+    """The attributes of an `nn.Conv2d`, of a convolution that a function computes."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, stride: Any = 1, padding: Any = 0,
+                 dilation: Any = 1, groups: int = 1) -> None:  # fmt: skip
+        self._parameters = {"weight": weight, "bias": bias}
+        self.out_channels = weight.shape[0]
+        self.stride, self.padding, self.dilation, self.groups = stride, padding, dilation, groups
+
+
+class BorrowedNorm:
+    """The attributes of an `nn.BatchNorm2d`, of a norm that a function computes."""
+
+    num_batches_tracked = None
+
+    def __init__(self, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor | None,
+                 running_var: Tensor | None, training: bool = False, momentum: float = 0.1,
+                 eps: float = 1e-5) -> None:  # fmt: skip
+        self._parameters = {"weight": weight, "bias": bias}
+        self._buffers = {"running_mean": running_mean, "running_var": running_var}
+        self.running_mean, self.affine = running_mean, True
+        self.training, self.momentum, self.eps = training, momentum, eps
+        self.track_running_stats = running_mean is not None
+
+
+class BorrowedPool:
+    """The attributes of an `nn.MaxPool2d`, of a max-pool that a function computes."""
+
+    dilation, ceil_mode, return_indices = 1, False, False
+
+    def __init__(self, kernel_size: Any, stride: Any = None, padding: Any = 0) -> None:
+        self.kernel_size, self.stride, self.padding = kernel_size, stride or kernel_size, padding
+
+
 def windows_of(pool: nn.MaxPool2d) -> Pool:
     """The windows of `pool`; ValueError names the argument that a chain does not support."""
     if pair(pool.dilation, "dilation") != (1, 1):

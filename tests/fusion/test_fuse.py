@@ -20,9 +20,9 @@ from torch.nn.utils import parametrize
 import resnet_fast
 from resnet_fast import blocks, modules
 from resnet_fast.dispatch import backends
-from resnet_fast.fusion import swap
+from resnet_fast.fusion import rewrite
 from resnet_fast.fusion.api import explain, fuse, unfuse
-from resnet_fast.fusion.swap import FusedBlock
+from resnet_fast.fusion.swap import Swapped
 
 
 def randomize(model):
@@ -245,7 +245,7 @@ class TestWhatIsLeftAlone:
         model = build()
         said = why(fuse(model), path)
         assert said.startswith("left alone: ") and reason in said
-        assert not isinstance(fuse(model), FusedBlock) or path != "(model)"
+        assert not isinstance(fuse(model), Swapped) or path != "(model)"
 
     @pytest.mark.parametrize("name", RUNS)
     def test_still_computes_the_same(self, name):
@@ -542,7 +542,7 @@ class TestExplain:
             ran.add((parts.convs, parts.norms))
             return modules.run_fused(parts, *args, **options)
 
-        monkeypatch.setattr(swap, "run_fused", run)
+        monkeypatch.setattr(rewrite, "run_fused", run)
         model(torch.randn(shape, dtype=torch.float64))
         said = [row for row in explain(model).rows if row.state == "fused" and row.why == ""]
         assert len(ran) == len(said)

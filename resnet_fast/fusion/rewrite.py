@@ -1,0 +1,174 @@
+"""A graph as a Python function in which each region is one fused call."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from ..dispatch.guard import hooked, plain_call
+from ..modules import run_fused
+from ..spec.chain import Conv
+from ..spec.dtypes import autocast
+from ..spec.layers import Parts
+from ..spec.values import pair
+from .layers import Borrowing
+from .match import Region
+
+Function = Callable[..., Any]
+
+
+def rewritten(graph: fx.Graph, regions: Iterable[Region], impl: str) -> Function:
+    """A function forward(self, *inputs) that runs `graph`, with one call for each of `regions`."""
+    ends = {region.calls[-1]: region for region in regions}
+    starts = {region.calls[0]: region for region in ends.values()}
+    inner = {call for region in ends.values() for call in region.calls}
+    unread = _unread(graph, inner)
+    new, values = fx.Graph(), {}
+    new.set_codegen(graph._codegen)
+    versions: dict[Region, fx.Node] = {}
+    for node in graph.nodes:
+        if node in starts and _interrupted(graph, starts[node]):
+            region = starts[node]
+            versions[region] = new.call_function(_version, (values[region.x],))
+        if node in ends:
+            region = ends[node]
+            call, names = _fused_call(graph, region, impl)
+            residual = None if region.residual is None else values[region.residual]
+            held = [new.get_attr(name) for name in names]
+            args = values[region.x], residual, versions.get(region), *held
+            values[node] = new.call_function(call, args)
+        elif node not in inner and node not in unread:
+            values[node] = new.node_copy(node, values.__getitem__)
+    return _compiled(new)
+
+
+def _compiled(graph: fx.Graph) -> Function:
+    """forward(self, *inputs) of `graph`."""
+    code = graph.python_code("self")
+    names = dict(code.globals)
+    exec(code.src, names)
+    return names["forward"]
+
+
+def _unread(graph: fx.Graph, replaced: set[fx.Node]) -> set[fx.Node]:
+    """The constants that only `replaced` calls read."""
+    found: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        if node.op == "get_attr" and node.users and replaced.issuperset(node.users):
+            found.add(node)
+    return found
+
+
+def _interrupted(graph: fx.Graph, region: Region) -> bool:
+    """Whether other code runs between the calls of `region`, which could change its input."""
+    nodes = list(graph.nodes)
+    between = {*nodes[nodes.index(region.calls[0]) : nodes.index(region.calls[-1])]}
+    return any(node.op not in ("get_attr", "placeholder") for node in between - {*region.calls})
+
+
+def _version(x: Any) -> int | None:
+    """The number of changes of x in place; None where PyTorch does not count them."""
+    return x._version if isinstance(x, Tensor) and not x.is_inference() else None
+
+
+def _fused_call(graph: fx.Graph, region: Region, impl: str) -> tuple[Function, list[str]]:
+    """A function of x, residual, the version of x at the first call, and attributes of the module;
+    the names of those attributes.
+
+    If the fused ops do not support the call, or a layer has changed, the calls run one by one.
+    """
+    plain, names = _plain(graph, region)
+    parts, around = region.parts, region.around
+    views = [view for view in (*parts.convs, *parts.norms, *parts[4:7]) if view is not None]
+    same_dtype = any(isinstance(view, Borrowing) and view.same_dtype for view in views)
+    watched = [names.index(name) for name in region.results]
+
+    def layers(held: dict[str, Any]) -> Parts | None:
+        """The layers of the region; None if one has changed."""
+        read = {view: view(held.get) for view in (*views, *around)}
+        return None if None in read.values() else parts.each(read.__getitem__)
+
+    def fused_call(x: Tensor, residual: Any, version: int | None, *held: Any) -> Tensor:
+        if version is not None and x._version != version:
+            raise RuntimeError(
+                f"{region}: a tensor is changed in place after the first of these layers reads "
+                "it, which fused calls do not support; use resnet_fast.unfuse(model)"
+            )
+        read = None if _is_plain(x, residual) else layers(dict(zip(names, held, strict=True)))
+        if read is None or any([hooked(held[i]) for i in watched]) or not _fits(read, x, residual):
+            return plain(x, residual, *held)
+        if same_dtype and not _same_dtype(read, x):
+            return plain(x, residual, *held)
+        return run_fused(read, x, residual, impl=impl)
+
+    return fused_call, names
+
+
+def _plain(graph: fx.Graph, region: Region) -> tuple[Function, list[str]]:
+    """A function of x, residual and attributes of the module that runs `region` call by call; the
+    names of those attributes.
+    """
+    calls, results = {*region.calls}, region.results
+    attributes = [n for n in graph.nodes if n.op == "get_attr" and calls & n.users.keys()]
+    modules = [n.target for n in region.calls if n.op == "call_module"]
+    names = list(dict.fromkeys([*(n.target for n in attributes), *modules, *results]))
+    new = fx.Graph()
+    values = {region.x: new.placeholder("x")}
+    residual = new.placeholder("residual")
+    if region.residual is not None:
+        values[region.residual] = residual
+    held = {name: new.placeholder(f"held_{i}") for i, name in enumerate(names)}
+    values |= {node: held[node.target] for node in attributes}
+    for node in region.calls:
+        if node.op == "call_module":
+            args = fx.map_arg(node.args, values.__getitem__)
+            values[node] = new.call_function(_call, (held[node.target], *args))
+        else:
+            values[node] = new.node_copy(node, values.__getitem__)
+    new.output(values[region.calls[-1]])
+    return functools.partial(_compiled(new), None), names
+
+
+def _call(module: nn.Module, x: Tensor) -> Tensor:
+    return module(x)
+
+
+def _is_plain(x: Any, residual: Any) -> bool:
+    if not isinstance(x, Tensor) or x.dim() != 4 or plain_call(x):
+        return True
+    if residual is None:
+        return False
+    return not isinstance(residual, Tensor) or residual.dim() != 4 or plain_call(residual)
+
+
+def _same_dtype(read: Parts, x: Tensor) -> bool:
+    if autocast(x) is not x or torch.is_autocast_enabled(x.device.type):
+        return False
+    norms = [norm for norm in (*read.norms, read.projection_norm) if norm is not None]
+    return all(norm.running_mean is None or norm.running_mean.dtype == x.dtype for norm in norms)
+
+
+def _fits(read: Parts, x: Tensor, residual: Any) -> bool:
+    """Whether the addition is of two tensors of one shape."""
+    if residual is None and read.shortcut == "none":
+        return True
+    try:
+        y = _shape(read.convs, x.shape)
+        other = x.shape if residual is None else residual.shape
+        if read.projection is not None:
+            other = _shape((read.projection,), x.shape)
+    except ValueError:
+        return False
+    return tuple(y) == tuple(other)
+
+
+def _shape(convs: Iterable[Any], shape: Sequence[int]) -> Sequence[int]:
+    for conv in convs:
+        names = ("stride", "padding", "dilation")
+        rule = Conv(*[pair(getattr(conv, name), name) for name in names], conv.groups)
+        shape = rule.output_shape(shape, conv._parameters["weight"].shape)
+    return shape
