@@ -155,7 +155,9 @@ class HuggingFace(nn.Module):
         projected = stride > 1 or channels != planes
         self.shortcut = Shortcut(channels, planes, stride) if projected else nn.Identity()
         self.layer = nn.Sequential(
-            ConvLayer(channels, 4, 1), ConvLayer(4, 4, 3, stride), ConvLayer(4, planes, 1, act=False)
+            ConvLayer(channels, 4, 1),
+            ConvLayer(4, 4, 3, stride),
+            ConvLayer(4, planes, 1, act=False),
         )
         self.activation = nn.ReLU()
 

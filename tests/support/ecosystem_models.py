@@ -25,6 +25,7 @@ class Goal(NamedTuple):
 
 
 ALL = Goal()
+PREACT = Goal(NONE, Counts(additions=2))  # after a convolution, and no norm follows
 
 
 def left(convolutions=0, relus=0, additions=0):
@@ -65,7 +66,7 @@ def preact():
 
 BLOCK, IMAGE = (3, 4, 8, 8), (3, 3, 32, 32)
 ECOSYSTEM = {
-    "norm-act-preact": (preact, BLOCK, ALL),
+    "norm-act-preact": (preact, BLOCK, PREACT),
     "norm-act-regnet": (of(blocks.RegNet, stride=1), BLOCK, ALL),
     "norm-act-regnet-projection": (blocks.RegNet, BLOCK, ALL),
     "norm-act-silu": (of(blocks.SiLUBlock), BLOCK, ALL),
@@ -100,7 +101,7 @@ ECOSYSTEM = {
     "mobilenet": (of(blocks.Inverted), BLOCK, ALL),
     "repvgg": (of(blocks.Branches), BLOCK, ALL),
     "shuffle": (of(blocks.Shuffle), (3, 8, 8, 8), ALL),
-    "pre-activation": (of(blocks.PreActivation), BLOCK, ALL),
+    "pre-activation": (of(blocks.PreActivation), BLOCK, PREACT),
     "feature-extractor": (nets.feature_extractor, IMAGE, ALL),
     "exported": (nets.exported, (2, 3, 32, 32), Goal(NONE, None)),
     "layer-getter": (nets.layer_getter, IMAGE, ALL),
