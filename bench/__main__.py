@@ -24,6 +24,7 @@ COMMANDS = {
     "passes": ("bench.passes", "time every memory-bound op relative to a copy"),
     "roofline": ("bench.roofline", "minimum time of every launch of a model, and measured times"),
     "host": ("bench.host", "measure host time and number of launches of a call on a GPU"),
+    "coverage": ("bench.coverage", "count the layers of other packages' models that run fused"),
     "decoding": ("bench.decoding", "measure reading and augmenting JPEGs, alone and in training"),
     "gpu": ("bench.gpu", "check and measure a GPU in stages within a time budget"),
     "table": ("bench.table", "make the tables of README and docs, and plots, from the rows"),
