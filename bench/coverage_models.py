@@ -65,15 +65,21 @@ def _torchvision(path: str, size: int = SIZE, run: Any = call, **options: Any) -
     return Model(build, size, run)
 
 
-def _detector(name: str, run: Any = backbone, frozen: bool = False) -> Model:
+def _detector(name: str, run: Any = backbone) -> Model:
     def build() -> nn.Module:
-        options: dict[str, Any] = {"weights": None, "weights_backbone": None}
-        if frozen:
-            misc = importlib.import_module("torchvision.ops.misc")
-            options["norm_layer"] = misc.FrozenBatchNorm2d
-        return getattr(importlib.import_module("torchvision.models.detection"), name)(**options)
+        module = importlib.import_module("torchvision.models.detection")
+        return getattr(module, name)(weights=None, weights_backbone=None)
 
     return Model(build, run=run)
+
+
+def _frozen_detector() -> nn.Module:
+    detection = importlib.import_module("torchvision.models.detection")
+    frozen = importlib.import_module("torchvision.ops.misc").FrozenBatchNorm2d
+    body = detection.backbone_utils.resnet_fpn_backbone(
+        backbone_name="resnet50", weights=None, norm_layer=frozen
+    )
+    return detection.FasterRCNN(body, 91)
 
 
 def _features() -> nn.Module:
@@ -120,9 +126,7 @@ MODELS: dict[str, Model] = {
     ),
     "torchvision/create_feature_extractor(resnet18)": Model(_features),
     "torchvision/fasterrcnn_resnet50_fpn": _detector("fasterrcnn_resnet50_fpn"),
-    "torchvision/fasterrcnn_resnet50_fpn, FrozenBatchNorm2d": _detector(
-        "fasterrcnn_resnet50_fpn", frozen=True
-    ),
+    "torchvision/FasterRCNN, FrozenBatchNorm2d": Model(_frozen_detector, run=backbone),
     "torchvision/retinanet_resnet50_fpn": _detector("retinanet_resnet50_fpn", backbone_and_head),
     "torchvision/deeplabv3_resnet50": _torchvision(
         "segmentation.deeplabv3_resnet50", weights_backbone=None

@@ -63,7 +63,7 @@ def test_difference():
     one, two = torch.ones(2), torch.tensor([1.0, 1.5])
     assert difference([one, None], [one, None]) == 0
     assert difference([two], [one]) == 0.5
-    assert difference([one, one * 1e-9], [one, one * 2e-9]) == pytest.approx(1e-3)  # of 1e-6
+    assert difference([one, one * 1e-9], [one, one * 2e-9]) == pytest.approx(1e-6)  # of 1e-3
     for other in (None, torch.ones(3), one * math.nan):
         assert difference([other], [one]) == math.inf
 
