@@ -8,14 +8,14 @@ only (`guard.transformed`), plain PyTorch ops run.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .autograd import ChainFunction, Layout
+from .autograd import ChainFunction, GateFunction, Layout, PoolFunction
 from .autograd.running_stats import Batch, update_running
 from .dispatch import ops, replay
 from .dispatch.guard import transformed
@@ -253,6 +253,98 @@ def run_chain(
     return y
 
 
+def gated_join(
+    z: Tensor,
+    norm: Norm | None,
+    params: NormParams,
+    gate: Callable[[Tensor], Tensor],
+    residual: Tensor | None = None,
+    relu: bool = True,
+    running: Running | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """The end of a squeeze-and-excitation block: `y = relu(u * gate(mean(u)) + residual)`.
+
+    u = BN(z), or z without a norm; the mean is over H and W. z is read twice and u is not stored
+    (`autograd.gated_join`). `gate` is called once, on a tensor that autograd records.
+
+    Saved for backward: z, one bit per value of y with `relu`, vectors.
+
+    Source: Hu et al. 2018, arXiv:1709.01507, eq. 2 to 4.
+
+    Args:
+        z: [N,C,H,W] in fp32, fp64, bf16 or fp16, NCHW or channels_last.
+        norm: the normalization, or None. With a `group`, and under a transform or compilation,
+            PyTorch's ops run after the normalization.
+        params: its tensors, [C] each.
+        gate: from the means of u in z's dtype to factors, both [N,C,1,1].
+        residual: tensor of z's shape, or None. Mixed dtypes are promoted as in PyTorch.
+        relu: whether to apply the ReLU.
+        running: how to update running statistics, or None.
+        impl: "auto", "reference", "native" or "triton" (see `resnet_fast.dispatch.backends`).
+
+    Returns:
+        y [N,C,H,W] in the promoted dtype of z, the factors and residual, in z's memory format.
+
+    Raises:
+        ValueError: as `run_chain`, or `gate` returns another shape.
+        RuntimeError: as `run_chain`.
+    """
+    plain = transformed(z) or (residual is not None and transformed(residual))
+    if plain or torch.compiler.is_compiling() or (norm is not None and norm.group is not None):
+        return _plain_join(z, norm, params, gate, residual, relu, running, impl)
+    if residual is not None and residual.dtype != z.dtype:
+        h = gated_join(z, norm, params, gate, None, False, running, impl)
+        return _added(h, residual, relu, impl)
+    chain = Chain((), (norm,), True, "residual", impl=impl)
+    beside = z if residual is None else residual
+    count, *_ = check_chain(chain, z, (), (params, NormParams()), beside)
+    z = z.contiguous(memory_format=memory_format(z))
+    given = [None if norm is None or t is None else t.contiguous() for t in params]
+    z, link, pooled, mean, scale, shift, center, m2 = PoolFunction.apply(chain, z, *given)
+    factors = _factors(gate, pooled.to(z.dtype)[:, :, None, None])
+    dtype = torch.promote_types(z.dtype, factors.dtype)
+    z = z.to(dtype)
+    if residual is not None:
+        residual = residual.to(dtype).contiguous(memory_format=memory_format(z))
+    save = _wants_gradient(z, factors, residual)
+    vectors = mean, pooled.detach(), scale, shift
+    y = GateFunction.apply(chain, relu, save, z, link, factors.flatten(1), residual, *vectors)
+    if norm is not None and norm.batch_stats and running is not None:
+        update_running(chain, [(running, params, Batch(center, m2, count, None))])
+    return y
+
+
+def _plain_join(
+    z: Tensor,
+    norm: Norm | None,
+    params: NormParams,
+    gate: Callable[[Tensor], Tensor],
+    residual: Tensor | None,
+    relu: bool,
+    running: Running | None,
+    impl: str,
+) -> Tensor:
+    """`gated_join` by PyTorch's ops, or with a group by `run_chain` and PyTorch's ops."""
+    u = z
+    if norm is not None:
+        run = plain_chain if norm.group is None else run_chain
+        tensors = Tensors((), (params, NormParams()))
+        u = run(Chain((), (norm,), False, impl=impl), z, tensors, None, (running, None))
+    y = u * _factors(gate, u.mean((2, 3), keepdim=True))
+    y = y if residual is None else y + residual
+    return F.relu(y) if relu else y
+
+
+def _factors(gate: Callable[[Tensor], Tensor], pooled: Tensor) -> Tensor:
+    """gate(pooled), checked."""
+    factors = gate(pooled)
+    if not isinstance(factors, Tensor) or factors.shape != pooled.shape:
+        got = tuple(factors.shape) if isinstance(factors, Tensor) else type(factors).__name__
+        raise ValueError(f"gate: expected a result of shape {tuple(pooled.shape)}, got {got}")
+    return factors
+
+
 class _Call(NamedTuple):
     """What calls of a chain on tensors of one kind have in common.
 
@@ -337,10 +429,13 @@ def _promoted(
             chain.keep_activations, chain.impl, chain.pool,
         )  # fmt: skip
         h = run_chain(rest, h, tensors, None, running)
-    if skip is None:
-        return h
+    return h if skip is None else _added(h, skip, chain.relu, chain.impl)
+
+
+def _added(h: Tensor, skip: Tensor, relu: bool, impl: str) -> Tensor:
+    """h + skip in their promoted dtype, and the ReLU."""
     dtype = torch.promote_types(h.dtype, skip.dtype)
-    add = Chain((), (None,), chain.relu, "residual", impl=chain.impl)
+    add = Chain((), (None,), relu, "residual", impl=impl)
     nothing = Tensors((), (NormParams(), NormParams()))
     return run_chain(add, h.to(dtype), nothing, skip.to(dtype), (None, None))
 

@@ -56,8 +56,8 @@ class Impl:
             return "this machine has no CUDA device"
         if self.emulated and emulation.refusal() is not None:
             return emulation.refusal()
-        if self.emulated and dtype == torch.float16:
-            return None
+        if self.emulated and dtype == torch.float16:  # where native has it on a GPU
+            dtype = torch.float32
         return backends.refusal(self.name, op, self.device, dtype)
 
     def need(self, dtype, *ops):

@@ -117,6 +117,6 @@ def missing(impls: Sequence[str], devices: Sequence[str], dtypes: Sequence[str])
                     continue
                 for op in ops.NAMES:
                     why = backends.refusal(impl, op, device, BY_NAME[dtype])
-                    if why is not None:
+                    if why is not None and not backends.lacks(impl, op, device):
                         yield f"--impl {impl} cannot run {op} in {dtype} on {device}: {why}"
                         break

@@ -37,6 +37,8 @@ PARTS = {  # op → the native ops that it calls (`spec.in_two`)
     "conv_bprop": ("conv_bprop", "bn_bwd_finalize"),
     "bn_act_bwd_reduce": ("bn_act_bwd_reduce", "bn_bwd_finalize"),
 }
+CPU_ALONE = ("image_stats", "gated_act", "gated_act_bwd_reduce", "gated_act_bwd_apply")
+"""Ops without a native CUDA kernel."""
 SOURCE = Path(__file__).resolve().parents[2]
 IN_SOURCE = (
     "if resnet_fast is installed, run Python from another folder; "
@@ -164,11 +166,17 @@ def refusal(impl: str, op: str, device: str, dtype: torch.dtype) -> str | None:
             names = ", ".join(str(d).removeprefix("torch.") for d in NATIVE_DTYPES[device])
             given = str(dtype).removeprefix("torch.")
             return f"the native {device} kernels support {names}, not {given}"
-        if not hasattr(native_ops(), PARTS.get(op, (op,))[0]):
-            return f"there is no native kernel for {op}"
-        return None
+        return f"there is no native {device} kernel for {op}" if lacks(impl, op, device) else None
     module, why = triton_module()
     return why if module is None else module.refusal(op, device, dtype)
+
+
+def lacks(impl: str, op: str, device: str) -> bool:
+    """Whether `impl` has no kernel for `op` on `device`, where it has others."""
+    if impl != "native" or native_module()[0] is None:
+        return False
+    own = hasattr(native_ops(), PARTS.get(op, (op,))[0])
+    return not own or (device == "cuda" and op in CPU_ALONE)
 
 
 def _function(impl: str, op: str) -> Callable[..., Any]:

@@ -22,9 +22,9 @@ from ..spec.layout import call_format, is_channels_last, mask_shape, memory_form
 # strides; W filters; BITS the ReLU mask of another argument, one bit per value; C and K vectors in
 # the dtype of statistics, one value per input or output channel; PARAMETER one value per output
 # channel, of any dtype; Y_BYTES one byte per output value; NORMS a list of five parameters or None
-# per norm, of one size; SOURCE activations whose 1x1 convolution has the output's shape. Output: of
-# the convolution or pool.
-X, Y, Y_STRIDED, W, BITS, C, K, PARAMETER, Y_BYTES, NORMS, SOURCE = range(11)
+# per norm, of one size; SOURCE activations whose 1x1 convolution has the output's shape; NC values
+# in the dtype of statistics, one per image and channel. Output: of the convolution or pool.
+X, Y, Y_STRIDED, W, BITS, C, K, PARAMETER, Y_BYTES, NORMS, SOURCE, NC = range(12)
 
 _NORM = dict.fromkeys(("bias", "bn_weight", "bn_bias", "running_mean", "running_var"), PARAMETER)
 ARGUMENTS = {
@@ -45,6 +45,10 @@ ARGUMENTS = {
     "bn_act_bwd_apply": {
         "dy": X, "mask": BITS, "a": C, "z": X, "mean": C, "b": C, "c": C, "residual": X,
     },
+    "image_stats": {"x": X},
+    "gated_act": {"z": X, "scale": NC, "shift": NC, "residual": X},
+    "gated_act_bwd_reduce": {"dy": X, "mask": BITS, "z": X, "mean": NC},
+    "gated_act_bwd_apply": {"dy": X, "scale": NC, "shift": NC, "z": X, "mean": NC, "b": NC},
     "conv_fprop": {
         "x": X, "w": W, "in_scale": C, "in_shift": C, "weight": PARAMETER, "bias": PARAMETER,
     },
@@ -64,7 +68,7 @@ TOGETHER = (  # all of them or none
     ("in_scale", "in_shift"), ("in_mean", "in_rstd"), ("res_scale", "res_shift"),
     ("scale", "shift"), ("mean", "rstd"), ("running_mean", "running_var"),
     ("source_scale", "source_shift"),
-    ("z", "mean", "b", "c"), ("residual", "res_mean", "res_rstd", "res_scale"),
+    ("z", "mean", "b"), ("z", "mean", "b", "c"), ("residual", "res_mean", "res_rstd", "res_scale"),
 )  # fmt: skip
 NEEDS = {  # argument → the argument that it requires
     "res_scale": "residual", "in_mean": "in_scale", "in_act": "in_scale",
@@ -119,7 +123,7 @@ class _Expected(NamedTuple):
     def _dtype(self, kind: int) -> torch.dtype:
         if kind in (BITS, Y_BYTES):
             return torch.uint8
-        return stats_dtype(self.x) if kind in (C, K) else self.x.dtype
+        return stats_dtype(self.x) if kind in (C, K, NC) else self.x.dtype
 
 
 def _order(x: Tensor) -> torch.memory_format:
@@ -168,7 +172,7 @@ def checked(run: Callable[..., Any]) -> Callable[..., Any]:
         elif x.dim() != 4:
             _wrong(first, "shape", "[N, C, H, W]", tuple(x.shape))
         else:
-            shapes = {X: x.shape, C: x.shape[1:2]}
+            shapes = {X: x.shape, C: x.shape[1:2], NC: x.shape[:2]}
             formats[X] = _order(x)
         if "w" in names:
             w = args[position["w"]]

@@ -200,6 +200,37 @@ def bn_act_bwd_apply(dy, mask, a, z, mean, b, c, residual, impl):
     return _like(dy, False)[0]
 
 
+@_op("image_stats(Tensor x)", "(Tensor mean, Tensor m2)")
+def image_stats(x, impl):
+    return _vector(x, x.shape[:2]), _vector(x, x.shape[:2])
+
+
+@_op(
+    "gated_act(Tensor z, Tensor scale, Tensor shift, Tensor? residual, bool relu, bool save_mask)",
+    "(Tensor y, Tensor mask)",
+)
+def gated_act(z, scale, shift, residual, relu, save_mask, impl):
+    return _like(z, relu and save_mask)
+
+
+@_op(
+    "gated_act_bwd_reduce(Tensor dy, Tensor? mask, Tensor z, Tensor mean)",
+    "(Tensor dy_masked, Tensor sum_dy, Tensor sum_dy_z)",
+)
+def gated_act_bwd_reduce(dy, mask, z, mean, impl):
+    masked = dy.new_empty(0) if mask is None else _like(dy, False)[0]
+    return masked, torch.empty_like(mean), torch.empty_like(mean)
+
+
+@_op(
+    "gated_act_bwd_apply(Tensor dy, Tensor scale, Tensor shift, Tensor? z, Tensor? mean, "
+    "Tensor? b)",
+    "Tensor",
+)
+def gated_act_bwd_apply(dy, scale, shift, z, mean, b, impl):
+    return _like(dy, False)[0]
+
+
 @_op(
     f"bn_relu_max_pool(Tensor z, Tensor? scale, Tensor? shift, {_WINDOWS}, bool save_index)",
     "(Tensor y, Tensor index)",

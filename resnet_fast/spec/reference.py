@@ -25,6 +25,7 @@ from .layout import is_channels_last, mask_shape, memory_format, values_per_chan
 CHANNELS = (1, -1, 1, 1)
 NONE = 255  # the index of a window whose result is 0
 OVER_PIXELS = (0, 2, 3)
+OF_IMAGE = (2, 3)
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -35,7 +36,8 @@ def _affine(z: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
     if scale is None:
         return _wide(z)
     # In fp64, like a fused multiply-add: for large |mean| the two terms nearly cancel.
-    wide = z.double() * scale.double().view(CHANNELS) + shift.double().view(CHANNELS)
+    scale, shift = (v.double()[..., None, None] for v in (scale, shift))  # [C] or [N,C]
+    wide = z.double() * scale + shift
     return wide.to(stats_dtype(z))
 
 
@@ -225,6 +227,63 @@ def bn_act_bwd_apply(
         dz = dz + (_wide(z) - mean.view(CHANNELS)) * b.view(CHANNELS) + c.view(CHANNELS)
     if residual is not None:
         dz = dz + _wide(residual)
+    return dz.to(dy.dtype).contiguous(memory_format=memory_format(dy))
+
+
+def image_stats(x: Tensor) -> tuple[Tensor, Tensor]:
+    """mean, m2 [N,C] of each channel of each image over H, W; zeros without pixels."""
+    wide = _wide(x)
+    if x.numel() == 0:
+        zero = wide.new_zeros(x.shape[:2])
+        return zero, zero.clone()
+    mean = wide.mean(OF_IMAGE)
+    return mean, (wide - mean[..., None, None]).square().sum(OF_IMAGE)
+
+
+def gated_act(
+    z: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor | None,
+    relu: bool,
+    save_mask: bool,
+) -> tuple[Tensor, Tensor]:
+    """`bn_act` with scale and shift [N,C], one value per image and channel.
+
+    y = relu(scale·z + shift + residual), and the ReLU's bit mask.
+    """
+    y = _affine(z, scale, shift)
+    if residual is not None:
+        y = y + _wide(residual)
+    return _activate(y, z, relu, save_mask)
+
+
+def gated_act_bwd_reduce(
+    dy: Tensor, mask: Tensor | None, z: Tensor, mean: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dz' = dy under the mask; Σdz' and Σdz'·(z − mean) [N,C] over H, W.
+
+    mean [N,C]: centres of the second sum. Without a mask dz' is dy and not returned (empty).
+    """
+    g = _masked(dy, mask)
+    sums = g.sum(OF_IMAGE), (g * (_wide(z) - mean[..., None, None])).sum(OF_IMAGE)
+    if mask is None:
+        return dy.new_empty(0), *sums
+    return g.to(dy.dtype).contiguous(memory_format=memory_format(dy)), *sums
+
+
+def gated_act_bwd_apply(
+    dy: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    z: Tensor | None,
+    mean: Tensor | None,
+    b: Tensor | None,
+) -> Tensor:
+    """dz = scale·dy + b·(z − mean) + shift, with vectors [N,C]; without `b` scale·dy + shift."""
+    dz = _wide(dy) * scale[..., None, None] + shift[..., None, None]
+    if b is not None:
+        dz = dz + (_wide(z) - mean[..., None, None]) * b[..., None, None]
     return dz.to(dy.dtype).contiguous(memory_format=memory_format(dy))
 
 

@@ -119,6 +119,10 @@ class Draw:
         """One value per channel, in the dtype of statistics."""
         return self.normal(size).to(self.vector_dtype).to(self.device)
 
+    def matrix(self, shape: Sequence[int]) -> Tensor:
+        """One value per image and channel of [N,C,H,W], in the dtype of statistics."""
+        return self.normal(*shape[:2]).to(self.vector_dtype).to(self.device)
+
     def positive(self, size: int, times: float = 1) -> Tensor:
         """Channel values of at least `times`/2, in the dtype of statistics."""
         values = (self.normal(size).abs() + 0.5) * times
@@ -197,6 +201,31 @@ def _bwd_apply(masked, a, batch, residual):
     return make
 
 
+def _gated_act(residual, relu, save_mask=True):
+    def make(draw, shape):
+        z, res = draw.activations(shape), draw.activations(shape) if residual else None
+        return [z, draw.matrix(shape), draw.matrix(shape), res, relu, save_mask]
+
+    return make
+
+
+def _gated_bwd_reduce(masked):
+    def make(draw, shape):
+        dy, z = draw.activations(shape), draw.activations(shape)
+        return [dy, draw.mask(dy) if masked else None, z, draw.matrix(shape)]
+
+    return make
+
+
+def _gated_bwd_apply(batch):
+    def make(draw, shape):
+        vectors = [draw.matrix(shape), draw.matrix(shape)]
+        through = [draw.activations(shape), draw.matrix(shape), draw.matrix(shape)]
+        return [draw.activations(shape), *vectors, *(through if batch else [None] * 3)]
+
+    return make
+
+
 def _pool(affine, kernel, stride, padding, save_index=True):
     def make(draw, shape):
         vectors = [draw.vector(shape[1]), draw.vector(shape[1])] if affine else [None, None]
@@ -225,6 +254,16 @@ OBLONG = (5, 4), (3, 2), (2, 2)
 POINTWISE = {  # variant → arguments for (Draw, [N,C,H,W]); the op is the part before ":"
     "bn_stats": lambda draw, shape: [draw.activations(shape)],
     "bn_stats:far": lambda draw, shape: [draw.activations(shape, mean=1000.0)],
+    "image_stats": lambda draw, shape: [draw.activations(shape)],
+    "image_stats:far": lambda draw, shape: [draw.activations(shape, mean=1000.0)],
+    "gated_act": _gated_act(residual=True, relu=True),
+    "gated_act:alone": _gated_act(residual=False, relu=True),
+    "gated_act:linear": _gated_act(residual=True, relu=False),
+    "gated_act:no-mask": _gated_act(residual=False, relu=True, save_mask=False),
+    "gated_act_bwd_reduce": _gated_bwd_reduce(masked=True),
+    "gated_act_bwd_reduce:linear": _gated_bwd_reduce(masked=False),
+    "gated_act_bwd_apply": _gated_bwd_apply(batch=True),
+    "gated_act_bwd_apply:frozen": _gated_bwd_apply(batch=False),
     "bn_relu_max_pool": _pool(True, *STEM),
     "bn_relu_max_pool:no-norm": _pool(False, *HALVES),
     "bn_relu_max_pool:no-index": _pool(True, *OBLONG, save_index=False),

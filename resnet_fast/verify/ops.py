@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..dispatch import ops
+from ..dispatch import backends, ops
 from ..spec import reference, tolerance
 from ..spec.dtypes import stats_dtype
 from .check import GRADIENT, Runs, Setting, Trial, Values
@@ -17,13 +17,15 @@ from .op_cases import Arguments, Draw, build, cases_of, cast
 
 GRADIENTS = {
     "bn_bwd_finalize", "add_relu_bwd", "bn_act_bwd_reduce", "bn_act_bwd_apply", "max_pool_bwd",
-    "conv_bprop",
+    "conv_bprop", "gated_act_bwd_reduce", "gated_act_bwd_apply",
 }  # fmt: skip
 
 
 def trials(setting: Setting, quick: bool) -> Iterator[Trial]:
-    """All cases of all ops; only the first case of each op if `quick`."""
+    """All cases of all ops that the implementation has; only the first of each op if `quick`."""
     for op in ops.NAMES:
+        if backends.lacks(setting.impl, op, setting.device):
+            continue
         for variant, shape in islice(cases_of(op), 1 if quick else None):
             yield _trial(op, variant, shape, setting)
 
@@ -45,7 +47,7 @@ def _trial(op: str, variant: str, shape: str, setting: Setting) -> Trial:
             lambda: _named(op, run(*arguments, setting.impl), arguments[0]),
             lambda: [plain(torch.float32 if setting.dtype == "fp64" else None)],
             lambda: plain(torch.float64),
-            _kink(arguments) if op == "bn_act" else {},
+            _kink(op, arguments) if op in ("bn_act", "gated_act") else {},
         )
 
     return Trial("ops", op, case, setting, prepare)
@@ -69,8 +71,7 @@ def _named(op: str, results: Any, like: Tensor) -> Values:
     return values
 
 
-def _kink(arguments: Arguments) -> Mapping[str, Tensor]:
-    """Where rounding may decide bn_act's mask: its affine map runs in the vectors' dtype."""
-    z, *rest = cast(arguments)
-    u, _ = reference.bn_act(z, *rest[:5], False, False)
+def _kink(op: str, arguments: Arguments) -> Mapping[str, Tensor]:
+    """Where rounding may decide the op's mask: its affine map runs in the vectors' dtype."""
+    u, _ = getattr(reference, op)(*cast(arguments)[:-2], False, False)
     return {"mask": tolerance.near_kink(u, stats_dtype(arguments[0]))}

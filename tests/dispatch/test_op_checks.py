@@ -35,13 +35,14 @@ TAKEN |= {
 }
 TAKEN |= {("bn_stats x", "double"), ("global_avg_pool x", "double"), ("add_relu_bwd dy", "double")}
 TAKEN |= {("global_avg_pool x", "sliced")}
+TAKEN |= {("image_stats x", "rows"), ("image_stats x", "double")}
 TAKEN |= {("bn_relu_max_pool z", "rows"), ("bn_relu_max_pool z", "order")}
 TAKEN |= {("max_pool_bwd x", "rows")}  # five rows have as many windows as six
 TAKEN |= {  # only its dtype is read
     ("bn_fold x", what)
     for what in ("rows", "order", "double", "sliced", "shape", "channels", "device")
 }
-ONE_OPERAND = {("bn_stats", "device"), ("global_avg_pool", "device")}
+ONE_OPERAND = {(op, "device") for op in ("bn_stats", "global_avg_pool", "image_stats")}
 
 
 def operands(op, channels=32):
@@ -91,6 +92,7 @@ def walks(impl):
 @pytest.mark.parametrize("channels", [32, 8], ids=["tiles", "onednn"])
 @pytest.mark.parametrize("op", OPS)
 def test_wrong_operands(walks, op, channels):
+    walks.need(torch.float32, op)
     good = operands(op, channels)
     call(walks, op, good)
     for key, value in good.items():
@@ -143,6 +145,7 @@ def test_wrong_windows(walks, windows):
         ("bn_act", "res_shift"),
         ("bn_act_bwd_reduce", "res_rstd"),
         ("bn_act_bwd_apply", "z"),
+        ("gated_act_bwd_apply", "mean"),
         ("conv_fprop", "in_shift"),
         ("conv_bprop", "in_shift"),
         ("conv_bprop", "in_rstd"),
@@ -155,5 +158,6 @@ def test_wrong_windows(walks, windows):
     ],
 )
 def test_half_a_pair(walks, op, missing, channels):
+    walks.need(torch.float32, op)
     with pytest.raises(REFUSED, match=f"{op}: "):
         call(walks, op, {**operands(op, channels), missing: None})

@@ -10,6 +10,7 @@ from resnet_fast.verify.op_cases import cast, op_of
 
 GRADIENTS = (
     "bn_bwd_finalize", "bn_act_bwd_reduce", "bn_act_bwd_apply", "max_pool_bwd", "conv_bprop",
+    "gated_act_bwd_reduce", "gated_act_bwd_apply",
 )  # fmt: skip
 
 
