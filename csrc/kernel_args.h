@@ -68,7 +68,8 @@ struct BnAct {
   bool relu;
 };
 
-// dz = a·(dy under mask) + b·(z − mean) + c + (residual under residual_mask); reads and writes each tensor once.
+// dz = a·(dy under mask) + b·(z − mean) + c + (residual under residual_mask); reads and writes each tensor once. Without
+// b the second term is omitted.
 template <class T, class A = accumulate_t<T>>
 struct BnActBwdApply {
   Shape shape;

@@ -69,6 +69,18 @@ void check_vectors(const char* op, const Named& x, std::initializer_list<Named> 
   }
 }
 
+// Contiguous matrices [N,C] of one value per image and channel of x, in x's accumulation dtype.
+void check_matrices(const char* op, const Named& x, std::initializer_list<Named> matrices) {
+  for (const auto& [name, matrix] : matrices) {
+    if (matrix == nullptr) continue;
+    check_shape({op, name, *matrix}, x.second->sizes().slice(0, 2));
+    TORCH_CHECK(matrix->is_contiguous(), op, ": `", name, "` has strides ", matrix->strides(),
+                ", expected contiguous memory");
+    check_accumulate_dtype({op, name, *matrix}, x.second->scalar_type());
+    check_same_device({op, name, *matrix}, {op, x.first, *x.second});
+  }
+}
+
 // An activation that is read with x: same shape, dtype, device and memory format.
 void check_beside(const char* op, const Named& x, const Named& beside) {
   const auto& [name, t] = beside;
@@ -153,6 +165,36 @@ void check_through_norm(
 }  // namespace
 
 void check_bn_stats(const Tensor& x) { check_activation("bn_stats", "x", x); }
+
+void check_image_stats(const Tensor& x) { check_activation("image_stats", "x", x); }
+
+void check_gated_act(const Tensor& z, const Tensor& scale, const Tensor& shift, const OptTensor& residual) {
+  const char* op = "gated_act";
+  const Named x = named("z", z);
+  check_activation(op, "z", z);
+  check_matrices(op, x, {named("scale", scale), named("shift", shift)});
+  check_beside(op, x, named("residual", residual));
+}
+
+void check_gated_act_bwd_reduce(const Tensor& dy, const OptTensor& mask, const Tensor& z, const Tensor& mean) {
+  const char* op = "gated_act_bwd_reduce";
+  const Named x = named("dy", dy);
+  check_activation(op, "dy", dy);
+  check_mask(op, x, named("mask", mask));
+  check_beside(op, x, named("z", z));
+  check_matrices(op, x, {named("mean", mean)});
+}
+
+void check_gated_act_bwd_apply(
+    const Tensor& dy, const Tensor& scale, const Tensor& shift, const OptTensor& z, const OptTensor& mean,
+    const OptTensor& b) {
+  const char* op = "gated_act_bwd_apply";
+  const Named x = named("dy", dy);
+  check_activation(op, "dy", dy);
+  check_matrices(op, x, {named("scale", scale), named("shift", shift), named("mean", mean), named("b", b)});
+  check_beside(op, x, named("z", z));
+  check_together(op, {{"z", &z}, {"mean", &mean}, {"b", &b}});
+}
 
 void check_bn_finalize(const Tensor& mean, const Tensor& m2, const OptTensor& weight, const OptTensor& bias) {
   const char* op = "bn_finalize";

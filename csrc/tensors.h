@@ -57,6 +57,12 @@ ConvShape conv_shape(const Tensor& x, const Tensor& w, const Geometry& geometry)
 // One function per op; it raises for the first invalid operand. Activations must be dense, in a dtype that the
 // device has kernels for; vectors have one value per channel, in the activations' accumulation dtype.
 void check_bn_stats(const Tensor& x);
+void check_image_stats(const Tensor& x);
+void check_gated_act(const Tensor& z, const Tensor& scale, const Tensor& shift, const OptTensor& residual);
+void check_gated_act_bwd_reduce(const Tensor& dy, const OptTensor& mask, const Tensor& z, const Tensor& mean);
+void check_gated_act_bwd_apply(
+    const Tensor& dy, const Tensor& scale, const Tensor& shift, const OptTensor& z, const OptTensor& mean,
+    const OptTensor& b);
 void check_bn_finalize(const Tensor& mean, const Tensor& m2, const OptTensor& weight, const OptTensor& bias);
 // The norms in `vectors`: conv_bias, weight, bias, running mean and variance of each, checked against x.
 std::vector<BatchNorm> check_bn_fold(const Tensor& x, const c10::List<OptTensor>& vectors, at::ArrayRef<double> eps);

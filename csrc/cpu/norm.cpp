@@ -39,16 +39,44 @@ void for_rows(const Shape& s, F run) {
   at::parallel_for(0, s.rows, std::max<int64_t>(1, kGrain / s.inner), run);
 }
 
-// NHWC reductions: one partial result per block of rows, merged in order.
-int64_t rows_a_block(const Shape& s) { return std::clamp<int64_t>((s.rows + 7) / 8, 64, 512); }
+// A tensor whose coefficients and sums are matrices [images, channels]. In NCHW a row has its own coefficients, so each
+// row is a channel of a single image; in NHWC each image is a range of rows. `images` is 1 where they are vectors.
+struct Images {
+  Shape shape;
+  int64_t images;
 
-// Sums over all rows: run(begin, end, step, partial) adds k sums per channel; returns k vectors.
+  explicit Images(const Shape& s) : shape(s), images(1) {}
+  explicit Images(const Tensor& x) : shape(shape_of(x)), images(shape.nhwc ? x.size(0) : 1) {
+    if (!shape.nhwc) shape.channels = shape.rows;
+  }
+
+  int64_t rows() const { return shape.rows / images; }  // per image
+
+  // run(offset, begin, end) for rows of one image, whose coefficients are at `offset`.
+  template <class F>
+  void for_rows(F run) const {
+    cpu::for_rows(shape, [&](int64_t begin, int64_t end) {
+      for (int64_t next; begin < end; begin = next) {
+        const int64_t image = begin / rows();
+        next = std::min(end, (image + 1) * rows());
+        run(image * shape.channels, begin, next);
+      }
+    });
+  }
+};
+
+// NHWC reductions: one partial result per block of rows of an image, merged in order.
+int64_t rows_a_block(const Images& s) { return std::clamp<int64_t>((s.rows() + 7) / 8, 64, 512); }
+
+// Sums over all rows of an image: run(image, begin, end, step, partial) adds k sums per channel; returns k vectors of
+// images · channels values.
 template <class A, class F>
-std::vector<Tensor> reduce_rows(const Shape& s, int k, at::TensorOptions options, F run) {
+std::vector<Tensor> reduce_rows(const Images& all, int k, at::TensorOptions options, F run) {
+  const Shape& s = all.shape;
   std::vector<Tensor> out;
   std::vector<A*> to;
   for (int j = 0; j < k; ++j) {
-    out.push_back(at::zeros({s.channels}, options));
+    out.push_back(at::zeros({all.images * s.channels}, options));
     to.push_back(static_cast<A*>(out.back().data_ptr()));
   }
   if (s.rows * s.inner == 0) return out;
@@ -56,24 +84,42 @@ std::vector<Tensor> reduce_rows(const Shape& s, int k, at::TensorOptions options
     at::parallel_for(0, s.channels, 1, [&](int64_t begin, int64_t end) {
       for (int64_t c = begin; c < end; ++c) {
         A sums[3] = {0, 0, 0};
-        run(c, s.rows, s.channels, sums);
+        run(0, c, s.rows, s.channels, sums);
         for (int j = 0; j < k; ++j) to[j][c] = sums[j];
       }
     });
     return out;
   }
-  const int64_t size = rows_a_block(s), blocks = (s.rows + size - 1) / size, width = k * s.inner;
-  const Tensor partial = at::zeros({blocks, width}, options);
+  const int64_t rows = all.rows(), size = rows_a_block(all), blocks = (rows + size - 1) / size, width = k * s.inner;
+  const Tensor partial = at::zeros({all.images * blocks, width}, options);
   A* p = static_cast<A*>(partial.data_ptr());
-  at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) run(i * size, std::min(s.rows, (i + 1) * size), 1, p + i * width);
+  at::parallel_for(0, all.images * blocks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t image = i / blocks, first = image * rows + i % blocks * size;
+      run(image, first, std::min((image + 1) * rows, first + size), 1, p + i * width);
+    }
   });
-  std::vector<double> sums(width, 0.0);
-  for (int64_t i = 0; i < blocks; ++i) {
-    for (int64_t c = 0; c < width; ++c) sums[c] += p[i * width + c];
-  }
-  for (int64_t c = 0; c < width; ++c) to[c / s.inner][c % s.inner] = A(sums[c]);
+  at::parallel_for(0, all.images, 1, [&](int64_t begin, int64_t end) {
+    std::vector<double> sums;
+    for (int64_t image = begin; image < end; ++image) {
+      sums.assign(width, 0.0);
+      for (int64_t i = image * blocks; i < (image + 1) * blocks; ++i) {
+        for (int64_t c = 0; c < width; ++c) sums[c] += p[i * width + c];
+      }
+      for (int64_t c = 0; c < width; ++c) to[c / s.inner][image * s.inner + c % s.inner] = A(sums[c]);
+    }
+  });
   return out;
+}
+
+// k gradients' sums over `all` as reduce_rows returns them, with mean and rstd at each image's offset.
+template <class T, class A = accumulate_t<T>>
+std::vector<Tensor> gradient_sums(const Images& all, const GradientSums<T>& k, int count, at::TensorOptions options) {
+  return reduce_rows<A>(all, count, options, [&](int64_t image, int64_t begin, int64_t end, int64_t step, A* to) {
+    GradientSums<T> own = k;
+    if (image > 0) own.mean[0] += image * all.shape.channels;
+    kernels<T>().gradient_sums(own, begin, end, step, to);
+  });
 }
 
 // Writes to y, which may be z.
@@ -107,13 +153,15 @@ void bn_act_over(
   bn_act_into(z, at::empty({0}, at::kByte), z, scale, shift, residual, {}, {}, relu);
 }
 
-std::tuple<Tensor, Tensor> bn_stats(const Tensor& x) {
-  check_bn_stats(x);
+namespace {
+
+// mean and m2, each images · channels values.
+std::tuple<Tensor, Tensor> statistics(const Tensor& x, const Images& all) {
   const auto options = x.options().dtype(accumulate_type(x));
-  const Shape s = shape_of(x);
-  Tensor mean = at::zeros({s.channels}, options), m2 = at::zeros({s.channels}, options);
+  const Shape& s = all.shape;
+  Tensor mean = at::zeros({all.images * s.channels}, options), m2 = at::zeros_like(mean);
   if (x.numel() == 0) return {mean, m2};
-  dispatch(x, "bn_stats", [&](auto t) {
+  dispatch(x, "statistics", [&](auto t) {
     using T = decltype(t);
     using A = accumulate_t<T>;
     using W = wider_t<A>;
@@ -130,27 +178,41 @@ std::tuple<Tensor, Tensor> bn_stats(const Tensor& x) {
       });
       return;
     }
-    const int64_t blocks = (s.rows + kStatisticsRows - 1) / kStatisticsRows, width = 2 * s.inner;
-    std::vector<W> partial(blocks * width);
-    at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+    const int64_t rows = all.rows(), blocks = (rows + kStatisticsRows - 1) / kStatisticsRows, width = 2 * s.inner;
+    const auto block = [&](int64_t i) { return std::min(kStatisticsRows, rows - i % blocks * kStatisticsRows); };
+    std::vector<W> partial(all.images * blocks * width);
+    at::parallel_for(0, all.images * blocks, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        const int64_t first = i * kStatisticsRows, last = std::min(s.rows, first + kStatisticsRows);
-        kernels<T>().statistics(k, first, last, 1, &partial[i * width]);
+        const int64_t first = i / blocks * rows + i % blocks * kStatisticsRows;
+        kernels<T>().statistics(k, first, first + block(i), 1, &partial[i * width]);
       }
     });
-    at::parallel_for(0, s.inner, 16, [&](int64_t begin, int64_t end) {
-      for (int64_t c = begin; c < end; ++c) {
-        Moments<W> all = {0, 0, 0};
-        for (int64_t i = 0; i < blocks; ++i) {
-          const W count = W(std::min(kStatisticsRows, s.rows - i * kStatisticsRows));
-          all = merge(all, {count, partial[i * width + c], partial[i * width + s.inner + c]});
+    at::parallel_for(0, all.images * s.inner, 16, [&](int64_t begin, int64_t end) {
+      for (int64_t at = begin; at < end; ++at) {
+        const int64_t image = at / s.inner, c = at % s.inner;
+        Moments<W> sum = {0, 0, 0};
+        for (int64_t i = image * blocks; i < (image + 1) * blocks; ++i) {
+          sum = merge(sum, {W(block(i)), partial[i * width + c], partial[i * width + s.inner + c]});
         }
-        to_mean[c] = A(all.mean);
-        to_m2[c] = A(all.m2);
+        to_mean[at] = A(sum.mean);
+        to_m2[at] = A(sum.m2);
       }
     });
   });
   return {mean, m2};
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> bn_stats(const Tensor& x) {
+  check_bn_stats(x);
+  return statistics(x, Images(shape_of(x)));
+}
+
+std::tuple<Tensor, Tensor> image_stats(const Tensor& x) {
+  check_image_stats(x);
+  const auto [mean, m2] = statistics(x, Images(x));
+  return {mean.view(x.sizes().slice(0, 2)), m2.view(x.sizes().slice(0, 2))};
 }
 
 std::tuple<Tensor, Tensor, Tensor> bn_finalize(
@@ -248,9 +310,7 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_bwd_reduce(
     k.z[0] = data<T>(z), k.mean[0] = data<A>(mean), k.rstd[0] = data<A>(rstd);
     k.z[1] = data<T>(residual), k.mean[1] = data<A>(res_mean), k.rstd[1] = data<A>(res_rstd);
     const auto options = dy.options().dtype(accumulate_type(dy));
-    auto sums = reduce_rows<A>(k.shape, residual ? 3 : 2, options, [&](int64_t i, int64_t n, int64_t step, A* to) {
-      kernels<T>().gradient_sums(k, i, n, step, to);
-    });
+    auto sums = gradient_sums<T>(Images(k.shape), k, residual ? 3 : 2, options);
     return {sums[0], sums[1], residual ? sums[2] : at::empty({0}, options)};
   });
 }
@@ -270,6 +330,67 @@ Tensor bn_act_bwd_apply(
   return dz;
 }
 
+std::tuple<Tensor, Tensor> gated_act(
+    const Tensor& z, const Tensor& scale, const Tensor& shift, const OptTensor& residual, bool relu, bool save_mask) {
+  check_gated_act(z, scale, shift, residual);
+  const Tensor y = empty(z.sizes(), z.options(), format_of(z));
+  const Tensor mask = empty_mask(z, relu && save_mask);
+  const Images all(z);
+  dispatch(z, "gated_act", [&](auto t) {
+    using T = decltype(t);
+    using A = accumulate_t<T>;
+    BnAct<T> k = {};
+    k.shape = all.shape, k.relu = relu;
+    k.y = static_cast<T*>(y.data_ptr()), k.mask = mask.numel() ? mask.data_ptr<uint8_t>() : nullptr;
+    k.z = data<T>(z), k.residual = data<T>(residual);
+    all.for_rows([&](int64_t offset, int64_t begin, int64_t end) {
+      BnAct<T> own = k;
+      own.scale = data<A>(scale) + offset, own.shift = data<A>(shift) + offset;
+      kernels<T>().bn_act(own, begin, end);
+    });
+  });
+  return {y, mask};
+}
+
+std::tuple<Tensor, Tensor, Tensor> gated_act_bwd_reduce(
+    const Tensor& dy, const OptTensor& mask, const Tensor& z, const Tensor& mean) {
+  check_gated_act_bwd_reduce(dy, mask, z, mean);
+  const Tensor masked = mask ? empty(dy.sizes(), dy.options(), format_of(dy)) : at::empty({0}, dy.options());
+  const Images all(dy);
+  return dispatch(dy, "gated_act_bwd_reduce", [&](auto t) -> std::tuple<Tensor, Tensor, Tensor> {
+    using T = decltype(t);
+    using A = accumulate_t<T>;
+    const Tensor one = at::ones({all.shape.channels}, mean.options());
+    GradientSums<T> k = {};
+    k.shape = all.shape, k.dy = data<T>(dy), k.mask = data<uint8_t>(mask);
+    k.out = mask ? static_cast<T*>(masked.data_ptr()) : nullptr;
+    k.z[0] = data<T>(z), k.mean[0] = data<A>(mean), k.rstd[0] = data<A>(one);
+    const auto sums = gradient_sums<T>(all, k, 2, mean.options());
+    return {masked, sums[0].view(mean.sizes()), sums[1].view(mean.sizes())};
+  });
+}
+
+Tensor gated_act_bwd_apply(
+    const Tensor& dy, const Tensor& scale, const Tensor& shift, const OptTensor& z, const OptTensor& mean,
+    const OptTensor& b) {
+  check_gated_act_bwd_apply(dy, scale, shift, z, mean, b);
+  const Tensor dz = empty(dy.sizes(), dy.options(), format_of(dy));
+  const Images all(dy);
+  dispatch(dy, "gated_act_bwd_apply", [&](auto t) {
+    using T = decltype(t);
+    using A = accumulate_t<T>;
+    BnActBwdApply<T> k = {};
+    k.shape = all.shape, k.dz = static_cast<T*>(dz.data_ptr()), k.dy = data<T>(dy), k.z = data<T>(z);
+    all.for_rows([&](int64_t offset, int64_t begin, int64_t end) {
+      BnActBwdApply<T> own = k;
+      own.a = data<A>(scale) + offset, own.c = data<A>(shift) + offset;
+      if (b) own.mean = data<A>(mean) + offset, own.b = data<A>(b) + offset;
+      kernels<T>().bn_act_bwd_apply(own, begin, end);
+    });
+  });
+  return dz;
+}
+
 Tensor add_relu_bwd(const Tensor& dy, const Tensor& mask) {
   check_add_relu_bwd(dy, mask);
   return bn_act_bwd_apply(dy, mask, {}, {}, {}, {}, {}, {}, {});
@@ -284,9 +405,7 @@ std::tuple<Tensor, Tensor> finish_dgrad(
     using T = decltype(t);
     using A = accumulate_t<T>;
     const GradientSums<T> k = after_dgrad<T>(dx, x, scale, shift, mean, rstd, residual, residual_mask);
-    auto sums = reduce_rows<A>(k.shape, mean ? 2 : 1, options, [&](int64_t i, int64_t n, int64_t step, A* to) {
-      kernels<T>().gradient_sums(k, i, n, step, to);
-    });
+    auto sums = gradient_sums<T>(Images(k.shape), k, mean ? 2 : 1, options);
     if (!mean) return {at::empty({0}, options), at::empty({0}, options)};
     return {sums[0], sums[1]};
   });
@@ -323,9 +442,7 @@ std::tuple<Tensor, Tensor, Tensor> max_pool_bwd(
     k.out = static_cast<T*>(dx.data_ptr()), k.dy = data<T>(dy);
     if (mean) k.z[0] = data<T>(x), k.mean[0] = data<A>(mean), k.rstd[0] = data<A>(rstd);
     const auto options = x.options().dtype(accumulate_type(x));
-    auto sums = reduce_rows<A>(k.shape, mean ? 2 : 1, options, [&](int64_t i, int64_t n, int64_t step, A* to) {
-      kernels<T>().gradient_sums(k, i, n, step, to);
-    });
+    auto sums = gradient_sums<T>(Images(k.shape), k, mean ? 2 : 1, options);
     if (!mean) return {dx, at::empty({0}, options), at::empty({0}, options)};
     return {dx, sums[0], sums[1]};
   });
@@ -407,7 +524,16 @@ Tensor global_avg_pool(const Tensor& x) {
   });
 }
 
-TORCH_LIBRARY_FRAGMENT(resnet_fast_native, m) {  // only CPU tensors; in autograd/running_stats.py
+TORCH_LIBRARY_FRAGMENT(resnet_fast_native, m) {  // only CPU tensors; in autograd/running_stats.py and dispatch/ops.py
+  m.def("image_stats(Tensor x) -> (Tensor mean, Tensor m2)");
+  m.def(
+      "gated_act(Tensor z, Tensor scale, Tensor shift, Tensor? residual, bool relu, bool save_mask) "
+      "-> (Tensor y, Tensor mask)");
+  m.def(
+      "gated_act_bwd_reduce(Tensor dy, Tensor? mask, Tensor z, Tensor mean) "
+      "-> (Tensor dy_masked, Tensor sum_dy, Tensor sum_dy_z)");
+  m.def(
+      "gated_act_bwd_apply(Tensor dy, Tensor scale, Tensor shift, Tensor? z, Tensor? mean, Tensor? b) -> Tensor");
   m.def(
       "update_running(Tensor[] moments, int[] counts, Tensor(a!)[] running, Tensor(b!)[] tracked, float momentum) "
       "-> ()");
@@ -418,6 +544,10 @@ TORCH_LIBRARY_IMPL(resnet_fast_native, CPU, m) {
   m.impl("max_pool_bwd", &max_pool_bwd);
   m.impl("global_avg_pool", &global_avg_pool);
   m.impl("bn_stats", &bn_stats);
+  m.impl("image_stats", &image_stats);
+  m.impl("gated_act", &gated_act);
+  m.impl("gated_act_bwd_reduce", &gated_act_bwd_reduce);
+  m.impl("gated_act_bwd_apply", &gated_act_bwd_apply);
   m.impl("bn_finalize", &bn_finalize);
   m.impl("bn_fold", &bn_fold);
   m.impl("update_running", &update_running);

@@ -162,7 +162,7 @@ void bn_act_bwd_apply(const BnActBwdApply<T>& k, int64_t begin, int64_t end) {
       if (b) {
         g = batch_norm_gradient(g, V::load(z + i, n), mean.at(i, n), a.at(i, n), b.at(i, n), c.at(i, n));
       } else if (a) {
-        g = g * a.at(i, n);
+        g = c ? fma(g, a.at(i, n), c.at(i, n)) : g * a.at(i, n);
       }
       if (k.residual != nullptr) g = g + load_masked<V>(residual, residual_mask, i, n);
       g.store(dz + i, n);
