@@ -151,6 +151,8 @@ TRIPS: dict[str, Callable[[Mapping[str, Any]], int]] = {
     "max_pool_bwd_kernel": lambda a: a["tiles_per_split"],
     "bn_relu_max_pool_kernel": lambda a: cdiv(a["R"] * a["S"], a["AT_ONCE"]),
     "global_avg_pool_kernel": lambda a: cdiv(a["pixels"], a["BLOCK_P"]),
+    "image_stats_kernel": lambda a: cdiv(a["pixels"], a["BLOCK_P"]),
+    "gated_act_bwd_reduce_kernel": lambda a: cdiv(a["pixels"], a["BLOCK_P"]),
     "merge_sums_kernel": lambda a: cdiv(a["splits"], a["BLOCK_S"]),
     "merge_tiles_kernel": lambda a: cdiv(min(a["tiles"], a["tiles_per_split"]), a["BLOCK_S"]),
     "fold_kernel": lambda a: cdiv(min(a["count"], a["per_fold"]), a["BLOCK_S"]),

@@ -261,6 +261,7 @@ def norm_cases(dtype: torch.dtype, channels_last: bool) -> dict[str, Callable[[]
     rows, inner = (n * size * size, channels) if channels_last else (n * channels, size * size)
     mask = torch.empty((rows, inner // 8), dtype=torch.uint8, device="meta")
     a, b, c, d = _vectors(channels, 4, dtype)
+    e, f, g, h = (t.view(n, channels) for t in _vectors(n * channels, 4, dtype))
     windows = [3, 3], [2, 2], [1, 1]
     tracked = torch.empty((), dtype=torch.int64, device="meta")
     norm = a, b, None, None, c, d, tracked, n * size * size
@@ -280,6 +281,12 @@ def norm_cases(dtype: torch.dtype, channels_last: bool) -> dict[str, Callable[[]
             "bwd+res": partial(kernels.bn_act_bwd_apply, x, mask, a, y, b, c, d, z),
             "frozen": partial(kernels.bn_act_bwd_apply, x, mask, a, *[None] * 5),
             "stats": partial(kernels.bn_stats, x),
+            "image stats": partial(kernels.image_stats, x),
+            "gated": partial(kernels.gated_act, x, e, f, y, True, True),
+            "gated sums": partial(kernels.gated_act_bwd_reduce, x, mask, y, e),
+            "gated sums linear": partial(kernels.gated_act_bwd_reduce, x, None, y, e),
+            "gated bwd": partial(kernels.gated_act_bwd_apply, x, e, f, y, g, h),
+            "gated frozen": partial(kernels.gated_act_bwd_apply, x, e, f, None, None, None),
             "pool": partial(kernels.bn_relu_max_pool, x, a, b, *windows, True),
             "pool alone": partial(kernels.bn_relu_max_pool, x, None, None, *windows, False),
             "pool bwd": partial(kernels.max_pool_bwd, pooled, index, x, a, b, *windows),

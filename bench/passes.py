@@ -44,6 +44,7 @@ def passes(x: Tensor) -> dict[str, Pass]:
     y, z = (torch.randn_like(x) for _ in range(2))
     mask = torch.randint(0, 256, mask_shape(x), dtype=torch.uint8, device=x.device)
     a, b, mean, rstd = (torch.rand(c, dtype=wide, device=x.device) + 0.5 for _ in range(4))
+    scale, shift, centre = (torch.rand(x.shape[:2], dtype=wide, device=x.device) for _ in range(3))
     none, windows = [None] * 3, [[3, 3], [2, 2], [1, 1]]
     pooled, index = ops.bn_relu_max_pool(x, a, b, *windows, True, "reference")
     small = (pooled.numel() + index.numel() / x.element_size()) / x.numel()
@@ -60,6 +61,10 @@ def passes(x: Tensor) -> dict[str, Pass]:
         "bn backward + residual": ("bn_act_bwd_apply", [x, None, a, y, mean, b, rstd, z], 4),
         "bn + relu + max-pool": ("bn_relu_max_pool", [x, a, b, *windows, True], 1 + small),
         "max-pool backward": ("max_pool_bwd", [pooled, index, x, mean, rstd, *windows], 2 + small),
+        "statistics of images": ("image_stats", [x], 1),
+        "gate + add + relu": ("gated_act", [x, scale, shift, y, True, True], 3 + bit),
+        "gate sums": ("gated_act_bwd_reduce", [x, mask, y, centre], 3 + bit),
+        "gate backward": ("gated_act_bwd_apply", [x, scale, shift, y, centre, scale], 3),
         "average pool": ("global_avg_pool", [x], 1),
     }
 

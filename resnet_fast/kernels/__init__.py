@@ -21,8 +21,8 @@ except ImportError:
 
 from ..spec.chain import Conv
 from ..spec.dtypes import DTYPES
-from .bn_act import add_relu, bn_act
-from .bn_act_bwd import add_relu_bwd, bn_act_bwd_apply, bn_act_bwd_reduce
+from .bn_act import add_relu, bn_act, gated_act
+from .bn_act_bwd import add_relu_bwd, bn_act_bwd_apply, bn_act_bwd_reduce, gated_act_bwd_apply
 from .bn_finalize import bn_bwd_finalize, bn_finalize
 from .bn_fold import bn_fold
 from .bn_stats import bn_stats
@@ -30,6 +30,7 @@ from .conv import conv_add_projection, conv_bn_act
 from .conv_plan import implementations_us
 from .conv_train import conv_bprop, conv_fprop
 from .global_avg_pool import global_avg_pool
+from .image_sums import gated_act_bwd_reduce, image_stats
 from .launch import INTERPRETING
 from .max_pool import bn_relu_max_pool, max_pool_bwd
 from .running_stats import update_running as update_running  # in place, so not one of OPS
@@ -39,7 +40,8 @@ OPS = {
     for f in (
         add_relu, add_relu_bwd, bn_act, bn_act_bwd_apply, bn_act_bwd_reduce, bn_bwd_finalize,
         bn_finalize, bn_fold, bn_relu_max_pool, bn_stats, conv_add_projection, conv_bn_act,
-        conv_bprop, conv_fprop, global_avg_pool, max_pool_bwd,
+        conv_bprop, conv_fprop, gated_act, gated_act_bwd_apply, gated_act_bwd_reduce,
+        global_avg_pool, image_stats, max_pool_bwd,
     )
 }  # fmt: skip
 

@@ -11,7 +11,7 @@ from ..spec.layout import is_channels_last, mask_shape, memory_format, rows_of
 from . import config_select
 from .config_select import Config
 from .launch import launch
-from .tile_math import pack_bits, relu, widen
+from .tile_math import coefficients_at, pack_bits, relu, widen
 
 CONFIGS = ((4096, 4), (2048, 4), (8192, 8), (2048, 8))  # elements per tile, warps
 
@@ -29,6 +29,7 @@ def bn_act_fwd_kernel(
     rows,
     inner,
     channels,
+    pixels,
     CHANNELS_LAST: tl.constexpr,
     RELU: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -36,7 +37,8 @@ def bn_act_fwd_kernel(
 ):
     """y = relu(scale·z + shift + (res_scale·residual + res_shift)); mask = bits of y > 0 or NaN.
 
-    Terms whose argument is None are omitted.
+    Terms whose argument is None are omitted. With `pixels` (per image, in NHWC) scale and shift are
+    [N,C] (`coefficients_at`).
     Grid: one program per BLOCK_R × BLOCK_I tile of the dense tensor as rows × inner: pixels ×
     channels in NHWC, planes × pixels in NCHW.
     Bytes moved: z, residual and y once each, and one mask bit per element. Only the channel vectors
@@ -49,14 +51,7 @@ def bn_act_fwd_kernel(
     i = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)
     inside = (row0 + r < rows)[:, None] & (i < inner)[None, :]
     at = row0 * inner + (r[:, None] * inner + i[None, :])
-    if CHANNELS_LAST:
-        c, is_channel = i[None, :], (i < inner)[None, :]
-    else:
-        c, is_channel = (
-            ((tl.program_id(0) * BLOCK_R + r) % channels)[:, None],
-            (row0 + r < rows)[:, None],
-        )
-
+    c, is_channel = coefficients_at(row0, r, i, rows, inner, channels, pixels, CHANNELS_LAST)
     v = widen(tl.load(z + at, inside, 0.0))
     if scale is not None:
         v = tl.fma(v, tl.load(scale + c, is_channel, 0.0), tl.load(shift + c, is_channel, 0.0))
@@ -77,13 +72,14 @@ def bn_act_fwd_kernel(
     tl.store(y + at, v.to(y.dtype.element_ty), inside)
 
 
-def _run(z, scale, shift, residual, res_scale, res_shift, do_relu, save_mask):
+def _run(z, scale, shift, residual, res_scale, res_shift, do_relu, save_mask, per_image=False):
     y = torch.empty_like(z, memory_format=memory_format(z))
     mask = z.new_empty(mask_shape(z) if do_relu and save_mask else 0, dtype=torch.uint8)
     if z.numel() == 0:
         return y, mask
     rows, inner = rows_of(z)
     channels_last = is_channels_last(z)
+    channels, pixels = matrix_of(z) if per_image else (z.size(1), None)
 
     def start(config: Config) -> None:
         elements, warps = config
@@ -91,7 +87,8 @@ def _run(z, scale, shift, residual, res_scale, res_shift, do_relu, save_mask):
         launch(
             bn_act_fwd_kernel, block.grid(rows, inner),
             z, scale, shift, residual, res_scale, res_shift, y, mask if mask.numel() else None,
-            rows, inner, z.size(1), channels_last, do_relu, block.r, block.i, num_warps=warps,
+            rows, inner, channels, pixels, channels_last, do_relu, block.r, block.i,
+            num_warps=warps,
         )  # fmt: skip
 
     inputs = 1 + (residual is not None)
@@ -112,6 +109,24 @@ def bn_act(
 ) -> tuple[Tensor, Tensor]:
     """`reference.bn_act` in one kernel launch."""
     return _run(z, scale, shift, residual, res_scale, res_shift, relu, save_mask)
+
+
+def gated_act(
+    z: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor | None,
+    relu: bool,
+    save_mask: bool,
+) -> tuple[Tensor, Tensor]:
+    """`reference.gated_act` in one kernel launch."""
+    return _run(z, scale, shift, residual, None, None, relu, save_mask, per_image=True)
+
+
+def matrix_of(x: Tensor) -> tuple[int, int | None]:
+    """`channels` and `pixels` of kernels whose coefficients are [N,C]; see `coefficients_at`."""
+    n, channels, height, width = x.shape
+    return (channels, height * width) if is_channels_last(x) else (n * channels, None)
 
 
 def add_relu(x: Tensor, residual: Tensor, save_mask: bool) -> tuple[Tensor, Tensor]:

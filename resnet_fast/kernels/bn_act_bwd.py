@@ -9,10 +9,11 @@ from torch import Tensor
 
 from ..spec.layout import is_channels_last, memory_format, rows_of
 from . import config_select
+from .bn_act import matrix_of
 from .config_select import Config
 from .launch import all_registers, launch
 from .reduce_partials import merge_sums
-from .tile_math import element_offsets, mask_bits, sum_rows, unpack_bits, widen
+from .tile_math import coefficients_at, element_offsets, mask_bits, sum_rows, unpack_bits, widen
 
 APPLY_CONFIGS = ((4096, 4), (2048, 4), (8192, 8), (2048, 8))  # elements per tile, warps
 REDUCE_CONFIGS = ((2048, 4, 8), (2048, 8, 8), (1024, 8, 4), (1024, 16, 4))
@@ -34,13 +35,15 @@ def bn_act_bwd_apply_kernel(
     rows,
     inner,
     channels,
+    pixels,
     CHANNELS_LAST: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_I: tl.constexpr,
 ):
     """dz = a·dy' + b·(z − mean) + c + residual, dy' = dy where the mask bit is set, else 0.
 
-    Terms whose argument is None are omitted; `mean` and `c` are omitted with `b`.
+    Terms whose argument is None are omitted; `mean` is omitted with `b`. The others may be [N,C],
+    as in `bn_act_fwd_kernel`.
     Grid: as in `bn_act_fwd_kernel`.
     Bytes moved: dy, z, residual and dz once each, and one mask bit per element.
     Why: each mask byte is loaded once per tile and unpacked in registers, not once per element.
@@ -50,14 +53,7 @@ def bn_act_bwd_apply_kernel(
     i = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)
     inside = (row0 + r < rows)[:, None] & (i < inner)[None, :]
     at = row0 * inner + (r[:, None] * inner + i[None, :])
-    if CHANNELS_LAST:
-        k, is_channel = i[None, :], (i < inner)[None, :]
-    else:
-        k, is_channel = (
-            ((tl.program_id(0) * BLOCK_R + r) % channels)[:, None],
-            (row0 + r < rows)[:, None],
-        )
-
+    k, is_channel = coefficients_at(row0, r, i, rows, inner, channels, pixels, CHANNELS_LAST)
     g = widen(tl.load(dy + at, inside, 0.0))
     if mask is not None:
         width = tl.cdiv(inner, 8)
@@ -67,9 +63,11 @@ def bn_act_bwd_apply_kernel(
         g = tl.where(unpack_bits(tl.load(mask + bytes_at, exists, 0)), g, 0.0)
     if a is not None:
         g *= tl.load(a + k, is_channel, 0.0)
+    if c is not None:
+        g += tl.load(c + k, is_channel, 0.0)
     if b is not None:
         centred = widen(tl.load(z + at, inside, 0.0)) - tl.load(mean + k, is_channel, 0.0)
-        g = tl.fma(centred, tl.load(b + k, is_channel, 0.0), g + tl.load(c + k, is_channel, 0.0))
+        g = tl.fma(centred, tl.load(b + k, is_channel, 0.0), g)
     if residual is not None:
         g += widen(tl.load(residual + at, inside, 0.0))
     tl.store(dz + at, g.to(dz.dtype.element_ty), inside)
@@ -189,6 +187,22 @@ def bn_act_bwd_apply(
     residual: Tensor | None,
 ) -> Tensor:
     """`reference.bn_act_bwd_apply` in one kernel launch."""
+    return _apply(dy, mask, a, z, mean, b, c, residual, dy.size(1), None)
+
+
+def gated_act_bwd_apply(
+    dy: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    z: Tensor | None,
+    mean: Tensor | None,
+    b: Tensor | None,
+) -> Tensor:
+    """`reference.gated_act_bwd_apply` in one kernel launch."""
+    return _apply(dy, None, scale, z, mean, b, shift, None, *matrix_of(dy))
+
+
+def _apply(dy, mask, a, z, mean, b, c, residual, channels, pixels):
     dz = torch.empty_like(dy, memory_format=memory_format(dy))
     if dy.numel() == 0:
         return dz
@@ -200,8 +214,8 @@ def bn_act_bwd_apply(
         block = config_select.pointwise(elements, inner, dy)
         launch(
             bn_act_bwd_apply_kernel, block.grid(rows, inner),
-            dy, mask, a, z, mean, b, c, residual, dz, rows, inner, dy.size(1), channels_last,
-            block.r, block.i, num_warps=warps,
+            dy, mask, a, z, mean, b, c, residual, dz, rows, inner, channels, pixels,
+            channels_last, block.r, block.i, num_warps=warps,
         )  # fmt: skip
 
     inputs = 1 + (b is not None) + (residual is not None)

@@ -77,6 +77,24 @@ def element_offsets(m0, lane, c, channels, pixels, CHANNELS_LAST: tl.constexpr):
 
 
 @triton.jit
+def coefficients_at(row0, r, i, rows, inner, channels, pixels, CHANNELS_LAST: tl.constexpr):
+    """Offsets of coefficients at rows row0 + r and elements i, and which exist.
+
+    Vectors [C] in NHWC, [1, I]; in NCHW, row modulo `channels`, [R, 1]. Matrices [N,C]: in NCHW
+    `channels` is N·C; in NHWC `pixels` is H·W, otherwise None, and the offsets are [R, I].
+    """
+    if CHANNELS_LAST:
+        if pixels is not None:
+            image = row0 // pixels + ((row0 % pixels).to(tl.int32) + r) // pixels
+            exists = (row0 + r < rows)[:, None] & (i < inner)[None, :]
+            return image[:, None] * channels + i[None, :], exists
+        else:
+            return i[None, :], (i < inner)[None, :]
+    else:
+        return ((row0 + r) % channels)[:, None], (row0 + r < rows)[:, None]
+
+
+@triton.jit
 def mask_bits(
     mask, m0, lane, c0, count, channels, pixels, BLOCK_C: tl.constexpr, CHANNELS_LAST: tl.constexpr
 ):

@@ -701,7 +701,8 @@ LARGE = (3, 72, 19, 23)
 @pytest.mark.parametrize(
     "variant",
     ["bn_stats", "bn_act:dual", "bn_act_bwd_reduce:dual", "bn_act_bwd_apply:residual",
-     "bn_relu_max_pool", "max_pool_bwd", "global_avg_pool"],
+     "bn_relu_max_pool", "max_pool_bwd", "global_avg_pool", "image_stats", "gated_act",
+     "gated_act_bwd_reduce", "gated_act_bwd_apply"],
 )  # fmt: skip
 def test_every_configuration_of_a_memory_bound_kernel(choose, variant, layout):
     """Over a tensor of many tiles, none of them full, and several splits of a reduction."""
