@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .autograd import ChainFunction, GateFunction, Layout, PoolFunction
+from .autograd import ChainFunction, Layout
+from .autograd.gated_join import GateFunction, PoolFunction, join, pool
 from .autograd.running_stats import Batch, update_running
 from .dispatch import ops, replay
 from .dispatch.guard import transformed
@@ -301,15 +302,23 @@ def gated_join(
     count, *_ = check_chain(chain, z, (), (params, NormParams()), beside)
     z = z.contiguous(memory_format=memory_format(z))
     given = [None if norm is None or t is None else t.contiguous() for t in params]
-    z, link, pooled, mean, scale, shift, center, m2 = PoolFunction.apply(chain, z, *given)
+    link = None
+    if _wants_gradient(z, *given):
+        z, link, pooled, mean, *vectors = PoolFunction.apply(chain, z, *given)
+    else:
+        pooled, mean, *vectors = pool(chain, z, *given)
+    scale, shift, center, m2 = vectors[:4]
     factors = _factors(gate, pooled.to(z.dtype)[:, :, None, None])
     dtype = torch.promote_types(z.dtype, factors.dtype)
     z = z.to(dtype)
     if residual is not None:
         residual = residual.to(dtype).contiguous(memory_format=memory_format(z))
-    save = _wants_gradient(z, factors, residual)
-    vectors = mean, pooled.detach(), scale, shift
-    y = GateFunction.apply(chain, relu, save, z, link, factors.flatten(1), residual, *vectors)
+    e = factors.flatten(1)
+    if _wants_gradient(z, e, residual):
+        pooled = pooled.detach()
+        y = GateFunction.apply(chain, relu, z, link, e, residual, mean, pooled, scale, shift)
+    else:
+        y, _ = join(chain, relu, False, z, e, residual, scale, shift)
     if norm is not None and norm.batch_stats and running is not None:
         update_running(chain, [(running, params, Batch(center, m2, count, None))])
     return y

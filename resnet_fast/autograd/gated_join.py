@@ -47,7 +47,7 @@ class PoolFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, chain: Chain, z: Tensor, *params: Tensor | None) -> tuple[Tensor, ...]:
-        pooled, mean, scale, shift, center, m2, rstd = replay.run(_pool, chain, (), (z, *params))
+        pooled, mean, scale, shift, center, m2, rstd = pool(chain, z, *params)
         ctx.chain, ctx.format = chain, memory_format(z)
         ctx.dtypes = [None if p is None else p.dtype for p in params[:2]]
         ctx.save_for_backward(z, mean, scale, center, rstd)
@@ -75,20 +75,19 @@ class PoolFunction(torch.autograd.Function):
 
 
 class GateFunction(torch.autograd.Function):
-    """y = GateFunction.apply(chain, relu, save, z, link, gate, residual, *vectors).
+    """y = GateFunction.apply(chain, relu, z, link, gate, residual, mean, pooled, scale, shift).
 
-    gate [N,C]: e. residual: as z, or None. vectors: mean, pooled, scale and shift of `PoolFunction`
-    without gradients; z and link are its results, z in the dtype of y. save: whether y needs a
-    gradient.
+    gate [N,C]: e. residual: as z, or None. z and link are those of `PoolFunction`, z in the dtype
+    of y; without a gradient of z link is None. The others are results of `PoolFunction` that have
+    no gradient here.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, chain: Chain, relu: bool, save: bool, z: Tensor, link: Tensor, gate: Tensor,
+        ctx: Any, chain: Chain, relu: bool, z: Tensor, link: Tensor | None, gate: Tensor,
         residual: Tensor | None, *vectors: Tensor,
     ) -> Tensor:  # fmt: skip
-        fixed, given = (relu, save), (z, gate, residual, *vectors[2:])
-        y, mask = replay.run(_gate, chain, fixed, given)
+        y, mask = join(chain, relu, True, z, gate, residual, *vectors[2:])
         ctx.chain, ctx.format = chain, memory_format(z)
         ctx.save_for_backward(z, mask if relu else None, gate, *vectors)
         return y
@@ -100,14 +99,14 @@ class GateFunction(torch.autograd.Function):
         mask = None if mask is None else mask.contiguous()
         dense = [t.contiguous(memory_format=ctx.format) for t in (dy, z)]
         needs = ctx.needs_input_grad
-        if not (needs[4] or needs[5]):
+        if not (needs[3] or needs[4]):
             masked = dense[0] if mask is None else ops.add_relu_bwd(dense[0], mask, ctx.chain.impl)
-            return *[None] * 6, masked, *[None] * 4
+            return *[None] * 5, masked, *[None] * 4
         found = replay.run(_gate_backward, ctx.chain, (), (*dense, mask, *vectors))
         masked, link, dgate = found
         masked = dense[0] if mask is None else masked
-        grads = zip((masked, link, dgate, masked), needs[3:7], strict=True)
-        return *[None] * 3, *(grad if need else None for grad, need in grads), *[None] * 4
+        grads = zip((masked, link, dgate, masked), needs[2:6], strict=True)
+        return *[None] * 2, *(grad if need else None for grad, need in grads), *[None] * 4
 
 
 def _once() -> None:
@@ -115,8 +114,17 @@ def _once() -> None:
         raise RuntimeError(DOUBLE_BACKWARD)
 
 
+def pool(chain: Chain, z: Tensor, *params: Tensor | None) -> tuple[Tensor, ...]:
+    """pooled, mean, scale, shift, center, m2 and rstd of `PoolFunction`, without a gradient."""
+    return replay.run(_pool, chain, (), (z, *params))
+
+
+def join(chain: Chain, relu: bool, save_mask: bool, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    """y of `GateFunction` and its mask, from z, gate, residual, scale and shift."""
+    return replay.run(_gate, chain, (relu, save_mask), tensors)
+
+
 def _pool(chain: Chain, z: Tensor, *params: Tensor | None) -> tuple[Tensor, ...]:
-    """pooled, mean, scale, shift, center, m2, rstd of `PoolFunction`."""
     norm, given, impl = chain.norms[0], NormParams(*params), chain.impl
     mean, m2 = ops.image_stats(z, impl)
     count = values_per_channel(z)
@@ -148,13 +156,12 @@ def _merged(mean: Tensor, m2: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def _gate(
-    chain: Chain, relu: bool, save: bool, z: Tensor, gate: Tensor, residual: Tensor | None,
+    chain: Chain, relu: bool, save_mask: bool, z: Tensor, gate: Tensor, residual: Tensor | None,
     scale: Tensor, shift: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """y and its mask."""
     gate = gate.to(stats_dtype(z))
     vectors = [(gate * v.to(gate.dtype)).contiguous() for v in (scale, shift)]
-    return ops.gated_act(z, *vectors, residual, relu, save, chain.impl)
+    return ops.gated_act(z, *vectors, residual, relu, save_mask, chain.impl)
 
 
 def _gate_backward(
