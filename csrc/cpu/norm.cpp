@@ -112,7 +112,7 @@ std::vector<Tensor> reduce_rows(const Images& all, int k, at::TensorOptions opti
   return out;
 }
 
-// k gradients' sums over `all` as reduce_rows returns them, with mean and rstd at each image's offset.
+// The sums of `gradient_sums` as reduce_rows returns them; mean[0] is a matrix where `all` has several images.
 template <class T, class A = accumulate_t<T>>
 std::vector<Tensor> gradient_sums(const Images& all, const GradientSums<T>& k, int count, at::TensorOptions options) {
   return reduce_rows<A>(all, count, options, [&](int64_t image, int64_t begin, int64_t end, int64_t step, A* to) {
