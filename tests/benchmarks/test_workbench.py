@@ -178,8 +178,9 @@ def test_passes_command(tmp_path, capsys, monkeypatch):
     with_pool = 4 * elements + 5 * pooled
     assert moved["bn + relu + max-pool"] == pytest.approx(with_pool, rel=2e-2)
     assert moved["max-pool backward"] == pytest.approx(with_pool + 4 * elements, rel=2e-2)
-    assert moved["bn + add + relu"] == pytest.approx(12 * elements + elements / 8, rel=2e-2)
-    assert all(row["provider"] == "native" for row in found) and len(moved) == len(found) == 13
+    for mode in ("bn + add + relu", "gate + add + relu"):
+        assert moved[mode] == pytest.approx(12 * elements + elements / 8, rel=2e-2)
+    assert all(row["provider"] == "native" for row in found) and len(moved) == len(found) == 17
     assert "native ms" in capsys.readouterr().out
 
 
@@ -216,7 +217,7 @@ def test_a_pass_that_fails_costs_no_other(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(passes, "passes", made)
     untimed(monkeypatch, passes)
     assert main([*options, "--out", str(path)]) == 1
-    assert len(rows.read([path])) == 13
+    assert len(rows.read([path])) == 17
     err = capsys.readouterr().err
     assert err.startswith(
         "passes: none: OutOfMemoryError: no room\npasses: bad at small by native:"
