@@ -25,7 +25,7 @@ from .blocks import zero_pad
 from .dispatch.guard import FORWARDS, fusible, transformed
 from .dispatch.native_inference import Everything, infer
 from .dispatch.packed_filters import Rechecked
-from .functional import global_avg_pool, infer_chains, run_chain
+from .functional import gated_join, global_avg_pool, infer_chains, run_chain
 from .spec.chain import Chain, Conv, ConvParams, Norm, NormParams, Running, Tensors
 from .spec.checks import check_impl, check_keep
 from .spec.layers import Parts, windows_of
@@ -56,6 +56,32 @@ def run_fused(
     chain, tensors = _chain_of(parts, shortcut, impl, keep_activations)
     running = [None if norm is None else _running(norm) for norm in norms]
     return run_chain(chain, x, tensors, residual, running)
+
+
+def run_gated(
+    parts: Parts,
+    gate: Callable[[Tensor], Tensor],
+    x: Tensor,
+    residual: Tensor | None = None,
+    *,
+    impl: str = "auto",
+) -> Tensor:
+    """`run_fused` of a chain whose last norm's result u is multiplied by gate(mean of u).
+
+    See `resnet_fast.functional.gated_join`. `parts` ends in a norm, and its last convolution has no
+    bias; the shortcut is "none" or "identity".
+    """
+    residual = x if parts.shortcut == "identity" else residual
+    before, last = parts._replace(relu=False, shortcut="none"), parts.norms[-1]
+    assert last is not None
+    if not (torch.is_grad_enabled() or last.training):  # the norm is part of the convolution
+        u = run_fused(before, x, impl=impl)
+        return gated_join(u, None, NormParams(), gate, residual, parts.relu, impl=impl)
+    z = x
+    if parts.convs:
+        z = run_fused(before._replace(norms=(*parts.norms[:-1], None)), x, impl=impl)
+    rule = Norm(*cast(Any, _rule(last)))
+    return gated_join(z, rule, _params(last), gate, residual, parts.relu, _running(last), impl)
 
 
 def run_inference(

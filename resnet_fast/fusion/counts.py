@@ -1,4 +1,7 @@
-"""How many convolutions, norms, activations and additions the forwards of a model call."""
+"""How many convolutions, norms, activations and additions the forwards of a model call.
+
+Calls inside a gate (`gates`), on one value per channel, are not counted.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from ..spec.layers import Parts
-from .layers import FUNCTIONS, layers_of
+from .gates import all_layers_of
+from .layers import FUNCTIONS
 from .match import is_addition
 
 COUNTED = ("convolutions", "norms", "activations", "additions")
@@ -42,7 +46,7 @@ def counted(
 
     So are calls of children that are `traced`, whose own graphs are counted.
     """
-    layers = layers_of(module, graph)
+    layers = all_layers_of(module, graph)
     inside = {part for layer in layers.values() for part in layer.covers}
     found = {}
     for node in graph.nodes:

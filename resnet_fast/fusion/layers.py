@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -91,14 +91,35 @@ class Borrowing:
         return self.make(*tensors, **dict(self.options))
 
 
-View = Named | Borrowing
+@dataclass(frozen=True)
+class Gate:
+    """Factors of channels that `function` computes from their means over H and W.
+
+    targets: the attributes of the module that `function` takes, after the means [N,C,1,1].
+    """
+
+    targets: tuple[str, ...]
+    function: Callable[..., Tensor] = field(compare=False)
+
+    def __call__(self, held: Callable[[str], Any]) -> Callable[[Tensor], Tensor]:
+        """The factors [N,C,1,1] as a function of the means."""
+        given = [held(name) for name in self.targets]
+
+        def gate(means: Tensor) -> Tensor:
+            factors = self.function(means.clone(), *given)  # it may change them in place
+            return factors if factors.shape == means.shape else factors.expand_as(means)
+
+        return gate
+
+
+View = Named | Borrowing | Gate
 
 
 class Layer(NamedTuple):
     """A layer of a chain that a call in a graph computes from the value `source`.
 
-    letter: c conv, b conv with a bias, n norm, r ReLU, m max-pool, i identity. covers: other calls
-    that are part of it, whose results nothing else reads.
+    letter: c conv, b conv with a bias, n norm, r ReLU, m max-pool, i identity, g product with a
+    gate. covers: other calls that are part of it, whose results nothing else reads.
     """
 
     letter: str
@@ -316,13 +337,3 @@ def _is_dimensions(node: Any) -> bool:
     if not isinstance(node, fx.Node) or not node.all_input_nodes:
         return False
     return is_call(node, ("dim",)) or (is_call(node, (getattr,)) and node.args[1] == "ndim")
-
-
-def is_path(module: nn.Module, graph: fx.Graph) -> bool:
-    """Whether the result of `graph` comes from its only input by calls on one value each."""
-    inputs = [node for node in graph.nodes if node.op == "placeholder"]
-    at = next(node for node in graph.nodes if node.op == "output").args[0]
-    layers = layers_of(module, graph)
-    while isinstance(at, fx.Node) and (at in layers or is_unary(at)):
-        at = layers[at].source if at in layers else at.all_input_nodes[0]
-    return [at] == inputs

@@ -19,14 +19,15 @@ from torch import fx, nn
 
 from ..spec.layers import Parts
 from .dataflow import label
-from .layers import ADD, MULTIPLY, Named, checks_of, is_call, is_unary, layers_of
+from .gates import all_layers_of
+from .layers import ADD, MULTIPLY, Gate, Named, checks_of, is_call, is_unary
 
 # Chains in letters: c conv, b conv with a bias (absorbed by the norm after it), n norm, r relu,
-# m max-pool.
+# m max-pool, g product with a gate.
 UNITS = "((nr)?(c|b(?=n)))*"
 ALONE = re.compile(f"{UNITS}(n(rm?)?)?")
-BESIDE_A_SHORTCUT = re.compile(f"{UNITS}n?")
-WORDS = {"c": "conv", "b": "conv+bias", "n": "norm", "r": "relu", "m": "pool"}
+BESIDE_A_SHORTCUT = re.compile(f"({UNITS}(nr)?c)?ng|{UNITS}n?")
+WORDS = {"c": "conv", "b": "conv+bias", "n": "norm", "r": "relu", "m": "pool", "g": "gate"}
 ADD_IN_PLACE = (operator.iadd, "add_", "__iadd__", torch.ops.aten.add_.Tensor)
 FRESH = (*MULTIPLY, torch.cat, *(f for f in ADD if f not in ADD_IN_PLACE))
 """Functions whose result is a tensor of its own."""
@@ -55,8 +56,8 @@ class Region:
 
     parts: the chain, each layer as a `layers.View`. x: the value that it begins with. residual: the
     value that it adds, unless that is x or a projection. beside: what gives the residual. around:
-    its ReLUs and identities that are modules. results: modules to whose result it adds in place.
-    place: the module of its first layer.
+    its ReLUs and identities that are modules. gate: what multiplies the result of the layers.
+    results: modules to whose result it adds in place. place: the module of its first layer.
     """
 
     calls: tuple[fx.Node, ...] = field(compare=False)
@@ -65,6 +66,7 @@ class Region:
     residual: fx.Node | None = field(default=None, compare=False)
     beside: str = ""
     around: tuple[Named, ...] = ()
+    gate: Gate | None = None
     results: tuple[str, ...] = ()
     place: str = ""
 
@@ -77,8 +79,9 @@ class Region:
             "identity": "+ x",
             "projection": "+ conv norm(x)" if parts.projection_norm else "+ conv(x)",
         }
-        words += [shortcut[parts.shortcut], parts.relu and "relu", parts.pool and "pool"]
-        if not any(words[:-3]):
+        ends = parts.relu and "relu", parts.pool and "pool"
+        words += [self.gate and "gate", shortcut[parts.shortcut], *ends]
+        if not any(words[:-4]):
             return "add relu"
         return " ".join(filter(None, words))
 
@@ -119,7 +122,7 @@ class _Flow:
 
     def __init__(self, module: nn.Module, graph: fx.Graph) -> None:
         self.module, self.graph = module, graph
-        self.layers = layers_of(module, graph)
+        self.layers = all_layers_of(module, graph)
         self.checks = checks_of(graph)
         self.inside = {part: node for node, one in self.layers.items() for part in one.covers}
 
@@ -219,7 +222,10 @@ class _Flow:
             at += max(size, 1)
 
     def parts(self, calls: list[fx.Node], shortcut: str, relu: bool = False, **more) -> Parts:
-        """The chain of `calls`, each layer as a view, with a ReLU at its end if it has one."""
+        """The chain of `calls`, each layer as a view, with a ReLU at its end if it has one.
+
+        A gate is no part of it.
+        """
         convs, norms, pool = [], [None], None
         for layer in map(self.layers.__getitem__, calls):
             if layer.letter == "n":
@@ -274,10 +280,12 @@ class _Flow:
         residual = side.other if shortcut == "none" else None
         named = residual is not None and residual.op == "call_module"
         beside = f"{residual.target}(x)" if named else "residual"
+        gates = [self.layers[call].view for call in calls if self.kind(call) == "g"]
         return self.region(
             calls, [*projection, *side.skipped, *ends], x=x, residual=residual,
             parts=self.parts(calls, shortcut, relu, **fields),
             beside=beside if residual is not None else "", results=results,
+            gate=gates[0] if gates else None,
         )  # fmt: skip
 
     def beside(self, main: fx.Node, other: fx.Node, taken: set[fx.Node]) -> _Side:
@@ -295,6 +303,8 @@ class _Flow:
         if start is base:
             return _Side(path, base, skipped, beside_x=True)
         letters = self.letters(path)
+        if letters.endswith("g"):
+            return _Side(path, other)
         kinds = ("c", "cn", "bn") if letters.endswith("n") else ("c",)
         projection = self.chain_to(other, taken) if self.reader(other) is not None else []
         if self.letters(projection) not in kinds or self.layers[projection[0]].source is not base:

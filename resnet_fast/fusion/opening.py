@@ -15,7 +15,8 @@ from torch import fx, nn
 
 from ..dispatch.guard import hooked
 from .dataflow import Forward
-from .layers import is_path, layers_of
+from .gates import all_layers_of
+from .layers import is_unary, layers_of
 from .sandbox import Notes, below
 
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
@@ -88,7 +89,7 @@ class Opening:
             return
         else:
             pair = zip((True, False), forward, strict=True)
-            graphs = {mode: graph if is_path(child, graph) else None for mode, graph in pair}
+            graphs = {mode: graph if _is_path(child, graph) else None for mode, graph in pair}
         whole = all(graphs.values()) or (any(graphs.values()) and not [*child.parameters()])
         if not whole or (forward and not _same_norm(child, forward)):
             return
@@ -101,6 +102,16 @@ def _identity() -> fx.Graph:
     graph = fx.Graph()
     graph.output(graph.placeholder("input"))
     return graph
+
+
+def _is_path(module: nn.Module, graph: fx.Graph) -> bool:
+    """Whether the result of `graph` comes from its only input by calls on one value each."""
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    at = next(node for node in graph.nodes if node.op == "output").args[0]
+    layers = all_layers_of(module, graph)
+    while isinstance(at, fx.Node) and (at in layers or is_unary(at)):
+        at = layers[at].source if at in layers else at.all_input_nodes[0]
+    return [at] == inputs
 
 
 def _same_norm(module: nn.Module, forward: Forward) -> bool:

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from ..dispatch.guard import hooked, plain_call
-from ..modules import run_fused
+from ..modules import run_fused, run_gated
 from ..spec.chain import Conv
 from ..spec.dtypes import autocast
 from ..spec.layers import Parts
 from ..spec.values import pair
 from .layers import Borrowing
 from .match import Region
-
-Function = Callable[..., Any]
+from .subgraph import Function, compiled, function_of
 
 
 def rewritten(graph: fx.Graph, regions: Iterable[Region], impl: str) -> Function:
@@ -36,22 +34,14 @@ def rewritten(graph: fx.Graph, regions: Iterable[Region], impl: str) -> Function
             versions[region] = new.call_function(_version, (values[region.x],))
         if node in ends:
             region = ends[node]
-            call, names = _fused_call(graph, region, impl)
+            call, names = _fused_call(region, impl)
             residual = None if region.residual is None else values[region.residual]
             held = [new.get_attr(name) for name in names]
             args = values[region.x], residual, versions.get(region), *held
             values[node] = new.call_function(call, args)
         elif node not in inner and node not in unread:
             values[node] = new.node_copy(node, values.__getitem__)
-    return _compiled(new)
-
-
-def _compiled(graph: fx.Graph) -> Function:
-    """forward(self, *inputs) of `graph`."""
-    code = graph.python_code("self")
-    names = dict(code.globals)
-    exec(code.src, names)
-    return names["forward"]
+    return compiled(new)
 
 
 def _unread(graph: fx.Graph, replaced: set[fx.Node]) -> set[fx.Node]:
@@ -75,13 +65,15 @@ def _version(x: Any) -> int | None:
     return x._version if isinstance(x, Tensor) and not x.is_inference() else None
 
 
-def _fused_call(graph: fx.Graph, region: Region, impl: str) -> tuple[Function, list[str]]:
+def _fused_call(region: Region, impl: str) -> tuple[Function, list[str]]:
     """A function of x, residual, the version of x at the first call, and attributes of the module;
     the names of those attributes.
 
     If the fused ops do not support the call, or a layer has changed, the calls run one by one.
     """
-    plain, names = _plain(graph, region)
+    gate = region.gate
+    more = (*region.results, *(gate.targets if gate else ()))
+    plain, names = function_of(region.calls, (region.x, region.residual), more)
     parts, around = region.parts, region.around
     views = [view for view in (*parts.convs, *parts.norms, *parts[4:7]) if view is not None]
     same_dtype = any(isinstance(view, Borrowing) and view.same_dtype for view in views)
@@ -103,38 +95,12 @@ def _fused_call(graph: fx.Graph, region: Region, impl: str) -> tuple[Function, l
             return plain(x, residual, *held)
         if same_dtype and not _same_dtype(read, x):
             return plain(x, residual, *held)
+        if gate is not None:
+            factors = gate(dict(zip(names, held, strict=True)).get)
+            return run_gated(read, factors, x, residual, impl=impl)
         return run_fused(read, x, residual, impl=impl)
 
     return fused_call, names
-
-
-def _plain(graph: fx.Graph, region: Region) -> tuple[Function, list[str]]:
-    """A function of x, residual and attributes of the module that runs `region` call by call; the
-    names of those attributes.
-    """
-    calls, results = {*region.calls}, region.results
-    attributes = [n for n in graph.nodes if n.op == "get_attr" and calls & n.users.keys()]
-    modules = [n.target for n in region.calls if n.op == "call_module"]
-    names = list(dict.fromkeys([*(n.target for n in attributes), *modules, *results]))
-    new = fx.Graph()
-    values = {region.x: new.placeholder("x")}
-    residual = new.placeholder("residual")
-    if region.residual is not None:
-        values[region.residual] = residual
-    held = {name: new.placeholder(f"held_{i}") for i, name in enumerate(names)}
-    values |= {node: held[node.target] for node in attributes}
-    for node in region.calls:
-        if node.op == "call_module":
-            args = fx.map_arg(node.args, values.__getitem__)
-            values[node] = new.call_function(_call, (held[node.target], *args))
-        else:
-            values[node] = new.node_copy(node, values.__getitem__)
-    new.output(values[region.calls[-1]])
-    return functools.partial(_compiled(new), None), names
-
-
-def _call(module: nn.Module, x: Tensor) -> Tensor:
-    return module(x)
 
 
 def _is_plain(x: Any, residual: Any) -> bool:
