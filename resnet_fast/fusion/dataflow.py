@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import dis
 import gc
-import inspect
 import operator
 import sys
 import textwrap
@@ -25,6 +24,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
+from .arguments import Argument, Signature, is_default, names_of
 from .sandbox import Change, Notes, functions_of, internal, sandbox
 
 
@@ -36,12 +36,14 @@ class Mismatch(Exception):
 class Forward:
     """The graphs of a module's own forward, and `notes`: what it read besides its inputs.
 
-    without_grad: the graphs for an input that needs no gradient, if they differ.
+    signature: the arguments of the forward; None if it takes them as given. without_grad: the
+    graphs for an input that needs no gradient, if they differ.
     """
 
     training: fx.Graph
     evaluation: fx.Graph
     notes: Notes
+    signature: Signature | None = None
     without_grad: tuple[fx.Graph, fx.Graph] | None = None
 
     def __iter__(self) -> Iterator[fx.Graph]:
@@ -79,15 +81,20 @@ class _Proxy(fx.Proxy):
 
 
 class _Tracer(fx.Tracer):
-    """Treats every registered module as a leaf; `inputs` are the names of the traced arguments.
+    """Treats every registered module as a leaf.
 
-    norm: the module is a norm, so its buffers are values of the graph, which may count batches.
-    with_grad: what an input of a norm says of its `requires_grad`.
+    names, signature: the traced arguments. norm: the module is a norm, so its buffers are values of
+    the graph, which may count batches. with_grad: what an input of a norm says of its
+    `requires_grad`.
     """
 
-    def __init__(self, inputs: list[str], norm: bool, with_grad: bool) -> None:
+    def __init__(
+        self, names: list[str], signature: Signature, norm: bool, with_grad: bool
+    ) -> None:
         super().__init__()
-        self.inputs, self.norm, self.with_grad = inputs, norm, with_grad
+        self.names, self.signature = names, signature
+        self.norm, self.with_grad = norm, with_grad
+        self.lists: list[tuple[list, list]] = []
         self.proxy_buffer_attributes = norm
         self.ambient = _ambient()
         self.proxies: list[weakref.ref[_Proxy]] = []
@@ -152,8 +159,34 @@ class _Tracer(fx.Tracer):
         return super().call_module(m, forward, args, kwargs)
 
     def create_args_for_root(self, root_fn, is_module, concrete_args=None):
-        proxies = (self.create_proxy("placeholder", name, (), {}) for name in self.inputs)
-        return root_fn, [self.root, *proxies]
+        given = [self.root, *map(self.argument, self.names, self.signature)]
+        return root_fn, given
+
+    def argument(self, name: str, argument: Argument) -> Any:
+        """What stands for an argument while the forward is traced."""
+        if argument.kind == "value":
+            return argument.value
+        if argument.kind in ("list", "tuple"):
+            many = [
+                self.create_proxy("placeholder", f"{name}_{i}", (), {})
+                for i in range(argument.value)
+            ]
+            if argument.kind == "tuple":
+                return tuple(many)
+            self.lists.append((many, list(many)))
+            return many
+        return self.create_proxy("placeholder", name, (), {})
+
+    def changed_lists(self) -> bool:
+        """Whether the forward has changed a list that it was given; they are emptied."""
+        changed = any(
+            len(now) != len(before) or any(a is not b for a, b in zip(now, before, strict=True))
+            for now, before in self.lists
+        )
+        for now, before in self.lists:
+            now.clear()
+            before.clear()
+        return changed
 
 
 def _ambient() -> tuple[Any, ...]:
@@ -191,11 +224,14 @@ MODES = tuple(
 """(mode of the module, mode of all modules below it, context) for every traced run."""
 
 
-def trace(module: nn.Module, fake: FakeTensorMode) -> Forward:
+def trace(
+    module: nn.Module, fake: FakeTensorMode, signature: Signature | None = None
+) -> Forward:
     """The graphs of `module`'s own forward in training and in evaluation mode.
 
-    Arguments with a default take it. The forward runs several times on a copy (`sandbox`), with
-    and without gradients and autocast, and must make the same calls every time.
+    It is called as `signature` says, or with one tensor for each argument without a default. The
+    forward runs several times on a copy (`sandbox`), with and without gradients and autocast, and
+    must make the same calls every time.
 
     Raises:
         Mismatch: the forward has no required argument (wrappers such as DistributedDataParallel),
@@ -204,7 +240,12 @@ def trace(module: nn.Module, fake: FakeTensorMode) -> Forward:
     """
     if isinstance(module, fx.GraphModule):
         return _of_graph(module)
-    inputs = _required(module)
+    if "forward" in vars(module):
+        raise Mismatch("its forward is replaced on the instance; override it in a class")
+    try:
+        names, signature = names_of(module, signature)
+    except ValueError as reason:
+        raise Mismatch(str(reason)) from None
     if _asks_for_types(module):
         raise Mismatch("its forward cannot run fused: it depends on the type of a value")
     norm = {"running_mean", "running_var"} <= {*module._parameters, *module._buffers}
@@ -218,11 +259,13 @@ def trace(module: nn.Module, fake: FakeTensorMode) -> Forward:
                     vars(one)["training"] = below
                 vars(copied)["training"] = training
                 with context():
-                    tracer = _Tracer(inputs, norm, with_grad)
+                    tracer = _Tracer(names, signature, norm, with_grad)
                     graph = tracer.trace(copied)
                 modes = [one.training for one in copied.modules()]
                 if modes != [training] + [below] * (len(modes) - 1):
                     raise Mismatch("it switches modules between train and eval mode")
+                if tracer.changed_lists():
+                    raise Mismatch("it changes a list that it is given")
                 if leaks := tracer.leaks():
                     raise Mismatch(f"it stores a value that it computes in {min(leaks)}")
                 if str(graph) != str(graphs.setdefault((training, with_grad), graph)):
@@ -241,7 +284,8 @@ def trace(module: nn.Module, fake: FakeTensorMode) -> Forward:
         raise Mismatch(f"its forward cannot be traced{_line(error)}: {said}") from None
     both, others = [[graphs.get((t, g)) for t in (True, False)] for g in (True, False)]
     differ = norm and list(map(str, both)) != list(map(str, others))
-    return Forward(*both, Notes.of(module, reads), tuple(others) if differ else None)
+    notes = Notes.of(module, reads)
+    return Forward(*both, notes, signature, tuple(others) if differ else None)
 
 
 def _of_graph(module: fx.GraphModule) -> Forward:
@@ -284,19 +328,7 @@ def sequence(module: nn.Module) -> Forward | None:
     for name in module._modules:
         x = graph.call_module(name, (x,))
     graph.output(x)
-    return Forward(graph, graph, Notes())
-
-
-def _required(module: nn.Module) -> list[str]:
-    """Names of the positional arguments of `module.forward` that have no default."""
-    if "forward" in vars(module):
-        raise Mismatch("its forward is replaced on the instance; override it in a class")
-    parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    names = [p.name for p in parameters if p.kind in kinds and p.default is p.empty]
-    if not names:
-        raise Mismatch("its forward has no required positional argument")
-    return names
+    return Forward(graph, graph, Notes(), (Argument("any"),))
 
 
 def label(node: fx.Node) -> str:
@@ -312,29 +344,32 @@ class Forwards:
 
     def __init__(self) -> None:
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
-        self._known: dict[nn.Module, Forward | Mismatch] = {}
+        self._known: dict[Any, Forward | Mismatch] = {}
         self._alike: dict[Any, list[Forward]] = defaultdict(list)
 
-    def of(self, module: nn.Module) -> Forward:
-        """The forward of `module`; Mismatch if it cannot be traced."""
-        if module not in self._known:
+    def of(self, module: nn.Module, signature: Signature | None = None) -> Forward:
+        """The forward of `module`, called as `signature`; Mismatch if it cannot be traced."""
+        if signature is not None and is_default(module, signature):
+            signature = None
+        key = module, signature
+        if key not in self._known:
             try:
-                self._known[module] = sequence(module) or self._traced(module)
+                self._known[key] = sequence(module) or self._traced(module, signature)
             except Mismatch as reason:
-                self._known[module] = reason
-        found = self._known[module]
+                self._known[key] = reason
+        found = self._known[key]
         if isinstance(found, Mismatch):
             raise found
         return found
 
-    def _traced(self, module: nn.Module) -> Forward:
+    def _traced(self, module: nn.Module, signature: Signature | None) -> Forward:
         tree = tuple((path, type(one)) for path, one in module.named_modules())
-        alike = self._alike[tree]
+        alike = self._alike[signature, tree]
         if "forward" not in vars(module):
             for forward in alike:
                 if forward.notes.hold(module):
                     return forward
-        alike.append(trace(module, self._fake))
+        alike.append(trace(module, self._fake, signature))
         return alike[-1]
 
     def inside(self, child: nn.Module) -> Forward | None:

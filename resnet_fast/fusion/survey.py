@@ -7,6 +7,7 @@ that the forwards call, and those in regions.
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -20,8 +21,9 @@ from ..dispatch.guard import obstacle, refusal
 from ..models import ResNet
 from ..modules import PLAIN, Fused
 from ..spec.layers import Parts
+from .arguments import TENSOR, Argument, Signature, fits, passed
 from .counts import counted, counted_in, kind_of
-from .dataflow import Forwards, Mismatch, label
+from .dataflow import Forward, Forwards, Mismatch, label, sequence
 from .match import Region
 from .opening import Opened
 from .sandbox import internal
@@ -92,7 +94,8 @@ class _Walk:
         self.visited: set[nn.Module] = set()
         self.claimed: set[nn.Module] = set()
         self.tallied: set[nn.Module] = set()
-        self.calls: dict[nn.Module, list[tuple[nn.Module, fx.Node]]] = defaultdict(list)
+        self.calls: dict[nn.Module, list[tuple[nn.Module, Signature | None]]]
+        self.calls = defaultdict(list)
 
     def add(self, module: nn.Module, what: str, why: str = "", holder=None, plan=None) -> None:
         self.found.rows.append(Row(self.paths[module], what, why, holder or module, plan))
@@ -136,10 +139,21 @@ class _Walk:
         for child in module.children():
             self.calls[child] = []
 
+    def called(self, module: nn.Module) -> Forward:
+        """The forward of `module`, as the first call that can be traced; else Mismatch."""
+        signatures = [one for _, one in self.calls.get(module, ()) if one is not None]
+        reasons = []
+        for signature in [*dict.fromkeys(signatures)] or [None]:
+            try:
+                return self.forwards.of(module, signature)
+            except Mismatch as reason:
+                reasons.append(reason)
+        raise reasons[0]
+
     def forward(self, module: nn.Module) -> None:
         """Add the regions of the forward of `module`, and its other layers with a reason."""
         try:
-            forward = self.forwards.of(module)
+            forward = self.called(module)
         except Mismatch as reason:
             layers = [m for m in module.children() if isinstance(m, (_ConvNd, _NormBase))]
             self.claimed.update(layers)
@@ -165,7 +179,8 @@ class _Walk:
                 if node.op != "call_module":
                     continue
                 called = module.get_submodule(node.target)
-                self.calls[called].append((module, node))
+                kind = functools.partial(self.kind, module, forward)
+                self.calls[called].append((module, passed(node, kind)))
                 if not isinstance(called, (_ConvNd, _NormBase)) or called in self.claimed:
                     continue
                 if self.forwards.inside(called) is None:
@@ -202,6 +217,24 @@ class _Walk:
             if kind and module not in self.calls and module not in self.tallied:
                 for training in (True, False):
                     self.found.counts.append(Count(training, kind, module, None))
+
+    def kind(self, module: nn.Module, forward: Forward, value: fx.Node) -> Argument:
+        """What `value` is, in a graph of `module` or of a child that is open in it."""
+        if value.op == "placeholder" and sequence(module) is not None:
+            calls = [one for _, one in self.calls.get(module, ()) if one and len(one) == 1]
+            return calls[0][0] if calls else TENSOR
+        if value.op != "call_module":
+            return TENSOR
+        child = module.get_submodule(str(value.target))
+        inside = functools.partial(self.kind, module, forward)
+        try:
+            found = self.forwards.of(child, passed(value, inside))
+        except Mismatch:
+            return TENSOR
+        result = next(node for node in found.training.nodes if node.op == "output").args[0]
+        if isinstance(result, (list, tuple)):
+            return Argument("list" if isinstance(result, list) else "tuple", len(result))
+        return TENSOR
 
     def region(self, module: nn.Module, opened: Opened, region: Region) -> None:
         """Add the row of `region`: of the module if it is all that its forward does."""
@@ -251,7 +284,7 @@ class _Walk:
                 for row in mine:
                     at = self.found.rows.index(row)
                     self.found.rows[at] = row._replace(why=NOT_CALLED)
-            elif calls and not any(plan.fits(call) for _, call in calls):
+            elif calls and not any(fits(call, plan.signature) for _, call in calls):
                 self.drop(module, plan, mine)
                 self.add(module, type(module).__name__, WRONG_ARGUMENTS)
 

@@ -11,18 +11,19 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
-from ..dispatch.guard import plain_call
+from ..dispatch.guard import transformed, watched
 from ..dispatch.packed_filters import Rechecked
 from ..models import ResNet
 from ..models.copies import copy_modules
 from ..modules import PLAIN, Fused
+from .arguments import Signature, tensors_of
 from .dataflow import Forward, Forwards, Mismatch
 from .match import Region, regions_of
 from .opening import Opened, Opening, Traced, crossed
@@ -54,7 +55,8 @@ class Swapped(Rechecked):
             cls = type(self)
             self.__class__ = cls._plain_class
             try:
-                self._fused_plan = _plan_again(self, self._fused_impl)
+                signature = self._fused_plan.signature
+                self._fused_plan = _plan_again(self, self._fused_impl, signature)
             finally:
                 self.__class__ = cls
 
@@ -66,10 +68,11 @@ class Swapped(Rechecked):
 
     def forward(self, *args, **kwargs):
         plan = self._fused_plan
-        if plan is None or kwargs or len(args) != plan.inputs or plain_call(*args):
+        given = None if plan is None or kwargs else plan.given(args)
+        if given is None or not plan.holds(self):
             return super().forward(*args, **kwargs)
-        run = plan.forward(self) if plan.holds(self) else None
-        return super().forward(*args, **kwargs) if run is None else run(self, *args)
+        run = plan.forward(self)
+        return super().forward(*args, **kwargs) if run is None else run(self, *given)
 
     def extra_repr(self) -> str:
         return ", ".join(filter(None, (super().extra_repr(), f"impl={self._fused_impl!r}")))
@@ -79,15 +82,22 @@ class Swapped(Rechecked):
 class Plan:
     """What a fused module runs, and what must be unchanged for that.
 
-    traced: the module, and the children that are open in its forward, by path. inputs: the number
-    of its arguments. functions: the forward for each set of modes, made when it is needed.
+    traced: the module, and the children that are open in its forward, by path. signature: its
+    arguments. functions: the forward for each set of modes, made when it is needed.
     """
 
     traced: dict[str, Traced]
-    inputs: int
+    signature: Signature | None
     impl: str
     regions: frozenset[Region]
     functions: dict[tuple[bool, ...], Function] = field(default_factory=dict)
+
+    def given(self, args: tuple[Any, ...]) -> Sequence[Any] | None:
+        """What the functions take of `args`; None if a plain call must run."""
+        found = args if self.signature is None else tensors_of(self.signature, args)
+        if found is None or watched():
+            return None
+        return None if any(isinstance(t, Tensor) and transformed(t) for t in found) else found
 
     def holds(self, module: nn.Module) -> bool:
         """Whether all forwards, and what they read, are unchanged since tracing."""
@@ -116,19 +126,18 @@ class Plan:
         return replace(self, traced=traced)
 
     def __reduce__(self):
-        return Unread, ()
-
-    def fits(self, call: fx.Node) -> bool:
-        """Whether `call` passes the arguments that the traced forward takes."""
-        return len(call.args) == self.inputs and not call.kwargs
+        return Unread, (self.signature,)
 
 
 class Own:
     """Stands for the plan of a module of resnet_fast, which has its own fused forward."""
 
 
+@dataclass(frozen=True)
 class Unread:
     """Stands in a pickle for the plan, which is computed again when the pickle is loaded."""
+
+    signature: Signature | None
 
 
 class Matched(NamedTuple):
@@ -160,19 +169,20 @@ def match(
         if entered == traced.keys():
             break
         traced = {path: one for path, one in traced.items() if path in entered}
-    inputs = [n for n in forward.training.nodes if n.op == "placeholder" and not n.args]
     everything = frozenset(region for _, regions, _ in graphs.values() for region in regions)
-    plan = Plan(traced, len(inputs), impl, everything)
+    plan = Plan(traced, forward.signature, impl, everything)
     for mode, (opened, regions, _) in graphs.items():
         plan.functions[(mode,) * len(traced)] = rewritten(opened.graph, regions, impl)
     return Matched(plan, graphs)
 
 
-def _plan_again(module: nn.Module, impl: str) -> Plan | None:
+def _plan_again(
+    module: nn.Module, impl: str, signature: Signature | None = None
+) -> Plan | None:
     """The plan of a module that was loaded from a pickle."""
     forwards = Forwards()
     try:
-        forward = forwards.of(module)
+        forward = forwards.of(module, signature)
     except Mismatch:
         return None
     return match(module, forward, impl, forwards.inside).plan
