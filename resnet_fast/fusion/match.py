@@ -251,17 +251,13 @@ class _Flow:
         ends = [*ends, after] if relu else [add]
         sides = [self.beside(*pair, taken) for pair in (add.args, add.args[::-1])]
         sides.sort(key=lambda side: (not side.beside_x, -len(side.calls)))
-        nothing = _Side([], add.args[1]) if relu else None
-        reason = ""
-        for side in (*sides, nothing):
-            try:
-                if side is None or not (relu or "n" in self.letters(side.calls)):
-                    continue
-                if side is nothing or side.calls:
-                    return self.sum(add, side, ends, relu)
-            except Refused as why:
-                reason = reason or str(why)
-        return reason
+        sides = [side for side in sides if side.calls and (relu or "n" in self.letters(side.calls))]
+        if relu:
+            sides.append(_Side([], add.args[1]))
+        try:
+            return self.sum(add, sides[0], ends, relu) if sides else ""
+        except Refused as why:
+            return str(why)
 
     def sum(self, add: fx.Node, side: _Side, ends: list[fx.Node], relu: bool) -> Region:
         """The region of `side` and the calls `ends`; Refused if it would not do the same."""

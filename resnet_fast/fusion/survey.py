@@ -166,28 +166,35 @@ class _Walk:
             self.found.plans.append((module, plan))
         self.claimed.update(module.get_submodule(path) for path in plan.traced if path)
         taken: set[nn.Module] = set()
-        said: set[tuple[str, str]] = set()
-        for opened, regions, _ in graphs.values():
-            for region in regions:
+        found = {mode: {(r.place, str(r)): r for r in graphs[mode][1]} for mode in (True, False)}
+        for mode, regions in found.items():
+            for key, region in regions.items():
                 taken.update(map(module.get_submodule, region.layers))
-                if (region.place, str(region)) not in said:
-                    said.add((region.place, str(region)))
-                    self.region(module, opened, region)
+                if mode or key not in found[True]:
+                    alone = key not in found[not mode]
+                    only = f"in {'training' if mode else 'evaluation'} mode" if alone else ""
+                    self.region(module, graphs[mode][0], region, only)
         self.claimed.update(m for one in taken for m in one.modules())
-        for opened, _, refused in graphs.values():
+        refused: dict[str, None] = {}
+        for opened, _, reasons in graphs.values():
+            refused |= dict.fromkeys(filter(None, reasons.values()))
             for node in opened.graph.nodes:
-                if node.op != "call_module":
-                    continue
-                called = module.get_submodule(node.target)
-                kind = functools.partial(self.kind, module, forward)
-                self.calls[called].append((module, passed(node, kind)))
-                if not isinstance(called, (_ConvNd, _NormBase)) or called in self.claimed:
-                    continue
-                if self.forwards.inside(called) is None:
-                    self.claimed.add(called)
-                    self.add(called, type(called).__name__, self.reason(module, node))
-            for why in dict.fromkeys(filter(None, refused.values())):
-                self.add(module, f"{type(module).__name__}: addition", why)
+                if node.op == "call_module":
+                    self.call(module, forward, node)
+        for why in refused:
+            self.add(module, f"{type(module).__name__}: addition", why)
+        why = refusal(module) if isinstance(module, (_ConvNd, _NormBase)) else None
+        if why is not None and not plan.regions:
+            self.add(module, type(module).__name__, f"it {why}")
+
+    def call(self, module: nn.Module, forward: Forward, node: fx.Node) -> None:
+        """Note a call in the forward of `module`; add the layer that it calls, if left alone."""
+        called = module.get_submodule(str(node.target))
+        kind = functools.partial(self.kind, module, forward)
+        self.calls[called].append((module, passed(node, kind)))
+        if kind_of(called) and called not in self.claimed and self.forwards.inside(called) is None:
+            self.claimed.add(called)
+            self.add(called, type(called).__name__, self.reason(module, node))
 
     def count(self, module: nn.Module, matched: Matched) -> None:
         """Count the calls of `module`, and of the children that are open in it."""
@@ -236,20 +243,23 @@ class _Walk:
             return Argument("list" if isinstance(result, list) else "tuple", len(result))
         return TENSOR
 
-    def region(self, module: nn.Module, opened: Opened, region: Region) -> None:
+    def region(self, module: nn.Module, opened: Opened, region: Region, why: str) -> None:
         """Add the row of `region`: of the module if it is all that its forward does."""
         rest = [n for n in opened.graph.nodes if n.op[:4] == "call" and n not in region.calls]
         beside = [region.residual] if region.beside.endswith("(x)") else []
         if rest == beside:
-            self.add(module, f"{type(module).__name__}: {region}", plan=region)
+            self.add(module, f"{type(module).__name__}: {region}", why, plan=region)
             return
-        self.add(module.get_submodule(region.place), str(region), holder=module, plan=region)
+        first = module.get_submodule(region.place)
+        self.add(first, str(region), why, holder=module, plan=region)
 
     def reason(self, module: nn.Module, call: fx.Node) -> str:
         """Why the layer of `call` is not part of a region."""
         why = refusal(module.get_submodule(call.target))
         if why is not None:
             return f"it {why}"
+        if kind_of(module.get_submodule(call.target)) == "activations":
+            return f"it follows {label(call.args[0])}, not a norm or an addition"
         users = list(call.users)
         if len(users) != 1:
             return f"its result is used {len(users)} times; only a result used once can be fused"
@@ -283,7 +293,7 @@ class _Walk:
                     continue
                 for row in mine:
                     at = self.found.rows.index(row)
-                    self.found.rows[at] = row._replace(why=NOT_CALLED)
+                    self.found.rows[at] = row._replace(why=row.why or NOT_CALLED)
             elif calls and not any(fits(call, plan.signature) for _, call in calls):
                 self.drop(module, plan, mine)
                 self.add(module, type(module).__name__, WRONG_ARGUMENTS)

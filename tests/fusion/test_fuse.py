@@ -22,7 +22,6 @@ from resnet_fast import blocks, modules
 from resnet_fast.dispatch import backends
 from resnet_fast.fusion import rewrite
 from resnet_fast.fusion.api import explain, fuse, unfuse
-from resnet_fast.fusion.swap import Swapped
 
 
 def randomize(model):
@@ -243,9 +242,8 @@ class TestWhatIsLeftAlone:
     def test_with_a_reason(self, name):
         build, path, reason = LEFT_ALONE[name]
         model = build()
-        said = why(fuse(model), path)
-        assert said.startswith("left alone: ") and reason in said
-        assert not isinstance(fuse(model), Swapped) or path != "(model)"
+        rows = [row for row in explain(fuse(model)).rows if row.path == path]
+        assert any(row.state == "left alone" and reason in row.why for row in rows)
 
     @pytest.mark.parametrize("name", RUNS)
     def test_still_computes_the_same(self, name):
@@ -284,8 +282,10 @@ class TestHooks:
         handle = child.register_forward_hook(lambda m, args, y: seen.append(y.shape))
         close(model(x), plain(x))
         assert len(seen) == (2 if name == "relu" else 1)
-        said = why(model, "layer2.0")
-        assert said == "fusible: " if "down" in name else f"{name} has hooks" in said
+        rows = explain(model).rows
+        assert not any(row.state == "fused" and row.path.startswith("layer2.0") for row in rows)
+        if name != "downsample":  # its children run fused, and it is called
+            assert "it has hooks" in why(model, f"layer2.0.{name}")
         handle.remove()
         assert why(model, "layer2.0") == "fused: "
 
@@ -418,7 +418,8 @@ class TestChangedLater:
         for changed in (model, plain):
             changed.layer1[0].bn1 = nn.InstanceNorm2d(4)
         close(model(x), plain(x))
-        assert "is of class InstanceNorm2d" in why(model, "layer1.0")
+        assert "is of class InstanceNorm2d" in why(model, "layer1.0.bn1")
+        assert "layer1.0" not in fused(model)
 
     def test_a_forward_with_another_norm_runs_as_it_says(self, net):
         model, plain, x = fuse(net), copy.deepcopy(net), torch.randn(IMAGE, dtype=torch.float64)
@@ -528,9 +529,28 @@ class TestExplain:
         lines = str(explain(fuse(net))).splitlines()
         column = lines[0].index("is ")
         assert lines[0].split() == ["path", "what", "is", "why"]
-        assert all(re.match("fused|left alone", line[column:]) for line in lines[1:-2])
-        assert re.fullmatch(r"5 fused, 0 fusible, \d left alone", lines[-2])
-        assert re.fullmatch(r'impl="auto" picks \w+ for inference, \w+ for .* on cpu\)', lines[-1])
+        assert all(re.match("fused|left alone", line[column:]) for line in lines[1:-3])
+        assert re.fullmatch(r"6 fused, 0 fusible, 1 left alone", lines[-3])
+        assert re.fullmatch(r'impl="auto" picks \w+ for inference, \w+ for .* on cpu\)', lines[-2])
+        counts = "9 of 10 convolutions, 10 of 10 norms, 9 of 9 activations, 4 of 4 additions"
+        assert lines[-1] == f"runs fused: {counts}"
+
+    def test_counts_for_each_mode_what_runs_fused(self):
+        class Alternating(Basic):
+            def forward(self, x):
+                return super().forward(x) if self.training else self.bn1(self.conv1(x)) * 2
+
+        model = Alternating(4, 4)
+        plain = explain(model)
+        assert plain.summary().startswith("fuse would run: 1 of 1 convolutions, 1 of 1 norms; in")
+        shares = explain(fuse(model)).shares
+        assert shares["evaluation"]["convolutions"] == shares["evaluation"]["norms"] == (1, 1, 1)
+        assert shares["training"]["activations"] == (2, 2, 2)
+        assert shares["training"]["additions"] == (1, 1, 1)
+        assert [(row.what, row.why) for row in explain(model).rows] == [
+            ("Alternating: conv norm relu conv norm + x relu", "in training mode"),
+            ("conv norm", "in evaluation mode"),
+        ]
 
     @pytest.mark.parametrize("name", [*MODELS, *CALLED])
     def test_says_what_happens(self, name, monkeypatch):
@@ -539,12 +559,13 @@ class TestExplain:
         model, ran = fuse(randomize(build())), set()
 
         def run(parts, *args, **options):
-            ran.add((parts.convs, parts.norms))
+            ran.add((parts.convs, parts.norms, parts.pool))
             return modules.run_fused(parts, *args, **options)
 
         monkeypatch.setattr(rewrite, "run_fused", run)
         model(torch.randn(shape, dtype=torch.float64))
-        said = [row for row in explain(model).rows if row.state == "fused" and row.why == ""]
+        rows = [row for row in explain(model).rows if row.state == "fused"]
+        said = [row for row in rows if row.why in ("", "in training mode")]
         assert len(ran) == len(said)
         assert len(said) > 0 or name == "flag"
 
