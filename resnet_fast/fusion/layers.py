@@ -63,9 +63,8 @@ class Named:
     cls: type[nn.Module]
     children: int
 
-    def __call__(self, held: Callable[[str], Any]) -> nn.Module | None:
+    def __call__(self, module: nn.Module) -> nn.Module | None:
         """The module; None if it can no longer be fused."""
-        module = held(self.targets[0])
         same = type(module) is self.cls and len(module._modules) == self.children
         return module if same and refusal(module) is None else None
 
@@ -83,11 +82,11 @@ class Borrowing:
     options: tuple[tuple[str, Any], ...]
     same_dtype: bool = False
 
-    def __call__(self, held: Callable[[str], Any]) -> Any:
-        """The layer; None if a tensor has another class."""
-        tensors = [None if name is None else held(name) for name in self.targets]
-        if any(t is not None and not isinstance(t, Tensor) for t in tensors):
-            return None
+    def __call__(self, *tensors: Any) -> Any:
+        """The layer; None if a tensor is anything else."""
+        for t, name in zip(tensors, self.targets, strict=True):
+            if not isinstance(t, Tensor) and name is not None:
+                return None
         return self.make(*tensors, **dict(self.options))
 
 
@@ -101,9 +100,8 @@ class Gate:
     targets: tuple[str, ...]
     function: Callable[..., Tensor] = field(compare=False)
 
-    def __call__(self, held: Callable[[str], Any]) -> Callable[[Tensor], Tensor]:
+    def __call__(self, *given: Any) -> Callable[[Tensor], Tensor]:
         """The factors [N,C,1,1] as a function of the means."""
-        given = [held(name) for name in self.targets]
 
         def gate(means: Tensor) -> Tensor:
             factors = self.function(means.clone(), *given)  # it may change them in place
@@ -201,7 +199,7 @@ def _of_function(node: fx.Node) -> Layer | None:
             return None
         pool = Borrowing((), BorrowedPool, _fixed(options))
         try:
-            windows_of(pool(str))
+            windows_of(pool())
         except ValueError:
             return None
         return Layer("m", source, pool)

@@ -9,7 +9,7 @@ opened, and only those are that a chain enters or leaves.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import fx, nn
 
@@ -42,6 +42,12 @@ class Traced:
     def of(cls, path: str, module: nn.Module, graphs, notes: Notes) -> Traced:
         kind = type(module)
         return cls(path, graphs, kind, kind.forward, tuple(module._modules), notes)
+
+    def without(self, named: Collection[str]) -> Traced:
+        """This without notes of the children `named` from the root, which are layers of regions."""
+        prefix = f"{self.path}." if self.path else ""
+        mine = {name.removeprefix(prefix) for name in named if name.startswith(prefix)}
+        return replace(self, notes=self.notes.without(mine))
 
     @property
     def is_identity(self) -> bool:

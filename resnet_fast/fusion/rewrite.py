@@ -10,11 +10,10 @@ from torch import Tensor, fx
 
 from ..dispatch.guard import hooked, plain_call
 from ..modules import run_fused, run_gated
-from ..spec.chain import Conv
 from ..spec.dtypes import autocast
 from ..spec.layers import Parts
 from ..spec.values import pair
-from .layers import Borrowing
+from .layers import Borrowing, View
 from .match import Region
 from .subgraph import Function, compiled, function_of
 
@@ -71,18 +70,15 @@ def _fused_call(region: Region, impl: str) -> tuple[Function, list[str]]:
 
     If the fused ops do not support the call, or a layer has changed, the calls run one by one.
     """
-    gate = region.gate
+    gate, parts = region.gate, region.parts
     more = (*region.results, *(gate.targets if gate else ()))
     plain, names = function_of(region.calls, (region.x, region.residual), more)
-    parts, around = region.parts, region.around
-    views = [view for view in (*parts.convs, *parts.norms, *parts[4:7]) if view is not None]
-    same_dtype = any(isinstance(view, Borrowing) and view.same_dtype for view in views)
+    views = list(dict.fromkeys([*_views(parts), *region.around]))
+    at = [[names.index(name) if name else -1 for name in view.targets] for view in views]
+    layers = parts.each(views.index)
+    gate_at = [names.index(name) for name in gate.targets] if gate else []
     watched = [names.index(name) for name in region.results]
-
-    def layers(held: dict[str, Any]) -> Parts | None:
-        """The layers of the region; None if one has changed."""
-        read = {view: view(held.get) for view in (*views, *around)}
-        return None if None in read.values() else parts.each(read.__getitem__)
+    same_dtype = any(isinstance(view, Borrowing) and view.same_dtype for view in views)
 
     def fused_call(x: Tensor, residual: Any, version: int | None, *held: Any) -> Tensor:
         if version is not None and x._version != version:
@@ -90,13 +86,18 @@ def _fused_call(region: Region, impl: str) -> tuple[Function, list[str]]:
                 f"{region}: a tensor is changed in place after the first of these layers reads "
                 "it, which fused calls do not support; use resnet_fast.unfuse(model)"
             )
-        read = None if _is_plain(x, residual) else layers(dict(zip(names, held, strict=True)))
-        if read is None or any([hooked(held[i]) for i in watched]) or not _fits(read, x, residual):
+        found: list[Any] = []
+        if not _is_plain(x, residual) and not any([hooked(held[i]) for i in watched]):
+            given = *held, None
+            for view, places in zip(views, at, strict=True):
+                found.append(view(*[given[i] for i in places]))
+        if len(found) < len(views) or None in found:
             return plain(x, residual, *held)
-        if same_dtype and not _same_dtype(read, x):
+        read = layers.each(found.__getitem__)
+        if not _fits(read, x, residual) or (same_dtype and not _same_dtype(read, x)):
             return plain(x, residual, *held)
         if gate is not None:
-            factors = gate(dict(zip(names, held, strict=True)).get)
+            factors = gate(*[held[i] for i in gate_at])
             return run_gated(read, factors, x, residual, impl=impl)
         return run_fused(read, x, residual, impl=impl)
 
@@ -122,19 +123,24 @@ def _fits(read: Parts, x: Tensor, residual: Any) -> bool:
     """Whether the addition is of two tensors of one shape."""
     if residual is None and read.shortcut == "none":
         return True
-    try:
-        y = _shape(read.convs, x.shape)
-        other = x.shape if residual is None else residual.shape
-        if read.projection is not None:
-            other = _shape((read.projection,), x.shape)
-    except ValueError:
-        return False
-    return tuple(y) == tuple(other)
+    other = x.shape if residual is None else residual.shape
+    if read.projection is not None:
+        other = _shape((read.projection,), x.shape)
+    return _shape(read.convs, x.shape) == tuple(other)
 
 
-def _shape(convs: Iterable[Any], shape: Sequence[int]) -> Sequence[int]:
+def _shape(convs: Iterable[Any], shape: Sequence[int]) -> tuple[int, ...]:
+    """The shape of the result of `convs` on a tensor of `shape`."""
+    n, c, *sizes = shape
     for conv in convs:
-        names = ("stride", "padding", "dilation")
-        rule = Conv(*[pair(getattr(conv, name), name) for name in names], conv.groups)
-        shape = rule.output_shape(shape, conv._parameters["weight"].shape)
-    return shape
+        weight = conv._parameters["weight"]
+        c = weight.shape[0]
+        for i in (0, 1):
+            reach = pair(conv.dilation, "dilation")[i] * (weight.shape[2 + i] - 1) + 1
+            room = sizes[i] + 2 * pair(conv.padding, "padding")[i] - reach
+            sizes[i] = room // pair(conv.stride, "stride")[i] + 1
+    return (n, c, *sizes)
+
+
+def _views(parts: Parts) -> list[View]:
+    return [view for view in (*parts.convs, *parts.norms, *parts[4:7]) if view is not None]

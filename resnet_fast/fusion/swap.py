@@ -170,6 +170,8 @@ def match(
             break
         traced = {path: one for path, one in traced.items() if path in entered}
     everything = frozenset(region for _, regions, _ in graphs.values() for region in regions)
+    named = {name for region in everything for name in region.layers}
+    traced = {path: one.without(named) for path, one in traced.items()}
     plan = Plan(traced, forward.signature, impl, everything)
     for mode, (opened, regions, _) in graphs.items():
         plan.functions[(mode,) * len(traced)] = rewritten(opened.graph, regions, impl)
