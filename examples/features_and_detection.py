@@ -1,7 +1,7 @@
 """A feature pyramid and a small detection head on a fused backbone: all of it is fused.
 
 Call the backbone's layers one by one, and fuse the whole detector. A backbone of torchvision works
-the same way. `create_feature_extractor` makes a GraphModule, which `fuse` leaves alone.
+the same way, and `fuse` takes the result of torchvision's `create_feature_extractor`.
 
 Needs: nothing beyond resnet_fast
 Run:   python examples/features_and_detection.py
