@@ -87,6 +87,8 @@ class Borrowing:
         for t, name in zip(tensors, self.targets, strict=True):
             if not isinstance(t, Tensor) and name is not None:
                 return None
+        if any(t is not None and t.requires_grad for t in tensors[2:]):
+            return None  # statistics get no gradient
         return self.make(*tensors, **dict(self.options))
 
 

@@ -205,19 +205,19 @@ class SwappedGraph(Swapped):
 
     def recompile(self):
         """Compile the plain forward from the graph, as after each change of it, and fuse it."""
-        with self._plain() as held:
-            code = self.recompile()
-            held["_fused_plan"] = _plan_again(self, held["_fused_impl"])
-        return code
+        with self._plain():
+            return self.recompile()
 
     @contextlib.contextmanager
     def _plain(self):
-        """As the plain module; yields what is set again afterwards."""
-        fused = type(self)
+        """As the plain module, then as a fused one; with a new plan if it has been recompiled."""
+        fused, plain = type(self), self._plain_class
         held = {name: vars(self).pop(name) for name in ("_fused_plan", "_fused_impl")}
-        self.__class__ = self._plain_class
+        self.__class__, before = plain, plain.forward
         try:
-            yield held
+            yield
+            if plain.forward is not before:
+                held["_fused_plan"] = _plan_again(self, held["_fused_impl"])
         finally:
             self.__class__ = fused
             vars(self).update(held)

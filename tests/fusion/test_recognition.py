@@ -1,0 +1,463 @@
+"""What `fuse` takes for a norm, a gate or a call, and what only looks like one."""
+
+import copy
+import pickle
+from collections import OrderedDict
+
+import pytest
+import torch
+import torch.nn.functional as F
+from ecosystem_norms import Frozen, NormAct
+from foreign_models import Basic, ResNet
+from test_fuse import assert_same_mathematics, close, fused, randomize, results
+from torch import fx, nn
+
+from resnet_fast import explain, fuse, unfuse
+from resnet_fast.fusion import rewrite
+
+
+def image(channels=4, size=8, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(2, channels, size, size, generator=generator, dtype=torch.float64).to(dtype)
+
+
+@pytest.fixture
+def fused_calls(monkeypatch):
+    """The chains that ran fused, as they ran."""
+    ran = []
+
+    def counted(run):
+        return lambda parts, *args, **options: (ran.append(parts), run(parts, *args, **options))[1]
+
+    for name in ("run_fused", "run_gated"):
+        monkeypatch.setattr(rewrite, name, counted(getattr(rewrite, name)))
+    return ran
+
+
+class Arithmetic(nn.Module):
+    """A norm of running statistics, as `formula` writes it."""
+
+    def __init__(self, formula, channels=4):
+        super().__init__()
+        self.formula, self.eps = formula, 1e-3
+        for name in ("weight", "bias", "running_mean"):
+            self.register_buffer(name, torch.randn(channels))
+        self.register_buffer("running_var", torch.rand(channels) + 0.1)
+
+    def forward(self, x):
+        w, b, m, v = (
+            t.reshape(1, -1, 1, 1)
+            for t in (self.weight, self.bias, self.running_mean, self.running_var)
+        )
+        return self.formula(x, w, b, m, v, self.eps)
+
+
+def unit(norm):
+    return nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, bias=False), norm, nn.ReLU())
+
+
+NORMS = {
+    "scale-and-shift": lambda x, w, b, m, v, eps: (
+        x * (w * (v + eps).rsqrt()) + (b - m * (w * (v + eps).rsqrt()))
+    ),
+    "division": lambda x, w, b, m, v, eps: (
+        (b - m * w / torch.sqrt(v + eps)) + (w / torch.sqrt(v + eps)) * x
+    ),
+    "power": lambda x, w, b, m, v, eps: x * (w * (v + eps) ** -0.5) + (b - m * w * (v + eps) ** -0.5),
+    "no-eps": lambda x, w, b, m, v, eps: x * (w * v.rsqrt()) + (b - m * w * v.rsqrt()),
+}
+NOT_NORMS = {
+    "variance": lambda x, w, b, m, v, eps: x * (w / (v + eps)) + (b - m * w / (v + eps)),
+    "mean-with-its-sign": lambda x, w, b, m, v, eps: (
+        x * (w * (v + eps).rsqrt()) + (b + m * (w * (v + eps).rsqrt()))
+    ),
+    "no-weight": lambda x, w, b, m, v, eps: x * (v + eps).rsqrt() + (b - m * (v + eps).rsqrt()),
+    "clamped": lambda x, w, b, m, v, eps: (
+        x * (w * (v.clamp(min=0.3) + eps).rsqrt()) + (b - m * (w * (v + eps).rsqrt()))
+    ),
+    "twice": lambda x, w, b, m, v, eps: (
+        x * (w * (v + eps).rsqrt()) * 2 + (b - m * (w * (v + eps).rsqrt()))
+    ),
+}  # fmt: skip
+
+
+class TestNorms:
+    @pytest.mark.parametrize("name", NORMS)
+    def test_arithmetic_of_running_statistics_is_one(self, name, fused_calls):
+        model = unit(Arithmetic(NORMS[name])).double()
+        assert fused(fuse(model)) == {"(model)": "Sequential: conv norm relu"}
+        assert_same_mathematics(model, image())
+        (norm,) = {parts.norms[1].eps for parts in fused_calls}
+        assert norm == (0.0 if name == "no-eps" else 1e-3)
+
+    @pytest.mark.parametrize("name", NOT_NORMS)
+    def test_other_arithmetic_is_none(self, name):
+        model = unit(Arithmetic(NOT_NORMS[name])).double()
+        assert "norm" not in str(fused(fuse(model)))
+        assert_same_mathematics(model, image())
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+    @pytest.mark.parametrize("autocast", [False, True])
+    def test_frozen_norms_give_the_dtype_that_plain_gives(self, dtype, autocast, fused_calls):
+        plain = unit(Frozen(4)).eval()
+        plain[0].to(dtype)
+        model, x = fuse(plain), image(dtype=dtype)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            actual, expected = model(x), plain(x)
+        assert actual.dtype == expected.dtype
+        torch.testing.assert_close(actual, expected, rtol=1e-2, atol=1e-2)
+        assert bool(fused_calls) is (dtype == torch.float32 and not autocast)
+
+    def test_a_frozen_norm_may_train_its_parameters(self):
+        model = unit(Arithmetic(NORMS["scale-and-shift"])).double()
+        norm = model[1]
+        for name in ("weight", "bias"):
+            value = norm._buffers.pop(name)
+            norm.register_parameter(name, nn.Parameter(value))
+        assert fused(fuse(model))
+        assert_same_mathematics(model, image())
+
+    def test_statistics_that_train_are_left_to_pytorch(self):
+        model = unit(Arithmetic(NORMS["scale-and-shift"])).double()
+        value = model[1]._buffers.pop("running_mean")
+        model[1].register_parameter("running_mean", nn.Parameter(value))
+        assert_same_mathematics(model, image())
+
+    @pytest.mark.parametrize("training", [True, False])
+    def test_a_norm_with_activation_follows_its_own_mode(self, training):
+        model = randomize(nn.Sequential(nn.Conv2d(4, 4, 1, bias=False), NormAct(4)))
+        plain, model = copy.deepcopy(model), fuse(model)
+        assert fused(model) == {"0": "conv norm relu"}
+        for one in (plain, model):
+            one.train(training)
+            one[1].train(not training)
+        close(model(image()), plain(image()))
+        close(dict(model.named_buffers()), dict(plain.named_buffers()))
+
+    @pytest.mark.parametrize(
+        "change", [{"eps": 0.5}, {"momentum": 0.7}, {"momentum": None}, {"weight": None}]
+    )
+    def test_a_norm_with_activation_may_be_changed(self, change):
+        model = randomize(nn.Sequential(nn.Conv2d(4, 4, 1, bias=False), NormAct(4)))
+        plain, model = copy.deepcopy(model), fuse(model)
+        for one in (plain, model):
+            for name, value in change.items():
+                setattr(one[1], name, value)
+        close(results(model, image()), results(plain, image()))
+
+
+class Gate(nn.Module):
+    """Squeeze-and-excitation, its product as `formula` writes it."""
+
+    def __init__(self, formula):
+        super().__init__()
+        self.formula = formula
+        self.down, self.relu, self.up = nn.Conv2d(4, 2, 1), nn.ReLU(inplace=True), nn.Conv2d(2, 4, 1)
+
+    def excite(self, means):
+        return self.up(self.relu(self.down(means))).sigmoid()
+
+    def forward(self, x):
+        return self.formula(self, x)
+
+
+class Gated(Basic):
+    def __init__(self, gate):
+        super().__init__(4, 4)
+        self.gate = gate
+
+    def forward(self, x):
+        out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        return self.relu(self.gate(out) + x)
+
+
+def linear(gate, x):
+    n, c, _, _ = x.size()
+    means = F.adaptive_avg_pool2d(x, 1).view(n, c)
+    return x * torch.tanh(means).view(n, c, 1, 1).expand_as(x)
+
+
+GATES = {
+    "mean": lambda gate, x: x * gate.excite(x.mean((2, 3), keepdim=True)),
+    "pool": lambda gate, x: gate.excite(F.adaptive_avg_pool2d(x, 1)) * x,
+    "view": linear,
+    "in-place": lambda gate, x: x * x.mean((2, 3), keepdim=True).mul_(2.0).add_(1.0),
+    "one-for-all": lambda gate, x: x * x.mean((2, 3), keepdim=True).mean(1, keepdim=True),
+}
+NO_GATES = {
+    "maximum": lambda gate, x: x * gate.excite(x.amax((2, 3), keepdim=True)),
+    "rows": lambda gate, x: x * gate.excite(x.mean(2, keepdim=True)),
+    "spatial": lambda gate, x: x * x.mean(1, keepdim=True).sigmoid(),
+    "itself": lambda gate, x: x * x.sigmoid(),
+    "size": lambda gate, x: x * (gate.excite(x.mean((2, 3), keepdim=True)) * x.size(2)),
+    "read-again": lambda gate, x: x * (s := gate.excite(x.mean((2, 3), keepdim=True))) + s,
+}  # fmt: skip
+
+
+class TestGates:
+    @pytest.mark.parametrize("name", GATES)
+    def test_factors_from_means_are_one(self, name):
+        model = randomize(Gated(Gate(GATES[name])))
+        assert fused(fuse(model)) == {
+            "(model)": "Gated: conv norm relu conv norm gate + x relu"
+        }
+        assert_same_mathematics(model, image())
+
+    @pytest.mark.parametrize("name", NO_GATES)
+    def test_others_are_none(self, name):
+        model = randomize(Gated(Gate(NO_GATES[name])))
+        assert "gate" not in str(fused(fuse(model))).lower().replace("gated", "")
+        assert_same_mathematics(model, image())
+
+    def test_hooks_in_a_gate_run_and_a_hook_on_it_sees_its_result(self):
+        plain = randomize(Gated(Gate(GATES["mean"]))).eval()
+        model, x, seen = fuse(copy.deepcopy(plain)), image(), []
+        for one in (plain, model):
+            one.gate.up.register_forward_hook(lambda m, args, y: seen.append(y))
+        close(model(x), plain(x))
+        close(*seen)
+        for one in (plain, model):
+            one.gate.register_forward_hook(lambda m, args, y: (seen.append(y), 2 * y)[1])
+        close(model(x), plain(x))
+        close(seen[3], seen[5])
+
+    def test_its_norm_may_have_another_mode(self):
+        plain = randomize(Gated(Gate(GATES["mean"])))
+        plain.bn2.eval()
+        model = fuse(copy.deepcopy(plain))
+        close(model(image()), plain(image()))
+        close(dict(model.named_buffers()), dict(plain.named_buffers()))
+
+
+class Further(nn.Module):
+    """A block with a further argument, which its caller passes."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
+
+    def forward(self, x, shortcut=None, scale=1):
+        return F.relu(self.bn(self.conv(x)) + (x if shortcut is None else shortcut)) * scale
+
+
+class Joined(nn.Module):
+    """A list of tensors in; with `change` it writes to that list."""
+
+    def __init__(self, change=False):
+        super().__init__()
+        self.conv, self.bn, self.change = nn.Conv2d(8, 4, 1), nn.BatchNorm2d(4), change
+
+    def forward(self, features):
+        y = F.relu(self.bn(self.conv(torch.cat(features, 1))))
+        if self.change:
+            features[0] = y
+        return y
+
+
+class Calls(nn.Module):
+    def __init__(self, child, call):
+        super().__init__()
+        self.child, self.call = child, call
+
+    def forward(self, x):
+        return self.call(self.child, x)
+
+
+def written(child, x):
+    features = [x, x * 2]
+    return child(features) + features[0]
+
+
+CALLS = {
+    "list": (Joined, lambda child, x: child([x, x * 2])),
+    "tuple": (Joined, lambda child, x: child((x, x * 2))),
+    "value": (Further, lambda child, x: child(x, x * 2)),
+    "none": (Further, lambda child, x: child(x, None)),
+    "number": (Further, lambda child, x: child(x, x * 2, 3)),
+}
+
+
+class TestCalls:
+    @pytest.mark.parametrize("name", CALLS)
+    def test_arguments_as_the_caller_passes_them(self, name, fused_calls):
+        make, call = CALLS[name]
+        model = randomize(Calls(make(), call))
+        fuse(model)(image())
+        assert len(fused_calls) == 1
+        assert_same_mathematics(model, image())
+        other = pickle.loads(pickle.dumps(fuse(randomize(make()))))
+        assert isinstance(other, nn.Module)
+
+    @pytest.mark.parametrize(
+        "call", [lambda child, x: child(x, shortcut=x), lambda child, x: child(x, scale=2)]
+    )
+    def test_keywords_run_the_original(self, call, fused_calls):
+        model = randomize(Calls(Further(), call))
+        assert "with arguments that a fused forward does not" in str(explain(fuse(model)))
+        assert_same_mathematics(model, image())
+        assert fused_calls == []
+
+    def test_a_list_that_is_changed_is_left_alone(self, fused_calls):
+        model = randomize(Calls(Joined(change=True), written))
+        assert "it changes a list that it is given" in str(explain(fuse(model)))
+        assert_same_mathematics(model, image())
+        assert fused_calls == []
+
+    def test_other_arguments_than_were_traced_run_the_original(self):
+        model = fuse(randomize(Calls(Joined(), CALLS["list"][1]))).eval()
+        plain, x = unfuse(model), image()
+        close(model.child((x, x * 2)), plain.child((x, x * 2)))
+        close(model.child([x, x[:, :2], x[:, :2]]), plain.child([x, x[:, :2], x[:, :2]]))
+        with pytest.raises(TypeError):
+            model.child(3)
+
+
+class Switching(fx.GraphModule):
+    """As torchvision's feature extractors: another graph in each mode."""
+
+    def __init__(self, root, training, evaluation):
+        super().__init__(root, training)
+        self.graphs = {True: training, False: evaluation}
+
+    def train(self, mode=True):
+        self.graph = self.graphs[mode]
+        return super().train(mode)
+
+
+class TestGraphs:
+    def test_a_graph_is_fused_as_it_is(self):
+        model = fx.symbolic_trace(randomize(ResNet()))
+        shares = explain(fuse(model)).shares["training"]
+        assert all(share.fused == share.all > 0 for share in shares.values())
+        assert_same_mathematics(model, image(3, 16))
+
+    def test_follows_another_graph_in_each_mode(self, fused_calls):
+        net, x, both = randomize(ResNet()), image(3, 16), []
+        for one in (net, copy.deepcopy(net)):
+            training, evaluation = (fx.Tracer().trace(one) for _ in range(2))
+            with evaluation.inserting_before(last := list(evaluation.nodes)[-1]):
+                last.args = (evaluation.call_function(torch.neg, (last.args[0],)),)
+            both.append(Switching(one, training, evaluation))
+        plain, model = both[0], fuse(both[1])
+        for mode in (True, False, True):
+            fused_calls.clear()
+            close(model.train(mode)(x), plain.train(mode)(x))
+            assert len(fused_calls) == 5
+
+    def test_recompiled_it_computes_the_new_graph(self):
+        model = fuse(fx.symbolic_trace(randomize(Basic(4, 4)))).eval()
+        x = image()
+        before = model(x)
+        output = list(model.graph.nodes)[-1]
+        with model.graph.inserting_before(output):
+            output.args = (model.graph.call_function(torch.neg, (output.args[0],)),)
+        assert "call recompile()" in explain(model).rows[0].why
+        model.recompile()
+        close(model(x), -before)
+        assert explain(model).rows[0].state == "fused"
+        close(unfuse(model)(x), -before)
+
+    @pytest.mark.parametrize("again", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+    def test_copies_and_pickles_are_fused(self, again):
+        model = fuse(fx.symbolic_trace(randomize(Basic(4, 4))), impl="reference").eval()
+        other = again(model)
+        assert [*fused(other)] == [*fused(model)] == ["(model)"]
+        close(other(image()), model(image()))
+        assert not {id(p) for p in other.parameters()} & {id(p) for p in model.parameters()}
+
+    @pytest.mark.slow
+    def test_an_exported_program_is_fused(self):
+        plain = randomize(ResNet()).eval()
+        x = image(3, 16)
+        program = torch.export.export(plain, (x,)).module()
+        model = fuse(program)
+        shares = explain(model).shares["evaluation"]
+        assert all(share.fused == share.all > 0 for share in shares.values())
+        close(model(x), plain(x))
+        close(copy.deepcopy(model)(x), plain(x))
+
+    def test_ordered_dicts_of_features_keep_the_stem_fused(self):
+        class Features(nn.ModuleDict):
+            def forward(self, x):
+                found = OrderedDict()
+                for name, module in self.items():
+                    x = module(x)
+                    found[name] = x
+                return found
+
+        net = randomize(Basic(4, 4))
+        names = ("conv1", "bn1", "relu", "conv2")
+        model = fuse(Features({name: getattr(net, name) for name in names}).eval())
+        found = model(image())
+        assert type(found) is OrderedDict and list(found) == list(names)
+        close(found["conv1"], net.conv1(image()))
+
+
+class Aliased(Basic):
+    """Adds in place to what a child returns, which may be the child's input."""
+
+    def __init__(self, child):
+        super().__init__(4, 4)
+        self.child = child
+
+    def forward(self, x):
+        out = self.child(self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x))))))
+        out += x
+        return self.relu(out)
+
+
+class TestInPlace:
+    @pytest.mark.parametrize("child", [nn.Dropout, nn.Identity, lambda: nn.AvgPool2d(1)])
+    def test_an_addition_to_the_result_of_a_child_is_fused(self, child):
+        model = randomize(Aliased(child())).eval()
+        plain, model = copy.deepcopy(model), fuse(model)
+        assert "relu" in str(fused(model))
+        close(model(image()), plain(image()))
+
+    def test_and_a_hook_on_the_child_sees_it(self):
+        plain = randomize(Aliased(nn.AvgPool2d(1))).eval()
+        model, seen = fuse(copy.deepcopy(plain)), []
+        for one in (plain, model):
+            one.child.register_forward_hook(lambda m, args, y: seen.append(y))
+        with torch.no_grad():
+            close(model(image()), plain(image()))
+        close(*seen)
+
+    def test_an_addition_to_the_caller_s_tensor_changes_it(self):
+        class Into(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.conv, self.bn = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+                self.drop = nn.Dropout(0.5)
+
+            def forward(self, x):
+                out = self.bn(self.conv(x))
+                y = self.drop(x)
+                y += out
+                return F.relu(y)
+
+        plain = randomize(Into()).eval()
+        model, given = fuse(plain), [image(), image()]
+        with torch.no_grad():
+            close(model(given[0]), plain(given[1]))
+        close(*given)
+        assert not torch.equal(given[0], image())
+
+    def test_a_change_between_the_layers_of_a_region_is_an_error(self):
+        class Changing(nn.Module):
+            def forward(self, x):
+                return x.add_(1.0)
+
+        class Between(Basic):
+            def __init__(self):
+                super().__init__(4, 4)
+                self.change = Changing()
+
+            def forward(self, x):
+                out = self.conv1(x)
+                shortcut = self.change(x)
+                return self.relu(self.bn1(out) + shortcut)
+
+        model = fuse(randomize(Between())).eval()
+        with torch.no_grad(), pytest.raises(RuntimeError, match="is changed in place after"):
+            model(image())
