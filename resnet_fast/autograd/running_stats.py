@@ -37,33 +37,34 @@ def update_running(chain: Chain, norms: Norms) -> None:
         for norm in norms:  # a norm used twice is updated twice, in order
             update_running(chain, [norm])
         return
-    update = _updater(chain.impl, norms[0][2].mean)
-    if update is not _by_triton:
-        _replayed(update, chain, norms)
-        return
     written = [t for rule, params, _ in norms for t in (*params[2:], rule.num_batches_tracked)]
-    written = [t for t in written if t is not None]
-    if any(t.requires_grad for t in written):
+    if any(t is not None and t.requires_grad for t in written):
         _by_pytorch(norms)  # raises PyTorch's error where gradients are enabled
         return
+    update = _updater(chain.impl, norms[0][2].mean)
     _replayed(update, chain, norms)
-    for t in written:  # PyTorch does not see what a kernel writes
-        torch.autograd.graph.increment_version(t)
+    if update is _by_triton:  # PyTorch does not see what a kernel writes
+        for rule, _, _ in norms:
+            if rule.num_batches_tracked is not None:
+                torch.autograd.graph.increment_version(rule.num_batches_tracked)
 
 
 def _replayed(update: Callable[..., None], chain: Chain, norms: Norms) -> None:
     """`update` on the tensors of `norms`, replayed if it was recorded.
 
-    A new momentum is recorded anew.
+    A new momentum is recorded anew. As in PyTorch, the version counters of statistics do not count
+    updates, because other calls of a norm save them for their backward pass.
     """
+    seen = torch.compiler.is_compiling() or ops.traced()
     rules, tensors = [], []
     for rule, params, batch in norms:
-        running = *params[2:], rule.num_batches_tracked
+        statistics = [t if t is None or seen else t.data for t in params[2:]]
         momentum, count, total = rule.momentum, batch.count, None
         if isinstance(count, Tensor):
             count, total = 0, count
         rules.append((momentum if momentum is None else float(momentum), count))
-        tensors += (batch.mean, batch.m2, batch.conv_bias, total, *running)
+        tensors += (batch.mean, batch.m2, batch.conv_bias, total, *statistics)
+        tensors.append(rule.num_batches_tracked)
     replay.run(update, chain, (tuple(rules),), tensors)
 
 

@@ -114,7 +114,9 @@ class _Tracer(fx.Tracer):
         self.attributes.clear()
         if all(proxy() is None for proxy in self.proxies):
             return []
-        gc.collect()
+        gc.collect(1)  # a whole collection takes long beside large packages
+        if any(proxy() is not None for proxy in self.proxies):
+            gc.collect()
         held = [proxy() for proxy in self.proxies if proxy() is not None]
         names: list[str] = []
         for proxy in held:
@@ -299,7 +301,10 @@ def _of_graph(module: fx.GraphModule) -> Forward:
         raise Mismatch("its forward is not that of its graph")
     if module.graph.python_code("self").src != module.code:
         raise Mismatch("its graph has changed; call recompile()")
-    return Forward(module.graph, module.graph, Notes())
+    graph = fx.Graph()  # of its own, as the module's may change
+    graph.set_codegen(module.graph._codegen)
+    graph.output(graph.graph_copy(module.graph, {}))
+    return Forward(graph, graph, Notes())
 
 
 def _line(error: Exception) -> str:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from ..dispatch.guard import refusal
+from ..dispatch.guard import TENSORS, refusal
 from ..spec.layers import NORMS, BorrowedConv, BorrowedNorm, BorrowedPool, windows_of
 from ..spec.values import is_number
 
@@ -29,6 +29,7 @@ ADD = (
     operator.add, operator.iadd, torch.add, "add", "add_", "__add__", "__iadd__", aten.add.Tensor,
     aten.add_.Tensor,
 )  # fmt: skip
+ADD_IN_PLACE = (operator.iadd, "add_", "__iadd__", aten.add_.Tensor)
 MULTIPLY = (operator.mul, torch.mul, "mul", aten.mul.Tensor)
 CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 NORM = ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps")
@@ -83,12 +84,12 @@ class Borrowing:
     same_dtype: bool = False
 
     def __call__(self, *tensors: Any) -> Any:
-        """The layer; None if a tensor is anything else."""
+        """The layer; None if a tensor is of another class, or a statistic needs a gradient."""
         for t, name in zip(tensors, self.targets, strict=True):
-            if not isinstance(t, Tensor) and name is not None:
+            if name is not None and type(t) not in TENSORS:
                 return None
         if any(t is not None and t.requires_grad for t in tensors[2:]):
-            return None  # statistics get no gradient
+            return None
         return self.make(*tensors, **dict(self.options))
 
 
@@ -147,7 +148,7 @@ def layers_of(module: nn.Module, graph: fx.Graph) -> dict[fx.Node, Layer]:
         layer = None
         if node.op == "call_module":
             layer = _of_module(module, node)
-        elif is_call(node, RELU) and isinstance(node.args[0], fx.Node):
+        elif is_call(node, RELU) and node.args and isinstance(node.args[0], fx.Node):
             layer = Layer("r", node.args[0])
         elif is_call(node, tuple(FUNCTIONS)):
             layer = _of_function(node)
@@ -221,17 +222,18 @@ def _fixed(options: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
 def _constants(graph: fx.Graph) -> set[fx.Node]:
     """The values that depend on attributes, and on dtypes, only."""
     found: set[fx.Node] = set()
+    pure = {*CONSTANT, *ADD, *MULTIPLY} - {*ADD_IN_PLACE}
     for node in graph.nodes:
         inputs = node.all_input_nodes
         if node.op == "get_attr" or _is_dtype(node):
             found.add(node)
-        elif inputs and found.issuperset(inputs) and is_call(node, (*CONSTANT, *ADD, *MULTIPLY)):
+        elif inputs and found.issuperset(inputs) and is_call(node, pure):
             found.add(node)
     return found
 
 
 def _is_dtype(node: fx.Node) -> bool:
-    return is_call(node, (getattr,)) and node.args[1] == "dtype"
+    return is_call(node, (getattr,)) and node.args[1:] == ("dtype",)
 
 
 def _of_arithmetic(module: nn.Module, node: fx.Node, constants: set[fx.Node]) -> Layer | None:
@@ -249,32 +251,41 @@ def _of_arithmetic(module: nn.Module, node: fx.Node, constants: set[fx.Node]) ->
 
 def _frozen(module, node, product, x, ends, constants) -> Layer | None:
     """The layer of x · scale + shift, `ends`: compared with a norm's at random parameters."""
-    inside = [n for n in node.graph.nodes if n in _above(ends, constants)]
+    above = _above(ends, constants)
+    inside = [n for n in node.graph.nodes if n in above]
     names = {n.target.rpartition(".")[2]: n.target for n in inside if n.op == "get_attr"}
     if set(names) != set(PARAMETERS):
         return None
-    held = {path: _attribute(module, path) for path in names.values()}
-    if not all(isinstance(t, Tensor) and t.dim() == 1 for t in held.values()):
+    held = [_attribute(module, names[name]) for name in PARAMETERS]
+    if not all(isinstance(t, Tensor) and t.dim() == 1 for t in held):
         return None
-    generator = torch.Generator().manual_seed(0)
-    values = {
-        path: torch.rand(t.shape, dtype=torch.float64, generator=generator) + 0.5
-        for path, t in held.items()
-    }
-    try:
-        scale, shift = _evaluate(inside, ends, values)
-    except Exception:  # arithmetic on other dtypes, devices or shapes
-        return None
-    weight, bias, mean, var = (values[names[name]] for name in PARAMETERS)
     numbers = {a for n in inside for a in (*n.args, *n.kwargs.values()) if is_number(a)}
-    for eps in (0.0, *sorted(float(one) for one in numbers if one > 0)):
-        expected = (weight / (var + eps).sqrt()).view(1, -1, 1, 1)
-        offset = bias.view(1, -1, 1, 1) - mean.view(1, -1, 1, 1) * expected
-        if all(map(_equal, (scale, shift), (expected, offset))):
+    for eps in (*sorted(float(one) for one in numbers if one > 0), 0.0):
+        probes = ((1, 1.0), (-1, 1.0), (1, 1e-9), (1, -1.0))
+        if all(_is_norm(inside, ends, names, held, eps, *probe) for probe in probes):
             targets = tuple(names[name] for name in PARAMETERS)
             view = Borrowing(targets, BorrowedNorm, (("eps", eps),), same_dtype=True)
             return Layer("n", x, view, (product, *(n for n in inside if n.op != "get_attr")))
     return None
+
+
+def _is_norm(inside, ends, names, held, eps: float, sign: int, variance: float) -> bool:
+    """Whether `ends` are a norm's at random parameters of one sign, with variances of `variance`
+    to twice that.
+    """
+    generator = torch.Generator().manual_seed(0)
+    weight, bias, mean, var = (
+        (torch.rand(t.shape, dtype=torch.float64, generator=generator) + 1) * sign for t in held
+    )
+    var = var.abs() * variance
+    values = dict(zip((names[name] for name in PARAMETERS), (weight, bias, mean, var), strict=True))
+    try:
+        scale, shift = _evaluate(inside, ends, values)
+    except Exception:  # arithmetic on other dtypes, devices or shapes
+        return False
+    expected = (weight / (var + eps).sqrt()).view(1, -1, 1, 1)
+    offset = bias.view(1, -1, 1, 1) - mean.view(1, -1, 1, 1) * expected
+    return _equal(scale, expected) and _equal(shift, offset)
 
 
 def _above(ends: Collection[fx.Node], constants: set[fx.Node]) -> set[fx.Node]:
@@ -307,7 +318,7 @@ def _evaluate(nodes, ends, values) -> list[Tensor]:
 
 def _equal(actual: Any, expected: Tensor) -> bool:
     same = isinstance(actual, Tensor) and actual.shape == expected.shape
-    return same and torch.allclose(actual.double(), expected, rtol=1e-12, atol=1e-12)
+    return same and torch.allclose(actual.double(), expected, rtol=1e-9, atol=0, equal_nan=True)
 
 
 def _attribute(module: nn.Module, path: str) -> Any:
@@ -320,7 +331,7 @@ def checks_of(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
     """Calls that only assert that a value has four dimensions, by call: the value."""
     found = {n: n.args[0] for n in graph.nodes if _is_dimensions(n) and not n.users}
     for node in graph.nodes:
-        if not is_call(node, (torch._assert,)) or not isinstance(node.args[0], fx.Node):
+        if not is_call(node, (torch._assert,)) or not isinstance([*node.args, 0][0], fx.Node):
             continue
         compare, rest = node.args[0], [n for n in node.all_input_nodes if n is not node.args[0]]
         if not is_call(compare, (operator.eq,)) or compare.args[1:] != (4,) or rest:
@@ -336,4 +347,4 @@ def checks_of(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
 def _is_dimensions(node: Any) -> bool:
     if not isinstance(node, fx.Node) or not node.all_input_nodes:
         return False
-    return is_call(node, ("dim",)) or (is_call(node, (getattr,)) and node.args[1] == "ndim")
+    return is_call(node, ("dim",)) or (is_call(node, (getattr,)) and node.args[1:] == ("ndim",))

@@ -7,8 +7,6 @@ they begin with, a convolution with or without norm of it, or any other value.
 
 from __future__ import annotations
 
-import contextlib
-import operator
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,10 +15,10 @@ from typing import NamedTuple
 import torch
 from torch import fx, nn
 
-from ..spec.layers import Parts
+from ..spec.layers import NORMS, Parts
 from .dataflow import label
 from .gates import all_layers_of
-from .layers import ADD, MULTIPLY, Gate, Named, checks_of, is_call, is_unary
+from .layers import ADD, ADD_IN_PLACE, MULTIPLY, Gate, Named, checks_of, is_call, is_unary
 
 # Chains in letters: c conv, b conv with a bias (absorbed by the norm after it), n norm, r relu,
 # m max-pool, g product with a gate.
@@ -28,7 +26,6 @@ UNITS = "((nr)?(c|b(?=n)))*"
 ALONE = re.compile(f"{UNITS}(n(rm?)?)?")
 BESIDE_A_SHORTCUT = re.compile(f"({UNITS}(nr)?c)?ng|{UNITS}n?")
 WORDS = {"c": "conv", "b": "conv+bias", "n": "norm", "r": "relu", "m": "pool", "g": "gate"}
-ADD_IN_PLACE = (operator.iadd, "add_", "__iadd__", torch.ops.aten.add_.Tensor)
 FRESH = (*MULTIPLY, torch.cat, *(f for f in ADD if f not in ADD_IN_PLACE))
 """Functions whose result is a tensor of its own."""
 
@@ -178,9 +175,12 @@ class _Flow:
         inner = nodes - {end}
         nodes.update(check for check, value in self.checks.items() if value in inner)
         in_order = [node for node in self.graph.nodes if node in nodes]
-        for node in self.between(nodes):
-            if fields["x"] in node.all_input_nodes and self.in_place(node):
-                raise Refused(f"{label(node)} changes its input in place; set inplace=False")
+        given = {fields["x"], fields.get("residual")}
+        for node in in_order:
+            for value in node.all_input_nodes:
+                if value not in nodes and value not in given and value.op != "get_attr":
+                    raise Refused(f"{label(node)} reads another value too")
+        self.check_between(nodes, fields["x"])
         found = [self.layers[node] for node in in_order if self.kind(node) in ("r", "i")]
         around = [layer.view for layer in found if layer.view is not None]
         place = ""
@@ -191,11 +191,30 @@ class _Flow:
         kept = tuple(dict.fromkeys(around))
         return Region(tuple(in_order), around=kept, place=place, **fields)
 
-    def between(self, nodes: set[fx.Node]) -> list[fx.Node]:
-        """The calls between the first and the last of `nodes`."""
+    def check_between(self, nodes: set[fx.Node], x: fx.Node) -> None:
+        """Refused if calls among `nodes`, which run at the last of them, change what these read."""
         order = list(self.graph.nodes)
         places = [i for i, node in enumerate(order) if node in nodes]
-        return [node for node in order[places[0] : places[-1]] if node not in nodes]
+        between = [node for node in order[places[0] : places[-1]] if node not in nodes]
+        if not between:
+            return
+        targets = {n.target for node in nodes for n in node.all_input_nodes if n.op == "get_attr"}
+        modules = {self.module.get_submodule(n.target) for n in nodes if n.op == "call_module"}
+        norms = {module for module in modules if isinstance(module, NORMS)}
+        for node in between:
+            for value in node.all_input_nodes:
+                if value.op == "get_attr":
+                    if value.target in targets:
+                        raise Refused(f"{value.target} is used in between")
+                elif self.in_place(node) and (value is x or not self.is_fresh(value)):
+                    raise Refused(f"{label(node)} changes a value in place; set inplace=False")
+            if node.op == "call_module" and norms:
+                if not norms.isdisjoint(self.module.get_submodule(str(node.target)).modules()):
+                    raise Refused(f"{node.target} is called in between")
+
+    def is_fresh(self, value: fx.Node) -> bool:
+        """Whether `value` is a new tensor, which shares memory with no other value."""
+        return self.kind(value) in ("c", "b", "n", "m") or is_call(value, FRESH)
 
     def in_place(self, node: fx.Node) -> bool:
         """Whether `node` is known to change the value that it reads."""
@@ -214,11 +233,15 @@ class _Flow:
         while at < len(letters):
             found = ALONE.match(letters, at)
             size = len(found.group()) if found else 0
-            if size >= 2 and "n" in letters[at : at + size]:
+            while size >= 2 and "n" in letters[at : at + size]:
                 inner = path[path.index(calls[at]) : path.index(calls[at + size - 1]) + 1]
                 parts, x = self.parts(inner, "none"), self.layers[inner[0]].source
-                with contextlib.suppress(Refused):
+                try:
                     yield self.region(inner, [], parts=parts, x=x)
+                    break
+                except Refused:  # perhaps because of what runs before its last call
+                    shorter = ALONE.match(letters[: at + size - 1], at)
+                    size = len(shorter.group()) if shorter else 0
             at += max(size, 1)
 
     def parts(self, calls: list[fx.Node], shortcut: str, relu: bool = False, **more) -> Parts:
@@ -339,12 +362,13 @@ class _Flow:
         """
         names: list[str] = []
         while self.reader(value) is not None:
-            if self.kind(value) in ("c", "b", "n", "m") or is_call(value, FRESH):
+            if value.op == "call_module":
+                names.append(str(value.target))
+            if self.is_fresh(value):
                 return tuple(names)
             if value in self.layers:
                 value = self.layers[value].source
             elif value.op == "call_module" and is_unary(value):
-                names.append(str(value.target))
                 value = value.all_input_nodes[0]
             else:
                 break

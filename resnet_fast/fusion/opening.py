@@ -132,8 +132,10 @@ def _norms(module: nn.Module, graph: fx.Graph) -> list:
     """The layers of `graph` in order, as far as they decide what it computes."""
     found = []
     for layer in layers_of(module, graph).values():
-        options = dict(getattr(layer.view, "options", ()))
-        found.append((layer.letter, layer.view and layer.view.targets, options.get("eps")))
+        options = {"eps": 1e-5, "training": False} | dict(getattr(layer.view, "options", ()))
+        if not options["training"]:
+            options.pop("momentum", None)
+        found.append((layer.letter, layer.view and layer.view.targets, options))
     return found
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from ..dispatch.guard import hooked, plain_call
 from ..modules import run_fused, run_gated
-from ..spec.dtypes import autocast
+from ..spec.dtypes import DTYPES
 from ..spec.layers import Parts
 from ..spec.values import pair
 from .layers import Borrowing, View
@@ -23,7 +23,8 @@ def rewritten(graph: fx.Graph, regions: Iterable[Region], impl: str) -> Function
     ends = {region.calls[-1]: region for region in regions}
     starts = {region.calls[0]: region for region in ends.values()}
     inner = {call for region in ends.values() for call in region.calls}
-    unread = _unread(graph, inner)
+    given = {value for region in ends.values() for value in (region.x, region.residual)}
+    unread = _unread(graph, inner) - given
     new, values = fx.Graph(), {}
     new.set_codegen(graph._codegen)
     versions: dict[Region, fx.Node] = {}
@@ -61,7 +62,9 @@ def _interrupted(graph: fx.Graph, region: Region) -> bool:
 
 def _version(x: Any) -> int | None:
     """The number of changes of x in place; None where PyTorch does not count them."""
-    return x._version if isinstance(x, Tensor) and not x.is_inference() else None
+    if torch.compiler.is_compiling() or not isinstance(x, Tensor) or x.is_inference():
+        return None
+    return x._version
 
 
 def _fused_call(region: Region, impl: str) -> tuple[Function, list[str]]:
@@ -94,7 +97,7 @@ def _fused_call(region: Region, impl: str) -> tuple[Function, list[str]]:
         if len(found) < len(views) or None in found:
             return plain(x, residual, *held)
         read = layers.each(found.__getitem__)
-        if not _fits(read, x, residual) or (same_dtype and not _same_dtype(read, x)):
+        if not _fits(read, x, residual) or (same_dtype and not _as_arithmetic(read, x)):
             return plain(x, residual, *held)
         if gate is not None:
             factors = gate(*[held[i] for i in gate_at])
@@ -105,18 +108,27 @@ def _fused_call(region: Region, impl: str) -> tuple[Function, list[str]]:
 
 
 def _is_plain(x: Any, residual: Any) -> bool:
-    if not isinstance(x, Tensor) or x.dim() != 4 or plain_call(x):
+    if not isinstance(x, Tensor) or x.dim() != 4 or x.dtype not in DTYPES or plain_call(x):
         return True
     if residual is None:
         return False
     return not isinstance(residual, Tensor) or residual.dim() != 4 or plain_call(residual)
 
 
-def _same_dtype(read: Parts, x: Tensor) -> bool:
-    if autocast(x) is not x or torch.is_autocast_enabled(x.device.type):
+def _as_arithmetic(read: Parts, x: Tensor) -> bool:
+    """Whether norms compute what arithmetic on their tensors does, dtypes and shapes included."""
+    if torch.is_autocast_enabled(x.device.type):
         return False
-    norms = [norm for norm in (*read.norms, read.projection_norm) if norm is not None]
-    return all(norm.running_mean is None or norm.running_mean.dtype == x.dtype for norm in norms)
+    channels = [x.shape[1], *(conv.out_channels for conv in read.convs)]
+    norms = list(zip(read.norms, channels, strict=True))
+    if read.projection is not None:
+        norms.append((read.projection_norm, read.projection.out_channels))
+    return all(
+        t is None or (t.dtype == x.dtype and t.shape == (channels,))
+        for norm, channels in norms
+        if norm is not None
+        for t in (*norm._parameters.values(), norm.running_mean, norm._buffers["running_var"])
+    )
 
 
 def _fits(read: Parts, x: Tensor, residual: Any) -> bool:
@@ -133,7 +145,7 @@ def _shape(convs: Iterable[Any], shape: Sequence[int]) -> tuple[int, ...]:
     """The shape of the result of `convs` on a tensor of `shape`."""
     n, c, *sizes = shape
     for conv in convs:
-        weight = conv._parameters["weight"]
+        weight = conv.weight
         c = weight.shape[0]
         for i in (0, 1):
             reach = pair(conv.dilation, "dilation")[i] * (weight.shape[2 + i] - 1) + 1

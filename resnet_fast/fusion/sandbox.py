@@ -232,6 +232,8 @@ def _noting(cls: type[nn.Module]) -> type[nn.Module]:
             if caller == nn.Sequential.__module__ or not internal(caller):
                 path, reads = self.__dict__["_noted"]
                 reads.add((path, name))
+        elif name == "__dict__" and not internal(sys._getframe(1).f_globals.get("__name__", "")):
+            raise Change("it reads the __dict__ of a module")
         return super(noting, self).__getattribute__(name)
 
     names = {"__getattribute__": __getattribute__, "_plain_class": cls, "_own": frozenset()}

@@ -63,7 +63,9 @@ NORMS = {
     "division": lambda x, w, b, m, v, eps: (
         (b - m * w / torch.sqrt(v + eps)) + (w / torch.sqrt(v + eps)) * x
     ),
-    "power": lambda x, w, b, m, v, eps: x * (w * (v + eps) ** -0.5) + (b - m * w * (v + eps) ** -0.5),
+    "power": lambda x, w, b, m, v, eps: (
+        x * (w * (v + eps) ** -0.5) + (b - m * w * (v + eps) ** -0.5)
+    ),
     "no-eps": lambda x, w, b, m, v, eps: x * (w * v.rsqrt()) + (b - m * w * v.rsqrt()),
 }
 NOT_NORMS = {
@@ -74,6 +76,12 @@ NOT_NORMS = {
     "no-weight": lambda x, w, b, m, v, eps: x * (v + eps).rsqrt() + (b - m * (v + eps).rsqrt()),
     "clamped": lambda x, w, b, m, v, eps: (
         x * (w * (v.clamp(min=0.3) + eps).rsqrt()) + (b - m * (w * (v + eps).rsqrt()))
+    ),
+    "sign-of-weight": lambda x, w, b, m, v, eps: (
+        x * ((w * w).sqrt() * (v + eps).rsqrt()) + (b - m * ((w * w).sqrt() * (v + eps).rsqrt()))
+    ),
+    "sign-of-variance": lambda x, w, b, m, v, eps: (
+        x * (w * ((v * v).sqrt() + eps).rsqrt()) + (b - m * (w * ((v * v).sqrt() + eps).rsqrt()))
     ),
     "twice": lambda x, w, b, m, v, eps: (
         x * (w * (v + eps).rsqrt()) * 2 + (b - m * (w * (v + eps).rsqrt()))
@@ -151,8 +159,8 @@ class Gate(nn.Module):
 
     def __init__(self, formula):
         super().__init__()
-        self.formula = formula
-        self.down, self.relu, self.up = nn.Conv2d(4, 2, 1), nn.ReLU(inplace=True), nn.Conv2d(2, 4, 1)
+        self.formula, self.relu = formula, nn.ReLU(inplace=True)
+        self.down, self.up = nn.Conv2d(4, 2, 1), nn.Conv2d(2, 4, 1)
 
     def excite(self, means):
         return self.up(self.relu(self.down(means))).sigmoid()
@@ -324,6 +332,57 @@ class Switching(fx.GraphModule):
         return super().train(mode)
 
 
+class TestValues:
+    """What a region reads besides its layers."""
+
+    @pytest.mark.parametrize("add", [
+        lambda net, x: F.relu(net.bn1(net.conv1(x)) + net.pos), lambda net, x: F.relu(x + net.pos),
+        lambda net, x: net.bn1(net.conv1(net.pos)) + x,
+        lambda net, x: torch.relu(input=net.pos + x),
+        lambda net, x: F.relu(net.bn1(net.conv1(x)) + net.row), lambda net, x: F.relu(x + 1.5),
+        lambda net, x: F.relu(net.bn1(net.conv1(x)) + x.mean()),
+    ])  # fmt: skip
+    def test_may_be_parameters_numbers_or_of_other_shapes(self, add):
+        class Net(Basic):
+            def __init__(self):
+                super().__init__(4, 4)
+                self.pos = nn.Parameter(torch.randn(2, 4, 8, 8))
+                self.row = nn.Parameter(torch.randn(4, 1, 8))
+
+            def forward(self, x):
+                return add(self, x) * 1.0
+
+        assert_same_mathematics(randomize(Net()), image())
+
+    def test_integers_are_left_to_pytorch(self):
+        class Sum(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.relu = nn.ReLU()
+
+            def forward(self, x):
+                return self.relu(x + x.flip(3))
+
+        x = torch.arange(-8, 8).view(1, 1, 4, 4)
+        assert torch.equal(fuse(Sum())(x), Sum()(x))
+
+    @pytest.mark.slow
+    def test_compiles_though_a_shortcut_runs_in_between(self):
+        class Pooled(Basic):
+            def __init__(self):
+                super().__init__(4, 4)
+                self.downsample = nn.AvgPool2d(1)
+
+            def forward(self, x):
+                out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+                return self.relu(out + self.downsample(x))
+
+        model = fuse(randomize(Pooled())).eval()
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        close(compiled(image()), unfuse(model)(image()))
+
+
 class TestGraphs:
     def test_a_graph_is_fused_as_it_is(self):
         model = fx.symbolic_trace(randomize(ResNet()))
@@ -442,6 +501,34 @@ class TestInPlace:
             close(model(given[0]), plain(given[1]))
         close(*given)
         assert not torch.equal(given[0], image())
+
+    def test_a_change_of_an_alias_between_the_layers_is_seen(self):
+        class Alias(Basic):
+            def forward(self, x):
+                view = x[:]
+                out = self.conv1(x)
+                view.add_(1.0)
+                return self.relu(self.bn1(out) + view)
+
+        plain = randomize(Alias(4, 4)).eval()
+        model = fuse(plain)
+        for mode in (torch.no_grad, torch.inference_mode):
+            with mode():
+                close(model(image()), plain(image()))
+
+    @pytest.mark.parametrize("training", [True, False])
+    def test_a_norm_called_twice_keeps_its_order(self, training):
+        class Shared(Basic):
+            def forward(self, x):
+                h = self.conv1(self.relu(self.bn1(x)))
+                z = self.bn1(x * 3) * 2
+                return self.relu(self.bn2(h) + z)
+
+        model = randomize(Shared(4, 4)).train(training)
+        plain, model = copy.deepcopy(model), fuse(model)
+        close(model(image()), plain(image()))
+        close(dict(model.named_buffers()), dict(plain.named_buffers()))
+        assert_same_mathematics(plain, image())
 
     def test_a_change_between_the_layers_of_a_region_is_an_error(self):
         class Changing(nn.Module):

@@ -1,6 +1,5 @@
 """Running statistics by one launch: against fp64, where PyTorch's ops run instead, what is seen."""
 
-import copy
 
 import pytest
 import torch
@@ -224,39 +223,15 @@ def test_other_implementations_do_without(launches, impl):
     assert not launches
 
 
-def test_autograd_sees_the_write(launches):
-    """A graph that saved the statistics must not use those of a later batch."""
+def test_a_norm_may_run_plain_and_fused_before_a_backward_pass(launches):
+    """PyTorch's own calls save the statistics, and do not count updates of them either."""
     norms = norms_of((0.1,))
-    running = norms[0][1].running_var
+    running, tracked = norms[0][1].running_var, norms[0][0].num_batches_tracked
     scale = torch.ones_like(running, requires_grad=True)
-    y, before = (scale * running).sum(), running._version
+    y, before, counted = (scale * running).sum(), running._version, tracked._version
     update_running(CHAIN, norms)
-    assert len(launches) == 1 and running._version > before
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        y.backward()
+    assert len(launches) == 1 and running._version == before and tracked._version > counted
+    y.backward()
     norms[0][1].running_mean.requires_grad_()
     with pytest.raises(RuntimeError, match="a leaf Variable that requires grad"):
         update_running(CHAIN, norms)
-
-
-def test_a_norm_in_two_places(launches):
-    """It follows both batches in turn, by a launch each."""
-    module = resnet_fast.BasicBlock(8, 8, impl="triton")
-    module.bn2 = module.bn1
-    module.to(DEVICE, memory_format=torch.channels_last)
-    x = torch.randn(2, 8, 5, 4, device=DEVICE).to(memory_format=torch.channels_last)
-    module(x)
-    assert len(launches) == 2 and module.bn1.num_batches_tracked == 2
-
-
-def test_compiled(launches):
-    """A compiled graph has PyTorch's ops, and the same statistics."""
-    module = resnet_fast.ConvBNAct2d(8, 8, 1, impl="triton").to(DEVICE)
-    again = copy.deepcopy(module)
-    x = torch.randn(2, 8, 5, 4, device=DEVICE)
-    torch.compile(module, backend="aot_eager", fullgraph=True)(x)
-    assert not launches
-    again(x)
-    assert len(launches) == 1
-    for found, wanted in zip(module.buffers(), again.buffers(), strict=True):
-        torch.testing.assert_close(found, wanted)
