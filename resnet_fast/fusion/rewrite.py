@@ -89,12 +89,12 @@ def _fused_call(region: Region, impl: str) -> tuple[Function, list[str]]:
                 f"{region}: a tensor is changed in place after the first of these layers reads "
                 "it, which fused calls do not support; use resnet_fast.unfuse(model)"
             )
-        found: list[Any] = []
-        if not _is_plain(x, residual) and not any([hooked(held[i]) for i in watched]):
-            given = *held, None
-            for view, places in zip(views, at, strict=True):
-                found.append(view(*[given[i] for i in places]))
-        if len(found) < len(views) or None in found:
+        if _is_plain(x, residual) or any([hooked(held[i]) for i in watched]):
+            return plain(x, residual, *held)
+        given = *held, None
+        pairs = zip(views, at, strict=True)
+        found = [view(*[given[i] for i in places]) for view, places in pairs]
+        if None in found:
             return plain(x, residual, *held)
         read = layers.each(found.__getitem__)
         if not _fits(read, x, residual) or (same_dtype and not _as_arithmetic(read, x)):

@@ -548,3 +548,27 @@ class TestInPlace:
         model = fuse(randomize(Between())).eval()
         with torch.no_grad(), pytest.raises(RuntimeError, match="is changed in place after"):
             model(image())
+
+
+class TestTransforms:
+    """An addition and a ReLU function have no layer, so nothing else says that a call is plain."""
+
+    def test_of_an_addition_alone(self, fused_calls):
+        class Sum(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.bn = nn.BatchNorm2d(4)
+
+            def forward(self, x):
+                return F.relu(x * 2 + x.flip(3))
+
+        model, x = fuse(Sum()), image()
+        _, tangent = torch.func.jvp(model, (x,), (x.cos(),))
+        close(tangent, torch.func.jvp(Sum(), (x,), (x.cos(),))[1])
+        close(torch.func.vmap(model)(x[:, None]), torch.func.vmap(Sum())(x[:, None]))
+        handle = nn.modules.module.register_module_forward_hook(lambda *args: None)
+        close(model(x), Sum()(x))
+        handle.remove()
+        assert fused_calls == []
+        close(model(x), Sum()(x))
+        assert len(fused_calls) == 1

@@ -7,7 +7,6 @@ from test_kernels import DEVICE
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import resnet_fast
 from resnet_fast import kernels
 from resnet_fast.autograd import running_stats
 from resnet_fast.autograd.running_stats import Batch, update_running
