@@ -44,16 +44,21 @@ class Change(Exception):
 
 
 class _Object:
-    """A value compared by identity; bound methods are equal if function and module are the same."""
+    """A value compared by identity and by its attributes of simple types; bound methods are equal
+    if function and module are the same.
+    """
 
     def __init__(self, value: Any) -> None:
         self.value = value
+        held = {} if callable(value) else getattr(value, "__dict__", {})
+        self.simple = {name: one for name, one in held.items() if isinstance(one, SIMPLE)}
 
     def __eq__(self, other):
         if not isinstance(other, _Object):
             return False
         bound = isinstance(self.value, types.MethodType)
-        return self.value is other.value or (bound and self.value == other.value)
+        same = self.value is other.value or (bound and self.value == other.value)
+        return same and self.simple == other.simple
 
 
 @dataclass(frozen=True)
@@ -111,7 +116,12 @@ def below(module: nn.Module, path: str) -> nn.Module | None:
 
 
 def _look(module: nn.Module, name: str) -> Any:
-    """The attribute `name`, looked up without calling a property or `__getattr__`."""
+    """The attribute `name`, looked up without calling a property or `__getattr__`.
+
+    Of parameters as a whole: which require a gradient.
+    """
+    if name in ("parameters", "named_parameters"):
+        return tuple(parameter.requires_grad for parameter in module.parameters())
     held = module.__dict__
     for place in (held, held["_modules"], held["_parameters"], held["_buffers"]):
         if name in place:

@@ -572,3 +572,33 @@ class TestTransforms:
         assert fused_calls == []
         close(model(x), Sum()(x))
         assert len(fused_calls) == 1
+
+
+class TestReads:
+    @pytest.mark.parametrize("change", [
+        lambda net: setattr(net.options, "act", False), lambda net: net.requires_grad_(False),
+    ])  # fmt: skip
+    def test_of_an_object_and_of_all_parameters_are_watched(self, change):
+        class Options:
+            act = True
+
+            def __init__(self):
+                self.act = True
+
+        class Deciding(Basic):
+            def __init__(self):
+                super().__init__(4, 4)
+                self.options = Options()
+
+            def forward(self, x):
+                y = super().forward(x)
+                trains = all(p.requires_grad for p in self.parameters())
+                return y if self.options.act and trains else y * 2
+
+        plain = randomize(Deciding()).eval()
+        model = fuse(copy.deepcopy(plain))
+        assert fused(model)
+        close(model(image()), plain(image()))
+        change(plain), change(model)
+        close(model(image()), plain(image()))
+        assert "fused" not in {row.state for row in explain(model).rows}
