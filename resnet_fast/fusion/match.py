@@ -25,7 +25,6 @@ from .layers import ADD, ADD_IN_PLACE, MULTIPLY, Gate, Named, checks_of, is_call
 UNITS = "((nr)?(c|b(?=n)))*"
 ALONE = re.compile(f"{UNITS}(n(rm?)?)?")
 BESIDE_A_SHORTCUT = re.compile(f"({UNITS}(nr)?c)?ng|{UNITS}n?")
-WORDS = {"c": "conv", "b": "conv+bias", "n": "norm", "r": "relu", "m": "pool", "g": "gate"}
 FRESH = (*MULTIPLY, torch.cat, *(f for f in ADD if f not in ADD_IN_PLACE))
 """Functions whose result is a tensor of its own."""
 
@@ -220,6 +219,8 @@ class _Flow:
         """Whether `node` is known to change the value that it reads."""
         if node.op != "call_module":
             name = label(node).removesuffix(".default").removesuffix(".Tensor")
+            if True in (node.kwargs.get("inplace"), *node.args[1:2]):  # F.relu(x, True)
+                return True
             return name in ("iadd", "imul", "setitem") or (name[-1:] == "_" and name[-2:] != "__")
         first = self.module.get_submodule(str(node.target))
         while isinstance(first, nn.Sequential) and len(first):
@@ -346,6 +347,7 @@ class _Flow:
         return calls
 
     def check_channels(self, calls: list[fx.Node]) -> None:
+        """Refused if the convolutions of `calls` do not keep the number of channels."""
         views = [self.layers[call].view for call in calls if self.kind(call) in "cb"]
         if views and all(isinstance(view, Named) for view in views):
             convs = [self.module.get_submodule(view.targets[0]) for view in views]
