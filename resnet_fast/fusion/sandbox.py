@@ -30,6 +30,10 @@ from ..models.copies import copy_modules
 
 SIMPLE = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 CONTAINERS = (list, tuple, dict, set, frozenset)
+LAYERS = frozenset(getattr(nn, name).__module__ for name in nn.modules.__all__) - {
+    nn.Module.__module__
+}
+"""The Python modules of PyTorch's layers, whose code a forward may call by `super`."""
 HELD = frozenset(vars(nn.Module()))  # attributes of every module
 ABSENT = object()  # the value of a missing variable
 
@@ -234,12 +238,12 @@ class _Writes(TorchDispatchMode):
 
 @functools.cache
 def _noting(cls: type[nn.Module]) -> type[nn.Module]:
-    """A subclass of `cls` that notes which attributes code outside PyTorch reads."""
+    """A subclass of `cls` that notes which attributes code of layers or outside PyTorch reads."""
 
     def __getattribute__(self, name):
         if not name.startswith("__") and name not in ("_noted", "training"):
             caller = sys._getframe(1).f_globals.get("__name__", "")
-            if caller == nn.Sequential.__module__ or not internal(caller):
+            if caller in LAYERS or not internal(caller):
                 path, reads = self.__dict__["_noted"]
                 reads.add((path, name))
         elif name == "__dict__" and not internal(sys._getframe(1).f_globals.get("__name__", "")):

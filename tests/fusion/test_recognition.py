@@ -574,7 +574,26 @@ class TestTransforms:
         assert len(fused_calls) == 1
 
 
+class Derived(nn.Conv2d):
+    """Its forward is PyTorch's, which reads its attributes."""
+
+    def forward(self, x):
+        return super().forward(x)
+
+
 class TestReads:
+    @pytest.mark.parametrize("change", [{"stride": (2, 2)}, {"dilation": (2, 2)}, {"groups": 4}])
+    def test_of_a_layer_s_own_forward_are_watched(self, change):
+        plain = nn.Sequential(Derived(4, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), nn.ReLU())
+        model = fuse(copy.deepcopy(randomize(plain)))
+        for one in (plain, model):
+            for name, value in change.items():
+                setattr(one[0], name, value)
+            if "groups" in change:
+                one[0].weight = nn.Parameter(plain[0].weight.detach()[:, :1].clone())
+        close(model(image()), plain(image()))
+        assert_same_mathematics(plain, image())
+
     @pytest.mark.parametrize("change", [
         lambda net: setattr(net.options, "act", False), lambda net: net.requires_grad_(False),
     ])  # fmt: skip
