@@ -520,13 +520,14 @@ def _run(
     source = h
     if projection is not None and folded and _pointwise(projection, tensors.convs[n].weight):
         for j in range(n - 1):
-            h = convolve(j, h, None, True)
+            h = convolve(j, h, None, chain.norms[j + 1] is not None)
         return join(h, source, projection)
     if projection is not None:
         skip = convolve(n, source, None, False)
     for j in range(n):
         last = j == n - 1
-        h = convolve(j, h, skip if last else None, chain.relu if last else True)
+        relu = chain.relu if last else chain.norms[j + 1] is not None
+        h = convolve(j, h, skip if last else None, relu)
     if n == 0 or pool is None:
         return h
     return ops.bn_relu_max_pool(h, None, None, *pool.args(), False, impl)[0]

@@ -159,7 +159,8 @@ def _write(
     n = len(parts.convs)
     pool, convs, norms = parts.pool, parts.convs, (*parts.norms, parts.projection_norm)
     trains = any([norm is not None and norm.training for norm in norms])
-    if n == 0 or trains or parts.shortcut not in SHORTCUTS:
+    bare = None in parts.norms[1:-1]  # the native call applies a ReLU between convolutions
+    if n == 0 or trains or bare or parts.shortcut not in SHORTCUTS:
         return False
     if parts.projection is not None:
         convs = (*convs, parts.projection)

@@ -31,16 +31,19 @@ def fuse(model: Model, *, impl: str = "auto", inplace: bool = False) -> Model:
 
     `fuse` reads the dataflow of each forward, not class names. It recognizes
 
-    - residual blocks: basic, bottleneck, ResNeXt, wide and pre-activation, with an identity
-      shortcut, a projection, or any child that is called on x;
-    - in all other forwards, chains of Conv2d, BatchNorm2d or SyncBatchNorm, ReLU and MaxPool2d.
+    - chains of convolutions, norms, ReLUs and a max-pool, across units and norms with forwards of
+      their own; a norm is what computes BatchNorm, frozen or not;
+    - additions after them, with or without a ReLU, and their shortcut: the input, a projection, or
+      any other value;
+    - squeeze-and-excitation between a norm and an addition.
 
     Modules and models of resnet_fast are switched to their fused forward. On a fused model, `fuse`
     first undoes the earlier fusion.
 
     A fused module falls back to its original forward
 
-    - if a child has hooks, parametrizations or an overridden forward;
+    - if a child has hooks, parametrizations or an overridden forward (then only the calls around
+      it);
     - if anything has changed that the forward read when it was fused;
     - under global module hooks, `torch.func`, forward-mode AD, `torch.fx` and `torch.jit`.
 

@@ -14,11 +14,13 @@ SIMPLE = (bool, int, float, str, type(None))
 class Argument(NamedTuple):
     """An argument: of kind "tensor"; "list" or "tuple" of `value` tensors; or "value" itself.
 
-    "any" stands for whatever a forward passes on without a look at it.
+    "any" stands for whatever a forward passes on without a look at it. text: type and value in
+    words, since True == 1 and 0.0 == -0.0.
     """
 
     kind: str
     value: Any = None
+    text: str = ""
 
 
 TENSOR = Argument("tensor")
@@ -34,10 +36,14 @@ def passed(call: fx.Node, kind: Callable[[fx.Node], Argument]) -> Signature | No
         elif isinstance(arg, (list, tuple)) and all(isinstance(one, fx.Node) for one in arg):
             found.append(Argument("list" if isinstance(arg, list) else "tuple", len(arg)))
         elif isinstance(arg, SIMPLE):
-            found.append(Argument("value", arg))
+            found.append(Argument("value", arg, _text(arg)))
         else:
             return None
     return None if call.kwargs else tuple(found)
+
+
+def _text(value: Any) -> str:
+    return f"{type(value).__name__} {value!r}"
 
 
 def fits(call: Signature | None, signature: Signature | None) -> bool:
@@ -53,12 +59,12 @@ def tensors_of(signature: Signature, args: Sequence[Any]) -> list[Any] | None:
     if len(args) != len(signature):
         return None
     found: list[Any] = []
-    for (kind, value), arg in zip(signature, args, strict=True):
+    for (kind, value, text), arg in zip(signature, args, strict=True):
         if kind == "any" or (kind == "tensor" and isinstance(arg, Tensor)):
             found.append(arg)
-        elif kind == "value" and type(arg) is type(value) and arg == value:
+        elif kind == "value" and isinstance(arg, SIMPLE) and _text(arg) == text:
             continue
-        elif kind in ("list", "tuple") and type(arg).__name__ == kind and len(arg) == value:
+        elif type(arg) is {"list": list, "tuple": tuple}.get(kind) and len(arg) == value:
             if not all(isinstance(one, Tensor) for one in arg):
                 return None
             found += arg

@@ -179,6 +179,14 @@ class _Tracer(fx.Tracer):
             return many
         return self.create_proxy("placeholder", name, (), {})
 
+    def returned_lists(self, graph: fx.Graph) -> bool:
+        """Whether the forward returns a list with the contents of one that it was given."""
+        result = next(node for node in graph.nodes if node.op == "output").args[0]
+        inputs = [node for node in graph.nodes if node.op == "placeholder"]
+        several = any(argument.kind == "list" for argument in self.signature)
+        same = isinstance(result, (list, tuple)) and all(value in inputs for value in result)
+        return several and same and len(result) > 0
+
     def changed_lists(self) -> bool:
         """Whether the forward has changed a list that it was given; they are emptied."""
         changed = any(
@@ -266,10 +274,12 @@ def trace(
                 modes = [one.training for one in copied.modules()]
                 if modes != [training] + [below] * (len(modes) - 1):
                     raise Mismatch("it switches modules between train and eval mode")
-                if tracer.changed_lists():
-                    raise Mismatch("it changes a list that it is given")
+                changed, returned = tracer.changed_lists(), tracer.returned_lists(graph)
                 if leaks := tracer.leaks():
                     raise Mismatch(f"it stores a value that it computes in {min(leaks)}")
+                if changed or returned:
+                    what = "changes" if changed else "returns"
+                    raise Mismatch(f"it {what} a list that it is given")
                 if str(graph) != str(graphs.setdefault((training, with_grad), graph)):
                     raise Mismatch(
                         "its calls differ between runs, or with grad mode, autocast or the modes "

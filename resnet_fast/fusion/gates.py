@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from .layers import MULTIPLY, Gate, Layer, is_call, layers_of
+from .layers import MULTIPLY, Gate, Layer, is_call, is_pool, layers_of
 from .subgraph import function_of
 
 MEAN = ("mean", torch.mean, torch.ops.aten.mean.dim)
@@ -43,7 +43,11 @@ def _gate(module: nn.Module, product: fx.Node, value: fx.Node, factors: fx.Node)
     inside = _between(value, end, {product, *([factors] if expanded else [])})
     if inside is None or end is value:
         return None
-    means = {node: flat for node in inside if (flat := _flat_means(module, node)) is not None}
+    means = {
+        node: flat
+        for node in inside
+        if node.all_input_nodes == [value] and (flat := _flat_means(module, node)) is not None
+    }
     readers = [node for node in inside if value in node.all_input_nodes]
     if not means or any(n not in means and not _is_size(n) for n in readers):
         return None
@@ -51,7 +55,8 @@ def _gate(module: nn.Module, product: fx.Node, value: fx.Node, factors: fx.Node)
     calls.sort(key=lambda node: node is end)
     function, names = function_of(calls, [value], means=means)
     covers = (*calls, factors) if expanded else tuple(calls)
-    return Layer("g", value, Gate(tuple(names), function), covers)
+    pools = tuple(str(node.target) for node in means if node.op == "call_module")
+    return Layer("g", value, Gate(tuple(names), pools, function), covers)
 
 
 def _between(value: fx.Node, end: fx.Node, readers: set[fx.Node]) -> set[fx.Node] | None:
@@ -71,7 +76,8 @@ def _between(value: fx.Node, end: fx.Node, readers: set[fx.Node]) -> set[fx.Node
         todo += node.all_input_nodes
     for node in reversed(value.graph.nodes):  # sizes that nothing reads
         if not node.users and node.all_input_nodes and _is_size(node):
-            found.update(n for n in (node,) if node.all_input_nodes[0] in {value, *found})
+            if node.all_input_nodes[0] in {value, *found}:
+                found.add(node)
     inner = [node for node in found if node.op != "get_attr"]
     return found if all(found | readers >= node.users.keys() for node in inner) else None
 
@@ -88,9 +94,7 @@ def _flat_means(module: nn.Module, node: fx.Node) -> bool | None:
     if is_call(node, POOL) and len(node.args) == 2:
         size = node.args[1]
     elif node.op == "call_module":
-        pool = module.get_submodule(str(node.target))
-        if type(pool) is nn.AdaptiveAvgPool2d:
-            size = pool.output_size
+        size = 1 if is_pool(module.get_submodule(str(node.target))) else None
     return False if size in (1, (1, 1), [1, 1]) else None
 
 
@@ -98,9 +102,12 @@ def _is_size(node: fx.Node) -> bool:
     """Whether `node` reads N or C of a value, or sizes of which only those are read."""
     name = getattr(node.target, "__name__", node.target)
     if name == "getitem":
-        return node.args[1] in (0, 1) or not node.users
+        return _is_size(node.args[0]) and (node.args[1] in (0, 1) or not node.users)
     shape = name == "getattr" and node.args[1] == "shape"
     if shape or (name == "size" and len(node.args) == 1):
-        users = [(getattr(user.target, "__name__", ""), user) for user in node.users]
-        return all(name == "getitem" and _is_size(user) for name, user in users)
+        readers = [user for user in node.users if user.users]
+        return all(
+            getattr(user.target, "__name__", "") == "getitem" and user.args[1] in (0, 1)
+            for user in readers
+        )
     return name == "size" and node.args[1:] in ((0,), (1,))

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from ..dispatch.guard import TENSORS, refusal
+from ..dispatch.guard import TENSORS, hooked, refusal
 from ..spec.layers import NORMS, BorrowedConv, BorrowedNorm, BorrowedPool, windows_of
 from ..spec.values import is_number
 
@@ -53,6 +53,7 @@ CONSTANT = (  # what arithmetic norms apply to their parameters, besides ADD and
     aten.view.default, aten.reshape.default, aten.rsqrt.default, aten.sqrt.default,
     aten.sub.Tensor, aten.div.Tensor, aten.reciprocal.default, aten.unsqueeze.default,
 )  # fmt: skip
+DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 PARAMETERS = ("weight", "bias", "running_mean", "running_var")
 
 
@@ -97,10 +98,12 @@ class Borrowing:
 class Gate:
     """Factors of channels that `function` computes from their means over H and W.
 
-    targets: the attributes of the module that `function` takes, after the means [N,C,1,1].
+    targets: the attributes of the module that `function` takes, after the means [N,C,1,1]. pools:
+    those of them that are modules which compute the means (`is_pool`).
     """
 
     targets: tuple[str, ...]
+    pools: tuple[str, ...]
     function: Callable[..., Tensor] = field(compare=False)
 
     def __call__(self, *given: Any) -> Callable[[Tensor], Tensor]:
@@ -108,12 +111,24 @@ class Gate:
 
         def gate(means: Tensor) -> Tensor:
             factors = self.function(means.clone(), *given)  # it may change them in place
-            return factors if factors.shape == means.shape else factors.expand_as(means)
+            try:
+                return factors if factors.shape == means.shape else factors.expand_as(means)
+            except RuntimeError:
+                raise RuntimeError(
+                    f"a gate gives factors {tuple(factors.shape)}, expected {tuple(means.shape)}; "
+                    "use resnet_fast.unfuse(model)"
+                ) from None
 
         return gate
 
 
 View = Named | Borrowing | Gate
+
+
+def is_pool(module: nn.Module) -> bool:
+    """Whether `module` computes the mean over H and W, and nothing else."""
+    plain = type(module) is nn.AdaptiveAvgPool2d and "forward" not in vars(module)
+    return plain and module.output_size in (1, (1, 1), [1, 1]) and not hooked(module)
 
 
 class Layer(NamedTuple):

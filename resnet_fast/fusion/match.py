@@ -18,13 +18,26 @@ from torch import fx, nn
 from ..spec.layers import NORMS, Parts
 from .dataflow import label
 from .gates import all_layers_of
-from .layers import ADD, ADD_IN_PLACE, MULTIPLY, Gate, Named, checks_of, is_call, is_unary
+from .layers import (
+    ADD,
+    ADD_IN_PLACE,
+    DROPOUTS,
+    MULTIPLY,
+    PARAMETERS,
+    Gate,
+    Named,
+    checks_of,
+    is_call,
+    is_unary,
+)  # fmt: skip
+from .sandbox import internal
 
 # Chains in letters: c conv, b conv with a bias (absorbed by the norm after it), n norm, r relu,
 # m max-pool, g product with a gate.
-UNITS = "((nr)?(c|b(?=n)))*"
+CONV = "(c|b(?=n))"
+UNITS = f"((nr)?{CONV}(nr{CONV})*)?"
 ALONE = re.compile(f"{UNITS}(n(rm?)?)?")
-BESIDE_A_SHORTCUT = re.compile(f"({UNITS}(nr)?c)?ng|{UNITS}n?")
+BESIDE_A_SHORTCUT = re.compile(f"((nr)?({CONV}nr)*c)?ng|{UNITS}n?")
 FRESH = (*MULTIPLY, torch.cat, *(f for f in ADD if f not in ADD_IN_PLACE))
 """Functions whose result is a tensor of its own."""
 
@@ -190,6 +203,19 @@ class _Flow:
         kept = tuple(dict.fromkeys(around))
         return Region(tuple(in_order), around=kept, place=place, **fields)
 
+    def check_gate(self, calls: list[fx.Node]) -> None:
+        """Refused if the gate at the end of `calls` reads or calls the norm before it."""
+        norm, gate = [self.layers[call] for call in calls if self.kind(call) in ("n", "g")][-2:]
+        view = norm.view
+        assert view is not None
+        names = {*view.targets, *(f"{view.targets[0]}.{name}" for name in PARAMETERS)}
+        called = {node.target for node in gate.covers if node.op == "call_module"}
+        inside = [m for name in called for m in self.module.get_submodule(name).modules()]
+        own = [self.module.get_submodule(view.targets[0])] if isinstance(view, Named) else []
+        read = {n.target for c in gate.covers for n in c.all_input_nodes if n.op == "get_attr"}
+        if any(module in own for module in inside) or names & read:
+            raise Refused("the gate reads the norm before it")
+
     def check_between(self, nodes: set[fx.Node], x: fx.Node) -> None:
         """Refused if calls among `nodes`, which run at the last of them, change what these read."""
         order = list(self.graph.nodes)
@@ -200,6 +226,9 @@ class _Flow:
         targets = {n.target for node in nodes for n in node.all_input_nodes if n.op == "get_attr"}
         modules = {self.module.get_submodule(n.target) for n in nodes if n.op == "call_module"}
         norms = {module for module in modules if isinstance(module, NORMS)}
+        gated = [part for n in nodes if self.kind(n) == "g" for part in self.layers[n].covers]
+        if any(map(self.may_draw, gated)) and any(map(self.may_draw, between)):
+            raise Refused("its gate and the shortcut may draw random numbers")
         for node in between:
             for value in node.all_input_nodes:
                 if value.op == "get_attr":
@@ -210,6 +239,15 @@ class _Flow:
             if node.op == "call_module" and norms:
                 if not norms.isdisjoint(self.module.get_submodule(str(node.target)).modules()):
                     raise Refused(f"{node.target} is called in between")
+
+    def may_draw(self, node: fx.Node) -> bool:
+        """Whether `node` may draw random numbers, or change a state of its own."""
+        if node.op == "call_module":
+            modules = list(self.module.get_submodule(str(node.target)).modules())
+            own = [type(m) in DROPOUTS or not internal(type(m).__module__) for m in modules]
+            return any(own)
+        name = label(node)
+        return any(word in name for word in ("drop", "rand", "bernoulli", "normal_", "uniform_"))
 
     def is_fresh(self, value: fx.Node) -> bool:
         """Whether `value` is a new tensor, which shares memory with no other value."""
@@ -264,7 +302,7 @@ class _Flow:
 
     def join(self, add: fx.Node, taken: set[fx.Node]) -> Region | str:
         """The region that ends in the addition `add`, or in the ReLU after it; or why there is
-        none, "" if a fused call would gain nothing.
+        none.
         """
         if len(add.args) != 2 or add.kwargs:
             return f"{label(add)} has more arguments than two values"
@@ -279,7 +317,8 @@ class _Flow:
         if relu:
             sides.append(_Side([], add.args[1]))
         try:
-            return self.sum(add, sides[0], ends, relu) if sides else ""
+            nothing = "it has neither a norm before nor a ReLU after it"
+            return self.sum(add, sides[0], ends, relu) if sides else nothing
         except Refused as why:
             return str(why)
 
@@ -301,6 +340,8 @@ class _Flow:
         named = residual is not None and residual.op == "call_module"
         beside = f"{residual.target}(x)" if named else "residual"
         gates = [self.layers[call].view for call in calls if self.kind(call) == "g"]
+        if gates:
+            self.check_gate(calls)
         return self.region(
             calls, [*projection, *side.skipped, *ends], x=x, residual=residual,
             parts=self.parts(calls, shortcut, relu, **fields),

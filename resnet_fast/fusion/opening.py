@@ -16,10 +16,9 @@ from torch import fx, nn
 from ..dispatch.guard import hooked
 from .dataflow import Forward
 from .gates import all_layers_of
-from .layers import is_unary, layers_of
+from .layers import DROPOUTS, is_unary, layers_of
 from .sandbox import Notes, below
 
-DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 Path = tuple[str, ...]
 """The children that hold a call, from the outermost, by their paths below the root."""
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from operator import is_
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from ..dispatch.guard import hooked, plain_call
 from ..modules import run_fused, run_gated
 from ..spec.dtypes import DTYPES
 from ..spec.layers import Parts
 from ..spec.values import pair
-from .layers import Borrowing, View
+from .layers import Borrowing, View, is_pool
 from .match import Region
 from .subgraph import Function, compiled, function_of
 
@@ -39,9 +40,25 @@ def rewritten(graph: fx.Graph, regions: Iterable[Region], impl: str) -> Function
             held = [new.get_attr(name) for name in names]
             args = values[region.x], residual, versions.get(region), *held
             values[node] = new.call_function(call, args)
+        elif node.op == "call_module" and any(isinstance(a, list) for a in node.args):
+            args = fx.map_arg(node.args, values.__getitem__)
+            values[node] = new.call_function(_with_lists, (new.get_attr(node.target), *args))
         elif node not in inner and node not in unread:
             values[node] = new.node_copy(node, values.__getitem__)
     return compiled(new)
+
+
+def _with_lists(module: nn.Module, *args: Any) -> Any:
+    """module(*args); an error if it changes a list, whose contents the caller takes for known."""
+    before = [list(arg) for arg in args if isinstance(arg, list)]
+    result = module(*args)
+    after = [arg for arg in args if isinstance(arg, list)]
+    if any(len(a) != len(b) or not all(map(is_, a, b)) for a, b in zip(before, after, strict=True)):
+        raise RuntimeError(
+            f"{type(module).__name__} changes a list that it is given, which a fused forward does "
+            "not support; use resnet_fast.unfuse(model)"
+        )
+    return result
 
 
 def _unread(graph: fx.Graph, replaced: set[fx.Node]) -> set[fx.Node]:
@@ -80,6 +97,7 @@ def _fused_call(region: Region, impl: str) -> tuple[Function, list[str]]:
     at = [[names.index(name) if name else -1 for name in view.targets] for view in views]
     layers = parts.each(views.index)
     gate_at = [names.index(name) for name in gate.targets] if gate else []
+    pools = [names.index(name) for name in gate.pools] if gate else []
     watched = [names.index(name) for name in region.results]
     same_dtype = any(isinstance(view, Borrowing) and view.same_dtype for view in views)
 
@@ -94,9 +112,11 @@ def _fused_call(region: Region, impl: str) -> tuple[Function, list[str]]:
         given = *held, None
         pairs = zip(views, at, strict=True)
         found = [view(*[given[i] for i in places]) for view, places in pairs]
-        if None in found:
+        if None in found or not all([is_pool(held[i]) for i in pools]):
             return plain(x, residual, *held)
         read = layers.each(found.__getitem__)
+        if _has_bias(read, gate is not None):
+            return plain(x, residual, *held)
         if not _fits(read, x, residual) or (same_dtype and not _as_arithmetic(read, x)):
             return plain(x, residual, *held)
         if gate is not None:
@@ -128,6 +148,15 @@ def _as_arithmetic(read: Parts, x: Tensor) -> bool:
         for norm, channels in norms
         if norm is not None
         for t in (*norm._parameters.values(), norm.running_mean, norm._buffers["running_var"])
+    )
+
+
+def _has_bias(read: Parts, gated: bool) -> bool:
+    """Whether a convolution has a bias that no norm absorbs."""
+    norms = (*read.norms[:-1], None) if gated else read.norms
+    convs = [*zip(read.convs, norms[1:], strict=True), (read.projection, read.projection_norm)]
+    return any(
+        [conv is not None and norm is None and conv.bias is not None for conv, norm in convs]
     )
 
 

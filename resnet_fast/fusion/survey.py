@@ -30,6 +30,7 @@ from .sandbox import internal
 from .swap import Matched, Own, Plan, match
 
 NOT_CALLED = "only if it is called; no forward that can be traced calls it"
+SOME_CALLS = "in some of its calls; others pass other arguments"
 WRONG_ARGUMENTS = "it is called with arguments that a fused forward does not take"
 
 
@@ -297,6 +298,10 @@ class _Walk:
             elif calls and not any(fits(call, plan.signature) for _, call in calls):
                 self.drop(module, plan, mine)
                 self.add(module, type(module).__name__, WRONG_ARGUMENTS)
+            elif calls and not all(fits(call, plan.signature) for _, call in calls):
+                for row in mine:
+                    at = self.found.rows.index(row)
+                    self.found.rows[at] = row._replace(why=row.why or SOME_CALLS)
 
     def drop(self, module: nn.Module, plan: Plan, rows: list[Row]) -> None:
         """Remove the plan and the rows of `module`."""

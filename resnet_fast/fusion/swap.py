@@ -97,6 +97,8 @@ class Plan:
         found = args if self.signature is None else tensors_of(self.signature, args)
         if found is None or watched():
             return None
+        if len(found) > 1 and len({id(t) for t in found}) < len(found):
+            return None  # a forward may ask whether two arguments are one
         return None if any(isinstance(t, Tensor) and transformed(t) for t in found) else found
 
     def holds(self, module: nn.Module) -> bool:

@@ -48,7 +48,7 @@ class BorrowedConv:
     def __init__(self, weight: Tensor, bias: Tensor | None, stride: Any = 1, padding: Any = 0,
                  dilation: Any = 1, groups: int = 1) -> None:  # fmt: skip
         self._parameters = {"weight": weight, "bias": bias}
-        self.weight, self.out_channels = weight, weight.shape[0]
+        self.weight, self.bias, self.out_channels = weight, bias, weight.shape[0]
         self.stride, self.padding, self.dilation, self.groups = stride, padding, dilation, groups
 
 

@@ -1,6 +1,7 @@
 """What `fuse` takes for a norm, a gate or a call, and what only looks like one."""
 
 import copy
+import math
 import pickle
 from collections import OrderedDict
 
@@ -14,6 +15,8 @@ from torch import fx, nn
 
 from resnet_fast import explain, fuse, unfuse
 from resnet_fast.fusion import rewrite
+from resnet_fast.modules import run_fused
+from resnet_fast.spec.layers import Parts
 
 
 def image(channels=4, size=8, dtype=torch.float64):
@@ -190,6 +193,9 @@ GATES = {
     "pool": lambda gate, x: gate.excite(F.adaptive_avg_pool2d(x, 1)) * x,
     "view": linear,
     "in-place": lambda gate, x: x * x.mean((2, 3), keepdim=True).mul_(2.0).add_(1.0),
+    "means-of-means": lambda gate, x: x * torch.sigmoid(
+        (p := x.mean((2, 3), keepdim=True)) * 2 - gate.excite(p).mean((2, 3), keepdim=True)
+    ),
     "one-for-all": lambda gate, x: x * x.mean((2, 3), keepdim=True).mean(1, keepdim=True),
 }
 NO_GATES = {
@@ -198,6 +204,13 @@ NO_GATES = {
     "spatial": lambda gate, x: x * x.mean(1, keepdim=True).sigmoid(),
     "itself": lambda gate, x: x * x.sigmoid(),
     "size": lambda gate, x: x * (gate.excite(x.mean((2, 3), keepdim=True)) * x.size(2)),
+    "norm-of-gate": lambda gate, x: x * (
+        (p := gate.down(x.mean((2, 3), keepdim=True)).relu().mean(1, keepdim=True))
+        - p.mean((2, 3), keepdim=True) + x.amax((2, 3), keepdim=True)
+    ),
+    "first-image": lambda gate, x: (
+        x * torch.sigmoid(x.mean((2, 3), keepdim=True) + x[0].amax((1, 2)).view(1, -1, 1, 1))
+    ),
     "read-again": lambda gate, x: x * (s := gate.excite(x.mean((2, 3), keepdim=True))) + s,
 }  # fmt: skip
 
@@ -235,6 +248,66 @@ class TestGates:
         model = fuse(copy.deepcopy(plain))
         close(model(image()), plain(image()))
         close(dict(model.named_buffers()), dict(plain.named_buffers()))
+
+
+class Pooling(Basic):
+    """Squeeze-and-excitation whose means come from a module."""
+
+    def __init__(self):
+        super().__init__(4, 4)
+        self.pool, self.fc, self.side = nn.AdaptiveAvgPool2d(1), nn.Conv2d(4, 4, 1), nn.Identity()
+
+    def forward(self, x):
+        out = self.bn1(self.conv1(x))
+        out = out * torch.sigmoid(self.fc(self.pool(out)))
+        return self.relu(out + self.side(x))
+
+
+class Draws(nn.Module):
+    def forward(self, x):
+        return x + torch.rand_like(x)
+
+
+class TestWhatAGateCalls:
+    @pytest.mark.parametrize("change", [
+        lambda net: net.pool.register_forward_hook(lambda m, args, y: 2 * y) and None,
+        lambda net: setattr(net, "pool", nn.AdaptiveMaxPool2d(1)),
+        lambda net: setattr(net.pool, "forward", lambda v: v.amax((2, 3), keepdim=True)),
+        lambda net: setattr(net.conv1, "bias", nn.Parameter(torch.ones(4).double())),
+        lambda net: setattr(net, "fc", nn.Sequential(nn.ReLU(), nn.Conv2d(4, 4, 1).double())),
+    ])  # fmt: skip
+    def test_may_be_changed_later(self, change):
+        plain = randomize(Pooling()).eval()
+        model, x = fuse(copy.deepcopy(plain)), image()
+        assert "gate" in str(fused(model))
+        for one in (plain, model):
+            torch.manual_seed(0)
+            change(one)
+        close(model(x), plain(x))
+
+    def test_random_numbers_are_drawn_in_order(self):
+        plain = randomize(Pooling())
+        plain.fc, plain.side = nn.Sequential(Draws(), plain.fc), Draws()
+        model = fuse(copy.deepcopy(plain))
+        for mode in (True, False):
+            for one in (plain, model):
+                one.train(mode)
+            torch.manual_seed(0)
+            expected = plain(image())
+            torch.manual_seed(0)
+            close(model(image()), expected)
+
+    @pytest.mark.parametrize("gate", [
+        lambda net, u: torch.sigmoid(net.bn1(net.pool(u))),
+        lambda net, u: torch.sigmoid(net.pool(u) - net.bn1.running_mean.view(1, -1, 1, 1)),
+    ])  # fmt: skip
+    def test_may_be_the_norm_before_it(self, gate):
+        class Reading(Pooling):
+            def forward(self, x):
+                out = self.bn1(self.conv1(x))
+                return self.relu(out * gate(self, out) + x)
+
+        assert_same_mathematics(randomize(Reading()), image())
 
 
 class Further(nn.Module):
@@ -318,6 +391,95 @@ class TestCalls:
         close(model.child([x, x[:, :2], x[:, :2]]), plain.child([x, x[:, :2], x[:, :2]]))
         with pytest.raises(TypeError):
             model.child(3)
+
+
+class Keeping(nn.Module):
+    """Changes or returns the list that it is given, but calls nothing fusible."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how = how
+
+    def forward(self, features):
+        if self.how == "append":
+            features.append(features[0] * 3)
+        return features if self.how == "return" else features[0]
+
+
+class TestLists:
+    def test_that_a_child_changes_are_an_error(self):
+        class Parent(Basic):
+            def __init__(self):
+                super().__init__(4, 4)
+                self.child = Keeping("append")
+
+            def forward(self, x):
+                features = [self.relu(self.bn1(self.conv1(x))), x]
+                self.child(features)
+                return features[-1] + features[0]
+
+        with pytest.raises(RuntimeError, match="Keeping changes a list that it is given"):
+            fuse(randomize(Parent()))(image())
+
+    def test_that_a_child_returns_are_the_same_object(self):
+        class Parent(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.child = Keeping("return")
+
+            def forward(self, x):
+                features = [x, x * 2]
+                return x * 2 if self.child(features) is features else x * 3
+
+        assert_same_mathematics(Parent(), image())
+
+    @pytest.mark.parametrize("values", [(0.0, -0.0), (1, True), (1, 1.0)])
+    def test_values_that_are_equal_but_not_the_same(self, values):
+        class Child(Further):
+            def forward(self, x, k):
+                scale = math.copysign(1.0, k) * (2 if type(k) is int else 3)
+                return F.relu(self.bn(self.conv(x))) * scale
+
+        class Parent(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.child = Child()
+
+            def forward(self, x):
+                return self.child(self.child(x, values[0]), values[1])
+
+        assert_same_mathematics(randomize(Parent()), image())
+
+    def test_a_child_called_in_two_ways_says_so(self):
+        class Parent(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.child = Further()
+
+            def forward(self, x):
+                return self.child(self.child(x), x, 2)
+
+        model = randomize(Parent())
+        assert "in some of its calls" in str(explain(fuse(model)))
+        assert_same_mathematics(model, image())
+
+
+class TestChains:
+    def test_two_convolutions_have_no_relu_between_them(self):
+        model = randomize(nn.Sequential(
+            nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.Conv2d(4, 4, 1, bias=False),
+            nn.BatchNorm2d(4), nn.ReLU(),
+        ))  # fmt: skip
+        assert fused(fuse(model)) == {"1": "conv norm relu"}
+        assert_same_mathematics(model, image())
+
+    @pytest.mark.parametrize("impl", ["auto", "reference"])
+    def test_nor_in_a_chain_by_its_parts(self, impl):
+        net = randomize(Basic(4, 4)).eval()
+        parts = Parts((net.conv1, net.conv2), (None, None, net.bn2), False, "none")
+        with torch.no_grad():
+            expected = net.bn2(net.conv2(net.conv1(image())))
+            close(run_fused(parts, image(), impl=impl), expected)
 
 
 class Switching(fx.GraphModule):
