@@ -330,6 +330,7 @@ def test_writers_that_leave_the_counter(tmp_path):
 @pytest.mark.parametrize("how", ["channels_last", "nchw", "moved"])
 def test_dropped_with_their_filters(how):
     resnet_fast.empty_cache()
+    before = set(packed_filters._watched)  # of nets that other tests have left alive
     layout = torch.channels_last if how == "channels_last" else torch.contiguous_format
     module, x = randomized(64, 64, 3, layout)
     with torch.no_grad():
@@ -340,7 +341,7 @@ def test_dropped_with_their_filters(how):
         del module
         gc.collect()
         assert backends.kept()["packed_filters"] == 0
-        assert not packed_filters._watched
+        assert packed_filters._watched <= before
 
 
 def test_dropped_when_others_are_packed():
