@@ -19,6 +19,7 @@ import types
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, fx, nn
@@ -236,9 +237,14 @@ class _Writes(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@functools.cache
+_notings: WeakValueDictionary[int, Any] = WeakValueDictionary()
+
+
 def _noting(cls: type[nn.Module]) -> type[nn.Module]:
     """A subclass of `cls` that notes which attributes code of layers or outside PyTorch reads."""
+    made = _notings.get(id(cls))
+    if made is not None and made._plain_class is cls:
+        return made
 
     def __getattribute__(self, name):
         if not name.startswith("__") and name not in ("_noted", "training"):
@@ -254,6 +260,7 @@ def _noting(cls: type[nn.Module]) -> type[nn.Module]:
     names |= {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
     noting = type(cls.__name__, (cls,), names)
     noting._own = frozenset(vars(noting))
+    _notings[id(cls)] = noting
     return noting
 
 

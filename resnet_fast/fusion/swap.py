@@ -14,6 +14,7 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, fx, nn
@@ -275,15 +276,24 @@ def restore(model: nn.Module) -> None:
             vars(module).pop(name, None)
 
 
-@functools.cache
+_subclasses: WeakValueDictionary[Any, type[nn.Module]] = WeakValueDictionary()
+
+
 def _subclass(mixin: type[Swapped], cls: type[nn.Module]) -> type[nn.Module]:
+    """The class of a fused module of class `cls`: one for each, as long as a module has it."""
+    made: Any = _subclasses.get((mixin, id(cls)))
+    if made is not None and made._plain_class is cls:
+        return made
+
     @functools.wraps(cls.forward)  # tracers read the arguments of the wrapped function
     def forward(self, *args, **kwargs):
         return mixin.forward(self, *args, **kwargs)
 
     names = {"_fused_mixin": mixin, "_plain_class": cls, "forward": forward}
     names |= {"__module__": __name__, "__doc__": cls.__doc__}
-    return type(f"Fused{cls.__name__}", (mixin, cls), names)
+    made = type(f"Fused{cls.__name__}", (mixin, cls), names)
+    _subclasses[mixin, id(cls)] = made
+    return made
 
 
 def _new(mixin: type[Swapped], cls: type[nn.Module]) -> nn.Module:
