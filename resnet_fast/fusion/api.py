@@ -40,10 +40,9 @@ def fuse(model: Model, *, impl: str = "auto", inplace: bool = False) -> Model:
     Modules and models of resnet_fast are switched to their fused forward. On a fused model, `fuse`
     first undoes the earlier fusion.
 
-    A fused module falls back to its original forward
+    Layers that run as one call are called one by one if one of them has hooks, parametrizations or
+    an overridden forward. A fused module runs its original forward
 
-    - if a child has hooks, parametrizations or an overridden forward (then only the calls around
-      it);
     - if anything has changed that the forward read when it was fused;
     - under global module hooks, `torch.func`, forward-mode AD, `torch.fx` and `torch.jit`.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dis
 import gc
+import itertools
 import operator
 import sys
 import textwrap
@@ -16,7 +17,6 @@ import weakref
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -258,11 +258,15 @@ def trace(
         raise Mismatch(str(reason)) from None
     if _asks_for_types(module):
         raise Mismatch("its forward cannot run fused: it depends on the type of a value")
+    if _asks_for_identity(module):
+        raise Mismatch("its forward cannot run fused: it asks whether two values are one object")
     norm = {"running_mean", "running_var"} <= {*module._parameters, *module._buffers}
     graphs: dict[tuple[bool, bool], fx.Graph] = {}
     try:
         with sandbox(module, fake) as (copied, reads):
-            for with_grad, (training, below, context) in product((True, False)[: 1 + norm], MODES):
+            for with_grad, (training, below, context) in itertools.product(
+                (True, False)[: 1 + norm], MODES
+            ):
                 if not with_grad and context is not contextlib.nullcontext:
                     continue
                 for one in copied.modules():
@@ -330,6 +334,17 @@ def _asks_for_types(module: nn.Module) -> bool:
     """Whether the forward of `module` may call `type`, whose result tracing cannot replace."""
     code = (line for function in functions_of(module) for line in dis.get_instructions(function))
     return any("GLOBAL" in line.opname and line.argval == "type" for line in code)
+
+
+def _asks_for_identity(module: nn.Module) -> bool:
+    """Whether the forward of `module` may ask `a is b` of two values, not of one and a constant."""
+    variables = ("LOAD_FAST", "LOAD_DEREF", "BINARY_SUBSCR", "BINARY_OP")
+    for function in functions_of(module):
+        lines = list(dis.get_instructions(function))
+        for before, line in itertools.pairwise(lines):
+            if line.opname == "IS_OP" and before.opname.startswith(variables):
+                return True
+    return False
 
 
 def sequence(module: nn.Module) -> Forward | None:

@@ -40,10 +40,12 @@ def rewritten(graph: fx.Graph, regions: Iterable[Region], impl: str) -> Function
             held = [new.get_attr(name) for name in names]
             args = values[region.x], residual, versions.get(region), *held
             values[node] = new.call_function(call, args)
+        elif node in inner or node in unread:
+            continue
         elif node.op == "call_module" and any(isinstance(a, list) for a in node.args):
             args = fx.map_arg(node.args, values.__getitem__)
             values[node] = new.call_function(_with_lists, (new.get_attr(node.target), *args))
-        elif node not in inner and node not in unread:
+        else:
             values[node] = new.node_copy(node, values.__getitem__)
     return compiled(new)
 
@@ -115,9 +117,9 @@ def _fused_call(region: Region, impl: str) -> tuple[Function, list[str]]:
         if None in found or not all([is_pool(held[i]) for i in pools]):
             return plain(x, residual, *held)
         read = layers.each(found.__getitem__)
-        if _has_bias(read, gate is not None):
+        if _has_bias(read, gate is not None) or not _fits(read, x, residual):
             return plain(x, residual, *held)
-        if not _fits(read, x, residual) or (same_dtype and not _as_arithmetic(read, x)):
+        if same_dtype and not _as_arithmetic(read, x):
             return plain(x, residual, *held)
         if gate is not None:
             factors = gate(*[held[i] for i in gate_at])

@@ -162,6 +162,10 @@ class _Walk:
                 self.add(module, type(module).__name__, str(reason))
             return
         matched = plan, graphs = match(module, forward, self.impl, self.forwards.inside)
+        calls = self.calls.get(module)
+        if calls and not any(fits(call, forward.signature) for _, call in calls):
+            self.misfit(module, forward, matched)
+            return
         self.count(module, matched)
         if plan.regions:
             self.found.plans.append((module, plan))
@@ -178,21 +182,35 @@ class _Walk:
         self.claimed.update(m for one in taken for m in one.modules())
         refused: dict[str, None] = {}
         for opened, _, reasons in graphs.values():
-            refused |= dict.fromkeys(filter(None, reasons.values()))
+            refused |= dict.fromkeys(reasons.values())
             for node in opened.graph.nodes:
                 if node.op == "call_module":
-                    self.call(module, forward, node)
+                    self.call(module, node)
         for why in refused:
             self.add(module, f"{type(module).__name__}: addition", why)
         why = refusal(module) if isinstance(module, (_ConvNd, _NormBase)) else None
         if why is not None and not plan.regions:
             self.add(module, type(module).__name__, f"it {why}")
 
-    def call(self, module: nn.Module, forward: Forward, node: fx.Node) -> None:
+    def misfit(self, module: nn.Module, forward: Forward, matched: Matched) -> None:
+        """Note the calls of `module`, which runs plain because of how it is called."""
+        if matched.plan.regions:
+            self.add(module, type(module).__name__, WRONG_ARGUMENTS)
+        for training, graph in zip((True, False), forward, strict=True):
+            for kind in counted(module, graph, self.forwards.inside).values():
+                self.found.counts.append(Count(training, kind, module, None))
+            for node in graph.nodes:
+                if node.op == "call_module":
+                    called = module.get_submodule(str(node.target))
+                    kinds = functools.partial(self.kind, module)
+                    self.calls[called].append((module, passed(node, kinds)))
+        self.tallied.add(module)
+
+    def call(self, module: nn.Module, node: fx.Node) -> None:
         """Note a call in the forward of `module`; add the layer that it calls, if left alone."""
         called = module.get_submodule(str(node.target))
-        kind = functools.partial(self.kind, module, forward)
-        self.calls[called].append((module, passed(node, kind)))
+        kinds = functools.partial(self.kind, module)
+        self.calls[called].append((module, passed(node, kinds)))
         if kind_of(called) and called not in self.claimed and self.forwards.inside(called) is None:
             self.claimed.add(called)
             self.add(called, type(called).__name__, self.reason(module, node))
@@ -226,7 +244,7 @@ class _Walk:
                 for training in (True, False):
                     self.found.counts.append(Count(training, kind, module, None))
 
-    def kind(self, module: nn.Module, forward: Forward, value: fx.Node) -> Argument:
+    def kind(self, module: nn.Module, value: fx.Node) -> Argument:
         """What `value` is, in a graph of `module` or of a child that is open in it."""
         if value.op == "placeholder" and sequence(module) is not None:
             calls = [one for _, one in self.calls.get(module, ()) if one and len(one) == 1]
@@ -234,9 +252,9 @@ class _Walk:
         if value.op != "call_module":
             return TENSOR
         child = module.get_submodule(str(value.target))
-        inside = functools.partial(self.kind, module, forward)
+        kinds = functools.partial(self.kind, module)
         try:
-            found = self.forwards.of(child, passed(value, inside))
+            found = self.forwards.of(child, passed(value, kinds))
         except Mismatch:
             return TENSOR
         result = next(node for node in found.training.nodes if node.op == "output").args[0]

@@ -98,8 +98,6 @@ class Plan:
         found = args if self.signature is None else tensors_of(self.signature, args)
         if found is None or watched():
             return None
-        if len(found) > 1 and len({id(t) for t in found}) < len(found):
-            return None  # a forward may ask whether two arguments are one
         return None if any(isinstance(t, Tensor) and transformed(t) for t in found) else found
 
     def holds(self, module: nn.Module) -> bool:
@@ -144,9 +142,8 @@ class Unread:
 
 
 class Matched(NamedTuple):
-    """A plan, and for each mode of the module what is fused in which graph.
-
-    refused: why additions are in no region.
+    """A plan, and for each mode of the module: its graph, the regions in it, and why additions are
+    in none.
     """
 
     plan: Plan

@@ -268,7 +268,27 @@ class Draws(nn.Module):
         return x + torch.rand_like(x)
 
 
+class Chosen(nn.Module):
+    def forward(self, values):
+        return values[0]
+
+
 class TestWhatAGateCalls:
+    def test_may_take_a_list(self):
+        class Listing(Pooling):
+            def __init__(self):
+                super().__init__()
+                self.choose = Chosen()
+
+            def forward(self, x):
+                out = self.bn1(self.conv1(x))
+                out = out * torch.sigmoid(self.choose([self.fc(self.pool(out))]))
+                return self.relu(out + x)
+
+        model = randomize(Listing())
+        assert "gate" in str(fused(fuse(model)))
+        assert_same_mathematics(model, image())
+
     @pytest.mark.parametrize("change", [
         lambda net: net.pool.register_forward_hook(lambda m, args, y: 2 * y) and None,
         lambda net: setattr(net, "pool", nn.AdaptiveMaxPool2d(1)),
@@ -366,8 +386,13 @@ class TestCalls:
         fuse(model)(image())
         assert len(fused_calls) == 1
         assert_same_mathematics(model, image())
-        other = pickle.loads(pickle.dumps(fuse(randomize(make()))))
-        assert isinstance(other, nn.Module)
+
+    def test_arguments_are_those_of_the_pickled_module_too(self, fused_calls):
+        child = fuse(randomize(Calls(Joined(), CALLS["list"][1]))).child
+        other, given = pickle.loads(pickle.dumps(child)).eval(), [image(), image()]
+        assert type(other) is type(child)
+        close(other(given), unfuse(child).eval()(given))
+        assert len(fused_calls) == 1
 
     @pytest.mark.parametrize(
         "call", [lambda child, x: child(x, shortcut=x), lambda child, x: child(x, scale=2)]
@@ -432,6 +457,22 @@ class TestLists:
                 return x * 2 if self.child(features) is features else x * 3
 
         assert_same_mathematics(Parent(), image())
+
+    def test_one_tensor_twice_is_two_arguments(self, fused_calls):
+        model = randomize(Calls(Joined(), lambda child, x: child([x, x])))
+        fuse(model)(image())
+        assert len(fused_calls) == 1
+        assert_same_mathematics(model, image())
+
+    def test_unless_a_forward_asks(self):
+        class Asking(Joined):
+            def forward(self, features):
+                y = super().forward(features)
+                return y * 2 if features[0] is features[1] else y
+
+        model = randomize(Calls(Asking(), lambda child, x: child([x, x])))
+        assert "whether two values are one object" in str(explain(fuse(model)))
+        assert_same_mathematics(model, image())
 
     @pytest.mark.parametrize("values", [(0.0, -0.0), (1, True), (1, 1.0)])
     def test_values_that_are_equal_but_not_the_same(self, values):
@@ -717,10 +758,6 @@ class TestTransforms:
 
     def test_of_an_addition_alone(self, fused_calls):
         class Sum(nn.Module):
-            def __init__(self):
-                super().__init__()
-                self.bn = nn.BatchNorm2d(4)
-
             def forward(self, x):
                 return F.relu(x * 2 + x.flip(3))
 
@@ -783,3 +820,24 @@ class TestReads:
         change(plain), change(model)
         close(model(image()), plain(image()))
         assert "fused" not in {row.state for row in explain(model).rows}
+
+
+def test_children_of_a_module_that_is_called_with_keywords_run_fused(fused_calls):
+    """Its own forward runs plain, so what it opens for itself is fused where it is."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = unit(nn.BatchNorm2d(4)), unit(nn.BatchNorm2d(4))
+
+        def forward(self, x, skip=None):
+            y = self.second(self.first(x))
+            return y if skip is None else y + skip
+
+    model = randomize(Calls(Block(), lambda child, x: child(x, skip=x)))
+    whole = {f"child.{name}": "Sequential: conv norm relu" for name in ("first", "second")}
+    assert fused(fuse(model)) == whole
+    fuse(model)(image())
+    assert len(fused_calls) == 2
+    assert explain(fuse(model)).shares["training"]["convolutions"] == (2, 2, 2)
+    assert_same_mathematics(model, image())
