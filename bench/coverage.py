@@ -80,6 +80,13 @@ def run(args: argparse.Namespace) -> int:
     for name, why in missing.items():
         print(f"coverage: its models are left out: {name}: {why}", file=sys.stderr)
     gc.freeze()  # fuse collects garbage; what the packages hold is none
+    try:
+        return _each(args, missing)
+    finally:
+        gc.unfreeze()
+
+
+def _each(args: argparse.Namespace, missing: dict[str, str]) -> int:
     failed = bool(args.update and missing)
     for name in args.models if not failed else ():
         if package(name) in missing:

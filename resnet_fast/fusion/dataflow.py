@@ -118,6 +118,8 @@ class _Tracer(fx.Tracer):
         if any(proxy() is not None for proxy in self.proxies):
             gc.collect()
         held = [proxy() for proxy in self.proxies if proxy() is not None]
+        if held and gc.get_freeze_count():
+            gc.unfreeze()  # get_referrers does not look at frozen objects
         names: list[str] = []
         for proxy in held:
             for container in gc.get_referrers(proxy):

@@ -1,6 +1,7 @@
 """explain and fuse change nothing of the model they are given; the fused copy does all it did."""
 
 import copy
+import gc
 import inspect
 import random
 from collections import deque
@@ -181,6 +182,18 @@ def test_is_left_alone_and_explained(name):
     inside = [row for row in rows if row.path.split(".")[0] == "1"]
     assert {row.state for row in inside} == {"left alone"} and all(row.why for row in inside)
     assert [row.path for row in rows if row.state == "fused"] == ["0"]
+
+
+def test_a_value_is_removed_from_a_frozen_list():
+    """`gc.freeze` hides objects from `gc.get_referrers`."""
+    model = build("fills-a-closure")
+    before = list(busy_models.SEEN)
+    gc.freeze()
+    try:
+        explain(model)
+    finally:
+        gc.unfreeze()
+    assert busy_models.SEEN == before
 
 
 def test_what_a_forward_does_not_name_is_not_copied_to_trace_it():
