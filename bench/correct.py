@@ -103,7 +103,8 @@ def fprop(layer: Layer, n: int, dtype: torch.dtype, device: torch.device) -> Cal
     """The normalization and ReLU of the input, the convolution, the next normalization."""
     x, w, (weight, bias, *_), _ = tensors(layer, n, dtype, device)
     affine = _affine(layer, device)
-    return "conv_fprop", [x, w, *affine, True, weight, bias, EPS, *layer.conv.args()]
+    args = [x, w, *affine, True, weight, bias, EPS, None, False, *layer.conv.args()]
+    return "conv_fprop", args
 
 
 def bprop(layer: Layer, n: int, dtype: torch.dtype, device: torch.device) -> Call:

@@ -189,7 +189,7 @@ def conv_cases(
     if layer.residual:
         yield f"{name} projection", _projection_case(layer, x, w, norm)
     if name in TRAINED:
-        fprop, affine = kernels.conv_fprop, (*norm[1:3], EPS)
+        fprop, affine = kernels.conv_fprop, (*norm[1:3], EPS, None, False)
         yield f"{name} stats", partial(fprop, x, w, None, None, True, *affine, *geometry)
         yield from gradient_cases(name, x, w, y, geometry)
     if name == SMALL:

@@ -227,7 +227,7 @@ def train(mode: str) -> Callable[[Layer, int, torch.dtype, torch.device, str], R
         def fused() -> Tensor:
             if mode == "fprop":
                 return ops.conv_fprop(
-                    x, w, *below[:2], True, weight, bias, EPS, *geometry, impl
+                    x, w, *below[:2], True, weight, bias, EPS, None, False, *geometry, impl
                 )[0]
             grads = ops.conv_bprop(
                 dy, w, x, None, a, z, mean, b, c, *below[:2],

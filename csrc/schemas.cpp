@@ -37,8 +37,8 @@ TORCH_LIBRARY(resnet_fast_native, m) {
       "global_avg_pool(Tensor x) -> Tensor");
   m.def(
       "conv_fprop(Tensor x, Tensor w, Tensor? in_scale, Tensor? in_shift, bool stats, int[2] "
-      "stride, int[2] padding, int[2] dilation, int groups) -> (Tensor z, Tensor mean, Tensor "
-      "m2)");
+      "stride, int[2] padding, int[2] dilation, int groups, Tensor? bias=None, Tensor? "
+      "residual=None, bool relu=False) -> (Tensor z, Tensor mean, Tensor m2)");
   m.def(
       "conv_bprop(Tensor dy, Tensor w, Tensor x, Tensor? dy_mask, Tensor? a, Tensor? z, Tensor? "
       "mean, Tensor? b, Tensor? c, Tensor? in_scale, Tensor? in_shift, Tensor? in_mean, Tensor? "

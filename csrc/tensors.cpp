@@ -303,11 +303,15 @@ Windows check_max_pool_bwd(
 }
 
 void check_conv_fprop(
-    const Tensor& x, const Tensor& w, const OptTensor& in_scale, const OptTensor& in_shift, const Geometry& g) {
+    const Tensor& x, const Tensor& w, const OptTensor& in_scale, const OptTensor& in_shift, bool stats,
+    const OptTensor& bias, const OptTensor& residual, bool relu, const Geometry& g) {
   const char* op = "conv_fprop";
-  check_conv(op, x, w, g);
+  check_conv_act(x, w, residual, g, op);
   check_vectors(op, named("x", x), {named("in_scale", in_scale), named("in_shift", in_shift)});
   check_together(op, {{"in_scale", &in_scale}, {"in_shift", &in_shift}});
+  check_batch_norm(x, w.size(0), {bias, {}, {}, {}, {}, 0.0}, op);
+  TORCH_CHECK_VALUE(!stats || !(bias || residual || relu), op,
+                    ": `stats`: expected False with a bias, a residual or a ReLU");
 }
 
 void check_conv_bprop(
@@ -361,8 +365,8 @@ std::vector<BatchNorm> check_bn_fold(
   return norms;
 }
 
-void check_conv_act(const Tensor& x, const Tensor& w, const OptTensor& residual, const Geometry& g) {
-  const char* op = "conv_bn_act";
+void check_conv_act(
+    const Tensor& x, const Tensor& w, const OptTensor& residual, const Geometry& g, const char* op) {
   const std::vector<int64_t> output = check_conv(op, x, w, g);
   if (!residual) return;
   check_shape({op, "residual", *residual}, output);

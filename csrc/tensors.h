@@ -86,7 +86,8 @@ Windows check_max_pool_bwd(
     const Tensor& dy, const Tensor& index, const Tensor& x, const OptTensor& mean, const OptTensor& rstd,
     at::IntArrayRef kernel, at::IntArrayRef stride, at::IntArrayRef padding);
 void check_conv_fprop(
-    const Tensor& x, const Tensor& w, const OptTensor& in_scale, const OptTensor& in_shift, const Geometry& geometry);
+    const Tensor& x, const Tensor& w, const OptTensor& in_scale, const OptTensor& in_shift, bool stats,
+    const OptTensor& bias, const OptTensor& residual, bool relu, const Geometry& geometry);
 void check_conv_bprop(
     const Tensor& dy, const Tensor& w, const Tensor& x, const OptTensor& dy_mask, const OptTensor& a,
     const OptTensor& z, const OptTensor& mean, const OptTensor& b, const OptTensor& c, const OptTensor& in_scale,
@@ -95,6 +96,8 @@ void check_conv_bprop(
 // conv_bn_act has two: one for its vectors, one for its convolution.
 void check_batch_norm(
     const Tensor& x, int64_t channels, const BatchNorm& norm, const char* op = "conv_bn_act");
-void check_conv_act(const Tensor& x, const Tensor& w, const OptTensor& residual, const Geometry& geometry);
+void check_conv_act(
+    const Tensor& x, const Tensor& w, const OptTensor& residual, const Geometry& geometry,
+    const char* op = "conv_bn_act");
 
 }  // namespace resnet_fast

@@ -8,6 +8,7 @@ only (`guard.transformed`), plain PyTorch ops run.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
@@ -490,7 +491,7 @@ def _run(
 
     def convolve(i: int, h: Tensor, skip: Tensor | None, relu: bool) -> Tensor:
         norm, params, conv = chain.all_norms[i + 1], tensors.norms[i + 1], tensors.convs[i]
-        params = NormParams() if norm is None else params
+        params = NormParams() if norm is None and not folded else params
         y = ops.conv_bn_act(
             h, conv.weight, conv.bias, *params, skip, relu, norm.eps if norm else 0.0,
             *chain.all_convs[i].args(), impl,
@@ -541,23 +542,26 @@ def _pointwise(conv: Conv, weight: Tensor) -> bool:
 def _folded(chains: Sequence[Chain], x: Tensor, given: Sequence[Tensors]) -> list[Tensors]:
     """The tensors of all chains with a scale and a shift, as weight and bias, for every norm.
 
-    They include the biases of the convolutions, which have a norm after them (`check_chain`).
+    They include the biases of the convolutions, also where no norm follows.
     """
     vectors: list[Tensor | None] = []
     eps = []
+    found = []
     for chain, tensors in zip(chains, given, strict=True):
-        biases = (None, *(conv.bias for conv in tensors.convs))
-        for i, norm in enumerate(chain.all_norms):
-            if norm is not None:
-                vectors += (biases[i], *tensors.norms[i])
-                eps.append(norm.eps)
+        biases = itertools.chain([None], (c.bias for c in tensors.convs), itertools.repeat(None))
+        for norm, params, bias in zip(chain.all_norms, tensors.norms, biases, strict=False):
+            found.append(norm is not None or bias is not None)
+            if found[-1]:
+                vectors += (bias, *(NormParams() if norm is None else params))
+                eps.append(0.0 if norm is None else norm.eps)
     ready = iter(ops.bn_fold(x, vectors, eps, chains[0].impl) if eps else ())
+    there = iter(found)
     folded = []
     for chain, tensors in zip(chains, given, strict=True):
         convs = tuple(ConvParams(conv.weight) for conv in tensors.convs)
         norms = tuple(
-            NormParams() if norm is None else NormParams(next(ready), next(ready))
-            for norm in chain.all_norms
+            NormParams(next(ready), next(ready)) if next(there) else NormParams()
+            for _ in chain.all_norms
         )
         folded.append(Tensors(convs, norms))
     return folded

@@ -68,8 +68,8 @@ def run_gated(
 ) -> Tensor:
     """`run_fused` of a chain whose last norm's result u is multiplied by gate(mean of u).
 
-    See `resnet_fast.functional.gated_join`. `parts` ends in a norm, and its last convolution has no
-    bias; the shortcut is "none" or "identity".
+    See `resnet_fast.functional.gated_join`. `parts` ends in a norm; the shortcut is "none" or
+    "identity".
     """
     residual = x if parts.shortcut == "identity" else residual
     before, last = parts._replace(relu=False, shortcut="none"), parts.norms[-1]

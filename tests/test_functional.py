@@ -282,14 +282,15 @@ def test_promotion_under_autocast(impl, name, training):
         assert run(module.eval(), x, *residuals.values()).dtype == same["y"].dtype
 
 
+@pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
 @pytest.mark.parametrize("name", CHAINS)
-def test_chain_promotion_under_autocast(name):
+def test_chain_promotion_under_autocast(name, bias):
     """y of every chain on fp32 x has plain's dtype; what was rounded to 16 bits is nothing more.
 
     Twice the rounding of the convolutions is allowed, by the first layers' wide input.
     """
     chain = CHAINS[name]
-    x, residual, tensors = draw(chain, torch.channels_last, torch.float32)
+    x, residual, tensors = draw(chain, torch.channels_last, torch.float32, bias)
     running = [None] * len(chain.all_norms)
     with torch.no_grad():
         exact = twins.run_chain(chain, x, tensors, residual, running)

@@ -89,10 +89,18 @@ class BandStatistics {
 
 using Three = std::tuple<Tensor, Tensor, Tensor>;
 
+// What follows a convolution without a norm: relu(scale·z + shift + residual), where scale is 1 and shift the bias.
+struct End {
+  OptTensor scale, shift, residual;
+  bool relu;
+
+  explicit operator bool() const { return scale || residual || relu; }
+};
+
 // Empty if the tiles cannot convolve these values (tiled_conv_fprop).
 template <class T>
 std::optional<Three> tiled_fprop(
-    const Tensor& x, const Tensor& w, const OptTensor& in_scale, const OptTensor& in_shift, bool stats,
+    const Tensor& x, const Tensor& w, const OptTensor& in_scale, const OptTensor& in_shift, bool stats, const End& end,
     const Geometry& g) {
   const ConvShape s = conv_shape(x, w, g);
   const Tensor z = empty({s.images, s.filters, s.rows, s.columns}, x.options(), at::MemoryFormat::ChannelsLast);
@@ -100,8 +108,8 @@ std::optional<Three> tiled_fprop(
   BandStatistics<T> statistics({shape_of(z), to});
   const Finish finish = [&](int64_t task, int64_t begin, int64_t end) { statistics.add(task, begin, end); };
   const bool done = tiled_conv_fprop<T>(
-      s, in_scale ? nullptr : data<T>(x), prologue<T>(s, x, in_scale, in_shift), pack_filters<T>(s, w, false), nullptr,
-      nullptr, nullptr, false, to, stats ? finish : Finish());
+      s, in_scale ? nullptr : data<T>(x), prologue<T>(s, x, in_scale, in_shift), pack_filters<T>(s, w, false),
+      data<float>(end.scale), data<float>(end.shift), data<T>(end.residual), end.relu, to, stats ? finish : Finish());
   if (!done) return {};
   if (!stats) return Three{z, empty_vector(x, 0), empty_vector(x, 0)};
   auto [mean, m2] = statistics.result(x);
@@ -110,20 +118,25 @@ std::optional<Three> tiled_fprop(
 
 Three conv_fprop(
     const Tensor& x, const Tensor& w, const OptTensor& in_scale, const OptTensor& in_shift, bool stats,
-    IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, int64_t groups) {
+    IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, int64_t groups, const OptTensor& bias,
+    const OptTensor& residual, bool relu) {
   const at::AutoDispatchBelowADInplaceOrView guard;
   const Geometry g = {stride, padding, dilation, groups};
-  check_conv_fprop(x, w, in_scale, in_shift, g);
+  check_conv_fprop(x, w, in_scale, in_shift, stats, bias, residual, relu, g);
+  const auto format = format_of(x, &w);
+  const auto [scale, shift] = scale_and_shift(x, {bias, {}, {}, {}, {}, 0.0});
+  const End end = {scale, shift, residual ? OptTensor(residual->contiguous(format)) : residual, relu};
   const bool tiled = route(x, w, g, Use::kForward).tiled;
   const auto by_tiles = x.scalar_type() == at::kFloat ? tiled_fprop<float> : tiled_fprop<bf16>;
   if (tiled && groups == 1) {
-    if (auto found = by_tiles(x, w, in_scale, in_shift, stats, g)) return *found;
+    if (auto found = by_tiles(x, w, in_scale, in_shift, stats, end, g)) return *found;
   }
   const Tensor h = in_scale ? activate(x, *in_scale, *in_shift) : x;
   if (tiled && groups > 1) {
-    if (auto found = by_tiles(h, w, {}, {}, stats, g)) return *found;
+    if (auto found = by_tiles(h, w, {}, {}, stats, end, g)) return *found;
   }
-  const Tensor z = conv2d(h, w.to(x.scalar_type()), g).contiguous(format_of(x, &w));
+  const Tensor z = conv2d(h, w.to(x.scalar_type()), g).contiguous(format);
+  if (end) bn_act_over(z, end.scale, end.shift, end.residual, relu);
   if (!stats) return {z, empty_vector(x, 0), empty_vector(x, 0)};
   auto [mean, m2] = bn_stats(z);
   return {z, mean, m2};

@@ -262,20 +262,6 @@ Tensor library_conv(const Tensor& x, const Tensor& w, const Geometry& g) {
   return at::conv2d(x, filters_for(x, w), {}, g.stride, g.padding, g.dilation, g.groups).contiguous(format_of(x, &w));
 }
 
-std::tuple<Tensor, Tensor, Tensor> conv_fprop(
-    const Tensor& x, const Tensor& w, const OptTensor& in_scale, const OptTensor& in_shift, bool stats,
-    IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, int64_t groups) {
-  const at::AutoDispatchBelowADInplaceOrView below;
-  const Geometry g = {stride, padding, dilation, groups};
-  check_conv_fprop(x, w, in_scale, in_shift, g);
-  Tensor h = x;
-  if (in_scale) h = std::get<0>(bn_act_unchecked("conv_fprop", x, in_scale, in_shift, {}, {}, {}, true, false));
-  const Tensor z = library_conv(h, w, g);
-  if (!stats) return {z, empty_vector(x, 0), empty_vector(x, 0)};
-  auto [mean, m2] = bn_stats(z);
-  return {z, mean, m2};
-}
-
 // Finishes a dgrad in place in dx: adds the residual's gradient under its mask and applies ReLU's gradient at x.
 // Returns the sums for the gradient of the norm before x (empty without `mean`).
 std::tuple<Tensor, Tensor> finish_dgrad(
@@ -501,6 +487,24 @@ Tensor conv_bn_act(
   const BatchNorm norm = {bias, bn_weight, bn_bias, running_mean, running_var, eps};
   check_batch_norm(x, w.size(0), norm);
   return conv_bn_act_unchecked(x, w, fold(x, {norm})[0], residual, relu, geometry, false);
+}
+
+std::tuple<Tensor, Tensor, Tensor> conv_fprop(
+    const Tensor& x, const Tensor& w, const OptTensor& in_scale, const OptTensor& in_shift, bool stats,
+    IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, int64_t groups, const OptTensor& bias,
+    const OptTensor& residual, bool relu) {
+  const at::AutoDispatchBelowADInplaceOrView below;
+  const Geometry g = {stride, padding, dilation, groups};
+  check_conv_fprop(x, w, in_scale, in_shift, stats, bias, residual, relu, g);
+  Tensor h = x;
+  if (in_scale) h = std::get<0>(bn_act_unchecked("conv_fprop", x, in_scale, in_shift, {}, {}, {}, true, false));
+  const BatchNorm norm = {bias, {}, {}, {}, {}, 0.0};
+  const bool ends = bias || residual || relu;
+  const Tensor z =
+      ends ? conv_bn_act_unchecked(h, w, fold(x, {norm})[0], residual, relu, g, false) : library_conv(h, w, g);
+  if (!stats) return {z, empty_vector(x, 0), empty_vector(x, 0)};
+  auto [mean, m2] = bn_stats(z);
+  return {z, mean, m2};
 }
 
 struct ChainOps {

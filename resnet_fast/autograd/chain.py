@@ -5,6 +5,7 @@ channels. `conv_fprop` applies the normalization and ReLU before it: on a CPU as
 input, on a GPU in a pass.
 The join normalizes the last z and adds the shortcut in one pass. It keeps one bit per value for its
 ReLU. With a pool, it also takes the maximum of each window and keeps one byte for its position.
+Without a last norm, the last convolution adds bias and shortcut and applies the ReLU.
 
 Backward, from the join to the input: one reduction gives Σdy and Σdy·xhat of the last norm. With a
 pool, it also computes the gradient before the pool. Then each `conv_bprop` forms
@@ -15,7 +16,7 @@ A norm with a `Norm.group` shares its statistics and these sums with other proce
 rank computes the sums, with or without a gradient, so that collectives match.
 
 Saved: x, the filters (on a GPU in the dtype of x), one raw output h per convolution, four vectors
-per norm, and the join's bit mask (or the index of each window's maximum).
+per norm, and the join's bit mask (or the index of each window's maximum; without a last norm, y).
 Not saved: anything after a ReLU (unless `Chain.keeps`).
 """
 
@@ -34,6 +35,7 @@ from ..spec.dtypes import stats_dtype
 from ..spec.layout import memory_format, values_per_channel
 from . import sync
 
+aten = torch.ops.aten
 DOUBLE_BACKWARD = (
     "resnet_fast: the backward pass of a fused chain is not differentiable (create_graph=True); "
     "use resnet_fast.unfuse(model) or resnet_fast.spec.reference for second derivatives"
@@ -58,7 +60,8 @@ class Saved(NamedTuple):
 
     mask: bits of the join's ReLU, or the index of the maximum of each pool window; z_p: the
     projection's raw output; weights: filters of `Chain.all_convs` as `_cast` gives them; hs: h[j]
-    of `spec.chain`; acts: φ[j](h[j]) if kept; affines: one for each of `Chain.all_norms`.
+    of `spec.chain`, the last one y if a ReLU but no norm follows; acts: φ[j](h[j]) if kept;
+    affines: one for each of `Chain.all_norms`.
     """
 
     mask: Tensor | None
@@ -159,32 +162,42 @@ def _forward(
             statistics.extend(stats)
         return _ready(norm, norms[i], conv_bias, h, stats, impl)
 
-    def convolve(i: int, h: Tensor, affine: Affine) -> tuple[Tensor, Affine]:
-        """Convolution i of (convs, projection) on φ(h), and the affine map of the norm after it."""
+    def convolve(
+        i: int, h: Tensor, affine: Affine, skip: Tensor | None = None, relu: bool = False
+    ) -> tuple[Tensor, Affine]:
+        """Convolution i of (convs, projection) on φ(h), and the affine map of the norm after it.
+
+        Without a norm it adds the bias and `skip`, and with `relu` applies a ReLU.
+        """
         norm, params = chain.all_norms[i + 1], norms[i + 1]
-        eps = 0.0 if norm is None else norm.eps
+        batch_stats, eps = norm is not None and norm.batch_stats, 0.0 if norm is None else norm.eps
+        bias = convs[i].bias if norm is None else params.bias if batch_stats else None
         z, *found = ops.conv_fprop(
-            h, weights[i], affine.scale, affine.shift, norm is not None and norm.batch_stats,
-            params.weight, params.bias, eps, *chain.all_convs[i].args(), impl,
+            h, weights[i], affine.scale, affine.shift, batch_stats, params.weight, bias, eps,
+            skip, relu, *chain.all_convs[i].args(), impl,
         )  # fmt: skip
         z = _dense(z, fmt)  # with a single channel, either format fits
         return z, ready(i + 1, z, found)
 
     hs, acts, affines = [x], [], [ready(0, x, None)]
-    for j in range(n):
-        h, affine, act = hs[j], affines[j], None
-        if chain.keeps(x) and affine.scale is not None:
-            act = _activate(h, affine, impl)
-            h, affine = act, Affine()
-        z, after = convolve(j, h, affine)
-        acts.append(act)
-        hs.append(z)
-        affines.append(after)
+
+    def read(j: int) -> tuple[Tensor, Affine]:
+        """The input of convolution j, and what it applies to it."""
+        act = acts[j]
+        return (hs[j], affines[j]) if act is None else (act, Affine())
 
     shortcut, through = x if chain.shortcut == "identity" else residual, Affine()
-    if chain.projection is not None:
-        kept = acts[0] is not None
-        shortcut, through = convolve(n, acts[0] if kept else x, Affine() if kept else affines[0])
+    for j in range(n):
+        keeps = chain.keeps(x) and affines[j].scale is not None
+        acts.append(_activate(hs[j], affines[j], impl) if keeps else None)
+        joins = j == n - 1 and chain.norms[n] is None
+        if joins and chain.projection is not None:
+            shortcut, through = convolve(n, *read(0))
+        z, after = convolve(j, *read(j), *((shortcut, chain.relu) if joins else ()))
+        hs.append(z)
+        affines.append(after)
+    if chain.projection is not None and chain.norms[n] is not None:
+        shortcut, through = convolve(n, *read(0))
 
     last, mask = affines[n], None
     if chain.pool is not None:
@@ -197,15 +210,18 @@ def _forward(
             hs[n], last.scale, last.shift, shortcut, through.scale, through.shift,
             chain.relu, chain.relu, impl,
         )  # fmt: skip
+    elif n > 0:
+        y = hs[n]
     elif chain.relu:
-        y, mask = ops.add_relu(hs[n], shortcut, True, impl)
+        y, mask = ops.add_relu(x, shortcut, True, impl)
     else:
-        y = hs[n] if shortcut is None else hs[n] + shortcut
+        y = x + shortcut
+    reads_last = last.scale is not None or (n > 0 and chain.relu)
     saved = Saved(
         mask if chain.relu else None,
-        shortcut if chain.projection is not None else None,
+        shortcut if through.scale is not None else None,
         weights,
-        [*hs[:n], hs[n] if last.scale is not None else None],  # only a norm reads the last
+        [*hs[:n], hs[n] if reads_last else None],
         acts,
         [*affines, through],
     )
@@ -390,6 +406,10 @@ class _Backward:
         )  # fmt: skip
         if self.need.convs[i].weight:
             self.conv_grads[i][0] = dw
+        if self.need.convs[i].bias and self.chain.all_norms[i + 1] is None:
+            dz = g if g_mask is None else self.masked(g)
+            value = dz.sum((0, 2, 3), dtype=stats_dtype(dz))
+            self.conv_grads[i][1] = value.to(self.dtypes.convs[i].bias)
         return (dx if need_dx else None), (found if sums else None)
 
     def masked(self, dy: Tensor) -> Tensor:
@@ -406,6 +426,8 @@ class _Backward:
         x, z = hs[0], hs[n]
         given, dy = dy, dy.contiguous(memory_format=self.format)
         sums = sums_p = None
+        if n > 0 and chain.relu and chain.norms[n] is None:
+            dy = aten.threshold_backward(dy, z, 0).contiguous(memory_format=self.format)
         if chain.pool is not None:
             dy, sums = self.before_pool(dy, z)
         elif self.needs_sums(n) or self.needs_sums(n + 1):

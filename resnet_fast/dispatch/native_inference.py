@@ -166,11 +166,10 @@ def _write(
         convs = (*convs, parts.projection)
     pads = parts.stride if parts.shortcut == "zero_pad" else 0
     program += (n, SHORTCUTS.index(parts.shortcut), parts.relu, pool is not None, pads)
-    for i, conv in enumerate(convs):
+    for conv in convs:
         held = conv._parameters
         weight, bias = held.get("weight"), held.get("bias")
-        after = norms[i + 1]
-        if weight is None or (bias is not None and after is None):
+        if weight is None:
             return False
         program += pair(conv.stride, "stride")
         program += pair(conv.padding, "padding")

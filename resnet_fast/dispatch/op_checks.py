@@ -51,6 +51,7 @@ ARGUMENTS = {
     "gated_act_bwd_apply": {"dy": X, "scale": NC, "shift": NC, "z": X, "mean": NC, "b": NC},
     "conv_fprop": {
         "x": X, "w": W, "in_scale": C, "in_shift": C, "weight": PARAMETER, "bias": PARAMETER,
+        "residual": Y_STRIDED,
     },
     "conv_bprop": {
         "dy": Y, "w": W, "x": X, "dy_mask": BITS, "a": K, "z": Y, "mean": K, "b": K, "c": K,

@@ -27,9 +27,9 @@ LIBRARY = torch.library.Library("resnet_fast", "DEF")
 NAMES: list[str] = []
 IMPLEMENTATIONS: dict[Any, Callable[..., Any]] = {}  # operator → function that runs it
 # index of geometry
-CONVOLUTIONS = {"conv_fprop": 8, "conv_bprop": 16, "conv_bn_act": 10, "conv_add_projection": 9}
+CONVOLUTIONS = {"conv_fprop": 10, "conv_bprop": 16, "conv_bn_act": 10, "conv_add_projection": 9}
 # index of the residual or its source, counted after x
-RESIDUALS = {"conv_fprop": None, "conv_bn_act": 6, "conv_add_projection": 3}
+RESIDUALS = {"conv_fprop": 7, "conv_bn_act": 6, "conv_add_projection": 3}
 _WINDOWS = "int[2] kernel, int[2] stride, int[2] padding"
 _GEOMETRY = "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups"
 
@@ -258,11 +258,12 @@ def global_avg_pool(x, impl):
 
 @_op(
     "conv_fprop(Tensor x, Tensor w, Tensor? in_scale, Tensor? in_shift, bool stats, "
-    f"Tensor? weight, Tensor? bias, float eps, {_GEOMETRY})",
+    f"Tensor? weight, Tensor? bias, float eps, Tensor? residual, bool relu, {_GEOMETRY})",
     "(Tensor z, Tensor mean, Tensor m2, Tensor scale, Tensor shift, Tensor rstd)",
 )
 def conv_fprop(
-    x, w, in_scale, in_shift, stats, weight, bias, eps, stride, padding, dilation, groups, impl
+    x, w, in_scale, in_shift, stats, weight, bias, eps, residual, relu,
+    stride, padding, dilation, groups, impl,
 ):  # fmt: skip
     z = _conv_output(x, w, stride, padding, dilation)
     size = w.size(0) if stats else 0

@@ -19,7 +19,7 @@ from .layers import FUNCTIONS
 from .match import is_addition
 
 COUNTED = ("convolutions", "norms", "activations", "additions")
-OF_LETTER = {"c": COUNTED[0], "b": COUNTED[0], "n": COUNTED[1], "r": COUNTED[2]}
+OF_LETTER = {"c": COUNTED[0], "n": COUNTED[1], "r": COUNTED[2]}
 OF_FUNCTION = {"conv": COUNTED[0], "norm": COUNTED[1], "pool": ""}
 OF_CLASS: dict[tuple[type[nn.Module], ...], str] = {
     (_ConvNd,): COUNTED[0],

@@ -45,7 +45,7 @@ FUNCTIONS: dict[Any, tuple[str, tuple[str, ...]]] = {  # function → layer, nam
     torch.max_pool2d: ("pool", POOL),
     aten.max_pool2d.default: ("pool", POOL),
 }
-KINDS = {NORMS: "n", nn.ReLU: "r", nn.MaxPool2d: "m", nn.Identity: "i"}
+KINDS = {nn.Conv2d: "c", NORMS: "n", nn.ReLU: "r", nn.MaxPool2d: "m", nn.Identity: "i"}
 CONSTANT = (  # what arithmetic norms apply to their parameters, besides ADD and MULTIPLY
     "reshape", "view", "unsqueeze", "rsqrt", "sqrt", "pow", "to", "type", "reciprocal", "neg",
     operator.sub, operator.truediv, operator.pow, operator.neg, operator.getitem,
@@ -134,8 +134,8 @@ def is_pool(module: nn.Module) -> bool:
 class Layer(NamedTuple):
     """A layer of a chain that a call in a graph computes from the value `source`.
 
-    letter: c conv, b conv with a bias, n norm, r ReLU, m max-pool, i identity, g product with a
-    gate. covers: other calls that are part of it, whose results nothing else reads.
+    letter: c conv, n norm, r ReLU, m max-pool, i identity, g product with a gate. covers: other
+    calls that are part of it, whose results nothing else reads.
     """
 
     letter: str
@@ -188,8 +188,6 @@ def letter(module: nn.Module) -> str:
     """The letter of a module that is a layer, "-" for any other module."""
     if refusal(module) is not None:
         return "-"
-    if isinstance(module, nn.Conv2d):
-        return "c" if module.bias is None else "b"
     return next((KINDS[kind] for kind in KINDS if isinstance(module, kind)), "-")
 
 
@@ -210,8 +208,7 @@ def _of_function(node: fx.Node) -> Layer | None:
     if kind == "conv":
         if isinstance(options.get("padding"), str) or targets[0] is None:
             return None
-        view = Borrowing(targets[:2], BorrowedConv, _fixed(options))
-        return Layer("c" if targets[1] is None else "b", source, view)
+        return Layer("c", source, Borrowing(targets[:2], BorrowedConv, _fixed(options)))
     if kind == "pool":
         if set(options) - {"kernel_size", "stride", "padding"}:
             return None
@@ -271,7 +268,7 @@ def _frozen(module, node, product, x, ends, constants) -> Layer | None:
     names = {n.target.rpartition(".")[2]: n.target for n in inside if n.op == "get_attr"}
     if set(names) != set(PARAMETERS):
         return None
-    held = [_attribute(module, names[name]) for name in PARAMETERS]
+    held = [attribute(module, names[name]) for name in PARAMETERS]
     if not all(isinstance(t, Tensor) and t.dim() == 1 for t in held):
         return None
     numbers = {a for n in inside for a in (*n.args, *n.kwargs.values()) if is_number(a)}
@@ -336,7 +333,7 @@ def _equal(actual: Any, expected: Tensor) -> bool:
     return same and torch.allclose(actual.double(), expected, rtol=1e-9, atol=0, equal_nan=True)
 
 
-def _attribute(module: nn.Module, path: str) -> Any:
+def attribute(module: nn.Module, path: str) -> Any:
     """The tensor `path` below `module`, or None."""
     holder, _, name = path.rpartition(".")
     return getattr(module.get_submodule(holder), name, None)

@@ -26,18 +26,18 @@ from .layers import (
     PARAMETERS,
     Gate,
     Named,
+    attribute,
     checks_of,
     is_call,
     is_unary,
 )  # fmt: skip
 from .sandbox import internal
 
-# Chains in letters: c conv, b conv with a bias (absorbed by the norm after it), n norm, r relu,
-# m max-pool, g product with a gate.
-CONV = "(c|b(?=n))"
-UNITS = f"((nr)?{CONV}(nr{CONV})*)?"
-ALONE = re.compile(f"{UNITS}(n(rm?)?)?")
-BESIDE_A_SHORTCUT = re.compile(f"((nr)?({CONV}nr)*c)?ng|{UNITS}n?")
+# Chains in letters: c conv, n norm, r relu, m max-pool, g product with a gate.
+CONVS = "(nr)?c(nrc)*"
+ALONE = re.compile(f"{CONVS}(r|n(rm?)?)?|nrm?")
+BESIDE_A_SHORTCUT = re.compile(f"({CONVS})?ng|({CONVS})?n?")
+LEAST_CHANNELS = 8  # per group, for which there are tiles
 FRESH = (*MULTIPLY, torch.cat, *(f for f in ADD if f not in ADD_IN_PLACE))
 """Functions whose result is a tensor of its own."""
 
@@ -251,7 +251,7 @@ class _Flow:
 
     def is_fresh(self, value: fx.Node) -> bool:
         """Whether `value` is a new tensor, which shares memory with no other value."""
-        return self.kind(value) in ("c", "b", "n", "m") or is_call(value, FRESH)
+        return self.kind(value) in ("c", "n", "m") or is_call(value, FRESH)
 
     def in_place(self, node: fx.Node) -> bool:
         """Whether `node` is known to change the value that it reads."""
@@ -272,7 +272,9 @@ class _Flow:
         while at < len(letters):
             found = ALONE.match(letters, at)
             size = len(found.group()) if found else 0
-            while size >= 2 and "n" in letters[at : at + size]:
+            if size and "n" not in letters[at : at + size] and self.gains_nothing(calls[at]):
+                size = 0
+            while size > 0:
                 inner = path[path.index(calls[at]) : path.index(calls[at + size - 1]) + 1]
                 parts, x = self.parts(inner, "none"), self.layers[inner[0]].source
                 try:
@@ -283,6 +285,22 @@ class _Flow:
                     size = len(shorter.group()) if shorter else 0
             at += max(size, 1)
 
+    def gains_nothing(self, call: fx.Node) -> bool:
+        """Whether the convolution `call` without a norm is as fast in PyTorch.
+
+        So are those in a gate, on one pixel for each channel, and those with few channels per
+        group (depthwise), for which there are no tiles.
+        """
+        view = self.layers[call].view
+        assert view is not None and view.targets[0] is not None
+        if isinstance(view, Named):
+            conv = self.module.get_submodule(view.targets[0])
+            weight, groups = conv.weight, conv.groups
+        else:
+            weight = attribute(self.module, view.targets[0])
+            groups = dict(getattr(view, "options", ())).get("groups", 1)
+        return call in self.inside or (groups > 1 and weight.shape[1] < LEAST_CHANNELS)
+
     def parts(self, calls: list[fx.Node], shortcut: str, relu: bool = False, **more) -> Parts:
         """The chain of `calls`, each layer as a view, with a ReLU at its end if it has one.
 
@@ -292,7 +310,7 @@ class _Flow:
         for layer in map(self.layers.__getitem__, calls):
             if layer.letter == "n":
                 norms[-1] = layer.view
-            elif layer.letter in "cb":
+            elif layer.letter == "c":
                 convs.append(layer.view)
                 norms.append(None)
             elif layer.letter == "m":
@@ -313,11 +331,15 @@ class _Flow:
         ends = [*ends, after] if relu else [add]
         sides = [self.beside(*pair, taken) for pair in (add.args, add.args[::-1])]
         sides.sort(key=lambda side: (not side.beside_x, -len(side.calls)))
-        sides = [side for side in sides if side.calls and (relu or "n" in self.letters(side.calls))]
+        layers = set("cn")
+        sides = [
+            side for side in sides
+            if side.calls and (relu or not layers.isdisjoint(self.letters(side.calls)))
+        ]  # fmt: skip
         if relu:
             sides.append(_Side([], add.args[1]))
         try:
-            nothing = "it has neither a norm before nor a ReLU after it"
+            nothing = "it has neither a norm or convolution before nor a ReLU after it"
             return self.sum(add, sides[0], ends, relu) if sides else nothing
         except Refused as why:
             return str(why)
@@ -366,7 +388,7 @@ class _Flow:
         letters = self.letters(path)
         if letters.endswith("g"):
             return _Side(path, other)
-        kinds = ("c", "cn", "bn") if letters.endswith("n") else ("c",)
+        kinds = ("c", "cn") if letters.endswith("n") else ("c",)
         projection = self.chain_to(other, taken) if self.reader(other) is not None else []
         if self.letters(projection) not in kinds or self.layers[projection[0]].source is not base:
             return _Side(path, other)
@@ -389,7 +411,7 @@ class _Flow:
 
     def check_channels(self, calls: list[fx.Node]) -> None:
         """Refused if the convolutions of `calls` do not keep the number of channels."""
-        views = [self.layers[call].view for call in calls if self.kind(call) in "cb"]
+        views = [self.layers[call].view for call in calls if self.kind(call) == "c"]
         if views and all(isinstance(view, Named) for view in views):
             convs = [self.module.get_submodule(view.targets[0]) for view in views]
             if convs[0].in_channels != convs[-1].out_channels:

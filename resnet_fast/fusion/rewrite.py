@@ -117,7 +117,7 @@ def _fused_call(region: Region, impl: str) -> tuple[Function, list[str]]:
         if None in found or not all([is_pool(held[i]) for i in pools]):
             return plain(x, residual, *held)
         read = layers.each(found.__getitem__)
-        if _has_bias(read, gate is not None) or not _fits(read, x, residual):
+        if not _fits(read, x, residual):
             return plain(x, residual, *held)
         if same_dtype and not _as_arithmetic(read, x):
             return plain(x, residual, *held)
@@ -150,15 +150,6 @@ def _as_arithmetic(read: Parts, x: Tensor) -> bool:
         for norm, channels in norms
         if norm is not None
         for t in (*norm._parameters.values(), norm.running_mean, norm._buffers["running_var"])
-    )
-
-
-def _has_bias(read: Parts, gated: bool) -> bool:
-    """Whether a convolution has a bias that no norm absorbs."""
-    norms = (*read.norms[:-1], None) if gated else read.norms
-    convs = [*zip(read.convs, norms[1:], strict=True), (read.projection, read.projection_norm)]
-    return any(
-        [conv is not None and norm is None and conv.bias is not None for conv, norm in convs]
     )
 
 

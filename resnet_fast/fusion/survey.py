@@ -24,6 +24,7 @@ from ..spec.layers import Parts
 from .arguments import TENSOR, Argument, Signature, fits, passed
 from .counts import counted, counted_in, kind_of
 from .dataflow import Forward, Forwards, Mismatch, label, sequence
+from .gates import gates_of
 from .match import Region
 from .opening import Opened
 from .sandbox import internal
@@ -31,6 +32,8 @@ from .swap import Matched, Own, Plan, match
 
 NOT_CALLED = "only if it is called; no forward that can be traced calls it"
 SOME_CALLS = "in some of its calls; others pass other arguments"
+AS_FAST = "for which PyTorch is as fast"
+IN_A_GATE = f"it works on the means of an image, on one pixel for each channel, {AS_FAST}"
 WRONG_ARGUMENTS = "it is called with arguments that a fused forward does not take"
 
 
@@ -183,9 +186,11 @@ class _Walk:
         refused: dict[str, None] = {}
         for opened, _, reasons in graphs.values():
             refused |= dict.fromkeys(reasons.values())
+            gates = gates_of(module, opened.graph).values()
+            gated = {node for gate in gates for node in gate.covers}
             for node in opened.graph.nodes:
                 if node.op == "call_module":
-                    self.call(module, node)
+                    self.call(module, node, node in gated)
         for why in refused:
             self.add(module, f"{type(module).__name__}: addition", why)
         why = refusal(module) if isinstance(module, (_ConvNd, _NormBase)) else None
@@ -206,12 +211,22 @@ class _Walk:
                     self.calls[called].append((module, passed(node, kinds)))
         self.tallied.add(module)
 
-    def call(self, module: nn.Module, node: fx.Node) -> None:
-        """Note a call in the forward of `module`; add the layer that it calls, if left alone."""
+    def call(self, module: nn.Module, node: fx.Node, gated: bool) -> None:
+        """Note a call in the forward of `module`; add the layer that it calls, if left alone.
+
+        gated: the call is part of a gate. Convolutions without a norm are left alone there.
+        """
         called = module.get_submodule(str(node.target))
         kinds = functools.partial(self.kind, module)
         self.calls[called].append((module, passed(node, kinds)))
-        if kind_of(called) and called not in self.claimed and self.forwards.inside(called) is None:
+        if called in self.claimed:
+            return
+        inside = list(called.modules())
+        if gated and not any(isinstance(one, _NormBase) for one in inside):
+            self.claimed.update(inside)
+            if any(map(kind_of, inside)):
+                self.add(called, type(called).__name__, IN_A_GATE)
+        elif kind_of(called) and self.forwards.inside(called) is None:
             self.claimed.add(called)
             self.add(called, type(called).__name__, self.reason(module, node))
 
@@ -280,6 +295,8 @@ class _Walk:
         if kind_of(module.get_submodule(call.target)) == "activations":
             return f"it follows {label(call.args[0])}, not a norm or an addition"
         users = list(call.users)
+        if isinstance(module.get_submodule(call.target), nn.Conv2d):
+            return f"it has no norm and few channels per group, {AS_FAST}"
         if len(users) != 1:
             return f"its result is used {len(users)} times; only a result used once can be fused"
         if users[0].op != "call_module":
@@ -289,7 +306,7 @@ class _Walk:
         if why is not None:
             return f"its result goes to {self.paths[reader]}, which {why}"
         reads = f"its result goes to {self.paths[reader]} ({type(reader).__name__})"
-        return f"{reads}; fusible are conv + BatchNorm2d and BatchNorm2d + ReLU"
+        return f"{reads}; a norm is fused with a convolution before it or a ReLU after it"
 
     def find_rest(self) -> None:
         """Add convolutions that have no row yet."""

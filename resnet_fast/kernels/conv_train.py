@@ -26,7 +26,7 @@ from .bn_act import bn_act
 from .bn_act_bwd import bn_act_bwd_apply
 from .bn_stats import bn_stats_finalized
 from .config_select import Config
-from .conv import conv_fused
+from .conv import conv_bn_act, conv_fused
 from .conv_dgrad import conv_dgrad
 from .conv_plan import (
     LIBRARY,
@@ -135,24 +135,34 @@ def conv_fprop(
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
+    residual: Tensor | None,
+    relu: bool,
     stride: list[int],
     padding: list[int],
     dilation: list[int],
     groups: int,
 ) -> tuple[Tensor, ...]:
     """`reference.conv_fprop`: a pass for φ(x), then a launch and the merge of its statistics, or
-    PyTorch's convolution and a pass for them.
+    PyTorch's convolution and a pass for them. A bias, residual or ReLU runs in `conv_bn_act`.
 
     Why a pass: a tile of x is read once per tile of filters and tap, and would be normalized each
     time, between a load and the tensor cores (`bench estimate`, and cuDNN's plan on an H200).
     """
     conv = Conv(tuple(stride), tuple(padding), tuple(dilation), groups)
-    fusion = STATS._replace(stats=stats)
+    fusion = STATS._replace(stats=stats, residual=residual, relu=relu)
+
+    def activated() -> Tensor:
+        if in_scale is None:
+            return x
+        return bn_act(x, in_scale, in_shift, None, None, None, True, False)[0]
+
+    if not stats and (bias is not None or residual is not None or relu):
+        rest = None, None, None, None, residual, relu, 0.0, stride, padding, dilation, groups
+        z = conv_bn_act(activated(), w, bias, *rest)
+        return z, *(x.new_empty(0, dtype=stats_dtype(x)) for _ in range(5))
 
     def start(plan: Config) -> tuple[Tensor, ...]:
-        h = x
-        if in_scale is not None:
-            h = bn_act(x, in_scale, in_shift, None, None, None, True, False)[0]
+        h = activated()
         if plan == LIBRARY:
             z = F.conv2d(h, w.to(x.dtype), None, *conv.args())
             z, partial = z.contiguous(memory_format=memory_format(h, w)), None

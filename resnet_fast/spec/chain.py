@@ -4,6 +4,7 @@ Every layer of resnet_fast is one `Chain`: n convolutions, n + 1 places for a no
 (before the first convolution, between two, after the last) and a join with the shortcut.
 
     conv + BN + ReLU        convs (c,)          norms (-, n)         shortcut none | residual
+    conv + bias + ReLU      convs (c,)          norms (-, -)         shortcut none | residual
     a stem                  convs (c,)          norms (-, n)         shortcut none, with a pool
     BN + ReLU               convs ()            norms (n,)           shortcut none | residual
     add + ReLU              convs ()            norms (-,)           shortcut residual
@@ -196,8 +197,6 @@ class Chain:
         bare = self.norms[-1] is None
         if self.projection_norm is not None and (self.projection is None or bare):
             raise ValueError("projection_norm: expected None without projection or final norm")
-        if bare and self.relu and self.shortcut == "none":
-            raise ValueError("relu: expected False without a final norm or a shortcut")
         if not self.convs and bare and self.shortcut != "residual":
             raise ValueError("shortcut: expected 'residual' without a convolution or a norm")
         if self.pool is not None and (bare or not self.relu or self.shortcut != "none"):

@@ -72,8 +72,6 @@ def check_chain(
         shape = shapes[i]
         counts.append(shape[0] * shape[2] * shape[3])
         if norm is None:
-            if i > 0 and i - 1 < len(convs) and convs[i - 1].bias is not None:
-                raise ValueError("bias: expected None without a normalization after it")
             continue
         _check_norm(norms[i], shape[1], x, needs_running=not norm.batch_stats)
         if norm.batch_stats and norm.group is None and counts[-1] == 1:

@@ -41,8 +41,9 @@ def _errors_of(part: str, op: str) -> Iterator[None]:
 
 def conv_fprop(conv: Op, bn_finalize: Op, *args: Any) -> tuple[Tensor, ...]:
     """`reference.conv_fprop(*args)` by `conv`, which takes no norm, and `bn_finalize`."""
-    *inputs, stats, weight, bias, eps, stride, padding, dilation, groups = args
-    z, *moments = conv(*inputs, stats, stride, padding, dilation, groups)
+    *inputs, stats, weight, bias, eps, residual, relu, stride, padding, dilation, groups = args
+    own = None if stats else bias
+    z, *moments = conv(*inputs, stats, stride, padding, dilation, groups, own, residual, relu)
     if not stats:
         return z, *moments, *(moments[0].new_empty(0) for _ in range(3))
     with _errors_of("bn_finalize", "conv_fprop"):

@@ -367,6 +367,8 @@ def conv_fprop(
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
+    residual: Tensor | None,
+    relu: bool,
     stride: list[int],
     padding: list[int],
     dilation: list[int],
@@ -375,15 +377,18 @@ def conv_fprop(
     """z = conv(φ(x), w), and when `stats` z's mean and m2 and their `bn_finalize`, else empty.
 
     φ(x) = relu(in_scale·x + in_shift) when given (the prologue), else x. Padding is zero after φ.
-    weight, bias and eps are those of the normalization of z.
+    With `stats`, weight, bias and eps are those of the normalization of z. Without, no
+    normalization follows: z = relu(conv(φ(x), w) + bias + residual).
     """
-    fmt = memory_format(x, w)
     h = x if in_scale is None else bn_act(x, in_scale, in_shift, None, None, None, True, False)[0]
-    z = F.conv2d(h, w.to(x.dtype), None, stride, padding, dilation, groups)
-    z = z.contiguous(memory_format=fmt)
+    geometry = stride, padding, dilation, groups
     if not stats:
+        z = conv_bn_act(h, w, bias, None, None, None, None, residual, relu, 0.0, *geometry)
         empty = torch.empty(0, dtype=stats_dtype(x), device=x.device)
         return z, *(empty.clone() for _ in range(5))
+    if residual is not None or relu:
+        raise ValueError("conv_fprop: stats: expected False with a residual or a ReLU")
+    z = F.conv2d(h, w.to(x.dtype), None, *geometry).contiguous(memory_format=memory_format(x, w))
     moments = bn_stats(z)
     return z, *moments, *bn_finalize(*moments, values_per_channel(z), weight, bias, eps)
 

@@ -298,13 +298,16 @@ POINTWISE = {  # variant → arguments for (Draw, [N,C,H,W]); the op is the part
 }
 
 
-def _fprop(prologue, stats, filters=None):
+def _fprop(prologue, stats, filters=None, bias=False, residual=False, relu=False):
     def make(draw, conv):
         c = conv.shape[1]
         affine = [draw.vector(c), draw.vector(c)] if prologue else [None, None]
         x = draw.activations(conv.shape)
-        norm = [draw.vector(conv.filters), draw.vector(conv.filters)] if prologue else [None, None]
-        return [x, draw.filters(conv, filters), *affine, stats, *norm, EPS, *conv.geometry]
+        vectors = [draw.vector(conv.filters), draw.vector(conv.filters)]
+        norm = vectors if prologue and stats else [None, vectors[1] if bias else None]
+        beside = draw.activations(conv.out_shape) if residual else None
+        more = beside, relu, *conv.geometry
+        return [x, draw.filters(conv, filters), *affine, stats, *norm, EPS, *more]
 
     return make
 
@@ -383,6 +386,10 @@ CONVOLUTIONS = {  # variant → arguments for (Draw, Conv)
     "conv_fprop:stats": _fprop(prologue=False, stats=True),
     "conv_fprop:prologue": _fprop(prologue=True, stats=True),
     "conv_fprop:fp32-filters": _fprop(True, True, torch.float32),
+    "conv_fprop:bias-relu": _fprop(prologue=False, stats=False, bias=True, relu=True),
+    "conv_fprop:bias-residual": _fprop(prologue=False, stats=False, bias=True, residual=True),
+    "conv_fprop:prologue-residual": _fprop(prologue=True, stats=False, residual=True),
+    "conv_fprop:all-but-stats": _fprop(True, False, torch.float32, True, True, True),
     "conv_bprop": _bprop(),
     "conv_bprop:bare": _bprop(masked=False, batch=False, prologue=False, sums=False),
     "conv_bprop:no-prologue": _bprop(prologue=False, sums=False),

@@ -113,7 +113,10 @@ def test_add_relu(impl, layout):
     assert gradcheck(impl, run, args)
 
 
-CHAINS_OF_ALL = ("conv-norm-pool", "basic-projection", "bottleneck-grouped", "preact-projection")
+CHAINS_OF_ALL = (
+    "conv-norm-pool", "norm-conv-relu", "basic-projection", "bottleneck-grouped",
+    "preact-projection",
+)  # fmt: skip
 
 
 @pytest.mark.slow
@@ -122,8 +125,8 @@ CHAINS_OF_ALL = ("conv-norm-pool", "basic-projection", "bottleneck-grouped", "pr
 )
 @pytest.mark.parametrize(
     ("keep", "bias"),
-    [(False, False), (True, False), (False, True)],
-    ids=["recompute", "keep", "bias"],
+    [(False, False), (True, False), (False, True), (True, True)],
+    ids=["recompute", "keep", "bias", "keep-bias"],
 )
 @pytest.mark.parametrize("chain", CHAINS.values(), ids=CHAINS.keys())
 def test_chain(impl, layout, chain, bias, keep):

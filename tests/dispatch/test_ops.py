@@ -72,7 +72,7 @@ def test_filters_in_channels_last_decide_the_format(impl, filters):
     residual = torch.randn_like(x)
     geometry = [1, 1], [filters // 2] * 2, [1, 1], 1, impl.name
     for op, rest in (
-        (ops.conv_fprop, (w, None, None, True, None, None, 1e-5)),
+        (ops.conv_fprop, (w, None, None, True, None, None, 1e-5, None, False)),
         (ops.conv_bn_act, (w, None, None, None, None, None, residual, True, 0.0)),
     ):
         operator = getattr(torch.ops.resnet_fast, op.__name__).default

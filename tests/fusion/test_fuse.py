@@ -426,9 +426,9 @@ class TestChangedLater:
         for changed in (model, plain):
             changed.bn1 = nn.InstanceNorm2d(4).double()
         close(model(x), plain(x))
-        assert "goes to bn1, which is of class InstanceNorm2d" in why(model, "conv1")
+        assert "is of class InstanceNorm2d" in why(model, "bn1")
         fuse(model, inplace=True)
-        assert "conv1" not in fused(model) and "layer1.0" in fused(model)
+        assert fused(model)["conv1"] == "conv" and "layer1.0" in fused(model)
 
     @pytest.mark.parametrize("edit", STEM_EDITS)
     def test_the_layers_of_a_stem_may_be_changed(self, net, edit):

@@ -21,6 +21,7 @@ from resnet_fast.verify.op_cases import CONVOLUTIONS, Conv, Draw
 
 TESTS = Path(__file__).parents[1]
 PATH = os.pathsep.join(map(str, (TESTS.parent, TESTS, TESTS / "support")))  # of a process
+NOTHING = None, None, False, None, None, 0.0, None, False  # around a convolution in training
 TILED = {  # channels and filters in multiples of 32, with groups of 8; or few channels
     "1x1": Conv((2, 32, 7, 7), 64, (1, 1)),
     "1x1-many": Conv((1, 96, 31, 37), 160, (1, 1)),  # the last bands are split by filters
@@ -157,7 +158,7 @@ def test_an_infinity_stays_in_its_group(dtype, value):
     x[1, 5, 2, 3] = value
     alone = torch.zeros(2, 32, 6, 6, dtype=torch.bool)
     alone[1, 4:8, 1:4, 2:5] = True  # group 1, the windows of the pixel
-    z = ops.conv_fprop(x, w, None, None, False, None, None, 0.0, *geometry, "native")[0]
+    z = ops.conv_fprop(x, w, *NOTHING, *geometry, "native")[0]
     dx = ops.conv_bprop(x, w, z, *[None] * 13, *geometry, True, False, False, "native")[0]
     y = ops.conv_bn_act(x, w, *[None] * 5, z.clone().zero_(), False, 0.0, *geometry, "native")
     for found in (z, dx, y):
@@ -210,7 +211,7 @@ ERRORS = """
 import torch
 from resnet_fast.dispatch import ops
 torch.manual_seed(0)
-rest = None, None, False, None, None, 0.0, [1, 1], [1, 1], [1, 1], 1, "native"
+rest = None, None, False, None, None, 0.0, None, False, [1, 1], [1, 1], [1, 1], 1, "native"
 run = lambda x: ops.conv_fprop(x, w, *rest)[0]
 for channels in (256, 64):
     x, w = torch.randn(2, channels, 14, 14), torch.randn(64, channels, 3, 3)
@@ -258,7 +259,7 @@ def test_pixels_that_no_tap_meets(dtype):
     x = torch.randn(1, 32, 9, 9).to(dtype).contiguous(memory_format=torch.channels_last)
     x[:, :, 1::2] = float("nan")
     w, geometry = torch.randn(32, 32, 1, 1), ([2, 2], [0, 0], [1, 1], 1)
-    z = ops.conv_fprop(x, w, None, None, False, None, None, 0.0, *geometry, "native")[0]
+    z = ops.conv_fprop(x, w, *NOTHING, *geometry, "native")[0]
     nothing = [None] * 13
     dw = ops.conv_bprop(z, w, x, *nothing, *geometry, False, True, False, "native")[1]
     assert torch.isfinite(z).all() and torch.isfinite(dw).all()
@@ -270,6 +271,6 @@ def test_no_filters():
     x = torch.randn(2, 32, 5, 5).to(memory_format=torch.channels_last)
     with pytest.raises(RuntimeError, match="weight"):
         ops.conv_fprop(
-            x, torch.randn(0, 32, 3, 3), None, None, True, None, None, 0.0, [1, 1], [1, 1], [1, 1],
-            1, "native",
+            x, torch.randn(0, 32, 3, 3), None, None, True, None, None, 0.0, None, False, [1, 1],
+            [1, 1], [1, 1], 1, "native",
         )  # fmt: skip

@@ -33,7 +33,7 @@ def conv(channels=32, filters=32, size=3, layout=NHWC, dtype=torch.float32):
 
 
 def fprop(x, w, impl, groups=1):
-    norm = None, None, 0.0
+    norm = None, None, 0.0, None, False
     return ops.conv_fprop(x, w, None, None, False, *norm, [1, 1], [1, 1], [1, 1], groups, impl)
 
 

@@ -71,8 +71,9 @@ def test_sizes_past_32_bits(fmt):
     assert torch.ops.resnet_fast.add_relu_bwd(y, mask, "auto").stride() == x.stride()
     w = torch.empty(64, 64, 3, 3, device="meta", memory_format=fmt)
     z = torch.ops.resnet_fast.conv_fprop(
-        x, w, vector, vector, True, vector, vector, 1e-5, [1, 1], [1, 1], [1, 1], 1, "auto"
-    )[0]
+        x, w, vector, vector, True, vector, vector, 1e-5, None, False, [1, 1], [1, 1], [1, 1], 1,
+        "auto",
+    )[0]  # fmt: skip
     assert z.shape == x.shape and z.stride() == x.stride()
 
 

@@ -16,6 +16,9 @@ CHAINS = {
     "conv-norm": Chain((C3,), (None, N)),
     "conv-frozen-residual": Chain((C3,), (None, FROZEN), True, "residual"),
     "conv-norm-linear-identity": Chain((C3,), (None, N), False, "identity"),
+    "conv-relu": Chain((C3S2,), (None, None)),
+    "conv-relu-residual": Chain((C3,), (None, None), True, "residual"),
+    "norm-conv-relu": Chain((C3,), (N, None)),
     "conv-relu-identity": Chain((C3,), (None, None), True, "identity"),
     "conv-bare": Chain((C3S2,), (None, None), False),
     "conv-add": Chain((C3,), (None, None), False, "residual"),
@@ -53,7 +56,7 @@ CHAINS = {
 def draw(chain, layout, dtype=torch.float64, bias=False, seed=0):
     """x, residual or None, and the chain's `Tensors`, all of them leaves that want gradients.
 
-    x is [2,4,5,4]; with `bias` every convolution before a norm has one.
+    x is [2,4,5,4]; with `bias` every convolution has one.
     """
     torch.manual_seed(seed)
 
@@ -69,8 +72,7 @@ def draw(chain, layout, dtype=torch.float64, bias=False, seed=0):
     for i, conv in enumerate(chain.all_convs):
         kernel = 1 if conv.padding == (0, 0) else 3
         weight = leaf(CHANNELS, CHANNELS // conv.groups, kernel, kernel, scale=0.5)
-        has_bias = bias and chain.all_norms[i + 1] is not None
-        convs.append(ConvParams(weight, leaf(CHANNELS) if has_bias else None))
+        convs.append(ConvParams(weight, leaf(CHANNELS) if bias else None))
         if i < len(chain.convs):
             sizes = [conv.output_size(shape[2 + axis], kernel, axis) for axis in (0, 1)]
             shape = (*shape[:2], *sizes)

@@ -343,7 +343,7 @@ MODELS = {
     ),
     "biased-shortcut": (
         lambda: Functional(nn.Conv2d(4, 4, 1)), (2, 4, 8, 8),
-        {"(model)": f"Functional: {BASIC} + shortcut(x) relu"},
+        {"(model)": f"Functional: {BASIC} + conv(x) relu"},
     ),
     "pooled-shortcut": (
         lambda: InSequentials((nn.AvgPool2d(1), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))),
@@ -361,10 +361,12 @@ MODELS = {
     ),
     "preact-raw-shortcut": (
         lambda: PreAct(raw=nn.Conv2d(4, 4, 1)), (2, 4, 8, 8),
-        {"(model)": f"PreAct: {PREACT} + raw(x)"},
+        {"(model)": f"PreAct: {PREACT} + raw(x)", "raw": "conv"},
     ),
     "no-shortcut": (DoubleConv, (2, 3, 8, 8), {"(model)": f"DoubleConv: {BASIC} relu"}),
-    "attention": (Attention, (2, 4, 8, 8), {"conv1": BASIC, "(model)": "add relu"}),
+    "attention": (
+        Attention, (2, 4, 8, 8), {"conv1": BASIC, "gate": "conv", "(model)": "add relu"},
+    ),
     "dropout-after": (
         lambda: Dropping(4, 4), (2, 4, 8, 8), {"conv1": f"{BASIC} + x relu"},
     ),
@@ -373,7 +375,7 @@ MODELS = {
         {"conv1": "conv norm", "conv2": "conv norm + residual relu"},
     ),
     "bias-before-an-addition": (
-        lambda: PreAct(bias=True), (2, 4, 8, 8), {"bn1": "norm relu conv norm relu"},
+        lambda: PreAct(bias=True), (2, 4, 8, 8), {"(model)": f"PreAct: {PREACT} + x"},
     ),
     "dense": (Dense, (2, 4, 8, 8), {"norm1": PREACT}),
     "siamese": (Siamese, (2, 4, 8, 8), {"conv": UNIT}),
@@ -386,7 +388,7 @@ MODELS = {
         lambda: Pooled(True, ceil_mode=True), (2, 4, 9, 9), {"conv": UNIT},
     ),
     "pooled-whole": (PooledConv, (2, 4, 8, 8), {"(model)": f"PooledConv: {UNIT} pool"}),
-    "vgg": (vgg, (2, 3, 8, 8), {"0": f"{BASIC} relu pool", "7": UNIT}),
+    "vgg": (vgg, (2, 3, 8, 8), {"0": f"{BASIC} relu pool", "7": f"{UNIT} conv relu"}),
 }  # fmt: skip
 
 
@@ -429,14 +431,25 @@ CALLED = {
 }  # fmt: skip
 
 
+class SqueezeExcite(nn.Module):
+    """A gate of its input, which is not the result of a norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.excite = nn.Sequential(nn.Conv2d(4, 2, 1), nn.ReLU(), nn.Conv2d(2, 4, 1), nn.Sigmoid())
+
+    def forward(self, x):
+        return x * self.excite(x.mean((2, 3), keepdim=True))
+
+
 class TwoReaders(nn.Module):
     def __init__(self):
         super().__init__()
         self.conv, self.bn, self.relu = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU()
 
     def forward(self, x):
-        z = self.conv(x)
-        return self.relu(self.bn(z)) * z
+        z = self.bn(x)
+        return self.conv(self.relu(z)) * z
 
 
 class Branching(Basic):
@@ -510,7 +523,7 @@ class NoReLUBetween(Basic):
 
 class OtherConv(nn.Conv2d):
     def forward(self, x):
-        return super().forward(x) * 2
+        return super().forward(x) * (2 if x.mean() > 0 else 3)
 
 
 def basic(**changes):
@@ -552,10 +565,13 @@ LEFT_ALONE = {
     "group-norm": (lambda: basic(bn2=nn.GroupNorm(2, 4)), "bn2", "is of class GroupNorm"),
     "instance-norm": (lambda: basic(bn2=nn.InstanceNorm2d(4)), "bn2", "class InstanceNorm2d"),
     "relu6": (lambda: basic(relu=nn.ReLU6()), "relu", "is of class ReLU6"),
-    "silu": (lambda: nn.Sequential(conv(), nn.SiLU()), "0", "goes to 1, which is of class SiLU"),
-    "block-after": (
-        lambda: nn.Sequential(conv(), basic()), "0", "goes to 1 (Basic); fusible are conv + Batch",
+    "silu": (
+        lambda: nn.Sequential(nn.BatchNorm2d(4), nn.SiLU()), "0", "to 1, which is of class SiLU",
     ),
+    "block-after": (
+        lambda: nn.Sequential(nn.BatchNorm2d(4), basic()), "0", "goes to 1 (Basic); a norm is",
+    ),
+    "in-a-gate": (lambda: nn.Sequential(conv(), SqueezeExcite()), "1.excite", "one pixel"),
     "forward-hook": (lambda: hook("conv2", "register_forward_hook"), "conv2", "it has hooks"),
     "pre-hook": (lambda: hook("bn2", "register_forward_pre_hook"), "bn2", "it has hooks"),
     "backward-hook": (
@@ -567,7 +583,7 @@ LEFT_ALONE = {
         lambda: basic(conv1=parametrizations.weight_norm(conv())), "conv1", "has parametrizations",
     ),
     "lazy": (lambda: basic(conv1=nn.LazyConv2d(4, 3, padding=1)), "conv1", "is lazy"),
-    "read-twice": (TwoReaders, "conv", "is used 2 times"),
+    "read-twice": (TwoReaders, "bn", "is used 2 times"),
     "control-flow": (lambda: Branching(4, 4), "(model)", "cannot be traced at foreign_models.py:"),
     "value-in-Python": (
         lambda: Remembering(lambda y: float(y.mean())), "(model)", "uses the value or shape of a",
@@ -579,7 +595,6 @@ LEFT_ALONE = {
     "in-place-input": (lambda: IntoItsInput(4, 4), "(model)", "adds in place to a value"),
     "scaled-addition": (lambda: Scaled(4, 4), "(model)", "more arguments than two values"),
     "broadcasting": (Broadcasting, "(model)", "broadcasts 1 input to 4 output"),
-    "bias-without-norm": (lambda: PreAct(bias=True), "conv2", "its result goes to iadd"),
     "relu-alone": (lambda: nn.Sequential(nn.AvgPool2d(2), nn.ReLU()), "1", "not a norm or an add"),
 }  # fmt: skip
 # Those that can be copied, and run in plain PyTorch on one tensor with the same result twice.
