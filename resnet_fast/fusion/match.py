@@ -22,6 +22,7 @@ from .layers import (
     ADD,
     ADD_IN_PLACE,
     DROPOUTS,
+    FUNCTIONS,
     MULTIPLY,
     PARAMETERS,
     Gate,
@@ -37,7 +38,10 @@ from .sandbox import internal
 CONVS = "(nr)?c(nrc)*"
 ALONE = re.compile(f"{CONVS}(r|n(rm?)?)?|nrm?")
 BESIDE_A_SHORTCUT = re.compile(f"({CONVS})?ng|({CONVS})?n?")
+CONVOLUTIONS = [function for function, (kind, _) in FUNCTIONS.items() if kind == "conv"]
 LEAST_CHANNELS = 8  # per group, for which there are tiles
+AS_FAST = "for which PyTorch is as fast"
+NO_GAIN = f"it has no norm and few channels per group, {AS_FAST}"
 FRESH = (*MULTIPLY, torch.cat, *(f for f in ADD if f not in ADD_IN_PLACE))
 """Functions whose result is a tensor of its own."""
 
@@ -101,7 +105,9 @@ class Region:
 
 
 def regions_of(module: nn.Module, graph: fx.Graph) -> tuple[list[Region], dict[fx.Node, str]]:
-    """The regions of `graph`, in its order, and why additions of two values are in none."""
+    """The regions of `graph`, in its order, and why additions of two values, and convolutions that
+    functions compute, are in none.
+    """
     flow = _Flow(module, graph)
     regions: list[Region] = []
     reasons: dict[fx.Node, str] = {}
@@ -117,6 +123,11 @@ def regions_of(module: nn.Module, graph: fx.Graph) -> tuple[list[Region], dict[f
         taken.update(found.calls)
     for path in flow.paths(taken):
         regions += flow.groups(path)
+    taken.update(call for region in regions for call in region.calls)
+    for node in graph.nodes:
+        if is_call(node, CONVOLUTIONS) and node not in taken and node not in flow.inside:
+            computed = "its filters are computed, or another argument cannot be fused"
+            reasons[node] = NO_GAIN if node in flow.layers else computed
     order = {node: i for i, node in enumerate(graph.nodes)}
     return sorted(regions, key=lambda region: order[region.calls[-1]]), reasons
 

@@ -25,14 +25,13 @@ from .arguments import TENSOR, Argument, Signature, fits, passed
 from .counts import counted, counted_in, kind_of
 from .dataflow import Forward, Forwards, Mismatch, label, sequence
 from .gates import gates_of
-from .match import Region
+from .match import AS_FAST, NO_GAIN, Region, is_addition
 from .opening import Opened
 from .sandbox import internal
 from .swap import Matched, Own, Plan, match
 
 NOT_CALLED = "only if it is called; no forward that can be traced calls it"
 SOME_CALLS = "in some of its calls; others pass other arguments"
-AS_FAST = "for which PyTorch is as fast"
 IN_A_GATE = f"it works on the means of an image, on one pixel for each channel, {AS_FAST}"
 WRONG_ARGUMENTS = "it is called with arguments that a fused forward does not take"
 
@@ -183,18 +182,19 @@ class _Walk:
                     only = f"in {'training' if mode else 'evaluation'} mode" if alone else ""
                     self.region(module, graphs[mode][0], region, only)
         self.claimed.update(m for one in taken for m in one.modules())
-        refused: dict[str, None] = {}
+        refused: dict[tuple[str, str], None] = {}
         for opened, _, reasons in graphs.values():
-            refused |= dict.fromkeys(reasons.values())
+            for node, said in reasons.items():
+                refused["addition" if is_addition(node) else label(node), said] = None
             gates = gates_of(module, opened.graph).values()
             gated = {node for gate in gates for node in gate.covers}
             for node in opened.graph.nodes:
                 if node.op == "call_module":
                     self.call(module, node, node in gated)
-        for why in refused:
-            self.add(module, f"{type(module).__name__}: addition", why)
+        for what, said in refused:
+            self.add(module, f"{type(module).__name__}: {what}", said)
         why = refusal(module) if isinstance(module, (_ConvNd, _NormBase)) else None
-        if why is not None and not plan.regions:
+        if why is not None and not plan.regions and not refused:
             self.add(module, type(module).__name__, f"it {why}")
 
     def misfit(self, module: nn.Module, forward: Forward, matched: Matched) -> None:
@@ -296,7 +296,7 @@ class _Walk:
             return f"it follows {label(call.args[0])}, not a norm or an addition"
         users = list(call.users)
         if isinstance(module.get_submodule(call.target), nn.Conv2d):
-            return f"it has no norm and few channels per group, {AS_FAST}"
+            return NO_GAIN
         if len(users) != 1:
             return f"its result is used {len(users)} times; only a result used once can be fused"
         if users[0].op != "call_module":

@@ -142,7 +142,7 @@ class Unread:
 
 
 class Matched(NamedTuple):
-    """A plan, and for each mode of the module: its graph, the regions in it, and why additions are
+    """A plan, and for each mode of the module: its graph, the regions in it, and why some calls are
     in none.
     """
 

@@ -442,6 +442,24 @@ class SqueezeExcite(nn.Module):
         return x * self.excite(x.mean((2, 3), keepdim=True))
 
 
+class Blur(nn.Module):
+    """A depthwise convolution by a function."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("filters", torch.full((4, 1, 3, 3), 1 / 9))
+
+    def forward(self, x):
+        return F.conv2d(F.pad(x, (1, 1, 1, 1), mode="reflect"), self.filters, stride=2, groups=4)
+
+
+class Standardized(nn.Conv2d):
+    """Its filters are computed from its weight."""
+
+    def forward(self, x):
+        return F.conv2d(x, self.weight - self.weight.mean((1, 2, 3), keepdim=True), self.bias)
+
+
 class TwoReaders(nn.Module):
     def __init__(self):
         super().__init__()
@@ -572,6 +590,13 @@ LEFT_ALONE = {
         lambda: nn.Sequential(nn.BatchNorm2d(4), basic()), "0", "goes to 1 (Basic); a norm is",
     ),
     "in-a-gate": (lambda: nn.Sequential(conv(), SqueezeExcite()), "1.excite", "one pixel"),
+    "depthwise": (
+        lambda: nn.Sequential(conv(groups=4), nn.ReLU()), "0", "few channels per group",
+    ),
+    "blur": (Blur, "(model)", "few channels per group"),
+    "standardized": (
+        lambda: nn.Sequential(Standardized(4, 4, 3), nn.BatchNorm2d(4)), "0", "are computed",
+    ),
     "forward-hook": (lambda: hook("conv2", "register_forward_hook"), "conv2", "it has hooks"),
     "pre-hook": (lambda: hook("bn2", "register_forward_pre_hook"), "bn2", "it has hooks"),
     "backward-hook": (
