@@ -40,6 +40,10 @@ DOUBLE_BACKWARD = (
     "resnet_fast: the backward pass of a fused chain is not differentiable (create_graph=True); "
     "use resnet_fast.unfuse(model) or resnet_fast.spec.reference for second derivatives"
 )
+BATCHED = (
+    "resnet_fast: the backward pass of a fused chain takes one gradient at a time, not "
+    "is_grads_batched=True or vectorize=True; use resnet_fast.unfuse(model)"
+)
 
 
 class Affine(NamedTuple):
@@ -267,10 +271,20 @@ class ChainFunction(torch.autograd.Function):
     def backward(ctx, dy, *_):
         if dy is None:
             return (None,) * len(ctx.needs_input_grad)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError(DOUBLE_BACKWARD)
+        check_backward(dy)
         fixed = ctx.layout, ctx.needs_input_grad
         return replay.run(_backward, ctx.chain, fixed, (dy, *ctx.saved_tensors))
+
+
+def check_backward(*grads: Tensor | None) -> None:
+    """Raise RuntimeError for a backward pass that a fused chain does not support."""
+    if torch.compiler.is_compiling():
+        return
+    if torch.is_grad_enabled():
+        raise RuntimeError(DOUBLE_BACKWARD)
+    batched = torch._C._functorch.is_legacy_batchedtensor
+    if any([grad is not None and batched(grad) for grad in grads]):
+        raise RuntimeError(BATCHED)
 
 
 def _with_own_memory(grads: Sequence[Tensor | None], dy: Tensor) -> list[Tensor | None]:

@@ -33,7 +33,7 @@ from ..dispatch import ops, replay
 from ..spec.chain import Chain, NormParams
 from ..spec.dtypes import stats_dtype
 from ..spec.layout import memory_format, values_per_channel
-from .chain import DOUBLE_BACKWARD
+from .chain import check_backward
 
 
 class PoolFunction(torch.autograd.Function):
@@ -60,7 +60,7 @@ class PoolFunction(torch.autograd.Function):
     def backward(
         ctx: Any, dy: Tensor | None, link: Tensor | None, dpooled: Tensor | None, *_: Any
     ) -> Any:
-        _once()
+        check_backward(dy, link, dpooled)
         z, *vectors = ctx.saved_tensors
         mean = vectors[0]
         dy = torch.zeros_like(z) if dy is None else dy  # only pooled has a gradient
@@ -94,7 +94,7 @@ class GateFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
-        _once()
+        check_backward(dy)
         z, mask, *vectors = ctx.saved_tensors
         mask = None if mask is None else mask.contiguous()
         dense = [t.contiguous(memory_format=ctx.format) for t in (dy, z)]
@@ -107,11 +107,6 @@ class GateFunction(torch.autograd.Function):
         masked = dense[0] if mask is None else masked
         grads = zip((masked, link, dgate, masked), needs[2:6], strict=True)
         return *[None] * 2, *(grad if need else None for grad, need in grads), *[None] * 4
-
-
-def _once() -> None:
-    if torch.is_grad_enabled():
-        raise RuntimeError(DOUBLE_BACKWARD)
 
 
 def pool(chain: Chain, z: Tensor, *params: Tensor | None) -> tuple[Tensor, ...]:

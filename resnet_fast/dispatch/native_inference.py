@@ -169,7 +169,7 @@ def _write(
     for conv in convs:
         held = conv._parameters
         weight, bias = held.get("weight"), held.get("bias")
-        if weight is None:
+        if weight is None or "bias" not in held:
             return False
         program += pair(conv.stride, "stride")
         program += pair(conv.padding, "padding")

@@ -39,9 +39,8 @@ CONVS = "(nr)?c(nrc)*"
 ALONE = re.compile(f"{CONVS}(r|n(rm?)?)?|nrm?")
 BESIDE_A_SHORTCUT = re.compile(f"({CONVS})?ng|({CONVS})?n?")
 CONVOLUTIONS = [function for function, (kind, _) in FUNCTIONS.items() if kind == "conv"]
-LEAST_CHANNELS = 8  # per group, for which there are tiles
 AS_FAST = "for which PyTorch is as fast"
-NO_GAIN = f"it has no norm and few channels per group, {AS_FAST}"
+NO_GAIN = f"it has no norm, and channels that are no multiples of 32, {AS_FAST}"
 FRESH = (*MULTIPLY, torch.cat, *(f for f in ADD if f not in ADD_IN_PLACE))
 """Functions whose result is a tensor of its own."""
 
@@ -70,7 +69,8 @@ class Region:
     parts: the chain, each layer as a `layers.View`. x: the value that it begins with. residual: the
     value that it adds, unless that is x or a projection. beside: what gives the residual. around:
     its ReLUs and identities that are modules. gate: what multiplies the result of the layers.
-    results: modules to whose result it adds in place. place: the module of its first layer.
+    in_place: it adds in place, so that the result has the dtype of one operand. results: modules to
+    whose result it adds in place. place: the module of its first layer.
     """
 
     calls: tuple[fx.Node, ...] = field(compare=False)
@@ -80,6 +80,7 @@ class Region:
     beside: str = ""
     around: tuple[Named, ...] = ()
     gate: Gate | None = None
+    in_place: bool = False
     results: tuple[str, ...] = ()
     place: str = ""
 
@@ -113,7 +114,7 @@ def regions_of(module: nn.Module, graph: fx.Graph) -> tuple[list[Region], dict[f
     reasons: dict[fx.Node, str] = {}
     taken: set[fx.Node] = set()
     for node in graph.nodes:
-        if not is_addition(node) or node in flow.layers:
+        if not is_addition(node) or node in flow.layers or node in flow.inside:
             continue
         found = flow.join(node, taken)
         if isinstance(found, str):
@@ -283,9 +284,7 @@ class _Flow:
         while at < len(letters):
             found = ALONE.match(letters, at)
             size = len(found.group()) if found else 0
-            if size and "n" not in letters[at : at + size] and self.gains_nothing(calls[at]):
-                size = 0
-            while size > 0:
+            while size > 0 and self.gains(calls[at : at + size]):
                 inner = path[path.index(calls[at]) : path.index(calls[at + size - 1]) + 1]
                 parts, x = self.parts(inner, "none"), self.layers[inner[0]].source
                 try:
@@ -296,12 +295,17 @@ class _Flow:
                     size = len(shorter.group()) if shorter else 0
             at += max(size, 1)
 
-    def gains_nothing(self, call: fx.Node) -> bool:
-        """Whether the convolution `call` without a norm is as fast in PyTorch.
+    def gains(self, calls: list[fx.Node]) -> bool:
+        """Whether to run the layers `calls` in one call: if a norm or a tiled convolution is among
+        them.
 
-        So are those in a gate, on one pixel for each channel, and those with few channels per
-        group (depthwise), for which there are no tiles.
+        Not tiled are numbers of channels that are no multiples of 32 (a network's first convolution
+        has fewer), depthwise convolutions, and those in a gate, on one pixel for each channel.
         """
+        kinds = [self.kind(call) for call in calls]
+        if "n" in kinds or "c" not in kinds:
+            return "n" in kinds
+        call = calls[kinds.index("c")]
         view = self.layers[call].view
         assert view is not None and view.targets[0] is not None
         if isinstance(view, Named):
@@ -310,7 +314,10 @@ class _Flow:
         else:
             weight = attribute(self.module, view.targets[0])
             groups = dict(getattr(view, "options", ())).get("groups", 1)
-        return call in self.inside or (groups > 1 and weight.shape[1] < LEAST_CHANNELS)
+        filters, channels = weight.shape[:2]
+        few = groups == 1 and channels < 8
+        whole = channels % 8 == 0 and channels * groups % 32 == 0
+        return call not in self.inside and filters % 32 == 0 and (few or whole)
 
     def parts(self, calls: list[fx.Node], shortcut: str, relu: bool = False, **more) -> Parts:
         """The chain of `calls`, each layer as a view, with a ReLU at its end if it has one.
@@ -342,21 +349,21 @@ class _Flow:
         ends = [*ends, after] if relu else [add]
         sides = [self.beside(*pair, taken) for pair in (add.args, add.args[::-1])]
         sides.sort(key=lambda side: (not side.beside_x, -len(side.calls)))
-        layers = set("cn")
-        sides = [
-            side for side in sides
-            if side.calls and (relu or not layers.isdisjoint(self.letters(side.calls)))
-        ]  # fmt: skip
+        sides = [side for side in sides if self.gains(side.calls)]
         if relu:
             sides.append(_Side([], add.args[1]))
         try:
-            nothing = "it has neither a norm or convolution before nor a ReLU after it"
+            nothing = "no fused norm or convolution is before it, and no ReLU after it"
             return self.sum(add, sides[0], ends, relu) if sides else nothing
         except Refused as why:
             return str(why)
 
     def sum(self, add: fx.Node, side: _Side, ends: list[fx.Node], relu: bool) -> Region:
         """The region of `side` and the calls `ends`; Refused if it would not do the same."""
+        order = list(self.graph.nodes)
+        for node in order[order.index(add) : order.index(ends[-1])]:
+            if node.op.startswith("call") and node not in ends and node not in self.checks:
+                raise Refused(f"{label(node)} runs between the addition and its ReLU")
         calls, projection = side.calls, side.projection
         results: tuple[str, ...] = ()
         target = add.args[0]
@@ -379,7 +386,7 @@ class _Flow:
             calls, [*projection, *side.skipped, *ends], x=x, residual=residual,
             parts=self.parts(calls, shortcut, relu, **fields),
             beside=beside if residual is not None else "", results=results,
-            gate=gates[0] if gates else None,
+            gate=gates[0] if gates else None, in_place=is_call(add, ADD_IN_PLACE),
         )  # fmt: skip
 
     def beside(self, main: fx.Node, other: fx.Node, taken: set[fx.Node]) -> _Side:
@@ -397,7 +404,7 @@ class _Flow:
         if start is base:
             return _Side(path, base, skipped, beside_x=True)
         letters = self.letters(path)
-        if letters.endswith("g"):
+        if letters.endswith("g") or "c" not in letters:
             return _Side(path, other)
         kinds = ("c", "cn") if letters.endswith("n") else ("c",)
         projection = self.chain_to(other, taken) if self.reader(other) is not None else []

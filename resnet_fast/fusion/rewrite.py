@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from ..dispatch.guard import hooked, plain_call
 from ..modules import run_fused, run_gated
-from ..spec.dtypes import DTYPES
+from ..spec.dtypes import DTYPES, autocast_dtype
 from ..spec.layers import Parts
 from ..spec.values import pair
 from .layers import Borrowing, View, is_pool
@@ -117,7 +117,7 @@ def _fused_call(region: Region, impl: str) -> tuple[Function, list[str]]:
         if None in found or not all([is_pool(held[i]) for i in pools]):
             return plain(x, residual, *held)
         read = layers.each(found.__getitem__)
-        if not _fits(read, x, residual):
+        if not _fits(read, x, residual) or (region.in_place and _promotes(read, x, residual)):
             return plain(x, residual, *held)
         if same_dtype and not _as_arithmetic(read, x):
             return plain(x, residual, *held)
@@ -134,7 +134,16 @@ def _is_plain(x: Any, residual: Any) -> bool:
         return True
     if residual is None:
         return False
-    return not isinstance(residual, Tensor) or residual.dim() != 4 or plain_call(residual)
+    if not isinstance(residual, Tensor) or residual.dtype.is_complex:
+        return True
+    return residual.dim() != 4 or plain_call(residual)
+
+
+def _promotes(read: Parts, x: Tensor, residual: Tensor | None) -> bool:
+    """Whether the operands of the addition have different dtypes."""
+    other = autocast_dtype(x) if read.projection is not None else x.dtype
+    own = autocast_dtype(x) if read.convs else x.dtype
+    return own != (other if residual is None else residual.dtype)
 
 
 def _as_arithmetic(read: Parts, x: Tensor) -> bool:

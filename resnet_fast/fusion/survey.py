@@ -293,7 +293,7 @@ class _Walk:
         if why is not None:
             return f"it {why}"
         if kind_of(module.get_submodule(call.target)) == "activations":
-            return f"it follows {label(call.args[0])}, not a norm or an addition"
+            return f"it follows {label(call.args[0])}, not a fused convolution, norm or addition"
         users = list(call.users)
         if isinstance(module.get_submodule(call.target), nn.Conv2d):
             return NO_GAIN

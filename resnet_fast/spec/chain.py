@@ -194,6 +194,8 @@ class Chain:
             raise ValueError(f"shortcut: expected one of {SHORTCUTS}, got {self.shortcut!r}")
         if (self.shortcut == "projection") != (self.projection is not None):
             raise ValueError("projection: expected a Conv exactly when shortcut='projection'")
+        if self.projection is not None and not self.convs:
+            raise ValueError("projection: expected None without a convolution beside it")
         bare = self.norms[-1] is None
         if self.projection_norm is not None and (self.projection is None or bare):
             raise ValueError("projection_norm: expected None without projection or final norm")

@@ -428,7 +428,7 @@ class TestChangedLater:
         close(model(x), plain(x))
         assert "is of class InstanceNorm2d" in why(model, "bn1")
         fuse(model, inplace=True)
-        assert fused(model)["conv1"] == "conv" and "layer1.0" in fused(model)
+        assert "conv1" not in fused(model) and "layer1.0" in fused(model)
 
     @pytest.mark.parametrize("edit", STEM_EDITS)
     def test_the_layers_of_a_stem_may_be_changed(self, net, edit):

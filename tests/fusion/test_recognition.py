@@ -510,8 +510,8 @@ class WithoutNorms(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.convs = nn.ModuleList(nn.Conv2d(4, 4, 3, padding=1) for _ in range(6))
-        self.side = nn.Conv2d(4, 4, 1)
+        self.convs = nn.ModuleList(nn.Conv2d(32, 32, 3, padding=1) for _ in range(6))
+        self.side = nn.Conv2d(32, 32, 1)
 
     def forward(self, x):
         first, second, third, fourth, fifth, last = self.convs
@@ -532,7 +532,7 @@ class TestWithoutNorms:
             "convs.4": "conv + conv(x) relu",
             "convs.5": "conv",
         }
-        assert_same_mathematics(model, image())
+        assert_same_mathematics(model, image(32))
         assert len(fused_calls) > 0
 
     def test_a_bias_may_come_and_go(self, fused_calls):
@@ -540,40 +540,141 @@ class TestWithoutNorms:
         model = fuse(copy.deepcopy(plain), inplace=True)
         for changed in (plain, model):
             changed.convs[0].bias, changed.convs[4].bias = None, None
-        close(model(image()), plain(image()))
+        close(model(image(32)), plain(image(32)))
         assert len(fused_calls) == 6
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
     def test_under_autocast_and_in_bf16(self, dtype):
         plain = randomize(WithoutNorms()).to(dtype)
-        model, x = fuse(plain), image(dtype=dtype)
+        model, x = fuse(plain), image(32, dtype=dtype)
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
             actual, expected = model(x), plain(x)
         assert actual.dtype == expected.dtype == torch.bfloat16
         exact = copy.deepcopy(plain).double()(x.double())
-        assert (actual - exact).abs().max() <= 1.5 * (expected - exact).abs().max()
+        assert (actual - exact).abs().max() <= 3 * (expected - exact).abs().max()
 
     def test_a_convolution_after_a_norm_and_a_relu_after_it(self):
         model = randomize(nn.Sequential(
-            nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.BatchNorm2d(4),
+            nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 32, 3), nn.ReLU(), nn.BatchNorm2d(32),
         ))  # fmt: skip
         assert fused(fuse(model)) == {"0": "norm relu conv relu"}
-        assert_same_mathematics(model, image())
+        assert_same_mathematics(model, image(32))
 
     def test_a_result_changed_in_place_is_an_error_in_training_as_in_pytorch(self):
-        plain = randomize(nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU()))
+        plain = randomize(nn.Sequential(nn.Conv2d(32, 32, 3), nn.ReLU()))
         for model in (plain, fuse(plain)):
-            y = model(image().requires_grad_())
+            y = model(image(32).requires_grad_())
             y.mul_(2)
             with pytest.raises(RuntimeError, match="modified by an inplace operation"):
                 y.sum().backward()
 
     def test_they_may_need_no_gradient(self):
-        plain = randomize(nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3)))
+        plain = randomize(nn.Sequential(nn.Conv2d(32, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 3)))
         for names in (["0.bias"], ["0.weight", "2.bias"], ["2.bias"], ["2.weight"]):
             for name, parameter in plain.named_parameters():
                 parameter.requires_grad_(name in names)
-            assert_same_mathematics(plain, image())
+            assert_same_mathematics(plain, image(32))
+
+    def test_a_bias_that_is_no_parameter(self, fused_calls):
+        plain = randomize(WithoutNorms()).eval()
+        model = fuse(copy.deepcopy(plain))
+        for changed in (plain, model):
+            for conv in (changed.convs[0], changed.side):
+                del conv._parameters["bias"]
+                conv.register_buffer("bias", torch.full((32,), 5.0, dtype=torch.float64))
+        with torch.no_grad():
+            close(model(image(32)), plain(image(32)))
+        assert len(fused_calls) == 6
+
+    def test_need_channels_in_multiples_of_32(self):
+        """Or a few, as a network's first convolution has; other tiles there are not."""
+        def sizes(*channels, **options):
+            net = nn.Sequential(nn.Conv2d(*channels, 3, **options), nn.ReLU())
+            return list(fused(fuse(net)).values())
+
+        assert sizes(32, 64) == sizes(3, 32) == sizes(64, 64, groups=8) == ["Sequential: conv relu"]
+        assert sizes(32, 48) == sizes(48, 32) == sizes(32, 32, groups=32) == []
+
+    def test_one_gradient_at_a_time(self):
+        net = fuse(randomize(nn.Sequential(nn.Conv2d(32, 32, 3), nn.ReLU())))
+        x = image(32).requires_grad_()
+        y = net(x)
+        with pytest.raises(RuntimeError, match="one gradient at a time, not is_grads_batched=True"):
+            torch.autograd.grad(y, x, torch.stack([y, y]), is_grads_batched=True)
+
+
+class Between(nn.Module):
+    """An addition whose operand is changed before the ReLU after it."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.side = unit(nn.BatchNorm2d(4))[:2], nn.Conv2d(4, 4, 1)
+
+    def forward(self, x):
+        r = self.side(x)
+        y = self.conv(x) + r
+        r.mul_(2)
+        return F.relu(y) + r
+
+
+class Beside(nn.Module):
+    """A norm, and convolutions of the same input beside it."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.conv = nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3, padding=1)
+        self.unit = unit(nn.BatchNorm2d(4))[:2]
+
+    def forward(self, x):
+        y = self.norm(x) + self.conv(x)
+        return F.relu(self.unit(y) + self.norm(y))
+
+
+class Added(nn.Module):
+    """Adds in place to a value of another dtype than the result."""
+
+    def __init__(self, reverse=False):
+        super().__init__()
+        self.conv, self.reverse = unit(nn.BatchNorm2d(4))[:2], reverse
+
+    def forward(self, x):
+        y = self.conv(x)
+        if self.reverse:
+            z = x.sin()
+            z += y
+            return z
+        y += x
+        return y
+
+
+class TestAdditions:
+    @pytest.mark.parametrize("make", [Between, Beside])
+    def test_compute_what_plain_computes(self, make):
+        assert_same_mathematics(randomize(make()), image())
+
+    @pytest.mark.parametrize("reverse", [False, True])
+    def test_in_place_keep_the_dtype(self, reverse):
+        plain = Added(reverse).eval()
+        model, x = fuse(plain), image(dtype=torch.float32)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            assert model(x).dtype == plain(x).dtype == (torch.bfloat16, torch.float32)[reverse]
+
+    def test_of_complex_values(self):
+        class Complex(Added):
+            def forward(self, x):
+                return self.conv(x) + x.to(torch.complex128)
+
+        plain = randomize(Complex()).eval()
+        close(fuse(plain)(image()), plain(image()))
+
+    def test_in_a_gate(self):
+        def gate(self, x):
+            p = x.mean((2, 3), keepdim=True)
+            return x * torch.sigmoid(self.down(p).relu().mean(1, keepdim=True) + p)
+
+        model = randomize(Gated(Gate(gate)))
+        assert fused(fuse(model)) == {"(model)": "Gated: conv norm relu conv norm gate + x relu"}
+        assert_same_mathematics(model, image())
 
 
 class TestChains:
@@ -582,7 +683,7 @@ class TestChains:
             nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.Conv2d(4, 4, 1, bias=False),
             nn.BatchNorm2d(4), nn.ReLU(),
         ))  # fmt: skip
-        assert fused(fuse(model)) == {"0": "conv", "1": "conv norm relu"}
+        assert fused(fuse(model)) == {"1": "conv norm relu"}
         assert_same_mathematics(model, image())
 
     @pytest.mark.parametrize("impl", ["auto", "reference"])

@@ -361,12 +361,10 @@ MODELS = {
     ),
     "preact-raw-shortcut": (
         lambda: PreAct(raw=nn.Conv2d(4, 4, 1)), (2, 4, 8, 8),
-        {"(model)": f"PreAct: {PREACT} + raw(x)", "raw": "conv"},
+        {"(model)": f"PreAct: {PREACT} + raw(x)"},
     ),
     "no-shortcut": (DoubleConv, (2, 3, 8, 8), {"(model)": f"DoubleConv: {BASIC} relu"}),
-    "attention": (
-        Attention, (2, 4, 8, 8), {"conv1": BASIC, "gate": "conv", "(model)": "add relu"},
-    ),
+    "attention": (Attention, (2, 4, 8, 8), {"conv1": BASIC, "(model)": "add relu"}),
     "dropout-after": (
         lambda: Dropping(4, 4), (2, 4, 8, 8), {"conv1": f"{BASIC} + x relu"},
     ),
@@ -591,9 +589,10 @@ LEFT_ALONE = {
     ),
     "in-a-gate": (lambda: nn.Sequential(conv(), SqueezeExcite()), "1.excite", "one pixel"),
     "depthwise": (
-        lambda: nn.Sequential(conv(groups=4), nn.ReLU()), "0", "few channels per group",
+        lambda: nn.Sequential(conv(groups=4), nn.ReLU()), "0", "no multiples of 32",
     ),
-    "blur": (Blur, "(model)", "few channels per group"),
+    "blur": (Blur, "(model)", "no multiples of 32"),
+    "few-channels": (lambda: nn.Sequential(conv(), nn.ReLU()), "0", "no multiples of 32"),
     "standardized": (
         lambda: nn.Sequential(Standardized(4, 4, 3), nn.BatchNorm2d(4)), "0", "are computed",
     ),
@@ -620,7 +619,7 @@ LEFT_ALONE = {
     "in-place-input": (lambda: IntoItsInput(4, 4), "(model)", "adds in place to a value"),
     "scaled-addition": (lambda: Scaled(4, 4), "(model)", "more arguments than two values"),
     "broadcasting": (Broadcasting, "(model)", "broadcasts 1 input to 4 output"),
-    "relu-alone": (lambda: nn.Sequential(nn.AvgPool2d(2), nn.ReLU()), "1", "not a norm or an add"),
+    "relu-alone": (lambda: nn.Sequential(nn.AvgPool2d(2), nn.ReLU()), "1", "not a fused"),
 }  # fmt: skip
 # Those that can be copied, and run in plain PyTorch on one tensor with the same result twice.
 RUNS = [name for name in LEFT_ALONE if name not in (
