@@ -29,6 +29,7 @@ import resnet_fast
 from bench.coverage_models import MODELS, PACKAGES, Model, package, why_missing
 from bench.executed import Counts, executed
 from bench.rows import ROOT
+from resnet_fast.fusion.survey import IN_A_GATE
 from resnet_fast.runtime.files import replacing
 
 PAGE = ROOT / "docs" / "coverage.md"
@@ -114,7 +115,9 @@ def measure(name: str, model: Model) -> Coverage:
     randomize(plain)
     x = torch.randn(BATCH, 3, model.size, model.size, dtype=torch.float64)
     fused = resnet_fast.fuse(copy.deepcopy(plain))
-    left = [row.why for row in resnet_fast.explain(fused).rows if row.state == "left alone"]
+    rows = [row for row in resnet_fast.explain(fused).rows if row.why not in ("", IN_A_GATE)]
+    left = [row.why for row in rows if row.state == "left alone"]
+    left = left or [f"fused {row.why}" for row in rows]
     ours, theirs = _results(fused, model, x), _results(plain, model, x)
     apart = max(difference(ours[key], theirs[key]) for key in ("outputs", "gradients", "buffers"))
     counts = {mode: (theirs[mode], ours[mode]) for mode in ("evaluation", "training")}
