@@ -211,7 +211,10 @@ BUILDS = {  # constructions that do not fit
     "conv-padding": (lambda: shape_of(padding="same"), "padding: expected two integers"),
     "conv-groups": (lambda: shape_of(groups="1"), "groups: expected a divisor of 8 filters, got"),
     "norm-group": (lambda: Norm(batch_stats=False, group=object()), "group: expected None"),
-    "chain-relu": (lambda: Chain((Conv(),), (None, None)), "relu: expected"),
+    "chain-projection-alone": (
+        lambda: Chain((), (Norm(),), shortcut="projection", projection=Conv()),
+        "projection: expected None",
+    ),
 }  # fmt: skip
 
 

@@ -227,7 +227,7 @@ for dtype in (torch.float32, torch.bfloat16):
         bad = x.clone(memory_format=torch.preserve_format)
         bad[0, 0, at[0], at[1]] = float("inf")
         show(run(bad))
-        show(ops.conv_bprop(bad, w, x, *[None] * 13, *rest[6:10], True, True, False, "native")[0])
+        show(ops.conv_bprop(bad, w, x, *[None] * 13, *rest[8:12], True, True, False, "native")[0])
 """
 
 
